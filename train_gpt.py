@@ -1,0 +1,2251 @@
+"""
+nanoremix: one GPT trainer for three leaderboards (speedrun, slowrun, golf), in plain PyTorch.
+
+    python train_gpt.py --config tiny_cpu                                     # a laptop, minutes
+    torchrun --standalone --nproc_per_node=8 train_gpt.py --config remix_m    # one node
+    python train_gpt.py --config remix_m --resume                             # continue a broken run
+    python train_gpt.py --config remix_m --dry_run                            # costs, without GPU or data
+
+Read it from top to bottom:
+    Config       every flag; the comment behind a field is its --help text
+    Schedules    one grammar for all that varies in time: "0:1 0.5:2 1>0"
+    Run          ranks, folder, log, clocks, signals
+    Model        GPT: attention under one mask rule, blocks, order of layers, loss
+    Optimizer    Muon for matrices and AdamW for the rest, sharded over 1..N ranks
+    Data         shards, the loader, bytes per token
+    Averaging    EMA and SWA of the weights
+    Evaluation   nats per token and bits per byte of the validation prefix
+    Export       the artifact: integer weights, compressed, read back strictly
+    Checkpoint   written whole or not at all; transfer between runs
+    Train        dry run, warm-up, the loop, the end of a run, sampling, main
+
+Letters: B batch, T time, D width, H heads, K head_dim, V vocabulary, N = B*T tokens. A tensor whose layout is not
+obvious carries it as a suffix (q_BTHK). `steps` are optimizer steps; `repeats` are passes through looped blocks; a
+`block` owns matrices; a `position` is one application of a block. Losses are nats per token, sizes decimal bytes.
+Nothing happens at import.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import errno
+import glob
+import hashlib
+import json
+import lzma
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+import zstandard
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_tensors_from_bytes
+from safetensors.torch import save as save_tensors_to_bytes
+from safetensors.torch import save_file as save_tensors
+from torch import Tensor, nn
+from tqdm import tqdm
+
+########################################
+#                Config                #
+########################################
+
+
+class UserError(Exception):
+    """Something that the user can mend: what was given, why it cannot work, what to do. Exit code 2, no traceback."""
+
+
+@dataclass
+class Config:
+    # --- run
+    config: tuple[str, ...] = ()  # presets (a path, or a name in configs/), layered left to right; flags win over all
+    run: str = ""  # name of the run and of its folder under log_dir; empty: preset and seed
+    arm: str = ""  # which arm of an ablation this is; the report groups runs by it
+    track: str = ""  # leaderboard: speedrun, slowrun or golf
+    seed: int = 1  # seeds the initial weights and the order of shuffled data
+    log_dir: str = "logs"  # where run folders live
+    resume: bool = False  # continue the run of this name from its newest complete checkpoint
+    init_from: str = ""  # run folder, checkpoint folder or artifact whose weights start this run
+    transfer: str = "all"  # what init_from gives: all, attn, mlp, attn+mlp, or a regular expression over names
+    eval_every: int = 125  # steps between evaluations; 0: only at the end
+    log_every: int = 1  # steps between training lines in log.txt and metrics.jsonl
+    save_every: int = 0  # steps between checkpoints; 0: only when interrupted
+    save_last: int = 1  # 1: keep a checkpoint of the end of training
+    keep: int = 2  # newest checkpoints kept
+    wandb: str = ""  # Weights & Biases project to log to as well; empty: none
+    # --- machine
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # compute type: bfloat16, float32, or auto (bfloat16 where the machine is fast at it)
+    param_dtype: str = "float32"  # type of the weights and of the optimizer's state; remix trained in bfloat16
+    compile: int = 1  # 1: torch.compile every graph before the clock starts; 0: eager
+    micro_tokens: int = 65536  # tokens in one forward pass of one rank; less saves memory, the result is the same
+    loss_chunk: int = 16384  # tokens whose logits exist at once
+    dry_run: bool = False  # print parameters, FLOPs, data, memory, sizes and time of this run, then leave
+    json: bool = False  # with dry_run: print one JSON object
+    # --- data
+    data: str = "data/fineweb10B"  # folder of *_train_*.bin and *_val_*.bin shards
+    tokenizer: str = "gpt2"  # gpt2, or the path of a SentencePiece model; needed for bits per byte and samples
+    vocab: int = 50257  # token ids in use
+    doc_token: int = 50256  # the token that starts every document
+    val_tokens: int = 10485760  # scored prefix of the validation stream; 0: all of it
+    epochs: int = 1  # passes over the training shards that the run may make; 0: as many as it needs
+    shuffle: int = 0  # 1: rows in a new random order each epoch; 0: shards in the order of their names
+    # --- length
+    steps: int = 2500  # optimizer steps at most
+    max_seconds: float = 0.0  # cap of the training clock; schedules then run on time; 0: none
+    batch_tokens: str = "524288"  # [sched] tokens per step over all ranks
+    seq_len: str = "65536"  # [sched] tokens per row
+    eval_seq_len: int = 0  # tokens per row in evaluation; 0: the largest seq_len
+    # --- model
+    depth: int = 12  # blocks
+    dim: int = 768  # width
+    heads: int = 6  # query heads
+    kv_heads: int = 0  # key and value heads; 0: as many as heads
+    head_dim: int = 0  # width of a head; 0: dim / heads
+    mlp_ratio: float = 4.0  # hidden width of the MLP over dim
+    norm_eps: float = 1e-6  # epsilon of every RMS norm; remix ran at bfloat16's 2^-7 and depends on it
+    qk_norm: int = 1  # 1: RMS norm on queries and keys
+    attn_scale: float = 0.0  # factor on attention scores; 0: 1/sqrt(head_dim)
+    rope: str = "truncated"  # truncated (a half of the dims turns, base^-linspace) or standard (all dims turn)
+    rope_base: float = 1024.0  # longest period over 2 pi of the rotary frequencies
+    doc_mask: int = 1  # 1: a token sees its own document only
+    window: str = "0"  # [sched] keys a token sees, itself included; 0: the whole row
+    loop: str = ""  # "a:b": blocks a..b-1 are applied `repeats` times; empty: none
+    repeats: str = "1"  # [sched] passes through the looped blocks
+    tie_embed: int = 0  # 1: one table is input embedding and head
+    head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
+    embed_init: float = 1.0  # standard deviation of the untied input embedding
+    head_init: str = "zero"  # head (or tied table) at the start: zero, uniform (1/sqrt(dim)) or a standard deviation
+    logit_dim_power: float = 0.0  # logits are multiplied by dim to this power; remix M has -0.5
+    softcap: float = 0.0  # logits become cap*tanh(logits/cap); 0: none
+    # --- optimizer
+    optimizer: str = "muon"  # what updates the matrices of the blocks: muon or adamw
+    adamw_matrices: str = ""  # regular expression: these matrices get AdamW although optimizer is muon
+    matrix_lr: float = 0.05  # learning rate of Muon
+    adamw_lr: float = 0.0021  # learning rate of AdamW on matrices
+    embed_lr: float = 0.6  # learning rate of the untied input embedding
+    head_lr: float = 0.22  # learning rate of the untied head
+    tied_lr: float = 0.0021  # learning rate of a tied table
+    scalar_lr: float = 0.04  # learning rate of vectors and scalars
+    lr: str = "0:1 0.6:1 1>0.1"  # [sched] multiplies every learning rate
+    beta1: float = 0.8  # AdamW: decay of the first moment
+    beta2: float = 0.95  # AdamW: decay of the second moment
+    adam_eps: float = 1e-10  # AdamW: epsilon
+    momentum: str = "0:0.85 300/2500>0.95"  # [sched] Muon: Nesterov momentum
+    polar: str = "ns5"  # Muon: ns5 (Newton-Schulz) or polar_express
+    polar_steps: int = 5  # Muon: iterations towards the polar factor
+    row_norm: int = 0  # Muon: 1 divides each row of the update by its norm first (MuonEq-R)
+    normuon: float = 0.0  # Muon: decay of NorMuon's second moment per neuron; 0: off
+    cautious: int = 0  # 1: weight decay only where it agrees with the update
+    matrix_wd: float = 0.0  # decoupled weight decay of matrices (weights shrink by lr*wd a step)
+    embed_wd: float = 0.0  # decoupled weight decay of embedding, head and tied table
+    scalar_wd: float = 0.0  # decoupled weight decay of vectors and scalars
+    weight_decay: str = "1"  # [sched] multiplies every weight decay
+    grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
+    # --- averaging
+    ema: float = 0.0  # decay per step of an exponential moving average of the weights; 0: none
+    swa_every: int = 0  # steps between the snapshots of a plain average of the weights; 0: none
+    swa_start: float = 0.75  # fraction of training from which those snapshots are taken
+    final_weights: str = "live"  # which weights are exported and sampled: live, ema or swa
+    # --- artifact and sample
+    export: str = "int8"  # weights of the artifact: int8 (per row); empty: no artifact
+    artifact_limit: int = 0  # bytes that source and artifact may have together; 0: no limit
+    sample_from: str = ""  # run folder, checkpoint folder or artifact: print a sample and leave
+    prompt: str = ""  # text that a sample continues; empty: the start of a document
+    sample_tokens: int = 0  # length of a sample; at the end of training 0 prints none
+    temperature: float = 0.8  # of sampling; 0: always the likeliest token
+    top_k: int = 50  # sample among so many likeliest tokens; 0: all
+    # --- rule of the track, read by logs/report.py
+    rule_metric: str = "val_loss"  # metric of result.json that the rule is about
+    rule_target: float = 0.0  # the mean over seeds must be below this; 0: no rule
+    rule_margin: float = 0.0  # by at least this much
+    rule_p: float = 0.0  # at this level of a one-sided one-sample t-test; 0: no t-test
+    rule_z: float = 0.0  # (target - mean) * sqrt(n) must reach this; 0: not asked
+    rule_max_seconds: float = 0.0  # cap of the training clock; 0: none
+    rule_max_bytes: int = 0  # cap of total_bytes; 0: none
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+# What a resumed run may change without becoming another experiment.
+FREE_ON_RESUME = {
+    *("config", "resume", "log_dir", "log_every", "eval_every", "save_every", "save_last", "keep", "wandb", "device"),
+    *("compile", "micro_tokens", "loss_chunk", "dry_run", "json", "prompt", "sample_tokens", "temperature", "top_k"),
+}
+SCHEDULES = ("lr", "momentum", "weight_decay", "repeats", "seq_len", "window", "batch_tokens")
+
+
+def preset_path(name: str) -> Path:
+    """A preset is a path, or the name of a file in configs/."""
+    here = Path(__file__).resolve().parent / "configs" / f"{name}.toml"
+    path = Path(name)
+    if not path.is_file() and here.is_file():
+        path = here
+    if not path.is_file():
+        known = sorted(p.stem for p in here.parent.glob("*.toml"))
+        raise UserError(f"--config {name}: no such file and no such preset; presets: {', '.join(known)}")
+    return path
+
+
+def read_toml(path: Path) -> dict:
+    """Checked values of one preset file: unknown keys and wrong types are errors that name key, value and fix."""
+    try:
+        raw = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not TOML: {e}") from e
+    values = {}
+    for key, value in raw.items():
+        if key not in FIELDS:
+            close = difflib.get_close_matches(key, FIELDS, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else "; `python train_gpt.py --help` lists all"
+            raise UserError(f"{path}: unknown key {key} = {value!r}{hint}")
+        kind = FIELDS[key].type
+        if key == "config" and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            value = tuple(value)
+        elif kind is float and type(value) is int:
+            value = float(value)
+        elif key in SCHEDULES and type(value) in (int, float):
+            value = str(value)  # a constant schedule
+        elif key == "config" or type(value) is not kind:
+            word = "a list of strings" if key == "config" else getattr(kind, "__name__", kind)
+            raise UserError(f"{path}: {key} = {value!r} is a {type(value).__name__}, but {key} must be {word}")
+        values[key] = value
+    return values
+
+
+def parse_args(argv: list[str]) -> Config:
+    """Defaults < presets from left to right < flags. `--config a b` and `--config=a` are both understood."""
+    names, i = [], 0
+    while i < len(argv):
+        if argv[i] == "--config":
+            while i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+                i += 1
+                names.append(argv[i])
+        elif argv[i].startswith("--config="):
+            names.append(argv[i].split("=", 1)[1])
+        i += 1
+    merged: dict = {}
+    for name in names:
+        merged |= read_toml(preset_path(name))
+    merged.pop("config", None)
+    cfg = tyro.cli(Config, args=argv, default=Config(**merged), description=__doc__.split("Read it")[0])
+    cfg.config = tuple(names)
+    if not cfg.run:
+        cfg.run = "-".join([Path(n).stem for n in names] or ["run"]) + f"-s{cfg.seed}"
+    validate(cfg)
+    return cfg
+
+
+def validate(cfg: Config) -> None:
+    """Refuse what cannot work, before anything is created. Each message names the key, the value and the fix."""
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(message)
+
+    def one_of(key: str, *allowed: str) -> None:
+        value = getattr(cfg, key)
+        need(value in allowed, f"{key} = {value!r}: must be one of {', '.join(repr(a) for a in allowed)}")
+
+    need(not re.search(r"[\s/\\]", cfg.run), f"run = {cfg.run!r}: a run's name is a folder's name, without / or blanks")
+    one_of("device", "auto", "cpu", "cuda")
+    one_of("dtype", "auto", "float32", "bfloat16")
+    one_of("param_dtype", "float32", "bfloat16")
+    one_of("rope", "truncated", "standard")
+    one_of("optimizer", "muon", "adamw")
+    one_of("polar", "ns5", "polar_express")
+    one_of("final_weights", "live", "ema", "swa")
+    one_of("export", "int8", "")
+    for key in ("steps", "depth", "dim", "heads", "micro_tokens", "loss_chunk", "vocab", "keep", "polar_steps"):
+        need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)}: must be at least 1")
+    for key in ("eval_every", "save_every", "log_every", "epochs", "val_tokens", "max_seconds", "grad_clip", "softcap"):
+        need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)}: must not be negative")
+    need(cfg.vocab <= 65536, f"vocab = {cfg.vocab}: shards hold uint16 tokens, 65536 is the most")
+    need(0 <= cfg.doc_token < cfg.vocab, f"doc_token = {cfg.doc_token}: not below vocab = {cfg.vocab}")
+    need(cfg.head_dim > 0 or cfg.dim % cfg.heads == 0, f"dim = {cfg.dim} is no multiple of heads = {cfg.heads}")
+    need(head_width(cfg) % 4 == 0, f"head_dim = {head_width(cfg)}: rotary embedding needs a multiple of 4")
+    need(cfg.heads % (cfg.kv_heads or cfg.heads) == 0, f"heads = {cfg.heads}: no multiple of kv_heads = {cfg.kv_heads}")
+    need(0 <= cfg.ema < 1, f"ema = {cfg.ema}: a decay per step, 0 <= ema < 1")
+    need(cfg.final_weights != "ema" or cfg.ema > 0, "final_weights = 'ema' needs ema > 0, for example --ema 0.997")
+    need(cfg.final_weights != "swa" or cfg.swa_every > 0, "final_weights = 'swa' needs swa_every > 0")
+    need(cfg.head_init in ("zero", "uniform") or is_number(cfg.head_init), f"head_init = {cfg.head_init!r}: zero, "
+         "uniform or a standard deviation such as 0.005")
+    for key in ("adamw_matrices", *(["transfer"] if cfg.init_from else [])):
+        try:
+            re.compile(getattr(cfg, key))
+        except re.error as e:
+            raise UserError(f"{key} = {getattr(cfg, key)!r} is no regular expression: {e}") from e
+    for key in SCHEDULES:
+        sched = Schedule(key, getattr(cfg, key))
+        if key in ("repeats", "seq_len", "window", "batch_tokens"):
+            sched.require_plateaus(minimum=0 if key == "window" else 1)
+    low, high = loop_span(cfg)
+    need(0 <= low <= high <= cfg.depth, f"loop = {cfg.loop!r}: must lie within the {cfg.depth} blocks")
+    repeats = Schedule("repeats", cfg.repeats).values()
+    need(bool(cfg.loop) or repeats == [1], f"repeats = {cfg.repeats!r} without looped blocks: set loop, e.g. --loop 4:6")
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def head_width(cfg: Config) -> int:
+    return cfg.head_dim or cfg.dim // cfg.heads
+
+
+def loop_span(cfg: Config) -> tuple[int, int]:
+    """First looped block and the one behind the last; (0, 0) without a loop."""
+    if not cfg.loop:
+        return 0, 0
+    match = re.fullmatch(r"(\d+):(\d+)", cfg.loop)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(f"loop = {cfg.loop!r}: must read 'first:end', for example 4:6 for blocks 4 and 5")
+    return int(match[1]), int(match[2])
+
+
+def config_toml(cfg: Config) -> str:
+    """The resolved configuration as TOML that --config accepts again."""
+    lines = []
+    for name in FIELDS:
+        if name in ("config", "resume", "dry_run", "json"):
+            continue
+        value = getattr(cfg, name)
+        lines.append(f"{name} = {json.dumps(value)}")  # JSON's strings and numbers are TOML's
+    return "\n".join(lines) + "\n"
+
+
+def config_hash(cfg: Config) -> str:
+    """sha256 over everything that makes two runs different experiments, the seed included."""
+    keep = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_ON_RESUME | {"run", "arm"}}
+    return hashlib.sha256(json.dumps(keep, sort_keys=True).encode()).hexdigest()
+
+
+########################################
+#              Schedules               #
+########################################
+
+
+class Point(NamedTuple):
+    at: float  # where the value holds: a fraction of training, or a step
+    in_steps: bool
+    ramp: bool  # reached linearly from the point before
+    value: float
+
+
+class Schedule:
+    """
+    A value over training. "3" is constant; "0:1 0.5:2" sets 2 from the middle on; "0.6:1 1>0.1" falls linearly from
+    60 % to the end; "300s>0.95" counts steps. Positions may be fractions such as 1/3. A fraction is step/steps, or
+    elapsed/max_seconds where the clock is capped, whichever is further.
+    """
+
+    def __init__(self, name: str, text: str):
+        self.name, self.text, self.points = name, text, []
+        for word in text.split():
+            match = re.fullmatch(r"(?:([\d./e+-]+)(s?)([:>]))?([\d./e+-]+)", word)
+            try:
+                at = number(match[1]) if match[1] else 0.0
+                point = Point(at, match[2] == "s", match[3] == ">", number(match[4]))
+            except (TypeError, ValueError, ZeroDivisionError):
+                raise self.error(f"{word!r} is neither value, at:value nor at>value") from None
+            self.points.append(point)
+        if not self.points or self.points[0].at != 0 or self.points[0].ramp:
+            raise self.error("must start with a value, or with 0:value")
+        for a, b in zip(self.points, self.points[1:]):
+            if b.at <= a.at and (a.in_steps == b.in_steps or b.at == 0):
+                raise self.error(f"its points must stand in order, but {b.at:g} follows {a.at:g}")
+            if b.ramp and a.at != 0 and a.in_steps != b.in_steps:
+                raise self.error("a ramp must begin and end in the same unit, steps or fractions")
+            if not b.in_steps and b.at > 1:
+                raise self.error(f"{b.at:g} is no fraction of training; write {b.at:g}s to count steps")
+
+    def error(self, why: str) -> UserError:
+        return UserError(f"{self.name} = {self.text!r}: {why} (example: \"0:1 0.5:2 1>0\")")
+
+    def at(self, step: int, fraction: float) -> float:
+        value, last = self.points[0].value, self.points[0]
+        for point in self.points[1:]:
+            x = step if point.in_steps else fraction
+            if x >= point.at:
+                value, last = point.value, point
+                continue
+            start = last.at if last.in_steps == point.in_steps else 0.0
+            if point.ramp and x > start:
+                value += (point.value - value) * (x - start) / (point.at - start)
+            break
+        return value
+
+    def values(self) -> list[float]:
+        return sorted({p.value for p in self.points})
+
+    def require_plateaus(self, minimum: int) -> None:
+        """For what shapes a graph: whole numbers, no ramps."""
+        for p in self.points:
+            if p.ramp or p.value != int(p.value) or p.value < minimum:
+                raise self.error(f"needs whole numbers from {minimum} up, set with ':' (each is a graph of its own)")
+
+
+def number(text: str) -> float:
+    top, _, bottom = text.partition("/")
+    value = float(top) / float(bottom) if bottom else float(top)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+class Now(NamedTuple):
+    """The values of all schedules at one step."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    repeats: int
+    seq_len: int
+    window: int
+    batch_tokens: int
+
+
+class Shape(NamedTuple):
+    """What makes a graph: rows per micro-batch, tokens per row, repeats, window."""
+
+    rows: int
+    seq_len: int
+    repeats: int
+    window: int
+
+
+class Plan:
+    """All schedules of a run, and the graphs that they will need."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.sched = {name: Schedule(name, getattr(cfg, name)) for name in SCHEDULES}
+        self.max_seq_len = int(max(self.sched["seq_len"].values()))
+        self.eval_seq_len = cfg.eval_seq_len or self.max_seq_len
+
+    def fraction(self, step: int, seconds: float) -> float:
+        by_time = seconds / self.cfg.max_seconds if self.cfg.max_seconds else 0.0
+        return min(1.0, max(step / self.cfg.steps, by_time))
+
+    def at(self, step: int, fraction: float) -> Now:
+        v = {name: s.at(step, fraction) for name, s in self.sched.items()}
+        ints = {k: int(v[k]) for k in ("repeats", "seq_len", "window", "batch_tokens")}
+        return Now(v["lr"], v["momentum"], v["weight_decay"], **ints)
+
+    def moments(self) -> list[Now]:
+        """The schedules at every point where one that shapes a graph changes, in order of time."""
+        shaping = [self.sched[k] for k in ("repeats", "seq_len", "window", "batch_tokens")]
+        points = [p for s in shaping for p in s.points]
+        steps = self.cfg.steps
+        if not self.cfg.max_seconds:
+            starts = sorted({p.at if p.in_steps else math.ceil(p.at * steps - 1e-9) for p in points})
+            return [self.at(int(s), s / steps) for s in starts if s < steps or s == 0]
+        # On the clock nobody knows which step a moment falls on: pair every step mark with every fraction.
+        marks = sorted({p.at for p in points if p.in_steps} | {0.0})
+        fractions = sorted({p.at for p in points if not p.in_steps} | {0.0})
+        return [self.at(int(s), f) for f in fractions for s in marks]
+
+    def micro_rows(self, now: Now, world: int) -> int:
+        """Rows of one forward pass. The batch must divide evenly, or ranks would weigh differently."""
+        share = now.batch_tokens // world
+        micro = min(self.cfg.micro_tokens, share)
+        if now.batch_tokens % (world * micro) or micro % now.seq_len:
+            raise UserError(
+                f"batch_tokens = {now.batch_tokens} on {world} ranks does not divide into micro-batches of "
+                f"micro_tokens = {self.cfg.micro_tokens} made of rows of seq_len = {now.seq_len}: choose batch_tokens = "
+                "ranks * micro_tokens * a whole number, and micro_tokens = seq_len * a whole number")
+        return micro // now.seq_len
+
+    def train_shapes(self, world: int) -> list[Shape]:
+        shapes = [Shape(self.micro_rows(n, world), n.seq_len, n.repeats, n.window) for n in self.moments()]
+        return list(dict.fromkeys(shapes))
+
+    def eval_shape(self, now: Now) -> Shape:
+        rows = max(1, self.cfg.micro_tokens // self.eval_seq_len)
+        return Shape(rows, self.eval_seq_len, now.repeats, now.window)
+
+    def eval_shapes(self) -> list[Shape]:
+        return list(dict.fromkeys(self.eval_shape(n) for n in self.moments()))
+
+    def tokens(self) -> int:
+        """Training tokens of all steps."""
+        starts = self.sched["batch_tokens"]
+        if len(starts.points) == 1:
+            return self.cfg.steps * int(starts.points[0].value)
+        return sum(self.at(s, s / self.cfg.steps).batch_tokens for s in range(self.cfg.steps))
+
+
+########################################
+#                 Run                  #
+########################################
+
+
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C, raised at a place where every rank can leave together. Not an Exception: nobody swallows it."""
+
+
+class Clock:
+    """The track's timed clock: seconds of training. Warm-up, evaluation and saving happen while it stands still."""
+
+    def __init__(self, sync):
+        self.sync, self.total, self.started = sync, 0.0, None
+
+    def start(self) -> None:
+        self.sync()
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self.sync()
+        if self.started is not None:
+            self.total += time.perf_counter() - self.started
+        self.started = None
+
+    def seconds(self) -> float:
+        return self.total + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.stop()
+        yield
+        self.start()
+
+
+class Run:
+    """Ranks, device, the run's folder and log, signals. The only code beside the optimizer that knows of ranks."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
+        self.device = choose_device(cfg)
+        self.dtype = choose_dtype(cfg, self.device)
+        self.folder = Path(cfg.log_dir) / cfg.run
+        self.began, self.earlier_wall = time.perf_counter(), 0.0
+        self.signal, self.leave_at_once = 0, False
+        self.log_file = self.metrics_file = self.wandb = None
+        self.live_line, self.last_print = False, 0.0
+        self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
+
+    def prepare_machine(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        elif sys.platform == "linux":
+            # glibc hands large blocks back to the kernel at every free and faults them in anew: measured, that costs a
+            # CPU training step up to half its time. Keep them (M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1 of malloc.h).
+            with contextlib.suppress(OSError, AttributeError):
+                libc = ctypes.CDLL(None)
+                libc.mallopt(-3, 1 << 30)
+                libc.mallopt(-1, (1 << 31) - 1)
+
+    def __enter__(self) -> "Run":
+        self.prepare_machine()
+        if self.world > 1:
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            try:
+                dist.init_process_group(backend)
+            except (RuntimeError, ValueError) as e:
+                raise UserError(
+                    f"{self.world} ranks could not meet at {os.environ.get('MASTER_ADDR')}:"
+                    f"{os.environ.get('MASTER_PORT')}: {str(e).splitlines()[0]}; is the port in use? set MASTER_PORT "
+                    "to a free one, or use torchrun --standalone") from e
+        for number_ in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number_, self.on_signal)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number_ in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number_, signal.SIG_DFL)
+        for f in (self.log_file, self.metrics_file):
+            if f:
+                f.close()
+        if self.wandb:
+            self.wandb.finish()
+        if dist.is_initialized() and exc[0] is None:
+            dist.destroy_process_group()
+
+    def on_signal(self, number_: int, frame) -> None:
+        if self.signal and number_ == signal.SIGINT:
+            os._exit(128 + number_)  # the second Ctrl-C means now
+        self.signal = number_
+        if self.leave_at_once:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Inside, a signal takes effect at once: for compiling, which can take minutes between two polls."""
+        self.leave_at_once = True
+        try:
+            if self.signal:
+                raise Interrupted
+            yield
+        finally:
+            self.leave_at_once = False
+
+    def agree(self, seconds: float = 0.0) -> float:
+        """Once a step and an evaluation batch: all ranks leave together if one was asked to, and share one clock."""
+        stop = self.signal
+        if self.world > 1:
+            both = torch.tensor([float(stop), seconds], dtype=torch.float64)
+            dist.all_reduce(both, op=dist.ReduceOp.MAX)  # on the CPU: no wait for the device
+            stop, seconds = int(both[0]), float(both[1])
+        if stop:
+            self.signal = stop
+            raise Interrupted
+        return seconds
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            self.sum(torch.zeros(1))
+
+    def wall(self) -> float:
+        """Seconds since the first start of this run's processes, compilation and evaluation included."""
+        return self.earlier_wall + time.perf_counter() - self.began
+
+    def open_log(self, step: int | None) -> None:
+        """Start log.txt and metrics.jsonl, or go on with them; on resuming, metrics behind `step` are forgotten."""
+        if self.is_main:
+            metrics = self.folder / "metrics.jsonl"
+            if step is not None and metrics.exists():
+                kept = [line for line in metrics.read_text().splitlines() if keep_metric(line, step)]
+                write_whole(metrics, "".join(line + "\n" for line in kept).encode())
+            self.log_file = open(self.folder / "log.txt", "a", buffering=1)
+            self.metrics_file = open(metrics, "a", buffering=1)
+        if self.is_main and self.cfg.wandb:
+            import wandb
+
+            self.wandb = wandb.init(project=self.cfg.wandb, name=self.cfg.run, dir=self.folder, resume="allow",
+                                    id=hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:12],
+                                    config=dataclasses.asdict(self.cfg))
+
+    def log(self, line: str, console: bool = True) -> None:
+        if not self.is_main:
+            return
+        if self.log_file:
+            self.log_file.write(line + "\n")
+        if console:
+            self.clear_live()
+            print(line, flush=True)
+
+    def metric(self, kind: str, step: int, **values) -> None:
+        """One line of metrics.jsonl (and of wandb); values that are None were not measured and are left out."""
+        if not self.is_main:
+            return
+        values = {k: v for k, v in values.items() if v is not None}
+        self.metrics_file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self.wandb:
+            self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
+
+    def live(self, line: str) -> None:
+        """The console's training line: rewritten in place on a terminal, else printed every few seconds."""
+        if not self.is_main:
+            return
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print("\r" + line[:width].ljust(width), end="", flush=True)
+            self.live_line = True
+        elif time.perf_counter() - self.last_print > 10:
+            print(line, flush=True)
+            self.last_print = time.perf_counter()
+
+    def clear_live(self) -> None:
+        if self.live_line:
+            print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
+            self.live_line = False
+
+
+def keep_metric(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl belongs to the past of a run that goes on from `step`; a torn line does not."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return record["step"] < step or (record["step"] == step and record["kind"] == "train")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file so that a crash leaves either the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def choose_device(cfg: Config) -> torch.device:
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = 'cuda', but torch sees no CUDA device here; on a laptop layer on_cpu over the preset: "
+                        f"--config {' '.join(cfg.config) or 'PRESET'} on_cpu")
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def choose_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs from Ampere on and on CPUs with AMX or AVX512-BF16; elsewhere it would be slower than fp32."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device)[0] >= 8
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        fast = capability.startswith("AVX512") and bool(torch.cpu._is_amx_tile_supported() or
+                                                         torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def environment(run: Run) -> list[str]:
+    """What the numbers depend on beside the code: for the head of log.txt."""
+    lines = [f"Running Python {sys.version}", f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
+             f"host: {platform.platform()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+             f"ranks: {run.world} on {run.device.type}, compute {run.dtype}".replace("torch.", "")]
+    if run.device.type == "cuda":
+        lines.append(f"gpu: {torch.cuda.get_device_name(run.device)}")
+        if shutil.which("nvidia-smi"):
+            lines.append(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
+    return lines + [f"git: {git_revision()}"]
+
+
+def git_revision() -> str:
+    """Commit of the source, with + behind it when files differ from it; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+    return head + ("+" if head and dirty else "")
+
+
+########################################
+#                Model                 #
+########################################
+
+
+def norm(x: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last dim, without gain, computed in fp32."""
+    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w.T with the fp32 master weight cast to the type of the activations at use."""
+    return F.linear(x, w.to(x.dtype))
+
+
+def rope_table(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
+    """
+    cos and sin [T, K/2] in fp32 for the half-split layout (dim k turns with dim k + K/2).
+    truncated: the first K/4 frequencies run base^-linspace(0, 1), the others stand still (modded-nanogpt, @YouJiacheng).
+    standard: base^(-2k/K) on all of them (Su et al. 2021).
+    """
+    k = head_width(cfg)
+    if cfg.rope == "truncated":
+        turning = (1 / cfg.rope_base) ** torch.linspace(0, 1, k // 4, dtype=torch.float32)
+        freqs = torch.cat([turning, turning.new_zeros(k // 4)])
+    else:
+        freqs = (1 / cfg.rope_base) ** (torch.arange(0, k, 2, dtype=torch.float32) / k)
+    theta = torch.outer(torch.arange(seq_len, dtype=torch.float32), freqs)
+    return theta.cos(), theta.sin()
+
+
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (k, k + K/2) by its position's angle; in fp32."""
+    a, b = x_BTHK.float().chunk(2, dim=-1)
+    cos, sin = cos[: x_BTHK.size(1), None], sin[: x_BTHK.size(1), None]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x_BTHK.dtype)
+
+
+def visible(q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | None, window: int) -> Tensor:
+    """The mask rule of every attention path: no future, the last `window` keys, the own document."""
+    ok = q_pos >= k_pos
+    if window:
+        ok = ok & (q_pos - k_pos < window)
+    if q_doc is not None:
+        ok = ok & (q_doc == k_doc)
+    return ok
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float, mask=None) -> Tensor:
+    """
+    Attention [B, H, T, K] through flex_attention, which skips blocks without a visible pair. k and v may have fewer
+    heads. `mask` is flex_mask's, to be shared by all layers of one window.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = flex_mask(q, docs, window) if mask is None else mask
+    return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
+
+
+def flex_mask(q: Tensor, docs: Tensor | None, window: int):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def rule(b, h, i, j):
+        return visible(i, j, docs[b, i] if docs is not None else None, docs[b, j] if docs is not None else None, window)
+
+    return create_block_mask(rule, q.size(0) if docs is not None else None, None, q.size(-2), q.size(-2), device=q.device)
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float) -> Tensor:
+    """
+    The same support with plain matmuls: queries in blocks, each against the keys that it may see. Exact, runs
+    everywhere, differentiable; compiled on CPU it trains about three times faster than SDPA, whose CPU backward is slow.
+    Long rows with a window become bands (a block of queries against its own block of keys and the one before).
+    """
+    B, H, T, K = q.shape
+    if k.size(1) != H:
+        k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
+    pos = torch.arange(T, device=q.device)
+    if window and T > 4096 and T >= 2 * window:
+        return attend_bands(q, k, v, pos, docs, window, scale)
+    size, outs = max(128, T // 64), []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        first = max(0, start - window + 1) // size * size if window else 0
+        rows, cols = slice(start, end), slice(first, end)
+        d = (docs[:, None, rows, None], docs[:, None, None, cols]) if docs is not None else (None, None)
+        ok = visible(pos[rows, None], pos[cols], *d, window)
+        scores = ((q[:, :, rows] * scale) @ k[:, :, cols].mT).float().masked_fill(~ok, -torch.inf)
+        outs.append(scores.softmax(-1).to(v.dtype) @ v[:, :, cols])
+    return torch.cat(outs, dim=2)
+
+
+def attend_bands(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, docs: Tensor | None, window: int, scale: float) -> Tensor:
+    """Bands of `window` queries against 2*window keys: memory grows with T*window instead of T*T."""
+    B, H, T, K = q.shape
+    pad = -T % window
+    n = (T + pad) // window
+
+    def keys(x: Tensor, fill: int = 0) -> Tensor:  # [..., T, K] -> [..., n, 2*window, K], a band before the first
+        x = F.pad(x, (0, 0, window, pad), value=fill)
+        return torch.cat([x[..., :-window, :].unflatten(-2, (n, window)), x[..., window:, :].unflatten(-2, (n, window))], -2)
+
+    q_bands = F.pad(q, (0, 0, 0, pad)).unflatten(2, (n, window))
+    q_pos = torch.arange(T + pad, device=q.device).view(1, 1, n, window, 1)
+    k_pos = keys(pos.view(1, 1, T, 1), fill=-(4 * window + T)).mT  # padding lies before every window
+    d = (None, None)
+    if docs is not None:
+        d = F.pad(docs, (0, pad)).view(B, 1, n, window, 1), keys(docs.view(B, 1, T, 1), fill=-1).mT
+    ok = visible(q_pos, k_pos, *d, window)
+    scores = ((q_bands * scale) @ keys(k).mT).float().masked_fill(~ok, -1e30)  # finite: padded queries may see nothing
+    out = scores.softmax(-1).to(v.dtype) @ keys(v)
+    return out.flatten(2, 3)[:, :, :T]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = cfg.heads, cfg.kv_heads or cfg.heads, head_width(cfg)
+        self.eps, self.qk_norm = cfg.norm_eps, bool(cfg.qk_norm)
+        self.scale = cfg.attn_scale or self.head_dim**-0.5
+        inner, inner_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        if inner == inner_kv:
+            self.qkv = nn.Parameter(torch.empty(3, inner, cfg.dim))  # three matrices: Muon treats each by itself
+        else:
+            self.q = nn.Parameter(torch.empty(inner, cfg.dim))
+            self.kv = nn.Parameter(torch.empty(2, inner_kv, cfg.dim))
+        self.proj = nn.Parameter(torch.empty(cfg.dim, inner))
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], seen: "Seen") -> Tensor:
+        B, T, _ = x_BTD.shape
+        if self.heads == self.kv_heads:
+            qkv = linear(x_BTD, self.qkv.flatten(0, 1)).view(B, T, 3 * self.heads, self.head_dim)
+        else:
+            q, kv = linear(x_BTD, self.q), linear(x_BTD, self.kv.flatten(0, 1))
+            qkv = torch.cat([q, kv], dim=-1).view(B, T, -1, self.head_dim)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.qk_norm:
+            q, k = norm(q, self.eps), norm(k, self.eps)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        y = seen.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
+        return linear(y.transpose(1, 2).reshape(B, T, -1), self.proj)
+
+
+class MLP(nn.Module):
+    """Squared ReLU (So et al. 2021), hidden width mlp_ratio * dim."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        hidden = int(cfg.mlp_ratio * cfg.dim)
+        self.fc = nn.Parameter(torch.empty(hidden, cfg.dim))
+        self.proj = nn.Parameter(torch.empty(cfg.dim, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(F.relu(linear(x, self.fc)).square(), self.proj)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.eps = cfg.norm_eps
+        self.attn, self.mlp = Attention(cfg), MLP(cfg)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], seen: "Seen") -> Tensor:
+        x = x + self.attn(norm(x, self.eps), rope, seen)
+        return x + self.mlp(norm(x, self.eps))
+
+
+class Seen:
+    """What the tokens of a batch may see, made once for all layers of one window: documents, window, flex mask."""
+
+    def __init__(self, docs_BT: Tensor | None, window: int, like: Tensor):
+        self.docs, self.window = docs_BT, 0 if window >= like.size(1) else window
+        self.plain = docs_BT is None and not self.window
+        self.on_gpu = like.is_cuda
+        self.mask = flex_mask(like, docs_BT, self.window) if self.on_gpu and not self.plain else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if not self.on_gpu:
+            return attend_blocks(q, k, v, self.docs, self.window, scale)
+        if self.plain:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
+        return attend_flex(q, k, v, self.docs, self.window, scale, self.mask)
+
+
+def layer_order(cfg: Config, repeats: int) -> list[int]:
+    """The blocks in order of application: the looped span stands `repeats` times, the others once."""
+    low, high = loop_span(cfg)
+    if low == high:
+        return list(range(cfg.depth))
+    return [*range(low), *list(range(low, high)) * repeats, *range(high, cfg.depth)]
+
+
+class GPT(nn.Module):
+    """The language model. forward() gives the loss; hidden() and logits() are its two halves."""
+
+    def __init__(self, cfg: Config, dtype: torch.dtype, seq_len: int):
+        super().__init__()
+        self.cfg, self.dtype = cfg, dtype
+        self.head_rows = -(-cfg.vocab // cfg.head_multiple) * cfg.head_multiple
+        self.head = nn.Parameter(torch.empty(self.head_rows, cfg.dim))
+        self.embed = None if cfg.tie_embed else nn.Parameter(torch.empty(cfg.vocab, cfg.dim))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        cos, sin = rope_table(cfg, seq_len)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def hidden(self, tokens_BT: Tensor, repeats: int, window: int) -> Tensor:
+        """tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype."""
+        cfg = self.cfg
+        docs = (tokens_BT == cfg.doc_token).cumsum(1, dtype=torch.int32) if cfg.doc_mask else None
+        table = self.head if self.embed is None else self.embed
+        x = norm(F.embedding(tokens_BT, table).to(self.dtype), cfg.norm_eps)
+        seen = Seen(docs, window, x)
+        for block in layer_order(cfg, repeats):
+            x = self.blocks[block](x, (self.cos, self.sin), seen)
+        return norm(x, cfg.norm_eps)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple."""
+        z = linear(x, self.head).float()
+        if self.cfg.logit_dim_power:
+            z = z * self.cfg.dim**self.cfg.logit_dim_power
+        # Remix M's 30*sigmoid(z/7.5) is 15 + 15*tanh(z/15): a cap of 15, and softmax does not see the shift.
+        return self.cfg.softcap * torch.tanh(z / self.cfg.softcap) if self.cfg.softcap else z
+
+    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats of each target; 0 where the target is -1."""
+        return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="none")
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, repeats: int = 1, window: int = 0) -> Tensor:
+        """
+        Losses [B*T] of all targets, in nats. Logits exist for loss_chunk tokens at a time; with more than one chunk
+        they are computed again in the backward pass instead of being kept.
+        """
+        x, targets = self.hidden(tokens_BT, repeats, window).flatten(0, 1), targets_BT.flatten()
+        if len(targets) <= self.cfg.loss_chunk:
+            return self.losses(x, targets)
+        chunks = zip(x.split(self.cfg.loss_chunk), targets.split(self.cfg.loss_chunk))
+        return torch.cat([torch.utils.checkpoint.checkpoint(self.losses, *c, use_reentrant=False) for c in chunks])
+
+
+def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
+    """
+    Initial value of one parameter in fp32, drawn from its own generator: a flag that adds a parameter does not change
+    the others. Remix (modded-nanogpt): q, k, v uniform with std 0.5/sqrt(D), fc uniform +-1/sqrt(D), outputs zero.
+    """
+    seed = int.from_bytes(hashlib.sha256(f"{cfg.seed} {name}".encode()).digest()[:8]) >> 1
+    rng = torch.Generator().manual_seed(seed)
+
+    def uniform(bound: float) -> Tensor:
+        return torch.rand(p.shape, generator=rng) * (2 * bound) - bound
+
+    leaf = name.split(".")[-1]
+    if leaf in ("qkv", "q", "kv"):
+        return uniform(3**0.5 * 0.5 * cfg.dim**-0.5)
+    if leaf == "fc":
+        return uniform(cfg.dim**-0.5)
+    if leaf == "proj":
+        return torch.zeros(p.shape)
+    if leaf == "embed":
+        return torch.randn(p.shape, generator=rng) * cfg.embed_init
+    if leaf == "head" and is_number(cfg.head_init):
+        return torch.randn(p.shape, generator=rng) * float(cfg.head_init)
+    if leaf == "head" and cfg.head_init == "zero" and not cfg.tie_embed:
+        return torch.zeros(p.shape)
+    if leaf == "head":  # a tied table must not start at zero: it is the input as well
+        return uniform(cfg.dim**-0.5)
+    raise AssertionError(f"no initial value is defined for parameter {name}")
+
+
+def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: int) -> GPT:
+    with torch.device("meta"):
+        model = GPT(cfg, dtype, seq_len)
+    if device.type == "meta":
+        return model
+    model.to_empty(device=device).to(getattr(torch, cfg.param_dtype))
+    model.cos, model.sin = (t.to(device) for t in rope_table(cfg, seq_len))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(initial_value(name, p, cfg))
+    return model
+
+
+########################################
+#              Optimizer               #
+########################################
+
+# Keller Jordan's quintic, the same every iteration (Muon, 2024).
+NS5 = ((3.4445, -4.7750, 2.0315),)
+# Polar Express (Amsel et al. 2025), for 5 iterations, safety 2e-2, cushion 2, as in modded-nanogpt; the last repeats.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_factor(g: Tensor, method: str, steps: int, dtype: torch.dtype) -> Tensor:
+    """Roughly U V^T of each matrix U S V^T in a stack [n, rows, cols], by matmuls in `dtype` alone."""
+    x = g.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    if tall:
+        x = x.mT
+    size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32).to(dtype)
+    table = NS5 if method == "ns5" else POLAR_EXPRESS
+    x = x / (size + 1e-7) if method == "ns5" else x / (1.02 * size + 1e-6)
+    for i in range(steps):
+        a, b, c = table[min(i, len(table) - 1)]
+        xxt = x @ x.mT
+        x = a * x + (b * xxt + c * (xxt @ xxt)) @ x
+    return x.mT if tall else x
+
+
+def muon_update(w: Tensor, g: Tensor, buf: Tensor, second: Tensor | None, lr: Tensor, momentum: Tensor, decay: Tensor,
+                cfg: Config, dtype: torch.dtype) -> None:
+    """
+    One step of Muon on a stack w [n, rows, cols], in place: Nesterov momentum, polar factor, step of
+    lr*sqrt(max(1, rows/cols)) (Jordan et al. 2024). lr, momentum and decay (= lr*wd) are tensors, so that a schedule
+    does not recompile. row_norm: MuonEq-R. second: NorMuon's moment [n, rows, 1] or [n, 1, cols] (Li et al. 2025).
+    """
+    buf.lerp_(g, (1 - momentum).to(buf.dtype))
+    u = g.lerp(buf, momentum.to(buf.dtype))
+    if cfg.row_norm:
+        u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True).clamp_min(1e-7)
+    u = polar_factor(u, cfg.polar, cfg.polar_steps, dtype)
+    if second is not None:
+        u = u.float()
+        size = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
+        second.lerp_(u.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True), 1 - cfg.normuon)
+        u = u * second.clamp_min(1e-10).rsqrt()
+        u = u * (size / torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    apply_decay(w, u, decay, cfg.cautious)
+    w.sub_((u * (lr * max(1.0, w.size(-2) / w.size(-1)) ** 0.5)).to(w.dtype))
+
+
+def adamw_update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, decay: Tensor, correct1: Tensor, correct2: Tensor,
+                 cfg: Config) -> None:
+    """
+    One step of AdamW (Loshchilov & Hutter 2019) in place; decay = lr*wd, correct1/2 = 1 - beta^t. The arithmetic and
+    its order are torch.optim.AdamW's.
+    """
+    m.lerp_(g, 1 - cfg.beta1)
+    v.mul_(cfg.beta2).addcmul_(g, g, value=1 - cfg.beta2)
+    u = (m / correct1) / (v.sqrt() / correct2.sqrt() + cfg.adam_eps)
+    apply_decay(w, u, decay, cfg.cautious)
+    w.sub_((u * lr).to(w.dtype))
+
+
+def apply_decay(w: Tensor, u: Tensor, decay: Tensor, cautious: int) -> None:
+    """w *= 1 - lr*wd; cautious: only entries that the update shrinks too (Liang et al. 2024, Chen et al. 2025)."""
+    shrink = decay * (u * w >= 0) if cautious else decay
+    w.sub_((w * shrink).to(w.dtype))
+
+
+class Bucket:
+    """
+    Parameters of one kind that are updated together. Weights and gradients are views into one flat buffer each, so
+    matrices of one shape are one stack, small vectors one vector, and a rank owns the same slice of weights,
+    gradients and states: `shard`. Muon's units are matrices, AdamW's are numbers; both are padded to the ranks.
+    """
+
+    def __init__(self, kind: str, lr: float, wd: float, params: dict[str, Tensor], run: Run, cfg: Config):
+        self.kind, self.lr, self.wd, self.params = kind, lr, wd, params
+        first = next(iter(params.values()))
+        self.unit = tuple(first.shape[-2:]) if kind == "muon" else ()  # shape of what is never cut
+        per = math.prod(self.unit)
+        self.spans, count = {}, 0
+        for name, p in params.items():
+            self.spans[name] = (count, count + p.numel() // per)
+            count += p.numel() // per
+        self.share = -(-count // run.world)  # units of one rank
+        self.weights = first.new_zeros(self.share * run.world, *self.unit)
+        self.grads = torch.zeros_like(self.weights)
+        for name, p in params.items():
+            low, high = self.spans[name]
+            self.weights[low:high].copy_(p.detach().view(-1, *self.unit))
+            p.data = self.weights[low:high].view(p.shape)
+            p.grad = self.grads[low:high].view(p.shape)
+        own = slice(run.rank * self.share, (run.rank + 1) * self.share)
+        self.shard = self.weights[own]
+        self.grad_shard = self.grads if run.world == 1 else torch.zeros_like(self.shard)
+        self.state = {k: torch.zeros_like(self.shard) for k in (("momentum",) if kind == "muon" else ("exp_avg", "exp_avg_sq"))}
+        if kind == "muon" and cfg.normuon:
+            wide = self.unit[0] < self.unit[1]
+            self.state["second"] = self.shard.new_zeros(self.share, *((1, self.unit[1]) if wide else (self.unit[0], 1)))
+        self.world = run.world
+
+    def gather(self, shard: Tensor) -> Tensor:
+        """All ranks' shards as one tensor."""
+        if self.world == 1:
+            return shard
+        whole = shard.new_empty(self.world * shard.size(0), *shard.shape[1:])
+        dist.all_gather_into_tensor(whole, shard.contiguous())
+        return whole
+
+    def by_name(self, shard: Tensor) -> dict[str, Tensor]:
+        """CPU copies of a sharded tensor, cut by parameter; independent of the number of ranks. Collective."""
+        whole = self.gather(shard).cpu()
+        return {name: whole[low:high].clone() for name, (low, high) in self.spans.items()}
+
+    def from_names(self, shard: Tensor, named: dict[str, Tensor], rank: int) -> None:
+        """The inverse: fill this rank's shard."""
+        whole = torch.zeros(self.world * self.share, *shard.shape[1:], dtype=shard.dtype)
+        for name, (low, high) in self.spans.items():
+            whole[low:high] = named[name]
+        shard.copy_(whole[rank * self.share : (rank + 1) * self.share])
+
+
+def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
+    """Every parameter in exactly one bucket: matrices of blocks by shape, embedding, head, and the rest."""
+    groups: dict[tuple, dict[str, Tensor]] = {}
+    for name, p in model.named_parameters():
+        if name == "head":
+            key = ("adamw", "head", cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd)
+        elif name == "embed":
+            key = ("adamw", "embed", cfg.embed_lr, cfg.embed_wd)
+        elif not name.startswith("blocks.") or p.ndim < 2:
+            key = ("adamw", "scalar", cfg.scalar_lr, cfg.scalar_wd)
+        elif cfg.optimizer == "adamw" or (cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)):
+            key = ("adamw", "matrix", cfg.adamw_lr, cfg.matrix_wd)
+        else:
+            key = ("muon", tuple(p.shape[-2:]), cfg.matrix_lr, cfg.matrix_wd)
+        groups.setdefault(key, {})[name] = p
+    covered = [name for group in groups.values() for name in group]
+    assert sorted(covered) == sorted(n for n, _ in model.named_parameters()), "a parameter is in no bucket or in two"
+    # Big ones first: their communication then runs while the others are computed.
+    order = sorted(groups, key=lambda k: -sum(p.numel() for p in groups[k].values()))
+    return [Bucket(k[0], k[2], k[3], groups[k], run, cfg) for k in order]
+
+
+class MuonAdamW:
+    """
+    Muon and AdamW over 1..N ranks. A step has three phases: start summing every bucket's gradients to their owners;
+    as each arrives, update the own shard and start gathering it; wait for the rest. One rank communicates nothing.
+    """
+
+    def __init__(self, cfg: Config, model: nn.Module, run: Run):
+        self.cfg, self.run, self.count = cfg, run, 0
+        self.buckets = param_buckets(cfg, model, run)
+        on = bool(cfg.compile)
+        self.muon = torch.compile(muon_update, dynamic=False) if on else muon_update
+        self.adamw = torch.compile(adamw_update, dynamic=False) if on else adamw_update
+
+    def step(self, now: Now) -> Tensor:
+        """Update the weights from the summed gradients, clear those; the global gradient norm [1]."""
+        run, world = self.run, self.run.world
+        if world > 1:
+            pending = [dist.reduce_scatter_tensor(b.grad_shard, b.grads, async_op=True) for b in self.buckets]
+        squares = []
+        for i, b in enumerate(self.buckets):
+            if world > 1:
+                pending[i].wait()
+            squares.append(torch.linalg.vector_norm(b.grad_shard, dtype=torch.float32).square())
+        size = run.sum(torch.stack(squares).sum().view(1)).sqrt()
+        self.count += 1
+        gathers = []
+        for b in self.buckets:
+            if self.cfg.grad_clip:
+                b.grad_shard.mul_((self.cfg.grad_clip / (size + 1e-6)).clamp(max=1.0).to(b.grads.dtype))
+            self.update(b, now)
+            b.grads.zero_()
+            if world > 1:
+                gathers.append(dist.all_gather_into_tensor(b.weights, b.shard, async_op=True))
+        for work in gathers:
+            work.wait()
+        return size
+
+    @torch.no_grad()
+    def update(self, b: Bucket, now: Now) -> None:
+        def scalar(x: float) -> Tensor:
+            return torch.tensor(x, dtype=torch.float32, device=b.weights.device)
+
+        lr = b.lr * now.lr
+        decay = scalar(lr * b.wd * now.weight_decay)
+        if b.kind == "muon":
+            dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
+            self.muon(b.shard, b.grad_shard, b.state["momentum"], b.state.get("second"), scalar(lr), scalar(now.momentum),
+                      decay, self.cfg, dtype)
+        else:
+            correct = [scalar(1 - beta**self.count) for beta in (self.cfg.beta1, self.cfg.beta2)]
+            self.adamw(b.shard, b.grad_shard, b.state["exp_avg"], b.state["exp_avg_sq"], scalar(lr), decay, *correct, self.cfg)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """CPU tensors named <parameter>:<state>; the same for any number of ranks. Collective."""
+        named = {"step_count": torch.tensor(self.count)}
+        for b in self.buckets:
+            for key, shard in b.state.items():
+                named |= {f"{name}:{key}": t for name, t in b.by_name(shard).items()}
+        return named
+
+    def load_state_dict(self, named: dict[str, Tensor]) -> None:
+        self.count = int(named["step_count"])
+        for b in self.buckets:
+            for key, shard in b.state.items():
+                b.from_names(shard, {name: named[f"{name}:{key}"] for name in b.params}, self.run.rank)
+
+    def snapshot(self) -> tuple[int, list[Tensor]]:
+        """Copies of all that a step changes, for the warm-up to restore."""
+        return self.count, [t.clone() for t in self.changing()]
+
+    def restore(self, kept: tuple[int, list[Tensor]]) -> None:
+        self.count = kept[0]
+        for t, copy_ in zip(self.changing(), kept[1]):
+            t.copy_(copy_)
+
+    def changing(self) -> list[Tensor]:
+        return [t for b in self.buckets for t in (b.weights, b.grads, *b.state.values())]
+
+
+########################################
+#                 Data                 #
+########################################
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # as in llm.c, modded-nanogpt and parameter-golf
+
+
+def shard_tokens(path: str | Path) -> int:
+    """Number of tokens of a shard from its header, checked against the size of the file."""
+    with open(path, "rb") as f:
+        header = np.frombuffer(f.read(SHARD_HEADER), dtype="<i4")
+    size = os.path.getsize(path)
+    again = "; delete it and get it again with data/get.py"
+    if len(header) < SHARD_HEADER // 4:
+        raise UserError(f"{path} is truncated: {size} bytes do not even hold the header of {SHARD_HEADER}{again}")
+    if header[0] != SHARD_MAGIC:
+        raise UserError(f"{path} is no token shard: its magic number is {header[0]} instead of {SHARD_MAGIC} "
+                        "(nanoGPT's raw .bin files need `python data/get.py tokenize`)")
+    if header[1] != SHARD_VERSION:
+        raise UserError(f"{path} has shard version {header[1]}; only version {SHARD_VERSION} (uint16 tokens) is read")
+    if size != SHARD_HEADER + 2 * int(header[2]):
+        raise UserError(f"{path} is truncated or damaged: its header promises {header[2]} tokens, that is "
+                        f"{SHARD_HEADER + 2 * int(header[2])} bytes, but it has {size}{again}")
+    return int(header[2])
+
+
+def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
+    """The tokens of one shard, a read-only uint16 memory map; with vocab > 0 every id is checked against it."""
+    count = shard_tokens(path)
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER, shape=(count,)) if count else np.zeros(0, "<u2")
+    if vocab and count and int(tokens.max()) >= vocab:
+        where = int(np.argmax(tokens >= vocab))
+        raise UserError(f"{path}: token {tokens[where]} at position {where} is not below vocab = {vocab}; the shard was "
+                        "made with another tokenizer: set --vocab, or get the data that belongs to this preset")
+    return tokens
+
+
+def find_shards(cfg: Config, split: str) -> list[str]:
+    files = sorted(glob.glob(f"{glob.escape(cfg.data)}/*_{split}_*.bin"))
+    if not files:
+        raise UserError(f"no {split} shards: nothing matches {cfg.data}/*_{split}_*.bin; run: {get_command(cfg)}")
+    return files
+
+
+def get_command(cfg: Config, shards: int = 0) -> str:
+    name = Path(cfg.data).name
+    known = ("sample", "fineweb10B", "fineweb100B", "finewebedu10B", "golf", "slowrun")
+    if name not in known:
+        return f"python data/get.py tokenize YOUR_TEXT --out {cfg.data}"
+    return f"python data/get.py {name}" + (f" --shards {shards}" if shards and name != "sample" else "")
+
+
+class Loader:
+    """
+    Batches of rows, the same tokens at any number of ranks. In order (shuffle 0) it follows the speedrun's rule: a batch
+    is one stretch of one shard, a tail that holds no whole batch is dropped, shards follow in the order of their names.
+    Shuffled, the rows of all shards are drawn in a new order each epoch. The position is two or three integers.
+    """
+
+    def __init__(self, cfg: Config, plan: Plan, rank: int = 0, world: int = 1):
+        self.cfg, self.rank, self.world = cfg, rank, world
+        self.files = find_shards(cfg, "train")
+        self.counts = [shard_tokens(f) for f in self.files]
+        self.block = plan.max_seq_len
+        self.opened: dict[int, np.ndarray] = {}
+        self.epoch = self.shard = self.pos = 0  # shuffled: pos is the index in the epoch's order
+        self.order: np.ndarray | None = None
+        self.check_enough(plan)
+
+    def check_enough(self, plan: Plan) -> None:
+        """Before the first step: one batch fits, and the epochs allowed hold the tokens of all steps."""
+        cfg, steps = self.cfg, plan.cfg.steps
+        for now in plan.moments():
+            if cfg.shuffle and now.batch_tokens % self.block:
+                raise UserError(f"batch_tokens = {now.batch_tokens} must be a multiple of the largest seq_len = "
+                                f"{self.block} when shuffle = 1")
+            if not self.per_epoch(now.batch_tokens):
+                raise UserError(f"the {len(self.files)} train shards in {cfg.data} hold {sum(self.counts)} tokens, less "
+                                f"than one batch of {now.batch_tokens}; lower --batch_tokens or run: {get_command(cfg)}")
+        needed, held = plan.tokens(), self.per_epoch(plan.moments()[0].batch_tokens) * plan.moments()[0].batch_tokens
+        if cfg.epochs and not cfg.max_seconds and needed > cfg.epochs * held:
+            per = held / len(self.files)
+            more = math.ceil(needed / per / cfg.epochs)
+            raise UserError(
+                f"too little data for {steps} steps: they need {needed} tokens, that is {needed / per / cfg.epochs:.1f} "
+                f"train shards, found {len(self.files)} in {cfg.data} with {held} usable tokens; run: "
+                f"{get_command(cfg, more)}, or lower --steps, or allow more epochs with --epochs (0: as many as needed)")
+
+    def per_epoch(self, batch_tokens: int) -> int:
+        """Batches in one pass."""
+        if self.cfg.shuffle:
+            return sum((n - 1) // self.block for n in self.counts if n) * self.block // batch_tokens
+        return sum(max(0, -(-(n - 1) // batch_tokens) - 1) for n in self.counts)
+
+    def tokens(self, shard: int) -> np.ndarray:
+        if shard not in self.opened:
+            if not self.cfg.shuffle:
+                self.opened.clear()  # one at a time
+            self.opened[shard] = read_shard(self.files[shard], self.cfg.vocab)
+        return self.opened[shard]
+
+    def batch(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
+        """This rank's rows of the next batch, uint16 [batch_tokens / seq_len / world, seq_len + 1]; then move on."""
+        share = batch_tokens // self.world
+        if self.cfg.shuffle:
+            starts = self.shuffled_starts(step, batch_tokens // self.block)
+            first, count = self.rank * share // seq_len, share // seq_len
+            per = self.block // seq_len  # rows in a block
+            rows = []
+            for i in range(first, first + count):
+                shard, block = starts[i // per]
+                low = block * self.block + i % per * seq_len
+                rows.append(self.tokens(shard)[low : low + seq_len + 1])
+            return np.stack(rows)
+        while self.pos + batch_tokens + 1 >= self.counts[self.shard]:
+            self.shard, self.pos = self.shard + 1, 0
+            if self.shard == len(self.files):
+                self.next_epoch(step)
+        low = self.pos + self.rank * share
+        self.pos += batch_tokens
+        flat = self.tokens(self.shard)[low : low + share + 1]
+        return np.lib.stride_tricks.sliding_window_view(flat, seq_len + 1)[::seq_len]
+
+    def shuffled_starts(self, step: int, count: int) -> list[tuple[int, int]]:
+        starts = []
+        while len(starts) < count:
+            if self.order is None:
+                blocks = [(s, b) for s, n in enumerate(self.counts) for b in range(max(0, n - 1) // self.block)]
+                rng = np.random.default_rng([self.cfg.seed, self.epoch])
+                self.order = np.array(blocks)[rng.permutation(len(blocks))]
+            if self.pos == len(self.order):
+                self.next_epoch(step)
+                continue
+            starts.append(tuple(self.order[self.pos]))
+            self.pos += 1
+        return starts
+
+    def next_epoch(self, step: int) -> None:
+        self.epoch, self.shard, self.pos, self.order = self.epoch + 1, 0, 0, None
+        if self.cfg.epochs and self.epoch >= self.cfg.epochs:
+            raise UserError(f"ran out of train shards at step {step}: {len(self.files)} found in {self.cfg.data}; run: "
+                            f"{get_command(self.cfg, 2 * len(self.files))}, or raise --epochs (now {self.cfg.epochs})")
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "shard": self.shard, "pos": self.pos}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch, self.shard, self.pos, self.order = state["epoch"], state["shard"], state["pos"], None
+
+
+def tensors(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows [n, T+1] -> inputs and targets [n, T] int64 on the device."""
+    rows = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def data_fingerprint(cfg: Config) -> str:
+    """sha256 over name, size, first and last MiB of every shard: tells data sets apart without reading them whole."""
+    digest = hashlib.sha256()
+    for path in find_shards(cfg, "train") + find_shards(cfg, "val"):
+        with open(path, "rb") as f:
+            digest.update(f"{Path(path).name} {os.path.getsize(path)}".encode() + f.read(1 << 20))
+            f.seek(max(0, os.path.getsize(path) - (1 << 20)))
+            digest.update(f.read())
+    return digest.hexdigest()
+
+
+class Tokenizer:
+    """GPT-2's (tiktoken) or a SentencePiece model, with the bytes that each token stands for."""
+
+    def __init__(self, name: str, vocab: int, doc_token: int):
+        self.name, self.vocab, self.doc_token = name, vocab, doc_token
+        if name == "gpt2":
+            import tiktoken
+
+            try:
+                self.gpt2 = tiktoken.get_encoding("gpt2")
+            except Exception as e:  # tiktoken raises whatever its download raises
+                raise UserError(f"tokenizer gpt2: tiktoken could not load its files ({type(e).__name__}); they are "
+                                "fetched once over the network and then cached in TIKTOKEN_CACHE_DIR") from e
+            self.sp = None
+        else:
+            import sentencepiece
+
+            if not Path(name).is_file():
+                raise UserError(f"tokenizer = {name!r}: no such file; for the shipped text run: python data/get.py sample")
+            try:
+                self.sp = sentencepiece.SentencePieceProcessor(model_file=name)
+            except (RuntimeError, OSError) as e:
+                raise UserError(f"tokenizer = {name!r} is no SentencePiece model: {e}") from e
+
+    def encode(self, text: str) -> list[int]:
+        return self.sp.encode(text) if self.sp else self.gpt2.encode_ordinary(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of the tokens; document tokens are left out."""
+        tokens = [int(t) for t in tokens if t != self.doc_token]
+        return self.sp.decode(tokens) if self.sp else self.gpt2.decode(tokens)
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """
+        For every token: its bytes, whether a space stands before it, whether it swallows a space that follows. The rule
+        is parameter-golf's: a leading space counts unless the token before is a control token (a document's start).
+        """
+        size = max(self.vocab, self.sp.get_piece_size() if self.sp else self.gpt2.n_vocab)
+        base, space, edge = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
+        if not self.sp:
+            for i in range(self.gpt2.n_vocab):
+                if i != self.gpt2.eot_token:
+                    base[i], edge[i] = len(self.gpt2.decode_single_token_bytes(i)), False
+            return base, space, edge
+        for i in range(self.sp.get_piece_size()):
+            if self.sp.is_control(i) or self.sp.is_unknown(i) or self.sp.is_unused(i):
+                continue
+            edge[i] = False
+            piece = self.sp.id_to_piece(i)
+            space[i] = piece.startswith("\u2581") and not self.sp.is_byte(i)
+            base[i] = 1 if self.sp.is_byte(i) else len(piece.removeprefix("\u2581").encode())
+        return base, space, edge
+
+    def count_bytes(self, tokens: np.ndarray) -> int:
+        """Bytes of text that tokens[1:] stand for, each seen behind its predecessor."""
+        base, space, edge = self.tables()
+        return int(base[tokens[1:]].sum() + (space[tokens[1:]] & ~edge[tokens[:-1]]).sum())
+
+
+def token_bytes(tokenizer: str, vocab: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return Tokenizer(tokenizer, vocab, 0).tables()
+
+
+class Validation:
+    """The scored prefix of the validation stream: tokens, rows, bytes of text."""
+
+    def __init__(self, cfg: Config, plan: Plan, tokenizer: Tokenizer | None):
+        self.seq_len = plan.eval_seq_len
+        parts, have, want = [], 0, cfg.val_tokens + 1 if cfg.val_tokens else math.inf
+        for path in find_shards(cfg, "val"):
+            if have < want:
+                tokens = read_shard(path, cfg.vocab)
+                parts.append(tokens[: int(min(want - have, len(tokens)))])
+                have += len(parts[-1])
+        if cfg.val_tokens and have < want:
+            raise UserError(f"val_tokens = {cfg.val_tokens}, but the val shards in {cfg.data} hold {have} (one more than "
+                            f"scored is needed); lower --val_tokens, or 0 for all, or run: {get_command(cfg)}")
+        self.rows = (have - 1) // self.seq_len
+        if self.rows < 1:
+            raise UserError(f"the val shards in {cfg.data} hold {have} tokens, less than one row of {self.seq_len}; lower "
+                            "--eval_seq_len")
+        self.tokens = np.concatenate(parts)[: self.rows * self.seq_len + 1]
+        self.bytes = tokenizer.count_bytes(self.tokens) if tokenizer else 0
+
+    def batch(self, rows: range, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
+        """The given rows as inputs and targets [size, T]; rows that are missing to size have targets -1."""
+        T = self.seq_len
+        data = np.stack([self.tokens[min(r, self.rows - 1) * T :][: T + 1] for r in rows])
+        x, y = tensors(data, device)
+        y[[i for i, r in enumerate(rows) if r >= self.rows]] = -1
+        assert len(x) == size
+        return x, y
+
+
+########################################
+#              Averaging               #
+########################################
+
+
+class Averages:
+    """
+    EMA and plain average (SWA) of the weights, each rank keeping its own shards. They are evaluated beside the live
+    weights, so that what averaging gains is in the log and not taken on trust.
+    """
+
+    def __init__(self, cfg: Config, opt: MuonAdamW):
+        self.cfg, self.buckets, self.swa_count = cfg, opt.buckets, 0
+        names = [n for n, on in (("ema", cfg.ema > 0), ("swa", cfg.swa_every > 0)) if on]
+        self.shards = {name: [b.shard.float().clone() for b in self.buckets] for name in names}
+
+    @torch.no_grad()
+    def update(self, step: int, fraction: float) -> None:
+        """After step `step` (counted from 1). The EMA starts as a plain mean: its decay is at most step/(step+9)."""
+        if "ema" in self.shards:
+            keep = min(self.cfg.ema, step / (step + 9))
+            for avg, b in zip(self.shards["ema"], self.buckets):
+                avg.lerp_(b.shard.float(), 1 - keep)
+        if "swa" in self.shards and step % self.cfg.swa_every == 0 and fraction >= self.cfg.swa_start:
+            self.swa_count += 1
+            for avg, b in zip(self.shards["swa"], self.buckets):
+                avg.lerp_(b.shard.float(), 1 / self.swa_count)
+
+    def ready(self) -> list[str]:
+        return [n for n in self.shards if n != "swa" or self.swa_count]
+
+    @contextlib.contextmanager
+    def swapped_in(self, name: str):
+        """Inside, the model has averaged weights; "live" changes nothing. Collective."""
+        if name == "live":
+            yield
+            return
+        live = [b.weights.clone() for b in self.buckets]
+        try:
+            with torch.no_grad():
+                for b, avg in zip(self.buckets, self.shards[name]):
+                    b.weights.copy_(b.gather(avg))
+            yield
+        finally:
+            with torch.no_grad():
+                for b, kept in zip(self.buckets, live):
+                    b.weights.copy_(kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        named = {"swa_count": torch.tensor(self.swa_count)}
+        for kind, shards in self.shards.items():
+            for b, shard in zip(self.buckets, shards):
+                named |= {f"{name}:{kind}": t for name, t in b.by_name(shard).items()}
+        return named
+
+    def load_state_dict(self, named: dict[str, Tensor], rank: int) -> None:
+        self.swa_count = int(named["swa_count"])
+        for kind, shards in self.shards.items():
+            for b, shard in zip(self.buckets, shards):
+                b.from_names(shard, {name: named[f"{name}:{kind}"] for name in b.params}, rank)
+
+
+########################################
+#              Evaluation              #
+########################################
+
+
+def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float | None:
+    """Nats per token -> bits per byte of text; None where the bytes are unknown."""
+    return loss / math.log(2) * tokens / n_bytes if n_bytes else None
+
+
+@torch.no_grad()
+def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, float | None]:
+    """
+    Mean loss in nats per token over the validation prefix, and bits per byte. Rows do not overlap; ranks take turns
+    with batches of one shape (the last is filled up with ignored rows); sums are in float64. Polls for signals.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    stride = shape.rows * run.world
+    bar = tqdm(range(0, val.rows, stride), desc="evaluate", leave=False, disable=not (run.is_main and sys.stderr.isatty()))
+    for low in bar:
+        run.agree()
+        first = low + run.rank * shape.rows
+        x, y = val.batch(range(first, first + shape.rows), run.device, shape.rows)
+        total += model(x, y, shape.repeats, shape.window).double().sum()
+    tokens = val.rows * val.seq_len
+    loss = float(run.sum(total)) / tokens
+    return loss, bits_per_byte(loss, tokens, val.bytes)
+
+
+def compressors_bpb(val: Validation, tokenizer: Tokenizer) -> dict[str, float]:
+    """Bits per byte of xz -9e and zstd -19 on the scored text itself, to compare with: they need no training."""
+    text = tokenizer.decode(val.tokens[1:]).encode()
+    xz = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+    zstd = len(zstandard.ZstdCompressor(level=19).compress(text))
+    return {"xz_bpb": xz * 8 / len(text), "zstd_bpb": zstd * 8 / len(text)}
+
+
+########################################
+#                Export                #
+########################################
+
+ARTIFACT_MAGIC = b"NANORMX1"
+ARTIFACT_MOST = 1 << 33  # bytes that an artifact may unpack to; a forged header cannot ask for more
+
+
+def quantize_rows(w: Tensor, levels: int = 127) -> tuple[Tensor, Tensor]:
+    """
+    Weights [..., rows, cols] -> integers in +-levels and fp16 scales [..., rows, 1]: the largest entry of a row maps to
+    `levels`. The rounding uses the scale as stored, so an entry is off by half a scale at most.
+    """
+    top = torch.finfo(torch.float16)
+    scale = (w.float().abs().amax(-1, keepdim=True) / levels).clamp(2.0**-24, top.max)
+    stored = scale.half()
+    stored = torch.where(stored.float() * levels < scale * levels, stored.nextafter(stored.new_tensor(top.max)), stored)
+    q = (w.float() / stored.float()).round().clamp(-levels, levels).to(torch.int8)
+    return q, stored
+
+
+def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
+    return q.float() * scale.float()
+
+
+def export_artifact(path: Path, named: dict[str, Tensor], cfg: Config) -> int:
+    """
+    Write weights as one file: magic, length of a JSON header, the header (config, kind of each tensor, sizes), a
+    zstd-22 stream of safetensors, sha256 of all before. Matrices of over 65,536 entries become int8 rows, small tensors
+    stay as they are. Returns its bytes.
+    """
+    out, kinds = {}, {}
+    for name, w in named.items():
+        w = w.detach().cpu()
+        if w.ndim >= 2 and w.numel() > 65536:
+            out[f"{name}:q"], out[f"{name}:scale"] = (t.contiguous() for t in quantize_rows(w))
+            kinds[name] = "int8_rows"
+        else:
+            out[name], kinds[name] = w.contiguous(), "plain"
+    payload = save_tensors_to_bytes(out)
+    packed = zstandard.ZstdCompressor(level=22).compress(payload)
+    header = json.dumps({"tensors": kinds, "codec": "zstd", "payload_bytes": len(payload), "packed_bytes": len(packed),
+                         "config": config_toml(cfg)}).encode()
+    body = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + packed
+    write_whole(path, body + hashlib.sha256(body).digest())
+    return path.stat().st_size
+
+
+def load_artifact(path: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Configuration and fp32 weights of an artifact. Executes nothing; any damage is a UserError."""
+
+    def bad(why: str) -> UserError:
+        return UserError(f"{path} is no usable artifact: {why}; export it again from its checkpoint")
+
+    data = Path(path).read_bytes()
+    start = len(ARTIFACT_MAGIC) + 4
+    if not data.startswith(ARTIFACT_MAGIC):
+        raise bad("it does not begin with the artifact's magic")
+    if len(data) < start + 32 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise bad("its checksum does not match: it is cut short or changed")
+    try:
+        (length,) = struct.unpack("<I", data[start - 4 : start])
+        header = json.loads(data[start : start + length])
+        packed = data[start + length : -32]
+        size = header["payload_bytes"]
+        if not (isinstance(size, int) and 0 <= size <= ARTIFACT_MOST) or len(packed) != header["packed_bytes"]:
+            raise bad("its header and its size disagree")
+        reader = zstandard.ZstdDecompressor().stream_reader(packed)
+        payload = reader.read(size + 1)
+        if len(payload) != size:
+            raise bad("its payload has another size than its header says")
+        stored = load_tensors_from_bytes(payload)
+        cfg = Config(**{k: tuple(v) if k == "config" else v for k, v in tomllib.loads(header["config"]).items()})
+        named = {}
+        for name, kind in header["tensors"].items():
+            named[name] = dequantize_rows(stored[f"{name}:q"], stored[f"{name}:scale"]) if kind == "int8_rows" else stored[name]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, zstandard.ZstdError, SafetensorError,
+            MemoryError) as e:
+        raise bad(f"{type(e).__name__}: {e}") from e
+    return cfg, named
+
+
+def load_weights(model: nn.Module, named: dict[str, Tensor], where: str) -> None:
+    """Strictly: the same names, the same shapes."""
+    own = dict(model.named_parameters())
+    missing, extra = sorted(own.keys() - named.keys()), sorted(named.keys() - own.keys())
+    if missing or extra:
+        raise UserError(f"{where} does not fit this model: missing {missing[:5]}, unknown {extra[:5]}")
+    with torch.no_grad():
+        for name, p in own.items():
+            if p.shape != named[name].shape:
+                raise UserError(f"{where}: {name} is {list(named[name].shape)} there and {list(p.shape)} here")
+            p.copy_(named[name])
+
+
+def source_files() -> list[Path]:
+    """The project's sources that this process runs, the started script first: they go into the log and are counted."""
+    here = Path(__file__).resolve()
+    started = Path(sys.argv[0]).resolve()
+    return list(dict.fromkeys(p for p in (started, here) if p.suffix == ".py" and p.parent == here.parent)) or [here]
+
+
+########################################
+#              Checkpoint              #
+########################################
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first: those with a DONE marker."""
+    return sorted((p.parent for p in folder.glob("ckpt/*/DONE")), key=lambda p: int(p.name))
+
+
+def sync_folder(path: Path) -> None:
+    for p in [*path.iterdir(), path]:
+        fd = os.open(p, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, loader: Loader, step: int) -> Path:
+    """
+    Weights, optimizer, averages, loader position, RNG of every rank, clocks and config in log_dir/run/ckpt/<step>.
+    Written beside, synced, marked DONE, then renamed: a crash at any instant leaves the older one whole. Collective.
+    """
+    final = run.folder / "ckpt" / f"{step:06d}"
+    part = final.with_name(f".{final.name}.part")
+    optimizer, averages = opt.state_dict(), avg.state_dict()
+    rng = [None] * run.world
+    mine = {"cpu": torch.get_rng_state().numpy().tobytes().hex()}
+    if run.device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    if run.world > 1:
+        dist.all_gather_object(rng, mine)
+    else:
+        rng = [mine]
+    if run.is_main:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        weights = {name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters()}
+        for name, named in (("model", weights), ("optimizer", optimizer), ("averages", averages)):
+            try:
+                save_tensors(named, part / f"{name}.safetensors")
+            except SafetensorError as e:  # it wraps the system's error: full disk, mostly
+                raise OSError(errno.ENOSPC if "No space" in str(e) else errno.EIO, str(e), str(part)) from e
+        state = {"step": step, "train_seconds": run.clock.seconds(), "wall_seconds": run.wall(), "loader": loader.state_dict(),
+                 "rng": rng, "world_size": run.world, "torch": torch.__version__}
+        (part / "state.json").write_text(json.dumps(state))
+        (part / "config.toml").write_text(config_toml(run.cfg))
+        sync_folder(part)
+        (part / "DONE").touch()
+        sync_folder(part)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(part, final)
+        sync_folder(final.parent) if final.parent.is_dir() else None
+        for old in checkpoints(run.folder)[: -run.cfg.keep]:
+            (old / "DONE").unlink()  # first, so that half a checkpoint is never taken for a whole one
+            shutil.rmtree(old)
+    run.barrier()
+    return final
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} cannot be read ({e}); delete its checkpoint folder to go back to the one before") from e
+
+
+def load_checkpoint(path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, loader: Loader) -> int:
+    """Everything that save_checkpoint wrote, at any number of ranks; the step to go on from."""
+    state = json.loads((path / "state.json").read_text())
+    load_weights(model, read_tensors(path / "model.safetensors"), str(path))
+    opt.load_state_dict(read_tensors(path / "optimizer.safetensors"))
+    avg.load_state_dict(read_tensors(path / "averages.safetensors"), run.rank)
+    loader.load_state_dict(state["loader"])
+    if run.rank < len(state["rng"]):  # ranks that did not exist then keep their own fresh stream
+        for kind, text in state["rng"][run.rank].items():
+            rng = torch.from_numpy(np.frombuffer(bytes.fromhex(text), dtype=np.uint8).copy())
+            if kind == "cpu":
+                torch.set_rng_state(rng)
+            elif run.device.type == "cuda":
+                torch.cuda.set_rng_state(rng)
+    run.clock.total, run.earlier_wall = state["train_seconds"], state["wall_seconds"]
+    return state["step"]
+
+
+def open_source(where: str) -> tuple[Config, dict[str, Tensor], Path]:
+    """Config and weights of a run folder (its artifact, else its newest checkpoint), a checkpoint or an artifact."""
+    path = Path(where)
+    if path.is_dir() and not (path / "model.safetensors").exists():
+        found = [p for p in (path / "model.nrx", *checkpoints(path)[-1:]) if p.exists()]
+        if not found:
+            raise UserError(f"{where} holds neither an artifact (model.nrx) nor a complete checkpoint (ckpt/*/DONE)")
+        path = found[0]
+    if path.is_file():
+        return *load_artifact(path), path
+    if not (path / "model.safetensors").exists():
+        raise UserError(f"{where}: no such run folder, checkpoint or artifact")
+    return Config(**read_toml(path / "config.toml")), read_tensors(path / "model.safetensors"), path
+
+
+def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
+    """Start from the weights of another run (init_from); print which were taken. Nothing taken is an error."""
+    if Path(cfg.init_from).is_dir() and checkpoints(Path(cfg.init_from)):
+        _, named, path = open_source(str(checkpoints(Path(cfg.init_from))[-1]))  # rather exact than quantised
+    else:
+        _, named, path = open_source(cfg.init_from)
+    parts = {"all": ".*", "attn": r"\.attn\.", "mlp": r"\.mlp\.", "attn+mlp": r"\.(attn|mlp)\."}
+    pattern = parts.get(cfg.transfer, cfg.transfer)
+    taken = [n for n, _ in model.named_parameters() if n in named and re.search(pattern, n)]
+    if not taken:
+        raise UserError(f"transfer = {cfg.transfer!r} takes nothing from {path}: no name of this model matches it there")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in taken and p.shape != named[name].shape:
+                raise UserError(f"init_from {path}: {name} is {list(named[name].shape)} there and {list(p.shape)} here; "
+                                "leave it out with --transfer, or build the same shape")
+            word = "loaded" if name in taken else "fresh "
+            if name in taken:
+                p.copy_(named[name])
+            run.log(f"transfer:{word} {name} {list(p.shape)} norm {p.float().norm():.4g}", console=False)
+    run.log(f"transfer:{len(taken)} of {len(list(model.parameters()))} tensors loaded from {path}")
+
+
+########################################
+#                Train                 #
+########################################
+
+@dataclass
+class Parts:
+    """What training consists of, together."""
+
+    cfg: Config
+    run: Run
+    plan: Plan
+    model: GPT
+    graph: object  # the model, compiled or not
+    opt: MuonAdamW
+    avg: Averages
+    loader: Loader
+    val: Validation
+    tokenizer: Tokenizer | None
+
+
+def build(cfg: Config, run: Run) -> Parts:
+    """Make every part; all that can be wrong with config and data is found here, before anything is compiled."""
+    plan = Plan(cfg)
+    plan.train_shapes(run.world)  # refuses batches that do not divide
+    loader = Loader(cfg, plan, run.rank, run.world)
+    loader.tokens(0)
+    try:
+        tokenizer = Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token) if cfg.tokenizer else None
+    except UserError as e:
+        tokenizer = None
+        run.log(f"notice: no bits per byte and no samples: {e}")
+    val = Validation(cfg, plan, tokenizer)
+    model = build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
+    if cfg.tie_embed and cfg.head_init == "zero":
+        run.log("notice: a tied table cannot start at zero, as it is the input too: it starts uniform in +-1/sqrt(dim)")
+    if cfg.init_from:
+        transfer_weights(model, cfg, run)
+    opt = MuonAdamW(cfg, model, run)
+    return Parts(cfg, run, plan, model, compile_model(model, cfg), opt, Averages(cfg, opt), loader, val, tokenizer)
+
+
+def compile_model(model: GPT, cfg: Config):
+    """The model as train and evaluation call it."""
+    if cfg.compile == 0:
+        return model
+    torch._dynamo.config.recompile_limit = 64  # one graph per shape of the schedule; the default of 8 is for accidents
+    if cfg.compile == 2:
+        return torch.compile(model, dynamic=False)
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    model.losses = torch.compile(model.losses, dynamic=False)
+    return model
+
+
+def graphs_compiled() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def warm_up(p: Parts) -> None:
+    """
+    Run every graph that the schedules will need once, on random tokens: compilation and the allocator's first growth
+    lie before the clock. Then weights, gradients, optimizer state and RNG are put back.
+    """
+    run, plan, began = p.run, p.plan, time.perf_counter()
+    kept, rng = p.opt.snapshot(), torch.get_rng_state()
+    todo = [(True, s) for s in plan.train_shapes(run.world)] + [(False, s) for s in plan.eval_shapes()]
+    bar = tqdm(todo, desc="compile" if p.cfg.compile else "warm up", leave=False,
+               disable=not (run.is_main and sys.stderr.isatty()))
+    try:
+        with run.interruptible():
+            for training, shape in bar:
+                rows = torch.randint(p.cfg.vocab, (shape.rows, shape.seq_len + 1), device=run.device)
+                x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+                if training:
+                    p.graph(x, y, shape.repeats, shape.window).mean().backward()
+                    p.opt.step(plan.at(0, 0.0))
+                else:
+                    with torch.no_grad():
+                        p.graph(x, y, shape.repeats, shape.window)
+    finally:
+        with torch.no_grad():
+            p.opt.restore(kept)
+        torch.set_rng_state(rng)
+    run.log(f"warmup:{len(todo)} graphs time:{time.perf_counter() - began:.1f}s")
+
+
+def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
+    """One optimizer step; the mean loss over the global batch and the gradient norm, on the device."""
+    rows = p.loader.batch(step, now.batch_tokens, now.seq_len)
+    size = p.plan.micro_rows(now, p.run.world)
+    total = torch.zeros(1, device=p.run.device)
+    for low in range(0, len(rows), size):
+        x, y = tensors(rows[low : low + size], p.run.device)
+        # Summed over tokens and divided by the global count: ranks and micro-batches change the float order alone.
+        loss = p.graph(x, y, now.repeats, now.window).sum() / now.batch_tokens
+        loss.backward()
+        total += loss.detach()
+    return p.run.sum(total), p.opt.step(now)
+
+
+def validate_all(p: Parts, step: int, now: Now) -> dict:
+    """Evaluate the live weights and the averages beside them; log a line in the speedrun's format and a second with more."""
+    run, ms = p.run, p.run.clock.seconds() * 1000
+    began, found = time.perf_counter(), {}
+    for name in ["live", *p.avg.ready()]:
+        with p.avg.swapped_in(name):
+            loss, bpb = evaluate(run, p.graph, p.val, p.plan.eval_shape(now))
+        tail = "" if name == "live" else f"_{name}"
+        found |= {f"val_loss{tail}": loss} | ({f"val_bpb{tail}": bpb} if bpb else {})
+    run.log(f"step:{step}/{p.cfg.steps} val_loss:{found['val_loss']:.5f} train_time:{ms:.0f}ms "
+            f"step_avg:{ms / max(step, 1):.2f}ms")
+    more = {k: v for k, v in found.items() if k != "val_loss"}
+    if more:
+        run.log(f"  at:{step} " + " ".join(f"{k}:{v:.5f}" for k, v in more.items()))
+    found["eval_time_s"] = time.perf_counter() - began
+    run.metric("val", step, steps=p.cfg.steps, **found, train_time_ms=ms, wall_time_s=run.wall())
+    return found
+
+
+def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds: float) -> None:
+    """Read the numbers of a finished step (this waits for the device), stop if they are not finite, write the lines."""
+    loss, size, run, cfg = float(loss), float(size), p.run, p.cfg
+    if not (math.isfinite(loss) and math.isfinite(size)):
+        good = checkpoints(run.folder)
+        raise UserError(
+            f"step {step}: loss {loss}, gradient norm {size}: not finite, stopped (lr multiplier {now.lr:.4g}, repeats "
+            f"{now.repeats}). Last good checkpoint: {good[-1] if good else 'none'}; it is kept. Lower the learning rates, "
+            "or set --grad_clip 1, and --resume")
+    if step % cfg.log_every == 0 or step == cfg.steps:
+        elapsed = run.clock.seconds()
+        run.log(f"step:{step}/{cfg.steps} train_time:{elapsed * 1000:.0f}ms step_avg:{elapsed * 1000 / step:.2f}ms", console=False)
+        run.metric("train", step, train_loss=loss, grad_norm=size, tok_s=now.batch_tokens / seconds, **now._asdict(),
+                   train_time_ms=elapsed * 1000)
+        fraction = p.plan.fraction(step, elapsed)
+        eta = elapsed * (1 - fraction) / max(fraction, 1e-9)
+        run.live(f"step:{step}/{cfg.steps} train_loss:{loss:.4f} lr:{now.lr:.3g} {now.batch_tokens / seconds:,.0f} tok/s "
+                 f"{100 * fraction:.1f}% eta:{int(eta // 60)}m{int(eta % 60):02d}s")
+
+
+def train_loop(p: Parts, step: int) -> int:
+    """From `step` to the end of training. The state is whole wherever a signal can raise Interrupted."""
+    cfg, run, plan = p.cfg, p.run, p.plan
+    took, pending = 0.0, None
+
+    def flush() -> None:
+        nonlocal pending
+        if pending:
+            log_step(p, *pending)
+        pending = None
+
+    run.step = step
+    run.clock.start()
+    while True:
+        seconds = run.agree(run.clock.seconds())
+        now = plan.at(step, plan.fraction(step, seconds))
+        # A clock cap is a cap: no step is begun that would end behind it.
+        last = step >= cfg.steps or bool(cfg.max_seconds and seconds + took > cfg.max_seconds)
+        evaluating = last or (cfg.eval_every and step % cfg.eval_every == 0)
+        saving = last and cfg.save_last or cfg.save_every and step % cfg.save_every == 0 and step > 0
+        if evaluating or saving:
+            flush()
+            with run.clock.paused():
+                if saving:  # before evaluating: what crashes there must not cost the checkpoint
+                    save_checkpoint(run, p.model, p.opt, p.avg, p.loader, step)
+                if evaluating:
+                    validate_all(p, step, now)
+        if last:
+            break
+        loss, size = train_step(p, step, now)
+        step += 1
+        run.step = step
+        p.avg.update(step, plan.fraction(step, seconds))
+        previous, pending = pending, (step, now, loss, size, max(1e-9, run.clock.seconds() - seconds))
+        took = run.clock.seconds() - seconds
+        if previous:
+            log_step(p, *previous)  # one step late: the device is not kept waiting for the host to read a number
+        if run.device.type == "cpu":
+            flush()
+    run.clock.stop()
+    return step
+
+
+def finish(p: Parts, step: int) -> dict:
+    """After the last step: export, read back, score, compare, sample; result.json."""
+    cfg, run, plan = p.cfg, p.run, p.plan
+    now = plan.at(step, plan.fraction(step, run.clock.seconds()))
+    if cfg.final_weights not in ["live", *p.avg.ready()]:
+        raise UserError(f"final_weights = {cfg.final_weights!r}, but no snapshot was taken: lower --swa_start or --swa_every")
+    result: dict = {}
+    began = time.perf_counter()
+    with p.avg.swapped_in(cfg.final_weights):
+        loss, bpb = evaluate(run, p.graph, p.val, plan.eval_shape(now))
+        result |= {"val_loss": loss, "val_bpb": bpb, "eval_time_s": time.perf_counter() - began}
+        if cfg.export:
+            path = run.folder / "model.nrx"
+            named = {n: t for n, t in p.model.named_parameters()}
+            if run.is_main:
+                export_artifact(path, named, cfg)
+            run.barrier()
+            live = [b.weights.clone() for b in p.opt.buckets]
+            load_weights(p.model, load_artifact(path)[1], str(path))
+            loss, bpb = evaluate(run, p.graph, p.val, plan.eval_shape(now))
+            if not cfg.sample_tokens:
+                with torch.no_grad():
+                    for b, kept in zip(p.opt.buckets, live):
+                        b.weights.copy_(kept)
+            code = sum(f.stat().st_size for f in source_files())
+            size = path.stat().st_size
+            result |= {"roundtrip_val_loss": loss, "roundtrip_val_bpb": bpb, "artifact_bytes": size, "code_bytes": code,
+                       "total_bytes": size + code}
+            run.log(f"final_int8_zstd22_roundtrip val_loss:{loss:.8f}" + (f" val_bpb:{bpb:.8f}" if bpb else ""))
+            limit = f" of {cfg.artifact_limit} allowed" if cfg.artifact_limit else ""
+            run.log(f"artifact: {path} {size} bytes + code {code} bytes = {size + code} bytes{limit}")
+        if run.is_main and p.tokenizer and p.val.bytes and p.val.bytes < 8e6:
+            result |= compressors_bpb(p.val, p.tokenizer)
+            run.log(f"same text: xz -9e {result['xz_bpb']:.4f} bpb, zstd -19 {result['zstd_bpb']:.4f} bpb")
+        if run.is_main and p.tokenizer and cfg.sample_tokens:
+            text = generate(p.model, p.tokenizer, cfg, plan.max_seq_len, now)
+            run.log(f"sample from the {'artifact' if cfg.export else 'weights'}:\n{text}")
+    return {k: v for k, v in result.items() if v is not None}
+
+
+@torch.no_grad()
+def generate(model: GPT, tokenizer: Tokenizer, cfg: Config, seq_len: int, now: Now) -> str:
+    """Continue cfg.prompt (or a new document) by cfg.sample_tokens tokens; stops where a document ends."""
+    device = model.head.device
+    rng = torch.Generator(device).manual_seed(cfg.seed)
+    tokens = [cfg.doc_token, *tokenizer.encode(cfg.prompt)]
+    bad = [t for t in tokens if t >= cfg.vocab]
+    if bad:
+        raise UserError(f"the tokenizer gives token {bad[0]}, which is not below the model's vocab = {cfg.vocab}")
+    for _ in range(cfg.sample_tokens):
+        context = torch.tensor([tokens[-seq_len:]], device=device)
+        logits = model.logits(model.hidden(context, now.repeats, now.window)[0, -1])[: cfg.vocab]
+        if cfg.top_k:
+            least = logits.topk(min(cfg.top_k, cfg.vocab)).values[-1]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if cfg.temperature > 0:
+            tokens.append(int(torch.multinomial((logits / cfg.temperature).softmax(-1), 1, generator=rng)))
+        else:
+            tokens.append(int(logits.argmax()))
+        if tokens[-1] == cfg.doc_token:
+            break
+    return tokenizer.decode(tokens)
+
+
+def sample(flags: Config) -> int:
+    """Print a sample from flags.sample_from; what is sampled comes from there, how it is sampled from the flags."""
+    cfg, named, path = open_source(flags.sample_from)
+    for key in ("prompt", "temperature", "top_k", "seed"):
+        setattr(cfg, key, getattr(flags, key))
+    cfg.sample_tokens = flags.sample_tokens or 200
+    plan, device = Plan(cfg), choose_device(flags)
+    model = build_model(cfg, device, choose_dtype(flags, device), plan.max_seq_len)
+    load_weights(model, named, str(path))
+    if not cfg.tokenizer:
+        raise UserError(f"{path} was trained without a tokenizer: there is nothing to turn text into tokens")
+    print(generate(model, Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token), cfg, plan.max_seq_len, plan.at(cfg.steps, 1.0)))
+    return 0
+
+
+def prepare_folder(cfg: Config, run: Run) -> Path | None:
+    """Create the run's folder, or find the checkpoint to go on from. Rank 0 decides for all; None: start at step 0."""
+    decision: list = [None, None]
+    if run.is_main:
+        try:
+            decision[0] = resume_point(cfg, run.folder)
+        except (UserError, OSError) as e:
+            decision[1] = e
+    if run.world > 1:
+        dist.broadcast_object_list(decision, src=0)
+    if decision[1]:
+        raise decision[1]
+    return decision[0]
+
+
+def resume_point(cfg: Config, folder: Path) -> Path | None:
+    if folder.exists() and not cfg.resume:
+        raise UserError(f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or delete it")
+    saved = folder / "config.toml"
+    if saved.exists():
+        old = Config(**read_toml(saved))
+        changed = [f"  {k}: {getattr(old, k)!r} -> {getattr(cfg, k)!r}" for k in FIELDS
+                   if k not in FREE_ON_RESUME and getattr(old, k) != getattr(cfg, k)]
+        if changed:
+            raise UserError(f"--resume of {folder}, but the configuration changed:\n" + "\n".join(changed) +
+                            "\nuse the old values, or another --run")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(saved, f"# presets: {' '.join(cfg.config)}\n{config_toml(cfg)}".encode())
+    return (checkpoints(folder) or [None])[-1]
+
+
+def log_head(run: Run, step: int | None) -> None:
+    """Sources, environment and configuration go first, so that a log is a complete witness."""
+    if step is None:
+        for path in source_files():
+            run.log(path.read_text(), console=False)
+    run.log("=" * 100, console=False)
+    for line in environment(run):
+        run.log(line, console=False)
+    run.log(config_toml(run.cfg) + "=" * 100, console=False)
+    run.log(f"log: {run.folder / 'log.txt'}")
+
+
+def train(cfg: Config, run: Run) -> int:
+    """A whole run, from folder to result.json; the exit code."""
+    if cfg.resume and (run.folder / "result.json").exists():
+        print(f"{run.folder} is finished: nothing to resume")
+        return 0
+    Plan(cfg).train_shapes(run.world)  # what config and data alone can refuse is refused before a folder is made
+    Loader(cfg, Plan(cfg))
+    start = prepare_folder(cfg, run)
+    run.resumed = start is not None
+    run.open_log(int(start.name) if start else -1)
+    log_head(run, None if start is None else int(start.name))
+    p = build(cfg, run)
+    step = load_checkpoint(start, run, p.model, p.opt, p.avg, p.loader) if start else 0
+    run.step = step
+    if start:
+        run.log(f"resumed:{start} at step {step}")
+    size = sum(q.numel() for q in p.model.parameters())
+    run.log(f"model_params:{size} ranks:{run.world} device:{run.device} dtype:{run.dtype} val_tokens:{p.val.rows * p.val.seq_len}")
+    try:
+        warm_up(p)
+        before = graphs_compiled()
+        step = train_loop(p, step)
+        again = graphs_compiled() - before
+        run.log(f"recompiles:{again}")
+        result = finish(p, step)
+    except Interrupted:
+        run.clock.stop()
+        saved = save_checkpoint(run, p.model, p.opt, p.avg, p.loader, run.step)
+        run.log(f"interrupted by {signal.Signals(run.signal).name}: saved {saved}; continue with --resume")
+        return 128 + run.signal
+    write_result(p, result, step, size)
+    return 0
+
+
+def write_result(p: Parts, result: dict, step: int, size: int) -> None:
+    cfg, run = p.cfg, p.run
+    if run.device.type == "cuda":
+        peak, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    else:
+        import resource
+
+        peak = held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    run.log(f"peak memory allocated: {peak // 2**20} MiB reserved: {held // 2**20} MiB")
+    seconds = run.clock.seconds()
+    out = {"run": cfg.run, "seed": cfg.seed, "preset": "+".join(Path(c).stem for c in cfg.config), "arm": cfg.arm, "params": size,
+           "steps": step, "tokens": tokens_seen(p, step), **result, "train_time_s": seconds, "wall_time_s": run.wall(),
+           "world_size": run.world, "device": device_name(run), "torch": torch.__version__, "git": git_revision(),
+           "data_sha256": data_fingerprint(cfg), "config_sha256": config_hash(cfg), "resumed": run.resumed,
+           "peak_memory_bytes": peak}
+    run.log(f"final: val_loss:{result['val_loss']:.8f} " + " ".join(f"{k}:{v:.8f}" for k, v in result.items() if k.endswith("bpb"))
+            + f" train_time:{seconds:.3f}s wall_time:{run.wall():.1f}s")
+    if run.is_main:
+        write_whole(run.folder / "result.json", (json.dumps(out, indent=1) + "\n").encode())
+        if run.wandb:
+            run.wandb.summary.update(out)
+
+
+def tokens_seen(p: Parts, step: int) -> int:
+    starts = p.plan.sched["batch_tokens"]
+    if len(starts.points) == 1:
+        return step * int(starts.points[0].value)
+    return sum(p.plan.at(s, s / p.cfg.steps).batch_tokens for s in range(step))
+
+
+def device_name(run: Run) -> str:
+    if run.device.type == "cuda":
+        return torch.cuda.get_device_name(run.device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def explain(e: BaseException) -> str | None:
+    """What a person can do about errors that are not bugs; None for those that are."""
+    text = str(e)
+    if isinstance(e, UserError):
+        return text
+    if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return (f"out of memory: halve --micro_tokens or --loss_chunk; the result stays the same. ({text.splitlines()[0]})")
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({e}); complete checkpoints are kept: make room and continue with --resume"
+    if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        return f"cannot write there ({e}); choose another folder with --log_dir"
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        cfg = parse_args(sys.argv[1:] if argv is None else argv)
+        if cfg.dry_run:
+            from logs.dry_run import dry_run  # statistics live outside; logs/ is beside this file
+
+            return dry_run(cfg)
+        if cfg.sample_from:
+            return sample(cfg)
+        with Run(cfg) as run:
+            return train(cfg, run)
+    except (UserError, RuntimeError, OSError) as e:
+        message = explain(e)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.modules["train_gpt"] = sys.modules["__main__"]  # what imports train_gpt from here on gets this very module
+    sys.exit(main())
