@@ -122,8 +122,17 @@ class Config:
     norm_eps: float = 1e-6  # epsilon of every RMS norm; remix ran at bfloat16's 2^-7 and depends on it
     qk_norm: int = 1  # 1: RMS norm on queries and keys
     attn_scale: float = 0.0  # factor on attention scores; 0: 1/sqrt(head_dim)
-    rope: str = "truncated"  # truncated (a half of the dims turns, base^-linspace) or standard (all dims turn)
+    rope: str = "truncated"  # truncated (a half of the dims turns, base^-linspace) or standard (base^-(2k/dims))
     rope_base: float = 1024.0  # longest period over 2 pi of the rotary frequencies
+    rope_dims: int = 0  # standard: the first so many dims of a head turn; 0: all
+    activation: str = "relu2"  # of the MLP: relu2 or leaky_relu2 (slope 0.5, then squared)
+    q_gain: float = 0.0  # start of a learned factor per query head, behind the rotation; 0: none
+    xsa: int = 0  # exclusive self-attention (no component along the own value) in the last n positions; -1: in all
+    block_scales: int = 0  # 1: blocks learn vectors that mix in the embedding and scale both branches
+    unet: int = 0  # 1: learned skips from the first half of the positions to the second
+    loop_embed: int = 0  # 1: each position adds a learned vector
+    value_embeds: int = 0  # token tables of which each position adds a learned share; 0: none
+    cross_repeat: int = 0  # 1: a looped block adds a learned share of its own output one repeat before
     doc_mask: int = 1  # 1: a token sees its own document only
     window: str = "0"  # [sched] keys a token sees, itself included; 0: the whole row
     loop: str = ""  # "a:b": blocks a..b-1 are applied `repeats` times; empty: none
@@ -233,7 +242,7 @@ def parse_args(argv: list[str]) -> Config:
     names, i = [], 0
     while i < len(argv):
         if argv[i] == "--config":
-            while i + 1 < len(argv) and not argv[i + 1].startswith("--"):
+            while i + 1 < len(argv) and not argv[i + 1].startswith("-"):
                 i += 1
                 names.append(argv[i])
         elif argv[i].startswith("--config="):
@@ -243,7 +252,8 @@ def parse_args(argv: list[str]) -> Config:
     for name in names:
         merged |= read_toml(preset_path(name))
     merged.pop("config", None)
-    cfg = tyro.cli(Config, args=argv, default=Config(**merged), description=__doc__.split("Read it")[0])
+    cfg = tyro.cli(Config, args=argv, default=Config(**merged), description=__doc__.split("Read it")[0],
+                   use_underscores=True)
     cfg.config = tuple(names)
     if not cfg.run:
         cfg.run = "-".join([Path(n).stem for n in names] or ["run"]) + f"-s{cfg.seed}"
@@ -262,24 +272,28 @@ def validate(cfg: Config) -> None:
         value = getattr(cfg, key)
         need(value in allowed, f"{key} = {value!r}: must be one of {', '.join(repr(a) for a in allowed)}")
 
-    need(not re.search(r"[\s/\\]", cfg.run), f"run = {cfg.run!r}: a run's name is a folder's name, without / or blanks")
+    need(not re.search(r"[\s/\\]|^\.*$", cfg.run), f"run = {cfg.run!r}: a run's name is a folder's name, without / or blanks")
     one_of("device", "auto", "cpu", "cuda")
     one_of("dtype", "auto", "float32", "bfloat16")
     one_of("param_dtype", "float32", "bfloat16")
     one_of("rope", "truncated", "standard")
+    one_of("activation", "relu2", "leaky_relu2")
     one_of("optimizer", "muon", "adamw")
     one_of("polar", "ns5", "polar_express")
     one_of("final_weights", "live", "ema", "swa")
     one_of("export", "int8", "")
-    for key in ("steps", "depth", "dim", "heads", "micro_tokens", "loss_chunk", "vocab", "keep", "polar_steps"):
+    for key in ("steps", "depth", "dim", "heads", "micro_tokens", "loss_chunk", "vocab", "keep", "polar_steps",
+                "log_every", "head_multiple"):
         need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)}: must be at least 1")
-    for key in ("eval_every", "save_every", "log_every", "epochs", "val_tokens", "max_seconds", "grad_clip", "softcap"):
+    for key in ("seed", "eval_every", "save_every", "epochs", "val_tokens", "max_seconds", "grad_clip", "softcap", "kv_heads",
+                "head_dim", "eval_seq_len", "swa_every", "sample_tokens"):
         need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)}: must not be negative")
     need(cfg.vocab <= 65536, f"vocab = {cfg.vocab}: shards hold uint16 tokens, 65536 is the most")
     need(0 <= cfg.doc_token < cfg.vocab, f"doc_token = {cfg.doc_token}: not below vocab = {cfg.vocab}")
     need(cfg.head_dim > 0 or cfg.dim % cfg.heads == 0, f"dim = {cfg.dim} is no multiple of heads = {cfg.heads}")
     need(head_width(cfg) % 4 == 0, f"head_dim = {head_width(cfg)}: rotary embedding needs a multiple of 4")
     need(cfg.heads % (cfg.kv_heads or cfg.heads) == 0, f"heads = {cfg.heads}: no multiple of kv_heads = {cfg.kv_heads}")
+    need(cfg.mlp_ratio * cfg.dim >= 1, f"mlp_ratio = {cfg.mlp_ratio}: leaves the MLP no hidden unit")
     need(0 <= cfg.ema < 1, f"ema = {cfg.ema}: a decay per step, 0 <= ema < 1")
     need(cfg.final_weights != "ema" or cfg.ema > 0, "final_weights = 'ema' needs ema > 0, for example --ema 0.997")
     need(cfg.final_weights != "swa" or cfg.swa_every > 0, "final_weights = 'swa' needs swa_every > 0")
@@ -328,7 +342,8 @@ def config_toml(cfg: Config) -> str:
         if name in ("config", "resume", "dry_run", "json"):
             continue
         value = getattr(cfg, name)
-        lines.append(f"{name} = {json.dumps(value)}")  # JSON's strings and numbers are TOML's
+        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # so JSON's values are TOML's
+        lines.append(f"{name} = {text}")
     return "\n".join(lines) + "\n"
 
 
@@ -369,9 +384,11 @@ class Schedule:
             self.points.append(point)
         if not self.points or self.points[0].at != 0 or self.points[0].ramp:
             raise self.error("must start with a value, or with 0:value")
+        reached = {True: 0.0, False: 0.0}  # the last position in steps, and as a fraction
         for a, b in zip(self.points, self.points[1:]):
-            if b.at <= a.at and (a.in_steps == b.in_steps or b.at == 0):
-                raise self.error(f"its points must stand in order, but {b.at:g} follows {a.at:g}")
+            if b.at <= reached[b.in_steps]:
+                raise self.error(f"its points must stand in order, but {b.at:g} follows {reached[b.in_steps]:g}")
+            reached[b.in_steps] = b.at
             if b.ramp and a.at != 0 and a.in_steps != b.in_steps:
                 raise self.error("a ramp must begin and end in the same unit, steps or fractions")
             if not b.in_steps and b.at > 1:
@@ -456,18 +473,18 @@ class Plan:
         points = [p for s in shaping for p in s.points]
         steps = self.cfg.steps
         if not self.cfg.max_seconds:
-            starts = sorted({p.at if p.in_steps else math.ceil(p.at * steps - 1e-9) for p in points})
-            return [self.at(int(s), s / steps) for s in starts if s < steps or s == 0]
+            starts = sorted({math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points})
+            return [self.at(s, s / steps) for s in starts if s < steps or s == 0]
         # On the clock nobody knows which step a moment falls on: pair every step mark with every fraction.
-        marks = sorted({p.at for p in points if p.in_steps} | {0.0})
+        marks = sorted({math.ceil(p.at) for p in points if p.in_steps} | {0})
         fractions = sorted({p.at for p in points if not p.in_steps} | {0.0})
-        return [self.at(int(s), f) for f in fractions for s in marks]
+        return [self.at(s, f) for f in fractions for s in marks]
 
     def micro_rows(self, now: Now, world: int) -> int:
         """Rows of one forward pass. The batch must divide evenly, or ranks would weigh differently."""
         share = now.batch_tokens // world
         micro = min(self.cfg.micro_tokens, share)
-        if now.batch_tokens % (world * micro) or micro % now.seq_len:
+        if not micro or now.batch_tokens % (world * micro) or micro % now.seq_len:
             raise UserError(
                 f"batch_tokens = {now.batch_tokens} on {world} ranks does not divide into micro-batches of "
                 f"micro_tokens = {self.cfg.micro_tokens} made of rows of seq_len = {now.seq_len}: choose batch_tokens = "
@@ -483,7 +500,8 @@ class Plan:
         return Shape(rows, self.eval_seq_len, now.repeats, now.window)
 
     def eval_shapes(self) -> list[Shape]:
-        return list(dict.fromkeys(self.eval_shape(n) for n in self.moments()))
+        moments = [*self.moments(), self.at(self.cfg.steps, 1.0)]  # the last evaluation is behind the last step
+        return list(dict.fromkeys(self.eval_shape(n) for n in moments))
 
     def tokens(self) -> int:
         """Training tokens of all steps."""
@@ -760,9 +778,9 @@ def rope_table(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
     """
     cos and sin [T, K/2] in fp32 for the half-split layout (dim k turns with dim k + K/2).
     truncated: the first K/4 frequencies run base^-linspace(0, 1), the others stand still (modded-nanogpt, @YouJiacheng).
-    standard: base^(-2k/K) on all of them (Su et al. 2021).
+    standard: base^(-2k/R) on the first R = rope_dims (Su et al. 2021); the other dims are left alone by rotate().
     """
-    k = head_width(cfg)
+    k = head_width(cfg) if cfg.rope == "truncated" else cfg.rope_dims or head_width(cfg)
     if cfg.rope == "truncated":
         turning = (1 / cfg.rope_base) ** torch.linspace(0, 1, k // 4, dtype=torch.float32)
         freqs = torch.cat([turning, turning.new_zeros(k // 4)])
@@ -773,10 +791,11 @@ def rope_table(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (k, k + K/2) by its position's angle; in fp32."""
-    a, b = x_BTHK.float().chunk(2, dim=-1)
+    """Turn each pair (k, k + R/2) of the first R dims by its position's angle; in fp32."""
+    turning, still = x_BTHK.split([2 * cos.size(-1), x_BTHK.size(-1) - 2 * cos.size(-1)], dim=-1)
+    a, b = turning.float().chunk(2, dim=-1)
     cos, sin = cos[: x_BTHK.size(1), None], sin[: x_BTHK.size(1), None]
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x_BTHK.dtype)
+    return torch.cat([(a * cos + b * sin).to(still.dtype), (b * cos - a * sin).to(still.dtype), still], dim=-1)
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | None, window: int) -> Tensor:
@@ -868,8 +887,9 @@ class Attention(nn.Module):
             self.q = nn.Parameter(torch.empty(inner, cfg.dim))
             self.kv = nn.Parameter(torch.empty(2, inner_kv, cfg.dim))
         self.proj = nn.Parameter(torch.empty(cfg.dim, inner))
+        self.q_gain = nn.Parameter(torch.empty(cfg.heads)) if cfg.q_gain else None
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], seen: "Seen") -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], seen: "Seen", xsa: bool) -> Tensor:
         B, T, _ = x_BTD.shape
         if self.heads == self.kv_heads:
             qkv = linear(x_BTD, self.qkv.flatten(0, 1)).view(B, T, 3 * self.heads, self.head_dim)
@@ -880,32 +900,54 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = norm(q, self.eps), norm(k, self.eps)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        y = seen.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
-        return linear(y.transpose(1, 2).reshape(B, T, -1), self.proj)
+        if self.q_gain is not None:
+            q = q * self.q_gain[:, None].to(q.dtype)
+        y = seen.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale).transpose(1, 2)
+        if xsa:  # arXiv 2603.09078: each head's output loses its component along the token's own value
+            v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
+            y = y.float().unflatten(2, (self.kv_heads, -1))
+            y = (y - (y * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3).to(v.dtype)
+        return linear(y.reshape(B, T, -1), self.proj)
 
 
 class MLP(nn.Module):
-    """Squared ReLU (So et al. 2021), hidden width mlp_ratio * dim."""
+    """Squared ReLU (So et al. 2021) or squared leaky ReLU, hidden width mlp_ratio * dim."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         hidden = int(cfg.mlp_ratio * cfg.dim)
         self.fc = nn.Parameter(torch.empty(hidden, cfg.dim))
         self.proj = nn.Parameter(torch.empty(cfg.dim, hidden))
+        self.slope = 0.5 if cfg.activation == "leaky_relu2" else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(F.relu(linear(x, self.fc)).square(), self.proj)
+        h = linear(x, self.fc)
+        h = F.leaky_relu(h, self.slope) if self.slope else F.relu(h)
+        return linear(h.square(), self.proj)
 
 
 class Block(nn.Module):
+    """Attention and MLP with the vectors that steer them; a looped block is applied at several positions."""
+
     def __init__(self, cfg: Config):
         super().__init__()
         self.eps = cfg.norm_eps
         self.attn, self.mlp = Attention(cfg), MLP(cfg)
+        self.mix = nn.Parameter(torch.empty(2, cfg.dim)) if cfg.block_scales else None
+        self.scales = nn.Parameter(torch.empty(2, cfg.dim)) if cfg.block_scales else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], seen: "Seen") -> Tensor:
-        x = x + self.attn(norm(x, self.eps), rope, seen)
-        return x + self.mlp(norm(x, self.eps))
+    def forward(self, x: Tensor, x0: Tensor, added: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor], seen: "Seen",
+                xsa: bool) -> Tensor:
+        """x and the embedding x0 [B, T, D]; `added`: pairs of a learned vector [D] and what it scales."""
+        for scale, term in added:
+            x = x + scale.to(x.dtype) * term
+        if self.mix is None:
+            x = x + self.attn(norm(x, self.eps), rope, seen, xsa)
+            return x + self.mlp(norm(x, self.eps))
+        mix, scales = self.mix.to(x.dtype), self.scales.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + scales[0] * self.attn(norm(x, self.eps), rope, seen, xsa)
+        return x + scales[1] * self.mlp(norm(x, self.eps))
 
 
 class Seen:
@@ -943,6 +985,18 @@ class GPT(nn.Module):
         self.head = nn.Parameter(torch.empty(self.head_rows, cfg.dim))
         self.embed = None if cfg.tie_embed else nn.Parameter(torch.empty(cfg.vocab, cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        # What belongs to a position and not to a block is there for the deepest order; shallower phases use a prefix.
+        repeats = int(max(Schedule("repeats", cfg.repeats).values()))
+        positions, (low, high) = len(layer_order(cfg, repeats)), loop_span(cfg)
+
+        def vectors(on: int, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(*shape, cfg.dim)) if on else None
+
+        self.skips = vectors(cfg.unet, positions // 2)
+        self.loop_embed = vectors(cfg.loop_embed, positions)
+        self.value_embeds = vectors(cfg.value_embeds, cfg.value_embeds, cfg.vocab)
+        self.value_scales = vectors(cfg.value_embeds, positions, cfg.value_embeds)
+        self.cross_scales = vectors(cfg.cross_repeat, high - low, max(1, repeats - 1))
         cos, sin = rope_table(cfg, seq_len)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -952,10 +1006,26 @@ class GPT(nn.Module):
         cfg = self.cfg
         docs = (tokens_BT == cfg.doc_token).cumsum(1, dtype=torch.int32) if cfg.doc_mask else None
         table = self.head if self.embed is None else self.embed
-        x = norm(F.embedding(tokens_BT, table).to(self.dtype), cfg.norm_eps)
-        seen = Seen(docs, window, x)
-        for block in layer_order(cfg, repeats):
-            x = self.blocks[block](x, (self.cos, self.sin), seen)
+        x = x0 = norm(F.embedding(tokens_BT, table).to(self.dtype), cfg.norm_eps)
+        seen, rope = Seen(docs, window, x), (self.cos, self.sin)
+        values = [F.embedding(tokens_BT, t).to(self.dtype) for t in self.value_embeds] if cfg.value_embeds else []
+        order, one = layer_order(cfg, repeats), torch.ones((), dtype=self.dtype, device=x.device)
+        stack, before = [], {}  # outputs of the U-net's first half; each block's output one repeat before
+        for position, block in enumerate(order):
+            added = []
+            if cfg.unet and position >= len(order) // 2 and stack:
+                added.append((self.skips[position - len(order) // 2], stack.pop()))
+            if cfg.loop_embed:
+                added.append((self.loop_embed[position], one))
+            added += [(self.value_scales[position, e], v) for e, v in enumerate(values)]
+            if cfg.cross_repeat and block in before:
+                passed = order[:position].count(block)
+                added.append((self.cross_scales[block - loop_span(cfg)[0], passed - 1], before[block]))
+            xsa = cfg.xsa < 0 or position >= len(order) - cfg.xsa
+            x = self.blocks[block](x, x0, added, rope, seen, xsa)
+            before[block] = x
+            if cfg.unet and position < len(order) // 2:
+                stack.append(x)
         return norm(x, cfg.norm_eps)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -994,6 +1064,13 @@ def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
         return torch.rand(p.shape, generator=rng) * (2 * bound) - bound
 
     leaf = name.split(".")[-1]
+    starts = {"scales": 1.0, "skips": 1.0, "q_gain": cfg.q_gain, "loop_embed": 0.0, "value_scales": 0.0, "cross_scales": 0.0}
+    if leaf in starts:
+        return torch.full(p.shape, starts[leaf])
+    if leaf == "mix":
+        return torch.stack([torch.ones(cfg.dim), torch.zeros(cfg.dim)])
+    if leaf == "value_embeds":
+        return torch.randn(p.shape, generator=rng)
     if leaf in ("qkv", "q", "kv"):
         return uniform(3**0.5 * 0.5 * cfg.dim**-0.5)
     if leaf == "fc":
@@ -1151,15 +1228,18 @@ class Bucket:
         shard.copy_(whole[rank * self.share : (rank + 1) * self.share])
 
 
+MATRICES = {"qkv", "q", "kv", "proj", "fc"}  # last words of the names of what Muon may update
+
+
 def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
     """Every parameter in exactly one bucket: matrices of blocks by shape, embedding, head, and the rest."""
     groups: dict[tuple, dict[str, Tensor]] = {}
     for name, p in model.named_parameters():
         if name == "head":
             key = ("adamw", "head", cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd)
-        elif name == "embed":
+        elif name in ("embed", "value_embeds"):
             key = ("adamw", "embed", cfg.embed_lr, cfg.embed_wd)
-        elif not name.startswith("blocks.") or p.ndim < 2:
+        elif name.split(".")[-1] not in MATRICES:
             key = ("adamw", "scalar", cfg.scalar_lr, cfg.scalar_wd)
         elif cfg.optimizer == "adamw" or (cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)):
             key = ("adamw", "matrix", cfg.adamw_lr, cfg.matrix_wd)
@@ -1262,10 +1342,11 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # as in llm.c, mod
 def shard_tokens(path: str | Path) -> int:
     """Number of tokens of a shard from its header, checked against the size of the file."""
     with open(path, "rb") as f:
-        header = np.frombuffer(f.read(SHARD_HEADER), dtype="<i4")
+        raw = f.read(SHARD_HEADER)
     size = os.path.getsize(path)
     again = "; delete it and get it again with data/get.py"
-    if len(header) < SHARD_HEADER // 4:
+    header = np.frombuffer(raw, dtype="<i4") if len(raw) == SHARD_HEADER else ()
+    if not len(header):
         raise UserError(f"{path} is truncated: {size} bytes do not even hold the header of {SHARD_HEADER}{again}")
     if header[0] != SHARD_MAGIC:
         raise UserError(f"{path} is no token shard: its magic number is {header[0]} instead of {SHARD_MAGIC} "
@@ -1298,10 +1379,11 @@ def find_shards(cfg: Config, split: str) -> list[str]:
 
 def get_command(cfg: Config, shards: int = 0) -> str:
     name = Path(cfg.data).name
-    known = ("sample", "fineweb10B", "fineweb100B", "finewebedu10B", "golf", "slowrun")
-    if name not in known:
+    if name.startswith("golf_"):
+        name = f"golf --variant {name.removeprefix('golf_')}"
+    elif name not in ("sample", "fineweb10B", "fineweb100B", "finewebedu10B", "slowrun"):
         return f"python data/get.py tokenize YOUR_TEXT --out {cfg.data}"
-    return f"python data/get.py {name}" + (f" --shards {shards}" if shards and name != "sample" else "")
+    return f"python data/get.py {name}" + (f" --shards {shards}" if shards and name not in ("sample", "slowrun") else "")
 
 
 class Loader:
@@ -1476,10 +1558,6 @@ class Tokenizer:
         """Bytes of text that tokens[1:] stand for, each seen behind its predecessor."""
         base, space, edge = self.tables()
         return int(base[tokens[1:]].sum() + (space[tokens[1:]] & ~edge[tokens[:-1]]).sum())
-
-
-def token_bytes(tokenizer: str, vocab: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return Tokenizer(tokenizer, vocab, 0).tables()
 
 
 class Validation:

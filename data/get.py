@@ -53,7 +53,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, Python only looks in data/
 
-from train_gpt import UserError, read_shard, token_bytes
+from train_gpt import Tokenizer, UserError, read_shard  # noqa: E402
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 SHARD_TOKENS = 100_000_000  # what every published set uses
@@ -179,7 +179,8 @@ class Reader:
         number = 0
         try:
             if self.kind(path) == "jsonl":
-                for number, line in enumerate(stream, 1):
+                for line in stream:
+                    number += 1
                     if line.strip():
                         yield self.field(json.loads(line.decode("utf-8-sig")))
             else:
@@ -282,7 +283,7 @@ class Encoder:
             raise UserError(f"tokenizer {name} has {self.vocab} ids and shards hold uint16: at most 65536")
         if self.separator < 0:
             raise UserError(f"tokenizer {name} has no BOS piece to start documents with; train one that has")
-        self.base_bytes, self.leading_space, self.boundary = map(np.asarray, token_bytes(name, self.vocab))
+        self.base_bytes, self.leading_space, self.boundary = Tokenizer(name, self.vocab, self.separator).tables()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Documents as uint16: the separator, then the text, of which nothing is read as a special token."""

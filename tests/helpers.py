@@ -1,0 +1,54 @@
+"""Plain functions that several test files share (fixtures are in conftest.py)."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt as tg  # noqa: E402
+
+torch.set_num_threads(1)  # tiny operations: threads that wait for each other cost more than they bring
+
+
+def tiny(**changes) -> tg.Config:
+    """A model and a run small enough for a test; a few hundred kilobytes at most."""
+    small = {"device": "cpu", "dtype": "float32", "compile": 0, "vocab": 96, "doc_token": 0, "head_multiple": 32,
+             "depth": 2, "dim": 32, "heads": 2, "rope_base": 64.0, "seq_len": "32", "batch_tokens": "128",
+             "micro_tokens": 128, "steps": 20, "tokenizer": "", "val_tokens": 0, "run": "test", "doc_mask": 0}
+    return tg.Config(**(small | changes))
+
+
+def alone(rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+    """What the optimizer and the averages ask of a Run, without processes: one rank of a world."""
+    return SimpleNamespace(rank=rank, world=world, dtype=dtype, sum=lambda x: x, is_main=rank == 0)
+
+
+def build(cfg: tg.Config, seq_len: int = 0, dtype: torch.dtype = torch.float32) -> tg.GPT:
+    return tg.build_model(cfg, torch.device("cpu"), dtype, seq_len or tg.Plan(cfg).max_seq_len)
+
+
+def random_tokens(cfg: tg.Config, rows: int, seq_len: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets [rows, seq_len] of i.i.d. tokens."""
+    rng = torch.Generator().manual_seed(seed)
+    both = torch.randint(cfg.vocab, (rows, seq_len + 1), generator=rng)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+def now(**changes) -> tg.Now:
+    """The schedules in the middle of training, where nothing is scaled."""
+    plain = {"lr": 1.0, "momentum": 0.95, "weight_decay": 1.0, "repeats": 1, "seq_len": 32, "window": 0,
+             "batch_tokens": 128}
+    return tg.Now(**(plain | changes))
+
+
+def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
+    """A token shard, written from the format's description: 256 int32 of header, then uint16."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    return path

@@ -1,0 +1,435 @@
+"""Config and schedules: nothing that a user writes is misread, and every impossible wish is refused by name."""
+
+import dataclasses
+import math
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from helpers import ROOT, tg, tiny
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+PRESETS = sorted((ROOT / "configs").glob("*.toml"))
+NAMES = [p.stem for p in PRESETS]
+LAYERS = {"on_cpu"}  # presets that are meant to lie behind another
+
+
+def preset(*names: str, flags: tuple[str, ...] = ()) -> tg.Config:
+    return tg.parse_args(["--config", *names, *flags])
+
+
+def refused(capsys, *argv: str) -> str:
+    """What the command line says when it refuses these flags; it must leave with code 2."""
+    with pytest.raises(SystemExit) as left:
+        tg.parse_args(list(argv))
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    return said.out + said.err
+
+
+# --- help
+
+
+def test_no_field_is_left_without_help():
+    """Each field's comment is its help text: read from the source, not through tyro."""
+    lines = (ROOT / "train_gpt.py").read_text().split("class Config:")[1].split("FIELDS =")[0].splitlines()
+    told = dict(re.fullmatch(r"    (\w+): [^=]+ = .*?  # (.+)", line).groups() for line in lines if re.match(r"    \w+:", line))
+    assert told.keys() == tg.FIELDS.keys()
+    assert all(len(text) >= 5 for text in told.values())
+
+
+def test_help_hides_no_field_and_spells_flags_as_messages_do(capsys):
+    with pytest.raises(SystemExit) as left:
+        tg.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    for name in tg.FIELDS:
+        assert re.search(rf"--{name}\b", text), f"--help does not list --{name}"
+    squeezed = re.sub(r"[\s│]+", " ", text)
+    for words in ("optimizer steps at most", "decoupled weight decay of matrices", "Newton-Schulz"):
+        assert words in squeezed
+
+
+def test_flags_are_understood_with_dash_or_underscore():
+    assert preset("remix_m", flags=("--batch_tokens", "1024", "--micro-tokens", "512")).micro_tokens == 512
+
+
+# --- presets
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=NAMES)
+def test_preset_does_not_load_or_has_no_header(path):
+    cfg = preset(*(["remix_m"] if path.stem in LAYERS else []), path.stem)
+    head = path.read_text().split("\n\n")[0]
+    assert head.startswith(f"# {path.stem}: ")
+    for word in ("track:", "hardware:", *(() if path.stem in LAYERS else ("expected:", "source:"))):
+        assert word in head, f"{path.name} does not say its {word}"
+    tg.Plan(cfg).train_shapes(1)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=NAMES)
+def test_preset_repeats_no_default_where_it_is_no_layer(path):
+    """A preset lists differences; a layer may set what is the default, because it undoes the preset before it."""
+    if path.stem in LAYERS:
+        return
+    for key in tomllib.loads(path.read_text()):
+        assert key in tg.FIELDS
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in LAYERS])
+def test_on_cpu_changes_the_recipe_of_a_preset(name):
+    """The layer may change sizes, never optimizer, schedules, tying or softcap."""
+    plain, layered = preset(name), preset(name, "on_cpu")
+    for key in ("optimizer", "matrix_lr", "adamw_lr", "embed_lr", "head_lr", "tied_lr", "lr", "momentum", "softcap",
+                "tie_embed", "matrix_wd", "beta1", "beta2", "norm_eps", "attn_scale", "rope", "head_init"):
+        assert getattr(plain, key) == getattr(layered, key), key
+    assert layered.device == "cpu" and layered.vocab == 1024
+
+
+def test_later_layer_or_flag_loses(tmp_path):
+    a, b = tmp_path / "a.toml", tmp_path / "b.toml"
+    a.write_text('steps = 1\ndepth = 3\ndim = 192\nrun = "x"\n')
+    b.write_text("steps = 2\ndepth = 4\n")
+    cfg = preset(str(a), str(b), flags=("--steps", "3"))
+    assert (cfg.steps, cfg.depth, cfg.dim) == (3, 4, 192)
+    assert preset(str(b), str(a)).steps == 1
+    assert preset(str(a), flags=("--config", str(b))).depth == 4
+    assert preset(str(a)).config == (str(a),)
+
+
+def test_flag_behind_config_is_taken_for_a_preset(capsys):
+    with pytest.raises(SystemExit) as left:
+        tg.parse_args(["--config", "remix_m", "-h"])
+    assert left.value.code == 0 and "--steps" in capsys.readouterr().out
+
+
+def test_flag_that_equals_the_default_does_not_override_the_file():
+    assert preset("remix_a", flags=("--steps", str(tg.Config().steps))).steps == tg.Config().steps
+    assert preset("remix_a", flags=("--tie_embed", "0")).tie_embed == 0
+
+
+def test_run_gets_no_name():
+    assert preset("remix_m", "on_cpu", flags=("--seed", "7")).run == "remix_m-on_cpu-s7"
+    assert tg.parse_args([]).run == "run-s1"
+
+
+# --- mistakes
+
+
+def test_misspelt_flag_is_not_explained(capsys):
+    said = refused(capsys, "--matrix_lrr", "0.1")
+    assert "matrix_lrr" in said and re.search(r"--matrix_lr\b", said)
+
+
+def test_misspelt_preset_is_not_explained():
+    with pytest.raises(tg.UserError, match=r"remix_x.*remix_m"):
+        preset("remix_x")
+
+
+@pytest.mark.parametrize("line, words", [
+    ("matrix_lrr = 0.1", ("unknown key matrix_lrr", "did you mean", "matrix_lr")),
+    ("zzzzzz = 1", ("unknown key zzzzzz", "--help")),
+    ("steps = 2.5", ("steps = 2.5", "float", "int")),
+    ('depth = "12"', ("depth = '12'", "str", "int")),
+    ("depth = true", ("depth", "bool", "int")),
+    ("run = 5", ("run = 5", "int", "str")),
+    ("lr = true", ("lr = True", "bool", "str")),
+    ("resume = 1", ("resume", "int", "bool")),
+    ("config = 5", ("config", "list of strings")),
+    ("[model]\ndepth = 3", ("model",)),
+    ("steps = ", ("not TOML",)),
+])
+def test_wrong_preset_line_passes_or_is_not_named(tmp_path, line, words):
+    path = tmp_path / "mine.toml"
+    path.write_text(line + "\n")
+    with pytest.raises(tg.UserError) as e:
+        preset(str(path))
+    for word in (str(path), *words):
+        assert word in str(e.value)
+
+
+def test_preset_that_is_no_text_ends_in_a_traceback(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(tg.UserError, match="not TOML"):
+        preset(str(path))
+
+
+@pytest.mark.parametrize("flags", [("--steps", "abc"), ("--softcap", "x"), ("--depth", "1.5"), ("--resume", "3")])
+def test_wrong_type_of_a_flag_is_not_named(capsys, flags):
+    assert flags[0] in refused(capsys, *flags) or flags[1] in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"device": "tpu"}, ("device", "tpu", "cuda")),
+    ({"dtype": "float16"}, ("dtype", "float16", "bfloat16")),
+    ({"rope": "x"}, ("rope", "truncated")),
+    ({"optimizer": "sgd"}, ("optimizer", "sgd", "adamw")),
+    ({"polar": "svd"}, ("polar", "svd", "ns5")),
+    ({"export": "int3"}, ("export", "int3", "int8")),
+    ({"steps": 0}, ("steps = 0",)),
+    ({"depth": -1}, ("depth = -1",)),
+    ({"log_every": 0}, ("log_every = 0",)),
+    ({"head_multiple": 0}, ("head_multiple = 0",)),
+    ({"kv_heads": -1}, ("kv_heads = -1",)),
+    ({"head_dim": -4}, ("head_dim = -4",)),
+    ({"eval_seq_len": -1}, ("eval_seq_len = -1",)),
+    ({"swa_every": -1}, ("swa_every = -1",)),
+    ({"sample_tokens": -1}, ("sample_tokens = -1",)),
+    ({"mlp_ratio": 0.0}, ("mlp_ratio = 0",)),
+    ({"seed": -1}, ("seed = -1",)),
+    ({"keep": 0}, ("keep = 0",)),
+    ({"max_seconds": math.nan}, ("max_seconds",)),
+    ({"vocab": 70000}, ("vocab = 70000", "65536")),
+    ({"doc_token": 96}, ("doc_token = 96", "vocab = 96")),
+    ({"doc_token": -1}, ("doc_token = -1",)),
+    ({"dim": 33}, ("dim = 33", "heads = 2")),
+    ({"head_dim": 6}, ("head_dim = 6", "4")),
+    ({"heads": 4, "kv_heads": 3}, ("heads = 4", "kv_heads = 3")),
+    ({"ema": 1.0}, ("ema = 1.0",)),
+    ({"final_weights": "ema"}, ("ema > 0",)),
+    ({"final_weights": "swa"}, ("swa_every > 0",)),
+    ({"head_init": "normal"}, ("head_init", "uniform")),
+    ({"adamw_matrices": "("}, ("adamw_matrices", "regular expression")),
+    ({"init_from": "x", "transfer": "["}, ("transfer", "regular expression")),
+    ({"run": "a/b"}, ("run", "a/b")),
+    ({"run": ".."}, ("run", "..")),
+    ({"loop": "1"}, ("loop", "first:end")),
+    ({"loop": "1:1"}, ("loop", "1:1")),
+    ({"loop": "1:3"}, ("loop", "2 blocks")),
+    ({"repeats": "2"}, ("repeats", "--loop")),
+    ({"seq_len": "0"}, ("seq_len",)),
+    ({"seq_len": "32.5"}, ("seq_len", "whole")),
+    ({"window": "0:8 1>16"}, ("window", "':'")),
+    ({"window": "-1"}, ("window",)),
+    ({"lr": ""}, ("lr", "start with a value")),
+])
+def test_impossible_value_is_accepted_or_the_message_names_neither_key_nor_fix(changes, words):
+    with pytest.raises(tg.UserError) as e:
+        tg.validate(tiny(**changes))
+    for word in words:
+        assert word in str(e.value)
+
+
+def test_tiny_itself_is_refused():
+    """Else the test above would pass for the wrong reason."""
+    tg.validate(tiny())
+
+
+@pytest.mark.parametrize("changes, world", [
+    ({"batch_tokens": "100"}, 1), ({"batch_tokens": "96", "micro_tokens": 64}, 1), ({"micro_tokens": 48}, 1),
+    ({"batch_tokens": "128"}, 3), ({"batch_tokens": "32"}, 64), ({"batch_tokens": "128"}, 8),
+    ({"seq_len": "0:32 0.5:48"}, 1),
+])
+def test_batch_that_does_not_divide_is_trained_or_crashes(changes, world):
+    with pytest.raises(tg.UserError, match=r"batch_tokens.*micro_tokens.*seq_len"):
+        tg.Plan(tiny(**changes)).train_shapes(world)
+
+
+# --- the resolved configuration
+
+
+def test_resolved_config_is_not_accepted_again(tmp_path):
+    for i, cfg in enumerate([preset("remix_a"), preset("tiny_cpu", flags=("--prompt", 'say "hi"\\\n\t\x00\x7f é 🚀 #=[]')),
+                             tiny(adam_eps=1e-300, matrix_lr=1e22, adamw_matrices=r"\.attn\.(qkv|proj)$")]):
+        path = tmp_path / f"{i}.toml"
+        path.write_bytes(tg.config_toml(cfg).encode())
+        back = tg.Config(**tg.read_toml(path))
+        assert dataclasses.replace(back, config=cfg.config) == cfg
+        assert tg.parse_args(["--config", str(path)]).lr == cfg.lr
+
+
+@given(st.text(), st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**62), 2**62))
+@settings(max_examples=60)
+def test_some_value_breaks_the_resolved_config(text, number, whole):
+    cfg = tiny(prompt=text.encode("utf-8", "replace").decode(), matrix_lr=number, sample_tokens=whole)
+    assert tomllib.loads(tg.config_toml(cfg)) == {k: v for k, v in dataclasses.asdict(cfg).items()
+                                                  if k not in ("config", "resume", "dry_run", "json")}
+
+
+def test_hash_ignores_the_seed_or_sees_the_name():
+    base = tg.config_hash(tiny())
+    assert tg.config_hash(tiny(run="other", arm="b", log_every=7, log_dir="x", device="cuda")) == base
+    assert len({base, tg.config_hash(tiny(seed=2)), tg.config_hash(tiny(matrix_lr=0.051)), tg.config_hash(tiny(window="8"))}) == 4
+
+
+# --- schedules
+
+
+def value(text: str, step: int, total: int) -> float:
+    return tg.Schedule("lr", text).at(step, step / total)
+
+
+@pytest.mark.parametrize("text, expected", [  # the docstring's examples at 0, 30, 50, 60, 80, 100 of 100 steps
+    ("3", (3, 3, 3, 3, 3, 3)),
+    ("0:1 0.5:2", (1, 1, 2, 2, 2, 2)),
+    ("0:1 0.6:1 1>0.1", (1, 1, 1, 1, 0.55, 0.1)),
+    ("1 1>0", (1, 0.7, 0.5, 0.4, 0.2, 0)),
+    ("0:1 30s:2 80s:3", (1, 2, 2, 2, 3, 3)),
+    ("0:1 0.5:2 0.65:3", (1, 1, 2, 2, 3, 3)),
+    ("0 3/5>6", (0, 3, 5, 6, 6, 6)),
+    ("0.85 60s>0.95", (0.85, 0.9, 0.85 + 0.1 * 5 / 6, 0.95, 0.95, 0.95)),
+])
+def test_schedule_grammar_is_misread(text, expected):
+    assert [value(text, s, 100) for s in (0, 30, 50, 60, 80, 100)] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("text", ["", " ", "x", "1 2", "0.5:1", "0>1", "0:1 0.5:2 0.5:3", "0:1 0.5:2 0.4:3", "0:1 1.5:2",
+                                  "0:1 0.2", "1/0", "0:1 0.5:", "0:1 5s>2 0.5>3", "0:1 -5s:2", "0:1 3s:2 -0.5:3", "1e999",
+                                  "nan", "0:1 0.5=2", "0:1, 0.5:2", "0:1 9s:2 0.5:3 4s:5", "0:1 0.5:2 4s:5 0.3:3"])
+def test_wrong_schedule_is_accepted(text):
+    with pytest.raises(tg.UserError, match=r"^lr = "):
+        tg.Schedule("lr", text)
+
+
+def test_learning_rate_of_remix_a_differs_from_the_original():
+    """Spec 8.7, and at every step the formula of 1.8, written again."""
+    cfg = preset("remix_a")
+    lr = tg.Schedule("lr", cfg.lr)
+    assert lr.at(0, 0) == pytest.approx(1 / 256)
+    assert [lr.at(s, s / cfg.steps) for s in (255, 3062)] == pytest.approx([1, 1])
+    assert lr.at(4374, 4374 / cfg.steps) == pytest.approx(0.1007, abs=5e-5)
+    for s in range(cfg.steps):
+        x = s / 4375
+        w = (1 - x) / 0.3
+        expected = (s + 1) / 256 if s < 256 else 1 if x < 0.7 else w + 0.1 * (1 - w)
+        assert lr.at(s, x) == pytest.approx(expected, abs=1e-12)
+
+
+def test_learning_rate_or_momentum_of_remix_m_differs_from_the_original():
+    cfg = preset("remix_m")
+    lr, momentum = tg.Schedule("lr", cfg.lr), tg.Schedule("momentum", cfg.momentum)
+    assert lr.at(1499, 1499 / cfg.steps) == 1
+    assert lr.at(2499, 2499 / cfg.steps) == pytest.approx(0.1009, abs=5e-5)
+    assert (momentum.at(0, 0), momentum.at(300, 300 / 2500)) == pytest.approx((0.85, 0.95))
+    for s in range(cfg.steps):
+        w = (1 - s / 2500) / 0.4
+        assert lr.at(s, s / 2500) == pytest.approx(1 if s < 1500 else w + 0.1 * (1 - w), abs=1e-12)
+        assert momentum.at(s, s / 2500) == pytest.approx(0.85 + 0.1 * min(s / 300, 1), abs=1e-12)
+
+
+def test_constants_of_the_remix_presets_drift():
+    """Every constant of spec 1.1 to 1.8, for both presets."""
+    a, m = preset("remix_a"), preset("remix_m")
+    for cfg in (a, m):
+        assert (cfg.depth, cfg.heads, cfg.dim, tg.head_width(cfg), cfg.vocab, cfg.doc_token) == (12, 6, 768, 128, 50257, 50256)
+        assert (cfg.seq_len, cfg.batch_tokens, cfg.val_tokens, cfg.eval_every) == ("65536", "524288", 10485760, 125)
+        assert (cfg.norm_eps, cfg.attn_scale, cfg.window, cfg.doc_mask, cfg.rope_base) == (2**-7, 0.12, "1024", 1, 1024)
+        assert (cfg.mlp_ratio, cfg.qk_norm, cfg.rope, cfg.beta2, cfg.adam_eps) == (4, 1, "truncated", 0.95, 1e-10)
+        assert (cfg.grad_clip, cfg.param_dtype, cfg.shuffle, cfg.epochs) == (0, "bfloat16", 0, 1)
+    assert (a.steps, a.optimizer, a.tie_embed, a.softcap, a.beta1) == (4375, "adamw", 1, 0, 0.9)
+    assert {a.adamw_lr, a.tied_lr} == {0.0021} and {a.matrix_wd, a.embed_wd, a.scalar_wd} == {0.1}
+    assert (m.steps, m.optimizer, m.tie_embed, m.softcap, m.beta1) == (2500, "muon", 0, 15, 0.8)
+    assert (m.logit_dim_power, m.head_init, m.embed_init) == (-0.5, "zero", 1)
+    assert (m.matrix_lr, m.head_lr, m.embed_lr, m.polar, m.polar_steps) == (0.05, 0.22, 0.6, "ns5", 5)
+    assert {m.matrix_wd, m.embed_wd, m.scalar_wd} == {0}
+
+
+numbers = st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: round(x, 6))
+
+
+@given(st.lists(st.tuples(st.integers(1, 1000), st.booleans(), numbers), max_size=6, unique_by=lambda p: p[0]), numbers,
+       st.booleans())
+def test_plateau_is_not_flat_or_ramp_leaves_its_ends(points, first, in_steps):
+    """Points at multiples of 1/1000 of 1,000 steps, once as fractions, once as steps: both give the same values."""
+    points = sorted(points)
+    unit = (lambda at: f"{at}s") if in_steps else (lambda at: f"{at}/1000")
+    text = " ".join([f"0:{first!r}", *(f"{unit(at)}{'>' if ramp else ':'}{v!r}" for at, ramp, v in points)])
+    sched = tg.Schedule("lr", text)
+    bounds = [(0, False, first), *points]
+    for (low, _, a), (high, ramp, b) in zip(bounds, bounds[1:] + [(1001, False, 0.0)]):
+        inside = [sched.at(s, s / 1000) for s in range(low, high)]
+        if not ramp:
+            assert set(inside) == {a}
+            continue
+        assert inside[0] == a
+        assert all(min(a, b) - 1e-6 <= v <= max(a, b) + 1e-6 for v in inside)
+        rise = [y - x for x, y in zip(inside, inside[1:])]
+        assert all(d * (b - a) >= 0 or abs(d) < 1e-6 for d in rise)
+        assert sched.at(high, high / 1000) == b
+
+
+@given(st.one_of(st.text(), st.text("0123456789.:>s/e+- ", max_size=30)))
+@settings(max_examples=300)
+@example("0:1 ²:3")
+@example("0:1 1e308s:3 1e308/1e-308:2")
+@example("0:1 0.00001s:2")
+def test_nonsense_schedule_raises_something_else_than_usererror(text):
+    """And what is accepted has a finite value everywhere."""
+    try:
+        sched = tg.Schedule("lr", text)
+    except tg.UserError:
+        return
+    for step in (0, 1, 7, 20):
+        assert math.isfinite(sched.at(step, step / 20))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["repeats", "window", "seq_len", "batch_tokens"]),
+                          st.one_of(st.integers(1, 19).map(lambda n: f"{n}/20"), st.integers(1, 19).map(lambda n: f"{n}s"),
+                                    st.sampled_from(["0.01", "0.333", "2.5s", "0.999", "1/3"])),
+                          st.sampled_from([1, 2, 4])), max_size=5, unique_by=lambda p: p[:2]))
+def test_schedule_reaches_a_graph_that_was_not_compiled(marks):
+    """The shapes of every step and of the last evaluation, walked one by one, are all among those to compile."""
+    text = {"repeats": "1", "window": "8", "seq_len": "32", "batch_tokens": "128"}
+    scale = {"repeats": 1, "window": 8, "seq_len": 32, "batch_tokens": 128}
+    for key, at, factor in marks:
+        text[key] += f" {at}:{factor * scale[key]}"
+    try:
+        plan = tg.Plan(tiny(loop="0:1", steps=20, **text))
+    except tg.UserError:
+        return  # marks that do not stand in order
+    compiled, evaluated = plan.train_shapes(1), plan.eval_shapes()
+    for s in range(21):
+        n = plan.at(s, plan.fraction(s, 0.0))
+        if s < 20:
+            assert tg.Shape(plan.micro_rows(n, 1), n.seq_len, n.repeats, n.window) in compiled
+        assert plan.eval_shape(n) in evaluated
+    assert plan.tokens() == sum(plan.at(s, s / 20).batch_tokens for s in range(20))
+
+
+def test_capped_clock_reaches_a_graph_that_was_not_compiled():
+    plan = tg.Plan(tiny(loop="0:1", max_seconds=10.0, repeats="0:1 0.5:2", window="0:8 3s:16", steps=20))
+    for step in range(20):
+        for tenth in range(11):
+            n = plan.at(step, plan.fraction(step, tenth))
+            assert tg.Shape(plan.micro_rows(n, 1), n.seq_len, n.repeats, n.window) in plan.train_shapes(1)
+    assert plan.fraction(3, 9.0) == 0.9 and plan.fraction(19, 0.0) == 0.95 and plan.fraction(5, 99.0) == 1.0
+
+
+# --- import
+
+
+IMPORT = """
+import argparse, os, signal, socket, subprocess, sys
+sys.argv = ["x", "--nonsense", "1"]
+os.environ.update(RANK="0", WORLD_SIZE="8", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+def no(what):
+    def forbidden(*a, **k):
+        raise SystemExit(f"import did this: {what}")
+    return forbidden
+import torch, tyro  # theirs to do what they like
+before = (dict(os.environ), sorted(os.listdir(".")), torch.get_rng_state().sum().item(), torch.get_num_threads(),
+          signal.getsignal(signal.SIGTERM), torch.get_float32_matmul_precision())
+socket.socket.connect = no("network")
+subprocess.Popen.__init__ = no("a process")
+argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_known_args = no("argparse")
+torch.distributed.init_process_group = no("a process group")
+sys.addaudithook(lambda event, args: no(f"writes {args[0]}")() if event == "open" and isinstance(args[1], str)
+                 and set(args[1]) & set("wax+") and "__pycache__" not in str(args[0]) else None)
+import train_gpt
+after = (dict(os.environ), sorted(os.listdir(".")), torch.get_rng_state().sum().item(), torch.get_num_threads(),
+         signal.getsignal(signal.SIGTERM), torch.get_float32_matmul_precision())
+assert before == after, (before, after)
+assert not torch.cuda.is_initialized()
+assert not {"wandb", "datasets", "huggingface_hub", "matplotlib", "tiktoken", "sentencepiece"} & set(sys.modules), "heavy import"
+print("clean")
+"""
+
+
+def test_import_does_something(tmp_path):
+    done = subprocess.run([sys.executable, "-B", "-c", IMPORT], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
+    assert done.stdout.strip() == "clean", done.stdout + done.stderr

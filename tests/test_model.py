@@ -1,0 +1,504 @@
+"""Model: the remix family to the last constant, one mask rule on every path, and switches that cost nothing when off."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import alone, build, now, random_tokens, tg, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def preset(*names: str, flags: tuple[str, ...] = ()) -> tg.Config:
+    return tg.parse_args(["--config", *names, *flags])
+
+
+def awake(model: tg.GPT, seed: int = 0) -> tg.GPT:
+    """The same model with noise in every weight that starts at zero: at the start, blocks do nothing."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.copy_(torch.randn(p.shape, generator=rng) * p.size(-1) ** -0.5)
+    return model
+
+
+def outputs(cfg: tg.Config, x: torch.Tensor, y: torch.Tensor, repeats: int = 1, window: int = 0) -> tuple:
+    """Losses and gradients by name."""
+    model = awake(build(cfg, x.size(1)))
+    losses = model(x, y, repeats, window)
+    losses.mean().backward()
+    return losses.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def same_bits(a: tuple, b: tuple) -> bool:
+    return torch.equal(a[0], b[0]) and a[1].keys() == b[1].keys() and all(torch.equal(a[1][n], b[1][n]) for n in a[1])
+
+
+# --- golden numbers
+
+
+@pytest.mark.parametrize("name, flags, golden", [
+    ("remix_a", (), 123_568_128),
+    ("remix_m", (), 162_165_504),
+    ("one_gpu", ("--device", "cpu"), 162_165_504),
+    ("remix_a", ("--tie_embed", "0"), 162_165_504),
+    ("remix_m", ("--tie_embed", "1"), 123_568_128),
+    ("remix_m", ("--optimizer", "adamw"), 162_165_504),
+])
+def test_parameter_count_is_off(name, flags, golden):
+    model = tg.build_model(preset(name, flags=flags), META, torch.bfloat16, 64)
+    assert sum(p.numel() for p in model.parameters()) == golden
+
+
+def test_muon_gets_other_tensors_than_the_48_matrices_of_remix_m():
+    cfg = preset("remix_m")
+    model = tg.build_model(cfg, META, torch.bfloat16, 64)
+    buckets = tg.param_buckets(cfg, model, alone())
+    muon = {n: tuple(p.shape) for b in buckets if b.kind == "muon" for n, p in b.params.items()}
+    leaves = {"attn.qkv": (3, 768, 768), "attn.proj": (768, 768), "mlp.fc": (3072, 768), "mlp.proj": (768, 3072)}
+    assert muon == {f"blocks.{i}.{leaf}": shape for i in range(12) for leaf, shape in leaves.items()}
+    assert len(muon) == 48
+    # Stacks of one shape: 12 x (3 qkv + 1 proj) square matrices, 12 tall, 12 wide.
+    assert sorted((b.unit, b.weights.size(0)) for b in buckets if b.kind == "muon") == [
+        ((768, 768), 48), ((768, 3072), 12), ((3072, 768), 12)]
+    rest = {n: b.lr for b in buckets if b.kind == "adamw" for n in b.params}
+    assert rest == {"head": 0.22, "embed": 0.6}
+
+
+def test_depth_matters_for_the_loss_before_the_first_step():
+    """Every block's two output projections start at zero, so x + 0 + 0: the golden step-0 losses need one block only."""
+    x, y = random_tokens(tiny(), 2, 32)
+    for flags in ({"tie_embed": 1}, {"softcap": 15.0, "head_init": "0.5"}):
+        shallow, deep = (build(tiny(depth=d, **flags))(x, y) for d in (1, 5))
+        assert torch.equal(shallow, deep)
+
+
+def test_first_loss_of_remix_m_is_not_ln_50304():
+    """Spec 8.2 and the published log: 10.8258, because the head starts at zero. One block (see the test above)."""
+    cfg = preset("remix_m", flags=("--depth", "1", "--window", "0"))
+    model = tg.build_model(cfg, CPU, torch.float32, 32)
+    x, y = random_tokens(cfg, 1, 32)
+    loss = model(x, y).mean().item()
+    assert loss == pytest.approx(math.log(50304), abs=1e-5) and f"{loss:.4f}" == "10.8258"
+    assert model.head.dtype == torch.bfloat16
+
+
+def test_first_loss_of_remix_a_misses_the_published_one():
+    """
+    Spec finding 3: 14.93 +- 0.05 with norm_eps 2^-7 and 16.0 with a small epsilon, on i.i.d. tokens. Full width and
+    vocabulary, one block (see above), a short row: nothing in the loss depends on the length of the row.
+    """
+    cfg = preset("remix_a", flags=("--depth", "1", "--window", "0"))
+    model = tg.build_model(cfg, CPU, torch.float32, 1024)
+    x, y = random_tokens(cfg, 1, 1024)
+    with torch.no_grad():
+        assert model(x, y).mean().item() == pytest.approx(14.93, abs=0.05)
+        model.cfg = dataclasses.replace(cfg, norm_eps=1e-6)
+        assert model(x[:, :256], y[:, :256]).mean().item() == pytest.approx(16.0, abs=0.1)
+
+
+def test_initial_values_differ_from_the_original():
+    """Spec 1.7: bounds and standard deviations, at full width."""
+    model = tg.build_model(preset("remix_m", flags=("--depth", "1", "--vocab", "2000", "--doc_token", "0")), CPU, torch.float32, 8)
+    p = {n: t.detach().float() for n, t in model.named_parameters()}
+    assert p["blocks.0.attn.qkv"].std().item() == pytest.approx(0.01804, rel=0.005)
+    assert p["blocks.0.attn.qkv"].abs().max().item() == pytest.approx(0.03125, rel=0.01)
+    assert p["blocks.0.mlp.fc"].abs().max().item() == pytest.approx(0.03608, rel=0.01)
+    assert p["blocks.0.mlp.fc"].std().item() == pytest.approx(0.03608 / 3**0.5, rel=0.005)
+    assert p["embed"].std().item() == pytest.approx(1, rel=0.005) and abs(p["embed"].mean().item()) < 0.005
+    assert not any(p[n].any() for n in ("head", "blocks.0.attn.proj", "blocks.0.mlp.proj"))
+    tied = tg.build_model(preset("remix_a", flags=("--depth", "1", "--vocab", "2000", "--doc_token", "0")), CPU, torch.float32, 8)
+    assert tied.head.abs().max().item() == pytest.approx(0.03608, rel=0.01) and tied.embed is None
+    three = p["blocks.0.attn.qkv"]
+    assert not torch.equal(three[0], three[1]) and not torch.equal(three[1], three[2])
+
+
+# --- rotary embedding
+
+
+def test_rotary_frequencies_or_still_dims_are_wrong():
+    """Spec 1.4 and 8.3: w_k = 1024^-(k/31) on 32 pairs, dims 32..63 and 96..127 do not turn."""
+    cfg = preset("remix_m")
+    cos, sin = tg.rope_table(cfg, 300)
+    assert cos.shape == sin.shape == (300, 64) and cos.dtype == torch.float32
+    for k in range(32):
+        w = 1024 ** -(k / 31)
+        assert cos[299, k].item() == pytest.approx(math.cos(299 * w), abs=2e-5)
+        assert sin[299, k].item() == pytest.approx(math.sin(299 * w), abs=2e-5)
+    assert sin[1, 0].item() == pytest.approx(math.sin(1)) and sin[1, 31].item() == pytest.approx(math.sin(1 / 1024))
+    x = torch.randn(1, 300, 2, 128)
+    y = tg.rotate(x, cos, sin)
+    assert torch.equal(y[..., 32:64], x[..., 32:64]) and torch.equal(y[..., 96:], x[..., 96:])
+    assert not torch.allclose(y[:, 1:, :, :32], x[:, 1:, :, :32])
+    assert torch.equal(y[:, 0], x[:, 0])
+    # y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos: half-split pairs, in this direction.
+    t, k = 7, 3
+    angle = torch.tensor(t * 1024 ** -(k / 31))
+    a, b = x[0, t, 1, k], x[0, t, 1, k + 64]
+    assert torch.allclose(y[0, t, 1, [k, k + 64]], torch.stack([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()]))
+
+
+@pytest.mark.parametrize("rope", ["truncated", "standard"])
+def test_rotary_scores_depend_on_absolute_position(rope):
+    cos, sin = tg.rope_table(tiny(rope=rope, dim=64, heads=2), 100)
+    q, k = torch.randn(32), torch.randn(32)
+    spread = lambda x: x.expand(1, 100, 1, 32)
+    scores = tg.rotate(spread(q), cos, sin)[0, :, 0] @ tg.rotate(spread(k), cos, sin)[0, :, 0].T
+    for distance in (0, 1, 13):
+        assert torch.allclose(scores.diagonal(-distance), scores[distance, 0].expand(100 - distance), atol=1e-4)
+    assert (scores[1, 0] - scores[0, 0]).abs() > 1e-3
+
+
+def test_standard_rotary_differs_from_complex_multiplication():
+    cos, sin = tg.rope_table(tiny(rope="standard", rope_base=10000.0, dim=64, heads=2), 50)
+    x = torch.randn(1, 50, 1, 32)
+    z = torch.complex(x[..., :16], x[..., 16:])
+    angles = torch.arange(50)[:, None] * 10000 ** (-torch.arange(16) / 16)
+    turned = z[0, :, 0] * torch.polar(torch.ones(50, 16), -angles)
+    y = tg.rotate(x, cos, sin)[0, :, 0]
+    assert torch.allclose(y, torch.cat([turned.real, turned.imag], -1), atol=1e-5)
+
+
+# --- norm, softcap, loss
+
+
+def test_norm_has_another_epsilon_or_precision_than_asked():
+    x = torch.randn(5, 64).double()
+    expected = torch.from_numpy(x.numpy() / np.sqrt((x.numpy() ** 2).mean(-1, keepdims=True) + 2**-7))
+    assert torch.allclose(tg.norm(x.float(), 2**-7).double(), expected, atol=1e-6)
+    assert torch.allclose(tg.norm(x.float(), 1e-6), F.rms_norm(x.float(), (64,), eps=1e-6), atol=1e-6)
+    small = (torch.ones(1, 64) * 3e-3).bfloat16()  # bf16 squares of these would be lost in a bf16 sum
+    assert tg.norm(small, 1e-6).float().mean().item() == pytest.approx(3e-3 / math.sqrt(9e-6 + 1e-6), rel=0.01)
+
+
+def test_softcap_of_remix_m_is_not_the_sigmoid_of_the_original():
+    """Spec 1.6: 30*sigmoid(logits/(7.5*sqrt(d))), and 30*sigmoid(u/7.5) = 15 + 15*tanh(u/15)."""
+    cfg = tiny(softcap=15.0, logit_dim_power=-0.5)
+    model = awake(build(cfg))
+    x = torch.randn(40, cfg.dim) * 300
+    raw = x @ model.head.T
+    original = 30 * torch.sigmoid(raw / (7.5 * cfg.dim**0.5))
+    assert torch.allclose(model.logits(x) + 15, original, atol=1e-4)
+    assert torch.allclose(model.logits(x).log_softmax(-1), original.log_softmax(-1), atol=1e-4)
+    assert model.logits(x).abs().max() > 14
+
+
+def test_loss_leaves_padding_columns_out_of_the_softmax():
+    """Spec 1.2: the columns behind the vocabulary are in the sum; targets of -1 are not."""
+    cfg = tiny(vocab=90)
+    model = awake(build(cfg))
+    x, y = random_tokens(cfg, 2, 16)
+    y[0, 3] = -1
+    losses = model(x, y)
+    logits = model.hidden(x, 1, 0).flatten(0, 1) @ model.head.T
+    assert logits.shape == (32, 96)
+    by_hand = logits.exp().sum(-1).log() - logits.gather(1, y.flatten().clamp(min=0)[:, None])[:, 0]
+    by_hand[3] = 0
+    assert torch.allclose(losses, by_hand, atol=1e-5) and losses[3] == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 63])
+def test_chunks_change_loss_or_gradient(chunk):
+    cfg = tiny(softcap=15.0)
+    x, y = random_tokens(cfg, 4, 16)
+    y[1, 2:9] = -1
+    whole, parts = outputs(cfg, x, y), outputs(dataclasses.replace(cfg, loss_chunk=chunk), x, y)
+    assert torch.allclose(whole[0], parts[0], atol=1e-6)
+    for name in whole[1]:
+        assert torch.allclose(whole[1][name], parts[1][name], atol=1e-6), name
+
+
+def test_micro_batches_or_rows_influence_each_other():
+    cfg = tiny(doc_mask=1, window="8")
+    x, y = random_tokens(cfg, 4, 32)
+    model = awake(build(cfg))
+    together = model(x, y, 1, 8).view(4, 32)
+    for i in range(4):
+        assert torch.allclose(together[i], model(x[i : i + 1], y[i : i + 1], 1, 8), atol=1e-5)
+
+
+def test_bf16_weights_or_compute_give_another_model():
+    cfg = tiny(doc_mask=1)
+    x, y = random_tokens(cfg, 2, 32)
+    model = awake(build(cfg))
+    half = awake(build(cfg, dtype=torch.bfloat16))
+    assert half.hidden(x, 1, 0).dtype == torch.bfloat16 and half.logits(half.hidden(x, 1, 0)).dtype == torch.float32
+    assert torch.allclose(model(x, y), half(x, y), atol=0.15) and not torch.equal(model(x, y), half(x, y))
+    loss = half(x, y).mean()
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in half.parameters())
+
+
+# --- the mask rule
+
+
+def test_mask_rule_fails_a_hand_case():
+    """Spec 8.4: distance 1023 is seen and 1024 is not; no future; a document token sees itself alone, and is seen."""
+    see = lambda i, j, a, b, w: bool(tg.visible(*(torch.tensor(t) for t in (i, j, a, b)), w))
+    assert see(5000, 5000 - 1023, 3, 3, 1024) and not see(5000, 5000 - 1024, 3, 3, 1024)
+    assert see(5000, 0, 3, 3, 0) and not see(5000, 0, 3, 3, 5000) and see(5000, 0, 3, 3, 5001)
+    assert see(7, 7, 1, 1, 1) and not see(7, 6, 1, 1, 1) and not see(6, 7, 1, 1, 0)
+    assert not see(7, 6, 2, 1, 0) and bool(tg.visible(torch.tensor(7), torch.tensor(6), None, None, 0))
+
+
+def reach(cfg: tg.Config, x: torch.Tensor, changed: int, window: int = 0) -> set[int]:
+    """Positions whose final activation changes when the token at `changed` does."""
+    model = awake(build(cfg, x.size(1)))
+    other = x.clone()
+    other[0, changed] = (other[0, changed] + 1) % cfg.vocab or 1
+    with torch.no_grad():
+        a, b = model.hidden(x, 1, window), model.hidden(other, 1, window)
+    return set((a != b).any(-1)[0].nonzero().flatten().tolist())
+
+
+def test_model_sees_the_future_or_another_document_or_beyond_its_window():
+    x = torch.arange(1, 41)[None]
+    assert reach(tiny(), x, 10) == set(range(10, 40))
+    assert reach(tiny(depth=1), x, 10, window=5) == set(range(10, 15))
+    assert reach(tiny(depth=3), x, 10, window=5) == set(range(10, 10 + 3 * 4 + 1))
+    x[0, 20] = 0  # a document begins
+    assert reach(tiny(doc_mask=1), x, 10) == set(range(10, 20))
+    assert reach(tiny(doc_mask=0), x, 10) == set(range(10, 40))
+    assert reach(tiny(doc_mask=1), x, 25) == set(range(25, 40))
+    x[0, 30] = 0
+    assert reach(tiny(doc_mask=1), x, 21) == set(range(21, 30))
+
+
+def dense(q, k, v, docs, window, scale):
+    """The oracle: a mask filled by plain loops, torch's own attention."""
+    B, H, T, _ = q.shape
+    mask = np.zeros((B, 1, T, T), dtype=bool)
+    for i in range(T):
+        first = max(0, i - window + 1) if window else 0
+        mask[:, 0, i, first : i + 1] = True
+        if docs is not None:
+            for b in range(B):
+                mask[b, 0, i] &= docs[b].numpy() == int(docs[b, i])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.from_numpy(mask), scale=scale, enable_gqa=True)
+
+
+def material(T, H=4, G=4, B=2, K=8, docs=True, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, n, T, K, generator=rng) for n in (H, G, G))
+    ids = (torch.rand(B, T, generator=rng) < 4 / max(T, 8)).cumsum(1, dtype=torch.int32) if docs else None
+    return q, k, v, ids
+
+
+def with_gradients(attend, q, k, v, *rest):
+    q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
+    out = attend(q, k, v, *rest)
+    weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    return out.detach(), *torch.autograd.grad((out * weights).sum(), (q, k, v))
+
+
+def bands(q, k, v, docs, window, scale):
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    return tg.attend_bands(q, k, v, torch.arange(q.size(2)), docs, window, scale)
+
+
+CASES = [(1, 0, 4), (1, 1, 4), (7, 3, 2), (128, 0, 1), (129, 1, 4), (300, 0, 2), (300, 64, 4), (300, 130, 1), (300, 1000, 4),
+         (391, 127, 2), (391, 128, 4), (391, 129, 4)]  # T, window, heads of keys and values
+
+
+@pytest.mark.parametrize("docs", [True, False], ids=["docs", "nodocs"])
+@pytest.mark.parametrize("T, window, G", CASES)
+def test_blocks_or_bands_differ_from_dense_attention(T, window, G, docs):
+    q, k, v, ids = material(T, G=G, docs=docs)
+    expected = with_gradients(dense, q, k, v, ids, window, 0.3)
+    for attend in (tg.attend_blocks, bands):
+        if attend is bands and not window:
+            continue
+        for got, want in zip(with_gradients(attend, q, k, v, ids, window, 0.3), expected):
+            assert torch.allclose(got, want, atol=2e-5), (got - want).abs().max()
+
+
+@given(st.integers(1, 80), st.integers(1, 90), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_some_length_or_window_breaks_the_bands(T, window, seed):
+    q, k, v, ids = material(T, H=2, G=2, B=1, seed=seed)
+    want = dense(q, k, v, ids, window, 1.0)
+    assert torch.allclose(bands(q, k, v, ids, window, 1.0), want, atol=2e-5)
+    assert torch.allclose(tg.attend_blocks(q, k, v, ids, window, 1.0), want, atol=2e-5)
+
+
+def test_long_rows_take_a_path_with_another_result(monkeypatch):
+    q, k, v, ids = material(4200, H=1, G=1, B=1, K=4)
+    taken = []
+    monkeypatch.setattr(tg, "attend_bands", lambda *a, old=tg.attend_bands: taken.append(1) or old(*a))
+    for window, used in ((1000, 1), (3000, 1), (0, 1)):  # the last two stay with blocks
+        got = tg.attend_blocks(q, k, v, ids, window, 0.3)
+        assert len(taken) == used
+        assert torch.allclose(got, dense(q, k, v, ids, window, 0.3), atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("T, window, G, docs", [(300, 0, 4, False), (300, 0, 2, True), (300, 64, 1, True), (391, 130, 4, False),
+                                                (128, 500, 4, True), (7, 3, 4, True)])
+def test_the_gpu_path_has_another_mask(T, window, G, docs):
+    """flex_attention, which trains on CUDA, run forward on the CPU."""
+    q, k, v, ids = material(T, G=G, docs=docs)
+    with torch.no_grad():
+        assert torch.allclose(tg.attend_flex(q, k, v, ids, window, 0.3), tg.attend_blocks(q, k, v, ids, window, 0.3), atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiled_gpu_path_has_another_mask():
+    q, k, v, ids = material(384, H=4, G=2, K=32)
+    with torch.no_grad():
+        mask = tg.flex_mask(q, ids, 100)
+        flex = torch.compile(lambda q, k, v: tg.attend_flex(q, k, v, ids, 100, 0.3, mask), dynamic=False)
+        assert torch.allclose(flex(q, k, v), tg.attend_blocks(q, k, v, ids, 100, 0.3), atol=2e-5)
+        half = flex(*(t.bfloat16() for t in (q, k, v))).float()
+    assert torch.allclose(half, tg.attend_blocks(q, k, v, ids, 100, 0.3), atol=0.05)
+
+
+def test_grouped_heads_read_the_wrong_keys():
+    """kv_heads copies of a full-head model in which the heads of a group share their keys give the same output."""
+    grouped, full = tiny(heads=4, kv_heads=2), tiny(heads=4)
+    x, y = random_tokens(full, 2, 32)
+    small, big = awake(build(grouped)), awake(build(full))
+    with torch.no_grad():
+        for a, b in zip(small.blocks, big.blocks):
+            b.attn.qkv[0] = a.attn.q
+            for i in (0, 1):
+                heads = a.attn.kv[i].view(2, 1, 8, 32).expand(2, 2, 8, 32)
+                b.attn.qkv[1 + i] = heads.reshape(32, 32)
+            b.attn.proj.copy_(a.attn.proj)
+    assert torch.allclose(small(x, y), big(x, y), atol=1e-5)
+
+
+# --- depth
+
+
+def test_loop_applies_blocks_in_another_order():
+    cfg = tiny(depth=6, loop="2:4")
+    assert tg.layer_order(cfg, 1) == [0, 1, 2, 3, 4, 5]
+    assert tg.layer_order(cfg, 3) == [0, 1, 2, 3, 2, 3, 2, 3, 4, 5]
+    assert tg.layer_order(tiny(depth=3, loop="0:3"), 4) == [0, 1, 2] * 4
+    assert tg.layer_order(tiny(depth=3), 1) == [0, 1, 2]
+
+
+@given(st.integers(1, 8), st.data())
+def test_deeper_phase_does_not_begin_with_the_shallower_one(depth, data):
+    """All but the blocks behind the loop is a prefix of the order with more repeats; they close both."""
+    low = data.draw(st.integers(0, depth - 1))
+    high = data.draw(st.integers(low + 1, depth))
+    cfg = tiny(depth=depth, loop=f"{low}:{high}")
+    tail = list(range(high, depth))
+    for r in range(1, 5):
+        less, more = tg.layer_order(cfg, r), tg.layer_order(cfg, r + 1)
+        assert len(more) - len(less) == high - low
+        assert less[len(less) - len(tail) :] == more[len(more) - len(tail) :] == tail
+        assert more[: len(less) - len(tail)] == less[: len(less) - len(tail)]
+        assert set(less) == set(range(depth))
+
+
+def test_looped_model_differs_from_the_blocks_applied_by_hand():
+    cfg = tiny(depth=3, loop="1:3")
+    x, y = random_tokens(cfg, 2, 32)
+    model = awake(build(cfg))
+    h = tg.norm(F.embedding(x, model.embed), cfg.norm_eps)
+    seen = tg.Seen(None, 0, h)
+    for i in (0, 1, 2, 1, 2):
+        h = model.blocks[i](h, (model.cos, model.sin), seen)
+    assert torch.equal(model.hidden(x, 2, 0), tg.norm(h, cfg.norm_eps))
+    assert not torch.equal(model.hidden(x, 2, 0), model.hidden(x, 1, 0))
+    model(x, y, 2).mean().backward()
+    looped = {n: p.grad.clone() for n, p in model.named_parameters()}
+    # Five blocks of their own with the same weights: the loop's gradient is the sum over its passes.
+    long = awake(build(tiny(depth=5)))
+    with torch.no_grad():
+        for new, old in enumerate((0, 1, 2, 1, 2)):
+            long.blocks[new].load_state_dict(model.blocks[old].state_dict())
+        long.head.copy_(model.head)
+    long(x, y).mean().backward()
+    for leaf in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj"):
+        g = {n: p.grad for n, p in long.named_parameters()}
+        assert torch.allclose(looped[f"blocks.0.{leaf}"], g[f"blocks.0.{leaf}"], atol=1e-6)
+        for block in (1, 2):
+            total = g[f"blocks.{block}.{leaf}"] + g[f"blocks.{block + 2}.{leaf}"]
+            assert torch.allclose(looped[f"blocks.{block}.{leaf}"], total, atol=1e-6)
+
+
+# --- switches
+
+
+@pytest.mark.parametrize("changes, window", [
+    ({"softcap": 0.0}, 0), ({"logit_dim_power": 0.0}, 0), ({"loop": "0:2", "repeats": "1"}, 0), ({"kv_heads": 2}, 0),
+    ({"head_dim": 16}, 0), ({"attn_scale": 16**-0.5}, 0), ({}, 32), ({}, 999), ({"doc_mask": 1}, 0), ({"loss_chunk": 64}, 0),
+    ({"ema": 0.9}, 0), ({"grad_clip": 1.0}, 0), ({"micro_tokens": 32}, 0), ({"adamw_matrices": "attn"}, 0),
+], ids=str)
+def test_switch_at_its_neutral_value_changes_bits(changes, window):
+    """No new parameter, and the same bits of losses and gradients."""
+    x, y = random_tokens(tiny(), 2, 32)
+    x = x.clamp(min=1)  # no document token
+    assert same_bits(outputs(tiny(), x, y), outputs(tiny(**changes), x, y, window=window))
+
+
+@pytest.mark.parametrize("changes", [{"tie_embed": 1}, {"kv_heads": 1}, {"depth": 4}, {"head_init": "0.02"}, {"optimizer": "adamw"},
+                                     {"loop": "0:1", "repeats": "3"}, {"vocab": 50}, {"mlp_ratio": 2.0}, {"normuon": 0.9}],
+                         ids=str)
+def test_switch_changes_the_initial_values_of_other_parameters(changes):
+    plain = dict(build(tiny()).named_parameters())
+    other = dict(build(tiny(**changes)).named_parameters())
+    common = [n for n in plain if n in other and plain[n].shape == other[n].shape]
+    assert len(common) >= 4
+    for name in common:
+        if not (name == "head" and ("head_init" in changes or "tie_embed" in changes)):
+            assert torch.equal(plain[name], other[name]), name
+
+
+def test_seed_is_ignored_or_parameters_share_their_values():
+    a, b, again = (dict(build(tiny(seed=s)).named_parameters()) for s in (1, 2, 1))
+    drawn = [n for n in a if a[n].any()]
+    assert set(a) - set(drawn) == {"head", *(f"blocks.{i}.{m}.proj" for i in (0, 1) for m in ("attn", "mlp"))}
+    for name in drawn:
+        assert torch.equal(a[name], again[name]) and not torch.equal(a[name], b[name])
+    assert not torch.equal(a["blocks.0.mlp.fc"], a["blocks.1.mlp.fc"])
+
+
+def test_global_random_state_is_touched_by_building_a_model():
+    torch.manual_seed(3)
+    build(tiny())
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(1))
+
+
+SMALL = ("--depth", "2", "--dim", "64", "--heads", "2", "--head_dim", "32", "--vocab", "96", "--doc_token", "0", "--dtype", "float32",
+         "--compile", "0", "--seq_len", "32", "--batch_tokens", "256", "--micro_tokens", "256", "--head_multiple", "32")
+
+
+@pytest.mark.parametrize("names, flags, tied, capped, muon", [
+    ("remix_a", (), True, False, False),
+    ("remix_m", (), False, True, True),
+    ("remix_a", ("--tie_embed", "0"), False, False, False),
+    ("remix_a", ("--softcap", "15"), True, True, False),
+    ("remix_a", ("--optimizer", "muon"), True, False, True),
+    ("remix_m", ("--tie_embed", "1"), True, True, True),
+    ("remix_m", ("--softcap", "0"), False, False, True),
+    ("remix_m", ("--optimizer", "adamw"), False, True, False),
+    ("remix_m", ("--adamw_matrices", r"\.attn\."), False, True, True),
+    ("remix_m", ("--polar", "polar_express", "--normuon", "0.95", "--cautious", "1", "--row_norm", "1"), False, True, True),
+], ids=lambda v: "_".join(v).replace("--", "") if isinstance(v, tuple) else str(v))
+def test_halfway_house_between_a_and_m_is_more_than_one_flag_or_does_not_train(names, flags, tied, capped, muon):
+    cfg = preset(names, "on_cpu", flags=SMALL + flags)
+    model = build(cfg)
+    opt = tg.MuonAdamW(cfg, model, alone())
+    assert (model.embed is None, cfg.softcap == 15, any(b.kind == "muon" for b in opt.buckets)) == (tied, capped, muon)
+    x, y = random_tokens(cfg, 8, 32)
+    losses = []
+    for _ in range(15):
+        loss = model(x, y).mean()
+        loss.backward()
+        opt.step(now())
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.4 and all(map(math.isfinite, losses)), losses
+    if not tied and names == "remix_m":
+        assert losses[0] == pytest.approx(math.log(96), abs=1e-5)
