@@ -2,7 +2,7 @@
 nanoremix: one GPT trainer for three leaderboards (speedrun, slowrun, golf), in plain PyTorch.
 
     python train_gpt.py --config tiny_cpu                                     # a laptop, minutes
-    torchrun --standalone --nproc_per_node=8 train_gpt.py --config remix_m    # one node
+    torchrun --standalone --nproc_per_node=8 -- train_gpt.py --config remix_m # one node
     python train_gpt.py --config remix_m --resume                             # continue a broken run
     python train_gpt.py --config remix_m --dry_run                            # costs, without GPU or data
 
@@ -60,6 +60,7 @@ from safetensors.torch import load as load_tensors_from_bytes
 from safetensors.torch import save as save_tensors_to_bytes
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
 ########################################
@@ -93,7 +94,7 @@ class Config:
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # compute type: bfloat16, float32, or auto (bfloat16 where the machine is fast at it)
     param_dtype: str = "float32"  # type of the weights and of the optimizer's state; remix trained in bfloat16
-    compile: int = 1  # 1: torch.compile every graph before the clock starts; 0: eager
+    compile: int = 1  # torch.compile before the clock starts: 1: one block, for all; 2: the whole model; 0: eager
     micro_tokens: int = 65536  # tokens in one forward pass of one rank; less saves memory, the result is the same
     loss_chunk: int = 16384  # tokens whose logits exist at once
     dry_run: bool = False  # print parameters, FLOPs, data, memory, sizes and time of this run, then leave
@@ -217,12 +218,17 @@ def read_toml(path: Path) -> dict:
         raw = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not TOML: {e}") from e
+    return checked(raw, str(path))
+
+
+def checked(raw: dict, where: str) -> dict:
+    """The same keys and values in the types of Config; anything else is an error that names it."""
     values = {}
     for key, value in raw.items():
         if key not in FIELDS:
             close = difflib.get_close_matches(key, FIELDS, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else "; `python train_gpt.py --help` lists all"
-            raise UserError(f"{path}: unknown key {key} = {value!r}{hint}")
+            raise UserError(f"{where}: unknown key {key} = {value!r}{hint}")
         kind = FIELDS[key].type
         if key == "config" and isinstance(value, list) and all(isinstance(v, str) for v in value):
             value = tuple(value)
@@ -232,7 +238,7 @@ def read_toml(path: Path) -> dict:
             value = str(value)  # a constant schedule
         elif key == "config" or type(value) is not kind:
             word = "a list of strings" if key == "config" else getattr(kind, "__name__", kind)
-            raise UserError(f"{path}: {key} = {value!r} is a {type(value).__name__}, but {key} must be {word}")
+            raise UserError(f"{where}: {key} = {value!r} is a {type(value).__name__}, but {key} must be {word}")
         values[key] = value
     return values
 
@@ -559,6 +565,7 @@ class Run:
         self.began, self.earlier_wall = time.perf_counter(), 0.0
         self.signal, self.leave_at_once = 0, False
         self.log_file = self.metrics_file = self.wandb = None
+        self.early: list[str] = []  # lines from before the log was there
         self.live_line, self.last_print = False, 0.0
         self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
 
@@ -604,16 +611,18 @@ class Run:
         if self.signal and number_ == signal.SIGINT:
             os._exit(128 + number_)  # the second Ctrl-C means now
         self.signal = number_
-        if self.leave_at_once:
+        at_once, self.leave_at_once = self.leave_at_once, False
+        if at_once:
             raise Interrupted
 
     @contextlib.contextmanager
     def interruptible(self):
-        """Inside, a signal takes effect at once: for compiling, which can take minutes between two polls."""
-        self.leave_at_once = True
+        """
+        Inside, a signal takes effect at once: for compiling, which can take minutes between two polls. Several ranks
+        cannot leave so: one of them would save while the others still wait for its part of a sum.
+        """
+        self.leave_at_once = self.world == 1
         try:
-            if self.signal:
-                raise Interrupted
             yield
         finally:
             self.leave_at_once = False
@@ -635,9 +644,19 @@ class Run:
             dist.all_reduce(x)
         return x
 
-    def barrier(self) -> None:
+    def on_main(self, work):
+        """Call work() on rank 0 alone, while the others wait for what it gives; what it raises is raised on all."""
+        answer: list = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = work()
+            except (UserError, OSError) as e:
+                answer[1] = e
         if self.world > 1:
-            self.sum(torch.zeros(1))
+            dist.broadcast_object_list(answer, src=0)
+        if answer[1]:
+            raise answer[1]
+        return answer[0]
 
     def wall(self) -> float:
         """Seconds since the first start of this run's processes, compilation and evaluation included."""
@@ -664,6 +683,8 @@ class Run:
             return
         if self.log_file:
             self.log_file.write(line + "\n")
+        else:
+            self.early.append(line)
         if console:
             self.clear_live()
             print(line, flush=True)
@@ -707,11 +728,15 @@ def keep_metric(line: str, step: int) -> bool:
 def write_whole(path: Path, data: bytes) -> None:
     """Replace a file so that a crash leaves either the old one or the new one."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def choose_device(cfg: Config) -> torch.device:
@@ -808,24 +833,27 @@ def visible(q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | 
     return ok
 
 
+# Always compiled on CUDA, also where the model is not: their eager forms would build all T x T scores.
+flex_on_cuda = torch.compile(flex_attention, dynamic=False)
+block_mask_on_cuda = torch.compile(create_block_mask, dynamic=False)
+
+
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float, mask=None) -> Tensor:
     """
     Attention [B, H, T, K] through flex_attention, which skips blocks without a visible pair. k and v may have fewer
     heads. `mask` is flex_mask's, to be shared by all layers of one window.
     """
-    from torch.nn.attention.flex_attention import flex_attention
-
     mask = flex_mask(q, docs, window) if mask is None else mask
-    return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    flex = flex_on_cuda if q.is_cuda else flex_attention
+    return flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
 
 def flex_mask(q: Tensor, docs: Tensor | None, window: int):
-    from torch.nn.attention.flex_attention import create_block_mask
-
     def rule(b, h, i, j):
         return visible(i, j, docs[b, i] if docs is not None else None, docs[b, j] if docs is not None else None, window)
 
-    return create_block_mask(rule, q.size(0) if docs is not None else None, None, q.size(-2), q.size(-2), device=q.device)
+    make = block_mask_on_cuda if q.is_cuda else create_block_mask
+    return make(rule, q.size(0) if docs is not None else None, None, q.size(-2), q.size(-2), device=q.device)
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float) -> Tensor:
@@ -1151,8 +1179,7 @@ def muon_update(w: Tensor, g: Tensor, buf: Tensor, second: Tensor | None, lr: Te
         second.lerp_(u.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True), 1 - cfg.normuon)
         u = u * second.clamp_min(1e-10).rsqrt()
         u = u * (size / torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-    apply_decay(w, u, decay, cfg.cautious)
-    w.sub_((u * (lr * max(1.0, w.size(-2) / w.size(-1)) ** 0.5)).to(w.dtype))
+    descend(w, u, lr * max(1.0, w.size(-2) / w.size(-1)) ** 0.5, decay, cfg.cautious)
 
 
 def adamw_update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, decay: Tensor, correct1: Tensor, correct2: Tensor,
@@ -1164,14 +1191,17 @@ def adamw_update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, decay: 
     m.lerp_(g, 1 - cfg.beta1)
     v.mul_(cfg.beta2).addcmul_(g, g, value=1 - cfg.beta2)
     u = (m / correct1) / (v.sqrt() / correct2.sqrt() + cfg.adam_eps)
-    apply_decay(w, u, decay, cfg.cautious)
-    w.sub_((u * lr).to(w.dtype))
+    descend(w, u, lr, decay, cfg.cautious)
 
 
-def apply_decay(w: Tensor, u: Tensor, decay: Tensor, cautious: int) -> None:
-    """w *= 1 - lr*wd; cautious: only entries that the update shrinks too (Liang et al. 2024, Chen et al. 2025)."""
-    shrink = decay * (u * w >= 0) if cautious else decay
-    w.sub_((w * shrink).to(w.dtype))
+def descend(w: Tensor, u: Tensor, lr: Tensor, decay: Tensor, cautious: int) -> None:
+    """
+    w -= lr*wd*w + lr*u, rounded once: decay by itself is too small a change for a weight in bfloat16. cautious: decay
+    only entries that the update shrinks too (Liang et al. 2024, Chen et al. 2025).
+    """
+    x = w.float()
+    shrink = decay * (u * x >= 0) if cautious else decay
+    w.copy_(x - x * shrink - u.float() * lr)
 
 
 class Bucket:
@@ -1212,7 +1242,7 @@ class Bucket:
         if self.world == 1:
             return shard
         whole = shard.new_empty(self.world * shard.size(0), *shard.shape[1:])
-        dist.all_gather_into_tensor(whole, shard.contiguous())
+        dist.all_gather_single(whole, shard.contiguous())
         return whole
 
     def by_name(self, shard: Tensor) -> dict[str, Tensor]:
@@ -1270,7 +1300,7 @@ class MuonAdamW:
         """Update the weights from the summed gradients, clear those; the global gradient norm [1]."""
         run, world = self.run, self.run.world
         if world > 1:
-            pending = [dist.reduce_scatter_tensor(b.grad_shard, b.grads, async_op=True) for b in self.buckets]
+            pending = [dist.reduce_scatter_single(b.grad_shard, b.grads, async_op=True) for b in self.buckets]
         squares = []
         for i, b in enumerate(self.buckets):
             if world > 1:
@@ -1285,7 +1315,7 @@ class MuonAdamW:
             self.update(b, now)
             b.grads.zero_()
             if world > 1:
-                gathers.append(dist.all_gather_into_tensor(b.weights, b.shard, async_op=True))
+                gathers.append(dist.all_gather_single(b.weights, b.shard, async_op=True))
         for work in gathers:
             work.wait()
         return size
@@ -1407,9 +1437,9 @@ class Loader:
         """Before the first step: one batch fits, and the epochs allowed hold the tokens of all steps."""
         cfg, steps = self.cfg, plan.cfg.steps
         for now in plan.moments():
-            if cfg.shuffle and now.batch_tokens % self.block:
-                raise UserError(f"batch_tokens = {now.batch_tokens} must be a multiple of the largest seq_len = "
-                                f"{self.block} when shuffle = 1")
+            if cfg.shuffle and (now.batch_tokens % self.block or self.block % now.seq_len):
+                raise UserError(f"with shuffle = 1 the largest seq_len = {self.block} must divide batch_tokens = "
+                                f"{now.batch_tokens} and be a multiple of every other seq_len, here {now.seq_len}")
             if not self.per_epoch(now.batch_tokens):
                 raise UserError(f"the {len(self.files)} train shards in {cfg.data} hold {sum(self.counts)} tokens, less "
                                 f"than one batch of {now.batch_tokens}; lower --batch_tokens or run: {get_command(cfg)}")
@@ -1551,7 +1581,8 @@ class Tokenizer:
             edge[i] = False
             piece = self.sp.id_to_piece(i)
             space[i] = piece.startswith("\u2581") and not self.sp.is_byte(i)
-            base[i] = 1 if self.sp.is_byte(i) else len(piece.removeprefix("\u2581").encode())
+            text = piece.removeprefix("\u2581").replace("\u2581", " ")
+            base[i] = 1 if self.sp.is_byte(i) else len(text.encode())
         return base, space, edge
 
     def count_bytes(self, tokens: np.ndarray) -> int:
@@ -1596,6 +1627,18 @@ class Validation:
 ########################################
 
 
+@contextlib.contextmanager
+def weights_kept(buckets: list[Bucket]):
+    """Inside, the model may be given other weights; behind it, it has its own again, also after an interruption."""
+    kept = [b.weights.clone() for b in buckets]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, own in zip(buckets, kept):
+                b.weights.copy_(own)
+
+
 class Averages:
     """
     EMA and plain average (SWA) of the weights, each rank keeping its own shards. They are evaluated beside the live
@@ -1628,16 +1671,11 @@ class Averages:
         if name == "live":
             yield
             return
-        live = [b.weights.clone() for b in self.buckets]
-        try:
+        with weights_kept(self.buckets):
             with torch.no_grad():
                 for b, avg in zip(self.buckets, self.shards[name]):
                     b.weights.copy_(b.gather(avg))
             yield
-        finally:
-            with torch.no_grad():
-                for b, kept in zip(self.buckets, live):
-                    b.weights.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         named = {"swa_count": torch.tensor(self.swa_count)}
@@ -1762,12 +1800,18 @@ def load_artifact(path: Path) -> tuple[Config, dict[str, Tensor]]:
         if len(payload) != size:
             raise bad("its payload has another size than its header says")
         stored = load_tensors_from_bytes(payload)
-        cfg = Config(**{k: tuple(v) if k == "config" else v for k, v in tomllib.loads(header["config"]).items()})
+        cfg = Config(**checked(tomllib.loads(header["config"]), str(path)))
+        validate(cfg)
         named = {}
         for name, kind in header["tensors"].items():
-            named[name] = dequantize_rows(stored[f"{name}:q"], stored[f"{name}:scale"]) if kind == "int8_rows" else stored[name]
-    except UserError:
-        raise
+            if kind not in ("int8_rows", "plain"):
+                raise bad(f"{name} is stored as {kind!r}, which is unknown")
+            named[name] = (dequantize_rows(stored.pop(f"{name}:q"), stored.pop(f"{name}:scale")) if kind == "int8_rows" else
+                           stored.pop(name))
+        if stored:
+            raise bad(f"its header does not tell of {sorted(stored)[:5]}")
+    except UserError as e:
+        raise (e if str(path) in str(e) else bad(str(e))) from None
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, zstandard.ZstdError, SafetensorError,
             MemoryError) as e:
         raise bad(f"{type(e).__name__}: {e}") from e
@@ -1800,8 +1844,9 @@ def source_files() -> list[Path]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first: those with a DONE marker."""
-    return sorted((p.parent for p in folder.glob("ckpt/*/DONE")), key=lambda p: int(p.name))
+    """Complete checkpoints of a run, oldest first: those with their final name and a DONE marker."""
+    done = (p.parent for p in folder.glob("ckpt/*/DONE"))
+    return sorted((p for p in done if re.fullmatch("[0-9]+", p.name)), key=lambda p: int(p.name))
 
 
 def sync_folder(path: Path) -> None:
@@ -1827,15 +1872,16 @@ def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, l
         dist.all_gather_object(rng, mine)
     else:
         rng = [mine]
-    if run.is_main:
-        shutil.rmtree(part, ignore_errors=True)
+
+    def write() -> None:
         part.mkdir(parents=True)
         weights = {name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters()}
         for name, named in (("model", weights), ("optimizer", optimizer), ("averages", averages)):
             try:
                 save_tensors(named, part / f"{name}.safetensors")
             except SafetensorError as e:  # it wraps the system's error: full disk, mostly
-                raise OSError(errno.ENOSPC if "No space" in str(e) else errno.EIO, str(e), str(part)) from e
+                number_ = re.search(r"os error (\d+)", str(e))
+                raise OSError(int(number_[1]) if number_ else errno.EIO, str(e), str(part)) from e
         state = {"step": step, "train_seconds": run.clock.seconds(), "wall_seconds": run.wall(), "loader": loader.state_dict(),
                  "rng": rng, "world_size": run.world, "torch": torch.__version__}
         (part / "state.json").write_text(json.dumps(state))
@@ -1845,11 +1891,23 @@ def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, l
         sync_folder(part)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(part, final)
-        sync_folder(final.parent) if final.parent.is_dir() else None
-        for old in checkpoints(run.folder)[: -run.cfg.keep]:
-            (old / "DONE").unlink()  # first, so that half a checkpoint is never taken for a whole one
+        sync_folder(final.parent)
+
+    def save() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        if final not in checkpoints(run.folder):  # of one step there is one state: what is whole is never replaced
+            try:
+                write()
+            except OSError:
+                shutil.rmtree(part, ignore_errors=True)  # on a full disk it would take the room of the next attempt
+                raise
+        kept = checkpoints(run.folder)[-run.cfg.keep :]
+        own = {p for p in final.parent.iterdir() if re.fullmatch(r"[0-9]+|\.[0-9]+\.part", p.name)}  # no copies of the user
+        for old in own - set(kept):
+            (old / "DONE").unlink(missing_ok=True)  # first, so that half a checkpoint is never taken for a whole one
             shutil.rmtree(old)
-    run.barrier()
+
+    run.on_main(save)
     return final
 
 
@@ -1863,7 +1921,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_checkpoint(path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, loader: Loader) -> int:
     """Everything that save_checkpoint wrote, at any number of ranks; the step to go on from."""
-    state = json.loads((path / "state.json").read_text())
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except ValueError as e:
+        raise UserError(f"{path / 'state.json'} cannot be read ({e}); delete its folder to go back to the one before") from e
     load_weights(model, read_tensors(path / "model.safetensors"), str(path))
     opt.load_state_dict(read_tensors(path / "optimizer.safetensors"))
     avg.load_state_dict(read_tensors(path / "averages.safetensors"), run.rank)
@@ -1988,6 +2049,7 @@ def warm_up(p: Parts) -> None:
     try:
         with run.interruptible():
             for training, shape in bar:
+                run.agree()
                 rows = torch.randint(p.cfg.vocab, (shape.rows, shape.seq_len + 1), device=run.device)
                 x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
                 if training:
@@ -2043,8 +2105,8 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
         good = checkpoints(run.folder)
         raise UserError(
             f"step {step}: loss {loss}, gradient norm {size}: not finite, stopped (lr multiplier {now.lr:.4g}, repeats "
-            f"{now.repeats}). Last good checkpoint: {good[-1] if good else 'none'}; it is kept. Lower the learning rates, "
-            "or set --grad_clip 1, and --resume")
+            f"{now.repeats}). Last good checkpoint: {good[-1] if good else 'none'}; it is kept. Lower the learning rates "
+            "or set --grad_clip 1 in another --run, which may start from those weights with --init_from")
     if step % cfg.log_every == 0 or step == cfg.steps:
         elapsed = run.clock.seconds()
         run.log(f"step:{step}/{cfg.steps} train_time:{elapsed * 1000:.0f}ms step_avg:{elapsed * 1000 / step:.2f}ms", console=False)
@@ -2070,7 +2132,11 @@ def train_loop(p: Parts, step: int) -> int:
     run.step = step
     run.clock.start()
     while True:
-        seconds = run.agree(run.clock.seconds())
+        try:
+            seconds = run.agree(run.clock.seconds())
+        except Interrupted:
+            flush()  # the last step's line, and no checkpoint if it was not finite
+            raise
         now = plan.at(step, plan.fraction(step, seconds))
         # A clock cap is a cap: no step is begun that would end behind it.
         last = step >= cfg.steps or bool(cfg.max_seconds and seconds + took > cfg.max_seconds)
@@ -2107,22 +2173,15 @@ def finish(p: Parts, step: int) -> dict:
         raise UserError(f"final_weights = {cfg.final_weights!r}, but no snapshot was taken: lower --swa_start or --swa_every")
     result: dict = {}
     began = time.perf_counter()
-    with p.avg.swapped_in(cfg.final_weights):
+    with weights_kept(p.opt.buckets), p.avg.swapped_in(cfg.final_weights):
         loss, bpb = evaluate(run, p.graph, p.val, plan.eval_shape(now))
         result |= {"val_loss": loss, "val_bpb": bpb, "eval_time_s": time.perf_counter() - began}
         if cfg.export:
             path = run.folder / "model.nrx"
             named = {n: t for n, t in p.model.named_parameters()}
-            if run.is_main:
-                export_artifact(path, named, cfg)
-            run.barrier()
-            live = [b.weights.clone() for b in p.opt.buckets]
+            run.on_main(lambda: export_artifact(path, named, cfg))
             load_weights(p.model, load_artifact(path)[1], str(path))
             loss, bpb = evaluate(run, p.graph, p.val, plan.eval_shape(now))
-            if not cfg.sample_tokens:
-                with torch.no_grad():
-                    for b, kept in zip(p.opt.buckets, live):
-                        b.weights.copy_(kept)
             code = sum(f.stat().st_size for f in source_files())
             size = path.stat().st_size
             result |= {"roundtrip_val_loss": loss, "roundtrip_val_bpb": bpb, "artifact_bytes": size, "code_bytes": code,
@@ -2139,6 +2198,7 @@ def finish(p: Parts, step: int) -> dict:
     return {k: v for k, v in result.items() if v is not None}
 
 
+@torch.compiler.set_stance("force_eager")  # every length would be a graph of its own
 @torch.no_grad()
 def generate(model: GPT, tokenizer: Tokenizer, cfg: Config, seq_len: int, now: Now) -> str:
     """Continue cfg.prompt (or a new document) by cfg.sample_tokens tokens; stops where a document ends."""
@@ -2178,22 +2238,8 @@ def sample(flags: Config) -> int:
     return 0
 
 
-def prepare_folder(cfg: Config, run: Run) -> Path | None:
-    """Create the run's folder, or find the checkpoint to go on from. Rank 0 decides for all; None: start at step 0."""
-    decision: list = [None, None]
-    if run.is_main:
-        try:
-            decision[0] = resume_point(cfg, run.folder)
-        except (UserError, OSError) as e:
-            decision[1] = e
-    if run.world > 1:
-        dist.broadcast_object_list(decision, src=0)
-    if decision[1]:
-        raise decision[1]
-    return decision[0]
-
-
-def resume_point(cfg: Config, folder: Path) -> Path | None:
+def check_folder(cfg: Config, folder: Path) -> None:
+    """Refuse a name that is taken, and to go on with what was begun under another configuration."""
     if folder.exists() and not cfg.resume:
         raise UserError(f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or delete it")
     saved = folder / "config.toml"
@@ -2204,8 +2250,15 @@ def resume_point(cfg: Config, folder: Path) -> Path | None:
         if changed:
             raise UserError(f"--resume of {folder}, but the configuration changed:\n" + "\n".join(changed) +
                             "\nuse the old values, or another --run")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(saved, f"# presets: {' '.join(cfg.config)}\n{config_toml(cfg)}".encode())
+
+
+def prepare_folder(cfg: Config, folder: Path) -> Path | None:
+    """Create the run's folder, or find the checkpoint to go on from; None: start at step 0."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "config.toml", f"# presets: {' '.join(cfg.config)}\n{config_toml(cfg)}".encode())
+    except FileNotFoundError as e:  # so /proc and the like say that nothing can be made in them
+        raise UserError(f"cannot create {folder} ({e}); choose another folder with --log_dir") from e
     return (checkpoints(folder) or [None])[-1]
 
 
@@ -2218,6 +2271,8 @@ def log_head(run: Run, step: int | None) -> None:
     for line in environment(run):
         run.log(line, console=False)
     run.log(config_toml(run.cfg) + "=" * 100, console=False)
+    for line in run.early:
+        run.log(line, console=False)
     run.log(f"log: {run.folder / 'log.txt'}")
 
 
@@ -2226,13 +2281,12 @@ def train(cfg: Config, run: Run) -> int:
     if cfg.resume and (run.folder / "result.json").exists():
         print(f"{run.folder} is finished: nothing to resume")
         return 0
-    Plan(cfg).train_shapes(run.world)  # what config and data alone can refuse is refused before a folder is made
-    Loader(cfg, Plan(cfg))
-    start = prepare_folder(cfg, run)
+    run.on_main(lambda: check_folder(cfg, run.folder))
+    p = build(cfg, run)  # what cannot work is refused here, before a folder is made
+    start = run.on_main(lambda: prepare_folder(cfg, run.folder))
     run.resumed = start is not None
     run.open_log(int(start.name) if start else -1)
     log_head(run, None if start is None else int(start.name))
-    p = build(cfg, run)
     step = load_checkpoint(start, run, p.model, p.opt, p.avg, p.loader) if start else 0
     run.step = step
     if start:
@@ -2298,7 +2352,7 @@ def explain(e: BaseException) -> str | None:
         return text
     if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return (f"out of memory: halve --micro_tokens or --loss_chunk; the result stays the same. ({text.splitlines()[0]})")
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({e}); complete checkpoints are kept: make room and continue with --resume"
     if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return f"cannot write there ({e}); choose another folder with --log_dir"
@@ -2322,6 +2376,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {message}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
 
 
 if __name__ == "__main__":

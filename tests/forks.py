@@ -1,12 +1,14 @@
 """
 Runs of train_gpt.py for the tests, cheaply: one process imports torch, and each run is a fork of it.
 
-A fork is a process of its own, with its own flags, files, signals and end, but it starts in milliseconds. It can be made
-to send itself a signal at the n-th call of a kind within a phase (in a step, in saving, ...), so that a kill "at a random
+A fork is a process of its own, with its own flags, files, signals and end, but it starts in milliseconds. It can be
+made to send itself a signal at the n-th call within a phase (in a step, in saving, ...), so that a kill "at a random
 instant" falls on the same instant on every machine.
 """
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import signal
@@ -22,8 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PHASES = {"prepare_folder", "open_log", "build", "load_checkpoint", "warm_up", "train_step", "log_step", "evaluate",
           "save_checkpoint", "export_artifact", "load_artifact", "finish", "write_result"}
 # Calls that change or sync files: between two of them a kill leaves another state on the disk.
-FILE_CALLS = {"open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync", "write", "flush", "close",
-              "serialize_file", "rmtree"}
+FILE_CALLS = {"open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync", "write", "serialize_file"}
 
 
 @dataclass
@@ -76,8 +77,8 @@ class Server:
     def __init__(self, folder: Path):
         self.folder, self.count, self.forks = folder, 0, []
         env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env=env)
+        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        text=True, env=env)
 
     def ask(self, **request) -> dict:
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -85,16 +86,18 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def start(self, *argv, env: dict | None = None, cwd: Path | None = None, when: dict | None = None,
-              full_exit: bool = False) -> Fork:
+              full_exit: bool = False, backend: str = "") -> Fork:
         """
-        `train_gpt.py argv` in a fork. when: {"phase": name or "", "calls": "all" or "files", "send": [[n, signal], ...]}
-        sends itself a signal at the n-th such call, or with {"count": path} writes how many there were in each phase.
-        full_exit: leave as the interpreter does, closing what is open, instead of at once.
+        `train_gpt.py argv` in a fork. when: {"phase": name or "", "calls": "all" or "files"} chooses calls;
+        {"send": [[n, signal], ...]} sends itself a signal at the n-th of them, {"count": path} writes how many there
+        were in each phase, {"watch": path} writes at each of them which checkpoints were complete, with their bytes'
+        hash. full_exit: leave as the interpreter does, closing what is open, instead of at once. backend: what
+        torch.compile makes of its graphs, for example nothing ("eager"): tracing and recompiling stay as they are.
         """
         self.count += 1
         files = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
         pid = self.ask(op="start", argv=[str(a) for a in argv], env=env or {}, cwd=str(cwd or self.folder),
-                       full_exit=full_exit, out=str(files[0]), err=str(files[1]), when=when)["pid"]
+                       full_exit=full_exit, backend=backend, out=str(files[0]), err=str(files[1]), when=when)["pid"]
         self.forks.append(Fork(self, pid, files))
         return self.forks[-1]
 
@@ -114,7 +117,8 @@ class Watch:
     def __init__(self, when: dict):
         self.phase, self.only_files = when.get("phase", ""), when.get("calls") == "files"
         self.send = {int(n): number for n, number in when.get("send", [])}
-        self.count_to, self.stack, self.seen, self.steps = when.get("count"), [], Counter(), 0
+        self.count_to, self.watch_to = when.get("count"), when.get("watch")
+        self.stack, self.seen, self.steps, self.watched = [], Counter(), 0, []
 
     def __call__(self, frame, event: str, arg) -> None:
         if event == "call" or event == "return":
@@ -132,6 +136,8 @@ class Watch:
         phase = self.stack[-1]
         self.seen[phase] += 1
         if self.phase in ("", phase):
+            if self.watch_to:
+                self.watched.append(complete_checkpoints(Path.cwd()))
             n = self.seen[phase] if self.phase else self.seen.total()
             if n in self.send:
                 os.write(2, f"signal {self.send[n]} in {phase} at call {n}, steps begun: {self.steps}\n".encode())
@@ -141,10 +147,20 @@ class Watch:
         sys.setprofile(None)
         if self.count_to:
             Path(self.count_to).write_text(json.dumps(self.seen))
+        if self.watch_to:
+            Path(self.watch_to).write_text(json.dumps(self.watched))
+
+
+def complete_checkpoints(folder: Path) -> dict[str, str]:
+    """Step -> hash of the tensor files, for all that reads as a complete checkpoint below a folder."""
+    return {p.parent.name: hashlib.sha256(b"".join(f.read_bytes() for f in sorted(p.parent.glob("*.safetensors"))))
+            .hexdigest() for p in folder.glob("logs/*/ckpt/[0-9]*/DONE")}
 
 
 def child(request: dict) -> None:
     """The forked process: becomes `train_gpt.py argv` and ends with its exit code."""
+    import torch
+
     import train_gpt
 
     os.setsid()
@@ -157,6 +173,8 @@ def child(request: dict) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.argv = [train_gpt.__file__, *request["argv"]]
+    if request["backend"]:
+        torch.compile = functools.partial(torch.compile, backend=request["backend"])
     watch = Watch(request["when"]) if request["when"] else None
     if watch:
         sys.setprofile(watch)
@@ -176,6 +194,7 @@ def serve() -> None:
     """Read requests, one JSON object a line, and answer each with one."""
     sys.path.insert(0, str(ROOT))
     import torch._dynamo  # noqa: F401 (what a run imports late)
+
     import train_gpt
 
     train_gpt.parse_args(["--run", "warm"])  # tyro's first parsing is slow

@@ -17,9 +17,26 @@ torch.set_num_threads(1)  # tiny operations: threads that wait for each other co
 
 def tiny(**changes) -> tg.Config:
     """A model and a run small enough for a test; a few hundred kilobytes at most."""
-    small = {"device": "cpu", "dtype": "float32", "compile": 0, "vocab": 96, "doc_token": 0, "head_multiple": 32,
-             "depth": 2, "dim": 32, "heads": 2, "rope_base": 64.0, "seq_len": "32", "batch_tokens": "128",
-             "micro_tokens": 128, "steps": 20, "tokenizer": "", "val_tokens": 0, "run": "test", "doc_mask": 0}
+    small = {
+        "device": "cpu",
+        "dtype": "float32",
+        "compile": 0,
+        "vocab": 96,
+        "doc_token": 0,
+        "head_multiple": 32,
+        "depth": 2,
+        "dim": 32,
+        "heads": 2,
+        "rope_base": 64.0,
+        "seq_len": "32",
+        "batch_tokens": "128",
+        "micro_tokens": 128,
+        "steps": 20,
+        "tokenizer": "",
+        "val_tokens": 0,
+        "run": "test",
+        "doc_mask": 0,
+    }
     return tg.Config(**(small | changes))
 
 
@@ -41,8 +58,15 @@ def random_tokens(cfg: tg.Config, rows: int, seq_len: int, seed: int = 0) -> tup
 
 def now(**changes) -> tg.Now:
     """The schedules in the middle of training, where nothing is scaled."""
-    plain = {"lr": 1.0, "momentum": 0.95, "weight_decay": 1.0, "repeats": 1, "seq_len": 32, "window": 0,
-             "batch_tokens": 128}
+    plain = {
+        "lr": 1.0,
+        "momentum": 0.95,
+        "weight_decay": 1.0,
+        "repeats": 1,
+        "seq_len": 32,
+        "window": 0,
+        "batch_tokens": 128,
+    }
     return tg.Now(**(plain | changes))
 
 

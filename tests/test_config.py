@@ -36,7 +36,9 @@ def refused(capsys, *argv: str) -> str:
 def test_no_field_is_left_without_help():
     """Each field's comment is its help text: read from the source, not through tyro."""
     lines = (ROOT / "train_gpt.py").read_text().split("class Config:")[1].split("FIELDS =")[0].splitlines()
-    told = dict(re.fullmatch(r"    (\w+): [^=]+ = .*?  # (.+)", line).groups() for line in lines if re.match(r"    \w+:", line))
+    told = dict(
+        re.fullmatch(r"    (\w+): [^=]+ = .*?  # (.+)", line).groups() for line in lines if re.match(r"    \w+:", line)
+    )
     assert told.keys() == tg.FIELDS.keys()
     assert all(len(text) >= 5 for text in told.values())
 
@@ -83,8 +85,25 @@ def test_preset_repeats_no_default_where_it_is_no_layer(path):
 def test_on_cpu_changes_the_recipe_of_a_preset(name):
     """The layer may change sizes, never optimizer, schedules, tying or softcap."""
     plain, layered = preset(name), preset(name, "on_cpu")
-    for key in ("optimizer", "matrix_lr", "adamw_lr", "embed_lr", "head_lr", "tied_lr", "lr", "momentum", "softcap",
-                "tie_embed", "matrix_wd", "beta1", "beta2", "norm_eps", "attn_scale", "rope", "head_init"):
+    for key in (
+        "optimizer",
+        "matrix_lr",
+        "adamw_lr",
+        "embed_lr",
+        "head_lr",
+        "tied_lr",
+        "lr",
+        "momentum",
+        "softcap",
+        "tie_embed",
+        "matrix_wd",
+        "beta1",
+        "beta2",
+        "norm_eps",
+        "attn_scale",
+        "rope",
+        "head_init",
+    ):
         assert getattr(plain, key) == getattr(layered, key), key
     assert layered.device == "cpu" and layered.vocab == 1024
 
@@ -129,19 +148,22 @@ def test_misspelt_preset_is_not_explained():
         preset("remix_x")
 
 
-@pytest.mark.parametrize("line, words", [
-    ("matrix_lrr = 0.1", ("unknown key matrix_lrr", "did you mean", "matrix_lr")),
-    ("zzzzzz = 1", ("unknown key zzzzzz", "--help")),
-    ("steps = 2.5", ("steps = 2.5", "float", "int")),
-    ('depth = "12"', ("depth = '12'", "str", "int")),
-    ("depth = true", ("depth", "bool", "int")),
-    ("run = 5", ("run = 5", "int", "str")),
-    ("lr = true", ("lr = True", "bool", "str")),
-    ("resume = 1", ("resume", "int", "bool")),
-    ("config = 5", ("config", "list of strings")),
-    ("[model]\ndepth = 3", ("model",)),
-    ("steps = ", ("not TOML",)),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("matrix_lrr = 0.1", ("unknown key matrix_lrr", "did you mean", "matrix_lr")),
+        ("zzzzzz = 1", ("unknown key zzzzzz", "--help")),
+        ("steps = 2.5", ("steps = 2.5", "float", "int")),
+        ('depth = "12"', ("depth = '12'", "str", "int")),
+        ("depth = true", ("depth", "bool", "int")),
+        ("run = 5", ("run = 5", "int", "str")),
+        ("lr = true", ("lr = True", "bool", "str")),
+        ("resume = 1", ("resume", "int", "bool")),
+        ("config = 5", ("config", "list of strings")),
+        ("[model]\ndepth = 3", ("model",)),
+        ("steps = ", ("not TOML",)),
+    ],
+)
 def test_wrong_preset_line_passes_or_is_not_named(tmp_path, line, words):
     path = tmp_path / "mine.toml"
     path.write_text(line + "\n")
@@ -163,50 +185,53 @@ def test_wrong_type_of_a_flag_is_not_named(capsys, flags):
     assert flags[0] in refused(capsys, *flags) or flags[1] in refused(capsys, *flags)
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"device": "tpu"}, ("device", "tpu", "cuda")),
-    ({"dtype": "float16"}, ("dtype", "float16", "bfloat16")),
-    ({"rope": "x"}, ("rope", "truncated")),
-    ({"optimizer": "sgd"}, ("optimizer", "sgd", "adamw")),
-    ({"polar": "svd"}, ("polar", "svd", "ns5")),
-    ({"export": "int3"}, ("export", "int3", "int8")),
-    ({"steps": 0}, ("steps = 0",)),
-    ({"depth": -1}, ("depth = -1",)),
-    ({"log_every": 0}, ("log_every = 0",)),
-    ({"head_multiple": 0}, ("head_multiple = 0",)),
-    ({"kv_heads": -1}, ("kv_heads = -1",)),
-    ({"head_dim": -4}, ("head_dim = -4",)),
-    ({"eval_seq_len": -1}, ("eval_seq_len = -1",)),
-    ({"swa_every": -1}, ("swa_every = -1",)),
-    ({"sample_tokens": -1}, ("sample_tokens = -1",)),
-    ({"mlp_ratio": 0.0}, ("mlp_ratio = 0",)),
-    ({"seed": -1}, ("seed = -1",)),
-    ({"keep": 0}, ("keep = 0",)),
-    ({"max_seconds": math.nan}, ("max_seconds",)),
-    ({"vocab": 70000}, ("vocab = 70000", "65536")),
-    ({"doc_token": 96}, ("doc_token = 96", "vocab = 96")),
-    ({"doc_token": -1}, ("doc_token = -1",)),
-    ({"dim": 33}, ("dim = 33", "heads = 2")),
-    ({"head_dim": 6}, ("head_dim = 6", "4")),
-    ({"heads": 4, "kv_heads": 3}, ("heads = 4", "kv_heads = 3")),
-    ({"ema": 1.0}, ("ema = 1.0",)),
-    ({"final_weights": "ema"}, ("ema > 0",)),
-    ({"final_weights": "swa"}, ("swa_every > 0",)),
-    ({"head_init": "normal"}, ("head_init", "uniform")),
-    ({"adamw_matrices": "("}, ("adamw_matrices", "regular expression")),
-    ({"init_from": "x", "transfer": "["}, ("transfer", "regular expression")),
-    ({"run": "a/b"}, ("run", "a/b")),
-    ({"run": ".."}, ("run", "..")),
-    ({"loop": "1"}, ("loop", "first:end")),
-    ({"loop": "1:1"}, ("loop", "1:1")),
-    ({"loop": "1:3"}, ("loop", "2 blocks")),
-    ({"repeats": "2"}, ("repeats", "--loop")),
-    ({"seq_len": "0"}, ("seq_len",)),
-    ({"seq_len": "32.5"}, ("seq_len", "whole")),
-    ({"window": "0:8 1>16"}, ("window", "':'")),
-    ({"window": "-1"}, ("window",)),
-    ({"lr": ""}, ("lr", "start with a value")),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"device": "tpu"}, ("device", "tpu", "cuda")),
+        ({"dtype": "float16"}, ("dtype", "float16", "bfloat16")),
+        ({"rope": "x"}, ("rope", "truncated")),
+        ({"optimizer": "sgd"}, ("optimizer", "sgd", "adamw")),
+        ({"polar": "svd"}, ("polar", "svd", "ns5")),
+        ({"export": "int3"}, ("export", "int3", "int8")),
+        ({"steps": 0}, ("steps = 0",)),
+        ({"depth": -1}, ("depth = -1",)),
+        ({"log_every": 0}, ("log_every = 0",)),
+        ({"head_multiple": 0}, ("head_multiple = 0",)),
+        ({"kv_heads": -1}, ("kv_heads = -1",)),
+        ({"head_dim": -4}, ("head_dim = -4",)),
+        ({"eval_seq_len": -1}, ("eval_seq_len = -1",)),
+        ({"swa_every": -1}, ("swa_every = -1",)),
+        ({"sample_tokens": -1}, ("sample_tokens = -1",)),
+        ({"mlp_ratio": 0.0}, ("mlp_ratio = 0",)),
+        ({"seed": -1}, ("seed = -1",)),
+        ({"keep": 0}, ("keep = 0",)),
+        ({"max_seconds": math.nan}, ("max_seconds",)),
+        ({"vocab": 70000}, ("vocab = 70000", "65536")),
+        ({"doc_token": 96}, ("doc_token = 96", "vocab = 96")),
+        ({"doc_token": -1}, ("doc_token = -1",)),
+        ({"dim": 33}, ("dim = 33", "heads = 2")),
+        ({"head_dim": 6}, ("head_dim = 6", "4")),
+        ({"heads": 4, "kv_heads": 3}, ("heads = 4", "kv_heads = 3")),
+        ({"ema": 1.0}, ("ema = 1.0",)),
+        ({"final_weights": "ema"}, ("ema > 0",)),
+        ({"final_weights": "swa"}, ("swa_every > 0",)),
+        ({"head_init": "normal"}, ("head_init", "uniform")),
+        ({"adamw_matrices": "("}, ("adamw_matrices", "regular expression")),
+        ({"init_from": "x", "transfer": "["}, ("transfer", "regular expression")),
+        ({"run": "a/b"}, ("run", "a/b")),
+        ({"run": ".."}, ("run", "..")),
+        ({"loop": "1"}, ("loop", "first:end")),
+        ({"loop": "1:1"}, ("loop", "1:1")),
+        ({"loop": "1:3"}, ("loop", "2 blocks")),
+        ({"repeats": "2"}, ("repeats", "--loop")),
+        ({"seq_len": "0"}, ("seq_len",)),
+        ({"seq_len": "32.5"}, ("seq_len", "whole")),
+        ({"window": "0:8 1>16"}, ("window", "':'")),
+        ({"window": "-1"}, ("window",)),
+        ({"lr": ""}, ("lr", "start with a value")),
+    ],
+)
 def test_impossible_value_is_accepted_or_the_message_names_neither_key_nor_fix(changes, words):
     with pytest.raises(tg.UserError) as e:
         tg.validate(tiny(**changes))
@@ -219,11 +244,18 @@ def test_tiny_itself_is_refused():
     tg.validate(tiny())
 
 
-@pytest.mark.parametrize("changes, world", [
-    ({"batch_tokens": "100"}, 1), ({"batch_tokens": "96", "micro_tokens": 64}, 1), ({"micro_tokens": 48}, 1),
-    ({"batch_tokens": "128"}, 3), ({"batch_tokens": "32"}, 64), ({"batch_tokens": "128"}, 8),
-    ({"seq_len": "0:32 0.5:48"}, 1),
-])
+@pytest.mark.parametrize(
+    "changes, world",
+    [
+        ({"batch_tokens": "100"}, 1),
+        ({"batch_tokens": "96", "micro_tokens": 64}, 1),
+        ({"micro_tokens": 48}, 1),
+        ({"batch_tokens": "128"}, 3),
+        ({"batch_tokens": "32"}, 64),
+        ({"batch_tokens": "128"}, 8),
+        ({"seq_len": "0:32 0.5:48"}, 1),
+    ],
+)
 def test_batch_that_does_not_divide_is_trained_or_crashes(changes, world):
     with pytest.raises(tg.UserError, match=r"batch_tokens.*micro_tokens.*seq_len"):
         tg.Plan(tiny(**changes)).train_shapes(world)
@@ -233,8 +265,13 @@ def test_batch_that_does_not_divide_is_trained_or_crashes(changes, world):
 
 
 def test_resolved_config_is_not_accepted_again(tmp_path):
-    for i, cfg in enumerate([preset("remix_a"), preset("tiny_cpu", flags=("--prompt", 'say "hi"\\\n\t\x00\x7f é 🚀 #=[]')),
-                             tiny(adam_eps=1e-300, matrix_lr=1e22, adamw_matrices=r"\.attn\.(qkv|proj)$")]):
+    for i, cfg in enumerate(
+        [
+            preset("remix_a"),
+            preset("tiny_cpu", flags=("--prompt", 'say "hi"\\\n\t\x00\x7f é 🚀 #=[]')),
+            tiny(adam_eps=1e-300, matrix_lr=1e22, adamw_matrices=r"\.attn\.(qkv|proj)$"),
+        ]
+    ):
         path = tmp_path / f"{i}.toml"
         path.write_bytes(tg.config_toml(cfg).encode())
         back = tg.Config(**tg.read_toml(path))
@@ -246,14 +283,25 @@ def test_resolved_config_is_not_accepted_again(tmp_path):
 @settings(max_examples=60)
 def test_some_value_breaks_the_resolved_config(text, number, whole):
     cfg = tiny(prompt=text.encode("utf-8", "replace").decode(), matrix_lr=number, sample_tokens=whole)
-    assert tomllib.loads(tg.config_toml(cfg)) == {k: v for k, v in dataclasses.asdict(cfg).items()
-                                                  if k not in ("config", "resume", "dry_run", "json")}
+    assert tomllib.loads(tg.config_toml(cfg)) == {
+        k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("config", "resume", "dry_run", "json")
+    }
 
 
 def test_hash_ignores_the_seed_or_sees_the_name():
     base = tg.config_hash(tiny())
     assert tg.config_hash(tiny(run="other", arm="b", log_every=7, log_dir="x", device="cuda")) == base
-    assert len({base, tg.config_hash(tiny(seed=2)), tg.config_hash(tiny(matrix_lr=0.051)), tg.config_hash(tiny(window="8"))}) == 4
+    assert (
+        len(
+            {
+                base,
+                tg.config_hash(tiny(seed=2)),
+                tg.config_hash(tiny(matrix_lr=0.051)),
+                tg.config_hash(tiny(window="8")),
+            }
+        )
+        == 4
+    )
 
 
 # --- schedules
@@ -263,23 +311,49 @@ def value(text: str, step: int, total: int) -> float:
     return tg.Schedule("lr", text).at(step, step / total)
 
 
-@pytest.mark.parametrize("text, expected", [  # the docstring's examples at 0, 30, 50, 60, 80, 100 of 100 steps
-    ("3", (3, 3, 3, 3, 3, 3)),
-    ("0:1 0.5:2", (1, 1, 2, 2, 2, 2)),
-    ("0:1 0.6:1 1>0.1", (1, 1, 1, 1, 0.55, 0.1)),
-    ("1 1>0", (1, 0.7, 0.5, 0.4, 0.2, 0)),
-    ("0:1 30s:2 80s:3", (1, 2, 2, 2, 3, 3)),
-    ("0:1 0.5:2 0.65:3", (1, 1, 2, 2, 3, 3)),
-    ("0 3/5>6", (0, 3, 5, 6, 6, 6)),
-    ("0.85 60s>0.95", (0.85, 0.9, 0.85 + 0.1 * 5 / 6, 0.95, 0.95, 0.95)),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [  # the docstring's examples at 0, 30, 50, 60, 80, 100 of 100 steps
+        ("3", (3, 3, 3, 3, 3, 3)),
+        ("0:1 0.5:2", (1, 1, 2, 2, 2, 2)),
+        ("0:1 0.6:1 1>0.1", (1, 1, 1, 1, 0.55, 0.1)),
+        ("1 1>0", (1, 0.7, 0.5, 0.4, 0.2, 0)),
+        ("0:1 30s:2 80s:3", (1, 2, 2, 2, 3, 3)),
+        ("0:1 0.5:2 0.65:3", (1, 1, 2, 2, 3, 3)),
+        ("0 3/5>6", (0, 3, 5, 6, 6, 6)),
+        ("0.85 60s>0.95", (0.85, 0.9, 0.85 + 0.1 * 5 / 6, 0.95, 0.95, 0.95)),
+    ],
+)
 def test_schedule_grammar_is_misread(text, expected):
     assert [value(text, s, 100) for s in (0, 30, 50, 60, 80, 100)] == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("text", ["", " ", "x", "1 2", "0.5:1", "0>1", "0:1 0.5:2 0.5:3", "0:1 0.5:2 0.4:3", "0:1 1.5:2",
-                                  "0:1 0.2", "1/0", "0:1 0.5:", "0:1 5s>2 0.5>3", "0:1 -5s:2", "0:1 3s:2 -0.5:3", "1e999",
-                                  "nan", "0:1 0.5=2", "0:1, 0.5:2", "0:1 9s:2 0.5:3 4s:5", "0:1 0.5:2 4s:5 0.3:3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "x",
+        "1 2",
+        "0.5:1",
+        "0>1",
+        "0:1 0.5:2 0.5:3",
+        "0:1 0.5:2 0.4:3",
+        "0:1 1.5:2",
+        "0:1 0.2",
+        "1/0",
+        "0:1 0.5:",
+        "0:1 5s>2 0.5>3",
+        "0:1 -5s:2",
+        "0:1 3s:2 -0.5:3",
+        "1e999",
+        "nan",
+        "0:1 0.5=2",
+        "0:1, 0.5:2",
+        "0:1 9s:2 0.5:3 4s:5",
+        "0:1 0.5:2 4s:5 0.3:3",
+    ],
+)
 def test_wrong_schedule_is_accepted(text):
     with pytest.raises(tg.UserError, match=r"^lr = "):
         tg.Schedule("lr", text)
@@ -315,7 +389,14 @@ def test_constants_of_the_remix_presets_drift():
     """Every constant of spec 1.1 to 1.8, for both presets."""
     a, m = preset("remix_a"), preset("remix_m")
     for cfg in (a, m):
-        assert (cfg.depth, cfg.heads, cfg.dim, tg.head_width(cfg), cfg.vocab, cfg.doc_token) == (12, 6, 768, 128, 50257, 50256)
+        assert (cfg.depth, cfg.heads, cfg.dim, tg.head_width(cfg), cfg.vocab, cfg.doc_token) == (
+            12,
+            6,
+            768,
+            128,
+            50257,
+            50256,
+        )
         assert (cfg.seq_len, cfg.batch_tokens, cfg.val_tokens, cfg.eval_every) == ("65536", "524288", 10485760, 125)
         assert (cfg.norm_eps, cfg.attn_scale, cfg.window, cfg.doc_mask, cfg.rope_base) == (2**-7, 0.12, "1024", 1, 1024)
         assert (cfg.mlp_ratio, cfg.qk_norm, cfg.rope, cfg.beta2, cfg.adam_eps) == (4, 1, "truncated", 0.95, 1e-10)
@@ -331,8 +412,11 @@ def test_constants_of_the_remix_presets_drift():
 numbers = st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: round(x, 6))
 
 
-@given(st.lists(st.tuples(st.integers(1, 1000), st.booleans(), numbers), max_size=6, unique_by=lambda p: p[0]), numbers,
-       st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(1, 1000), st.booleans(), numbers), max_size=6, unique_by=lambda p: p[0]),
+    numbers,
+    st.booleans(),
+)
 def test_plateau_is_not_flat_or_ramp_leaves_its_ends(points, first, in_steps):
     """Points at multiples of 1/1000 of 1,000 steps, once as fractions, once as steps: both give the same values."""
     points = sorted(points)
@@ -367,10 +451,21 @@ def test_nonsense_schedule_raises_something_else_than_usererror(text):
         assert math.isfinite(sched.at(step, step / 20))
 
 
-@given(st.lists(st.tuples(st.sampled_from(["repeats", "window", "seq_len", "batch_tokens"]),
-                          st.one_of(st.integers(1, 19).map(lambda n: f"{n}/20"), st.integers(1, 19).map(lambda n: f"{n}s"),
-                                    st.sampled_from(["0.01", "0.333", "2.5s", "0.999", "1/3"])),
-                          st.sampled_from([1, 2, 4])), max_size=5, unique_by=lambda p: p[:2]))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["repeats", "window", "seq_len", "batch_tokens"]),
+            st.one_of(
+                st.integers(1, 19).map(lambda n: f"{n}/20"),
+                st.integers(1, 19).map(lambda n: f"{n}s"),
+                st.sampled_from(["0.01", "0.333", "2.5s", "0.999", "1/3"]),
+            ),
+            st.sampled_from([1, 2, 4]),
+        ),
+        max_size=5,
+        unique_by=lambda p: p[:2],
+    )
+)
 def test_schedule_reaches_a_graph_that_was_not_compiled(marks):
     """The shapes of every step and of the last evaluation, walked one by one, are all among those to compile."""
     text = {"repeats": "1", "window": "8", "seq_len": "32", "batch_tokens": "128"}
@@ -424,12 +519,18 @@ after = (dict(os.environ), sorted(os.listdir(".")), torch.get_rng_state().sum().
          signal.getsignal(signal.SIGTERM), torch.get_float32_matmul_precision())
 assert before == after, (before, after)
 assert not torch.cuda.is_initialized()
-assert not {"wandb", "datasets", "huggingface_hub", "matplotlib", "tiktoken", "sentencepiece"} & set(sys.modules), "heavy import"
+heavy = {"wandb", "datasets", "huggingface_hub", "matplotlib", "tiktoken", "sentencepiece"}
+assert not heavy & set(sys.modules)
 print("clean")
 """
 
 
 def test_import_does_something(tmp_path):
-    done = subprocess.run([sys.executable, "-B", "-c", IMPORT], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", IMPORT],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
     assert done.stdout.strip() == "clean", done.stdout + done.stderr

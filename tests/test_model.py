@@ -1,4 +1,4 @@
-"""Model: the remix family to the last constant, one mask rule on every path, and switches that cost nothing when off."""
+"""Model: the remix family to the last constant, one mask rule on every path, switches that cost nothing when off."""
 
 import dataclasses
 import math
@@ -43,14 +43,17 @@ def same_bits(a: tuple, b: tuple) -> bool:
 # --- golden numbers
 
 
-@pytest.mark.parametrize("name, flags, golden", [
-    ("remix_a", (), 123_568_128),
-    ("remix_m", (), 162_165_504),
-    ("one_gpu", ("--device", "cpu"), 162_165_504),
-    ("remix_a", ("--tie_embed", "0"), 162_165_504),
-    ("remix_m", ("--tie_embed", "1"), 123_568_128),
-    ("remix_m", ("--optimizer", "adamw"), 162_165_504),
-])
+@pytest.mark.parametrize(
+    "name, flags, golden",
+    [
+        ("remix_a", (), 123_568_128),
+        ("remix_m", (), 162_165_504),
+        ("one_gpu", ("--device", "cpu"), 162_165_504),
+        ("remix_a", ("--tie_embed", "0"), 162_165_504),
+        ("remix_m", ("--tie_embed", "1"), 123_568_128),
+        ("remix_m", ("--optimizer", "adamw"), 162_165_504),
+    ],
+)
 def test_parameter_count_is_off(name, flags, golden):
     model = tg.build_model(preset(name, flags=flags), META, torch.bfloat16, 64)
     assert sum(p.numel() for p in model.parameters()) == golden
@@ -66,13 +69,16 @@ def test_muon_gets_other_tensors_than_the_48_matrices_of_remix_m():
     assert len(muon) == 48
     # Stacks of one shape: 12 x (3 qkv + 1 proj) square matrices, 12 tall, 12 wide.
     assert sorted((b.unit, b.weights.size(0)) for b in buckets if b.kind == "muon") == [
-        ((768, 768), 48), ((768, 3072), 12), ((3072, 768), 12)]
+        ((768, 768), 48),
+        ((768, 3072), 12),
+        ((3072, 768), 12),
+    ]
     rest = {n: b.lr for b in buckets if b.kind == "adamw" for n in b.params}
     assert rest == {"head": 0.22, "embed": 0.6}
 
 
 def test_depth_matters_for_the_loss_before_the_first_step():
-    """Every block's two output projections start at zero, so x + 0 + 0: the golden step-0 losses need one block only."""
+    """Every block's two output projections start at zero, so x + 0 + 0: one block is enough for golden losses."""
     x, y = random_tokens(tiny(), 2, 32)
     for flags in ({"tie_embed": 1}, {"softcap": 15.0, "head_init": "0.5"}):
         shallow, deep = (build(tiny(depth=d, **flags))(x, y) for d in (1, 5))
@@ -105,7 +111,9 @@ def test_first_loss_of_remix_a_misses_the_published_one():
 
 def test_initial_values_differ_from_the_original():
     """Spec 1.7: bounds and standard deviations, at full width."""
-    model = tg.build_model(preset("remix_m", flags=("--depth", "1", "--vocab", "2000", "--doc_token", "0")), CPU, torch.float32, 8)
+    model = tg.build_model(
+        preset("remix_m", flags=("--depth", "1", "--vocab", "2000", "--doc_token", "0")), CPU, torch.float32, 8
+    )
     p = {n: t.detach().float() for n, t in model.named_parameters()}
     assert p["blocks.0.attn.qkv"].std().item() == pytest.approx(0.01804, rel=0.005)
     assert p["blocks.0.attn.qkv"].abs().max().item() == pytest.approx(0.03125, rel=0.01)
@@ -113,7 +121,9 @@ def test_initial_values_differ_from_the_original():
     assert p["blocks.0.mlp.fc"].std().item() == pytest.approx(0.03608 / 3**0.5, rel=0.005)
     assert p["embed"].std().item() == pytest.approx(1, rel=0.005) and abs(p["embed"].mean().item()) < 0.005
     assert not any(p[n].any() for n in ("head", "blocks.0.attn.proj", "blocks.0.mlp.proj"))
-    tied = tg.build_model(preset("remix_a", flags=("--depth", "1", "--vocab", "2000", "--doc_token", "0")), CPU, torch.float32, 8)
+    tied = tg.build_model(
+        preset("remix_a", flags=("--depth", "1", "--vocab", "2000", "--doc_token", "0")), CPU, torch.float32, 8
+    )
     assert tied.head.abs().max().item() == pytest.approx(0.03608, rel=0.01) and tied.embed is None
     three = p["blocks.0.attn.qkv"]
     assert not torch.equal(three[0], three[1]) and not torch.equal(three[1], three[2])
@@ -141,7 +151,9 @@ def test_rotary_frequencies_or_still_dims_are_wrong():
     t, k = 7, 3
     angle = torch.tensor(t * 1024 ** -(k / 31))
     a, b = x[0, t, 1, k], x[0, t, 1, k + 64]
-    assert torch.allclose(y[0, t, 1, [k, k + 64]], torch.stack([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()]))
+    assert torch.allclose(
+        y[0, t, 1, [k, k + 64]], torch.stack([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()])
+    )
 
 
 @pytest.mark.parametrize("rope", ["truncated", "standard"])
@@ -302,8 +314,20 @@ def bands(q, k, v, docs, window, scale):
     return tg.attend_bands(q, k, v, torch.arange(q.size(2)), docs, window, scale)
 
 
-CASES = [(1, 0, 4), (1, 1, 4), (7, 3, 2), (128, 0, 1), (129, 1, 4), (300, 0, 2), (300, 64, 4), (300, 130, 1), (300, 1000, 4),
-         (391, 127, 2), (391, 128, 4), (391, 129, 4)]  # T, window, heads of keys and values
+CASES = [
+    (1, 0, 4),
+    (1, 1, 4),
+    (7, 3, 2),
+    (128, 0, 1),
+    (129, 1, 4),
+    (300, 0, 2),
+    (300, 64, 4),
+    (300, 130, 1),
+    (300, 1000, 4),
+    (391, 127, 2),
+    (391, 128, 4),
+    (391, 129, 4),
+]  # T, window, heads of keys and values
 
 
 @pytest.mark.parametrize("docs", [True, False], ids=["docs", "nodocs"])
@@ -338,13 +362,24 @@ def test_long_rows_take_a_path_with_another_result(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("T, window, G, docs", [(300, 0, 4, False), (300, 0, 2, True), (300, 64, 1, True), (391, 130, 4, False),
-                                                (128, 500, 4, True), (7, 3, 4, True)])
+@pytest.mark.parametrize(
+    "T, window, G, docs",
+    [
+        (300, 0, 4, False),
+        (300, 0, 2, True),
+        (300, 64, 1, True),
+        (391, 130, 4, False),
+        (128, 500, 4, True),
+        (7, 3, 4, True),
+    ],
+)
 def test_the_gpu_path_has_another_mask(T, window, G, docs):
     """flex_attention, which trains on CUDA, run forward on the CPU."""
     q, k, v, ids = material(T, G=G, docs=docs)
     with torch.no_grad():
-        assert torch.allclose(tg.attend_flex(q, k, v, ids, window, 0.3), tg.attend_blocks(q, k, v, ids, window, 0.3), atol=2e-5)
+        assert torch.allclose(
+            tg.attend_flex(q, k, v, ids, window, 0.3), tg.attend_blocks(q, k, v, ids, window, 0.3), atol=2e-5
+        )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -429,11 +464,26 @@ def test_looped_model_differs_from_the_blocks_applied_by_hand():
 # --- switches
 
 
-@pytest.mark.parametrize("changes, window", [
-    ({"softcap": 0.0}, 0), ({"logit_dim_power": 0.0}, 0), ({"loop": "0:2", "repeats": "1"}, 0), ({"kv_heads": 2}, 0),
-    ({"head_dim": 16}, 0), ({"attn_scale": 16**-0.5}, 0), ({}, 32), ({}, 999), ({"doc_mask": 1}, 0), ({"loss_chunk": 64}, 0),
-    ({"ema": 0.9}, 0), ({"grad_clip": 1.0}, 0), ({"micro_tokens": 32}, 0), ({"adamw_matrices": "attn"}, 0),
-], ids=str)
+@pytest.mark.parametrize(
+    "changes, window",
+    [
+        ({"softcap": 0.0}, 0),
+        ({"logit_dim_power": 0.0}, 0),
+        ({"loop": "0:2", "repeats": "1"}, 0),
+        ({"kv_heads": 2}, 0),
+        ({"head_dim": 16}, 0),
+        ({"attn_scale": 16**-0.5}, 0),
+        ({}, 32),
+        ({}, 999),
+        ({"doc_mask": 1}, 0),
+        ({"loss_chunk": 64}, 0),
+        ({"ema": 0.9}, 0),
+        ({"grad_clip": 1.0}, 0),
+        ({"micro_tokens": 32}, 0),
+        ({"adamw_matrices": "attn"}, 0),
+    ],
+    ids=str,
+)
 def test_switch_at_its_neutral_value_changes_bits(changes, window):
     """No new parameter, and the same bits of losses and gradients."""
     x, y = random_tokens(tiny(), 2, 32)
@@ -441,9 +491,21 @@ def test_switch_at_its_neutral_value_changes_bits(changes, window):
     assert same_bits(outputs(tiny(), x, y), outputs(tiny(**changes), x, y, window=window))
 
 
-@pytest.mark.parametrize("changes", [{"tie_embed": 1}, {"kv_heads": 1}, {"depth": 4}, {"head_init": "0.02"}, {"optimizer": "adamw"},
-                                     {"loop": "0:1", "repeats": "3"}, {"vocab": 50}, {"mlp_ratio": 2.0}, {"normuon": 0.9}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_embed": 1},
+        {"kv_heads": 1},
+        {"depth": 4},
+        {"head_init": "0.02"},
+        {"optimizer": "adamw"},
+        {"loop": "0:1", "repeats": "3"},
+        {"vocab": 50},
+        {"mlp_ratio": 2.0},
+        {"normuon": 0.9},
+    ],
+    ids=str,
+)
 def test_switch_changes_the_initial_values_of_other_parameters(changes):
     plain = dict(build(tiny()).named_parameters())
     other = dict(build(tiny(**changes)).named_parameters())
@@ -471,22 +533,56 @@ def test_global_random_state_is_touched_by_building_a_model():
     assert torch.equal(after, torch.rand(1))
 
 
-SMALL = ("--depth", "2", "--dim", "64", "--heads", "2", "--head_dim", "32", "--vocab", "96", "--doc_token", "0", "--dtype", "float32",
-         "--compile", "0", "--seq_len", "32", "--batch_tokens", "256", "--micro_tokens", "256", "--head_multiple", "32")
+SMALL = (
+    "--depth",
+    "2",
+    "--dim",
+    "64",
+    "--heads",
+    "2",
+    "--head_dim",
+    "32",
+    "--vocab",
+    "96",
+    "--doc_token",
+    "0",
+    "--dtype",
+    "float32",
+    "--compile",
+    "0",
+    "--seq_len",
+    "32",
+    "--batch_tokens",
+    "256",
+    "--micro_tokens",
+    "256",
+    "--head_multiple",
+    "32",
+)
 
 
-@pytest.mark.parametrize("names, flags, tied, capped, muon", [
-    ("remix_a", (), True, False, False),
-    ("remix_m", (), False, True, True),
-    ("remix_a", ("--tie_embed", "0"), False, False, False),
-    ("remix_a", ("--softcap", "15"), True, True, False),
-    ("remix_a", ("--optimizer", "muon"), True, False, True),
-    ("remix_m", ("--tie_embed", "1"), True, True, True),
-    ("remix_m", ("--softcap", "0"), False, False, True),
-    ("remix_m", ("--optimizer", "adamw"), False, True, False),
-    ("remix_m", ("--adamw_matrices", r"\.attn\."), False, True, True),
-    ("remix_m", ("--polar", "polar_express", "--normuon", "0.95", "--cautious", "1", "--row_norm", "1"), False, True, True),
-], ids=lambda v: "_".join(v).replace("--", "") if isinstance(v, tuple) else str(v))
+@pytest.mark.parametrize(
+    "names, flags, tied, capped, muon",
+    [
+        ("remix_a", (), True, False, False),
+        ("remix_m", (), False, True, True),
+        ("remix_a", ("--tie_embed", "0"), False, False, False),
+        ("remix_a", ("--softcap", "15"), True, True, False),
+        ("remix_a", ("--optimizer", "muon"), True, False, True),
+        ("remix_m", ("--tie_embed", "1"), True, True, True),
+        ("remix_m", ("--softcap", "0"), False, False, True),
+        ("remix_m", ("--optimizer", "adamw"), False, True, False),
+        ("remix_m", ("--adamw_matrices", r"\.attn\."), False, True, True),
+        (
+            "remix_m",
+            ("--polar", "polar_express", "--normuon", "0.95", "--cautious", "1", "--row_norm", "1"),
+            False,
+            True,
+            True,
+        ),
+    ],
+    ids=lambda v: "_".join(v).replace("--", "") if isinstance(v, tuple) else str(v),
+)
 def test_halfway_house_between_a_and_m_is_more_than_one_flag_or_does_not_train(names, flags, tied, capped, muon):
     cfg = preset(names, "on_cpu", flags=SMALL + flags)
     model = build(cfg)

@@ -1,0 +1,917 @@
+"""
+Pre-pre-training data: the trajectories of random neural cellular automata (NCA), as tokens for a transformer.
+
+    python pre_pre_train.py --generate_only                      # make rules and tokens, say how fast
+    python pre_pre_train.py --generate_only --json               # the same as one JSON object
+    python pre_pre_train.py --picture nca.png                    # sample trajectories, accepted and rejected rules
+    python pre_pre_train.py --nca_compat paper --generate_only   # the paper's choices instead of the pull request's
+
+A rule is a tiny random convolution that maps a 12x12 grid of 10 colours to the next one. A row of training data shows
+one rule's grids one after another, each cut into patches that are one token each; predicting the next token means
+finding the rule in the context. After the paper's code (danihyunlee/nca-pre-pretraining) and its port to the slowrun
+(qlabs-eng/slowrun, pull request 63); the two differ in a dozen choices, each a flag here: see COMPAT.
+
+Read it from top to bottom:
+    Config       flags; the two published sets of choices; what cannot work
+    Streams      random numbers by counter: a value depends on what it is for, never on what was drawn before
+    Rules        weights of many rules at once
+    Simulation   many rules at once, fast, and exactly what the definition in float64 says
+    Tokens       grids to tokens, inputs and labels, next-grid accuracy
+    Filter       keep rules whose trajectories compress neither too well nor too badly
+    Cache        files that are whole, verified, and named by a hash of what made them
+    Data         rows of an epoch: the same for any number of ranks, threads and any batch
+    Picture      what rules look like
+    Main         the command line
+
+Letters: R rows (one automaton each), N rules, C = grid*grid cells, d colours, W tokens of a row, L inputs of a row.
+Nothing happens at import.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from scipy.special import ndtr, ndtri
+from tqdm import tqdm
+
+import train_gpt as t
+from train_gpt import Config, UserError
+
+########################################
+#                Config                #
+########################################
+
+
+@dataclass
+class PrePreConfig(Config):
+    # --- nca
+    nca_compat: str = "pr63"  # whose choices the flags below start from: pr63 (slowrun pull request 63) or paper
+    nca_seed: int = 0  # seeds rules and start grids; `seed` is for weights, so that arms and seeds share their data
+    nca_grid: int = 12  # cells along one side of the grid, which is a torus
+    nca_patch: int = 2  # cells along one side of the patch that is one token
+    nca_colors: int = 10  # states of a cell
+    nca_dt: int = 1  # steps of the automaton from one recorded grid to the next
+    nca_init_steps: int = 10  # steps before recording
+    nca_temperature: float = 1e-4  # of the choice of a cell's next colour; 0: always the likeliest
+    nca_identity: float = 0.0  # added to the logit of the colour that the cell has
+    nca_rule_init: str = "normal"  # a rule's weights: normal (N(0,1), also biases) or lecun (variance 1/fan_in, no biases)
+    nca_start: str = "uniform"  # start grids: uniform, or skewed (colour frequencies drawn per grid)
+    nca_record: str = "after"  # first recorded grid: after nca_dt steps more, or before them
+    nca_seq_len: int = 1024  # tokens of a row, at most
+    nca_last: str = "whole"  # last grid of a row: whole (the row ends with it) or cut (the row is full)
+    nca_min_grid: int = 1  # first grids of a row that are context only
+    nca_delimiter_loss: int = 0  # 1: the tokens around a grid are predicted too
+    nca_filter: str = "pr63"  # which rollout is compressed to judge a rule: pr63, paper, or none (all rules pass)
+    nca_band: str = "0.5:1"  # accepted gzip size over raw size (int32 tokens; noise reaches 0.67), low:high or low:
+    nca_tries: int = 100  # the search for rules gives up when fewer than one candidate in so many passes
+    nca_sims_per_rule: int = 10  # rows of an epoch that share a rule
+    nca_tokens: int = 50_000_000  # training tokens of an epoch
+    nca_val_tokens: int = 16_000_000  # validation tokens, of other rules
+    nca_epochs: int = 6  # passes
+    nca_regen: int = 1  # 1: new start grids every epoch, of the same rules; 0: the same rows in another order
+    nca_vocab: int = 0  # rows of embedding and head; 0: as many as there are tokens
+    nca_control: str = ""  # what is wrong on purpose: random (cells), shuffled (order of grids), still (no change)
+    nca_cache: str = "data/nca"  # folder where rules and rows are kept; empty: nowhere
+    nca_threads: int = 0  # threads that generate; 0: the cores of this machine over its ranks
+    generate_only: bool = False  # generate rules, epoch 0 and validation rows, report speed and hash, then leave
+    picture: str = ""  # with generate_only, or alone: draw rules into this PNG file
+
+
+# Differences between the two sources, and what they were trained with. Presets and flags win over these.
+COMPAT = {
+    "pr63": {
+        "nca_rule_init": "normal", "nca_start": "uniform", "nca_record": "after", "nca_last": "whole",
+        "nca_delimiter_loss": 0, "nca_filter": "pr63", "nca_band": "0.5:1", "nca_sims_per_rule": 10, "nca_vocab": 0,
+        "nca_tokens": 50_000_000, "nca_val_tokens": 16_000_000, "nca_epochs": 6,  # 5,061 rules; 300 M tokens
+        "batch_tokens": "63232", "optimizer": "adamw", "lr": "0:0 0.05>1 0.85:1 1>0", "beta1": 0.9, "beta2": 0.95,
+        "adam_eps": 1e-8, "adamw_lr": 6e-4, "embed_lr": 6e-4, "head_lr": 6e-4, "scalar_lr": 6e-4, "matrix_wd": 0.3,
+        "embed_wd": 0.3, "scalar_wd": 0.3,
+    },
+    "paper": {
+        "nca_rule_init": "lecun", "nca_start": "skewed", "nca_record": "before", "nca_last": "cut",
+        "nca_delimiter_loss": 1, "nca_filter": "paper", "nca_band": "0.5:", "nca_sims_per_rule": 1, "nca_vocab": 64000,
+        "nca_tokens": 16_384_000, "nca_val_tokens": 3_276_800, "nca_epochs": 10,  # 16,000 rules; 164 M tokens
+        # Its checkpoint is taken at epoch 10 of 100, exactly where the warm-up ends.
+        "batch_tokens": "32768", "optimizer": "adamw", "lr": "0:0 1>1", "beta1": 0.9, "beta2": 0.999,
+        "adam_eps": 1e-8, "adamw_lr": 1e-4, "embed_lr": 1e-4, "head_lr": 1e-4, "scalar_lr": 1e-4, "matrix_wd": 0.0,
+        "embed_wd": 0.0, "scalar_wd": 0.0,
+    },
+}
+
+
+def make_config(**values) -> PrePreConfig:
+    """A checked configuration in Python: nca_compat's choices, and over them the given values."""
+    compat = values.get("nca_compat", PrePreConfig.nca_compat)
+    cfg = PrePreConfig(**({"run": "nca"} | compat_values(compat) | values))
+    validate(cfg)
+    return cfg
+
+
+def compat_values(compat: str) -> dict:
+    if compat not in COMPAT:
+        raise UserError(f"nca_compat = {compat!r}: must be one of {', '.join(repr(c) for c in COMPAT)}")
+    return COMPAT[compat] | {"nca_compat": compat}
+
+
+def parse_args(argv: list[str]) -> PrePreConfig:
+    """Defaults < choices of nca_compat < presets from left to right < flags."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", nargs="*", action="extend", default=[])
+    early.add_argument("--nca_compat", "--nca-compat")
+    given = early.parse_known_args(argv)[0]
+    presets: dict = {}
+    for name in given.config:
+        presets |= t.read_toml(t.preset_path(name))
+    presets.pop("config", None)
+    merged = compat_values(given.nca_compat or presets.get("nca_compat", PrePreConfig.nca_compat)) | presets
+    cfg = tyro.cli(PrePreConfig, args=argv, default=PrePreConfig(**merged), use_underscores=True,
+                   description=__doc__.split("Read it")[0])
+    cfg.config = tuple(given.config)
+    cfg.run = cfg.run or "-".join([Path(n).stem for n in given.config] or ["nca"]) + f"-s{cfg.seed}"
+    validate(cfg)
+    return cfg
+
+
+def validate(cfg: PrePreConfig) -> None:
+    """Refuse what cannot work: each message names the key, the value and the fix."""
+    t.validate(cfg)
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(message)
+
+    for key, allowed in {"nca_compat": COMPAT, "nca_rule_init": ("normal", "lecun"), "nca_start": ("uniform", "skewed"),
+                         "nca_record": ("after", "before"), "nca_last": ("whole", "cut"),
+                         "nca_filter": ("pr63", "paper", "none"),
+                         "nca_control": ("", "random", "shuffled", "still")}.items():
+        value = getattr(cfg, key)
+        need(value in allowed, f"{key} = {value!r}: must be one of {', '.join(repr(a) for a in allowed)}")
+    for key in ("nca_patch", "nca_grid", "nca_dt", "nca_sims_per_rule", "nca_min_grid", "nca_tries", "nca_epochs"):
+        need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)}: must be at least 1")
+    for key in ("nca_seed", "nca_init_steps", "nca_temperature", "nca_threads"):
+        need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)}: must not be negative")
+    below = cfg.nca_grid - cfg.nca_grid % cfg.nca_patch
+    near = f"{below} or {below + cfg.nca_patch}" if below else f"{cfg.nca_patch}"
+    need(cfg.nca_grid % cfg.nca_patch == 0, f"nca_grid = {cfg.nca_grid} cannot be cut into patches of nca_patch = "
+         f"{cfg.nca_patch} cells: choose --nca_grid {near}")
+    need(2 <= cfg.nca_colors <= 16, f"nca_colors = {cfg.nca_colors}: 2 to 16 colours are possible")
+    need(vocabulary(cfg) <= 65536, f"nca_colors = {cfg.nca_colors} and nca_patch = {cfg.nca_patch} make "
+         f"{vocabulary(cfg)} tokens, but rows hold uint16: choose fewer colours or --nca_patch {cfg.nca_patch - 1}")
+    need(cfg.nca_vocab == 0 or cfg.nca_vocab >= vocabulary(cfg), f"nca_vocab = {cfg.nca_vocab}: there are "
+         f"{vocabulary(cfg)} tokens; 0 takes just these")
+    grids = cfg.nca_min_grid + 1
+    need(row_width(cfg) >= grids * grid_tokens(cfg), f"nca_seq_len = {cfg.nca_seq_len}: a row needs {grids} grids of "
+         f"{grid_tokens(cfg)} tokens, the first {cfg.nca_min_grid} of them as context: at least "
+         f"{grids * grid_tokens(cfg)}")
+    for key in ("nca_tokens", "nca_val_tokens"):
+        need(getattr(cfg, key) >= row_width(cfg), f"{key} = {getattr(cfg, key)}: less than one row of "
+             f"{row_width(cfg)} tokens")
+    band(cfg)
+
+
+def band(cfg: PrePreConfig) -> tuple[float, float]:
+    """Accepted compressed sizes as fractions of the raw size."""
+    low, colon, high = cfg.nca_band.partition(":")
+    try:
+        limits = float(low or 0), float(high or math.inf)
+    except ValueError:
+        limits = 1.0, 0.0
+    if not colon or not limits[0] < limits[1]:
+        raise UserError(f"nca_band = {cfg.nca_band!r}: must read low:high with low < high, such as 0.3:0.4 or 0.5:")
+    return limits
+
+
+def vocabulary(cfg: PrePreConfig) -> int:
+    """Patches of d colours, then the start and the end token of a grid."""
+    return cfg.nca_colors ** (cfg.nca_patch**2) + 2
+
+
+def grid_tokens(cfg: PrePreConfig) -> int:
+    """Tokens of one recorded grid: start, patches, end."""
+    return (cfg.nca_grid // cfg.nca_patch) ** 2 + 2
+
+
+def grids_per_row(cfg: PrePreConfig) -> int:
+    whole = cfg.nca_last == "whole"
+    return cfg.nca_seq_len // grid_tokens(cfg) if whole else -(-cfg.nca_seq_len // grid_tokens(cfg))
+
+
+def row_width(cfg: PrePreConfig) -> int:
+    """Tokens that a row holds: whole grids, or one more than the inputs so that each has a label."""
+    tokens = grids_per_row(cfg) * grid_tokens(cfg)
+    return tokens if cfg.nca_last == "whole" else min(tokens, cfg.nca_seq_len + 1)
+
+
+########################################
+#               Streams                #
+########################################
+
+# What a stream of random numbers is for: its first key.
+RULE, START, STEP, FILTER_START, FILTER_STEP, ORDER, CONTROL = range(1, 8)
+GOLDEN, MIX1, MIX2 = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def mix(z: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014; constants of Vigna's splitmix64.c). uint64."""
+    z = (z ^ (z >> np.uint64(30))) * MIX1
+    z = (z ^ (z >> np.uint64(27))) * MIX2
+    return z ^ (z >> np.uint64(31))
+
+
+def stream(*parts) -> np.ndarray:
+    """Keys (uint64) of the private streams named by `parts`: whole numbers, or arrays of them that broadcast."""
+    with np.errstate(over="ignore"):
+        key = np.zeros(1, np.uint64)
+        for part in parts:
+            key = mix(key + GOLDEN * (np.asarray(part).astype(np.uint64) + np.uint64(1)))
+        return key
+
+
+def bits(keys: np.ndarray, counter: np.ndarray) -> np.ndarray:
+    """Output number `counter` of the SplitMix64 generators that start at `keys`; uint64, any order, any subset."""
+    with np.errstate(over="ignore"):
+        return mix(keys + GOLDEN * (np.asarray(counter).astype(np.uint64) + np.uint64(1)))
+
+
+def uniform(keys: np.ndarray, counter: np.ndarray, resolution: int = 52) -> np.ndarray:
+    """float64 in (0, 1): midpoints of 2^resolution equal intervals, so never nearer to 0 or 1 than half of one."""
+    return ((bits(keys, counter) >> np.uint64(64 - resolution)).astype(np.float64) + 0.5) * 2.0**-resolution
+
+
+def choose(p: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Sample from weights p [..., d] by u [...] in (0, 1): the first index whose cumulative share exceeds u. uint8."""
+    total = p.cumsum(-1)
+    return (total[..., :-1] <= u[..., None] * total[..., -1:]).sum(-1).astype(np.uint8)
+
+
+########################################
+#                Rules                 #
+########################################
+
+HIDDEN1, HIDDEN2 = 4, 16  # channels behind the 3x3 convolution and behind the first 1x1
+SPLIT_START = {"train": 0, "val": 1 << 31}  # rule ids from here on, 2^31 of each: no rule can be in both
+
+
+class Weights(NamedTuple):
+    """Weights of N rules, float32, shaped as torch's convolutions have them; a rule is 614 numbers at 10 colours."""
+
+    conv1: np.ndarray  # [N, 4, d, 3, 3], circular padding, no activation behind it
+    bias1: np.ndarray  # [N, 4]
+    conv2: np.ndarray  # [N, 16, 4], 1x1, then ReLU
+    bias2: np.ndarray  # [N, 16]
+    conv3: np.ndarray  # [N, d, 16], 1x1, the logits
+    bias3: np.ndarray  # [N, d]
+
+
+def draw_weights(ids: np.ndarray, cfg: PrePreConfig) -> Weights:
+    """
+    Weights of the rules with these ids. "normal" (slowrun PR 63): weights and biases N(0,1). "lecun" (the paper, by way
+    of Flax's nn.Conv): a normal cut at two standard deviations and widened to variance 1/fan_in again, biases zero.
+    """
+    d = cfg.nca_colors
+    shapes = Weights((HIDDEN1, d, 3, 3), (HIDDEN1,), (HIDDEN2, HIDDEN1), (HIDDEN2,), (d, HIDDEN2), (d,))
+    sizes = [math.prod(s) for s in shapes]
+    u = uniform(stream(cfg.nca_seed, RULE, ids)[:, None], np.arange(sum(sizes)))
+    if cfg.nca_rule_init == "lecun":
+        # 0.8796...: standard deviation of a normal cut at +-2, as in jax.nn.initializers.variance_scaling
+        u = ndtri(ndtr(-2) + u * (ndtr(2) - ndtr(-2))) / 0.87962566103423978
+        scale = [s ** -0.5 for s in (9 * d, math.inf, HIDDEN1, math.inf, HIDDEN2, math.inf)]
+        u *= np.repeat(scale, sizes)
+    else:
+        u = ndtri(u)
+    parts = np.split(u.astype(np.float32), np.cumsum(sizes)[:-1], axis=1)
+    return Weights(*(p.reshape(len(ids), *s) for p, s in zip(parts, shapes)))
+
+
+class Tables(NamedTuple):
+    """
+    N rules made ready to run. Behind the first convolution there is no activation and its input is one-hot, so the 16
+    hidden numbers of a cell are a sum of nine table rows, one for the colour of each neighbour. With width = 2, pairs of
+    cells side by side are looked up: larger tables with longer rows, but 6 lookups serve 2 cells.
+    """
+
+    exact: np.ndarray  # [N*9*d, 16] float64, row (rule*9 + neighbour)*d + colour, biases in the middle neighbour's rows
+    exact_head: np.ndarray  # [N, 16, d] float64
+    fast: torch.Tensor  # [N*symbols*d^width, width*16] float32, row (rule*symbols + symbol)*d^width + its cells' digits
+    head: torch.Tensor  # [N, d, 16] float32
+    bias: np.ndarray  # [N, d] float32
+    doubt: np.ndarray  # [N] float32: how much a lead in float32 may differ from the true one
+    width: int  # 1 or 2
+
+
+def make_tables(w: Weights, cfg: PrePreConfig, width: int = 1) -> Tables:
+    """
+    Tables, and a bound on float32's error. Let S be the largest sum of |terms| of a logit, in units of 2^-24. Nine
+    rounded table entries added in any order err by 10 S at most, 16 products and a bias by 17 S more, and the
+    comparison of `rollout` by 2 S: 32 S covers them, for each of the two logits of a lead.
+    """
+    N, d = len(w.conv1), cfg.nca_colors
+    near = w.conv1.astype(np.float64).reshape(N, HIDDEN1, d, 9).transpose(0, 3, 2, 1)  # [N, 9, d, 4]
+    second = w.conv2.astype(np.float64)
+    exact, middle = np.zeros((N, 9, d, HIDDEN2)), w.bias2.astype(np.float64)
+    for j in range(HIDDEN1):  # one product at a time: the order of the sum is part of the definition
+        exact += near[..., j, None] * second[:, None, None, :, j]
+        middle = middle + w.bias1[:, j, None] * second[:, :, j]
+    exact[:, 4] += middle[:, None]
+    largest = np.abs(exact).max(axis=2).sum(axis=1)  # [N, 16], of the hidden numbers' terms
+    size = ((np.abs(w.conv3) * largest[:, None]).sum(-1) + np.abs(w.bias3)).max(-1) + abs(cfg.nca_identity)
+    doubt = (2 * 32 * 2.0**-24 * size).astype(np.float32)
+    fast = exact.astype(np.float32)
+    if width > 1:
+        single, code = fast.reshape(N, 3, 3, d, HIDDEN2), np.arange(d**width)
+        fast = np.zeros((N, 3, symbols(width) // 3, len(code), width, HIDDEN2), np.float32)
+        for cell in range(width):
+            for dx in range(3):
+                symbol, digit = divmod(cell + dx, width)
+                fast[:, :, symbol, :, cell] += single[:, :, dx, code // d**digit % d]
+    return Tables(exact.reshape(-1, HIDDEN2), w.conv3.transpose(0, 2, 1).astype(np.float64, order="C"),
+                  torch.from_numpy(fast.reshape(-1, width * HIDDEN2)), torch.from_numpy(w.conv3), w.bias3, doubt, width)
+
+
+########################################
+#              Simulation              #
+########################################
+
+ROWS_AT_ONCE = 128  # automata per piece of work: enough to drown Python's overhead, few enough for a core's caches
+
+
+def symbols(width: int) -> int:
+    """Symbols of `width` cells that a block of `width` cells and its neighbours make: three lines of width + 2 cells."""
+    return 3 * ((width + 2) // width)
+
+
+@functools.lru_cache
+def neighbours(grid: int, width: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Where neighbours are on the torus. First [width, C/width]: the cells of each symbol. A symbol is a cell; or a pair, the
+    cell left of a block of two and the block's first. Then [C/width, symbols]: the symbols around each block, line by
+    line as in a 3x3 kernel.
+    """
+    blocks, first = grid // width, width - 2  # a single's neighbours begin one symbol to the left, a pair's do not
+    y, j = np.divmod(np.arange(grid * blocks), blocks)
+    cells = [y * grid + (width * j + 1 - width + digit) % grid for digit in range(width)]
+    near = [(y + dy) % grid * blocks + (j + first + k) % blocks for dy in (-1, 0, 1) for k in range(symbols(width) // 3)]
+    return np.stack(cells), np.stack(near, axis=1)
+
+
+@torch.no_grad()
+def rollout(rules: Tables, slot: np.ndarray, start: np.ndarray, keys: np.ndarray, times: range,
+            cfg: PrePreConfig) -> np.ndarray:
+    """
+    States of R automata at `times` (0 is the start): uint8 [R, len(times), C].
+
+    Row r runs rule slot[r] from the colours start[r, C]; keys[r] is the stream of its choices. A cell's next colour is
+    drawn from softmax((logits + identity*[own colour])/T) by u, number step*C + cell of that stream. A colour that
+    leads by T*ln((d-1)/v) leaves less than v to all others, so u chooses it if v <= u <= 1-v. Float32, summed in any
+    order, thus settles nearly all cells, most of them whatever u is (a 24-bit midpoint: v = 2^-25); the others are
+    computed as defined, in float64 and in one order. So the result does not depend on what else is in the batch.
+    """
+    R, C, d, width = *start.shape, cfg.nca_colors, rules.width
+    cells, near = neighbours(cfg.nca_grid, width)
+    codes, size = d**width, near.size
+    recorded, state = np.empty((R, len(times), C), np.uint8), start.astype(np.int32)
+    index, bags = np.empty((R, size), np.int32), torch.arange(0, R * size, symbols(width), dtype=torch.int32)
+    table_of = (slot[:, None] * (symbols(width) * codes)).astype(np.int32)
+    row_of = np.tile(np.arange(symbols(width), dtype=np.int32) * codes, len(near))
+    head, bias = rules.head[torch.from_numpy(slot)], torch.from_numpy(rules.bias[slot])[:, :, None]
+    margin = torch.from_numpy(rules.doubt[slot] + np.float32(lead_for(2.0**-25, cfg)))[:, None]
+    logits, close = torch.empty(R, d, C), np.empty((R, d, C), np.bool_)
+    marks = np.arange(16, 16 + d, dtype=np.uint16 if d > 11 else np.uint8)[:, None]
+    for step in range(times[-1] + 1):
+        if step in times:
+            recorded[:, times.index(step)] = state
+        if step == times[-1]:
+            return recorded
+        code = state + table_of if width == 1 else state[:, cells[0]] + state[:, cells[1]] * np.int32(d) + table_of
+        np.take(code, near.ravel(), axis=1, out=index, mode="clip")
+        index += row_of
+        hidden = F.embedding_bag(torch.from_numpy(index).view(-1), rules.fast, bags, mode="sum").relu_()
+        torch.baddbmm(bias, head, hidden.view(R, C, HIDDEN2).transpose(1, 2), out=logits)
+        if cfg.nca_identity:
+            logits.scatter_add_(1, torch.from_numpy(state).long()[:, None], torch.full((R, 1, C), cfg.nca_identity))
+        least = logits.amax(1).sub_(margin)
+        np.greater_equal(logits.numpy(), least.numpy()[:, None], out=close)
+        # Colour c marks 16 + c: a sum below 32 is the only colour close to the best, and says which it is.
+        marked = (close.view(np.uint8) * marks).sum(axis=1, dtype=marks.dtype)
+        row, cell = np.divmod(np.flatnonzero(marked >= 32), C)
+        after = marked.astype(np.int32)
+        after -= 16
+        if len(row):
+            u = uniform(keys[row], step * C + cell, 24)
+            some = logits.numpy()[row, :, cell]
+            second, first = np.partition(some, d - 2)[:, d - 2 :].T
+            after[row, cell] = some.argmax(1)
+            open_ = first - second <= rules.doubt[slot[row]] + lead_for(np.minimum(u, 1 - u), cfg)
+            row, cell, u = row[open_], cell[open_], u[open_]
+            after[row, cell] = decide(rules, slot[row], state, row, cell, u, cfg)
+        state = after
+    return recorded
+
+
+def lead_for(v: float | np.ndarray, cfg: PrePreConfig) -> float | np.ndarray:
+    """Lead of a logit over each other that leaves all others together less probability than v."""
+    return cfg.nca_temperature * np.log((cfg.nca_colors - 1) / v)
+
+
+def decide(rules: Tables, slot: np.ndarray, state: np.ndarray, row: np.ndarray, cell: np.ndarray, u: np.ndarray,
+           cfg: PrePreConfig) -> np.ndarray:
+    """The definition of a cell's next colour, for the n cells (row, cell) of the states [R, C] with numbers u."""
+    d = cfg.nca_colors
+    around = state[row[:, None], neighbours(cfg.nca_grid)[1][cell]]  # [n, 9]
+    hidden = np.maximum(rules.exact[(slot[:, None] * 9 + np.arange(9)) * d + around].sum(axis=1), 0)
+    # numpy adds along a middle axis in order, for one cell as for many
+    logits = (rules.exact_head[slot] * hidden[:, :, None]).sum(axis=1) + rules.bias[slot]
+    logits[np.arange(len(row)), state[row, cell]] += cfg.nca_identity
+    logits -= logits.max(-1, keepdims=True)
+    return choose(np.exp(logits / cfg.nca_temperature), u) if cfg.nca_temperature else logits.argmax(-1)
+
+
+def start_grids(keys: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
+    """
+    [R, C] uint8 start grids, one per key. "uniform" (PR 63): each cell any colour. "skewed" (the paper): the colours'
+    frequencies in a grid are the softmax of N(0,1) draws.
+    """
+    C, d = cfg.nca_grid**2, cfg.nca_colors
+    u = uniform(keys[:, None], np.arange(C), 24)
+    if cfg.nca_start == "uniform":
+        return (u * d).astype(np.uint8)
+    p = np.exp(ndtri(uniform(keys[:, None], C + np.arange(d))))
+    return choose(np.broadcast_to(p[:, None], (len(p), C, d)), u)
+
+
+def recorded_times(cfg: PrePreConfig) -> range:
+    """Steps whose grids make a row. The paper records before stepping; PR 63 steps first and never shows the start."""
+    first = cfg.nca_init_steps + (cfg.nca_dt if cfg.nca_record == "after" else 0)
+    return range(first, first + grids_per_row(cfg) * cfg.nca_dt, cfg.nca_dt)
+
+
+def simulate(ids: np.ndarray, sims: np.ndarray, epoch: int, cfg: PrePreConfig) -> np.ndarray:
+    """Recorded grids [R, n, C] of rules `ids` [R] in their simulations number `sims` [R] of an epoch."""
+    distinct, slot = np.unique(ids, return_inverse=True)
+    C, times = cfg.nca_grid**2, recorded_times(cfg)
+    start = start_grids(stream(cfg.nca_seed, START, ids, sims, epoch), cfg)
+    if cfg.nca_control == "still":
+        return np.repeat(start[:, None], len(times), axis=1)
+    keys = stream(cfg.nca_seed, CONTROL, ids, sims, epoch)
+    if cfg.nca_control == "random":
+        cells = uniform(keys[:, None], np.arange(len(times) * C), 24) * cfg.nca_colors
+        return cells.astype(np.uint8).reshape(len(ids), len(times), C)
+    pays = len(ids) >= 4 * len(distinct) and cfg.nca_grid % 2 == 0  # making tables of pairs takes as long as two rows
+    tables = make_tables(draw_weights(distinct, cfg), cfg, width=2 if pays else 1)
+    grids = rollout(tables, slot, start, stream(cfg.nca_seed, STEP, ids, sims, epoch), times, cfg)
+    if cfg.nca_control == "shuffled":
+        order = bits(keys[:, None], np.arange(len(times))).argsort(axis=1, kind="stable")
+        return np.take_along_axis(grids, order[:, :, None], axis=1)
+    return grids
+
+
+########################################
+#                Tokens                #
+########################################
+
+IGNORE = -1  # the label without a loss, as in train_gpt.GPT.losses
+
+
+def tokenize(grids: np.ndarray, cfg: PrePreConfig, delimiters: bool = True) -> np.ndarray:
+    """
+    Grids [R, n, C] -> tokens uint16 [R, n * tokens of a grid]. Patches go row by row; a patch's token is the number
+    whose digits in base d are its cells, row by row, the first being the least. Start is d^(p*p), end the one behind.
+    """
+    R, n, C = grids.shape
+    d, p, side = cfg.nca_colors, cfg.nca_patch, cfg.nca_grid // cfg.nca_patch
+    cells = grids.reshape(R, n, side, p, side, p).astype(np.uint16)
+    patches = sum(cells[:, :, :, k // p, :, k % p] * np.uint16(d**k) for k in range(p * p)).reshape(R, n, side**2)
+    if not delimiters:
+        return patches.reshape(R, -1)
+    tokens = np.empty((R, n, side**2 + 2), np.uint16)
+    tokens[..., 0], tokens[..., 1:-1], tokens[..., -1] = vocabulary(cfg) - 2, patches, vocabulary(cfg) - 1
+    return tokens.reshape(R, -1)
+
+
+def digits(tokens: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
+    """Colours [..., p*p] of patch tokens; 255 where the token is no patch."""
+    tokens, d = np.asarray(tokens).astype(np.int64)[..., None], cfg.nca_colors
+    power = d ** np.arange(cfg.nca_patch**2)
+    return np.where((0 <= tokens) & (tokens < vocabulary(cfg) - 2), tokens // power % d, 255).astype(np.uint8)
+
+
+def inputs_and_labels(rows: np.ndarray, cfg: PrePreConfig) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Rows [R, W] -> inputs and next-token labels, int64 [R, L], with labels IGNORE where there is no loss: the first
+    nca_min_grid grids, and start and end tokens unless nca_delimiter_loss. Where the last grid is whole, the row ends
+    in one padding input (token 0, no label), which makes L = W as PR 63 has it; else L = W - 1.
+    """
+    inputs, labels = rows.astype(np.int64), rows.astype(np.int64)
+    labels[:, : cfg.nca_min_grid * grid_tokens(cfg)] = IGNORE
+    if not cfg.nca_delimiter_loss:
+        labels[labels >= vocabulary(cfg) - 2] = IGNORE
+    if cfg.nca_last == "cut":
+        return inputs[:, :-1], labels[:, 1:]
+    inputs[:, -1] = 0
+    labels = np.roll(labels, -1, axis=1)
+    labels[:, -1] = IGNORE
+    return inputs, labels
+
+
+def next_grid_accuracy(predicted: np.ndarray, rows: np.ndarray, cfg: PrePreConfig) -> dict:
+    """
+    How well tokens predicted [R, at least W-1], where predicted[:, i] stands for rows[:, i+1], give the next grids.
+
+    Returns shares: cell_accuracy (chance is 1/d), token_accuracy (chance is 1/d^(p*p)), grid_accuracy (all cells right),
+    and lists of cell and grid accuracy by the number of grids in the context, from 1 up. A grid cut short is left out.
+    """
+    size, whole = grid_tokens(cfg), rows.shape[1] // grid_tokens(cfg)
+    if rows.shape[1] % size == size - 1:  # only the end token is missing
+        rows, whole = np.pad(rows, ((0, 0), (0, 1))), whole + 1
+
+    def patches(tokens: np.ndarray) -> np.ndarray:  # [R, grids, patches, p*p]
+        return digits(tokens[:, : whole * size].reshape(len(rows), whole, size)[:, 1:, 1:-1], cfg)
+
+    shifted = np.zeros((len(rows), whole * size), np.int64)  # made to stand at the places of what they predict
+    n = min(whole * size - 1, predicted.shape[1])
+    shifted[:, 1 : n + 1] = predicted[:, :n]
+    right = patches(shifted) == patches(rows)
+    cells, tokens, grids = right.mean((0, 2, 3)), right.all(-1).mean((0, 2)), right.all((2, 3)).mean(0)
+    return {"cell_accuracy": float(cells.mean()), "token_accuracy": float(tokens.mean()),
+            "grid_accuracy": float(grids.mean()), "cell_by_context": cells.tolist(), "grid_by_context": grids.tolist()}
+
+
+def unigram_loss(rows: np.ndarray, cfg: PrePreConfig) -> float:
+    """Nats per label of the best constant guess: the entropy of the tokens that bear a loss. A model must go below."""
+    labels = inputs_and_labels(rows, cfg)[1]
+    count = np.bincount(labels[labels != IGNORE])
+    p = count[count > 0] / count.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+########################################
+#                Filter                #
+########################################
+
+SEARCH_ROUND = 2048  # candidate rules scored before the search looks at its acceptance rate
+
+
+def raw_size(cfg: PrePreConfig) -> int:
+    """Bytes that a rule's ten grids have before compression: int32 tokens, with delimiters in PR 63 only."""
+    return 4 * 10 * (grid_tokens(cfg) - (0 if cfg.nca_filter == "pr63" else 2))
+
+
+def compressed_sizes(ids: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
+    """
+    gzip sizes (level 9) in bytes of ten grids of each rule, as little-endian int32 tokens: the tokens' width is part of
+    the measure, noise scores 0.67 in int32 and 0.35 in int64. PR 63 runs every rule from one and the same start grid
+    and takes steps 1 to 10; the paper takes the run's own time steps behind its initial ones.
+    """
+    alike = cfg.nca_filter == "pr63"
+    first, dt = (1, 1) if alike else (cfg.nca_init_steps, cfg.nca_dt)
+    start = start_grids(stream(cfg.nca_seed, FILTER_START, np.zeros_like(ids) if alike else ids), cfg)
+    grids = rollout(make_tables(draw_weights(ids, cfg), cfg), np.arange(len(ids)), start,
+                    stream(cfg.nca_seed, FILTER_STEP, ids), range(first, first + 10 * dt, dt), cfg)
+    tokens = tokenize(grids, cfg, delimiters=alike).astype("<i4")
+    return np.array([gzip_size(row.tobytes()) for row in tokens], np.int32)
+
+
+def gzip_size(data: bytes) -> int:
+    """len(gzip.compress(data, 9)): wbits 31 is gzip's own header (10 bytes) and trailer (8)."""
+    return len(zlib.compress(data, 9, wbits=31))
+
+
+def passes(sizes: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
+    """Which compressed sizes lie in the band; its ends belong to it in PR 63, not in the paper."""
+    score, (low, high) = sizes / raw_size(cfg), band(cfg)
+    return (low <= score) & (score <= high) if cfg.nca_filter == "pr63" else (low < score) & (score < high)
+
+
+def refuse_band(sizes: np.ndarray, accepted: int, cfg: PrePreConfig) -> None:
+    """Stop a search that would not end, and say what the candidates were like."""
+    low, *middle, high = np.quantile(sizes / raw_size(cfg), [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
+    raise UserError(
+        f"nca_band = {cfg.nca_band!r}: {accepted} of {len(sizes)} candidate rules passed, an acceptance rate of "
+        f"{accepted / len(sizes):.2%}, and fewer than one in nca_tries = {cfg.nca_tries} ends the search. Compressed "
+        f"sizes go from {low:.3f} to {high:.3f}; 5, 25, 50, 75 and 95 % of them lie below "
+        f"{', '.join(f'{q:.3f}' for q in middle)}: choose a band among these, for example "
+        f"--nca_band {middle[1]:.2f}:{middle[3]:.2f}, or raise --nca_tries")
+
+
+########################################
+#                Cache                 #
+########################################
+
+GENERATOR = 1  # counts up whenever the same flags come to mean other data
+
+
+@functools.lru_cache
+def zlib_mark() -> list:
+    """What tells compressors apart: another zlib may give other sizes and so accept other rules."""
+    s, noise = 12345, []
+    for _ in range(360):
+        s = (1103515245 * s + 12345) % 2**31
+        noise.append((s >> 8) % 10000)
+    return [zlib.ZLIB_RUNTIME_VERSION, gzip_size(np.array(noise, "<i4").tobytes()), gzip_size(bytes(1440))]
+
+
+def facts(cfg: PrePreConfig, rows: bool) -> dict:
+    """All that rows, or else only rules' compressed sizes, depend on."""
+    names = ["seed", "grid", "patch", "colors", "dt", "init_steps", "temperature", "identity", "rule_init", "start"]
+    names += ["filter", *(["record", "seq_len", "last", "sims_per_rule", "control"] if rows else [])]
+    names += ["band"] if rows and cfg.nca_filter != "none" else []
+    of = {name: getattr(cfg, f"nca_{name}") for name in names}
+    return {"generator": GENERATOR, "zlib": zlib_mark() if cfg.nca_filter != "none" else None} | of
+
+
+class Cache:
+    """
+    Arrays in files under <folder>/<hash of facts>/. A file is one line of JSON and the bytes that it describes; it
+    appears whole or not at all, and one that does not match its sha256 is reported and taken for missing.
+    """
+
+    def __init__(self, folder: str, facts: dict, say=print):
+        self.facts, self.say, self.root = facts, say, folder
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = Path(folder) / name if folder else None
+
+    def load(self, name: str) -> np.ndarray | None:
+        path = self.folder / name if self.folder else None
+        if path is None or not path.exists():
+            return None
+        head, _, data = path.read_bytes().partition(b"\n")
+        try:
+            meta = json.loads(head)
+            array = np.frombuffer(data, np.dtype(meta["dtype"])).reshape(meta["shape"])
+            right = meta["sha256"] == hashlib.sha256(data).hexdigest() and meta["facts"] == self.facts
+        except (ValueError, KeyError, TypeError):
+            right = False
+        if right:
+            return array
+        self.say(f"warning: {path} is damaged (its sha256 does not match): generating it anew")
+        return None
+
+    def save(self, name: str, array: np.ndarray) -> None:
+        if self.folder is None:
+            return
+        data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        meta = {"dtype": array.dtype.newbyteorder("<").str, "shape": array.shape, "facts": self.facts,
+                "sha256": hashlib.sha256(data).hexdigest()}
+        part = self.folder / f"{name}.{os.getpid()}"  # ranks may make the same file at once
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            t.write_whole(part, json.dumps(meta).encode() + b"\n" + data)
+            os.replace(part, self.folder / name)
+        except OSError as e:
+            raise UserError(f"nca_cache = {self.root!r}: cannot write {self.folder / name} ({e.strerror}); choose "
+                            "another folder, or --nca_cache '' for none") from e
+
+
+########################################
+#                 Data                 #
+########################################
+
+CHUNK_ROWS = 8192  # rows of one cache file: 16 MB at 988 tokens
+Span = tuple[int, int]
+
+
+@contextlib.contextmanager
+def workers(cfg: PrePreConfig):
+    """
+    Threads, each computing alone: many small operations would spend their time waiting for each other. Torch's number
+    of threads is one setting for the process, so nothing else should compute on the CPU meanwhile; it is restored.
+    """
+    count = cfg.nca_threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # the margin of make_tables counts on float32 proper
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def gather_from_ranks(mine: np.ndarray, world: int) -> list[np.ndarray]:
+    """Every rank's array, in order of the ranks."""
+    if world == 1:
+        return [mine]
+    out = [None] * world
+    dist.all_gather_object(out, mine)
+    return out
+
+
+class NcaData:
+    """
+    Rows of one split, "train" or "val". Row r of an epoch is simulation r % sims_per_rule of rule r // sims_per_rule,
+    so it is the same on any number of ranks and in any batch. `gather` stands in for torch.distributed in tests.
+    """
+
+    def __init__(self, cfg: PrePreConfig, split: str, rank: int = 0, world: int = 1, say=print,
+                 gather=gather_from_ranks, read_cache: bool = True):
+        self.cfg, self.split, self.rank, self.world, self.say, self.gather = cfg, split, rank, world, say, gather
+        self.read_cache = read_cache
+        self.rows = (cfg.nca_tokens if split == "train" else cfg.nca_val_tokens) // row_width(cfg)
+        self.scored, self.score_seconds, self.made, self.make_seconds = 0, 0.0, 0, 0.0
+        self.size_cache = Cache(cfg.nca_cache, facts(cfg, rows=False), say)
+        self.row_cache = Cache(cfg.nca_cache, facts(cfg, rows=True), say)
+        self.kept: dict[tuple, np.ndarray] = {}
+        self.sizes = np.empty(0, np.int32)  # compressed size of every candidate rule so far, in order of the ids
+        self.rules = self.find_rules(-(-self.rows // cfg.nca_sims_per_rule))
+
+    def find_rules(self, count: int) -> np.ndarray:
+        """Ids of the first `count` rules of this split that pass the filter, in order. Bounded: see refuse_band."""
+        cfg, start = self.cfg, SPLIT_START[self.split]
+        if cfg.nca_filter == "none":
+            return start + np.arange(count)
+        known = self.size_cache.load(f"sizes-{self.split}") if self.read_cache else None
+        self.sizes = self.sizes if known is None else known
+        with workers(cfg) as pool, tqdm(total=count, desc=f"{self.split} rules", disable=None, leave=False) as bar:
+            while (accepted := int(passes(self.sizes, cfg).sum())) < count:
+                bar.update(min(accepted, count) - bar.n)
+                tried = len(self.sizes)
+                if tried and accepted * cfg.nca_tries < tried:
+                    refuse_band(self.sizes, accepted, cfg)
+                self.score_round(start + np.arange(tried, tried + SEARCH_ROUND), pool)
+        if self.scored and self.rank == 0:
+            self.size_cache.save(f"sizes-{self.split}", self.sizes)
+        return start + np.flatnonzero(passes(self.sizes, cfg))[:count]
+
+    def score_round(self, ids: np.ndarray, pool: ThreadPoolExecutor) -> None:
+        """Compressed sizes of these candidates; each rank makes its share and all get all."""
+        began = time.perf_counter()
+        mine = np.array_split(ids, self.world)[self.rank]
+        pieces = [mine[i : i + ROWS_AT_ONCE] for i in range(0, len(mine), ROWS_AT_ONCE)]
+        sizes = list(pool.map(lambda piece: compressed_sizes(piece, self.cfg), pieces))
+        self.sizes = np.concatenate([self.sizes, *self.gather(np.concatenate(sizes), self.world)])
+        self.scored, self.score_seconds = self.scored + len(ids), self.score_seconds + time.perf_counter() - began
+
+    @property
+    def accept_rate(self) -> float:
+        return float(passes(self.sizes, self.cfg).mean()) if len(self.sizes) else 1.0
+
+    def generate(self, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """Tokens uint16 [len(rows), W] of these rows, made now by this rank."""
+        cfg, began = self.cfg, time.perf_counter()
+        epoch = epoch if cfg.nca_regen and self.split == "train" else 0
+        ids, sims = self.rules[rows // cfg.nca_sims_per_rule], rows % cfg.nca_sims_per_rule
+        out = np.empty((len(rows), row_width(cfg)), np.uint16)
+
+        def piece(i: int) -> None:
+            some = slice(i, i + ROWS_AT_ONCE)
+            out[some] = tokenize(simulate(ids[some], sims[some], epoch, cfg), cfg)[:, : out.shape[1]]
+
+        with workers(cfg) as pool:
+            list(pool.map(piece, range(0, len(rows), ROWS_AT_ONCE)))
+        self.made, self.make_seconds = self.made + out.size, self.make_seconds + time.perf_counter() - began
+        return out
+
+    def chunks(self) -> list[Span]:
+        return [(a, min(a + CHUNK_ROWS, self.rows)) for a in range(0, self.rows, CHUNK_ROWS)]
+
+    def chunk(self, epoch: int, span: Span) -> np.ndarray:
+        """Rows span[0] up to span[1], from the cache or made and put there."""
+        epoch = epoch if self.cfg.nca_regen and self.split == "train" else 0
+        name = f"{self.split}-epoch{epoch}-rows{span[0]}-{span[1]}"
+        rows = self.row_cache.load(name) if self.read_cache else None
+        if rows is None:
+            rows = self.generate(epoch, np.arange(*span))
+            self.row_cache.save(name, rows)
+        return rows
+
+    def prepare(self, epoch: int) -> None:
+        """Make this rank's share of an epoch's cache files. A barrier behind it, and every rank finds all of them."""
+        if self.cfg.nca_cache:
+            for span in self.chunks()[self.rank :: self.world]:
+                self.chunk(epoch, span)
+
+    def take(self, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """Tokens of these rows, by way of the cache if there is one; else only these are made."""
+        if not self.cfg.nca_cache:
+            return self.generate(epoch, rows)
+        self.kept = {key: rows_ for key, rows_ in self.kept.items() if key[0] == epoch}
+        out = np.empty((len(rows), row_width(self.cfg)), np.uint16)
+        for span in self.chunks():
+            here = (span[0] <= rows) & (rows < span[1])
+            if here.any():
+                if (epoch, span) not in self.kept:
+                    self.kept[epoch, span] = self.chunk(epoch, span)
+                out[here] = self.kept[epoch, span][rows[here] - span[0]]
+        return out
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch in their order of training: step s of batch B takes [s*B, (s+1)*B), ranks split that."""
+        keys = bits(stream(self.cfg.nca_seed, ORDER, epoch), np.arange(self.rows))
+        return keys.argsort(kind="stable")
+
+    def sha256(self, epoch: int) -> str:
+        """Hash of all rows of an epoch in order of their numbers, little-endian."""
+        h = hashlib.sha256()
+        for span in self.chunks():
+            h.update(self.chunk(epoch, span).astype("<u2").tobytes())
+        return h.hexdigest()
+
+
+########################################
+#               Picture                #
+########################################
+
+
+def draw_picture(cfg: PrePreConfig, path: str | Path, candidates: int = 1024, shown: int = 6, frames: int = 10) -> None:
+    """PNG: trajectories of accepted and of rejected rules side by side, and all candidates' scores with the band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    judged = cfg if cfg.nca_filter != "none" else dataclasses.replace(cfg, nca_filter="pr63")
+    ids = np.arange(candidates)
+    with workers(cfg) as pool:
+        sizes = np.concatenate(list(pool.map(lambda p: compressed_sizes(p, judged), np.array_split(ids, 16))))
+    ok, score = passes(sizes, judged), sizes / raw_size(judged)
+    fig = plt.figure(figsize=(14, 11))
+    top, bottom = fig.subfigures(2, 1, height_ratios=[3.2, 1])
+    for side, kind, title in zip(top.subfigures(1, 2), (ok, ~ok), ("accepted", "rejected")):
+        side.suptitle(f"{title}: {kind.sum()} of {candidates} rules", y=0.97)
+        some = ids[kind][np.argsort(score[kind])]  # spread over the scores
+        some = some[np.unique(np.linspace(0, len(some) - 1, min(shown, len(some))).round().astype(int))]
+        axes = side.subplots(shown, frames, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.35})
+        grids = simulate(some, np.zeros_like(some), 0, cfg)[:, :frames] if len(some) else []
+        for ax in axes.flat:
+            ax.set_axis_off()
+        for row, rule, states in zip(axes, some, grids):
+            for ax, at, state in zip(row, recorded_times(cfg), states):
+                ax.imshow(state.reshape(cfg.nca_grid, -1), cmap="tab10" if cfg.nca_colors <= 10 else "tab20", vmin=0,
+                          vmax=max(9, cfg.nca_colors - 1), interpolation="nearest")
+                ax.set_title(f"rule {rule}\nscore {score[rule]:.3f}" if at == recorded_times(cfg)[0] else f"step {at}",
+                             fontsize=6, pad=2)
+    ax, (low, high) = bottom.subplots(), band(judged)
+    ax.hist(score, bins=80, color="0.5")
+    ax.axvspan(low, min(high, score.max() + 0.03), color="tab:green", alpha=0.2, label=f"accepted: {cfg.nca_band}")
+    ax.set_xlabel("compressed size / raw size (gzip -9, int32 tokens of ten grids)")
+    ax.set_ylabel("rules")
+    ax.legend(loc="upper left")
+    bottom.subplots_adjust(bottom=0.22, left=0.07, right=0.97)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=110, format="png")
+    plt.close(fig)
+
+
+########################################
+#                 Main                 #
+########################################
+
+
+def generate_only(cfg: PrePreConfig) -> int:
+    """Rules, epoch 0 and validation rows, generated whatever the cache holds and then kept there; speed and hashes."""
+    say = functools.partial(print, file=sys.stderr)
+    train, val = (NcaData(cfg, split, say=say, read_cache=False) for split in ("train", "val"))
+    out = {"sha256": train.sha256(0), "val_sha256": val.sha256(0)}
+    scored, seconds = train.scored + val.scored, train.score_seconds + val.score_seconds
+    out |= {"tokens_per_s": (train.made + val.made) / (train.make_seconds + val.make_seconds),
+            "rules_per_s": scored / seconds if scored else None, "accept_rate": train.accept_rate,
+            "rules": len(train.rules), "val_rules": len(val.rules), "candidates": scored,
+            "rows": train.rows, "val_rows": val.rows, "tokens": train.rows * row_width(cfg),
+            "val_tokens": val.rows * row_width(cfg), "seconds": seconds + train.make_seconds + val.make_seconds,
+            "unigram_loss": unigram_loss(train.take(0, np.arange(min(train.rows, 4096))), cfg),
+            "compat": cfg.nca_compat, "zlib": zlib.ZLIB_RUNTIME_VERSION}
+    if cfg.json:
+        print(json.dumps(out))
+        return 0
+    for key, value in out.items():
+        print(f"{key:14} {value:,.6g}" if isinstance(value, float) else f"{key:14} {value}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        cfg = parse_args(sys.argv[1:] if argv is None else argv)
+        if not cfg.generate_only and not cfg.picture:
+            raise UserError("nothing to do: add --generate_only, or --picture nca.png")
+        if cfg.picture:
+            draw_picture(cfg, cfg.picture)
+            print(f"picture: {cfg.picture}", file=sys.stderr)
+        return generate_only(cfg) if cfg.generate_only else 0
+    except (UserError, RuntimeError, OSError) as e:
+        message = t.explain(e)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
