@@ -34,7 +34,7 @@ import tempfile
 import time
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,8 +46,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 import zstandard
-from constriction.stream import model as models
-from constriction.stream.queue import RangeDecoder, RangeEncoder
+from constriction import stream as coder
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -289,11 +288,11 @@ def encode_codes(q: np.ndarray, levels: int) -> tuple[dict[str, np.ndarray], int
             best = bits, step, classes, counts
     _, step, classes, counts = best
     counts = np.ceil(counts * min(1.0, 65535 / counts.max())).astype(np.uint16)
-    order, encoder = np.argsort(classes.ravel(), kind="stable"), RangeEncoder()
+    order, encoder = np.argsort(classes.ravel(), kind="stable"), coder.queue.RangeEncoder()
     symbols, sizes = symbols.ravel()[order].astype(np.int32), np.bincount(classes.ravel(), minlength=len(counts))
     for part, row in zip(np.split(symbols, np.cumsum(sizes)[:-1]), counts):
         if len(part):
-            encoder.encode(part, models.Categorical(histogram_probabilities(row), perfect=False))
+            encoder.encode(part, coder.model.Categorical(histogram_probabilities(row), perfect=False))
     return {"rows": rows, "cols": cols, "counts": counts}, step, encoder.get_compressed()
 
 
@@ -304,10 +303,10 @@ def decode_codes(tables: dict[str, np.ndarray], step: int, words: np.ndarray, le
     sizes = np.bincount(classes.ravel())
     if counts.shape != (len(sizes), 2 * levels + 1):
         raise ValueError(f"histograms {counts.shape} for {len(sizes)} classes of {2 * levels + 1} codes")
-    decoder, parts = RangeDecoder(words), []
+    decoder, parts = coder.queue.RangeDecoder(words), []
     for size, row in zip(sizes, counts):
         if size:
-            parts.append(decoder.decode(models.Categorical(histogram_probabilities(row), perfect=False), int(size)))
+            parts.append(decoder.decode(coder.model.Categorical(histogram_probabilities(row), perfect=False), int(size)))
     if not decoder.maybe_exhausted():
         raise ValueError("codes are left over")
     q = np.empty(classes.size, np.int8)
@@ -427,7 +426,8 @@ def read_tensors(header: dict, stored: dict[str, Tensor], words: np.ndarray) -> 
             if header["codec"] == ENTROPY:
                 tables = {key: stored.pop(f"{name}:{key}").numpy() for key in ("rows", "cols", "counts")}
                 count, step = kind["words"], kind["step"]
-                if (math.prod(shape[:-1]), shape[-1]) != (tables["rows"].size, tables["cols"].size) or not 0 <= count <= len(words):
+                sizes = tables["rows"].size, tables["cols"].size
+                if sizes != (math.prod(shape[:-1]), shape[-1]) or not 0 <= count <= len(words):
                     raise ValueError(f"{name} has other tables than its shape asks for")
                 q = torch.from_numpy(decode_codes(tables, step, words[:count], levels)).view(shape)
                 words = words[count:]
@@ -660,6 +660,34 @@ def ngram_log_probs(tokens: Tensor, vocab: int) -> Tensor:
     return torch.stack(p, 1).log()
 
 
+def mixing_weights(experts: Tensor, share: float) -> Tensor:
+    """
+    Log weights before each target, from the log probabilities [n, K] that the experts gave to all targets: Bayes' rule,
+    then `share` of the weight is spread evenly (Herbster and Warmuth 1998). One such step is a K x K matrix, so blocks of
+    the stream are walked side by side: once for the product of their matrices, once more from the weights at their start.
+    """
+    n, k = experts.shape
+    if share == 0:
+        return F.pad(experts.cumsum(0)[:-1], (0, 0, 1, 0)).log_softmax(1)
+    size = math.isqrt(n - 1) + 1
+    p = F.pad((experts - experts.amax(1, keepdim=True)).exp(), (0, 0, 0, -n % size), value=1.0).view(-1, size, k)
+    flow = (1 - share) * torch.eye(k).to(p) + share / k
+    product = torch.eye(k).to(p).expand(len(p), k, k)
+    for j in range(size):
+        product = flow @ (p[:, j, :, None] * product)
+        product = product / product.sum((1, 2), keepdim=True)
+    weights = [p.new_full((k,), 1 / k)]
+    for block in product[:-1]:
+        weights.append(block @ weights[-1])
+        weights[-1] = weights[-1] / weights[-1].sum()
+    before, now = [], torch.stack(weights)
+    for j in range(size):
+        before.append(now)
+        now = p[:, j] * now
+        now = now / now.sum(1, keepdim=True) @ flow
+    return torch.stack(before, 1).view(-1, k)[:n].log()
+
+
 class Mixture(Sliding):
     """
     Neural, unigram, bigram and trigram, mixed by Bayes' rule: an expert's weight is its share of the probability given to
@@ -682,14 +710,395 @@ class Mixture(Sliding):
 
     def reset(self, first: int, n: int) -> None:
         super().reset(first, n)
-        self.weights, self.ngrams = np.full(4, 0.25), NGrams(self.model.cfg.vocab, first)
+        self.log_weights, self.ngrams = np.full(4, -math.log(4)), NGrams(self.model.cfg.vocab, first)
 
     def distribution(self) -> np.ndarray:
         self.experts = np.stack([super().distribution(), *self.ngrams.distributions()])
-        return self.weights @ self.experts
+        return np.exp(self.log_weights) @ self.experts
 
     def observe(self, token: int) -> None:
         super().observe(token)
-        posterior = self.weights * self.experts[:, token]
-        self.weights = (1 - self.how.share) * posterior / posterior.sum() + self.how.share / 4
+        posterior = self.log_weights + np.log(self.experts[:, token])
+        posterior -= np.logaddexp.reduce(posterior)
+        share = self.how.share
+        self.log_weights = np.logaddexp(posterior + np.log1p(-share), np.log(share / 4)) if share else posterior
         self.ngrams.observe(token)
+
+
+class TestTime(Sliding):
+    """
+    Score-first test-time training (parameter-golf #549): chunks of targets are scored by sliding windows, then SGD takes
+    some passes over what was just scored, and only then the next chunk is scored. A window belongs to the chunk of its
+    first scored target. The last chunk is never trained on. The model has its own weights again behind `score`.
+    """
+
+    def score(self, tokens: np.ndarray, want: tuple[int, ...] = ()) -> Scores:
+        with self.kept():
+            return super().score(tokens, want)
+
+    def score_windows(self, stream: Tensor, plan: np.ndarray, scores: Scores, want: tuple[int, ...]) -> None:
+        self.start_training(len(stream) - 1)
+        chunk = plan[:, 1] // self.how.ttt_chunk
+        for c in np.unique(chunk):
+            self.train_until(c, stream)
+            super().score_windows(stream, plan[chunk == c], scores, want)
+
+    def reset(self, first: int, n: int) -> None:
+        super().reset(first, n)
+        self.start_training(n)
+
+    def begin_window(self, t: int) -> None:
+        with torch.enable_grad():
+            self.train_until(t // self.how.ttt_chunk, torch.tensor(self.past, device=self.run.device))
+
+    @contextlib.contextmanager
+    def kept(self):
+        """The model's weights are put back behind it."""
+        own = copy.deepcopy(self.model.state_dict())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
+
+    def start_training(self, n: int) -> None:
+        self.trained, self.chunks = 0, -(-n // self.how.ttt_chunk)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.how.ttt_lr, momentum=0.9)
+
+    def train_until(self, chunk: int, stream: Tensor) -> None:
+        """Train on the chunks before `chunk`, all scored; targets behind them are not looked at."""
+        for c in range(self.trained, int(chunk)):
+            lr = self.how.ttt_lr * 0.5 * (1 + math.cos(math.pi * c / max(1, self.chunks - 1)))
+            low, high = c * self.how.ttt_chunk, (c + 1) * self.how.ttt_chunk
+            rows = range(low, high, self.length)
+            for _ in range(self.how.ttt_epochs):
+                for first in range(0, len(rows), 32):
+                    self.train_step(stream[: high + 1], rows[first : first + 32], lr)
+        self.trained = max(self.trained, int(chunk))
+
+    def train_step(self, stream: Tensor, starts: range, lr: float) -> None:
+        """One step of SGD on rows of the stream, of which ranks take turns; the gradient's norm is at most 1."""
+        self.optimizer.zero_grad()
+        tokens = sum(min(self.length, len(stream) - 1 - s) for s in starts)
+        for s in list(starts)[self.run.rank :: self.run.world]:
+            row = stream[s : s + self.length + 1]
+            # rows are padded to one length, with targets that count nothing
+            x = F.pad(row[:-1], (0, self.length + 1 - len(row)))
+            y = F.pad(row[1:], (0, self.length + 1 - len(row)), value=-1)
+            (self.model(x[None], y[None], self.shape.repeats, self.shape.window).sum() / tokens).backward()
+        for p in self.model.parameters():
+            p.grad = self.run.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+
+SCORERS = {"chunked": Sliding, "sliding": Sliding, "mixture": Mixture, "ttt": TestTime}
+
+
+def make_scorer(model: tg.GPT, how: How, shape: tg.Shape, run=None) -> Sliding:
+    """The scorer of how.mode. shape: rows per batch, tokens per row, repeats, window; run: for several ranks."""
+    if how.mode not in SCORERS:
+        raise UserError(f"mode = {how.mode!r}: must be one of {', '.join(SCORERS)}")
+    for key, low, high in (("temperature", 1e-3, 1e3), ("share", 0, 0.5), ("ttt_chunk", 1, math.inf), ("ttt_lr", 0, 10)):
+        if not low <= getattr(how, key) <= high:
+            raise UserError(f"{key} = {getattr(how, key)}: must lie between {low} and {high}")
+    return SCORERS[how.mode](model, how, shape, run)
+
+
+########################################
+#                Proof                 #
+########################################
+
+
+def encode(scorer, tokens: np.ndarray) -> tuple[bytes, list[np.ndarray]]:
+    """
+    Tokens [n+1] as bytes: their number, the first token, then a range code (constriction, 24-bit probabilities) of each
+    under the scorer's step-wise distribution. Also those distributions' sums and probabilities of the tokens, [n, 2].
+    """
+    encoder, seen = coder.queue.RangeEncoder(), []
+    scorer.reset(int(tokens[0]), len(tokens) - 1)
+    for token in tokens[1:].tolist():
+        p = scorer.distribution()
+        seen.append((p.sum(), p[token]))
+        encoder.encode(token, coder.model.Categorical(p, perfect=False))
+        scorer.observe(token)
+    head = struct.pack("<IH", len(tokens) - 1, int(tokens[0]))
+    return head + encoder.get_compressed().astype("<u4").tobytes(), np.array(seen)
+
+
+def decode(scorer, code: bytes, most: int = 1 << 28) -> np.ndarray:
+    """
+    The tokens of a code, by the same walk as encode's. It needs the same arithmetic: the same machine, build of torch and
+    number of threads. UserError where it is no code.
+    """
+    if len(code) < 6 or len(code) % 4 != 2 or struct.unpack_from("<I", code)[0] > most:
+        raise UserError(f"{len(code)} bytes are no code that prove wrote")
+    n, first = struct.unpack_from("<IH", code)
+    decoder, tokens = coder.queue.RangeDecoder(np.frombuffer(code[6:], "<u4").astype(np.uint32)), [first]
+    scorer.reset(first, n)
+    for _ in range(n):
+        tokens.append(int(decoder.decode(coder.model.Categorical(scorer.distribution(), perfect=False))))
+        scorer.observe(tokens[-1])
+    return np.array(tokens, dtype=np.uint16)
+
+
+def prove(scorer, tokens: np.ndarray, decoder: Callable[[bytes], np.ndarray], flips: int = 3) -> dict:
+    """
+    Show that the scorer's claim for tokens [n+1] is a code length, or raise UserError that names what it is not. Shown:
+    every target is scored once; at `flips` targets the distribution behind the claim sums to 1 and gives its target what
+    was claimed; changing such a target changes no score before it and not the distribution at it; the step-wise
+    distributions all sum to 1; they encode the tokens in the claimed number of bits; and decoder(code), which is given
+    nothing but the code, gives the same tokens back. Returns what was measured.
+    """
+    n, vocab = len(tokens) - 1, scorer.model.cfg.vocab
+
+    def need(ok: bool, why: str) -> None:
+        if not ok:
+            raise UserError(f"mode {scorer.how.mode}: no code length: {why}")
+
+    places = tuple(sorted({round((i + 1) * (n - 1) / (flips + 1)) for i in range(flips)}))
+    claim = scorer.score(tokens, places)
+    nats = claim.nats.cpu()
+    need(bool((claim.times == 1).all()), f"targets are scored {int(claim.times.min())} to {int(claim.times.max())} times")
+    need(bool(nats.isfinite().all()), "scores are not finite")
+    for t in places:
+        p, own = claim.given[t], int(tokens[t + 1])
+        need(p.shape == (vocab,) and bool((p >= 0).all()) and abs(p.sum() - 1) < 1e-6,
+             f"the probabilities at target {t} sum to {p.sum():.6g}")
+        need(abs(-math.log(p[own]) - float(nats[t])) < 1e-3, f"target {t} is scored {float(nats[t]):.6f} nats, but its "
+             f"distribution gives {-math.log(p[own]):.6f}")
+        changed = tokens.copy()
+        changed[t + 1] = (own + 1) % vocab
+        other = scorer.score(changed, (t,))
+        moved = float((other.nats.cpu() - nats)[:t].abs().amax()) if t else 0.0
+        need(moved < 1e-5, f"changing target {t} moves a score before it by {moved:.3g} nats")
+        need(np.abs(other.given[t] - p).max() < 1e-6, f"changing target {t} changes the distribution at it")
+    began = time.perf_counter()
+    code, seen = encode(scorer, tokens)
+    encode_seconds = time.perf_counter() - began
+    worst = float(np.abs(seen[:, 0] - 1).max())
+    need(worst < 1e-6, f"step-wise probabilities sum to 1 +- {worst:.3g}")
+    claimed_bits, stepwise_bits = float(nats.sum()) / math.log(2), float(-np.log2(seen[:, 1]).sum())
+    need(8 * len(code) <= claimed_bits * 1.005 + 128, f"{claimed_bits:.0f} bits are claimed, but the code has {8 * len(code)}")
+    began = time.perf_counter()
+    need(np.array_equal(decoder(code), tokens), "what is decoded is another text")
+    return {"tokens": n, "claimed_bits": claimed_bits, "stepwise_bits": stepwise_bits, "code_bytes": len(code),
+            "flips": len(places), "worst_sum": worst, "encode_s": encode_seconds, "decode_s": time.perf_counter() - began}
+
+
+def text_of(tokenizer: tg.Tokenizer, tokens: np.ndarray) -> bytes:
+    """The text that tokens [n+1] add behind the first, document by document."""
+    cuts = np.flatnonzero(tokens == tokenizer.doc_token)
+    return b"".join(tokenizer.decode(part.tolist()).encode() for part in np.split(tokens, cuts))
+
+
+def stretch(tokens: np.ndarray, tokenizer: tg.Tokenizer, least: int) -> tuple[np.ndarray, bytes]:
+    """
+    The first tokens of a stream, which begins with a document's token, that stand for at least `least` bytes of text, and
+    that text. It ends where the bytes of the pieces and of the text agree: not within a character.
+    """
+    base, space, edge = tokenizer.tables()
+    sizes = np.cumsum(base[tokens[1:]] + (space[tokens[1:]] & ~edge[tokens[:-1]]))
+    first = int(np.searchsorted(sizes, least)) + 2
+    for end in range(first, min(first + 8, len(tokens) + 1)):
+        text = text_of(tokenizer, tokens[:end])
+        if len(text) == sizes[end - 2]:
+            return tokens[:end], text
+    raise UserError(f"asked were {least} bytes of text, the stream holds {sizes[-1]} by the tokenizer's pieces; if those are "
+                    "enough, the pieces and the decoded text disagree about their length")
+
+
+########################################
+#             Command line             #
+########################################
+
+
+@dataclass
+class Score(How):
+    """Score the validation stream with the weights of a run, a checkpoint or an artifact."""
+
+    source: Annotated[str, tyro.conf.Positional] = ""  # run folder, checkpoint folder or artifact
+    val_tokens: int = -1  # scored prefix of the validation stream; 0: all of it; -1: what the run was scored on
+    data: str = ""  # folder of the shards; empty: the run's own
+    device: str = "auto"  # auto, cpu or cuda
+    rows: int = 0  # windows per batch; 0: as many as micro_tokens holds
+
+
+@dataclass
+class Prove(Score):
+    """Encode a stretch of validation text, decode it in a fresh process, and check that the score is a code length."""
+
+    bytes: int = 16384  # text at least
+
+
+@dataclass
+class Decode(Score):
+    """Decode a code that prove wrote, from the weights alone."""
+
+    code: str = ""  # file with the code
+    out: str = ""  # file for the tokens, uint16 little endian
+    threads: int = 0  # of torch; must be those of the encoder; 0: torch's own choice
+
+
+@dataclass
+class Quantise(Score):
+    """The same weights stored in different ways: bytes, and bits per byte lost."""
+
+    mode: str = "chunked"  # how to score, see How
+    calibration_rows: int = 32  # rows of training tokens for GPTQ
+    choices: tuple[str, ...] = ("int8", "int7", "int6", "int6 gptq", "int6 mlp:5 gptq", "int5 gptq", "int4 gptq")
+
+
+def open_weights(where: str, exact: bool = False) -> tuple[Config, dict[str, Tensor], str]:
+    """
+    Config and weights: of an artifact; or of a run folder its artifact, with `exact` the weights of its newest checkpoint,
+    averaged where the run exports an average.
+    """
+    path = Path(where)
+    if path.is_file() and path.read_bytes()[: len(MAGIC)] == MAGIC:
+        return *load(path), where
+    done = tg.checkpoints(path) if path.is_dir() else []
+    if not exact:
+        cfg, named, found = tg.open_source(where)
+        return cfg, named, str(found)
+    if not done:
+        raise UserError(f"{where} holds no complete checkpoint (ckpt/*/DONE): quantising needs the exact weights")
+    cfg, named, found = tg.open_source(str(done[-1]))
+    if cfg.final_weights != "live":
+        averages = tg.read_tensors(found / "averages.safetensors")
+        named = {name: averages[f"{name}:{cfg.final_weights}"].view_as(w) for name, w in named.items()}
+    return cfg, named, str(found)
+
+
+def opened(flags: Score, exact: bool = False) -> tuple[tg.GPT, tg.Shape, tg.Run, dict[str, Tensor]]:
+    """Model, shape of its windows, ranks and device, and its weights as they were stored."""
+    if not flags.source:
+        raise UserError("say which run folder, checkpoint or artifact: python golf.py score logs/my-run")
+    cfg, named, where = open_weights(flags.source, exact)
+    cfg.device, cfg.data = flags.device, flags.data or cfg.data
+    cfg.val_tokens = cfg.val_tokens if flags.val_tokens < 0 else flags.val_tokens
+    run, plan = tg.Run(cfg), tg.Plan(cfg)
+    if type(flags) is not Score or run.device.type == "cpu":
+        cfg.compile = 0  # takes longer than it saves
+    model = tg.build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
+    tg.load_weights(model, named, where)
+    shape = plan.eval_shape(plan.at(cfg.steps, 1.0))
+    return model, shape._replace(rows=flags.rows or shape.rows), run, named
+
+
+def validation(model: tg.GPT) -> tuple[tg.Validation, tg.Tokenizer | None]:
+    cfg = model.cfg
+    tokenizer = tg.Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token) if cfg.tokenizer else None
+    return tg.Validation(cfg, tg.Plan(cfg), tokenizer), tokenizer
+
+
+def score_all(scorer: Sliding, val: tg.Validation) -> dict[str, float]:
+    """Score a validation prefix: nats per token, bits per byte (nan where the bytes are unknown), seconds, tokens/s."""
+    began = time.perf_counter()
+    scores = scorer.score(val.tokens)
+    assert bool((scores.times == 1).all()), "a target was not scored exactly once"
+    n = len(val.tokens) - 1
+    loss, seconds = float(scores.nats.sum()) / n, time.perf_counter() - began
+    bpb = tg.bits_per_byte(loss, n, val.bytes)
+    return {"loss": loss, "bpb": math.nan if bpb is None else bpb, "eval_time_s": seconds, "tok_s": n / seconds}
+
+
+def score_command(flags: Score) -> None:
+    model, shape, run, _ = opened(flags)
+    val, _ = validation(model)
+    with run:
+        tg.compile_model(model, model.cfg)
+        scorer = make_scorer(model, flags, shape, run)
+        if model.cfg.compile:  # outside the clock, on random tokens
+            scorer.score(np.random.default_rng(0).integers(model.cfg.vocab, size=4 * shape.seq_len))
+        found = score_all(scorer, val)
+        run.log(f"final_{flags.mode} val_loss:{found['loss']:.8f} val_bpb:{found['bpb']:.8f} window:{shape.seq_len} "
+                f"stride:{scorer.stride} eval_time:{found['eval_time_s'] * 1000:.0f}ms tok_s:{found['tok_s']:.0f}")
+
+
+def prove_command(flags: Prove) -> None:
+    model, shape, run, _ = opened(flags)
+    val, tokenizer = validation(model)
+    if not tokenizer:
+        raise UserError(f"{flags.source} was trained without a tokenizer: there is no text to encode")
+    tokens, text = stretch(val.tokens, tokenizer, flags.bytes)
+    with tempfile.TemporaryDirectory() as folder:
+        code, out = Path(folder) / "code", Path(folder) / "tokens"
+
+        def fresh(data: bytes) -> np.ndarray:
+            """Decode in a new process, which is given the artifact and the code."""
+            code.write_bytes(data)
+            how = [x for f in How.__dataclass_fields__ for x in (f"--{f}", str(getattr(flags, f)))]
+            command = [sys.executable, __file__, "decode", flags.source, *how, "--device", flags.device, "--code", str(code),
+                       "--out", str(out), "--threads", str(torch.get_num_threads())]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"the decoder left with {done.returncode}: {done.stderr[-2000:]}")
+            return np.fromfile(out, "<u2")
+
+        found = prove(make_scorer(model, flags, shape), tokens, lambda data: fresh(data))
+        same = text_of(tokenizer, np.fromfile(out, "<u2")) == text
+    if not same:
+        raise UserError("the tokens came back, but not the text")
+    print(f"prove:{flags.mode} text_bytes:{len(text)} code_bytes:{found['code_bytes']} "
+          f"decoded_bpb:{8 * found['code_bytes'] / len(text):.6f} claimed_bpb:{found['claimed_bits'] / len(text):.6f} "
+          f"stepwise_bpb:{found['stepwise_bits'] / len(text):.6f}")
+    print(f"  tokens:{found['tokens']} each scored once, {found['flips']} flips, sums within {found['worst_sum']:.1e} of 1, "
+          f"encode:{found['encode_s']:.1f}s decode:{found['decode_s']:.1f}s, text identical after decoding: proven")
+
+
+def decode_command(flags: Decode) -> None:
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    model, shape, _, _ = opened(flags)
+    decode(make_scorer(model, flags, shape), Path(flags.code).read_bytes()).astype("<u2").tofile(flags.out)
+
+
+def calibration(cfg: Config, count: int) -> np.ndarray:
+    """The first rows [count, T+1] of the training shards."""
+    plan = tg.Plan(cfg)
+    tokens = tg.read_shard(tg.find_shards(cfg, "train")[0], cfg.vocab)
+    count = min(count, (len(tokens) - 1) // plan.eval_seq_len)
+    return np.stack([tokens[i * plan.eval_seq_len :][: plan.eval_seq_len + 1] for i in range(count)])
+
+
+def quantise_command(flags: Quantise) -> None:
+    model, shape, _, named = opened(flags, exact=True)
+    val, _ = validation(model)
+    rows = calibration(model.cfg, flags.calibration_rows)
+    hessians = record_hessians(model, rows, shape.repeats, shape.window)
+    scorer = make_scorer(model, flags, shape)
+    exact, base, codecs = score_all(scorer, val), 0, (*CODECS, ENTROPY)
+    print(f"exact weights: {exact['loss']:.5f} nats, {exact['bpb']:.5f} bpb; {sum(w.numel() for w in named.values())} "
+          f"parameters; {flags.mode}, {len(val.tokens) - 1} tokens; GPTQ on {rows.size} training tokens")
+    print(f"| weights | {' | '.join(codecs)} | smallest / (int8 + zstd) | bpb lost |\n|-|" + "-:|" * (len(codecs) + 2))
+    for choice in flags.choices:
+        bits = choice.removesuffix(" gptq")
+        found = quantise(named, parse_bits(bits), hessians if bits != choice else None)
+        packed = {codec: pack(named, found, model.cfg, codec) for codec in codecs}
+        base = base or len(packed["zstd"])
+        tg.load_weights(model, unpack(packed[ENTROPY], choice)[1], choice)
+        lost = score_all(scorer, val)["bpb"] - exact["bpb"]
+        sizes = [len(p) for p in packed.values()]
+        print(f"| {choice} | {' | '.join(map(str, sizes))} | {min(sizes) / base:.3f} | {lost:+.5f} |", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    commands = {"score": Score, "prove": Prove, "decode": Decode, "quantise": Quantise}
+    try:
+        flags = tyro.extras.subcommand_cli_from_dict(commands, args=argv, use_underscores=True,
+                                                      description=__doc__.split("Read it")[0])
+        {Score: score_command, Prove: prove_command, Decode: decode_command, Quantise: quantise_command}[type(flags)](flags)
+        return 0
+    except (UserError, RuntimeError, OSError) as e:
+        message = tg.explain(e)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.modules["golf"] = sys.modules["__main__"]  # what imports golf from here on gets this very module
+    sys.exit(main())

@@ -181,8 +181,8 @@ def validate(cfg: PrePreConfig) -> None:
          f"{grid_tokens(cfg)} tokens, the first {cfg.nca_min_grid} of them as context: at least "
          f"{grids * grid_tokens(cfg)}")
     for key in ("nca_tokens", "nca_val_tokens"):
-        need(getattr(cfg, key) >= row_width(cfg), f"{key} = {getattr(cfg, key)}: less than one row of "
-             f"{row_width(cfg)} tokens")
+        need(getattr(cfg, key) >= row_inputs(cfg), f"{key} = {getattr(cfg, key)}: less than one row of "
+             f"{row_inputs(cfg)} tokens")
     band(cfg)
 
 
@@ -217,6 +217,16 @@ def row_width(cfg: PrePreConfig) -> int:
     """Tokens that a row holds: whole grids, or one more than the inputs so that each has a label."""
     tokens = grids_per_row(cfg) * grid_tokens(cfg)
     return tokens if cfg.nca_last == "whole" else min(tokens, cfg.nca_seq_len + 1)
+
+
+def row_inputs(cfg: PrePreConfig) -> int:
+    """Inputs (and labels) that a row makes; tokens are counted and paid for in these."""
+    return row_width(cfg) - (0 if cfg.nca_last == "whole" else 1)
+
+
+def row_count(cfg: PrePreConfig, split: str) -> int:
+    """Rows of an epoch of training, or of validation."""
+    return (cfg.nca_tokens if split == "train" else cfg.nca_val_tokens) // row_inputs(cfg)
 
 
 ########################################
@@ -349,7 +359,7 @@ def make_tables(w: Weights, cfg: PrePreConfig, width: int = 1) -> Tables:
 #              Simulation              #
 ########################################
 
-ROWS_AT_ONCE = 128  # automata per piece of work: enough to drown Python's overhead, few enough for a core's caches
+ROWS_AT_ONCE = 384  # automata per piece of work: enough to drown Python's overhead, few enough for the caches
 
 
 def symbols(width: int) -> int:
@@ -392,8 +402,9 @@ def rollout(rules: Tables, slot: np.ndarray, start: np.ndarray, keys: np.ndarray
     row_of = np.tile(np.arange(symbols(width), dtype=np.int32) * codes, len(near))
     head, bias = rules.head[torch.from_numpy(slot)], torch.from_numpy(rules.bias[slot])[:, :, None]
     margin = torch.from_numpy(rules.doubt[slot] + np.float32(lead_for(2.0**-25, cfg)))[:, None]
-    logits, close = torch.empty(R, d, C), np.empty((R, d, C), np.bool_)
-    marks = np.arange(16, 16 + d, dtype=np.uint16 if d > 11 else np.uint8)[:, None]
+    close, logits_np = np.empty((R, d, C), np.bool_), np.empty((R, d, C), np.float32)
+    logits = torch.from_numpy(logits_np)
+    marks = np.arange(16, 16 + d, dtype=np.uint16 if d > 11 else np.uint8)
     for step in range(times[-1] + 1):
         if step in times:
             recorded[:, times.index(step)] = state
@@ -407,19 +418,20 @@ def rollout(rules: Tables, slot: np.ndarray, start: np.ndarray, keys: np.ndarray
         if cfg.nca_identity:
             logits.scatter_add_(1, torch.from_numpy(state).long()[:, None], torch.full((R, 1, C), cfg.nca_identity))
         least = logits.amax(1).sub_(margin)
-        np.greater_equal(logits.numpy(), least.numpy()[:, None], out=close)
+        np.greater_equal(logits_np, least.numpy()[:, None], out=close)
         # Colour c marks 16 + c: a sum below 32 is the only colour close to the best, and says which it is.
-        marked = (close.view(np.uint8) * marks).sum(axis=1, dtype=marks.dtype)
+        marked = np.einsum("rdc,d->rc", close.view(np.uint8), marks)
         row, cell = np.divmod(np.flatnonzero(marked >= 32), C)
         after = marked.astype(np.int32)
         after -= 16
         if len(row):
             u = uniform(keys[row], step * C + cell, 24)
-            some = logits.numpy()[row, :, cell]
-            second, first = np.partition(some, d - 2)[:, d - 2 :].T
-            after[row, cell] = some.argmax(1)
-            open_ = first - second <= rules.doubt[slot[row]] + lead_for(np.minimum(u, 1 - u), cfg)
-            row, cell, u = row[open_], cell[open_], u[open_]
+            if len(row) > 50:  # worth a look at each one's u
+                some = logits_np[row, :, cell]
+                second, first = np.partition(some, d - 2)[:, d - 2 :].T
+                after[row, cell] = some.argmax(1)
+                open_ = first - second <= rules.doubt[slot[row]] + lead_for(np.minimum(u, 1 - u), cfg)
+                row, cell, u = row[open_], cell[open_], u[open_]
             after[row, cell] = decide(rules, slot[row], state, row, cell, u, cfg)
         state = after
     return recorded
@@ -687,16 +699,26 @@ CHUNK_ROWS = 8192  # rows of one cache file: 16 MB at 988 tokens
 Span = tuple[int, int]
 
 
+def thread_count(cfg: PrePreConfig) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cfg.nca_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def pieces(n: int, cfg: PrePreConfig) -> list[slice]:
+    """n rows cut for the threads: one piece each or, of many rows, pieces of ROWS_AT_ONCE."""
+    size = min(ROWS_AT_ONCE, max(32, -(-n // thread_count(cfg))))
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
 @contextlib.contextmanager
 def workers(cfg: PrePreConfig):
     """
     Threads, each computing alone: many small operations would spend their time waiting for each other. Torch's number
     of threads is one setting for the process, so nothing else should compute on the CPU meanwhile; it is restored.
     """
-    count = cfg.nca_threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # the margin of make_tables counts on float32 proper
-    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(thread_count(cfg), initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
     finally:
@@ -724,7 +746,7 @@ class NcaData:
                  gather=gather_from_ranks, read_cache: bool = True):
         self.cfg, self.split, self.rank, self.world, self.say, self.gather = cfg, split, rank, world, say, gather
         self.read_cache = read_cache
-        self.rows = (cfg.nca_tokens if split == "train" else cfg.nca_val_tokens) // row_width(cfg)
+        self.rows = row_count(cfg, split)
         self.scored, self.score_seconds, self.made, self.make_seconds = 0, 0.0, 0, 0.0
         self.size_cache = Cache(cfg.nca_cache, facts(cfg, rows=False), say)
         self.row_cache = Cache(cfg.nca_cache, facts(cfg, rows=True), say)
@@ -738,7 +760,8 @@ class NcaData:
         if cfg.nca_filter == "none":
             return start + np.arange(count)
         known = self.size_cache.load(f"sizes-{self.split}") if self.read_cache else None
-        self.sizes = self.sizes if known is None else known
+        # Ranks of other machines may not see this file: all go on from what one of them knows.
+        self.sizes = max(self.gather(self.sizes if known is None else known, self.world), key=len)
         with workers(cfg) as pool, tqdm(total=count, desc=f"{self.split} rules", disable=None, leave=False) as bar:
             while (accepted := int(passes(self.sizes, cfg).sum())) < count:
                 bar.update(min(accepted, count) - bar.n)
@@ -754,8 +777,7 @@ class NcaData:
         """Compressed sizes of these candidates; each rank makes its share and all get all."""
         began = time.perf_counter()
         mine = np.array_split(ids, self.world)[self.rank]
-        pieces = [mine[i : i + ROWS_AT_ONCE] for i in range(0, len(mine), ROWS_AT_ONCE)]
-        sizes = list(pool.map(lambda piece: compressed_sizes(piece, self.cfg), pieces))
+        sizes = list(pool.map(lambda some: compressed_sizes(mine[some], self.cfg), pieces(len(mine), self.cfg)))
         self.sizes = np.concatenate([self.sizes, *self.gather(np.concatenate(sizes), self.world)])
         self.scored, self.score_seconds = self.scored + len(ids), self.score_seconds + time.perf_counter() - began
 
@@ -770,13 +792,12 @@ class NcaData:
         ids, sims = self.rules[rows // cfg.nca_sims_per_rule], rows % cfg.nca_sims_per_rule
         out = np.empty((len(rows), row_width(cfg)), np.uint16)
 
-        def piece(i: int) -> None:
-            some = slice(i, i + ROWS_AT_ONCE)
+        def make(some: slice) -> None:
             out[some] = tokenize(simulate(ids[some], sims[some], epoch, cfg), cfg)[:, : out.shape[1]]
 
         with workers(cfg) as pool:
-            list(pool.map(piece, range(0, len(rows), ROWS_AT_ONCE)))
-        self.made, self.make_seconds = self.made + out.size, self.make_seconds + time.perf_counter() - began
+            list(pool.map(make, pieces(len(rows), cfg)))
+        self.made, self.make_seconds = self.made + len(rows) * row_inputs(cfg), self.make_seconds + time.perf_counter() - began
         return out
 
     def chunks(self) -> list[Span]:
@@ -795,7 +816,7 @@ class NcaData:
     def prepare(self, epoch: int) -> None:
         """Make this rank's share of an epoch's cache files. A barrier behind it, and every rank finds all of them."""
         if self.cfg.nca_cache:
-            for span in self.chunks()[self.rank :: self.world]:
+            for span in tqdm(self.chunks()[self.rank :: self.world], desc="rows", disable=None, leave=False):
                 self.chunk(epoch, span)
 
     def take(self, epoch: int, rows: np.ndarray) -> np.ndarray:
@@ -820,7 +841,7 @@ class NcaData:
     def sha256(self, epoch: int) -> str:
         """Hash of all rows of an epoch in order of their numbers, little-endian."""
         h = hashlib.sha256()
-        for span in self.chunks():
+        for span in tqdm(self.chunks(), desc=f"{self.split} rows", disable=None, leave=False):
             h.update(self.chunk(epoch, span).astype("<u2").tobytes())
         return h.hexdigest()
 
@@ -840,31 +861,34 @@ def draw_picture(cfg: PrePreConfig, path: str | Path, candidates: int = 1024, sh
     judged = cfg if cfg.nca_filter != "none" else dataclasses.replace(cfg, nca_filter="pr63")
     ids = np.arange(candidates)
     with workers(cfg) as pool:
-        sizes = np.concatenate(list(pool.map(lambda p: compressed_sizes(p, judged), np.array_split(ids, 16))))
+        sizes = np.concatenate(list(pool.map(lambda p: compressed_sizes(ids[p], judged), pieces(candidates, cfg))))
     ok, score = passes(sizes, judged), sizes / raw_size(judged)
-    fig = plt.figure(figsize=(14, 11))
-    top, bottom = fig.subfigures(2, 1, height_ratios=[3.2, 1])
+    fig = plt.figure(figsize=(15, 8.5))
+    top, bottom = fig.subfigures(2, 1, height_ratios=[3, 1])
     for side, kind, title in zip(top.subfigures(1, 2), (ok, ~ok), ("accepted", "rejected")):
-        side.suptitle(f"{title}: {kind.sum()} of {candidates} rules", y=0.97)
+        side.suptitle(f"{title}: {kind.sum()} of {candidates} rules", y=0.99)
         some = ids[kind][np.argsort(score[kind])]  # spread over the scores
         some = some[np.unique(np.linspace(0, len(some) - 1, min(shown, len(some))).round().astype(int))]
-        axes = side.subplots(shown, frames, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.35})
+        axes = side.subplots(shown, frames, squeeze=False)
+        side.subplots_adjust(left=0.12, right=0.99, top=0.9, bottom=0.02, wspace=0.06, hspace=0.06)
         grids = simulate(some, np.zeros_like(some), 0, cfg)[:, :frames] if len(some) else []
         for ax in axes.flat:
             ax.set_axis_off()
+        for ax, at in zip(axes[0], recorded_times(cfg)):
+            ax.set_title(f"step {at}", fontsize=7)
         for row, rule, states in zip(axes, some, grids):
-            for ax, at, state in zip(row, recorded_times(cfg), states):
+            row[0].text(-0.1, 0.5, f"rule {rule}\n{score[rule]:.3f}", fontsize=8, ha="right", va="center",
+                        transform=row[0].transAxes)
+            for ax, state in zip(row, states):
                 ax.imshow(state.reshape(cfg.nca_grid, -1), cmap="tab10" if cfg.nca_colors <= 10 else "tab20", vmin=0,
                           vmax=max(9, cfg.nca_colors - 1), interpolation="nearest")
-                ax.set_title(f"rule {rule}\nscore {score[rule]:.3f}" if at == recorded_times(cfg)[0] else f"step {at}",
-                             fontsize=6, pad=2)
     ax, (low, high) = bottom.subplots(), band(judged)
+    bottom.subplots_adjust(bottom=0.25, top=0.95, left=0.05, right=0.99)
     ax.hist(score, bins=80, color="0.5")
-    ax.axvspan(low, min(high, score.max() + 0.03), color="tab:green", alpha=0.2, label=f"accepted: {cfg.nca_band}")
-    ax.set_xlabel("compressed size / raw size (gzip -9, int32 tokens of ten grids)")
+    ax.axvspan(low, min(high, score.max() + 0.02), color="tab:green", alpha=0.2, label=f"accepted: {cfg.nca_band}")
+    ax.set_xlabel("score: compressed size / raw size (gzip -9, int32 tokens of ten grids)")
     ax.set_ylabel("rules")
     ax.legend(loc="upper left")
-    bottom.subplots_adjust(bottom=0.22, left=0.07, right=0.97)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110, format="png")
     plt.close(fig)
@@ -884,9 +908,9 @@ def generate_only(cfg: PrePreConfig) -> int:
     out |= {"tokens_per_s": (train.made + val.made) / (train.make_seconds + val.make_seconds),
             "rules_per_s": scored / seconds if scored else None, "accept_rate": train.accept_rate,
             "rules": len(train.rules), "val_rules": len(val.rules), "candidates": scored,
-            "rows": train.rows, "val_rows": val.rows, "tokens": train.rows * row_width(cfg),
-            "val_tokens": val.rows * row_width(cfg), "seconds": seconds + train.make_seconds + val.make_seconds,
-            "unigram_loss": unigram_loss(train.take(0, np.arange(min(train.rows, 4096))), cfg),
+            "rows": train.rows, "val_rows": val.rows, "tokens": train.rows * row_inputs(cfg),
+            "val_tokens": val.rows * row_inputs(cfg), "seconds": seconds + train.make_seconds + val.make_seconds,
+            "unigram_loss": unigram_loss(train.generate(0, np.arange(min(train.rows, 1024))), cfg),
             "compat": cfg.nca_compat, "zlib": zlib.ZLIB_RUNTIME_VERSION}
     if cfg.json:
         print(json.dumps(out))

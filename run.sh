@@ -21,11 +21,13 @@ NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-localho
 SHARDS=${SHARDS:-24}                  # FineWeb shards to get, 200 MB each (A needs 24, M 14)
 
 PRE=()                                # phase 1, pre-pre-training: flags of pre_pre_train.py; empty: left out
+TRANSFER=attn                         # what phase 2 takes from phase 1
 LM=(                                  # phase 2, language training: flags over the preset
   # --matrix_lr 0.04                  # python train_gpt.py --help lists all
 )
-REMIX=( --config_layer on_cpu )       # ./run.sh remix: the layer put on A and M; empty for the full size on 8xH100
+REMIX_LAYER=${REMIX_LAYER-on_cpu}      # ./run.sh remix: the layer put on A and M; REMIX_LAYER= is the full size
 REMIX_SEEDS=${REMIX_SEEDS:-"1 2 3"}
+REMIX_A=(--steps 350) REMIX_M=(--steps 200)   # under that layer: 4375 to 2500, as the originals
 ############ to here ############
 
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
@@ -47,7 +49,7 @@ go() {  # train_gpt.py or pre_pre_train.py with as many processes as there are G
     local where=(--standalone)
     [ "$NNODES" -eq 1 ] || where=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    .venv/bin/torchrun "${where[@]}" --nproc_per_node "$((NPROC > 0 ? NPROC : 1))" "$@"
+    .venv/bin/torchrun "${where[@]}" --nproc_per_node "$((NPROC > 0 ? NPROC : 1))" -- "$@"
   else
     $PY "$@"
   fi
@@ -77,22 +79,29 @@ one() {  # one RUN CONFIG... -- FLAGS...: a run that is skipped when finished an
 train_track() {  # train_track PRESET FLAGS...
   local track=$1; shift
   get_data --config "$track" "$@"
-  local runs=() s
+  local runs=() s from=()
   for s in $SEEDS; do
+    if [ ${#PRE[@]} -gt 0 ]; then
+      [ -f "logs/$track-pre-s$s/result.json" ] || go pre_pre_train.py --run "$track-pre-s$s" --resume --seed "$s" "${PRE[@]}"
+      from=(--init_from "logs/$track-pre-s$s" --transfer "$TRANSFER")
+    fi
     runs+=("logs/$track-s$s")
-    one "$track-s$s" "$track" -- --seed "$s" "$@"
+    one "$track-s$s" "$track" -- --seed "$s" ${from[@]+"${from[@]}"} "$@"
   done
   $PY logs/report.py "${runs[@]}" --out "logs/report-$track"
+  for s in "${runs[@]}"; do echo "log: $s/log.txt   artifact: $s/model.nrx"; done
+  echo "plots: logs/report-$track/curves.png   sample more: ./run.sh sample ${runs[0]} \"The people\""
 }
 
-remix() {  # arms in turn for every seed, so that a machine that drifts is the same to both
-  local layer=(); [ "${REMIX[0]-}" = --config_layer ] && layer=("${REMIX[1]}")
+remix() {  # the arms in turn for every seed, so that a machine that drifts is the same to both
+  local layer=(); [ -z "$REMIX_LAYER" ] || layer=("$REMIX_LAYER")
   get_data --config remix_a ${layer[@]+"${layer[@]}"}
-  local runs=() s
+  local runs=() s arm flags
   for s in $REMIX_SEEDS; do
     for arm in a m; do
+      flags=(); [ -z "$REMIX_LAYER" ] || { [ $arm = a ] && flags=("${REMIX_A[@]}") || flags=("${REMIX_M[@]}"); }
       runs+=("logs/remix-$arm-s$s")
-      one "remix-$arm-s$s" "remix_$arm" ${layer[@]+"${layer[@]}"} -- --seed "$s" --save_last 0 "$@"
+      one "remix-$arm-s$s" "remix_$arm" ${layer[@]+"${layer[@]}"} -- --seed "$s" ${flags[@]+"${flags[@]}"} "$@"
     done
   done
   $PY logs/report.py "${runs[@]}" --baseline A --out logs/report-remix

@@ -314,6 +314,9 @@ def validate(cfg: Config) -> None:
         sched = Schedule(key, getattr(cfg, key))
         if key in ("repeats", "seq_len", "window", "batch_tokens"):
             sched.require_plateaus(minimum=0 if key == "window" else 1)
+            late = [p for p in sched.points if p.at >= (cfg.steps if p.in_steps else 1)]
+            need(not late, f"{key} = {sched.text!r}: its last value is the one that is scored and exported, but the run "
+                 f"of {cfg.steps} steps ends before it is reached")
     low, high = loop_span(cfg)
     need(0 <= low <= high <= cfg.depth, f"loop = {cfg.loop!r}: must lie within the {cfg.depth} blocks")
     repeats = Schedule("repeats", cfg.repeats).values()
@@ -573,6 +576,7 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
+            FLEX.update({name: torch.compile(f, dynamic=False) for name, f in FLEX.items()})
         elif sys.platform == "linux":
             # glibc hands large blocks back to the kernel at every free and faults them in anew: measured, that costs a
             # CPU training step up to half its time. Keep them (M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1 of malloc.h).
@@ -672,11 +676,15 @@ class Run:
             self.log_file = open(self.folder / "log.txt", "a", buffering=1)
             self.metrics_file = open(metrics, "a", buffering=1)
         if self.is_main and self.cfg.wandb:
-            import wandb
+            try:
+                import wandb
 
-            self.wandb = wandb.init(project=self.cfg.wandb, name=self.cfg.run, dir=self.folder, resume="allow",
-                                    id=hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:12],
-                                    config=dataclasses.asdict(self.cfg))
+                self.wandb = wandb.init(project=self.cfg.wandb, name=self.cfg.run, dir=self.folder, resume="allow",
+                                        id=hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:12],
+                                        config=dataclasses.asdict(self.cfg))
+            except Exception as e:  # whatever its login, its server or its files raise
+                raise UserError(f"--wandb {self.cfg.wandb}: {e}; log in with `wandb login`, or set WANDB_MODE=offline, and "
+                                "continue with --resume") from e
 
     def log(self, line: str, console: bool = True) -> None:
         if not self.is_main:
@@ -833,9 +841,8 @@ def visible(q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | 
     return ok
 
 
-# Always compiled on CUDA, also where the model is not: their eager forms would build all T x T scores.
-flex_on_cuda = torch.compile(flex_attention, dynamic=False)
-block_mask_on_cuda = torch.compile(create_block_mask, dynamic=False)
+# Run.prepare_machine() puts compiled ones here on CUDA, also where the model is eager: these build all T x T scores.
+FLEX = {"attention": flex_attention, "mask": create_block_mask}
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float, mask=None) -> Tensor:
@@ -844,16 +851,14 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: in
     heads. `mask` is flex_mask's, to be shared by all layers of one window.
     """
     mask = flex_mask(q, docs, window) if mask is None else mask
-    flex = flex_on_cuda if q.is_cuda else flex_attention
-    return flex(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    return FLEX["attention"](q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
 
 def flex_mask(q: Tensor, docs: Tensor | None, window: int):
     def rule(b, h, i, j):
         return visible(i, j, docs[b, i] if docs is not None else None, docs[b, j] if docs is not None else None, window)
 
-    make = block_mask_on_cuda if q.is_cuda else create_block_mask
-    return make(rule, q.size(0) if docs is not None else None, None, q.size(-2), q.size(-2), device=q.device)
+    return FLEX["mask"](rule, q.size(0) if docs is not None else None, None, q.size(-2), q.size(-2), device=q.device)
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float) -> Tensor:
@@ -2109,7 +2114,8 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
             "or set --grad_clip 1 in another --run, which may start from those weights with --init_from")
     if step % cfg.log_every == 0 or step == cfg.steps:
         elapsed = run.clock.seconds()
-        run.log(f"step:{step}/{cfg.steps} train_time:{elapsed * 1000:.0f}ms step_avg:{elapsed * 1000 / step:.2f}ms", console=False)
+        run.log(f"step:{step}/{cfg.steps} train_time:{elapsed * 1000:.0f}ms step_avg:{elapsed * 1000 / step:.2f}ms",
+                console=False)
         run.metric("train", step, train_loss=loss, grad_norm=size, tok_s=now.batch_tokens / seconds, **now._asdict(),
                    train_time_ms=elapsed * 1000)
         fraction = p.plan.fraction(step, elapsed)
@@ -2285,14 +2291,19 @@ def train(cfg: Config, run: Run) -> int:
     p = build(cfg, run)  # what cannot work is refused here, before a folder is made
     start = run.on_main(lambda: prepare_folder(cfg, run.folder))
     run.resumed = start is not None
-    run.open_log(int(start.name) if start else -1)
-    log_head(run, None if start is None else int(start.name))
+
+    def begin_log() -> None:
+        run.open_log(int(start.name) if start else -1)
+        log_head(run, None if start is None else int(start.name))
+
+    run.on_main(begin_log)
     step = load_checkpoint(start, run, p.model, p.opt, p.avg, p.loader) if start else 0
     run.step = step
     if start:
         run.log(f"resumed:{start} at step {step}")
     size = sum(q.numel() for q in p.model.parameters())
-    run.log(f"model_params:{size} ranks:{run.world} device:{run.device} dtype:{run.dtype} val_tokens:{p.val.rows * p.val.seq_len}")
+    run.log(f"model_params:{size} ranks:{run.world} device:{run.device} dtype:{run.dtype} "
+            f"val_tokens:{p.val.rows * p.val.seq_len}")
     try:
         warm_up(p)
         before = graphs_compiled()

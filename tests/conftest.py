@@ -6,6 +6,10 @@ import os
 import shutil
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("patient", deadline=None)  # a busy neighbour is no failure
+settings.load_profile("patient")
 
 GPT2_ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as tiktoken has it
 GPT2_FILES = ("vocab.bpe", "encoder.json")

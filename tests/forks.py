@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Functions of train_gpt.py that name a phase of a run; the innermost one that is at work counts.
-PHASES = {"prepare_folder", "open_log", "build", "load_checkpoint", "warm_up", "train_step", "log_step", "evaluate",
+PHASES = {"parse_args", "prepare_folder", "open_log", "build", "load_checkpoint", "warm_up", "train_step", "log_step", "evaluate",
           "save_checkpoint", "export_artifact", "load_artifact", "finish", "write_result"}
 # Calls that change or sync files: between two of them a kill leaves another state on the disk.
 FILE_CALLS = {"open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync", "write", "serialize_file"}
@@ -77,6 +77,7 @@ class Server:
     def __init__(self, folder: Path):
         self.folder, self.count, self.forks = folder, 0, []
         env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        env = {k: v for k, v in env.items() if not k.startswith("WANDB_") and k not in ("RANK", "WORLD_SIZE")}
         self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, env=env)
 

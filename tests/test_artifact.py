@@ -25,7 +25,9 @@ def dequantised(q: torch.Tensor, scale: torch.Tensor) -> np.ndarray:
 
 
 entry = st.one_of(
-    st.floats(-8e6, 8e6, width=32), st.sampled_from([0.0, 1e-30, -1e-38, 1.4e-45, 2**-24, 65504.0, 8e6, 127.0, -127.5])
+    st.floats(-8e6, 8e6, width=32),
+    st.floats(-(2**-12), 2**-12, width=32),
+    st.sampled_from([0.0, 1e-30, -1e-38, 1.4e-45, 2**-24, 65504.0, 8e6, 127.0, -127.5]),
 )
 
 
@@ -45,6 +47,13 @@ def test_quantised_entry_is_off_by_more_than_half_a_scale(rows, cols, data):
     # The largest entry of a row uses the range; fp16 steps of the scale cost at most a level (subnormal ones more).
     big = np.abs(exact).max(1) > 1e-2
     assert (np.abs(q.numpy()).max(1)[big] >= 126).all()
+
+
+def test_scale_is_rounded_below_its_row():
+    """Tiny rows have fp16 scales of a few bits: rounded down, the largest entries would be cut off."""
+    w = torch.linspace(1e-6, 1e-3, 5000)[:, None] * torch.tensor([1.0, -1.0, 0.5])
+    q, scale = tg.quantize_rows(w)
+    assert (np.abs(dequantised(q, scale) - w.double().numpy()) <= scale.double().numpy() / 2 * (1 + 1e-6)).all()
 
 
 def test_quantiser_mixes_rows_or_matrices():

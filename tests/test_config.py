@@ -229,6 +229,8 @@ def test_wrong_type_of_a_flag_is_not_named(capsys, flags):
         ({"seq_len": "32.5"}, ("seq_len", "whole")),
         ({"window": "0:8 1>16"}, ("window", "':'")),
         ({"window": "-1"}, ("window",)),
+        ({"window": "0:8 1:16"}, ("window", "20 steps")),
+        ({"loop": "0:1", "repeats": "0:1 20s:2"}, ("repeats", "20 steps")),
         ({"lr": ""}, ("lr", "start with a value")),
     ],
 )
@@ -505,7 +507,7 @@ def no(what):
     def forbidden(*a, **k):
         raise SystemExit(f"import did this: {what}")
     return forbidden
-import torch, tyro  # theirs to do what they like
+import torch, torch._inductor.compile_fx, tyro  # theirs to do what they like
 before = (dict(os.environ), sorted(os.listdir(".")), torch.get_rng_state().sum().item(), torch.get_num_threads(),
           signal.getsignal(signal.SIGTERM), torch.get_float32_matmul_precision())
 socket.socket.connect = no("network")

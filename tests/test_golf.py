@@ -1,0 +1,429 @@
+"""Golf: what is stored comes back, a score is a code length, and what is none is refused."""
+
+import hashlib
+import json
+import math
+import random
+import struct
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import build, tg, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import golf
+
+# --- quantisation
+
+
+def made(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def objective(w: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, h: torch.Tensor) -> float:
+    """tr((W-Q) H (W-Q)^T)"""
+    d = w.double() - q.double() * scale.double()
+    return float((d @ h.double() * d).sum())
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_gptq_loses_to_plain_rounding_on_its_own_objective(bits):
+    w, x = made(0, 48, 200), made(1, 600, 200) @ made(2, 200, 200)  # correlated inputs, two blocks of columns
+    h = x.mT @ x / len(x)
+    scale = golf.clip_search(w, golf.levels_of(bits))
+    plain, better = golf.codes(w, scale, golf.levels_of(bits)), golf.gptq(w, h, scale, golf.levels_of(bits))
+    assert better.dtype == torch.int8 and better.abs().max() <= golf.levels_of(bits)
+    assert objective(w, better, scale, h) < 0.5 * objective(w, plain, scale, h)
+
+
+def test_gptq_with_independent_inputs_is_other_than_rounding():
+    w, h = made(0, 20, 150), torch.diag(made(1, 150).abs() + 0.1)
+    scale = golf.clip_search(w, 31)
+    assert torch.equal(golf.gptq(w, h, scale, 31), golf.codes(w, scale, 31))
+
+
+def test_gptq_stumbles_over_inputs_that_never_fire():
+    w, x = made(0, 8, 40), made(1, 100, 40)
+    x[:, 5] = 0
+    q = golf.gptq(w, x.mT @ x, golf.clip_search(w, 31), 31)
+    assert not q[:, 5].any() and q[:, 6].any()
+
+
+@given(st.integers(0, 10**6), st.sampled_from([4, 5, 6, 7, 8]))
+@settings(max_examples=40, deadline=None)
+def test_clip_search_is_worse_than_no_clip(seed, bits):
+    levels = golf.levels_of(bits)
+    w = made(seed, 6, 50) * torch.logspace(-6, 3, 6)[:, None]
+    w[2] = 0
+    whole = tg.quantize_rows(w, levels)[1]
+    errors = [(golf.codes(w, s, levels).float() * s.float() - w).square().sum(1) for s in (golf.clip_search(w, levels), whole)]
+    assert (errors[0] <= errors[1]).all() and errors[0][2] == 0
+    # Where nothing is clipped an entry is off by half a scale at most.
+    off = (golf.codes(w, whole, levels).double() * whole.double() - w.double()).abs()
+    assert (off <= whole.double() / 2 * (1 + 1e-6)).all()
+
+
+def test_bits_are_read_otherwise():
+    bits = golf.parse_bits("int6 mlp:5 head:8")
+    assert [bits.of(n) for n in ("blocks.0.mlp.fc", "head", "blocks.0.attn.qkv")] == [5, 8, 6]
+    for wrong in ("", "int9", "6", "int6 mlp", "int6 mlp:9", "int6 (:5"):
+        with pytest.raises(tg.UserError, match="export = "):
+            golf.parse_bits(wrong)
+
+
+def small(**changes) -> tg.Config:
+    return tiny(**({"dim": 64, "vocab": 96, "seq_len": "16", "head_init": "0.2"} | changes))
+
+
+def weights(cfg: tg.Config, noise: float = 0.05) -> dict[str, torch.Tensor]:
+    return {n: (p + noise * made(i, *p.shape)).detach() for i, (n, p) in enumerate(build(cfg).named_parameters())}
+
+
+def model_of(cfg: tg.Config, named: dict[str, torch.Tensor]) -> tg.GPT:
+    model = build(cfg)
+    tg.load_weights(model, named, "x")
+    return model
+
+
+LOOPED = {"depth": 2, "head_dim": 64, "loop": "0:2", "repeats": "2", "tie_embed": 1, "kv_heads": 1, "block_scales": 1, "q_gain": 1.5, "xsa": 1,
+          "loop_embed": 1, "cross_repeat": 1, "value_embeds": 1, "rope": "standard", "activation": "leaky_relu2", "softcap": 30.0}
+
+
+def test_hessians_miss_uses_of_a_shared_matrix():
+    cfg = small(**LOOPED)
+    model = model_of(cfg, weights(cfg))
+    rows = np.random.default_rng(0).integers(96, size=(3, 17))
+    found = golf.record_hessians(model, rows, 2, 0)
+    once = golf.record_hessians(model, rows, 1, 0)
+    assert found.keys() == {n for n, p in model.named_parameters() if golf.is_matrix(p) and n != "value_embeds"}
+    x = torch.from_numpy(rows[:, :-1])
+    with torch.no_grad():
+        final = model.hidden(x, 2, 0).flatten(0, 1)
+    torch.testing.assert_close(found["head"], final.mT @ final / len(final))
+    # The inputs of fc are RMS-normed: each use adds dim to the trace.
+    assert math.isclose(found["blocks.0.mlp.fc"].trace(), 2 * 64, rel_tol=1e-3)
+    assert math.isclose(once["blocks.0.mlp.fc"].trace(), 64, rel_tol=1e-3)
+
+
+def test_noise_and_straight_through_block_the_gradient():
+    w = made(0, 8, 64).requires_grad_()
+    golf.straight_through(w, 7).sum().backward()
+    assert torch.equal(w.grad, torch.ones_like(w))
+    assert torch.equal(golf.straight_through(w, 7).detach(), w.detach() + (tg.dequantize_rows(*tg.quantize_rows(w.detach(), 7)) - w.detach()))
+    off = (golf.noisy(w, 7, torch.Generator().manual_seed(0)) - w).detach() / (w.detach().abs().amax(1, keepdim=True) / 7)
+    assert off.abs().max() <= 0.5001 and 0.25 < off.std() < 0.33 and off.mean().abs() < 0.05
+
+
+# --- coders and artifact
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([7, 15, 31, 63, 127]), st.integers(0, 10**6))
+@settings(max_examples=80, deadline=None)
+def test_entropy_coder_changes_a_code(rows, cols, levels, seed):
+    rng = np.random.default_rng(seed)
+    spread = rng.uniform(0, 1, (rows, 1)) * rng.uniform(0, 1, (1, cols)) ** 3
+    q = (rng.laplace(size=(rows, cols)) * spread * levels).round().clip(-levels, levels).astype(np.int8)
+    tables, step, words = golf.encode_codes(q, levels)
+    assert np.array_equal(golf.decode_codes(tables, step, words, levels), q)
+
+
+@given(st.binary(max_size=3000), st.sampled_from(sorted(golf.CODECS)), st.integers(0, 4000))
+@settings(max_examples=60, deadline=None)
+def test_codec_gives_more_than_it_may(data, codec, most):
+    pack, unpack = golf.CODECS[codec]
+    assert unpack(pack(data), most) == data[:most]
+
+
+def test_entropy_coder_is_far_from_the_entropy():
+    rng = np.random.default_rng(0)
+    q = (rng.normal(size=(400, 500)) * 6).round().clip(-31, 31).astype(np.int8)
+    tables, _, words = golf.encode_codes(q, 31)
+    _, counts = np.unique(q, return_counts=True)
+    entropy = -(counts * np.log2(counts / q.size)).sum() / 8
+    assert 4 * len(words) + sum(t.nbytes for t in tables.values()) < 1.015 * entropy
+    assert min(len(golf.CODECS[c][0](q.tobytes())) for c in golf.CODECS) > 4 * len(words)
+
+
+@pytest.mark.parametrize("codec", [*golf.CODECS, golf.ENTROPY])
+@pytest.mark.parametrize("changes", [{}, LOOPED, {"param_dtype": "bfloat16"}], ids=["plain", "looped", "bf16"])
+def test_artifact_loads_other_weights_than_were_exported(tmp_path, codec, changes):
+    cfg = small(prompt="é\n🚀", **changes)
+    named = weights(cfg)
+    for bits in ("int8", "int6 mlp:5"):
+        size = golf.export(tmp_path / "a", named, cfg, bits, (codec,))
+        again, loaded = golf.load(tmp_path / "a")
+        assert size == (tmp_path / "a").stat().st_size and again == cfg and loaded.keys() == named.keys()
+        header = golf.unpack((tmp_path / "a").read_bytes(), "a")[2]
+        assert header["codec"] == codec
+        found = golf.quantise(named, golf.parse_bits(bits))
+        for name, w in named.items():
+            if name in found:
+                q, scale, _ = found[name]
+                assert np.array_equal(loaded[name].numpy(), q.numpy().astype(np.float32) * scale.numpy().astype(np.float32))
+            else:
+                torch.testing.assert_close(loaded[name].float(), w.float(), rtol=0 if bits == "int8" else 1e-3, atol=1e-6)
+        tg.load_weights(build(cfg), loaded, "a")
+
+
+def test_choice_of_bits_ignores_the_limit(tmp_path):
+    cfg, lines = small(), []
+    named = weights(cfg)
+    sizes = [golf.export(tmp_path / "a", named, cfg, bits, ("best",)) for bits in golf.LADDER]
+    assert sizes == sorted(sizes, reverse=True)
+    for bits, size in zip(golf.LADDER, sizes):
+        assert golf.export(tmp_path / "b", named, cfg, "fit", ("best",), most=size, log=lines.append) == size
+        assert f"artifact: {bits} " in lines[-1] and str(size) in lines[-1]
+    with pytest.raises(tg.UserError, match=f"{sizes[-1]} bytes at int4, but {sizes[-1] - 1} are left"):
+        golf.export(tmp_path / "b", named, cfg, "fit", ("best",), most=sizes[-1] - 1)
+    with pytest.raises(tg.UserError, match="or --export fit"):
+        golf.export(tmp_path / "b", named, cfg, "int8", most=sizes[0] - 1)
+
+
+def mutated(rng: random.Random, data: bytes) -> bytes:
+    """Cut, extended, bytes replaced, a stretch repeated, or a number in the header changed."""
+    body, kind = bytearray(data[:-32]), rng.randrange(6)
+    (length,) = struct.unpack("<I", data[8:12])
+    if kind == 0:
+        body = body[: rng.randrange(len(body))]
+    elif kind == 1:
+        body += rng.randbytes(rng.randrange(1, 40))
+    elif kind == 2:
+        for _ in range(rng.randrange(1, 6)):
+            body[rng.randrange(len(body))] = rng.randrange(256)
+    elif kind == 3:
+        for _ in range(rng.randrange(1, 4)):
+            body[rng.randrange(12, 12 + length)] = rng.choice(b'0123456789-{}[],:"\\ntrueE.')
+    elif kind == 4:
+        low = rng.randrange(len(body))
+        body[low:low] = body[low : low + rng.randrange(1, 60)]
+    else:
+        header = json.loads(body[12 : 12 + length])
+        spot = rng.choice(list(header["tensors"].values()))
+        value = rng.choice([0, -1, 1, 2**31, 2**63, 2**70, 1e300, "x", None, [], {}, [2**40, 2], True, [-1, 64]])
+        target = rng.choice([header, spot])
+        target[rng.choice(list(target))] = value
+        text = json.dumps(header).encode()
+        body[8 : 12 + length] = struct.pack("<I", len(text)) + text
+    return bytes(body) + (hashlib.sha256(body).digest() if rng.random() < 0.75 else data[-32:])
+
+
+def test_damaged_artifact_crashes_hangs_or_runs():
+    cfg = tiny(dim=64, heads=1, depth=1, vocab=64, mlp_ratio=1.0)
+    named = weights(cfg)
+    files = [golf.pack(named, golf.quantise(named, golf.Bits(bits, ())), cfg, codec)
+             for bits, codec in ((8, "zstd"), (6, golf.ENTROPY), (5, "brotli"), (4, "xz"))]
+    rng, refused = random.Random(0), 0
+    for i in range(10000):
+        data = mutated(rng, files[i % 4])
+        try:
+            again, loaded, _ = golf.unpack(data, "x.nrx")
+            assert isinstance(again, tg.Config)
+            assert all(w.is_floating_point() and w.isfinite().all() for w in loaded.values())
+        except tg.UserError as e:
+            refused += 1
+            assert "x.nrx" in str(e)
+    assert 8000 < refused < 10000
+
+
+# --- scorers
+
+
+@given(st.integers(1, 400), st.integers(1, 60), st.data())
+@settings(max_examples=200, deadline=None)
+def test_sliding_plan_scores_a_token_twice_or_without_context(n, length, data):
+    stride = data.draw(st.integers(1, length))
+    plan, times = golf.window_plan(n, length, stride), np.zeros(n, int)
+    for i, (start, first, end) in enumerate(plan):
+        assert start == i * stride and start <= first < end <= min(start + length, n)
+        assert i == 0 or first - start >= length - stride
+        times[first:end] += 1
+    assert (times == 1).all()
+    # The rule of the original, by hand: windows at 0, s, 2s, ... while w + L - s < N.
+    starts = [w for w in range(0, n + 1, stride) if w == 0 or w + length - stride < n]
+    assert plan[:, 0].tolist() == starts
+
+
+def shape(rows: int = 3, seq_len: int = 16, repeats: int = 1, window: int = 0) -> tg.Shape:
+    return tg.Shape(rows, seq_len, repeats, window)
+
+
+def scorer_of(mode: str, changes: dict | None = None, seed: int = 0, **how) -> golf.Sliding:
+    cfg = small(**(changes or {}))
+    repeats = 2 if cfg.loop else 1
+    how = golf.How(mode=mode, **({"stride": 5, "ttt_chunk": 20, "ttt_lr": 0.05} | how))
+    return golf.make_scorer(model_of(cfg, weights(cfg)), how, shape(repeats=repeats, window=int(cfg.window)))
+
+
+def stream(n: int, seed: int = 0, vocab: int = 96) -> np.ndarray:
+    """Tokens with structure: mostly a walk in a small circle, so that n-grams and training find something."""
+    rng = np.random.default_rng(seed)
+    jumps = np.where(rng.random(n + 1) < 0.8, 1, rng.integers(vocab, size=n + 1))
+    return (np.cumsum(jumps) % vocab).astype(np.uint16)
+
+
+def test_chunked_scores_differ_from_the_models_losses():
+    scorer, tokens = scorer_of("chunked"), stream(80)
+    x, y = tg.tensors(np.stack([tokens[i * 16 :][:17] for i in range(5)]), torch.device("cpu"))
+    with torch.no_grad():
+        losses = scorer.model(x, y)
+    torch.testing.assert_close(scorer.score(tokens).nats.float(), losses, rtol=1e-4, atol=1e-4)
+
+
+def test_sliding_scores_differ_from_a_forward_pass_per_token():
+    scorer, tokens = scorer_of("sliding"), stream(53)
+    scores = scorer.score(tokens)
+    for start, first, end in golf.window_plan(53, 16, 5):
+        for t in range(first, end):
+            with torch.no_grad():
+                x = scorer.model.hidden(torch.from_numpy(tokens[start : t + 1].astype(np.int64))[None], 1, 0)[0, -1]
+            p = scorer.model.logits(x)[:96].double().softmax(-1)
+            assert math.isclose(-math.log(p[tokens[t + 1]]), scores.nats[t], rel_tol=1e-4)
+
+
+def test_ranks_score_other_tokens_than_one_process():
+    tokens, whole = stream(101), scorer_of("sliding").score(stream(101))
+    parts = []
+    for rank in range(3):
+        scorer = scorer_of("sliding")
+        scorer.run = SimpleNamespace(rank=rank, world=3, device=torch.device("cpu"), agree=lambda: None, sum=lambda x: x)
+        parts.append(scorer.score(tokens))
+    assert torch.equal(sum(p.times for p in parts), whole.times)
+    torch.testing.assert_close(sum(p.nats for p in parts), whole.nats)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02])
+def test_mixture_is_worse_than_its_best_expert_by_more_than_ln_4(share):
+    for seed in range(3):
+        tokens = stream(400, seed)
+        scorer = scorer_of("mixture", share=share)
+        mixed = float(scorer.score(tokens).nats.sum())
+        neural = float(golf.Sliding.score(scorer, tokens).nats.sum())
+        best = min([neural, *(-golf.ngram_log_probs(torch.from_numpy(tokens.astype(np.int64)), 96).sum(0)).tolist()])
+        assert best < 0.9 * neural, "the n-grams should have found the circle"
+        assert mixed <= best + math.log(4) - 400 * math.log1p(-share) + 1e-6
+
+
+def test_ngrams_at_once_differ_from_ngrams_one_by_one():
+    tokens = stream(150)
+    walk, at_once = golf.NGrams(96, int(tokens[0])), golf.ngram_log_probs(torch.from_numpy(tokens.astype(np.int64)), 96)
+    for t, token in enumerate(tokens[1:].tolist()):
+        rows = walk.distributions()
+        assert np.abs(rows.sum(1) - 1).max() < 1e-12 and (rows > 0).all()
+        np.testing.assert_allclose(np.log(rows[:, token]), at_once[t].numpy(), rtol=1e-10)
+        walk.observe(token)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+@pytest.mark.parametrize("n", [1, 2, 10, 77])
+def test_weights_of_blocks_differ_from_the_recursion(n, share):
+    experts = -5 * torch.rand(n, 4, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    found, w = golf.mixing_weights(experts, share).exp(), torch.full((4,), 0.25, dtype=torch.float64)
+    for t in range(n):
+        torch.testing.assert_close(found[t], w)
+        w = w * experts[t].exp()
+        w = (1 - share) * w / w.sum() + share / 4
+
+
+def test_training_on_what_was_scored_does_not_help_or_stays():
+    tokens, scorer = stream(600), scorer_of("ttt", ttt_chunk=64)
+    before = {n: p.clone() for n, p in scorer.model.named_parameters()}
+    trained, plain = scorer.score(tokens).nats, golf.Sliding(scorer.model, scorer.how, scorer.shape).score(tokens).nats
+    assert trained.mean() < plain.mean() - 0.05
+    torch.testing.assert_close(trained[:64], plain[:64])  # nothing was trained on before the first chunk was scored
+    assert all(torch.equal(p, before[n]) for n, p in scorer.model.named_parameters())
+
+
+def test_flag_that_cannot_work_is_accepted():
+    for how in ({"mode": "x"}, {"stride": 0}, {"stride": 17}, {"temperature": 0.0}, {"share": -0.1}, {"ttt_chunk": 0}):
+        with pytest.raises(tg.UserError):
+            scorer_of(**({"mode": "mixture"} | how))
+
+
+# --- proof
+
+FAMILIES = {"plain": {}, "documents and window": {"doc_mask": 1, "window": "7"}, "looped": LOOPED, "padded head": {"vocab": 90}}
+
+
+@pytest.mark.parametrize("mode", golf.SCORERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_legal_scorer_is_rejected(mode, family):
+    changes = FAMILIES[family]
+    tokens = stream(75, vocab=changes.get("vocab", 96))
+    # The decoder has nothing of the encoder's but the artifact's weights and the code.
+    found = golf.prove(scorer_of(mode, changes), tokens, lambda code: golf.decode(scorer_of(mode, changes), code))
+    assert found["tokens"] == 75 and 8 * found["code_bytes"] < found["claimed_bits"] + 128
+    assert math.isclose(found["stepwise_bits"], found["claimed_bits"], rel_tol=1e-4)
+
+
+class EntropyExpert(golf.Sliding):
+    """The seed's (PR #895): the entropy of the prediction is granted to every token as if it were its loss."""
+
+    def score(self, tokens, want=()):
+        every = super().score(tokens, tuple(range(len(tokens) - 1)))
+        given = {t: 0.88 * p + 0.12 * math.exp((p * np.log(p)).sum()) for t, p in every.given.items()}
+        nats = torch.tensor([-math.log(given[t][tokens[t + 1]]) for t in range(len(tokens) - 1)])
+        return golf.Scores(nats, every.times, {t: given[t] for t in want})
+
+    def distribution(self):
+        p = super().distribution()
+        return 0.88 * p + 0.12 * math.exp((p * np.log(p)).sum())
+
+
+class TrainThenScore(golf.TestTime):
+    """The seed's eval_val_ttt: steps on the targets of a chunk, then the chunk's score."""
+
+    def score_windows(self, stream, plan, scores, want):
+        self.start_training(len(stream) - 1)
+        with torch.enable_grad():
+            self.train_until(self.chunks, stream)
+        golf.Sliding.score_windows(self, stream, plan, scores, want)
+
+
+class Rescorer(golf.Sliding):
+    """The tail bug of the originals: the last windows stick out and score their tokens again."""
+
+    def score(self, tokens, want=()):
+        scores = super().score(tokens, want)
+        scores.times[-3:] += 1
+        return scores
+
+
+class Hindsight(golf.Sliding):
+    """Claims to be better than its distributions are, but only where nobody looks."""
+
+    def score(self, tokens, want=()):
+        scores = super().score(tokens, want)
+        nats = torch.where(scores.nats > 4, 0.5 * scores.nats, scores.nats)
+        for t in want:
+            nats[t] = scores.nats[t]
+        return scores._replace(nats=nats)
+
+
+@pytest.mark.parametrize("cheat, why", [(EntropyExpert, "sum to"), (TrainThenScore, "changing target .* moves a score before"),
+                                        (Rescorer, "scored 1 to 2 times"), (Hindsight, "bits are claimed, but the code has")])
+def test_cheat_passes_as_a_code_length(cheat, why):
+    honest = scorer_of("ttt", ttt_lr=0.5)
+    scorer, tokens = cheat(honest.model, honest.how, honest.shape), stream(75)
+    assert scorer.score(tokens).nats.sum() < golf.Sliding.score(honest, tokens).nats.sum() or cheat is Rescorer
+    with pytest.raises(tg.UserError, match=why):
+        golf.prove(scorer, tokens, lambda code: golf.decode(cheat(honest.model, honest.how, honest.shape), code))
+
+
+def test_decoder_with_other_weights_gives_the_text_all_the_same():
+    other = scorer_of("sliding")
+    with torch.no_grad():
+        other.model.head[5] += 0.5
+    with pytest.raises(tg.UserError, match="another text"):
+        golf.prove(scorer_of("sliding"), stream(75), lambda code: golf.decode(other, code))
+
+
+@given(st.binary(max_size=40))
+@settings(max_examples=20, deadline=None)
+def test_damaged_code_crashes_the_decoder(data):
+    try:
+        golf.decode(scorer_of("chunked"), data, most=50)
+    except tg.UserError as e:
+        assert "no code" in str(e)
