@@ -71,7 +71,7 @@ class PrePreConfig(Config):
     nca_init_steps: int = 10  # steps before recording
     nca_temperature: float = 1e-4  # of the choice of a cell's next colour; 0: always the likeliest
     nca_identity: float = 0.0  # added to the logit of the colour that the cell has
-    nca_rule_init: str = "normal"  # a rule's weights: normal (N(0,1), also biases) or lecun (variance 1/fan_in, no biases)
+    nca_rule_init: str = "normal"  # a rule's weights: normal (N(0,1), biases too) or lecun (fan-in, no biases)
     nca_start: str = "uniform"  # start grids: uniform, or skewed (colour frequencies drawn per grid)
     nca_record: str = "after"  # first recorded grid: after nca_dt steps more, or before them
     nca_seq_len: int = 1024  # tokens of a row, at most
@@ -313,8 +313,8 @@ def draw_weights(ids: np.ndarray, cfg: PrePreConfig) -> Weights:
 class Tables(NamedTuple):
     """
     N rules made ready to run. Behind the first convolution there is no activation and its input is one-hot, so the 16
-    hidden numbers of a cell are a sum of nine table rows, one for the colour of each neighbour. With width = 2, pairs of
-    cells side by side are looked up: larger tables with longer rows, but 6 lookups serve 2 cells.
+    hidden numbers of a cell are a sum of nine table rows, one for the colour of each neighbour. With width = 2, pairs
+    of cells side by side are looked up: larger tables with longer rows, but 6 lookups serve 2 cells.
     """
 
     exact: np.ndarray  # [N*9*d, 16] float64, row (rule*9 + neighbour)*d + colour, biases in the middle neighbour's rows
@@ -363,21 +363,22 @@ ROWS_AT_ONCE = 384  # automata per piece of work: enough to drown Python's overh
 
 
 def symbols(width: int) -> int:
-    """Symbols of `width` cells that a block of `width` cells and its neighbours make: three lines of width + 2 cells."""
+    """Symbols of `width` cells in a block of `width` cells and its neighbours: three lines of width + 2 cells."""
     return 3 * ((width + 2) // width)
 
 
 @functools.lru_cache
 def neighbours(grid: int, width: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """
-    Where neighbours are on the torus. First [width, C/width]: the cells of each symbol. A symbol is a cell; or a pair, the
-    cell left of a block of two and the block's first. Then [C/width, symbols]: the symbols around each block, line by
-    line as in a 3x3 kernel.
+    Where neighbours are on the torus. First [width, C/width]: the cells of each symbol. A symbol is a cell; or a pair,
+    the cell left of a block of two and the block's first. Then [C/width, symbols]: the symbols around each block, line
+    by line as in a 3x3 kernel.
     """
-    blocks, first = grid // width, width - 2  # a single's neighbours begin one symbol to the left, a pair's do not
+    blocks = grid // width
     y, j = np.divmod(np.arange(grid * blocks), blocks)
     cells = [y * grid + (width * j + 1 - width + digit) % grid for digit in range(width)]
-    near = [(y + dy) % grid * blocks + (j + first + k) % blocks for dy in (-1, 0, 1) for k in range(symbols(width) // 3)]
+    across = (-1, 0, 1) if width == 1 else (0, 1)
+    near = [(y + dy) % grid * blocks + (j + dj) % blocks for dy in (-1, 0, 1) for dj in across]
     return np.stack(cells), np.stack(near, axis=1)
 
 
@@ -546,7 +547,7 @@ def next_grid_accuracy(predicted: np.ndarray, rows: np.ndarray, cfg: PrePreConfi
     """
     How well tokens predicted [R, at least W-1], where predicted[:, i] stands for rows[:, i+1], give the next grids.
 
-    Returns shares: cell_accuracy (chance is 1/d), token_accuracy (chance is 1/d^(p*p)), grid_accuracy (all cells right),
+    Returns shares: cell_accuracy (chance is 1/d), token_accuracy (chance 1/d^(p*p)), grid_accuracy (all cells right),
     and lists of cell and grid accuracy by the number of grids in the context, from 1 up. A grid cut short is left out.
     """
     size, whole = grid_tokens(cfg), rows.shape[1] // grid_tokens(cfg)
@@ -577,7 +578,7 @@ def unigram_loss(rows: np.ndarray, cfg: PrePreConfig) -> float:
 #                Filter                #
 ########################################
 
-SEARCH_ROUND = 2048  # candidate rules scored before the search looks at its acceptance rate
+ROUND = 256, 8192  # least and most candidates scored at once; between them, twice the rules that are missing
 
 
 def raw_size(cfg: PrePreConfig) -> int:
@@ -765,10 +766,10 @@ class NcaData:
         with workers(cfg) as pool, tqdm(total=count, desc=f"{self.split} rules", disable=None, leave=False) as bar:
             while (accepted := int(passes(self.sizes, cfg).sum())) < count:
                 bar.update(min(accepted, count) - bar.n)
-                tried = len(self.sizes)
-                if tried and accepted * cfg.nca_tries < tried:
+                tried, size = len(self.sizes), min(ROUND[1], max(ROUND[0], 2 * (count - accepted)))
+                if tried >= 20 * cfg.nca_tries and accepted * cfg.nca_tries < tried:
                     refuse_band(self.sizes, accepted, cfg)
-                self.score_round(start + np.arange(tried, tried + SEARCH_ROUND), pool)
+                self.score_round(start + np.arange(tried, tried + size), pool)
         if self.scored and self.rank == 0:
             self.size_cache.save(f"sizes-{self.split}", self.sizes)
         return start + np.flatnonzero(passes(self.sizes, cfg))[:count]
@@ -797,7 +798,8 @@ class NcaData:
 
         with workers(cfg) as pool:
             list(pool.map(make, pieces(len(rows), cfg)))
-        self.made, self.make_seconds = self.made + len(rows) * row_inputs(cfg), self.make_seconds + time.perf_counter() - began
+        self.made += len(rows) * row_inputs(cfg)
+        self.make_seconds += time.perf_counter() - began
         return out
 
     def chunks(self) -> list[Span]:
@@ -888,7 +890,7 @@ def draw_picture(cfg: PrePreConfig, path: str | Path, candidates: int = 1024, sh
     ax.axvspan(low, min(high, score.max() + 0.02), color="tab:green", alpha=0.2, label=f"accepted: {cfg.nca_band}")
     ax.set_xlabel("score: compressed size / raw size (gzip -9, int32 tokens of ten grids)")
     ax.set_ylabel("rules")
-    ax.legend(loc="upper left")
+    ax.legend(loc="upper center")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110, format="png")
     plt.close(fig)

@@ -314,7 +314,9 @@ def validate(cfg: Config) -> None:
         sched = Schedule(key, getattr(cfg, key))
         if key in ("repeats", "seq_len", "window", "batch_tokens"):
             sched.require_plateaus(minimum=0 if key == "window" else 1)
-            late = [p for p in sched.points if p.at >= (cfg.steps if p.in_steps else 1)]
+            steps = math.inf if cfg.max_seconds else cfg.steps  # on the clock nobody knows what the last step is
+            late = [p for p in sched.points if p.at and (math.ceil(p.at) >= cfg.steps if p.in_steps else
+                                                         p.at >= 1 or p.at * steps - 1e-9 > steps - 1)]
             need(not late, f"{key} = {sched.text!r}: its last value is the one that is scored and exported, but the run "
                  f"of {cfg.steps} steps ends before it is reached")
     low, high = loop_span(cfg)

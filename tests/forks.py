@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Functions of train_gpt.py that name a phase of a run; the innermost one that is at work counts.
-PHASES = {"parse_args", "prepare_folder", "open_log", "build", "load_checkpoint", "warm_up", "train_step", "log_step", "evaluate",
-          "save_checkpoint", "export_artifact", "load_artifact", "finish", "write_result"}
+PHASES = {"parse_args", "prepare_folder", "open_log", "build", "load_checkpoint", "warm_up", "train_step", "log_step",
+          "evaluate", "save_checkpoint", "export_artifact", "load_artifact", "finish", "write_result"}
 # Calls that change or sync files: between two of them a kill leaves another state on the disk.
 FILE_CALLS = {"open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync", "write", "serialize_file"}
 
@@ -68,7 +68,7 @@ class Fork:
         return Ended(self.code, self.read(0), self.read(1))
 
     def read(self, which: int) -> str:
-        return self.files[which].read_text(errors="replace")
+        return self.files[which].read_text(errors="replace") if self.files[which].exists() else ""
 
 
 class Server:
@@ -89,10 +89,10 @@ class Server:
     def start(self, *argv, env: dict | None = None, cwd: Path | None = None, when: dict | None = None,
               full_exit: bool = False, backend: str = "") -> Fork:
         """
-        `train_gpt.py argv` in a fork. when: {"phase": name or "", "calls": "all" or "files"} chooses calls;
-        {"send": [[n, signal], ...]} sends itself a signal at the n-th of them, {"count": path} writes how many there
-        were in each phase, {"watch": path} writes at each of them which checkpoints were complete, with their bytes'
-        hash. full_exit: leave as the interpreter does, closing what is open, instead of at once. backend: what
+        `train_gpt.py argv` in a fork. when: {"phase": name or "", "calls": "all", "files" or the name of one} chooses
+        calls; {"send": [[n, signal], ...]} sends itself a signal at the n-th of them, {"count": path} writes how many
+        there were in each phase, {"watch": path} writes at each of them which checkpoints were complete, with their
+        bytes' hash. full_exit: leave as the interpreter does, closing what is open, instead of at once. backend: what
         torch.compile makes of its graphs, for example nothing ("eager"): tracing and recompiling stay as they are.
         """
         self.count += 1
@@ -116,7 +116,8 @@ class Watch:
     """A profile hook that counts the calls of a fork, by phase, and sends the signals that it was asked for."""
 
     def __init__(self, when: dict):
-        self.phase, self.only_files = when.get("phase", ""), when.get("calls") == "files"
+        self.phase, calls = when.get("phase", ""), when.get("calls", "all")
+        self.only = {"all": None, "files": FILE_CALLS}.get(calls, {calls})
         self.send = {int(n): number for n, number in when.get("send", [])}
         self.count_to, self.watch_to = when.get("count"), when.get("watch")
         self.stack, self.seen, self.steps, self.watched = [], Counter(), 0, []
@@ -132,7 +133,7 @@ class Watch:
                     self.stack.pop()
         if not self.stack or event == "return" or event == "c_return":
             return
-        if self.only_files and not (event == "c_call" and arg.__name__ in FILE_CALLS):
+        if self.only and not (event == "c_call" and arg.__name__ in self.only):
             return
         phase = self.stack[-1]
         self.seen[phase] += 1
@@ -153,9 +154,11 @@ class Watch:
 
 
 def complete_checkpoints(folder: Path) -> dict[str, str]:
-    """Step -> hash of the tensor files, for all that reads as a complete checkpoint below a folder."""
-    return {p.parent.name: hashlib.sha256(b"".join(f.read_bytes() for f in sorted(p.parent.glob("*.safetensors"))))
-            .hexdigest() for p in folder.glob("logs/*/ckpt/[0-9]*/DONE")}
+    """Step -> hash of the tensor files, for all that the trainer takes for complete checkpoints of the run `tiny`."""
+    import train_gpt
+
+    return {p.name: hashlib.sha256(b"".join(f.read_bytes() for f in sorted(p.glob("*.safetensors")))).hexdigest()
+            for p in train_gpt.checkpoints(folder / "logs/tiny")}
 
 
 def child(request: dict) -> None:

@@ -1,9 +1,9 @@
 """
-The slow way to make cellular-automaton data: one rule at a time, as the code of slowrun's pull request 63 goes about it,
-written anew from its description. It is what `pre_pre_train.py` must equal and what `bench_nca.py` measures it against.
+The slow way to make cellular-automaton data: one rule at a time, as slowrun's pull request 63 goes about it, written
+anew from a description of its code. `pre_pre_train.py` must equal it, and `bench_nca.py` measures it against this.
 
-Two things in one: with `sample=multinomial` and float32 it is the original's loop, timed; with `sample=Numbered(...)` and
-float64 it is the oracle: three convolutions, softmax, a choice by given numbers, and none of pre_pre_train's shortcuts.
+Two things in one: with `sample=multinomial` and float32 it is the original's loop, timed; with `sample=Numbered(...)`
+and float64 it is the oracle: convolutions, softmax, a choice by given numbers, and none of pre_pre_train's shortcuts.
 """
 
 import gzip
@@ -71,7 +71,8 @@ def step_grid(rule: Rule, grid_BHW: Tensor, temperature: float, identity: float,
     return sample(p.movedim(1, -1), step)
 
 
-def record(rule: Rule, start_BHW: Tensor, times, temperature: float, identity: float = 0.0, sample=multinomial) -> Tensor:
+def record(rule: Rule, start_BHW: Tensor, times: range, temperature: float, identity: float = 0.0,
+           sample=multinomial) -> Tensor:
     """Grids [B, len(times), H, W] after so many steps; 0 is the start."""
     grid, grids = start_BHW, []
     for step in range(times[-1] + 1):
@@ -91,8 +92,8 @@ def to_tokens(grids: Tensor, patch: int = 2, colors: int = 10) -> Tensor:
     return torch.cat([start, tokens, end], dim=-1).flatten(1)
 
 
-def generate_rows(seeds: list[int], epoch: int = 0, sims: int = 10, grids: int = 26, grid: int = 12, init_steps: int = 10,
-                  dt: int = 1, temperature: float = 1e-4) -> Tensor:
+def generate_rows(seeds: list[int], epoch: int = 0, sims: int = 10, grids: int = 26, grid: int = 12,
+                  init_steps: int = 10, dt: int = 1, temperature: float = 1e-4) -> Tensor:
     """Rows of rule after rule: `sims` start grids each, one network call a step for all of them."""
     rows, first = [], init_steps + dt
     for i, seed in enumerate(seeds):

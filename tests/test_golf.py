@@ -59,8 +59,9 @@ def test_clip_search_is_worse_than_no_clip(seed, bits):
     w = made(seed, 6, 50) * torch.logspace(-6, 3, 6)[:, None]
     w[2] = 0
     whole = tg.quantize_rows(w, levels)[1]
-    errors = [(golf.codes(w, s, levels).float() * s.float() - w).square().sum(1) for s in (golf.clip_search(w, levels), whole)]
-    assert (errors[0] <= errors[1]).all() and errors[0][2] == 0
+    clipped, plain = ((golf.codes(w, s, levels).float() * s.float() - w).square().sum(1)
+                      for s in (golf.clip_search(w, levels), whole))
+    assert (clipped <= plain).all() and clipped[2] == 0
     # Where nothing is clipped an entry is off by half a scale at most.
     off = (golf.codes(w, whole, levels).double() * whole.double() - w.double()).abs()
     assert (off <= whole.double() / 2 * (1 + 1e-6)).all()
@@ -88,8 +89,9 @@ def model_of(cfg: tg.Config, named: dict[str, torch.Tensor]) -> tg.GPT:
     return model
 
 
-LOOPED = {"depth": 2, "head_dim": 64, "loop": "0:2", "repeats": "2", "tie_embed": 1, "kv_heads": 1, "block_scales": 1, "q_gain": 1.5, "xsa": 1,
-          "loop_embed": 1, "cross_repeat": 1, "value_embeds": 1, "rope": "standard", "activation": "leaky_relu2", "softcap": 30.0}
+LOOPED = {"depth": 2, "head_dim": 64, "loop": "0:2", "repeats": "2", "tie_embed": 1, "kv_heads": 1, "block_scales": 1,
+          "q_gain": 1.5, "xsa": 1, "loop_embed": 1, "cross_repeat": 1, "value_embeds": 1, "rope": "standard",
+          "activation": "leaky_relu2", "softcap": 30.0}
 
 
 def test_hessians_miss_uses_of_a_shared_matrix():
@@ -111,9 +113,11 @@ def test_hessians_miss_uses_of_a_shared_matrix():
 def test_noise_and_straight_through_block_the_gradient():
     w = made(0, 8, 64).requires_grad_()
     golf.straight_through(w, 7).sum().backward()
-    assert torch.equal(w.grad, torch.ones_like(w))
-    assert torch.equal(golf.straight_through(w, 7).detach(), w.detach() + (tg.dequantize_rows(*tg.quantize_rows(w.detach(), 7)) - w.detach()))
-    off = (golf.noisy(w, 7, torch.Generator().manual_seed(0)) - w).detach() / (w.detach().abs().amax(1, keepdim=True) / 7)
+    golf.noisy(w, 7).sum().backward()
+    assert torch.equal(w.grad, 2 * torch.ones_like(w))
+    w = w.detach()
+    torch.testing.assert_close(golf.straight_through(w, 7), tg.dequantize_rows(*tg.quantize_rows(w, 7)))
+    off = (golf.noisy(w, 7, torch.Generator().manual_seed(0)) - w) / (w.abs().amax(1, keepdim=True) / 7)
     assert off.abs().max() <= 0.5001 and 0.25 < off.std() < 0.33 and off.mean().abs() < 0.05
 
 
@@ -162,22 +166,25 @@ def test_artifact_loads_other_weights_than_were_exported(tmp_path, codec, change
         for name, w in named.items():
             if name in found:
                 q, scale, _ = found[name]
-                assert np.array_equal(loaded[name].numpy(), q.numpy().astype(np.float32) * scale.numpy().astype(np.float32))
+                product = q.numpy().astype(np.float32) * scale.numpy().astype(np.float32)
+                assert np.array_equal(loaded[name].numpy(), product)
             else:
-                torch.testing.assert_close(loaded[name].float(), w.float(), rtol=0 if bits == "int8" else 1e-3, atol=1e-6)
+                rtol = 0 if bits == "int8" else 1e-3
+                torch.testing.assert_close(loaded[name].float(), w.float(), rtol=rtol, atol=1e-6)
         tg.load_weights(build(cfg), loaded, "a")
 
 
 def test_choice_of_bits_ignores_the_limit(tmp_path):
     cfg, lines = small(), []
     named = weights(cfg)
-    sizes = [golf.export(tmp_path / "a", named, cfg, bits, ("best",)) for bits in golf.LADDER]
+    sizes = [golf.export(tmp_path / "a", named, cfg, bits, ("zstd", golf.ENTROPY)) for bits in golf.LADDER]
     assert sizes == sorted(sizes, reverse=True)
     for bits, size in zip(golf.LADDER, sizes):
-        assert golf.export(tmp_path / "b", named, cfg, "fit", ("best",), most=size, log=lines.append) == size
+        found = golf.export(tmp_path / "b", named, cfg, "fit", ("zstd", golf.ENTROPY), most=size, log=lines.append)
+        assert found == size
         assert f"artifact: {bits} " in lines[-1] and str(size) in lines[-1]
     with pytest.raises(tg.UserError, match=f"{sizes[-1]} bytes at int4, but {sizes[-1] - 1} are left"):
-        golf.export(tmp_path / "b", named, cfg, "fit", ("best",), most=sizes[-1] - 1)
+        golf.export(tmp_path / "b", named, cfg, "fit", ("zstd", golf.ENTROPY), most=sizes[-1] - 1)
     with pytest.raises(tg.UserError, match="or --export fit"):
         golf.export(tmp_path / "b", named, cfg, "int8", most=sizes[0] - 1)
 
@@ -280,7 +287,7 @@ def test_sliding_scores_differ_from_a_forward_pass_per_token():
             with torch.no_grad():
                 x = scorer.model.hidden(torch.from_numpy(tokens[start : t + 1].astype(np.int64))[None], 1, 0)[0, -1]
             p = scorer.model.logits(x)[:96].double().softmax(-1)
-            assert math.isclose(-math.log(p[tokens[t + 1]]), scores.nats[t], rel_tol=1e-4)
+            assert math.isclose(-math.log(float(p[tokens[t + 1]])), float(scores.nats[t]), rel_tol=1e-4)
 
 
 def test_ranks_score_other_tokens_than_one_process():
@@ -288,7 +295,7 @@ def test_ranks_score_other_tokens_than_one_process():
     parts = []
     for rank in range(3):
         scorer = scorer_of("sliding")
-        scorer.run = SimpleNamespace(rank=rank, world=3, device=torch.device("cpu"), agree=lambda: None, sum=lambda x: x)
+        scorer.run = SimpleNamespace(**vars(scorer.run) | {"rank": rank, "world": 3})
         parts.append(scorer.score(tokens))
     assert torch.equal(sum(p.times for p in parts), whole.times)
     torch.testing.assert_close(sum(p.nats for p in parts), whole.nats)
@@ -344,7 +351,8 @@ def test_flag_that_cannot_work_is_accepted():
 
 # --- proof
 
-FAMILIES = {"plain": {}, "documents and window": {"doc_mask": 1, "window": "7"}, "looped": LOOPED, "padded head": {"vocab": 90}}
+FAMILIES = {"plain": {}, "documents and window": {"doc_mask": 1, "window": "7"}, "looped": LOOPED,
+            "padded head": {"vocab": 90}}
 
 
 @pytest.mark.parametrize("mode", golf.SCORERS)
@@ -402,11 +410,12 @@ class Hindsight(golf.Sliding):
         return scores._replace(nats=nats)
 
 
-@pytest.mark.parametrize("cheat, why", [(EntropyExpert, "sum to"), (TrainThenScore, "changing target .* moves a score before"),
-                                        (Rescorer, "scored 1 to 2 times"), (Hindsight, "bits are claimed, but the code has")])
+@pytest.mark.parametrize("cheat, why", [
+    (EntropyExpert, "sum to"), (TrainThenScore, "changing target .* moves a score before"),
+    (Rescorer, "scored 1 to 2 times"), (Hindsight, "bits are claimed, the code has")])
 def test_cheat_passes_as_a_code_length(cheat, why):
     honest = scorer_of("ttt", ttt_lr=0.5)
-    scorer, tokens = cheat(honest.model, honest.how, honest.shape), stream(75)
+    scorer, tokens = cheat(honest.model, honest.how, honest.shape), stream(240)
     assert scorer.score(tokens).nats.sum() < golf.Sliding.score(honest, tokens).nats.sum() or cheat is Rescorer
     with pytest.raises(tg.UserError, match=why):
         golf.prove(scorer, tokens, lambda code: golf.decode(cheat(honest.model, honest.how, honest.shape), code))

@@ -240,18 +240,18 @@ def _copy(source: Path, target: Path) -> Path:
     return target
 
 
-KILLS = (["train_step"] * 5 + ["save_checkpoint"] * 6 + ["evaluate"] * 4 + ["export_artifact"] * 2 +
-         ["warm_up", "write_result", "prepare_folder"])
+KILLS = [("train_step", "all")] * 5 + [("evaluate", "all")] * 4 + [("export_artifact", "all")] * 2 + [
+    *[("save_checkpoint", "all")] * 2, *[("save_checkpoint", "files")] * 2, ("save_checkpoint", "rename"),
+    ("save_checkpoint", "unlink"), ("warm_up", "all"), ("write_result", "all"), ("prepare_folder", "all")]
 
 
 @pytest.mark.parametrize("number", range(len(KILLS)))
 def test_sigkill_at_any_instant_and_resume(server, breakable, tmp_path, number):
     """Killed, resumed, killed again and resumed until it ends, a run ends bit-identical to the uninterrupted one."""
     argv, clean, reference, calls, every = breakable
-    rng, phase = random.Random(number), KILLS[number]
-    kind = "files" if phase == "save_checkpoint" and number % 2 else "all"
+    rng, (phase, kind) = random.Random(number), KILLS[number]
     folder = _copy(clean, tmp_path / "run")
-    first = rng.randrange(calls[kind][phase]) + 1
+    first = rng.randrange(calls[kind][phase] if kind in calls else 4) + 1  # four saves, each with a rename
     ended = server.run(*argv, cwd=folder, when={"phase": phase, "calls": kind, "send": [[first, signal.SIGKILL]]})
     assert ended.code == -signal.SIGKILL and f"in {phase} " in ended.err, ended.text
     for path in (folder / "logs/tiny").glob("ckpt/[0-9]*/DONE"):  # a complete checkpoint is that of the straight run
@@ -361,6 +361,22 @@ def test_weights_read_back_from_the_artifact_are_not_saved(server, breakable, tm
     assert tensors_of(folder / "logs/tiny/ckpt/000008") == every[8]
     succeed(server.run(*argv, "--resume", cwd=folder))
     assert timeless(metrics(folder / "logs/tiny")) == timeless(metrics(reference))
+
+
+def test_sigterm_while_compiling(server, flags, tmp_path):
+    """Tracing and compiling take long: the signal does not wait for their end, and step 0 is saved as it was."""
+    argv = flags(compile=1, depth=2, seq_len="0:16 0.5:32", window="0 2s:8", eval_seq_len=32)
+    fork = server.start(*argv, cwd=tmp_path, backend="eager")
+    while "model_params" not in fork.read(0) and fork.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    fork.signal(signal.SIGTERM)
+    ended = fork.wait()
+    assert ended.code == 143 and "warmup:" not in ended.out and "ckpt/000000" in ended.out, ended.text
+    succeed(server.run(*argv, "--resume", "--compile", "0", cwd=tmp_path))
+    (tmp_path / "straight").mkdir()
+    succeed(server.run(*argv, "--compile", "0", cwd=tmp_path / "straight"))
+    same_end(tmp_path / "logs/tiny", tmp_path / "straight/logs/tiny")
 
 
 def test_ctrl_c_before_the_run_begins(server, flags, tmp_path):
@@ -878,7 +894,8 @@ def told(server, flags, spoken, tmp_path_factory):
     folder = tmp_path_factory.mktemp("told")
     argv = flags(data=spoken[0], tokenizer=spoken[0] / "tokenizer.model", vocab=96, doc_token=1, val_tokens=0, steps=30,
                  eval_every=10, sample_tokens=20, ema=0.9, epochs=0, arm="x", log_dir="results", wandb="nanoremix-test")
-    ended = server.run(*argv, cwd=folder, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(folder)})
+    env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(folder)}
+    ended = server.run(*argv, cwd=folder, env=env, full_exit=True)
     succeed(ended)
     return folder / "results/tiny", ended
 
@@ -942,6 +959,6 @@ def test_wandb_offline(told):
 def test_wandb_without_a_login(server, flags, tmp_path):
     """Asked for, but not logged in: the message says how, and the run goes on from there."""
     argv, home = flags(steps=2, wandb="nanoremix-test"), {"HOME": str(tmp_path), "WANDB_SILENT": "true"}
-    ended = server.run(*argv, cwd=tmp_path, env=home | {"WANDB_MODE": "online"})
+    ended = server.run(*argv, cwd=tmp_path, env=home | {"WANDB_MODE": "online"}, full_exit=True)
     assert_refused(ended, ["--wandb nanoremix-test", "wandb login", "WANDB_MODE=offline", "--resume"])
-    succeed(server.run(*argv, "--resume", cwd=tmp_path, env=home | {"WANDB_MODE": "disabled"}))
+    succeed(server.run(*argv, "--resume", cwd=tmp_path, env=home | {"WANDB_MODE": "disabled"}, full_exit=True))
