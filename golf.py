@@ -590,7 +590,7 @@ class Sliding:
 
     def reset(self, first: int, n: int) -> None:
         """Begin to walk along n targets behind the token `first`."""
-        self.past, self.n, self.end = [first], n, 0
+        self.past, self.end = [first], 0
 
     @torch.no_grad()
     def distribution(self) -> np.ndarray:
@@ -733,8 +733,8 @@ class TestTime(Sliding):
     """
     Score-first test-time training (parameter-golf #549): chunks of targets are scored by sliding windows, then SGD
     takes some passes over what was just scored, and only then the next chunk is scored. A window belongs to the chunk
-    of its first scored target. The last chunk is never trained on. Behind `score` the model has its own weights again; a
-    walk by `distribution` and `observe` leaves it trained.
+    of its first scored target. The last chunk is never trained on. Behind `score` the model has its own weights again;
+    a walk by `distribution` and `observe` leaves it trained.
     """
 
     def score(self, tokens: np.ndarray, want: tuple[int, ...] = ()) -> Scores:
@@ -989,6 +989,8 @@ def opened(flags: Score, exact: bool = False) -> tuple[tg.GPT, tg.Shape, tg.Run,
     cfg, named, where = open_weights(flags.source, exact)
     cfg.device, cfg.data = flags.device, flags.data or cfg.data
     cfg.val_tokens = cfg.val_tokens if flags.val_tokens < 0 else flags.val_tokens
+    if isinstance(flags, (Prove, Decode)) and tg.choose_device(cfg).type == "cpu":
+        cfg.dtype = "float32"  # a walk token by token would spend its time on casting weights
     run, plan = tg.Run(cfg), tg.Plan(cfg)
     if type(flags) is not Score or run.device.type == "cpu":
         cfg.compile = 0  # takes longer than it saves
@@ -1056,7 +1058,7 @@ def prove_command(flags: Prove) -> None:
           f"decoded_bpb:{8 * found['code_bytes'] / len(text):.6f} claimed_bpb:{found['claimed_bits'] / len(text):.6f} "
           f"stepwise_bpb:{found['stepwise_bits'] / len(text):.6f}")
     print(f"  tokens:{found['tokens']} each scored once, {found['flips']} flips, sums within {found['worst_sum']:.1e} "
-          f"of 1, encode:{found['encode_s']:.1f}s decode:{found['decode_s']:.1f}s, text identical after decoding: proven")
+          f"of 1, encode:{found['encode_s']:.1f}s decode:{found['decode_s']:.1f}s, the text came back: proven")
 
 
 def decode_command(flags: Decode) -> None:

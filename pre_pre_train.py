@@ -396,14 +396,15 @@ def rollout(rules: Tables, slot: np.ndarray, start: np.ndarray, keys: np.ndarray
     """
     R, C, d, width = *start.shape, cfg.nca_colors, rules.width
     cells, near = neighbours(cfg.nca_grid, width)
-    codes, size = d**width, near.size
+    codes, size, group = d**width, near.size, rows_per_rule(slot)
+    U, Q = R // group, group * C  # rows of one rule side by side are one matrix product
     recorded, state = np.empty((R, len(times), C), np.uint8), start.astype(np.int32)
     index, bags = np.empty((R, size), np.int32), torch.arange(0, R * size, symbols(width), dtype=torch.int32)
     table_of = (slot[:, None] * (symbols(width) * codes)).astype(np.int32)
     row_of = np.tile(np.arange(symbols(width), dtype=np.int32) * codes, len(near))
-    head, bias = rules.head[torch.from_numpy(slot)], torch.from_numpy(rules.bias[slot])[:, :, None]
-    margin = torch.from_numpy(rules.doubt[slot] + np.float32(lead_for(2.0**-25, cfg)))[:, None]
-    close, logits_np = np.empty((R, d, C), np.bool_), np.empty((R, d, C), np.float32)
+    head, bias = rules.head[torch.from_numpy(slot[::group])], torch.from_numpy(rules.bias[slot[::group]])[:, :, None]
+    margin = torch.from_numpy(rules.doubt[slot[::group]] + np.float32(lead_for(2.0**-25, cfg)))[:, None]
+    close, logits_np = np.empty((U, d, Q), np.bool_), np.empty((U, d, Q), np.float32)
     logits = torch.from_numpy(logits_np)
     marks = np.arange(16, 16 + d, dtype=np.uint16 if d > 11 else np.uint8)
     for step in range(times[-1] + 1):
@@ -415,25 +416,25 @@ def rollout(rules: Tables, slot: np.ndarray, start: np.ndarray, keys: np.ndarray
         np.take(code, near.ravel(), axis=1, out=index, mode="clip")
         index += row_of
         hidden = F.embedding_bag(torch.from_numpy(index).view(-1), rules.fast, bags, mode="sum").relu_()
-        torch.baddbmm(bias, head, hidden.view(R, C, HIDDEN2).transpose(1, 2), out=logits)
+        torch.baddbmm(bias, head, hidden.view(U, Q, HIDDEN2).transpose(1, 2), out=logits)
         if cfg.nca_identity:
-            logits.scatter_add_(1, torch.from_numpy(state).long()[:, None], torch.full((R, 1, C), cfg.nca_identity))
+            own = torch.from_numpy(state).long().view(U, 1, Q)
+            logits.scatter_add_(1, own, torch.full(own.shape, cfg.nca_identity))
         least = logits.amax(1).sub_(margin)
         np.greater_equal(logits_np, least.numpy()[:, None], out=close)
         # Colour c marks 16 + c: a sum below 32 is the only colour close to the best, and says which it is.
-        marked = np.einsum("rdc,d->rc", close.view(np.uint8), marks)
-        row, cell = np.divmod(np.flatnonzero(marked >= 32), C)
-        after = marked.astype(np.int32)
-        after -= 16
-        if len(row):
-            u = uniform(keys[row], step * C + cell, 24)
-            if len(row) > 50:  # worth a look at each one's u
-                some = logits_np[row, :, cell]
+        marked = np.einsum("udq,d->uq", close.view(np.uint8), marks).reshape(R, C)
+        after = marked.astype(np.int32) - 16
+        open_ = np.flatnonzero(marked >= 32)
+        if len(open_):
+            u = uniform(keys[open_ // C], step * C + open_ % C, 24)
+            if len(open_) > 50:  # worth a look at each one's u
+                some = logits_np[open_ // Q, :, open_ % Q]
                 second, first = np.partition(some, d - 2)[:, d - 2 :].T
-                after[row, cell] = some.argmax(1)
-                open_ = first - second <= rules.doubt[slot[row]] + lead_for(np.minimum(u, 1 - u), cfg)
-                row, cell, u = row[open_], cell[open_], u[open_]
-            after[row, cell] = decide(rules, slot[row], state, row, cell, u, cfg)
+                after.ravel()[open_] = some.argmax(1)
+                still = first - second <= rules.doubt[slot[open_ // C]] + lead_for(np.minimum(u, 1 - u), cfg)
+                open_, u = open_[still], u[still]
+            after.ravel()[open_] = decide(rules, slot, state, open_, u, cfg)
         state = after
     return recorded
 
@@ -443,17 +444,25 @@ def lead_for(v: float | np.ndarray, cfg: PrePreConfig) -> float | np.ndarray:
     return cfg.nca_temperature * np.log((cfg.nca_colors - 1) / v)
 
 
-def decide(rules: Tables, slot: np.ndarray, state: np.ndarray, row: np.ndarray, cell: np.ndarray, u: np.ndarray,
+def decide(rules: Tables, slot: np.ndarray, state: np.ndarray, where: np.ndarray, u: np.ndarray,
            cfg: PrePreConfig) -> np.ndarray:
-    """The definition of a cell's next colour, for the n cells (row, cell) of the states [R, C] with numbers u."""
+    """The definition of a cell's next colour, for the n cells row*C + cell of states [R, C] with numbers u [n]."""
     d = cfg.nca_colors
-    around = state[row[:, None], neighbours(cfg.nca_grid)[1][cell]]  # [n, 9]
+    row, cell = np.divmod(where, state.shape[1])
+    slot, around = slot[row], state[row[:, None], neighbours(cfg.nca_grid)[1][cell]]  # [n], [n, 9]
     hidden = np.maximum(rules.exact[(slot[:, None] * 9 + np.arange(9)) * d + around].sum(axis=1), 0)
     # numpy adds along a middle axis in order, for one cell as for many
     logits = (rules.exact_head[slot] * hidden[:, :, None]).sum(axis=1) + rules.bias[slot]
     logits[np.arange(len(row)), state[row, cell]] += cfg.nca_identity
     logits -= logits.max(-1, keepdims=True)
     return choose(np.exp(logits / cfg.nca_temperature), u) if cfg.nca_temperature else logits.argmax(-1)
+
+
+def rows_per_rule(slot: np.ndarray) -> int:
+    """How many rows stand side by side for each rule in turn; 1 if they do not, or not as many for each."""
+    group = int(np.argmax(slot != slot[0])) or len(slot)
+    alike = len(slot) % group == 0 and (slot.reshape(-1, group) == slot[::group, None]).all()
+    return group if alike else 1
 
 
 def start_grids(keys: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
@@ -706,8 +715,9 @@ def thread_count(cfg: PrePreConfig) -> int:
 
 
 def pieces(n: int, cfg: PrePreConfig) -> list[slice]:
-    """n rows cut for the threads: one piece each or, of many rows, pieces of ROWS_AT_ONCE."""
+    """n rows cut for the threads: one piece each or, of many rows, pieces of ROWS_AT_ONCE, all of whole rules."""
     size = min(ROWS_AT_ONCE, max(32, -(-n // thread_count(cfg))))
+    size = max(1, size // cfg.nca_sims_per_rule) * cfg.nca_sims_per_rule
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
@@ -908,7 +918,7 @@ def generate_only(cfg: PrePreConfig) -> int:
     out = {"sha256": train.sha256(0), "val_sha256": val.sha256(0)}
     scored, seconds = train.scored + val.scored, train.score_seconds + val.score_seconds
     out |= {"tokens_per_s": (train.made + val.made) / (train.make_seconds + val.make_seconds),
-            "rules_per_s": scored / seconds if scored else None, "accept_rate": train.accept_rate,
+            **({"rules_per_s": scored / seconds} if scored else {}), "accept_rate": train.accept_rate,
             "rules": len(train.rules), "val_rules": len(val.rules), "candidates": scored,
             "rows": train.rows, "val_rows": val.rows, "tokens": train.rows * row_inputs(cfg),
             "val_tokens": val.rows * row_inputs(cfg), "seconds": seconds + train.make_seconds + val.make_seconds,

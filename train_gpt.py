@@ -827,10 +827,11 @@ def rope_table(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (k, k + R/2) of the first R dims by its position's angle; in fp32."""
-    turning, still = x_BTHK.split([2 * cos.size(-1), x_BTHK.size(-1) - 2 * cos.size(-1)], dim=-1)
-    a, b = turning.float().chunk(2, dim=-1)
+    half = cos.size(-1)
+    a, b, still = x_BTHK[..., :half].float(), x_BTHK[..., half : 2 * half].float(), x_BTHK[..., 2 * half :]
     cos, sin = cos[: x_BTHK.size(1), None], sin[: x_BTHK.size(1), None]
-    return torch.cat([(a * cos + b * sin).to(still.dtype), (b * cos - a * sin).to(still.dtype), still], dim=-1)
+    turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x_BTHK.dtype)
+    return torch.cat([turned, still], dim=-1) if still.size(-1) else turned
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | None, window: int) -> Tensor:
@@ -2102,6 +2103,9 @@ def validate_all(p: Parts, step: int, now: Now) -> dict:
         run.log(f"  at:{step} " + " ".join(f"{k}:{v:.5f}" for k, v in more.items()))
     found["eval_time_s"] = time.perf_counter() - began
     run.metric("val", step, steps=p.cfg.steps, **found, train_time_ms=ms, wall_time_s=run.wall())
+    if not math.isfinite(found["val_loss"]):
+        raise UserError(f"step {step}: the validation loss is {found['val_loss']} although training is finite: compare with "
+                        "--compile 0, and report which graph went wrong")
     return found
 
 
@@ -2126,8 +2130,8 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
                  f"{100 * fraction:.1f}% eta:{int(eta // 60)}m{int(eta % 60):02d}s")
 
 
-def train_loop(p: Parts, step: int) -> int:
-    """From `step` to the end of training. The state is whole wherever a signal can raise Interrupted."""
+def train_loop(p: Parts, step: int) -> tuple[int, dict]:
+    """From `step` to the end of training; the last step and its evaluation. The state is whole wherever a signal can raise Interrupted."""
     cfg, run, plan = p.cfg, p.run, p.plan
     took, pending = 0.0, None
 
@@ -2156,7 +2160,7 @@ def train_loop(p: Parts, step: int) -> int:
                 if saving:  # before evaluating: what crashes there must not cost the checkpoint
                     save_checkpoint(run, p.model, p.opt, p.avg, p.loader, step)
                 if evaluating:
-                    validate_all(p, step, now)
+                    found = validate_all(p, step, now)
         if last:
             break
         loss, size = train_step(p, step, now)
@@ -2170,21 +2174,20 @@ def train_loop(p: Parts, step: int) -> int:
         if run.device.type == "cpu":
             flush()
     run.clock.stop()
-    return step
+    return step, found
 
 
-def finish(p: Parts, step: int) -> dict:
-    """After the last step: export, read back, score, compare, sample; result.json."""
+def finish(p: Parts, step: int, found: dict) -> dict:
+    """After the last step and its evaluation `found`: export, read back, score, compare, sample."""
     cfg, run, plan = p.cfg, p.run, p.plan
     now = plan.at(step, plan.fraction(step, run.clock.seconds()))
     if cfg.final_weights not in ["live", *p.avg.ready()]:
         raise UserError(f"final_weights = {cfg.final_weights!r}, but no snapshot was taken: lower --swa_start or --swa_every")
-    result: dict = {}
-    began = time.perf_counter()
+    tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
+    result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}
     with weights_kept(p.opt.buckets), p.avg.swapped_in(cfg.final_weights):
-        loss, bpb = evaluate(run, p.graph, p.val, plan.eval_shape(now))
-        result |= {"val_loss": loss, "val_bpb": bpb, "eval_time_s": time.perf_counter() - began}
         if cfg.export:
+            began = time.perf_counter()
             path = run.folder / "model.nrx"
             named = {n: t for n, t in p.model.named_parameters()}
             run.on_main(lambda: export_artifact(path, named, cfg))
@@ -2192,10 +2195,11 @@ def finish(p: Parts, step: int) -> dict:
             loss, bpb = evaluate(run, p.graph, p.val, plan.eval_shape(now))
             code = sum(f.stat().st_size for f in source_files())
             size = path.stat().st_size
-            result |= {"roundtrip_val_loss": loss, "roundtrip_val_bpb": bpb, "artifact_bytes": size, "code_bytes": code,
-                       "total_bytes": size + code}
+            result |= {"roundtrip_val_loss": loss, "roundtrip_val_bpb": bpb, "eval_time_s": time.perf_counter() - began,
+                       "artifact_bytes": size, "code_bytes": code, "total_bytes": size + code}
             run.log(f"final_int8_zstd22_roundtrip val_loss:{loss:.8f}" + (f" val_bpb:{bpb:.8f}" if bpb else ""))
-            limit = f" of {cfg.artifact_limit} allowed" if cfg.artifact_limit else ""
+            over = "OVER the limit of" if size + code > cfg.artifact_limit else "within the limit of"
+            limit = f", {over} {cfg.artifact_limit}" if cfg.artifact_limit else ""
             run.log(f"artifact: {path} {size} bytes + code {code} bytes = {size + code} bytes{limit}")
         if run.is_main and p.tokenizer and p.val.bytes and p.val.bytes < 8e6:
             result |= compressors_bpb(p.val, p.tokenizer)
@@ -2309,10 +2313,10 @@ def train(cfg: Config, run: Run) -> int:
     try:
         warm_up(p)
         before = graphs_compiled()
-        step = train_loop(p, step)
+        step, found = train_loop(p, step)
         again = graphs_compiled() - before
         run.log(f"recompiles:{again}")
-        result = finish(p, step)
+        result = finish(p, step, found)
     except Interrupted:
         run.clock.stop()
         saved = save_checkpoint(run, p.model, p.opt, p.avg, p.loader, run.step)
