@@ -2131,7 +2131,10 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
 
 
 def train_loop(p: Parts, step: int) -> tuple[int, dict]:
-    """From `step` to the end of training; the last step and its evaluation. The state is whole wherever a signal can raise Interrupted."""
+    """
+    From `step` to the end of training; gives the last step and its evaluation. The state is whole wherever a signal can
+    raise Interrupted.
+    """
     cfg, run, plan = p.cfg, p.run, p.plan
     took, pending = 0.0, None
 
@@ -2336,13 +2339,14 @@ def write_result(p: Parts, result: dict, step: int, size: int) -> None:
         peak = held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     run.log(f"peak memory allocated: {peak // 2**20} MiB reserved: {held // 2**20} MiB")
     seconds = run.clock.seconds()
-    out = {"run": cfg.run, "seed": cfg.seed, "preset": "+".join(Path(c).stem for c in cfg.config), "arm": cfg.arm, "params": size,
-           "steps": step, "tokens": tokens_seen(p, step), **result, "train_time_s": seconds, "wall_time_s": run.wall(),
+    out = {"run": cfg.run, "seed": cfg.seed, "preset": "+".join(Path(c).stem for c in cfg.config), "arm": cfg.arm,
+           "params": size, "steps": step, "tokens": tokens_seen(p, step), **result, "train_time_s": seconds,
+           "wall_time_s": run.wall(),
            "world_size": run.world, "device": device_name(run), "torch": torch.__version__, "git": git_revision(),
            "data_sha256": data_fingerprint(cfg), "config_sha256": config_hash(cfg), "resumed": run.resumed,
            "peak_memory_bytes": peak}
-    run.log(f"final: val_loss:{result['val_loss']:.8f} " + " ".join(f"{k}:{v:.8f}" for k, v in result.items() if k.endswith("bpb"))
-            + f" train_time:{seconds:.3f}s wall_time:{run.wall():.1f}s")
+    bits = " ".join(f"{k}:{v:.8f}" for k, v in result.items() if k.endswith("bpb"))
+    run.log(f"final: val_loss:{result['val_loss']:.8f} {bits} train_time:{seconds:.3f}s wall_time:{run.wall():.1f}s")
     if run.is_main:
         write_whole(run.folder / "result.json", (json.dumps(out, indent=1) + "\n").encode())
         if run.wandb:

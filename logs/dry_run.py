@@ -6,7 +6,6 @@ What a run will cost, without GPU, data or compiling: parameters by group, FLOPs
 
 import glob
 import json
-import math
 import os
 import re
 
@@ -37,9 +36,9 @@ def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int) -> int
 
 def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: int) -> int:
     """
-    Peak bytes of one rank, by this method: weights and gradients whole; optimizer states in shards; twice all that
-    during the warm-up, which keeps a copy. Or, in a step: one copy of it, what a compiled backward keeps of each
-    position (block input, q, k, v, attention output, middle, hidden of the MLP) and the logits of one chunk three times.
+    Peak bytes of one rank, by this method: weights and gradients whole and optimizer states in shards, all twice, as
+    the warm-up runs whole steps while it keeps a copy; what a compiled backward keeps of each position (block input,
+    q, k, v, attention output, middle, hidden of the MLP); the logits of one chunk three times.
     """
     b = 2 if cfg.param_dtype == "bfloat16" else 4
     fixed = b * (2 * params + -(-states // world))
@@ -48,7 +47,7 @@ def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: in
     tokens = max(s.rows * s.seq_len for s in plan.train_shapes(world))
     activations = 2 * tokens * depth * (2 * cfg.dim + inner + int(cfg.mlp_ratio * cfg.dim))
     logits = 3 * 4 * min(tokens, cfg.loss_chunk) * cfg.vocab
-    return max(2 * fixed, fixed) + activations + logits
+    return 2 * fixed + activations + logits
 
 
 def dry_run(cfg: Config) -> int:
@@ -61,8 +60,8 @@ def dry_run(cfg: Config) -> int:
     params = sum(g["params"] for g in groups)
     states = sum(g["params"] * (1 if g["kind"] == "muon" else 2) for g in groups)
     matrices = sum(p.numel() for b in buckets for p in b.params.values() if p.ndim >= 2 and p.numel() > 65536)
-    flops = {f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}": flops_per_token(cfg, s.repeats, s.seq_len, s.window)
-             for s in shapes}
+    flops = {f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}":
+             flops_per_token(cfg, s.repeats, s.seq_len, s.window) for s in shapes}
     tokens = plan.tokens()
     first = plan.moments()[0]
     per_shard = max(1, -(-(100_000_000 - 1) // first.batch_tokens) - 1) * first.batch_tokens
@@ -87,7 +86,7 @@ def dry_run(cfg: Config) -> int:
         print(f"flops per token ({name}): {f / 1e6:,.1f} M, forward and backward")
     print(f"tokens: {tokens:,} in {cfg.steps} steps" + (f", or what {cfg.max_seconds:g} s allow" if cfg.max_seconds else ""))
     print(f"train shards of 100M tokens: {out['shards_needed']} needed; {present} files present in {cfg.data}")
-    print(f"memory: {out['memory_bytes'] / 1e9:.2f} GB a rank on {world} ranks, estimated: weights, gradients and sharded states "
+    print(f"memory: {out['memory_bytes'] / 1e9:.2f} GB a rank on {world} ranks, estimated: weights, gradients, sharded states "
           "twice (the warm-up keeps a copy), what backward keeps of each position, three copies of a chunk's logits")
     print(f"artifact: about {out['artifact_bytes']:,} bytes (int8 at the 0.92 that zstd-22 left of such weights)")
     print(f"graphs to compile: {len(shapes)} train, {len(plan.eval_shapes())} eval")

@@ -640,8 +640,8 @@ def test_halfway_house_between_a_and_m_is_more_than_one_flag_or_does_not_train(n
 @pytest.mark.parametrize("rope", [[], ["--rope", "standard", "--rope_dims", "16", "--kv_heads", "1"]])
 def test_compiled_evaluation_gives_the_losses_of_eager(rope):
     """Inductor's vectorised bf16 kernels once made NaN of rows over 256 tokens, under no_grad alone."""
-    flags = [*("--config", "tiny_cpu", "--run", "x", "--depth", "1", "--dim", "128", "--heads", "2", "--head_init", "0.05"), *rope]
-    cfg = tg.parse_args(flags)
+    flags = ["--config", "tiny_cpu", "--run", "x", "--depth", "1", "--dim", "128", "--heads", "2", "--head_init", "0.05"]
+    cfg = tg.parse_args([*flags, *rope])
     model = tg.build_model(cfg, torch.device("cpu"), torch.bfloat16, 512)
     with torch.no_grad():
         model.blocks[0].attn.proj.normal_(std=0.05)
