@@ -4,14 +4,15 @@ What golf adds to the trainer: smaller artifacts, better scores, and the proof t
     python golf.py score logs/my-run --mode sliding --stride 64     # or chunked, mixture, ttt
     python golf.py prove logs/my-run --mode mixture --bytes 16384   # encode text, decode it in a fresh process, compare
     python golf.py quantise logs/my-run                             # bytes and bits per byte lost, choice by choice
+    python golf.py export logs/my-run --out small.nrx --bits int6   # an artifact; --bits fit: the most that fits --limit
 
 Read it from top to bottom:
-    Quantisation   rows of integers: clip search, GPTQ on recorded inputs, noise and straight-through for training
+    Quantisation   rows of integers: clip search, GPTQ on recorded inputs
     Coders         zstd, brotli, xz, and a range coder with histograms fitted to rows and columns
     Artifact       one file; loading executes nothing and unpacks within bounds
     Scorers        chunked, sliding window, online mixture, score-first test-time training
     Proof          distributions that sum to 1 and know no future, and a text that comes back from its code
-    Command line   score, prove, decode, quantise
+    Command line   score, prove, decode, quantise, export
 
 A score is a code length. Every scorer gives the probability of each token of a stream behind its predecessors, and does
 so twice: `score` takes a whole stream at the speed of the batched forward pass, `distribution` and `observe` walk one
@@ -203,20 +204,6 @@ def quantise(named: dict[str, Tensor], bits: Bits, hessians: dict[str, Tensor] |
     return found
 
 
-def noisy(w: Tensor, levels: int, rng: torch.Generator | None = None) -> Tensor:
-    """
-    Weights with uniform noise of one quantisation step per row, for training: looped blocks meet the error that they
-    will have, once per repeat (parameter-golf PR #363). The gradient passes unchanged.
-    """
-    step = w.detach().abs().amax(-1, keepdim=True) / levels
-    return w + step * (torch.rand(w.shape, generator=rng, device=w.device, dtype=w.dtype) - 0.5)
-
-
-def straight_through(w: Tensor, levels: int) -> Tensor:
-    """Quantised weights forward, the gradient of the plain ones backward (Bengio et al. 2013)."""
-    return w + (tg.dequantize_rows(*tg.quantize_rows(w.detach(), levels)).to(w.dtype) - w.detach())
-
-
 ########################################
 #                Coders                #
 ########################################
@@ -377,7 +364,7 @@ def export(path: Path, named: dict[str, Tensor], cfg: Config, bits: str = "int8"
             break
     if most and size > most:
         raise UserError(f"the artifact has {size} bytes at {choice}, but {most} are left beside the source: choose a "
-                        "smaller model" + ("" if bits == "fit" else ", or --export fit"))
+                        "smaller model" + ("" if bits == "fit" else ", or bits fit"))
     tg.write_whole(Path(path), packed[codec])
     return size
 
@@ -961,6 +948,17 @@ class Quantise(Score):
     choices: tuple[str, ...] = ("int8", "int7", "int6", "int6 gptq", "int6 mlp:5 gptq", "int5 gptq", "int4 gptq")
 
 
+@dataclass
+class Export(Score):
+    """Write an artifact from the newest checkpoint of a run."""
+
+    out: str = "model.nrx"  # the file to write; it must not exist
+    bits: str = "int6"  # int4 to int8, with exceptions such as "int6 mlp:5 head:8"; fit: the most that --limit allows
+    codec: str = "best"  # zstd, brotli, xz, entropy, or best: the smallest of them
+    calibration_rows: int = 32  # rows of training tokens for GPTQ; 0: nearest integers instead
+    limit: int = 0  # bytes of the file at most; 0: any
+
+
 def open_weights(where: str, exact: bool = False) -> tuple[Config, dict[str, Tensor], str]:
     """
     Config and weights: of an artifact; or of a run folder its artifact, with `exact` the weights of its newest
@@ -1097,9 +1095,22 @@ def quantise_command(flags: Quantise) -> None:
         print(f"| {choice} | {' | '.join(map(str, sizes))} | {min(sizes) / base:.3f} | {lost:+.5f} |", flush=True)
 
 
+def export_command(flags: Export) -> None:
+    if Path(flags.out).exists():
+        raise UserError(f"out = {flags.out!r} exists: choose another name, or delete it")
+    if flags.codec not in (*CODECS, ENTROPY, "best"):
+        raise UserError(f"codec = {flags.codec!r}: must be one of {', '.join((*CODECS, ENTROPY, 'best'))}")
+    model, shape, _, named = opened(flags, exact=True)
+    rows = calibration(model.cfg, flags.calibration_rows) if flags.calibration_rows else None
+    hessians = None if rows is None else record_hessians(model, rows, shape.repeats, shape.window)
+    size = export(Path(flags.out), named, model.cfg, flags.bits, (flags.codec,), hessians, flags.limit, log=print)
+    print(f"artifact: {flags.out} {size} bytes; score it: python golf.py score {flags.out}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    kinds = {"score": Score, "prove": Prove, "decode": Decode, "quantise": Quantise}
-    work = {Score: score_command, Prove: prove_command, Decode: decode_command, Quantise: quantise_command}
+    kinds = {"score": Score, "prove": Prove, "decode": Decode, "quantise": Quantise, "export": Export}
+    work = {Score: score_command, Prove: prove_command, Decode: decode_command, Quantise: quantise_command,
+            Export: export_command}
     try:
         flags = tyro.extras.subcommand_cli_from_dict(kinds, args=argv, use_underscores=True,
                                                      description=__doc__.split("Read it")[0])

@@ -27,7 +27,7 @@ LM=(                                  # phase 2, language training: flags over t
 )
 REMIX_LAYER=${REMIX_LAYER-on_cpu}      # ./run.sh remix: the layer put on A and M; REMIX_LAYER= is the full size
 REMIX_SEEDS=${REMIX_SEEDS:-"1 2 3"}
-REMIX_A=(--steps 350) REMIX_M=(--steps 200)   # under that layer: 4375 to 2500, as the originals
+REMIX_A=(--steps 280) REMIX_M=(--steps 160)   # under that layer: 4375 to 2500, as the originals
 ############ to here ############
 
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}

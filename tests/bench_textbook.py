@@ -3,6 +3,8 @@ Training speed against a textbook GPT of the same shape: 6 layers, width 384, 6 
 vocabulary 1024, bfloat16, compiled, the loss, gradients and optimizer of a whole step.
 
     python tests/bench_textbook.py [--pairs 10] [--dtype bfloat16]
+    python tests/bench_textbook.py --against faulting    # ours against ours with glibc's habit of returning memory
+    python tests/bench_textbook.py --attention           # one layer's attention alone, forward and backward
 
 The textbook is written as most tutorials write it: pre-norm blocks with nn.LayerNorm and nn.Linear, GELU,
 scaled_dot_product_attention, learned positions, tied head, autocast, torch.compile of the whole model and fused
@@ -73,14 +75,15 @@ def textbook_step(dtype):
     return step
 
 
-def our_step(dtype):
+def our_step(dtype, keep_memory=True):
     import train_gpt as t
 
     cfg = t.parse_args([*("--config", "tiny_cpu", "--run", "bench", "--device", "cpu"),
                         *("--dtype", str(dtype).removeprefix("torch."), "--seq_len", str(T), "--batch_tokens", str(ROWS * T)),
                         *("--micro_tokens", str(ROWS * T), "--depth", str(LAYERS), "--dim", str(DIM), "--heads", str(HEADS))])
     run = t.Run(cfg)
-    run.prepare_machine()
+    if keep_memory:
+        run.prepare_machine()
     now = t.Plan(cfg).at(1000, 0.01)
     model = t.build_model(cfg, run.device, run.dtype, T)
     opt, graph = t.MuonAdamW(cfg, model, run), t.compile_model(model, cfg)
@@ -96,7 +99,7 @@ def our_step(dtype):
 
 def worker(which: str, dtype) -> None:
     """Answers every line on stdin with the seconds of STEPS steps; the first line of output says that it is warm."""
-    step = (textbook_step if which == "textbook" else our_step)(dtype)
+    step = textbook_step(dtype) if which == "textbook" else our_step(dtype, keep_memory=which == "ours")
     x, y = torch.randint(VOCAB, (2, ROWS, T))
     for _ in range(3):
         step(x, y)
@@ -108,16 +111,42 @@ def worker(which: str, dtype) -> None:
         print(time.perf_counter() - began, flush=True)
 
 
+def attention(pairs: int, dtype) -> None:
+    """SDPA against train_gpt's blocks, both compiled, in turns: seconds of forward and backward."""
+    import train_gpt as t
+
+    q, k, v = torch.randn(3, ROWS, HEADS, T, DIM // HEADS, dtype=dtype).requires_grad_()
+    grad = torch.randn(ROWS, HEADS, T, DIM // HEADS, dtype=dtype)
+    ways = {"sdpa": torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.12)),
+            "blocks": torch.compile(lambda q, k, v: t.attend_blocks(q, k, v, None, 0, 0.12))}
+    seconds = {name: [] for name in ways}
+    for turn in range(pairs + 3):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            torch.autograd.grad(way(q, k, v), (q, k, v), grad)
+            if turn >= 3:
+                seconds[name].append(time.perf_counter() - began)
+    ratios = [a / b for a, b in zip(seconds["sdpa"], seconds["blocks"])]
+    for name, s in seconds.items():
+        ms = [1000 * x for x in s]
+        print(f"{name:9} {statistics.median(ms):7.1f} ms (median of {len(ms)}; {min(ms):.1f} to {max(ms):.1f})")
+    print(f"ratio     {statistics.median(ratios):7.2f} (median of pairs; {min(ratios):.2f} to {max(ratios):.2f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--against", default="textbook", choices=["textbook", "faulting"])
+    parser.add_argument("--attention", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker, getattr(torch, args.dtype))
+    if args.attention:
+        return attention(args.pairs, getattr(torch, args.dtype))
     workers = {}
-    for which in ("textbook", "ours"):
+    for which in (args.against, "ours"):
         command = [sys.executable, __file__, "--worker", which, "--dtype", args.dtype]
         workers[which] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         while (line := workers[which].stdout.readline().strip()) != "warm":
@@ -133,7 +162,7 @@ def main() -> None:
         w.stdin.close()
         w.wait()
     rate = {which: [STEPS * ROWS * T / s for s in times] for which, times in seconds.items()}
-    ratios = [a / b for a, b in zip(rate["ours"], rate["textbook"])]
+    ratios = [a / b for a, b in zip(rate["ours"], rate[args.against])]
     for which, r in rate.items():
         print(f"{which:9} {statistics.median(r):9,.0f} tokens/s (median of {len(r)}; {min(r):,.0f} to {max(r):,.0f})")
     print(f"ratio     {statistics.median(ratios):9.2f} (median of pairs; {min(ratios):.2f} to {max(ratios):.2f})")
