@@ -174,7 +174,7 @@ def test_choice_of_bits_ignores_the_limit(tmp_path):
         assert f"artifact: {bits} " in lines[-1] and str(size) in lines[-1]
     with pytest.raises(tg.UserError, match=f"{sizes[-1]} bytes at int4, but {sizes[-1] - 1} are left"):
         golf.export(tmp_path / "b", named, cfg, "fit", ("zstd", golf.ENTROPY), most=sizes[-1] - 1)
-    with pytest.raises(tg.UserError, match="or --export fit"):
+    with pytest.raises(tg.UserError, match="or bits fit"):
         golf.export(tmp_path / "b", named, cfg, "int8", most=sizes[0] - 1)
 
 
