@@ -3,13 +3,15 @@ Training speed against a textbook GPT of the same shape: 6 layers, width 384, 6 
 vocabulary 1024, bfloat16, compiled, the loss, gradients and optimizer of a whole step.
 
     python tests/bench_textbook.py [--pairs 10] [--dtype bfloat16]
+    python tests/bench_textbook.py --recipe              # ours with Muon, softcap and document mask, as tiny_cpu has them
     python tests/bench_textbook.py --against faulting    # ours against ours with glibc's habit of returning memory
     python tests/bench_textbook.py --attention           # one layer's attention alone, forward and backward
 
 The textbook is written as most tutorials write it: pre-norm blocks with nn.LayerNorm and nn.Linear, GELU,
 scaled_dot_product_attention, learned positions, tied head, autocast, torch.compile of the whole model and fused
-torch.optim.AdamW. Each of the two lives in a process of its own (so neither profits from the other's settings); they take
-turns of a few steps, and the ratio is taken turn by turn. Prints both in tokens/s, and the ratio's median and range.
+torch.optim.AdamW. Ours does the same task by default: AdamW, causal attention, plain logits. Each of the two lives in a
+process of its own (so neither profits from the other's settings); they take turns of a few steps, and the ratio is taken
+turn by turn. Prints both in tokens/s, and the ratio's median and range.
 """
 
 import argparse
@@ -75,12 +77,16 @@ def textbook_step(dtype):
     return step
 
 
-def our_step(dtype, keep_memory=True):
+SAME_TASK = ("--optimizer", "adamw", "--doc_mask", "0", "--softcap", "0", "--logit_dim_power", "0")
+
+
+def our_step(dtype, flags=(), keep_memory=True):
     import train_gpt as t
 
     cfg = t.parse_args([*("--config", "tiny_cpu", "--run", "bench", "--device", "cpu"),
                         *("--dtype", str(dtype).removeprefix("torch."), "--seq_len", str(T), "--batch_tokens", str(ROWS * T)),
-                        *("--micro_tokens", str(ROWS * T), "--depth", str(LAYERS), "--dim", str(DIM), "--heads", str(HEADS))])
+                        *("--micro_tokens", str(ROWS * T), "--depth", str(LAYERS), "--dim", str(DIM), "--heads", str(HEADS)),
+                        *flags])
     run = t.Run(cfg)
     if keep_memory:
         run.prepare_machine()
@@ -99,7 +105,8 @@ def our_step(dtype, keep_memory=True):
 
 def worker(which: str, dtype) -> None:
     """Answers every line on stdin with the seconds of STEPS steps; the first line of output says that it is warm."""
-    step = textbook_step(dtype) if which == "textbook" else our_step(dtype, keep_memory=which == "ours")
+    flags = () if which == "recipe" else SAME_TASK
+    step = textbook_step(dtype) if which == "textbook" else our_step(dtype, flags, keep_memory=which != "faulting")
     x, y = torch.randint(VOCAB, (2, ROWS, T))
     for _ in range(3):
         step(x, y)
@@ -138,6 +145,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--against", default="textbook", choices=["textbook", "faulting"])
+    parser.add_argument("--recipe", action="store_true")
     parser.add_argument("--attention", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -145,8 +153,8 @@ def main() -> None:
         return worker(args.worker, getattr(torch, args.dtype))
     if args.attention:
         return attention(args.pairs, getattr(torch, args.dtype))
-    workers = {}
-    for which in (args.against, "ours"):
+    workers, ours = {}, "recipe" if args.recipe else "ours"
+    for which in (args.against, ours):
         command = [sys.executable, __file__, "--worker", which, "--dtype", args.dtype]
         workers[which] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         while (line := workers[which].stdout.readline().strip()) != "warm":
@@ -162,7 +170,7 @@ def main() -> None:
         w.stdin.close()
         w.wait()
     rate = {which: [STEPS * ROWS * T / s for s in times] for which, times in seconds.items()}
-    ratios = [a / b for a, b in zip(rate["ours"], rate[args.against])]
+    ratios = [a / b for a, b in zip(rate[ours], rate[args.against])]
     for which, r in rate.items():
         print(f"{which:9} {statistics.median(r):9,.0f} tokens/s (median of {len(r)}; {min(r):,.0f} to {max(r):,.0f})")
     print(f"ratio     {statistics.median(ratios):9.2f} (median of pairs; {min(ratios):.2f} to {max(ratios):.2f})")
