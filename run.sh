@@ -20,7 +20,7 @@ NPROC=${NPROC:-$( (nvidia-smi -L 2>/dev/null || true) | wc -l)}   # processes on
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-29500}
 SHARDS=${SHARDS:-24}                  # FineWeb shards to get, 200 MB each (A needs 24, M 14)
 
-PRE=()                                # phase 1, pre-pre-training: flags of pre_pre_train.py; empty: left out
+PRE=()                                # phase 1, pre-pre-training: keep it empty until pre_pre_train.py can train
 TRANSFER=attn                         # what phase 2 takes from phase 1
 LM=(                                  # phase 2, language training: flags over the preset
   # --matrix_lr 0.04                  # python train_gpt.py --help lists all

@@ -580,8 +580,9 @@ class Run:
             torch.set_float32_matmul_precision("high")
             FLEX.update({name: torch.compile(f, dynamic=False) for name, f in FLEX.items()})
         elif sys.platform == "linux":
-            # glibc hands large blocks back to the kernel at every free and faults them in anew: measured, that costs a
-            # CPU training step up to half its time. Keep them (M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1 of malloc.h).
+            # glibc hands large blocks back to the kernel at every free and faults them in anew, which a CPU
+            # training step feels (tests/bench_textbook.py --against faulting). Keep them (M_MMAP_THRESHOLD -3,
+            # M_TRIM_THRESHOLD -1 of malloc.h).
             with contextlib.suppress(OSError, AttributeError):
                 libc = ctypes.CDLL(None)
                 libc.mallopt(-3, 1 << 30)
@@ -867,7 +868,8 @@ def flex_mask(q: Tensor, docs: Tensor | None, window: int):
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float) -> Tensor:
     """
     The same support with plain matmuls: queries in blocks, each against the keys that it may see. Exact, runs
-    everywhere, differentiable; compiled on CPU it trains about three times faster than SDPA, whose CPU backward is slow.
+    everywhere, differentiable; compiled it trains faster on a CPU than SDPA, whose backward is slow there
+    (tests/bench_textbook.py --attention).
     Long rows with a window become bands (a block of queries against its own block of keys and the one before).
     """
     B, H, T, K = q.shape
