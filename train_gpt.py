@@ -126,7 +126,7 @@ class Config:
     rope: str = "truncated"  # truncated (a half of the dims turns, base^-linspace) or standard (base^-(2k/dims))
     rope_base: float = 1024.0  # longest period over 2 pi of the rotary frequencies
     rope_dims: int = 0  # standard: the first so many dims of a head turn; 0: all
-    activation: str = "relu2"  # of the MLP: relu2 or leaky_relu2 (slope 0.5, then squared)
+    activation: str = "relu2"  # of the MLP: relu2, leaky_relu2 (slope 0.5, then squared) or swiglu (two maps in)
     q_gain: float = 0.0  # start of a learned factor per query head, behind the rotation; 0: none
     xsa: int = 0  # exclusive self-attention (no component along the own value) in the last n positions; -1: in all
     block_scales: int = 0  # 1: blocks learn vectors that mix in the embedding and scale both branches
@@ -283,7 +283,7 @@ def validate(cfg: Config) -> None:
     one_of("dtype", "auto", "float32", "bfloat16")
     one_of("param_dtype", "float32", "bfloat16")
     one_of("rope", "truncated", "standard")
-    one_of("activation", "relu2", "leaky_relu2")
+    one_of("activation", "relu2", "leaky_relu2", "swiglu")
     one_of("optimizer", "muon", "adamw")
     one_of("polar", "ns5", "polar_express")
     one_of("final_weights", "live", "ema", "swa")
@@ -949,16 +949,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Squared ReLU (So et al. 2021) or squared leaky ReLU, hidden width mlp_ratio * dim."""
+    """Squared ReLU (So et al. 2021), squared leaky ReLU or SwiGLU (Shazeer 2020), hidden width mlp_ratio * dim."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         hidden = int(cfg.mlp_ratio * cfg.dim)
-        self.fc = nn.Parameter(torch.empty(hidden, cfg.dim))
+        self.gated = cfg.activation == "swiglu"
+        # Gated: the gate's matrix and the other one, a stack of two as q, k, v are one of three.
+        self.fc = nn.Parameter(torch.empty(*([2] if self.gated else []), hidden, cfg.dim))
         self.proj = nn.Parameter(torch.empty(cfg.dim, hidden))
         self.slope = 0.5 if cfg.activation == "leaky_relu2" else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, h = linear(x, self.fc.flatten(0, 1)).chunk(2, dim=-1)
+            return linear(F.silu(gate) * h, self.proj)
         h = linear(x, self.fc)
         h = F.leaky_relu(h, self.slope) if self.slope else F.relu(h)
         return linear(h.square(), self.proj)

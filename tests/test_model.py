@@ -177,7 +177,18 @@ def test_standard_rotary_differs_from_complex_multiplication():
     assert torch.allclose(y, torch.cat([turned.real, turned.imag], -1), atol=1e-5)
 
 
-# --- norm, softcap, loss
+# --- norm, softcap, MLP, loss
+
+
+def test_swiglu_gates_the_wrong_half():
+    cfg = tiny(activation="swiglu", mlp_ratio=2.5)
+    mlp = awake(build(cfg)).blocks[0].mlp
+    assert mlp.fc.shape == (2, 80, 32) and mlp.proj.shape == (32, 80)
+    x = torch.randn(5, 32)
+    gate, up = x @ mlp.fc[0].T, x @ mlp.fc[1].T
+    assert torch.allclose(mlp(x), (gate * torch.sigmoid(gate) * up) @ mlp.proj.T, atol=1e-6)
+    muon = [b for b in tg.param_buckets(cfg, build(cfg), alone()) if "blocks.0.mlp.fc" in b.params][0]
+    assert muon.kind == "muon" and muon.unit == (80, 32)  # the halves are orthogonalised one by one
 
 
 def test_norm_has_another_epsilon_or_precision_than_asked():
