@@ -12,6 +12,7 @@ Read it from top to bottom:
     Artifact       one file; loading executes nothing and unpacks within bounds
     Scorers        chunked, sliding window, online mixture, score-first test-time training
     Proof          distributions that sum to 1 and know no future, and a text that comes back from its code
+    A run's golf   what train_gpt does behind its last step: artifact, scores, proof
     Command line   score, prove, decode, quantise, export
 
 A score is a code length. Every scorer gives the probability of each token of a stream behind its predecessors, and does
@@ -27,6 +28,7 @@ import io
 import json
 import lzma
 import math
+import os
 import re
 import struct
 import subprocess
@@ -98,6 +100,23 @@ def parse_bits(text: str) -> Bits:
     return Bits(int(words[0][3:]), tuple((rule[1], int(rule[2])) for rule in rules))
 
 
+def quantize_rows(w: Tensor, levels: int = 127) -> tuple[Tensor, Tensor]:
+    """
+    Weights [..., rows, cols] -> integers in +-levels and fp16 scales [..., rows, 1]: the largest entry of a row maps to
+    `levels`. The rounding uses the scale as stored, so an entry is off by half a scale at most.
+    """
+    top = torch.finfo(torch.float16)
+    scale = (w.float().abs().amax(-1, keepdim=True) / levels).clamp(2.0**-24, top.max)
+    stored = scale.half()
+    stored = torch.where(stored.float() * levels < scale * levels, stored.nextafter(stored.new_tensor(top.max)), stored)
+    q = (w.float() / stored.float()).round().clamp(-levels, levels).to(torch.int8)
+    return q, stored
+
+
+def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
+    return q.float() * scale.float()
+
+
 def codes(w: Tensor, scale: Tensor, levels: int) -> Tensor:
     """Nearest integers, with the scale as it is stored (fp16)."""
     return (w.float() / scale.float()).round().clamp(-levels, levels).to(torch.int8)
@@ -109,12 +128,12 @@ def clip_search(w: Tensor, levels: int) -> Tensor:
     the row. parameter-golf's GPTQ-lite, with fractions of the largest entry in place of quantiles: at 6 bits and below
     the best clip lies far under the quantiles that it tries.
     """
-    _, best = tg.quantize_rows(w, levels)
-    least = (tg.dequantize_rows(codes(w, best, levels), best) - w.float()).square().sum(-1, keepdim=True)
+    _, best = quantize_rows(w, levels)
+    least = (dequantize_rows(codes(w, best, levels), best) - w.float()).square().sum(-1, keepdim=True)
     widest = best.float()
     for clip in CLIPS[1:]:
         scale = (widest * clip).half().clamp_min(2.0**-24)
-        error = (tg.dequantize_rows(codes(w, scale, levels), scale) - w.float()).square().sum(-1, keepdim=True)
+        error = (dequantize_rows(codes(w, scale, levels), scale) - w.float()).square().sum(-1, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
 
@@ -185,23 +204,49 @@ def record_hessians(model: tg.GPT, rows: np.ndarray, repeats: int, window: int, 
     return {name: run.sum(h) / (rows.shape[0] * (rows.shape[1] - 1)) for name, h in sorted(sums.items())}
 
 
+def row_scales(w: Tensor, levels: int) -> Tensor:
+    """fp16 scales [..., rows, 1]: 8 bits keep the whole range of a row, fewer search a clip."""
+    return quantize_rows(w)[1] if levels == 127 else clip_search(w, levels)
+
+
 def quantise(named: dict[str, Tensor], bits: Bits, hessians: dict[str, Tensor] | None = None) -> dict[str, tuple]:
-    """
-    Codes, fp16 scales and levels of every matrix: int8 keeps the whole range of a row, fewer bits search a clip, and
-    GPTQ rounds where there is a Hessian.
-    """
+    """Codes, fp16 scales and levels of every matrix; GPTQ rounds where there is a Hessian."""
     found = {}
     for name, w in named.items():
         if not is_matrix(w):
             continue
         levels, w = levels_of(bits.of(name)), w.detach().float()
-        scale = tg.quantize_rows(w)[1] if levels == 127 else clip_search(w, levels)
+        scale = row_scales(w, levels)
         q = codes(w, scale, levels)
         if hessians and name in hessians:
             flat = w.flatten(0, -2), hessians[name].to(w.device), scale.flatten(0, -2)
             q = gptq(*flat, levels).view_as(w)
         found[name] = q.cpu().contiguous(), scale.cpu().contiguous(), levels
     return found
+
+
+@contextlib.contextmanager
+def rounded(model: tg.GPT, cfg: Config, step: int):
+    """
+    Inside, matrices have the values that cfg.export would store (or, with qat_noise, values off by up to half a rounding
+    step at random: Noisy Quantisation, Fan et al. 2020, for blocks whose error adds up over repeats). Gradients taken
+    inside are applied to the exact weights, which is the straight-through estimator. Every rank rounds alike.
+    """
+    exact = {p: p.detach().clone() for name, p in model.named_parameters() if is_matrix(p)}
+    rng, bits = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step), parse_bits(cfg.export)
+    try:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p in exact:
+                    levels = levels_of(bits.of(name))
+                    scale = row_scales(p, levels)
+                    noise = torch.rand(p.shape, generator=rng).to(p) - 0.5 if cfg.qat_noise else None
+                    p.copy_(dequantize_rows(codes(p, scale, levels), scale) if noise is None else p + noise * scale.to(p))
+        yield
+    finally:
+        with torch.no_grad():
+            for p, own in exact.items():
+                p.copy_(own)
 
 
 ########################################
@@ -214,15 +259,15 @@ def unzstd(data: bytes, size: int) -> bytes:
 
 
 def unbrotli(data: bytes, size: int) -> bytes:
-    decoder, parts = brotli.Decompressor(), []
-    while size > 0 and not decoder.is_finished():
-        part = decoder.process(data, output_buffer_limit=size)
+    decoder, parts, left = brotli.Decompressor(), [], size
+    while left > 0 and not decoder.is_finished():
+        part = decoder.process(data, output_buffer_limit=left)
         if not part and not data:
             break  # cut short: nothing left to give it
         data = b""
         parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+        left -= len(part)
+    return b"".join(parts)[:size]  # the library takes its limit for a rough one
 
 
 def unxz(data: bytes, size: int) -> bytes:
@@ -346,27 +391,23 @@ def pack(named: dict[str, Tensor], found: dict[str, tuple], cfg: Config, codec: 
     return body + hashlib.sha256(body).digest()
 
 
-def export(path: Path, named: dict[str, Tensor], cfg: Config, bits: str = "int8", codecs: tuple[str, ...] = ("zstd",),
-           hessians: dict[str, Tensor] | None = None, most: int = 0, log: Callable = lambda line: None) -> int:
+def smallest(named: dict[str, Tensor], cfg: Config, bits: str = "int8", codecs: tuple[str, ...] = ("zstd",),
+             hessians: dict[str, Tensor] | None = None, most: int = 0, log: Callable = lambda line: None) -> tuple[bytes, str]:
     """
-    Write the artifact of weights `named` and return its bytes; of several codecs (names of CODECS, "entropy", or "best"
-    for all of them) the smallest result is kept. bits "fit" goes down LADDER until the file has at most `most` bytes.
+    The artifact of weights `named`, and what was chosen for it ("int6_entropy"). Of several codecs (names of CODECS,
+    "entropy", or "best" for all of them) the smallest result is kept. bits "fit" goes down LADDER until the file has at
+    most `most` bytes; where even the last has more, that one is given.
     """
     codecs = (*CODECS, ENTROPY) if "best" in codecs else codecs
     for choice in LADDER if bits == "fit" else (bits,):
         found = quantise(named, parse_bits(choice), hessians)
         packed = {codec: pack(named, found, cfg, codec, choice) for codec in codecs}
         codec = min(packed, key=lambda c: len(packed[c]))
-        size = len(packed[codec])
         log(f"artifact: {choice}{' gptq' if hessians else ''} " + " ".join(f"{c}:{len(p)}" for c, p in packed.items()) +
             f" -> {codec}" + (f", limit {most}" if most else ""))
-        if bits != "fit" or size <= most:
+        if len(packed[codec]) <= most:
             break
-    if most and size > most:
-        raise UserError(f"the artifact has {size} bytes at {choice}, but {most} are left beside the source: choose a "
-                        "smaller model" + ("" if bits == "fit" else ", or bits fit"))
-    tg.write_whole(Path(path), packed[codec])
-    return size
+    return packed[codec], f"{choice.replace(' ', '_')}_{codec}"
 
 
 def unpack(data: bytes, where: str) -> tuple[Config, dict[str, Tensor], dict]:
@@ -425,7 +466,7 @@ def read_tensors(header: dict, stored: dict[str, Tensor], words: np.ndarray) -> 
                 q = stored.pop(f"{name}:q")
             if list(q.shape) != shape or list(scale.shape) != [*shape[:-1], 1] or q.dtype != torch.int8:
                 raise ValueError(f"{name} has another shape than its header says")
-            named[name] = tg.dequantize_rows(q, scale)
+            named[name] = dequantize_rows(q, scale)
         else:
             raise ValueError(f"{name} is stored as {kind['kind']!r}, which is unknown")
         if not (named[name].is_floating_point() and bool(named[name].isfinite().all())):
@@ -483,7 +524,7 @@ def window_plan(n: int, length: int, stride: int) -> np.ndarray:
 
 class Cache:
     """
-    Keys and values of a row that grows: takes the place of train_gpt.Seen, so that the model's own code computes the
+    Keys and values of a row that grows: stands in for train_gpt.Seen, so that the model's own code computes the
     activations of new tokens alone. Feeding a row in pieces gives what one pass over it gives, up to float order.
     """
 
@@ -494,20 +535,18 @@ class Cache:
 
     def feed(self, tokens: Tensor) -> Tensor:
         """Activations [T, D] of the next tokens [T]."""
-        end = self.size + len(tokens)
-        turned = {name: getattr(self.model, name)[self.size : end] for name in ("cos", "sin")}
-        with swapped(tg, Seen=self.seen), swapped(self.model, **turned):
-            x = self.model.hidden(tokens[None], self.repeats, self.window)[0]
-        self.size = end
+        x = self.model.hidden(tokens[None], self.repeats, self.window, cache=self)[0]
+        self.size += len(tokens)
         return x
 
-    def seen(self, docs: Tensor | None, window: int, like: Tensor) -> "Cache":
+    def seen(self, docs: Tensor | None) -> "Cache":
+        """Begin a pass over the blocks for tokens of the documents docs [1, T]."""
         self.turn = 0
         if docs is not None:  # documents are counted within what is fed: go on from the last one
             self.docs = docs if self.docs is None else torch.cat([self.docs, docs + self.docs[:, -1:]], 1)
         return self
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bound: float) -> Tensor:
         if self.turn < len(self.kept):
             k, v = (torch.cat(pair, 2) for pair in zip(self.kept[self.turn], (k, v)))
             self.kept[self.turn] = k, v
@@ -908,6 +947,114 @@ def stretch(tokens: np.ndarray, tokenizer: tg.Tokenizer, least: int) -> tuple[np
 
 
 ########################################
+#            A run's golf              #
+########################################
+
+RESULT = {"sliding": "sliding_val_bpb", "mixture": "mixed_val_bpb", "ttt": "ttt_val_bpb"}  # names in result.json
+
+
+def validate(cfg: Config) -> None:
+    """Refuse what the end of a run could not do, before it begins."""
+    if cfg.export == "fit":
+        if not cfg.artifact_limit:
+            raise UserError("export = 'fit' chooses bits by artifact_limit, which is not set: --artifact_limit 16000000")
+    else:
+        parse_bits(cfg.export)
+    unknown = [mode for mode in cfg.score.split() if mode not in RESULT]
+    if unknown:
+        raise UserError(f"score = {cfg.score!r}: {unknown[0]!r} is none of {', '.join(RESULT)}")
+    if cfg.score and not 1 <= cfg.stride <= tg.Plan(cfg).eval_seq_len:
+        raise UserError(f"stride = {cfg.stride}: must lie between 1 and the row's {tg.Plan(cfg).eval_seq_len} tokens")
+    if cfg.prove_bytes and not cfg.tokenizer:
+        raise UserError(f"prove_bytes = {cfg.prove_bytes} asks for text, but tokenizer is empty")
+
+
+def calibrate(p: tg.Parts, now: tg.Now, rows: np.ndarray) -> dict[str, Tensor]:
+    return record_hessians(p.model, rows, now.repeats, now.window, p.run)
+
+
+def gptq_seconds(p: tg.Parts) -> float:
+    """What calibration will take behind the last step, from two rows; a third more, as a clock cap is a cap."""
+    last = p.plan.at(p.cfg.steps, 1.0)
+    rows = calibration(p.cfg, 2 * p.run.world)
+    for _ in range(2):  # the first is slower
+        began = time.perf_counter()
+        calibrate(p, last, rows)
+        seconds = time.perf_counter() - began
+    return 1.33 * seconds * p.cfg.gptq / len(rows)
+
+
+def export_and_score(p: tg.Parts, now: tg.Now) -> dict:
+    """
+    Behind the last step, with the weights to be exported in the model: calibrate (on the training clock), write the
+    artifact, read it back into the model, score it in every way that was asked for, prove. Entries of result.json.
+    """
+    cfg, run, path = p.cfg, p.run, p.run.folder / "model.nrx"
+    hessians = None
+    if cfg.gptq:
+        before = run.clock.seconds()
+        run.clock.start()
+        hessians = calibrate(p, now, calibration(cfg, cfg.gptq))
+        run.clock.stop()
+        run.log(f"gptq: {cfg.gptq} rows of training tokens, train_time:{run.clock.seconds() - before:.1f}s of "
+                f"{run.clock.seconds():.1f}s")
+    named = dict(p.model.named_parameters())
+    code = sum(f.stat().st_size for f in tg.source_files())
+    most = max(0, cfg.artifact_limit - code)
+
+    def write() -> str:
+        data, chosen = smallest(named, cfg, cfg.export, (cfg.export_codec,), hessians, most, run.log)
+        tg.write_whole(path, data)
+        return chosen
+
+    chosen = run.on_main(write)
+    tg.load_weights(p.model, load(path)[1], str(path))
+    size, began = path.stat().st_size, time.perf_counter()
+    shape = p.plan.eval_shape(now)
+    loss, bpb = tg.evaluate(run, p.graph, p.val, shape)
+    seconds = time.perf_counter() - began
+    result = {"roundtrip_val_loss": loss, "roundtrip_val_bpb": bpb, "artifact_bytes": size, "code_bytes": code,
+              "total_bytes": size + code, "artifact_bits": chosen}
+    run.log(f"final_{chosen}_roundtrip val_loss:{loss:.8f}" + (f" val_bpb:{bpb:.8f}" if bpb else "") +
+            f" eval_time:{seconds * 1000:.0f}ms")
+    over = "OVER the limit of" if size + code > cfg.artifact_limit else "within the limit of"
+    limit = f", {over} {cfg.artifact_limit}" if cfg.artifact_limit else ""
+    run.log(f"artifact: {path} {size} bytes + code {code} bytes = {size + code} bytes{limit}")
+    for mode in cfg.score.split():
+        found = score_and_log(p.model, How(mode=mode, stride=cfg.stride), shape, run, p.val)
+        result |= {RESULT[mode]: None if math.isnan(found["bpb"]) else found["bpb"]}
+        seconds += found["eval_time_s"]
+    if cfg.prove_bytes:
+        mode = (cfg.score.split() or ["chunked"])[-1]
+        lines = run.on_main(lambda: fresh_process("prove", str(path), "--mode", mode, "--stride", str(cfg.stride), "--bytes",
+                                                  str(cfg.prove_bytes), "--device", run.device.type, "--data", cfg.data))
+        run.log(lines.rstrip())
+        result |= {"proven_bytes": cfg.prove_bytes, "decoded_bpb": float(re.search(r"decoded_bpb:([\d.]+)", lines)[1])}
+    return result | {"eval_time_s": seconds}
+
+
+def score_and_log(model: tg.GPT, how: How, shape: tg.Shape, run, val: tg.Validation) -> dict[str, float]:
+    """Score a validation prefix and log the line; graphs are compiled before the clock, on random tokens."""
+    scorer = make_scorer(model, how, shape, run)
+    if model.cfg.compile:
+        scorer.score(np.random.default_rng(0).integers(model.cfg.vocab, size=4 * shape.seq_len))
+    found = score_all(scorer, val)
+    run.log(f"final_{how.mode} val_loss:{found['loss']:.8f} val_bpb:{found['bpb']:.8f} window:{shape.seq_len} "
+            f"stride:{scorer.stride} eval_time:{found['eval_time_s'] * 1000:.0f}ms tok_s:{found['tok_s']:.0f}")
+    return found
+
+
+def fresh_process(*arguments: str) -> str:
+    """What `golf.py ARGUMENTS` prints, in a process that shares nothing with this one; UserError where it fails."""
+    command = [sys.executable, __file__] if Path(__file__).is_file() else [sys.executable, sys.argv[0], "golf"]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise UserError(f"golf.py {arguments[0]} left with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+########################################
 #             Command line             #
 ########################################
 
@@ -965,8 +1112,6 @@ def open_weights(where: str, exact: bool = False) -> tuple[Config, dict[str, Ten
     checkpoint, averaged where the run exports an average.
     """
     path = Path(where)
-    if path.is_file() and path.read_bytes()[: len(MAGIC)] == MAGIC:
-        return *load(path), where
     done = tg.checkpoints(path) if path.is_dir() else []
     if not exact:
         cfg, named, found = tg.open_source(where)
@@ -1020,12 +1165,7 @@ def score_command(flags: Score) -> None:
     val, _ = validation(model)
     with run:
         tg.compile_model(model, model.cfg)
-        scorer = make_scorer(model, flags, shape, run)
-        if model.cfg.compile:  # outside the clock, on random tokens
-            scorer.score(np.random.default_rng(0).integers(model.cfg.vocab, size=4 * shape.seq_len))
-        found = score_all(scorer, val)
-        run.log(f"final_{flags.mode} val_loss:{found['loss']:.8f} val_bpb:{found['bpb']:.8f} window:{shape.seq_len} "
-                f"stride:{scorer.stride} eval_time:{found['eval_time_s'] * 1000:.0f}ms tok_s:{found['tok_s']:.0f}")
+        score_and_log(model, flags, shape, run, val)
 
 
 def prove_command(flags: Prove) -> None:
@@ -1041,11 +1181,8 @@ def prove_command(flags: Prove) -> None:
             """Decode in a new process, which is given the artifact and the code."""
             code.write_bytes(data)
             how = [x for f in How.__dataclass_fields__ for x in (f"--{f}", str(getattr(flags, f)))]
-            command = [sys.executable, __file__, "decode", flags.source, *how, "--device", flags.device,
-                       "--code", str(code), "--out", str(out), "--threads", str(torch.get_num_threads())]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"the decoder left with {done.returncode}: {done.stderr[-2000:]}")
+            fresh_process("decode", flags.source, *how, "--device", flags.device, "--code", str(code), "--out", str(out),
+                          "--threads", str(torch.get_num_threads()))
             return np.fromfile(out, "<u2")
 
         found = prove(make_scorer(model, flags, shape), tokens, fresh)
@@ -1103,8 +1240,12 @@ def export_command(flags: Export) -> None:
     model, shape, _, named = opened(flags, exact=True)
     rows = calibration(model.cfg, flags.calibration_rows) if flags.calibration_rows else None
     hessians = None if rows is None else record_hessians(model, rows, shape.repeats, shape.window)
-    size = export(Path(flags.out), named, model.cfg, flags.bits, (flags.codec,), hessians, flags.limit, log=print)
-    print(f"artifact: {flags.out} {size} bytes; score it: python golf.py score {flags.out}")
+    data, _ = smallest(named, model.cfg, flags.bits, (flags.codec,), hessians, flags.limit, log=print)
+    if flags.limit and len(data) > flags.limit:
+        raise UserError(f"the artifact has {len(data)} bytes, but limit = {flags.limit}: choose a smaller model" +
+                        ("" if flags.bits == "fit" else ", or --bits fit"))
+    tg.write_whole(Path(flags.out), data)
+    print(f"artifact: {flags.out} {len(data)} bytes; score it: python golf.py score {flags.out}")
 
 
 def main(argv: list[str] | None = None) -> int:

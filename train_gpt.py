@@ -15,7 +15,7 @@ Read it from top to bottom:
     Data         shards, the loader, bytes per token
     Averaging    EMA and SWA of the weights
     Evaluation   nats per token and bits per byte of the validation prefix
-    Export       the artifact: integer weights, compressed, read back strictly
+    Export       weights read strictly; the artifact, its scores and proofs are golf.py's
     Checkpoint   written whole or not at all; transfer between runs
     Train        dry run, warm-up, the loop, the end of a run, sampling, main
 
@@ -40,7 +40,6 @@ import platform
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -56,8 +55,6 @@ import torch.nn.functional as F
 import tyro
 import zstandard
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_tensors_from_bytes
-from safetensors.torch import save as save_tensors_to_bytes
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -131,6 +128,7 @@ class Config:
     xsa: int = 0  # exclusive self-attention (no component along the own value) in the last n positions; -1: in all
     block_scales: int = 0  # 1: blocks learn vectors that mix in the embedding and scale both branches
     unet: int = 0  # 1: learned skips from the first half of the positions to the second
+    layer_scale: int = 0  # 1: the normed inputs of position l's branches are divided by sqrt(l + 1)
     loop_embed: int = 0  # 1: each position adds a learned vector
     value_embeds: int = 0  # token tables of which each position adds a learned share; 0: none
     cross_repeat: int = 0  # 1: a looped block adds a learned share of its own output one repeat before
@@ -174,8 +172,15 @@ class Config:
     swa_start: float = 0.75  # fraction of training from which those snapshots are taken
     final_weights: str = "live"  # which weights are exported and sampled: live, ema or swa
     # --- artifact and sample
-    export: str = "int8"  # weights of the artifact: int8 (per row); empty: no artifact
+    export: str = "int8"  # bits of the artifact's weights, e.g. "int6 mlp:5 head:8"; fit: by artifact_limit; empty: none
+    export_codec: str = "zstd"  # of the artifact: zstd, brotli, xz, entropy, or best: the smallest of these
     artifact_limit: int = 0  # bytes that source and artifact may have together; 0: no limit
+    gptq: int = 0  # rows of training tokens on which GPTQ looks at activations, inside the clock; 0: plain rounding
+    qat: str = "0"  # [sched] 1: forward and backward see the weights as export would round them; 0: as they are
+    qat_noise: int = 0  # 1: qat adds noise of one rounding step instead of rounding
+    score: str = ""  # further scores of the artifact, any of: sliding mixture ttt lora (golf.py)
+    stride: int = 64  # tokens that such a score takes from each window
+    prove_bytes: int = 0  # validation text that is encoded and decoded from the artifact, by the last of those scores
     sample_from: str = ""  # run folder, checkpoint folder or artifact: print a sample and leave
     prompt: str = ""  # text that a sample continues; empty: the start of a document
     sample_tokens: int = 0  # length of a sample; at the end of training 0 prints none
@@ -197,7 +202,7 @@ FREE_ON_RESUME = {
     *("config", "resume", "log_dir", "log_every", "eval_every", "save_every", "save_last", "keep", "wandb", "device"),
     *("compile", "micro_tokens", "loss_chunk", "dry_run", "json", "prompt", "sample_tokens", "temperature", "top_k"),
 }
-SCHEDULES = ("lr", "momentum", "weight_decay", "repeats", "seq_len", "window", "batch_tokens")
+SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "repeats", "seq_len", "window", "batch_tokens")
 
 
 def preset_path(name: str) -> Path:
@@ -287,12 +292,12 @@ def validate(cfg: Config) -> None:
     one_of("optimizer", "muon", "adamw")
     one_of("polar", "ns5", "polar_express")
     one_of("final_weights", "live", "ema", "swa")
-    one_of("export", "int8", "")
+    one_of("export_codec", "zstd", "brotli", "xz", "entropy", "best")
     for key in ("steps", "depth", "dim", "heads", "micro_tokens", "loss_chunk", "vocab", "keep", "polar_steps",
                 "log_every", "head_multiple"):
         need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)}: must be at least 1")
     for key in ("seed", "eval_every", "save_every", "epochs", "val_tokens", "max_seconds", "grad_clip", "softcap", "kv_heads",
-                "head_dim", "eval_seq_len", "swa_every", "sample_tokens"):
+                "head_dim", "eval_seq_len", "swa_every", "sample_tokens", "gptq", "artifact_limit", "prove_bytes"):
         need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)}: must not be negative")
     need(cfg.vocab <= 65536, f"vocab = {cfg.vocab}: shards hold uint16 tokens, 65536 is the most")
     need(0 <= cfg.doc_token < cfg.vocab, f"doc_token = {cfg.doc_token}: not below vocab = {cfg.vocab}")
@@ -310,6 +315,14 @@ def validate(cfg: Config) -> None:
             re.compile(getattr(cfg, key))
         except re.error as e:
             raise UserError(f"{key} = {getattr(cfg, key)!r} is no regular expression: {e}") from e
+    if cfg.export:
+        import golf
+
+        golf.validate(cfg)
+    need(bool(cfg.export) or not (cfg.score or cfg.prove_bytes or cfg.gptq), "score, prove_bytes and gptq are about an "
+         "artifact, but export is empty: set --export int8")
+    need(Schedule("qat", cfg.qat).values() == [0] or cfg.export not in ("", "fit"), f"qat = {cfg.qat!r} rounds as export "
+         f"does, but export = {cfg.export!r} names no bits: set it, for example --export int6")
     for key in SCHEDULES:
         sched = Schedule(key, getattr(cfg, key))
         if key in ("repeats", "seq_len", "window", "batch_tokens"):
@@ -445,6 +458,7 @@ class Now(NamedTuple):
     lr: float
     momentum: float
     weight_decay: float
+    qat: float
     repeats: int
     seq_len: int
     window: int
@@ -468,15 +482,16 @@ class Plan:
         self.sched = {name: Schedule(name, getattr(cfg, name)) for name in SCHEDULES}
         self.max_seq_len = int(max(self.sched["seq_len"].values()))
         self.eval_seq_len = cfg.eval_seq_len or self.max_seq_len
+        self.seconds = cfg.max_seconds  # for steps; the warm-up subtracts what GPTQ will take behind them
 
     def fraction(self, step: int, seconds: float) -> float:
-        by_time = seconds / self.cfg.max_seconds if self.cfg.max_seconds else 0.0
+        by_time = seconds / self.seconds if self.seconds else 0.0
         return min(1.0, max(step / self.cfg.steps, by_time))
 
     def at(self, step: int, fraction: float) -> Now:
         v = {name: s.at(step, fraction) for name, s in self.sched.items()}
         ints = {k: int(v[k]) for k in ("repeats", "seq_len", "window", "batch_tokens")}
-        return Now(v["lr"], v["momentum"], v["weight_decay"], **ints)
+        return Now(v["lr"], v["momentum"], v["weight_decay"], v["qat"], **ints)
 
     def moments(self) -> list[Now]:
         """The schedules at every point where one that shapes a graph changes, in order of time."""
@@ -865,17 +880,19 @@ def flex_mask(q: Tensor, docs: Tensor | None, window: int):
     return FLEX["mask"](rule, q.size(0) if docs is not None else None, None, q.size(-2), q.size(-2), device=q.device)
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float) -> Tensor:
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float,
+                  bound: float = math.inf) -> Tensor:
     """
     The same support with plain matmuls: queries in blocks, each against the keys that it may see. Exact, runs
     everywhere, differentiable; compiled it trains faster on a CPU than SDPA, whose backward is slow there
-    (tests/bench_textbook.py --attention).
+    (tests/bench_textbook.py --attention). No score is beyond +-bound: where that is small, as it is behind QK norm,
+    exp cannot overflow and the pass for each row's maximum is saved.
     Long rows with a window become bands (a block of queries against its own block of keys and the one before).
     """
     B, H, T, K = q.shape
     if k.size(1) != H:
         k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
-    pos = torch.arange(T, device=q.device)
+    pos = torch.arange(T, device=q.device, dtype=torch.int32)
     if window and T > 4096 and T >= 2 * window:
         return attend_bands(q, k, v, pos, docs, window, scale)
     size, outs = max(128, T // 64), []
@@ -885,8 +902,12 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: 
         rows, cols = slice(start, end), slice(first, end)
         d = (docs[:, None, rows, None], docs[:, None, None, cols]) if docs is not None else (None, None)
         ok = visible(pos[rows, None], pos[cols], *d, window)
-        scores = ((q[:, :, rows] * scale) @ k[:, :, cols].mT).float().masked_fill(~ok, -torch.inf)
-        outs.append(scores.softmax(-1).to(v.dtype) @ v[:, :, cols])
+        scores = ((q[:, :, rows] * scale) @ k[:, :, cols].mT).float()
+        if bound <= 40:
+            p = torch.where(ok, scores.exp(), 0.0)
+            outs.append(((p.to(v.dtype) @ v[:, :, cols]).float() / p.sum(-1, keepdim=True)).to(v.dtype))
+        else:
+            outs.append(scores.masked_fill(~ok, -torch.inf).softmax(-1).to(v.dtype) @ v[:, :, cols])
     return torch.cat(outs, dim=2)
 
 
@@ -918,6 +939,8 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = cfg.heads, cfg.kv_heads or cfg.heads, head_width(cfg)
         self.eps, self.qk_norm = cfg.norm_eps, bool(cfg.qk_norm)
         self.scale = cfg.attn_scale or self.head_dim**-0.5
+        # Normed queries and keys have length sqrt(K) at most, and rotation keeps it (1 %: rounding in bfloat16).
+        self.bound = 1.01 * self.head_dim * self.scale if cfg.qk_norm and not cfg.q_gain else math.inf
         inner, inner_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         if inner == inner_kv:
             self.qkv = nn.Parameter(torch.empty(3, inner, cfg.dim))  # three matrices: Muon treats each by itself
@@ -940,7 +963,8 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if self.q_gain is not None:
             q = q * self.q_gain[:, None].to(q.dtype)
-        y = seen.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale).transpose(1, 2)
+        y = seen.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale,
+                        self.bound).transpose(1, 2)
         if xsa:  # arXiv 2603.09078: each head's output loses its component along the token's own value
             v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
             y = y.float().unflatten(2, (self.kv_heads, -1))
@@ -980,17 +1004,23 @@ class Block(nn.Module):
         self.scales = nn.Parameter(torch.empty(2, cfg.dim)) if cfg.block_scales else None
 
     def forward(self, x: Tensor, x0: Tensor, added: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor], seen: "Seen",
-                xsa: bool) -> Tensor:
-        """x and the embedding x0 [B, T, D]; `added`: pairs of a learned vector [D] and what it scales."""
+                xsa: bool, shrink: Tensor | None) -> Tensor:
+        """
+        x and the embedding x0 [B, T, D]; `added`: pairs of a learned vector [D] and what it scales; shrink: what the
+        normed inputs of both branches are multiplied with.
+        """
+        def normed(x: Tensor) -> Tensor:
+            return norm(x, self.eps) if shrink is None else norm(x, self.eps) * shrink.to(x.dtype)
+
         for scale, term in added:
             x = x + scale.to(x.dtype) * term
         if self.mix is None:
-            x = x + self.attn(norm(x, self.eps), rope, seen, xsa)
-            return x + self.mlp(norm(x, self.eps))
+            x = x + self.attn(normed(x), rope, seen, xsa)
+            return x + self.mlp(normed(x))
         mix, scales = self.mix.to(x.dtype), self.scales.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + scales[0] * self.attn(norm(x, self.eps), rope, seen, xsa)
-        return x + scales[1] * self.mlp(norm(x, self.eps))
+        x = x + scales[0] * self.attn(normed(x), rope, seen, xsa)
+        return x + scales[1] * self.mlp(normed(x))
 
 
 class Seen:
@@ -1002,9 +1032,9 @@ class Seen:
         self.on_gpu = like.is_cuda
         self.mask = flex_mask(like, docs_BT, self.window) if self.on_gpu and not self.plain else None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bound: float = math.inf) -> Tensor:
         if not self.on_gpu:
-            return attend_blocks(q, k, v, self.docs, self.window, scale)
+            return attend_blocks(q, k, v, self.docs, self.window, scale, bound)
         if self.plain:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
         return attend_flex(q, k, v, self.docs, self.window, scale, self.mask)
@@ -1020,6 +1050,8 @@ def layer_order(cfg: Config, repeats: int) -> list[int]:
 
 class GPT(nn.Module):
     """The language model. forward() gives the loss; hidden() and logits() are its two halves."""
+
+    norm = staticmethod(norm)  # of embedding and head; compile_model() puts a compiled one here
 
     def __init__(self, cfg: Config, dtype: torch.dtype, seq_len: int):
         super().__init__()
@@ -1044,13 +1076,17 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def hidden(self, tokens_BT: Tensor, repeats: int, window: int) -> Tensor:
-        """tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype."""
+    def hidden(self, tokens_BT: Tensor, repeats: int, window: int, cache=None) -> Tensor:
+        """
+        tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: golf.Cache, which holds what
+        attention needs of the tokens before these.
+        """
         cfg = self.cfg
         docs = (tokens_BT == cfg.doc_token).cumsum(1, dtype=torch.int32) if cfg.doc_mask else None
         table = self.head if self.embed is None else self.embed
-        x = x0 = norm(F.embedding(tokens_BT, table).to(self.dtype), cfg.norm_eps)
-        seen, rope = Seen(docs, window, x), (self.cos, self.sin)
+        x = x0 = self.norm(F.embedding(tokens_BT, table).to(self.dtype), cfg.norm_eps)
+        first = cache.size if cache else 0
+        seen, rope = cache.seen(docs) if cache else Seen(docs, window, x), (self.cos[first:], self.sin[first:])
         values = [F.embedding(tokens_BT, t).to(self.dtype) for t in self.value_embeds] if cfg.value_embeds else []
         order, one = layer_order(cfg, repeats), torch.ones((), dtype=self.dtype, device=x.device)
         stack, before = [], {}  # outputs of the U-net's first half; each block's output one repeat before
@@ -1065,11 +1101,13 @@ class GPT(nn.Module):
                 passed = order[:position].count(block)
                 added.append((self.cross_scales[block - loop_span(cfg)[0], passed - 1], before[block]))
             xsa = cfg.xsa < 0 or position >= len(order) - cfg.xsa
-            x = self.blocks[block](x, x0, added, rope, seen, xsa)
+            # parameter-golf's "LN scale"; a tensor, as a number would make a graph of each position
+            shrink = one.new_tensor((position + 1) ** -0.5) if cfg.layer_scale else None
+            x = self.blocks[block](x, x0, added, rope, seen, xsa, shrink)
             before[block] = x
             if cfg.unet and position < len(order) // 2:
                 stack.append(x)
-        return norm(x, cfg.norm_eps)
+        return self.norm(x, cfg.norm_eps)
 
     def logits(self, x: Tensor) -> Tensor:
         """activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple."""
@@ -1744,94 +1782,8 @@ def compressors_bpb(val: Validation, tokenizer: Tokenizer) -> dict[str, float]:
 
 
 ########################################
-#                Export                #
+#         Export (see golf.py)         #
 ########################################
-
-ARTIFACT_MAGIC = b"NANORMX1"
-ARTIFACT_MOST = 1 << 33  # bytes that an artifact may unpack to; a forged header cannot ask for more
-
-
-def quantize_rows(w: Tensor, levels: int = 127) -> tuple[Tensor, Tensor]:
-    """
-    Weights [..., rows, cols] -> integers in +-levels and fp16 scales [..., rows, 1]: the largest entry of a row maps to
-    `levels`. The rounding uses the scale as stored, so an entry is off by half a scale at most.
-    """
-    top = torch.finfo(torch.float16)
-    scale = (w.float().abs().amax(-1, keepdim=True) / levels).clamp(2.0**-24, top.max)
-    stored = scale.half()
-    stored = torch.where(stored.float() * levels < scale * levels, stored.nextafter(stored.new_tensor(top.max)), stored)
-    q = (w.float() / stored.float()).round().clamp(-levels, levels).to(torch.int8)
-    return q, stored
-
-
-def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
-    return q.float() * scale.float()
-
-
-def export_artifact(path: Path, named: dict[str, Tensor], cfg: Config) -> int:
-    """
-    Write weights as one file: magic, length of a JSON header, the header (config, kind of each tensor, sizes), a
-    zstd-22 stream of safetensors, sha256 of all before. Matrices of over 65,536 entries become int8 rows, small tensors
-    stay as they are. Returns its bytes.
-    """
-    out, kinds = {}, {}
-    for name, w in named.items():
-        w = w.detach().cpu()
-        if w.ndim >= 2 and w.numel() > 65536:
-            out[f"{name}:q"], out[f"{name}:scale"] = (t.contiguous() for t in quantize_rows(w))
-            kinds[name] = "int8_rows"
-        else:
-            out[name], kinds[name] = w.contiguous(), "plain"
-    payload = save_tensors_to_bytes(out)
-    packed = zstandard.ZstdCompressor(level=22).compress(payload)
-    header = json.dumps({"tensors": kinds, "codec": "zstd", "payload_bytes": len(payload), "packed_bytes": len(packed),
-                         "config": config_toml(cfg)}).encode()
-    body = ARTIFACT_MAGIC + struct.pack("<I", len(header)) + header + packed
-    write_whole(path, body + hashlib.sha256(body).digest())
-    return path.stat().st_size
-
-
-def load_artifact(path: Path) -> tuple[Config, dict[str, Tensor]]:
-    """Configuration and fp32 weights of an artifact. Executes nothing; any damage is a UserError."""
-
-    def bad(why: str) -> UserError:
-        return UserError(f"{path} is no usable artifact: {why}; export it again from its checkpoint")
-
-    data = Path(path).read_bytes()
-    start = len(ARTIFACT_MAGIC) + 4
-    if not data.startswith(ARTIFACT_MAGIC):
-        raise bad("it does not begin with the artifact's magic")
-    if len(data) < start + 32 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise bad("its checksum does not match: it is cut short or changed")
-    try:
-        (length,) = struct.unpack("<I", data[start - 4 : start])
-        header = json.loads(data[start : start + length])
-        packed = data[start + length : -32]
-        size = header["payload_bytes"]
-        if not (isinstance(size, int) and 0 <= size <= ARTIFACT_MOST) or len(packed) != header["packed_bytes"]:
-            raise bad("its header and its size disagree")
-        reader = zstandard.ZstdDecompressor().stream_reader(packed)
-        payload = reader.read(size + 1)
-        if len(payload) != size:
-            raise bad("its payload has another size than its header says")
-        stored = load_tensors_from_bytes(payload)
-        cfg = Config(**checked(tomllib.loads(header["config"]), str(path)))
-        validate(cfg)
-        named = {}
-        for name, kind in header["tensors"].items():
-            if kind not in ("int8_rows", "plain"):
-                raise bad(f"{name} is stored as {kind!r}, which is unknown")
-            named[name] = (dequantize_rows(stored.pop(f"{name}:q"), stored.pop(f"{name}:scale")) if kind == "int8_rows" else
-                           stored.pop(name))
-        if stored:
-            raise bad(f"its header does not tell of {sorted(stored)[:5]}")
-    except UserError as e:
-        raise (e if str(path) in str(e) else bad(str(e))) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, zstandard.ZstdError, SafetensorError,
-            MemoryError) as e:
-        raise bad(f"{type(e).__name__}: {e}") from e
-    return cfg, named
-
 
 def load_weights(model: nn.Module, named: dict[str, Tensor], where: str) -> None:
     """Strictly: the same names, the same shapes."""
@@ -1850,7 +1802,8 @@ def source_files() -> list[Path]:
     """The project's sources that this process runs, the started script first: they go into the log and are counted."""
     here = Path(__file__).resolve()
     started = Path(sys.argv[0]).resolve()
-    return list(dict.fromkeys(p for p in (started, here) if p.suffix == ".py" and p.parent == here.parent)) or [here]
+    found = (started, here, here.with_name("golf.py"))
+    return list(dict.fromkeys(p for p in found if p.suffix == ".py" and p.parent == here.parent and p.is_file()))
 
 
 ########################################
@@ -1964,7 +1917,9 @@ def open_source(where: str) -> tuple[Config, dict[str, Tensor], Path]:
             raise UserError(f"{where} holds neither an artifact (model.nrx) nor a complete checkpoint (ckpt/*/DONE)")
         path = found[0]
     if path.is_file():
-        return *load_artifact(path), path
+        import golf
+
+        return *golf.load(path), path
     if not (path / "model.safetensors").exists():
         raise UserError(f"{where}: no such run folder, checkpoint or artifact")
     return Config(**read_toml(path / "config.toml")), read_tensors(path / "model.safetensors"), path
@@ -2044,6 +1999,7 @@ def compile_model(model: GPT, cfg: Config):
     for block in model.blocks:
         block.compile(dynamic=False)
     model.losses = torch.compile(model.losses, dynamic=False)
+    model.norm = torch.compile(norm, dynamic=False)
     return model
 
 
@@ -2073,6 +2029,11 @@ def warm_up(p: Parts) -> None:
                 else:
                     with torch.no_grad():
                         p.graph(x, y, shape.repeats, shape.window)
+        if p.cfg.gptq and p.cfg.max_seconds:
+            import golf
+
+            plan.seconds = plan.cfg.max_seconds - run.agree(golf.gptq_seconds(p))
+            run.log(f"gptq: {plan.seconds:.1f} of {plan.cfg.max_seconds:.0f} s are left for steps")
     finally:
         with torch.no_grad():
             p.opt.restore(kept)
@@ -2080,17 +2041,27 @@ def warm_up(p: Parts) -> None:
     run.log(f"warmup:{len(todo)} graphs time:{time.perf_counter() - began:.1f}s")
 
 
+def rounded_weights(p: Parts, step: int, now: Now):
+    """Quantisation-aware training: inside, the model has rounded weights; their gradients are taken for the true ones'."""
+    if not now.qat:
+        return contextlib.nullcontext()
+    import golf
+
+    return golf.rounded(p.model, p.cfg, step)
+
+
 def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
     """One optimizer step; the mean loss over the global batch and the gradient norm, on the device."""
     rows = p.loader.batch(step, now.batch_tokens, now.seq_len)
     size = p.plan.micro_rows(now, p.run.world)
     total = torch.zeros(1, device=p.run.device)
-    for low in range(0, len(rows), size):
-        x, y = tensors(rows[low : low + size], p.run.device)
-        # Summed over tokens and divided by the global count: ranks and micro-batches change the float order alone.
-        loss = p.graph(x, y, now.repeats, now.window).sum() / now.batch_tokens
-        loss.backward()
-        total += loss.detach()
+    with rounded_weights(p, step, now):
+        for low in range(0, len(rows), size):
+            x, y = tensors(rows[low : low + size], p.run.device)
+            # Summed over tokens and divided by the global count: ranks and micro-batches change the float order alone.
+            loss = p.graph(x, y, now.repeats, now.window).sum() / now.batch_tokens
+            loss.backward()
+            total += loss.detach()
     return p.run.sum(total), p.opt.step(now)
 
 
@@ -2161,7 +2132,7 @@ def train_loop(p: Parts, step: int) -> tuple[int, dict]:
             raise
         now = plan.at(step, plan.fraction(step, seconds))
         # A clock cap is a cap: no step is begun that would end behind it.
-        last = step >= cfg.steps or bool(cfg.max_seconds and seconds + took > cfg.max_seconds)
+        last = step >= cfg.steps or bool(cfg.max_seconds and seconds + took > plan.seconds)
         evaluating = last or (cfg.eval_every and step % cfg.eval_every == 0)
         saving = last and cfg.save_last or cfg.save_every and step % cfg.save_every == 0 and step > 0
         if evaluating or saving:
@@ -2188,7 +2159,7 @@ def train_loop(p: Parts, step: int) -> tuple[int, dict]:
 
 
 def finish(p: Parts, step: int, found: dict) -> dict:
-    """After the last step and its evaluation `found`: export, read back, score, compare, sample."""
+    """After the last step and its evaluation `found`: export, read back, score, prove, compare, sample."""
     cfg, run, plan = p.cfg, p.run, p.plan
     now = plan.at(step, plan.fraction(step, run.clock.seconds()))
     if cfg.final_weights not in ["live", *p.avg.ready()]:
@@ -2197,20 +2168,9 @@ def finish(p: Parts, step: int, found: dict) -> dict:
     result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}
     with weights_kept(p.opt.buckets), p.avg.swapped_in(cfg.final_weights):
         if cfg.export:
-            began = time.perf_counter()
-            path = run.folder / "model.nrx"
-            named = {n: t for n, t in p.model.named_parameters()}
-            run.on_main(lambda: export_artifact(path, named, cfg))
-            load_weights(p.model, load_artifact(path)[1], str(path))
-            loss, bpb = evaluate(run, p.graph, p.val, plan.eval_shape(now))
-            code = sum(f.stat().st_size for f in source_files())
-            size = path.stat().st_size
-            result |= {"roundtrip_val_loss": loss, "roundtrip_val_bpb": bpb, "eval_time_s": time.perf_counter() - began,
-                       "artifact_bytes": size, "code_bytes": code, "total_bytes": size + code}
-            run.log(f"final_int8_zstd22_roundtrip val_loss:{loss:.8f}" + (f" val_bpb:{bpb:.8f}" if bpb else ""))
-            over = "OVER the limit of" if size + code > cfg.artifact_limit else "within the limit of"
-            limit = f", {over} {cfg.artifact_limit}" if cfg.artifact_limit else ""
-            run.log(f"artifact: {path} {size} bytes + code {code} bytes = {size + code} bytes{limit}")
+            import golf
+
+            result |= golf.export_and_score(p, now)
         if run.is_main and p.tokenizer and p.val.bytes and p.val.bytes < 8e6:
             result |= compressors_bpb(p.val, p.tokenizer)
             run.log(f"same text: xz -9e {result['xz_bpb']:.4f} bpb, zstd -19 {result['zstd_bpb']:.4f} bpb")
@@ -2388,8 +2348,13 @@ def explain(e: BaseException) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["golf"]:  # golf.py's commands, for a packed source that is one file
+        import golf
+
+        return golf.main(argv[1:])
     try:
-        cfg = parse_args(sys.argv[1:] if argv is None else argv)
+        cfg = parse_args(argv)
         if cfg.dry_run:
             from logs.dry_run import dry_run  # statistics live outside; logs/ is beside this file
 

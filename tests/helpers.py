@@ -62,6 +62,7 @@ def now(**changes) -> tg.Now:
         "lr": 1.0,
         "momentum": 0.95,
         "weight_decay": 1.0,
+        "qat": 0.0,
         "repeats": 1,
         "seq_len": 32,
         "window": 0,

@@ -1,5 +1,6 @@
 """Artifact, averages and checkpoints: what is stored comes back, and what is damaged is refused, never run."""
 
+import hashlib
 import json
 import math
 import pickle
@@ -14,7 +15,10 @@ from helpers import ROOT, alone, build, now, tg, tiny, write_shard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load as load_with_numpy
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+
+import golf
 
 # --- quantiser
 
@@ -37,12 +41,12 @@ def test_quantised_entry_is_off_by_more_than_half_a_scale(rows, cols, data):
     w = torch.tensor(data.draw(st.lists(st.lists(entry, min_size=cols, max_size=cols), min_size=rows, max_size=rows)))
     if data.draw(st.booleans()):
         w = w.bfloat16()
-    q, scale = tg.quantize_rows(w)
+    q, scale = golf.quantize_rows(w)
     assert q.dtype == torch.int8 and scale.dtype == torch.float16 and scale.shape == (rows, 1)
     assert scale.isfinite().all() and (scale > 0).all() and q.abs().max() <= 127
     back, exact = dequantised(q, scale), w.double().numpy()
     assert (np.abs(back - exact) <= scale.double().numpy() / 2 * (1 + 1e-6)).all()
-    assert np.array_equal(tg.dequantize_rows(q, scale).double().numpy(), np.float32(back).astype(np.float64))
+    assert np.array_equal(golf.dequantize_rows(q, scale).double().numpy(), np.float32(back).astype(np.float64))
     assert not back[~exact.any(1)].any(), "a row of zeros must stay one"
     # The largest entry of a row uses the range; fp16 steps of the scale cost at most a level (subnormal ones more).
     big = np.abs(exact).max(1) > 1e-2
@@ -52,24 +56,24 @@ def test_quantised_entry_is_off_by_more_than_half_a_scale(rows, cols, data):
 def test_scale_is_rounded_below_its_row():
     """Tiny rows have fp16 scales of a few bits: rounded down, the largest entries would be cut off."""
     w = torch.linspace(1e-6, 1e-3, 5000)[:, None] * torch.tensor([1.0, -1.0, 0.5])
-    q, scale = tg.quantize_rows(w)
+    q, scale = golf.quantize_rows(w)
     assert (np.abs(dequantised(q, scale) - w.double().numpy()) <= scale.double().numpy() / 2 * (1 + 1e-6)).all()
 
 
 def test_quantiser_mixes_rows_or_matrices():
     w = torch.randn(3, 20, 30, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 4, 60).view(3, 20, 1)
-    q, scale = tg.quantize_rows(w)
+    q, scale = golf.quantize_rows(w)
     assert scale.shape == (3, 20, 1)
     for i in range(3):
         for j in range(20):
-            one = tg.quantize_rows(w[i, j][None])
+            one = golf.quantize_rows(w[i, j][None])
             assert torch.equal(one[0][0], q[i, j]) and torch.equal(one[1][0], scale[i, j])
-    relative = (tg.dequantize_rows(q, scale) - w).norm(dim=-1) / w.norm(dim=-1)
+    relative = (golf.dequantize_rows(q, scale) - w).norm(dim=-1) / w.norm(dim=-1)
     assert relative[scale[..., 0] > 1e-4].max() < 0.01
 
 
 def test_weights_beyond_fp16_become_infinite():
-    q, scale = tg.quantize_rows(torch.tensor([[1e30, -1e30, 0.0]]))
+    q, scale = golf.quantize_rows(torch.tensor([[1e30, -1e30, 0.0]]))
     assert dequantised(q, scale).tolist() == [[127 * 65504.0, -127 * 65504.0, 0.0]]
 
 
@@ -77,8 +81,13 @@ def test_weights_beyond_fp16_become_infinite():
 
 
 def big(**changes) -> tg.Config:
-    """Large enough that some matrices are quantised and some stay as they are."""
-    return tiny(**({"dim": 256, "heads": 4, "depth": 1, "vocab": 300, "head_init": "0.02", "mlp_ratio": 0.5} | changes))
+    """Matrices that are quantised, vectors that stay as they are."""
+    return tiny(**({"dim": 256, "heads": 4, "depth": 1, "vocab": 300, "head_init": "0.02", "mlp_ratio": 0.5,
+                    "block_scales": 1} | changes))
+
+
+def write_artifact(path, named, cfg) -> None:
+    path.write_bytes(golf.smallest(named, cfg)[0])
 
 
 def exported(path, **changes) -> tuple[tg.Config, dict[str, torch.Tensor]]:
@@ -86,7 +95,7 @@ def exported(path, **changes) -> tuple[tg.Config, dict[str, torch.Tensor]]:
     named = {n: p.detach() for n, p in build(cfg).named_parameters()}
     for i, p in enumerate(named.values()):
         p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p.dtype))
-    assert tg.export_artifact(path, named, cfg) == path.stat().st_size
+    write_artifact(path, named, cfg)
     return cfg, named
 
 
@@ -95,10 +104,10 @@ def test_artifact_loads_other_weights_than_were_exported(tmp_path, changes):
     """Read a second time by hand: magic, header, zstd, safetensors, q times scale in numpy."""
     path = tmp_path / "model.nrx"
     cfg, named = exported(path, prompt="é\n🚀", **changes)
-    loaded_cfg, loaded = tg.load_artifact(path)
+    loaded_cfg, loaded = golf.load(path)
     assert loaded_cfg == cfg and loaded.keys() == named.keys()
     data = path.read_bytes()
-    assert data[:8] == b"NANORMX1"
+    assert data[:8] == b"NANORMX2"
     (length,) = struct.unpack("<I", data[8:12])
     header = json.loads(data[12 : 12 + length])
     stored = (
@@ -108,17 +117,17 @@ def test_artifact_loads_other_weights_than_were_exported(tmp_path, changes):
     )
     kinds = set()
     for name, w in named.items():
-        kinds.add(header["tensors"][name])
-        if header["tensors"][name] == "plain":
-            assert w.numel() <= 65536 and torch.equal(loaded[name], w)
+        kinds.add(header["tensors"][name]["kind"])
+        if header["tensors"][name]["kind"] == "plain":
+            assert min(w.shape[-2:]) < 64 and torch.equal(loaded[name], w)
             continue
-        assert w.ndim >= 2 and w.numel() > 65536 and loaded[name].dtype == torch.float32
+        assert w.ndim >= 2 and min(w.shape[-2:]) >= 64 and loaded[name].dtype == torch.float32
         assert ((loaded[name] - w.float()).abs().amax(-1) <= w.float().abs().amax(-1) / 127 * 0.51).all()
         if stored:
             q, scale = stored[f"{name}:q"], stored[f"{name}:scale"]
             assert q.dtype == np.int8 and scale.dtype == np.float16
             assert np.array_equal(loaded[name].numpy(), q.astype(np.float32) * scale.astype(np.float32))
-    assert kinds == {"plain", "int8_rows"}
+    assert kinds == {"plain", "rows"}
     # The model that is read back is the one that was scored.
     model = tg.build_model(loaded_cfg, torch.device("cpu"), torch.float32, 32)
     tg.load_weights(model, loaded, "x")
@@ -138,8 +147,8 @@ def test_weights_of_a_training_run_cannot_be_exported(tmp_path):
     model = build(cfg)
     tg.MuonAdamW(cfg, model, alone())
     named = dict(model.named_parameters())
-    tg.export_artifact(tmp_path / "a", named, cfg)
-    loaded = tg.load_artifact(tmp_path / "a")[1]
+    write_artifact(tmp_path / "a", named, cfg)
+    loaded = golf.load(tmp_path / "a")[1]
     assert torch.equal(loaded["blocks.0.mlp.fc"], model.blocks[0].mlp.fc) and torch.allclose(
         loaded["head"], model.head, atol=1e-3
     )
@@ -156,14 +165,14 @@ def test_artifact_or_checkpoint_is_unpickled(tmp_path, monkeypatch):
     saved = tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 0)
     for target, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(target, name, forbidden)
-    assert tg.load_artifact(tmp_path / "a")[0] == cfg
+    assert golf.load(tmp_path / "a")[0] == cfg
     assert tg.load_checkpoint(saved, run, p.model, p.opt, p.avg, p.loader) == 0
     source = (ROOT / "train_gpt.py").read_text()
     assert not any(word in source for word in ("import pickle", "torch.load(", "allow_pickle", "eval(", "exec("))
     assert not any(f.suffix in (".pt", ".pkl", ".bin") for f in saved.iterdir())
     (tmp_path / "b").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(tg.UserError, match="magic"):
-        tg.load_artifact(tmp_path / "b")
+        golf.load(tmp_path / "b")
 
 
 def test_flipped_byte_or_cut_is_not_noticed(tmp_path):
@@ -187,7 +196,7 @@ def test_flipped_byte_or_cut_is_not_noticed(tmp_path):
             *(rng.randrange(len(whole)) for _ in range(20)),
         )
     ]
-    damaged += [whole + b"\0", whole + whole, whole[1:], b"\0" * 100, b"NANORMX1" * 40]
+    damaged += [whole + b"\0", whole + whole, whole[1:], b"\0" * 100, golf.MAGIC * 40]
     for where in (*range(0, 40), *(rng.randrange(len(whole)) for _ in range(100)), *range(len(whole) - 40, len(whole))):
         flipped = bytearray(whole)
         flipped[where] ^= 1 << rng.randrange(8)
@@ -196,7 +205,7 @@ def test_flipped_byte_or_cut_is_not_noticed(tmp_path):
     for data in damaged:
         bad.write_bytes(data)
         with pytest.raises(tg.UserError, match=r"bad.nrx is no usable artifact.*export it again"):
-            tg.load_artifact(bad)
+            golf.load(bad)
 
 
 def forge(
@@ -212,7 +221,7 @@ def forge(
     (size,) = struct.unpack("<I", data[8:12])
     old, payload = json.loads(data[12 : 12 + size]), zstandard.ZstdDecompressor().decompress(data[12 + size : -32])
     if tensors:
-        stored = tg.load_tensors_from_bytes(payload)
+        stored = load_tensors(payload)
         tensors(stored)
         payload = save_tensors(stored)
         old["payload_bytes"] = len(payload)
@@ -222,9 +231,9 @@ def forge(
     if header:
         new = header(old) or old
     raw = json.dumps(new).encode() if raw_header is None else raw_header
-    body = b"NANORMX1" + struct.pack("<I", len(raw) if length is None else length) + raw + packed
+    body = golf.MAGIC + struct.pack("<I", len(raw) if length is None else length) + raw + packed
     bad = path.with_name("forged.nrx")
-    bad.write_bytes(body + tg.hashlib.sha256(body).digest())
+    bad.write_bytes(body + hashlib.sha256(body).digest())
     return bad
 
 
@@ -256,14 +265,15 @@ FORGED = {
     "size missing": {"header": lambda h: h.pop("payload_bytes") and None},
     "tensors missing": {"header": lambda h: h.pop("tensors") and None},
     "tensors is a list": {"header": setting("tensors", ["head"])},
-    "tensor of unknown kind": {"header": lambda h: h["tensors"].update(head="int4")},
+    "tensor of unknown kind": {"header": lambda h: h["tensors"]["head"].update(kind="int4")},
     "kind is a list": {"header": lambda h: h["tensors"].update(head=[])},
-    "kind swapped": {"header": lambda h: h["tensors"].update(head="plain")},
+    "kind swapped": {"header": lambda h: h["tensors"].update(head={"kind": "plain"})},
     "kind swapped back": {
-        "header": lambda h: h["tensors"].update({"blocks.0.attn.proj": "int8_rows", "blocks.0.mlp.fc": "int8_rows"})
+        "header": lambda h: h["tensors"].update({"blocks.0.mix": {"kind": "rows", "shape": [2, 256], "levels": 127}})
     },
-    "name not stored": {"header": lambda h: h["tensors"].update(more="plain")},
+    "name not stored": {"header": lambda h: h["tensors"].update(more={"kind": "plain"})},
     "tensor not named": {"header": lambda h: h["tensors"].pop("head") and None},
+    "rows of another shape": {"header": lambda h: h["tensors"]["head"].update(shape=[256, 384])},
     "config missing": {"header": lambda h: h.pop("config") and None},
     "config is a number": {"header": setting("config", 5)},
     "config is no toml": {"header": setting("config", "steps = = 3")},
@@ -293,25 +303,25 @@ FORGED = {
 def test_forged_artifact_with_a_valid_checksum_crashes_or_loads(tmp_path, name):
     path = tmp_path / "model.nrx"
     exported(path)
-    tg.load_artifact(forge(path))  # the forger's tools alone do no harm
+    golf.load(forge(path))  # the forger's tools alone do no harm
     with pytest.raises(tg.UserError, match="forged.nrx"):
-        tg.load_artifact(forge(path, **FORGED[name]))
+        golf.load(forge(path, **FORGED[name]))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda t: t.update({"blocks.0.attn.proj": torch.zeros(3, 3)}),
+        lambda t: t.update({"blocks.0.mix": torch.zeros(3, 3)}),
         lambda t: t.update({"head:q": torch.zeros(384, 4, dtype=torch.int8), "head:scale": torch.ones(384, 1).half()}),
         lambda t: t.update({"head:q": torch.zeros(384 * 256, dtype=torch.int8), "head:scale": torch.ones(1).half()}),
-        lambda t: t.update({"blocks.0.attn.proj": torch.zeros(256)}),
+        lambda t: t.update({"blocks.0.mix": torch.zeros(256)}),
     ],
 )
 def test_tensor_of_another_shape_is_stretched_to_fit(tmp_path, change):
     path = tmp_path / "model.nrx"
     cfg, _ = exported(path)
     with pytest.raises(tg.UserError):
-        tg.load_weights(build(cfg), tg.load_artifact(forge(path, tensors=change))[1], "forged.nrx")
+        tg.load_weights(build(cfg), golf.load(forge(path, tensors=change))[1], "forged.nrx")
 
 
 json_values = st.recursive(
@@ -331,10 +341,10 @@ def test_some_header_raises_something_else_than_usererror(tmp_path_factory, key,
     if not path.exists():
         exported(path)
     try:
-        cfg, named = tg.load_artifact(forge(path, header=setting(key, value)))
+        cfg, named = golf.load(forge(path, header=setting(key, value)))
     except tg.UserError:
         return
-    assert isinstance(cfg, tg.Config) and named.keys() == tg.load_artifact(path)[1].keys()
+    assert isinstance(cfg, tg.Config) and named.keys() == golf.load(path)[1].keys()
 
 
 def test_weights_are_loaded_loosely(tmp_path):
@@ -586,7 +596,7 @@ def test_source_is_read_from_the_wrong_place(tmp_path):
     for where in (run.folder, saved):
         cfg, named, path = tg.open_source(str(where))
         assert path == saved and cfg == run.cfg and torch.equal(named["embed"], p.model.embed)
-    tg.export_artifact(run.folder / "model.nrx", named, run.cfg)
+    write_artifact(run.folder / "model.nrx", named, run.cfg)
     for where in (run.folder, run.folder / "model.nrx"):
         assert tg.open_source(str(where))[2] == run.folder / "model.nrx"
 
@@ -665,13 +675,13 @@ def test_greedy_sample_is_not_the_likeliest_token():
 
 
 def test_size_of_the_code_leaves_out_a_file(monkeypatch):
-    """Counted are the files of the project that run: the started script and train_gpt.py."""
-    here = ROOT / "train_gpt.py"
+    """Counted are the files of the project that run: the started script, train_gpt.py and golf.py."""
+    here, golfs = ROOT / "train_gpt.py", ROOT / "golf.py"
     for argv, expected in (
-        ([str(here)], [here]),
-        ([str(ROOT / "pre_pre_train.py")], [ROOT / "pre_pre_train.py", here]),
-        (["/usr/bin/pytest"], [here]),
-        (["-c"], [here]),
+        ([str(here)], [here, golfs]),
+        ([str(ROOT / "pre_pre_train.py")], [ROOT / "pre_pre_train.py", here, golfs]),
+        (["/usr/bin/pytest"], [here, golfs]),
+        (["-c"], [here, golfs]),
     ):
         monkeypatch.setattr(tg.sys, "argv", argv)
         assert tg.source_files() == expected

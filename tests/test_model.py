@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -346,11 +347,37 @@ CASES = [
 def test_blocks_or_bands_differ_from_dense_attention(T, window, G, docs):
     q, k, v, ids = material(T, G=G, docs=docs)
     expected = with_gradients(dense, q, k, v, ids, window, 0.3)
-    for attend in (tg.attend_blocks, bands):
+    bound = 0.3 * float(q.norm(dim=-1).max() * k.norm(dim=-1).max())
+    assert bound < 40
+    for attend in (tg.attend_blocks, partial(tg.attend_blocks, bound=bound), bands):
         if attend is bands and not window:
             continue
         for got, want in zip(with_gradients(attend, q, k, v, ids, window, 0.3), expected):
             assert torch.allclose(got, want, atol=2e-5), (got - want).abs().max()
+
+
+@pytest.mark.parametrize("flags", [{}, {"attn_scale": 0.12}, {"rope": "standard", "rope_dims": 4}, {"q_gain": 9.0},
+                                   {"qk_norm": 0}, {"attn_scale": 30.0}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_exceed_the_bound_that_lets_exp_go_unchecked(flags, dtype):
+    cfg = tiny(**flags)
+    model, largest = build(cfg, dtype=dtype), []
+    attn = model.blocks[0].attn
+
+    class Watching(tg.Seen):
+        def attend(self, q, k, v, scale, bound=math.inf):
+            largest.append((float((q.float() * scale).matmul(k.float().mT).abs().max()), bound))
+            got = super().attend(q, k, v, scale, bound)
+            assert got.isfinite().all()
+            return got
+
+    x = torch.randn(2, 32, cfg.dim).to(dtype) * 100
+    with torch.no_grad():
+        attn.qkv[1].copy_(attn.qkv[0])  # every query meets its own key: the largest scores there are
+        attn(x, (model.cos, model.sin), Watching(None, 0, x), False)
+    (score, bound), = largest
+    assert score <= bound
+    assert (bound == math.inf) == bool(flags.get("q_gain") or flags.get("qk_norm") == 0)
 
 
 @given(st.integers(1, 80), st.integers(1, 90), st.integers(0, 1000))

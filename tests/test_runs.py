@@ -240,7 +240,7 @@ def _copy(source: Path, target: Path) -> Path:
     return target
 
 
-KILLS = [("train_step", "all")] * 5 + [("evaluate", "all")] * 4 + [("export_artifact", "all")] * 2 + [
+KILLS = [("train_step", "all")] * 5 + [("evaluate", "all")] * 4 + [("export_and_score", "all")] * 2 + [
     *[("save_checkpoint", "all")] * 2, *[("save_checkpoint", "files")] * 2, ("save_checkpoint", "rename"),
     ("save_checkpoint", "unlink"), ("warm_up", "all"), ("write_result", "all"), ("prepare_folder", "all")]
 
@@ -890,10 +890,12 @@ def spoken(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def told(server, flags, spoken, tmp_path_factory):
-    """A finished run on text, with everything that a run reports; it was tracked with wandb, offline."""
+    """A finished run on text, with everything that a run does and reports; it was tracked with wandb, offline."""
     folder = tmp_path_factory.mktemp("told")
     argv = flags(data=spoken[0], tokenizer=spoken[0] / "tokenizer.model", vocab=96, doc_token=1, val_tokens=0, steps=30,
-                 eval_every=10, sample_tokens=20, ema=0.9, epochs=0, arm="x", log_dir="results", wandb="nanoremix-test")
+                 eval_every=10, sample_tokens=20, ema=0.9, epochs=0, arm="x", log_dir="results", wandb="nanoremix-test",
+                 dim=64, export="int6 head:8", export_codec="best", artifact_limit=400_000, gptq=2, qat="0:0 0.8:1",
+                 score="ttt mixture sliding", stride=16, prove_bytes=150)
     env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(folder)}
     ended = server.run(*argv, cwd=folder, env=env, full_exit=True)
     succeed(ended)
@@ -908,11 +910,12 @@ def test_result(told, spoken):
                    "wall_time_s eval_time_s artifact_bytes code_bytes total_bytes world_size device torch git "
                    "data_sha256 config_sha256 resumed peak_memory_bytes".split())
     assert expected <= result.keys(), expected - result.keys()
-    assert not {"sliding_val_bpb", "mixed_val_bpb", "ttt_val_bpb"} & result.keys()  # not measured, so not there
+    assert result["proven_bytes"] == 150 and result["artifact_bits"].startswith("int6_head:8_")
+    assert result["sliding_val_bpb"] < result["roundtrip_val_bpb"] and {"mixed_val_bpb", "ttt_val_bpb"} < result.keys()
     assert None not in result.values()
     assert (result["run"], result["arm"], result["steps"], result["tokens"]) == ("tiny", "x", 30, 30 * 256)
     assert result["artifact_bytes"] == (folder / "model.nrx").stat().st_size
-    assert result["code_bytes"] == TRAINER.stat().st_size
+    assert result["code_bytes"] == TRAINER.stat().st_size + TRAINER.with_name("golf.py").stat().st_size
     assert result["total_bytes"] == result["artifact_bytes"] + result["code_bytes"]
     tokens = np.fromfile(spoken[0] / "x_val_000000.bin", dtype="<u2")[512:]
     scored = (len(tokens) - 1) // 32 * 32
