@@ -83,6 +83,7 @@ class Config:
     transfer: str = "all"  # what init_from gives: all, attn, mlp, attn+mlp, or a regular expression over names
     eval_every: int = 125  # steps between evaluations; 0: only at the end
     log_every: int = 1  # steps between training lines in log.txt and metrics.jsonl
+    embed_stats: int = 0  # tokens on which each evaluation takes statistics of logits and embeddings; 0: none
     save_every: int = 0  # steps between checkpoints; 0: only when interrupted
     save_last: int = 1  # 1: keep a checkpoint of the end of training
     keep: int = 2  # newest checkpoints kept
@@ -93,6 +94,7 @@ class Config:
     param_dtype: str = "float32"  # type of the weights and of the optimizer's state; remix trained in bfloat16
     compile: int = 1  # torch.compile before the clock starts: 1: one block, for all; 2: the whole model; 0: eager
     micro_tokens: int = 65536  # tokens in one forward pass of one rank; less saves memory, the result is the same
+    auto_micro: int = 0  # 1: micro_tokens is a ceiling; the most rows below it that divide the batch are taken
     loss_chunk: int = 16384  # tokens whose logits exist at once
     dry_run: bool = False  # print parameters, FLOPs, data, memory, sizes and time of this run, then leave
     json: bool = False  # with dry_run: print one JSON object
@@ -117,12 +119,15 @@ class Config:
     kv_heads: int = 0  # key and value heads; 0: as many as heads
     head_dim: int = 0  # width of a head; 0: dim / heads
     mlp_ratio: float = 4.0  # hidden width of the MLP over dim
-    norm_eps: float = 1e-6  # epsilon of every RMS norm; remix ran at bfloat16's 2^-7 and depends on it
-    qk_norm: int = 1  # 1: RMS norm on queries and keys
+    mlp_multiple: int = 1  # that width is rounded up to a multiple of this
+    norm_eps: float = 1e-6  # epsilon of every norm; remix ran at bfloat16's 2^-7 and depends on it
+    layer_norm: int = 0  # 1: every norm is a LayerNorm with a learned gain (no bias); 0: RMS norm without gain
+    embed_norm: int = 1  # 1: norm behind the embedding
+    qk_norm: int = 1  # 1: norm on queries and keys
     attn_scale: float = 0.0  # factor on attention scores; 0: 1/sqrt(head_dim)
-    rope: str = "truncated"  # truncated (a half of the dims turns, base^-linspace) or standard (base^-(2k/dims))
+    rope: str = "truncated"  # truncated (half of the dims, base^-linspace), standard (base^-(2k/dims)) or interleaved
     rope_base: float = 1024.0  # longest period over 2 pi of the rotary frequencies
-    rope_dims: int = 0  # standard: the first so many dims of a head turn; 0: all
+    rope_dims: int = 0  # standard, interleaved (pairs are neighbours): so many first dims turn; 0: all, -1: half
     activation: str = "relu2"  # of the MLP: relu2, leaky_relu2 (slope 0.5, then squared) or swiglu (two maps in)
     q_gain: float = 0.0  # start of a learned factor per query head, behind the rotation; 0: none
     xsa: int = 0  # exclusive self-attention (no component along the own value) in the last n positions; -1: in all
@@ -142,6 +147,10 @@ class Config:
     head_init: str = "zero"  # head (or tied table) at the start: zero, uniform (1/sqrt(dim)) or a standard deviation
     logit_dim_power: float = 0.0  # logits are multiplied by dim to this power; remix M has -0.5
     softcap: float = 0.0  # logits become cap*tanh(logits/cap); 0: none
+    init: str = "remix"  # initial values: remix, or xavier (normal; embedding 1/sqrt(dim), attn.proj .02/sqrt(2*depth))
+    z_loss: float = 0.0  # weight in the training loss of the mean of log(Z)^2, Z being the sum of softmax; 0: none
+    mu_loss: float = 0.0  # weight in the training loss of |mu|^2, mu being the mean row of the head; 0: none
+    mu_centering: int = 0  # 1: after every step mu is subtracted from every row of the head
     # --- optimizer
     optimizer: str = "muon"  # what updates the matrices of the blocks: muon or adamw
     adamw_matrices: str = ""  # regular expression: these matrices get AdamW although optimizer is muon
@@ -165,6 +174,7 @@ class Config:
     embed_wd: float = 0.0  # decoupled weight decay of embedding, head and tied table
     scalar_wd: float = 0.0  # decoupled weight decay of vectors and scalars
     weight_decay: str = "1"  # [sched] multiplies every weight decay
+    independent_wd: int = 0  # 1: weights shrink by wd a step whatever the learning rate; 0: by lr*wd
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
     # --- averaging
     ema: float = 0.0  # decay per step of an exponential moving average of the weights; 0: none
@@ -201,6 +211,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 FREE_ON_RESUME = {
     *("config", "resume", "log_dir", "log_every", "eval_every", "save_every", "save_last", "keep", "wandb", "device"),
     *("compile", "micro_tokens", "loss_chunk", "dry_run", "json", "prompt", "sample_tokens", "temperature", "top_k"),
+    *("auto_micro", "embed_stats"),
 }
 SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "repeats", "seq_len", "window", "batch_tokens")
 
@@ -287,22 +298,26 @@ def validate(cfg: Config) -> None:
     one_of("device", "auto", "cpu", "cuda")
     one_of("dtype", "auto", "float32", "bfloat16")
     one_of("param_dtype", "float32", "bfloat16")
-    one_of("rope", "truncated", "standard")
+    one_of("rope", "truncated", "standard", "interleaved")
+    one_of("init", "remix", "xavier")
     one_of("activation", "relu2", "leaky_relu2", "swiglu")
     one_of("optimizer", "muon", "adamw")
     one_of("polar", "ns5", "polar_express")
     one_of("final_weights", "live", "ema", "swa")
     one_of("export_codec", "zstd", "brotli", "xz", "entropy", "best")
     for key in ("steps", "depth", "dim", "heads", "micro_tokens", "loss_chunk", "vocab", "keep", "polar_steps",
-                "log_every", "head_multiple"):
+                "log_every", "head_multiple", "mlp_multiple"):
         need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)}: must be at least 1")
     for key in ("seed", "eval_every", "save_every", "epochs", "val_tokens", "max_seconds", "grad_clip", "softcap", "kv_heads",
-                "head_dim", "eval_seq_len", "swa_every", "sample_tokens", "gptq", "artifact_limit", "prove_bytes"):
+                "head_dim", "eval_seq_len", "swa_every", "sample_tokens", "gptq", "artifact_limit", "prove_bytes", "z_loss",
+                "mu_loss", "embed_stats"):
         need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)}: must not be negative")
     need(cfg.vocab <= 65536, f"vocab = {cfg.vocab}: shards hold uint16 tokens, 65536 is the most")
     need(0 <= cfg.doc_token < cfg.vocab, f"doc_token = {cfg.doc_token}: not below vocab = {cfg.vocab}")
     need(cfg.head_dim > 0 or cfg.dim % cfg.heads == 0, f"dim = {cfg.dim} is no multiple of heads = {cfg.heads}")
     need(head_width(cfg) % 4 == 0, f"head_dim = {head_width(cfg)}: rotary embedding needs a multiple of 4")
+    need(cfg.rope_dims in (-1, *range(0, head_width(cfg) + 1, 2)), f"rope_dims = {cfg.rope_dims}: an even number up to "
+         f"head_dim = {head_width(cfg)}, or -1 for half of it")
     need(cfg.heads % (cfg.kv_heads or cfg.heads) == 0, f"heads = {cfg.heads}: no multiple of kv_heads = {cfg.kv_heads}")
     need(cfg.mlp_ratio * cfg.dim >= 1, f"mlp_ratio = {cfg.mlp_ratio}: leaves the MLP no hidden unit")
     need(0 <= cfg.ema < 1, f"ema = {cfg.ema}: a decay per step, 0 <= ema < 1")
@@ -349,6 +364,16 @@ def head_width(cfg: Config) -> int:
     return cfg.head_dim or cfg.dim // cfg.heads
 
 
+def hidden_width(cfg: Config) -> int:
+    """Hidden width of the MLP."""
+    return -(-int(cfg.mlp_ratio * cfg.dim) // cfg.mlp_multiple) * cfg.mlp_multiple
+
+
+def rotary_dims(cfg: Config) -> int:
+    """Dims of a head that turn under rope = standard or interleaved."""
+    return head_width(cfg) // 2 if cfg.rope_dims == -1 else cfg.rope_dims or head_width(cfg)
+
+
 def loop_span(cfg: Config) -> tuple[int, int]:
     """First looped block and the one behind the last; (0, 0) without a loop."""
     if not cfg.loop:
@@ -385,26 +410,27 @@ def config_hash(cfg: Config) -> str:
 class Point(NamedTuple):
     at: float  # where the value holds: a fraction of training, or a step
     in_steps: bool
-    ramp: bool  # reached linearly from the point before
+    ramp: bool  # reached from the point before, linearly
     value: float
+    cosine: bool = False  # or along half a cosine
 
 
 class Schedule:
     """
     A value over training. "3" is constant; "0:1 0.5:2" sets 2 from the middle on; "0.6:1 1>0.1" falls linearly from
-    60 % to the end; "300s>0.95" counts steps. Positions may be fractions such as 1/3. A fraction is step/steps, or
-    elapsed/max_seconds where the clock is capped, whichever is further.
+    60 % to the end, "0.6:1 1~0.1" along half a cosine; "300s>0.95" counts steps. Positions may be fractions such as
+    1/3. A fraction is step/steps, or elapsed/max_seconds where the clock is capped, whichever is further.
     """
 
     def __init__(self, name: str, text: str):
         self.name, self.text, self.points = name, text, []
         for word in text.split():
-            match = re.fullmatch(r"(?:([\d./e+-]+)(s?)([:>]))?([\d./e+-]+)", word)
+            match = re.fullmatch(r"(?:([\d./e+-]+)(s?)([:>~]))?([\d./e+-]+)", word)
             try:
                 at = number(match[1]) if match[1] else 0.0
-                point = Point(at, match[2] == "s", match[3] == ">", number(match[4]))
+                point = Point(at, match[2] == "s", match[3] in (">", "~"), number(match[4]), match[3] == "~")
             except (TypeError, ValueError, ZeroDivisionError):
-                raise self.error(f"{word!r} is neither value, at:value nor at>value") from None
+                raise self.error(f"{word!r} is neither value, at:value, at>value nor at~value") from None
             self.points.append(point)
         if not self.points or self.points[0].at != 0 or self.points[0].ramp:
             raise self.error("must start with a value, or with 0:value")
@@ -430,7 +456,8 @@ class Schedule:
                 continue
             start = last.at if last.in_steps == point.in_steps else 0.0
             if point.ramp and x > start:
-                value += (point.value - value) * (x - start) / (point.at - start)
+                share = (x - start) / (point.at - start)
+                value += (point.value - value) * ((1 - math.cos(math.pi * share)) / 2 if point.cosine else share)
             break
         return value
 
@@ -510,6 +537,9 @@ class Plan:
         """Rows of one forward pass. The batch must divide evenly, or ranks would weigh differently."""
         share = now.batch_tokens // world
         micro = min(self.cfg.micro_tokens, share)
+        if self.cfg.auto_micro:
+            rows, most = share // now.seq_len, micro // now.seq_len
+            micro = now.seq_len * next((m for m in range(most, 0, -1) if rows % m == 0), 0)
         if not micro or now.batch_tokens % (world * micro) or micro % now.seq_len:
             raise UserError(
                 f"batch_tokens = {now.batch_tokens} on {world} ranks does not divide into micro-batches of "
@@ -825,13 +855,18 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
     return F.linear(x, w.to(x.dtype))
 
 
+def normed(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
+    """LayerNorm (Ba et al. 2016) with its gain but no bias, in fp32; the RMS norm where there is no gain."""
+    return norm(x, eps) if gain is None else F.layer_norm(x.float(), x.shape[-1:], gain.float(), None, eps).to(x.dtype)
+
+
 def rope_table(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
     """
     cos and sin [T, K/2] in fp32 for the half-split layout (dim k turns with dim k + K/2).
     truncated: the first K/4 frequencies run base^-linspace(0, 1), the others stand still (modded-nanogpt, @YouJiacheng).
-    standard: base^(-2k/R) on the first R = rope_dims (Su et al. 2021); the other dims are left alone by rotate().
+    standard, interleaved: base^(-2k/R) on the first R = rope_dims (Su et al. 2021); rotate() leaves the others alone.
     """
-    k = head_width(cfg) if cfg.rope == "truncated" else cfg.rope_dims or head_width(cfg)
+    k = head_width(cfg) if cfg.rope == "truncated" else rotary_dims(cfg)
     if cfg.rope == "truncated":
         turning = (1 / cfg.rope_base) ** torch.linspace(0, 1, k // 4, dtype=torch.float32)
         freqs = torch.cat([turning, turning.new_zeros(k // 4)])
@@ -848,6 +883,11 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[: x_BTHK.size(1), None], sin[: x_BTHK.size(1), None]
     turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x_BTHK.dtype)
     return torch.cat([turned, still], dim=-1) if still.size(-1) else turned
+
+
+def half_split(x_BTHK: Tensor, dims: int) -> Tensor:
+    """Neighbours (2k, 2k + 1) of the first dims -> rotate()'s pairs. Of q and k alike: their products see no order."""
+    return torch.cat([x_BTHK[..., 1:dims:2], x_BTHK[..., 0:dims:2], x_BTHK[..., dims:]], dim=-1)
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | None, window: int) -> Tensor:
@@ -940,7 +980,7 @@ class Attention(nn.Module):
         self.eps, self.qk_norm = cfg.norm_eps, bool(cfg.qk_norm)
         self.scale = cfg.attn_scale or self.head_dim**-0.5
         # Normed queries and keys have length sqrt(K) at most, and rotation keeps it (1 %: rounding in bfloat16).
-        self.bound = 1.01 * self.head_dim * self.scale if cfg.qk_norm and not cfg.q_gain else math.inf
+        self.bound = 1.01 * self.head_dim * self.scale if cfg.qk_norm and not (cfg.q_gain or cfg.layer_norm) else math.inf
         inner, inner_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         if inner == inner_kv:
             self.qkv = nn.Parameter(torch.empty(3, inner, cfg.dim))  # three matrices: Muon treats each by itself
@@ -949,6 +989,8 @@ class Attention(nn.Module):
             self.kv = nn.Parameter(torch.empty(2, inner_kv, cfg.dim))
         self.proj = nn.Parameter(torch.empty(cfg.dim, inner))
         self.q_gain = nn.Parameter(torch.empty(cfg.heads)) if cfg.q_gain else None
+        self.qk_gains = nn.Parameter(torch.empty(2, self.head_dim)) if cfg.layer_norm and cfg.qk_norm else None
+        self.neighbours = rotary_dims(cfg) if cfg.rope == "interleaved" else 0
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], seen: "Seen", xsa: bool) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -959,7 +1001,10 @@ class Attention(nn.Module):
             qkv = torch.cat([q, kv], dim=-1).view(B, T, -1, self.head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.qk_norm:
-            q, k = norm(q, self.eps), norm(k, self.eps)
+            q_scale, k_scale = self.qk_gains if self.qk_gains is not None else (None, None)
+            q, k = normed(q, self.eps, q_scale), normed(k, self.eps, k_scale)
+        if self.neighbours:
+            q, k = half_split(q, self.neighbours), half_split(k, self.neighbours)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if self.q_gain is not None:
             q = q * self.q_gain[:, None].to(q.dtype)
@@ -977,7 +1022,7 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        hidden = int(cfg.mlp_ratio * cfg.dim)
+        hidden = hidden_width(cfg)
         self.gated = cfg.activation == "swiglu"
         # Gated: the gate's matrix and the other one, a stack of two as q, k, v are one of three.
         self.fc = nn.Parameter(torch.empty(*([2] if self.gated else []), hidden, cfg.dim))
@@ -1002,6 +1047,7 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg), MLP(cfg)
         self.mix = nn.Parameter(torch.empty(2, cfg.dim)) if cfg.block_scales else None
         self.scales = nn.Parameter(torch.empty(2, cfg.dim)) if cfg.block_scales else None
+        self.gains = nn.Parameter(torch.empty(2, cfg.dim)) if cfg.layer_norm else None
 
     def forward(self, x: Tensor, x0: Tensor, added: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor], seen: "Seen",
                 xsa: bool, shrink: Tensor | None) -> Tensor:
@@ -1009,18 +1055,20 @@ class Block(nn.Module):
         x and the embedding x0 [B, T, D]; `added`: pairs of a learned vector [D] and what it scales; shrink: what the
         normed inputs of both branches are multiplied with.
         """
-        def normed(x: Tensor) -> Tensor:
-            return norm(x, self.eps) if shrink is None else norm(x, self.eps) * shrink.to(x.dtype)
+        def branch(x: Tensor, gain: Tensor | None) -> Tensor:
+            x = normed(x, self.eps, gain)
+            return x if shrink is None else x * shrink.to(x.dtype)
 
         for scale, term in added:
             x = x + scale.to(x.dtype) * term
+        first, second = self.gains if self.gains is not None else (None, None)
         if self.mix is None:
-            x = x + self.attn(normed(x), rope, seen, xsa)
-            return x + self.mlp(normed(x))
+            x = x + self.attn(branch(x, first), rope, seen, xsa)
+            return x + self.mlp(branch(x, second))
         mix, scales = self.mix.to(x.dtype), self.scales.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + scales[0] * self.attn(normed(x), rope, seen, xsa)
-        return x + scales[1] * self.mlp(normed(x))
+        x = x + scales[0] * self.attn(branch(x, first), rope, seen, xsa)
+        return x + scales[1] * self.mlp(branch(x, second))
 
 
 class Seen:
@@ -1060,6 +1108,7 @@ class GPT(nn.Module):
         self.head = nn.Parameter(torch.empty(self.head_rows, cfg.dim))
         self.embed = None if cfg.tie_embed else nn.Parameter(torch.empty(cfg.vocab, cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.final_gain = nn.Parameter(torch.empty(cfg.dim)) if cfg.layer_norm else None
         # What belongs to a position and not to a block is there for the deepest order; shallower phases use a prefix.
         repeats = int(max(Schedule("repeats", cfg.repeats).values()))
         positions, (low, high) = len(layer_order(cfg, repeats)), loop_span(cfg)
@@ -1084,7 +1133,8 @@ class GPT(nn.Module):
         cfg = self.cfg
         docs = (tokens_BT == cfg.doc_token).cumsum(1, dtype=torch.int32) if cfg.doc_mask else None
         table = self.head if self.embed is None else self.embed
-        x = x0 = self.norm(F.embedding(tokens_BT, table).to(self.dtype), cfg.norm_eps)
+        x = F.embedding(tokens_BT, table).to(self.dtype)
+        x = x0 = self.norm(x, cfg.norm_eps) if cfg.embed_norm else x
         first = cache.size if cache else 0
         seen, rope = cache.seen(docs) if cache else Seen(docs, window, x), (self.cos[first:], self.sin[first:])
         values = [F.embedding(tokens_BT, t).to(self.dtype) for t in self.value_embeds] if cfg.value_embeds else []
@@ -1107,7 +1157,7 @@ class GPT(nn.Module):
             before[block] = x
             if cfg.unet and position < len(order) // 2:
                 stack.append(x)
-        return self.norm(x, cfg.norm_eps)
+        return self.norm(x, cfg.norm_eps) if self.final_gain is None else normed(x, cfg.norm_eps, self.final_gain)
 
     def logits(self, x: Tensor) -> Tensor:
         """activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple."""
@@ -1117,26 +1167,29 @@ class GPT(nn.Module):
         # Remix M's 30*sigmoid(z/7.5) is 15 + 15*tanh(z/15): a cap of 15, and softmax does not see the shift.
         return self.cfg.softcap * torch.tanh(z / self.cfg.softcap) if self.cfg.softcap else z
 
-    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats of each target; 0 where the target is -1."""
-        return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="none")
+    def losses(self, x: Tensor, targets: Tensor, log_z: bool = False) -> Tensor:
+        """Cross-entropy in nats of each target; 0 where the target is -1. With log_z [2, N]: and each log(sum(exp(logits)))."""
+        logits = self.logits(x)
+        losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+        return torch.stack([losses, logits.logsumexp(-1)]) if log_z else losses
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, repeats: int = 1, window: int = 0) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, repeats: int = 1, window: int = 0, log_z: bool = False) -> Tensor:
         """
-        Losses [B*T] of all targets, in nats. Logits exist for loss_chunk tokens at a time; with more than one chunk
-        they are computed again in the backward pass instead of being kept.
+        Losses [B*T] of all targets, in nats; with log_z [2, B*T], as losses() has it. Logits exist for loss_chunk tokens
+        at a time; with more than one chunk they are computed again in the backward pass instead of being kept.
         """
         x, targets = self.hidden(tokens_BT, repeats, window).flatten(0, 1), targets_BT.flatten()
         if len(targets) <= self.cfg.loss_chunk:
-            return self.losses(x, targets)
+            return self.losses(x, targets, log_z)
         chunks = zip(x.split(self.cfg.loss_chunk), targets.split(self.cfg.loss_chunk))
-        return torch.cat([torch.utils.checkpoint.checkpoint(self.losses, *c, use_reentrant=False) for c in chunks])
+        return torch.cat([torch.utils.checkpoint.checkpoint(self.losses, *c, log_z, use_reentrant=False) for c in chunks], -1)
 
 
 def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
     """
     Initial value of one parameter in fp32, drawn from its own generator: a flag that adds a parameter does not change
     the others. Remix (modded-nanogpt): q, k, v uniform with std 0.5/sqrt(D), fc uniform +-1/sqrt(D), outputs zero.
+    Xavier: normal with variance 2/(fan in + fan out), q, k and v being one map, as in Wortsman et al. 2023.
     """
     seed = int.from_bytes(hashlib.sha256(f"{cfg.seed} {name}".encode()).digest()[:8]) >> 1
     rng = torch.Generator().manual_seed(seed)
@@ -1145,13 +1198,20 @@ def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
         return torch.rand(p.shape, generator=rng) * (2 * bound) - bound
 
     leaf = name.split(".")[-1]
-    starts = {"scales": 1.0, "skips": 1.0, "q_gain": cfg.q_gain, "loop_embed": 0.0, "value_scales": 0.0, "cross_scales": 0.0}
+    starts = {"scales": 1.0, "skips": 1.0, "q_gain": cfg.q_gain, "loop_embed": 0.0, "value_scales": 0.0, "cross_scales": 0.0,
+              "gains": 1.0, "qk_gains": 1.0, "final_gain": 1.0}
     if leaf in starts:
         return torch.full(p.shape, starts[leaf])
     if leaf == "mix":
         return torch.stack([torch.ones(cfg.dim), torch.zeros(cfg.dim)])
     if leaf == "value_embeds":
         return torch.randn(p.shape, generator=rng)
+    if cfg.init == "xavier" and leaf in {*MATRICES, "embed", "head"}:
+        fan_out = p.numel() // p.shape[-1] if leaf in ("qkv", "kv") else p.shape[-2]
+        std = (2 / (p.shape[-1] + fan_out)) ** 0.5
+        if leaf == "embed" or name.endswith("attn.proj"):
+            std = cfg.dim**-0.5 if leaf == "embed" else 0.02 / (2 * cfg.depth) ** 0.5
+        return torch.randn(p.shape, generator=rng) * std
     if leaf in ("qkv", "q", "kv"):
         return uniform(3**0.5 * 0.5 * cfg.dim**-0.5)
     if leaf == "fc":
@@ -1379,7 +1439,7 @@ class MuonAdamW:
             return torch.tensor(x, dtype=torch.float32, device=b.weights.device)
 
         lr = b.lr * now.lr
-        decay = scalar(lr * b.wd * now.weight_decay)
+        decay = scalar((1.0 if self.cfg.independent_wd else lr) * b.wd * now.weight_decay)
         if b.kind == "muon":
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
             self.muon(b.shard, b.grad_shard, b.state["momentum"], b.state.get("second"), scalar(lr), scalar(now.momentum),
@@ -1981,12 +2041,31 @@ def build(cfg: Config, run: Run) -> Parts:
         run.log(f"notice: no bits per byte and no samples: {e}")
     val = Validation(cfg, plan, tokenizer)
     model = build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
-    if cfg.tie_embed and cfg.head_init == "zero":
+    for line in centering_notices(cfg):
+        run.log(f"notice: {line}")
+    if cfg.tie_embed and cfg.head_init == "zero" and cfg.init == "remix":
         run.log("notice: a tied table cannot start at zero, as it is the input too: it starts uniform in +-1/sqrt(dim)")
     if cfg.init_from:
         transfer_weights(model, cfg, run)
     opt = MuonAdamW(cfg, model, run)
     return Parts(cfg, run, plan, model, compile_model(model, cfg), opt, Averages(cfg, opt), loader, val, tokenizer)
+
+
+def centering_notices(cfg: Config) -> list[str]:
+    """What theory says of centering's assumptions under this configuration; logs/embeddings.py explain shows each."""
+    on = [k for k in ("mu_centering", "mu_loss", "z_loss") if getattr(cfg, k)]
+    lines, names = [], " and ".join(on)
+    moved = [k for k in on if k != "z_loss"]
+    if moved and cfg.tie_embed:
+        lines.append(f"{' and '.join(moved)} with a tied table: the input embeddings are shifted as well, so the loss is "
+                     "changed and not only the mean logit")
+    if on and cfg.softcap:
+        lines.append(f"{names} with softcap = {cfg.softcap:g}: capped logits are not free to shift, so a common offset costs "
+                     "loss and centering changes it; log(Z) is at most softcap + ln(vocab) anyway")
+    if moved and cfg.optimizer == "muon":
+        lines.append(f"{' and '.join(moved)} with Muon on the blocks: they do not see mu; the head stays AdamW's, whose steps "
+                     "move mu (a polar factor has column sums of zero and would not)")
+    return lines
 
 
 def compile_model(model: GPT, cfg: Config):
@@ -2024,7 +2103,7 @@ def warm_up(p: Parts) -> None:
                 rows = torch.randint(p.cfg.vocab, (shape.rows, shape.seq_len + 1), device=run.device)
                 x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
                 if training:
-                    p.graph(x, y, shape.repeats, shape.window).mean().backward()
+                    loss_terms(p, x, y, shape.repeats, shape.window).sum().backward()
                     p.opt.step(plan.at(0, 0.0))
                 else:
                     with torch.no_grad():
@@ -2050,19 +2129,58 @@ def rounded_weights(p: Parts, step: int, now: Now):
     return golf.rounded(p.model, p.cfg, step)
 
 
+def extra_terms(cfg: Config) -> list[str]:
+    """Names of what is added to the cross-entropy in training."""
+    return [name for name in ("z_loss", "mu_loss") if getattr(cfg, name)]
+
+
+def loss_terms(p: Parts, x: Tensor, y: Tensor, repeats: int, window: int) -> Tensor:
+    """Sums over the tokens of a micro-batch: cross-entropy and, where it is on, weighted z-loss; [1] or [2]."""
+    if not p.cfg.z_loss:
+        return p.graph(x, y, repeats, window).sum().view(1)
+    losses, log_z = p.graph(x, y, repeats, window, True)
+    return torch.stack([losses.sum(), p.cfg.z_loss * log_z.square().sum()])
+
+
+@torch.no_grad()
+def add_mu_loss(head: nn.Parameter, weight: float, world: int) -> Tensor:
+    """
+    weight * |mu|^2 [1], mu being the mean row of the head [V, D], and its gradient: 2 * weight * mu / V in every row.
+    Once a step on every rank, whose gradients are summed, and not in every micro-batch.
+    """
+    mu = head.float().mean(0)
+    head.grad.add_((2 * weight / (len(head) * world) * mu).to(head.grad.dtype))
+    return weight * mu.square().sum().view(1)
+
+
+@torch.no_grad()
+def center(head: Tensor) -> None:
+    """Subtract the mean row: logits of a token then have the mean 0. Every rank does the same on its own copy."""
+    head.sub_(head.float().mean(0).to(head.dtype))
+
+
 def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
-    """One optimizer step; the mean loss over the global batch and the gradient norm, on the device."""
+    """
+    One optimizer step; on the device: the mean cross-entropy over the global batch, behind it the extra_terms that were
+    added to it, and the gradient norm.
+    """
     rows = p.loader.batch(step, now.batch_tokens, now.seq_len)
     size = p.plan.micro_rows(now, p.run.world)
-    total = torch.zeros(1, device=p.run.device)
+    total = torch.zeros(1 + bool(p.cfg.z_loss), device=p.run.device)
     with rounded_weights(p, step, now):
         for low in range(0, len(rows), size):
             x, y = tensors(rows[low : low + size], p.run.device)
             # Summed over tokens and divided by the global count: ranks and micro-batches change the float order alone.
-            loss = p.graph(x, y, now.repeats, now.window).sum() / now.batch_tokens
-            loss.backward()
-            total += loss.detach()
-    return p.run.sum(total), p.opt.step(now)
+            terms = loss_terms(p, x, y, now.repeats, now.window) / now.batch_tokens
+            terms.sum().backward()
+            total += terms.detach()
+    total = p.run.sum(total)
+    if p.cfg.mu_loss:
+        total = torch.cat([total, add_mu_loss(p.model.head, p.cfg.mu_loss, p.run.world)])
+    size = p.opt.step(now)
+    if p.cfg.mu_centering:
+        center(p.model.head)
+    return total, size
 
 
 def validate_all(p: Parts, step: int, now: Now) -> dict:
@@ -2080,6 +2198,10 @@ def validate_all(p: Parts, step: int, now: Now) -> dict:
     if more:
         run.log(f"  at:{step} " + " ".join(f"{k}:{v:.5f}" for k, v in more.items()))
     found["eval_time_s"] = time.perf_counter() - began
+    if p.cfg.embed_stats:
+        from logs.embeddings import during_training  # statistics live outside; logs/ is beside this file
+
+        found |= run.on_main(lambda: during_training(p, now))
     run.metric("val", step, steps=p.cfg.steps, **found, train_time_ms=ms, wall_time_s=run.wall())
     if not math.isfinite(found["val_loss"]):
         raise UserError(f"step {step}: the validation loss is {found['val_loss']} although training is finite: compare with "
@@ -2089,7 +2211,8 @@ def validate_all(p: Parts, step: int, now: Now) -> dict:
 
 def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds: float) -> None:
     """Read the numbers of a finished step (this waits for the device), stop if they are not finite, write the lines."""
-    loss, size, run, cfg = float(loss), float(size), p.run, p.cfg
+    (loss, *extra), size, run, cfg = loss.tolist(), float(size), p.run, p.cfg
+    terms = dict(zip(extra_terms(cfg), extra))
     if not (math.isfinite(loss) and math.isfinite(size)):
         good = checkpoints(run.folder)
         raise UserError(
@@ -2100,11 +2223,12 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
         elapsed = run.clock.seconds()
         run.log(f"step:{step}/{cfg.steps} train_time:{elapsed * 1000:.0f}ms step_avg:{elapsed * 1000 / step:.2f}ms",
                 console=False)
-        run.metric("train", step, train_loss=loss, grad_norm=size, tok_s=now.batch_tokens / seconds, **now._asdict(),
+        run.metric("train", step, train_loss=loss, **terms, grad_norm=size, tok_s=now.batch_tokens / seconds, **now._asdict(),
                    train_time_ms=elapsed * 1000)
         fraction = p.plan.fraction(step, elapsed)
         eta = elapsed * (1 - fraction) / max(fraction, 1e-9)
-        run.live(f"step:{step}/{cfg.steps} train_loss:{loss:.4f} lr:{now.lr:.3g} {now.batch_tokens / seconds:,.0f} tok/s "
+        more = "".join(f"{k}:{v:.4g} " for k, v in terms.items())
+        run.live(f"step:{step}/{cfg.steps} train_loss:{loss:.4f} {more}lr:{now.lr:.3g} {now.batch_tokens / seconds:,.0f} tok/s "
                  f"{100 * fraction:.1f}% eta:{int(eta // 60)}m{int(eta % 60):02d}s")
 
 

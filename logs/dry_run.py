@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from train_gpt import Config, Plan, build_model, head_width, layer_order, param_buckets
+from train_gpt import Config, Plan, build_model, head_width, hidden_width, layer_order, param_buckets
 
 H100_FLOPS, ASSUMED_MFU = 989e12, 0.40  # dense bf16 peak of one H100, and the share of it that dry_run reckons with
 
@@ -45,7 +45,7 @@ def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: in
     inner = head_width(cfg) * (2 * cfg.heads + 2 * (cfg.kv_heads or cfg.heads))
     depth = max(len(layer_order(cfg, n.repeats)) for n in plan.moments())
     tokens = max(s.rows * s.seq_len for s in plan.train_shapes(world))
-    hidden = int(cfg.mlp_ratio * cfg.dim) * (3 if cfg.activation == "swiglu" else 1)  # gate, other half, their product
+    hidden = hidden_width(cfg) * (3 if cfg.activation == "swiglu" else 1)  # gate, other half, their product
     activations = 2 * tokens * depth * (2 * cfg.dim + inner + hidden)
     logits = 3 * 4 * min(tokens, cfg.loss_chunk) * cfg.vocab
     return 2 * fixed + activations + logits

@@ -1,0 +1,318 @@
+"""Output-embedding centering: the model family to the last parameter, the three methods, their statistics and tables."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import alone, build, now, random_tokens, tg, tiny
+
+SCALES = ("16m", "29m", "57m", "109m", "221m")
+FAMILY = {"layer_norm": 1, "embed_norm": 0, "activation": "swiglu", "rope": "interleaved", "rope_dims": -1, "init": "xavier",
+          "optimizer": "adamw", "rope_base": 10000.0, "norm_eps": 1e-5}
+
+
+def preset(name: str, *flags: str) -> tg.Config:
+    return tg.parse_args(["--config", name, *flags])
+
+
+def parts(tmp_path, **changes) -> tg.Parts:
+    """Everything that train_step needs, on a little shard of random tokens."""
+    import numpy as np
+    from helpers import write_shard
+
+    if not list(tmp_path.glob("*.bin")):
+        rng = np.random.default_rng(0)
+        for split in ("train", "val"):
+            write_shard(tmp_path / f"x_{split}_0.bin", rng.integers(1, 96, 4097))
+    cfg = tiny(data=str(tmp_path), epochs=0, **(FAMILY | changes))
+    tg.validate(cfg)
+    return tg.build(cfg, tg.Run(cfg))
+
+
+# --- the model family
+
+
+@pytest.mark.parametrize(
+    "name, count, width",
+    [
+        ("16m", 26_840_576, 768),
+        ("29m", 44_735_840, 1024),
+        ("57m", 81_484_320, 1280),
+        ("109m", 140_599_360, 1792),
+        ("221m", 262_663_648, 2304),
+    ],
+)
+def test_parameter_count_of_a_scale_is_off(name, count, width):
+    cfg = preset(f"centering_{name}")
+    model = tg.build_model(cfg, torch.device("meta"), torch.float32, 8)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert tg.hidden_width(cfg) == width and tg.rotary_dims(cfg) == cfg.dim // 8
+    tied = tg.build_model(preset(f"centering_{name}", "--tie_embed", "1"), torch.device("meta"), torch.float32, 8)
+    assert round(sum(p.numel() for p in tied.parameters()) / 1e6) in (int(name[:-1]), int(name[:-1]) - 1)  # its name
+
+
+def test_initial_values_are_not_xavier():
+    """At d = 224 with the full head; the specs give the standard deviations of all but the input of the other half."""
+    cfg = preset("centering_16m", "--depth", "6")
+    p = {n: tg.initial_value(n, t, cfg) for n, t in
+         tg.build_model(cfg, torch.device("meta"), torch.float32, 8).named_parameters() if ".1." in n or "blocks" not in n}
+    expected = {"head": 0.00629, "embed": 0.0668, "blocks.1.attn.qkv": 0.0472, "blocks.1.mlp.fc": 0.0449,
+                "blocks.1.mlp.proj": 0.0449, "blocks.1.attn.proj": 0.00577}
+    for name, std in expected.items():
+        assert p[name].std().item() == pytest.approx(std, rel=0.006), name
+        assert p[name].abs().max() > 3.5 * std, f"{name} is not normal"
+    for name in p.keys() - expected.keys():
+        assert torch.equal(p[name], torch.ones_like(p[name])), name
+
+
+@pytest.mark.parametrize("step, rate", [(0, 5.9988e-5), (4999, 0.29994), (5000, 0.3), (52500, 0.150005), (100000, 1e-5)])
+def test_learning_rate_differs_from_the_original(step, rate):
+    cfg = preset("centering_16m", "--lr", f"0:1/5001 0.05>1 1~{1e-5 / 0.3}")
+    assert 0.3 * tg.Plan(cfg).at(step, step / cfg.steps).lr == pytest.approx(rate, rel=1e-4)
+
+
+def test_learning_rates_do_not_sum_to_the_published_total():
+    cfg = preset("centering_16m", "--lr", "0:1/5001 0.05>1 1~0.0001")
+    sched = tg.Schedule("lr", cfg.lr)
+    assert 0.1 * sum(sched.at(s, s / 100000) for s in range(100000)) == pytest.approx(5000.5, abs=0.05)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_preset_departs_from_the_original(name):
+    cfg = preset(f"centering_{name}")
+    assert cfg.adamw_lr == cfg.embed_lr == cfg.head_lr == cfg.scalar_lr == cfg.tied_lr
+    assert cfg.adamw_lr * tg.Schedule("lr", cfg.lr).at(100000, 1.0) == pytest.approx(1e-5)
+    assert tg.Plan(cfg).tokens() == 13_107_200_000 and cfg.steps == 100_000
+    assert (cfg.beta1, cfg.beta2, cfg.adam_eps, cfg.grad_clip) == (0.9, 0.95, 1e-8, 1.0)
+    assert {cfg.matrix_wd, cfg.embed_wd, cfg.scalar_wd, cfg.tie_embed, cfg.mu_loss, cfg.z_loss, cfg.mu_centering} == {0}
+
+
+@pytest.mark.parametrize(
+    "batch, most, micro", [(64, 48, 16), (64, 24, 16), (64, 16, 16), (256, 48, 32), (48, 12, 12), (96, 20, 12)]
+)
+def test_automatic_micro_batch_differs_from_the_original(batch, most, micro):
+    """On 4 GPUs, in rows of 2,048."""
+    cfg = preset("centering_16m", "--batch_tokens", str(batch * 2048), "--micro_tokens", str(most * 2048))
+    plan = tg.Plan(cfg)
+    assert plan.micro_rows(plan.moments()[0], 4) == micro
+
+
+def test_automatic_micro_batch_hides_a_batch_that_does_not_divide():
+    cfg = preset("centering_16m", "--batch_tokens", str(3 * 2048))
+    with pytest.raises(tg.UserError, match="does not divide"):
+        tg.Plan(cfg).train_shapes(4)
+
+
+def textbook(model: tg.GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """The family in other words: complex rotation of neighbours, SDPA, nn.functional throughout. [B, T, D]"""
+    cfg, w = model.cfg, {n: p.detach() for n, p in model.named_parameters()}
+    B, T = tokens.shape
+    H, K = cfg.heads, cfg.dim // cfg.heads
+    R = K // 2
+    ln = lambda x, g: F.layer_norm(x, x.shape[-1:], g, None, 1e-5)
+    angles = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, R, 2) / R))
+    turn = torch.polar(torch.ones_like(angles), angles)[None, :, None]
+
+    def rotary(x):
+        pairs = torch.view_as_complex(x[..., :R].unflatten(-1, (-1, 2)).contiguous()) * turn
+        return torch.cat([torch.view_as_real(pairs).flatten(-2), x[..., R:]], -1)
+
+    x = w["embed"][tokens]
+    for i in range(cfg.depth):
+        b = lambda leaf: w[f"blocks.{i}.{leaf}"]  # noqa: B023
+        q, k, v = (ln(x, b("gains")[0]) @ b("attn.qkv").flatten(0, 1).T).view(B, T, 3, H, K).unbind(2)
+        q, k = rotary(ln(q, b("attn.qk_gains")[0])), rotary(ln(k, b("attn.qk_gains")[1]))
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+        x = x + y.transpose(1, 2).flatten(2) @ b("attn.proj").T
+        h = ln(x, b("gains")[1])
+        x = x + (F.silu(h @ b("mlp.fc")[0].T) * (h @ b("mlp.fc")[1].T)) @ b("mlp.proj").T
+    return ln(x, w["final_gain"])
+
+
+def test_family_differs_from_the_textbook():
+    """LayerNorm and its gains, also before the rotation of q and k, half of each head turning, SwiGLU."""
+    cfg = tiny(**FAMILY, doc_mask=0)
+    model = build(cfg)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "gain" in name:  # large ones, so that scores get large as well
+                p.copy_(3 * torch.randn(p.shape, generator=rng))
+            elif name.endswith("attn.proj"):
+                p.mul_(50)
+    x, _ = random_tokens(cfg, 3, 32)
+    assert torch.allclose(model.hidden(x, 1, 0), textbook(model, x), atol=2e-5)
+
+
+def test_half_of_a_head_that_should_stand_still_turns():
+    cfg = tiny(**FAMILY)
+    rng = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 32, 2, 16, generator=rng).unbind(0)
+    turned = tg.rotate(tg.half_split(q, 8), *tg.rope_table(cfg, 32))
+    assert torch.equal(turned[..., 8:], q[..., 8:]) and not torch.allclose(turned[:, 1:, :, :8], q[:, 1:, :, :8])
+    same = lambda x: tg.rotate(tg.half_split(x[:, :1].expand(-1, 32, -1, -1), 8), *tg.rope_table(cfg, 32))
+    scores = torch.einsum("bthk,bshk->bhts", same(q), same(k))
+    for h in range(2):  # of one vector everywhere, products depend on the distance alone
+        assert torch.allclose(scores[0, h, 1:, 1:], scores[0, h, :-1, :-1], atol=1e-4)
+
+
+def test_gains_are_decayed_or_updated_by_muon():
+    cfg = tiny(**FAMILY | {"optimizer": "muon"}, matrix_wd=0.1, embed_wd=0.1)
+    for b in tg.param_buckets(cfg, build(cfg), alone()):
+        gains = ["gain" in name for name in b.params]
+        assert all(gains) and b.kind == "adamw" and b.wd == 0 or not any(gains)
+
+
+def test_independent_decay_follows_the_learning_rate():
+    for lr in (1.0, 0.01, 0.0):
+        cfg = tiny(**FAMILY, matrix_wd=1e-2, embed_wd=1e-2, scalar_wd=0.0, independent_wd=1)
+        model = build(cfg)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        tg.MuonAdamW(cfg, model, alone()).step(now(lr=lr))  # no gradient: nothing but decay
+        for name, p in model.named_parameters():
+            assert torch.allclose(p, before[name] * (1 if "gain" in name else 1 - 1e-2), atol=1e-7), (lr, name)
+
+
+@pytest.mark.parametrize("changes", [{"rope_dims": 7}, {"rope_dims": 18}, {"rope_dims": -2}], ids=str)
+def test_impossible_rotary_dims_pass(changes):
+    with pytest.raises(tg.UserError, match="rope_dims"):
+        tg.validate(tiny(**changes))
+
+
+def test_cosine_is_not_half_a_cosine():
+    sched = tg.Schedule("lr", "0:1 0.2>3 1~1")
+    assert [sched.at(0, f) for f in (0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([1, 2, 3, 2, 1])
+    assert sched.at(0, 0.4) == pytest.approx(2 + math.cos(math.pi / 4))
+    with pytest.raises(tg.UserError, match="window"):
+        tg.Schedule("window", "1 1~2").require_plateaus(1)
+
+
+# --- the three methods
+
+
+def shifted(seed: int = 0):
+    """Hidden states, a head with a mean row, targets, in fp64."""
+    rng = torch.Generator().manual_seed(seed)
+    x, e = (torch.randn(n, 8, generator=rng, dtype=torch.float64) for n in (50, 300))
+    return x, e + 3, torch.randint(300, (50,), generator=rng)
+
+
+def test_centering_changes_the_loss_or_leaves_a_mean():
+    x, e, y = shifted()
+    mu = e.mean(0)
+    assert torch.allclose((x @ e.T).mean(-1), x @ mu)  # the mean logit is mu . h
+    centred = e.float()
+    tg.center(centred)
+    assert centred.mean(0).abs().max() < 1e-6 and torch.allclose(centred.double(), e - mu, atol=1e-6)
+    assert torch.allclose(F.cross_entropy(x @ e.T, y), F.cross_entropy(x @ centred.double().T, y), atol=1e-6)
+    once = centred.clone()
+    tg.center(centred)
+    assert torch.allclose(once, centred, atol=1e-6)
+
+
+def test_mu_loss_has_another_gradient_than_autograd():
+    head = torch.nn.Parameter(shifted()[1].float())
+    judged = head.detach().clone().double().requires_grad_()
+    (1000 * judged.mean(0).square().sum()).backward()
+    head.grad = torch.zeros_like(head)
+    value = sum(tg.add_mu_loss(head, 1000.0, 4) for _ in range(4)) / 4  # four ranks, whose gradients are summed
+    assert torch.allclose(head.grad.double(), judged.grad, rtol=1e-5)
+    assert torch.allclose(head.grad[0].double(), 2 * 1000 * judged.mean(0) / 300, rtol=1e-5)
+    assert value.item() == pytest.approx(1000 * judged.mean(0).square().sum().item(), rel=1e-5)
+
+
+def test_z_loss_has_another_gradient_than_its_formula(tmp_path):
+    p = parts(tmp_path, z_loss=0.5)
+    x, y = random_tokens(p.cfg, 2, 32)
+    p.opt.buckets[0].grads.zero_()
+    terms = tg.loss_terms(p, x, y, 1, 0)
+    logits = p.model.logits(p.model.hidden(x, 1, 0)).flatten(0, 1).detach().requires_grad_()
+    assert terms[0].item() == pytest.approx(F.cross_entropy(logits, y.flatten(), reduction="sum").item(), rel=1e-5)
+    log_z = logits.double().exp().sum(-1).log()
+    assert terms[1].item() == pytest.approx(0.5 * log_z.square().sum().item(), rel=1e-5)
+    terms[1].backward()  # through the model; d/dlogits = 2 * weight * logZ * softmax, so d/dhead = that^T @ h
+    by_logit = 2 * 0.5 * log_z[:, None] * logits.double().softmax(-1)
+    hidden = p.model.hidden(x, 1, 0).flatten(0, 1).double()
+    assert torch.allclose(p.model.head.grad.double(), by_logit.T @ hidden, rtol=1e-3, atol=1e-4)
+
+
+def test_z_loss_of_equal_logits_is_not_the_square_of_ln_v():
+    cfg = tiny(**FAMILY, vocab=50304)
+    model = build(cfg)
+    model.head.data.zero_()
+    losses, log_z = model(*random_tokens(cfg, 1, 4), log_z=True)
+    assert log_z.square().mean().item() == pytest.approx(117.2, abs=0.05)
+    assert losses.mean().item() == pytest.approx(math.log(50304), abs=1e-4)
+
+
+METHODS = [{"z_loss": 1e-2}, {"mu_loss": 10.0}, {"mu_centering": 1}, {"z_loss": 1e-2, "mu_loss": 10.0, "mu_centering": 1}]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_micro_batches_or_chunks_count_a_term_twice(tmp_path, method):
+    """One micro-batch against four, and logits in chunks: the same loss, terms, gradient norm and weights."""
+    told = []
+    for sizes in ({}, {"micro_tokens": 32}, {"loss_chunk": 32}):
+        p = parts(tmp_path, **method, **sizes)
+        steps = [tg.train_step(p, s, now()) for s in range(2)]
+        told.append(([torch.cat([loss, size.view(1)]) for loss, size in steps], p.model.head.detach().clone()))
+    for steps, head in told[1:]:
+        for a, b in zip(steps, told[0][0]):
+            assert torch.allclose(a, b, rtol=1e-4) and len(a) == 2 + len(tg.extra_terms(p.cfg))
+        assert torch.allclose(head, told[0][1], atol=2e-3)
+
+
+def test_reported_loss_is_not_the_cross_entropy_alone(tmp_path):
+    plain, extra = parts(tmp_path), parts(tmp_path, z_loss=1.0, mu_loss=1e4)
+    (loss,), _ = tg.train_step(plain, 0, now())
+    (same, z, mu), _ = tg.train_step(extra, 0, now())
+    assert same.item() == pytest.approx(loss.item(), rel=1e-6) and z > 1 and mu > 1
+
+
+def test_mean_row_is_left_after_a_step(tmp_path):
+    p, plain = parts(tmp_path, mu_centering=1, head_lr=0.1), parts(tmp_path, head_lr=0.1)
+    for step in range(3):
+        tg.train_step(p, step, now())
+        tg.train_step(plain, step, now())
+    assert p.model.head.mean(0).norm() < 1e-7 < 0.01 < plain.model.head.mean(0).norm()
+    names = {n for b in p.opt.buckets for n in b.params if n == "head"}
+    assert names and p.model.head.data_ptr() in {b.weights.data_ptr() for b in p.opt.buckets}  # the optimizer sees it
+
+
+def test_terms_are_logged_under_another_name_or_in_the_loss(tmp_path, monkeypatch):
+    parts(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    flags = [f for k, v in (vars(tiny(**FAMILY)) | {"steps": 3, "data": str(tmp_path), "run": "x", "lr": "1e-3", "z_loss": 1e-4,
+             "mu_loss": 1e-4, "eval_every": 0, "epochs": 0, "export": "", "config": None}).items() if v is not None and
+             not isinstance(v, bool) for f in (f"--{k}", str(v))]
+    assert tg.main(flags) == 0
+    lines = [json.loads(line) for line in (tmp_path / "logs/x/metrics.jsonl").read_text().splitlines()]
+    assert all({"train_loss", "z_loss", "mu_loss"} <= line.keys() for line in lines if line["kind"] == "train")
+    result = json.loads((tmp_path / "logs/x/result.json").read_text())
+    assert result["val_loss"] == pytest.approx(math.log(96), abs=0.3)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"mu_centering": 1, "tie_embed": 1}, ["tied table"]),
+        ({"mu_loss": 1.0, "softcap": 15.0, "tie_embed": 1}, ["tied table", "softcap"]),
+        ({"z_loss": 1.0, "softcap": 15.0}, ["softcap"]),
+        ({"mu_centering": 1, "optimizer": "muon"}, ["Muon"]),
+        ({"z_loss": 1.0, "tie_embed": 1}, []),
+        ({"mu_centering": 1, "mu_loss": 1.0}, []),
+        ({"tie_embed": 1, "softcap": 15.0, "optimizer": "muon"}, []),
+    ],
+    ids=str,
+)
+def test_notice_is_missing_or_out_of_place(changes, words):
+    told = tg.centering_notices(tiny(**FAMILY | changes))
+    assert len(told) == len(words) and all(w in line for w, line in zip(words, told))
+
+
+@pytest.mark.parametrize("changes", [{"z_loss": -1.0}, {"mu_loss": -1.0}, {"mlp_multiple": 0}, {"init": "he"}], ids=str)
+def test_impossible_switch_passes(changes):
+    with pytest.raises(tg.UserError, match=next(iter(changes))):
+        tg.validate(tiny(**changes))
