@@ -1,6 +1,8 @@
 """
-Pre-pre-training data: the trajectories of random neural cellular automata (NCA), as tokens for a transformer.
+Pre-pre-training: a GPT learns the trajectories of random neural cellular automata (NCA) before it sees any text.
 
+    python pre_pre_train.py --like tiny_cpu --run nca            # a model like that preset's; then train_gpt.py can start
+                                                                 # with --init_from logs/nca --transfer attn
     python pre_pre_train.py --generate_only                      # make rules and tokens, say how fast
     python pre_pre_train.py --generate_only --json               # the same as one JSON object
     python pre_pre_train.py --picture nca.png                    # sample trajectories, accepted and rejected rules
@@ -8,8 +10,9 @@ Pre-pre-training data: the trajectories of random neural cellular automata (NCA)
 
 A rule is a tiny random convolution that maps a 12x12 grid of 10 colours to the next one. A row of training data shows
 one rule's grids one after another, each cut into patches that are one token each; predicting the next token means
-finding the rule in the context. After the paper's code (danihyunlee/nca-pre-pretraining) and its port to the slowrun
-(qlabs-eng/slowrun, pull request 63); the two differ in a dozen choices, each a flag here: see COMPAT.
+finding the rule in the context. Model, optimizer, loop, log and checkpoints are train_gpt.py's. After the paper's code
+(danihyunlee/nca-pre-pretraining) and its port to the slowrun (qlabs-eng/slowrun, pull request 63); the two differ in a
+dozen choices, each a flag here: see COMPAT.
 
 Read it from top to bottom:
     Config       flags; the two published sets of choices; what cannot work
@@ -20,6 +23,7 @@ Read it from top to bottom:
     Filter       keep rules whose trajectories compress neither too well nor too badly
     Cache        files that are whole, verified, and named by a hash of what made them
     Data         rows of an epoch: the same for any number of ranks, threads and any batch
+    Train        rows as train_gpt's loop wants them, the evaluation on held-out rules
     Picture      what rules look like
     Main         the command line
 
@@ -62,6 +66,7 @@ from train_gpt import Config, UserError
 @dataclass
 class PrePreConfig(Config):
     # --- nca
+    like: tuple[str, ...] = ()  # presets of the language run (or its config.toml): the model is theirs, and nothing else
     nca_compat: str = "pr63"  # whose choices the flags below start from: pr63 (slowrun pull request 63) or paper
     nca_seed: int = 0  # seeds rules and start grids; `seed` is for weights, so that arms and seeds share their data
     nca_grid: int = 12  # cells along one side of the grid, which is a torus
@@ -90,16 +95,20 @@ class PrePreConfig(Config):
     nca_control: str = ""  # what is wrong on purpose: random (cells), shuffled (order of grids), still (no change)
     nca_cache: str = "data/nca"  # folder where rules and rows are kept; empty: nowhere
     nca_threads: int = 0  # threads that generate; 0: the cores of this machine over its ranks
+    nca_measured: int = 64  # validation rows, each of another rule where there are so many, for next-grid accuracy
     generate_only: bool = False  # generate rules, epoch 0 and validation rows, report speed and hash, then leave
     picture: str = ""  # with generate_only, or alone: draw rules into this PNG file
 
 
+# What a run on these data needs whatever its model: text, documents and an artifact are no part of it.
+DERIVED = {"data": "", "tokenizer": "", "doc_token": 0, "doc_mask": 0, "export": ""}
 # Differences between the two sources, and what they were trained with. Presets and flags win over these.
 COMPAT = {
     "pr63": {
         "nca_rule_init": "normal", "nca_start": "uniform", "nca_record": "after", "nca_last": "whole",
         "nca_delimiter_loss": 0, "nca_filter": "pr63", "nca_band": "0.5:1", "nca_sims_per_rule": 10, "nca_vocab": 0,
         "nca_tokens": 50_000_000, "nca_val_tokens": 16_000_000, "nca_epochs": 6,  # 5,061 rules; 300 M tokens
+        "eval_every": 790,
         "batch_tokens": "63232", "optimizer": "adamw", "lr": "0:0 0.05>1 0.85:1 1>0", "beta1": 0.9, "beta2": 0.95,
         "adam_eps": 1e-8, "adamw_lr": 6e-4, "embed_lr": 6e-4, "head_lr": 6e-4, "scalar_lr": 6e-4, "matrix_wd": 0.3,
         "embed_wd": 0.3, "scalar_wd": 0.3,
@@ -108,12 +117,18 @@ COMPAT = {
         "nca_rule_init": "lecun", "nca_start": "skewed", "nca_record": "before", "nca_last": "cut",
         "nca_delimiter_loss": 1, "nca_filter": "paper", "nca_band": "0.5:", "nca_sims_per_rule": 1, "nca_vocab": 64000,
         "nca_tokens": 16_384_000, "nca_val_tokens": 3_276_800, "nca_epochs": 10,  # 16,000 rules; 164 M tokens
+        "eval_every": 500,
         # Its checkpoint is taken at epoch 10 of 100, exactly where the warm-up ends.
         "batch_tokens": "32768", "optimizer": "adamw", "lr": "0:0 1>1", "beta1": 0.9, "beta2": 0.999,
         "adam_eps": 1e-8, "adamw_lr": 1e-4, "embed_lr": 1e-4, "head_lr": 1e-4, "scalar_lr": 1e-4, "matrix_wd": 0.0,
         "embed_wd": 0.0, "scalar_wd": 0.0,
     },
 }
+
+
+# Fields that make the model, as they stand in Config; what documents mean is no part of it.
+MODEL = [name for name in t.FIELDS if list(t.FIELDS).index("depth") <= list(t.FIELDS).index(name) <
+         list(t.FIELDS).index("optimizer") and name != "doc_mask"]
 
 
 def make_config(**values) -> PrePreConfig:
@@ -127,20 +142,25 @@ def make_config(**values) -> PrePreConfig:
 def compat_values(compat: str) -> dict:
     if compat not in COMPAT:
         raise UserError(f"nca_compat = {compat!r}: must be one of {', '.join(repr(c) for c in COMPAT)}")
-    return COMPAT[compat] | {"nca_compat": compat}
+    return DERIVED | COMPAT[compat] | {"nca_compat": compat}
 
 
 def parse_args(argv: list[str]) -> PrePreConfig:
-    """Defaults < choices of nca_compat < presets from left to right < flags."""
+    """Defaults < choices of nca_compat < the model of `like` < presets from left to right < flags."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", nargs="*", action="extend", default=[])
+    early.add_argument("--like", nargs="*", action="extend", default=[])
     early.add_argument("--nca_compat", "--nca-compat")
     given = early.parse_known_args(argv)[0]
     presets: dict = {}
     for name in given.config:
-        presets |= t.read_toml(t.preset_path(name))
+        presets |= t.read_toml(t.preset_path(name), PrePreConfig)
     presets.pop("config", None)
-    merged = compat_values(given.nca_compat or presets.get("nca_compat", PrePreConfig.nca_compat)) | presets
+    model: dict = {}
+    for name in given.like or presets.get("like", ()):
+        model |= t.read_toml(t.preset_path(name))
+    model = {k: v for k, v in model.items() if k in MODEL}
+    merged = compat_values(given.nca_compat or presets.get("nca_compat", PrePreConfig.nca_compat)) | model | presets
     cfg = tyro.cli(PrePreConfig, args=argv, default=PrePreConfig(**merged), use_underscores=True,
                    description=__doc__.split("Read it")[0])
     cfg.config = tuple(given.config)
@@ -149,9 +169,17 @@ def parse_args(argv: list[str]) -> PrePreConfig:
     return cfg
 
 
+def derive(cfg: PrePreConfig) -> None:
+    """What follows from the data: vocabulary, length of a row, number of steps."""
+    cfg.vocab = cfg.nca_vocab or vocabulary(cfg)
+    cfg.seq_len, cfg.eval_seq_len = str(row_inputs(cfg)), 0
+    cfg.val_tokens = cfg.nca_val_tokens
+    rows = int(max(t.Schedule("batch_tokens", cfg.batch_tokens).values())) // row_inputs(cfg)
+    cfg.steps = max(1, cfg.nca_epochs * (row_count(cfg, "train") // max(1, rows)))
+
+
 def validate(cfg: PrePreConfig) -> None:
     """Refuse what cannot work: each message names the key, the value and the fix."""
-    t.validate(cfg)
 
     def need(ok: bool, message: str) -> None:
         if not ok:
@@ -184,6 +212,12 @@ def validate(cfg: PrePreConfig) -> None:
         need(getattr(cfg, key) >= row_inputs(cfg), f"{key} = {getattr(cfg, key)}: less than one row of "
              f"{row_inputs(cfg)} tokens")
     band(cfg)
+    need(cfg.param_dtype == "float32", f"param_dtype = {cfg.param_dtype!r}: an embedding in bfloat16 cannot move by steps "
+         "as small as these (the pull request's did not): pre-pre-training keeps float32 masters")
+    need(len(t.Schedule("batch_tokens", cfg.batch_tokens).points) == 1, f"batch_tokens = {cfg.batch_tokens!r}: the steps of "
+         "an epoch are counted in batches of one size: give one number")
+    derive(cfg)
+    t.validate(cfg)
 
 
 def band(cfg: PrePreConfig) -> tuple[float, float]:
@@ -575,6 +609,14 @@ def next_grid_accuracy(predicted: np.ndarray, rows: np.ndarray, cfg: PrePreConfi
             "grid_accuracy": float(grids.mean()), "cell_by_context": cells.tolist(), "grid_by_context": grids.tolist()}
 
 
+def copy_accuracy(rows: np.ndarray, cfg: PrePreConfig) -> float:
+    """Share of the cells of the next grid that are right if it is taken for the last one again; a model must go above."""
+    behind = grid_tokens(cfg) - 1
+    guess = np.zeros_like(rows)
+    guess[:, behind:] = rows[:, : rows.shape[1] - behind]
+    return next_grid_accuracy(guess.astype(np.int64), rows, cfg)["cell_accuracy"]
+
+
 def unigram_loss(rows: np.ndarray, cfg: PrePreConfig) -> float:
     """Nats per label of the best constant guess: the entropy of the tokens that bear a loss. A model must go below."""
     labels = inputs_and_labels(rows, cfg)[1]
@@ -859,6 +901,116 @@ class NcaData:
 
 
 ########################################
+#                Train                 #
+########################################
+
+
+class NcaLoader:
+    """Batches for train_gpt's loop: row s*B + i of an epoch's order is row i of its batch s, whatever the ranks."""
+
+    def __init__(self, cfg: PrePreConfig, run: t.Run):
+        self.cfg, self.run, self.rows = cfg, run, int(cfg.batch_tokens) // row_inputs(cfg)
+        need = row_inputs(cfg) * run.world
+        if int(cfg.batch_tokens) % need or not self.rows:
+            raise UserError(f"batch_tokens = {cfg.batch_tokens} on {run.world} ranks: must be a multiple of {need}, a row of "
+                            f"{row_inputs(cfg)} tokens for each: choose {max(1, round(int(cfg.batch_tokens) / need)) * need}")
+        if row_count(cfg, "train") < self.rows:
+            raise UserError(f"nca_tokens = {cfg.nca_tokens}: an epoch of {row_count(cfg, 'train')} rows is less than one batch "
+                            f"of {self.rows}: raise it, or lower --batch_tokens")
+        self.data = NcaData(cfg, "train", run.rank, run.world, say=run.log)
+        self.epoch = self.pos = 0  # the next batch is batch `pos` of the epoch
+        self.prepared, self.order = -1, np.empty(0, np.int64)
+        row = self.data.generate(0, np.arange(1))
+        self.scored = int((inputs_and_labels(row, cfg)[1] != IGNORE).sum())  # labels of a row; all rows have as many
+
+    def prepare(self) -> None:
+        """Make an epoch's rows, while the training clock stands still: what that took is told beside it."""
+        began = time.perf_counter()
+        with self.run.clock.paused(), self.run.interruptible():
+            self.data.prepare(self.epoch)
+            if self.run.world > 1:
+                dist.barrier()
+        self.prepared, self.order = self.epoch, self.data.order(self.epoch)
+        self.run.log(f"nca epoch:{self.epoch} rows:{self.data.rows} generated in {time.perf_counter() - began:.1f}s")
+
+    def batch(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
+        """This rank's rows of the next batch, uint16 [B/world, W]; then move on. The last part of a batch is dropped."""
+        if (self.pos + 1) * self.rows > self.data.rows:
+            self.epoch, self.pos = self.epoch + 1, 0
+        if self.prepared != self.epoch:
+            self.prepare()
+        share = self.rows // self.run.world
+        first = self.pos * self.rows + self.run.rank * share
+        rows = self.data.take(self.epoch, self.order[first : first + share])
+        self.pos += 1
+        return rows
+
+    def targets(self, batch_tokens: int) -> int:
+        return batch_tokens // row_inputs(self.cfg) * self.scored
+
+    def tensors(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, labels = inputs_and_labels(rows, self.cfg)
+        return torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device)
+
+    def fingerprint(self) -> str:
+        """sha256 over all that makes the rows, the rules accepted included."""
+        made = json.dumps(facts(self.cfg, rows=True), sort_keys=True).encode()
+        return hashlib.sha256(made + self.data.rules.astype("<i8").tobytes()).hexdigest()
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "pos": self.pos}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch, self.pos = state["epoch"], state["pos"]
+
+
+class NcaValidation:
+    """Rows of rules that training never sees."""
+
+    def __init__(self, cfg: PrePreConfig, run: t.Run, loader: NcaLoader):
+        self.cfg, self.tensors, self.bytes, self.seq_len = cfg, loader.tensors, 0, row_inputs(cfg)
+        data = NcaData(cfg, "val", run.rank, run.world, say=run.log)
+        data.prepare(0)
+        if run.world > 1:
+            dist.barrier()
+        self.data = data.take(0, np.arange(data.rows))
+        self.rows, self.scored = data.rows, data.rows * loader.scored
+        spread = np.linspace(0, self.rows - 1, min(self.rows, cfg.nca_measured))
+        self.measured = self.data[np.unique(spread.round().astype(int))]
+        self.unigram, self.copied = unigram_loss(self.data[:1024], cfg), copy_accuracy(self.measured, cfg)
+
+    def batch(self, rows: range, device: torch.device, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The given rows as inputs and labels [size, L]; rows that are missing to size have no labels."""
+        x, y = self.tensors(self.data[np.minimum(rows, self.rows - 1)], device)
+        y[[i for i, r in enumerate(rows) if r >= self.rows]] = IGNORE
+        return x, y
+
+    @torch.no_grad()
+    def measure(self, p: t.Parts, step: int, shape: t.Shape) -> dict:
+        """Greedy next-grid accuracy on held-out rules, each token given the true ones before it; every rank does all."""
+        guesses = []
+        for low in range(0, len(self.measured), shape.rows):
+            rows = self.measured[low : low + shape.rows]
+            full = np.concatenate([rows, rows[np.zeros(shape.rows - len(rows), int)]])  # one shape, one graph
+            x, _ = self.tensors(full, p.run.device)
+            hidden = p.model.hidden(x, shape.repeats, shape.window)[: len(rows)]
+            guesses += [p.model.logits(row)[:, : vocabulary(self.cfg) - 2].argmax(-1).cpu().numpy() for row in hidden]
+        score = next_grid_accuracy(np.stack(guesses), self.measured, self.cfg)
+        by_context = {k: score.pop(k) for k in ("cell_by_context", "grid_by_context")}
+        p.run.metric("nca", step, **by_context, unigram_loss=self.unigram,
+                     copy_accuracy=self.copied)
+        return score | {"last_cell_accuracy": by_context["cell_by_context"][-1]}
+
+
+def build(cfg: PrePreConfig, run: t.Run) -> t.Parts:
+    """train_gpt's parts around cellular automata: rules are searched and validation rows made here, before the clock."""
+    plan = t.Plan(cfg)
+    loader = NcaLoader(cfg, run)
+    plan.train_shapes(run.world)  # refuses micro-batches that do not divide
+    return t.assemble(cfg, run, plan, loader, NcaValidation(cfg, run, loader), None)
+
+
+########################################
 #               Picture                #
 ########################################
 
@@ -935,18 +1087,31 @@ def generate_only(cfg: PrePreConfig) -> int:
 def main(argv: list[str] | None = None) -> int:
     try:
         cfg = parse_args(sys.argv[1:] if argv is None else argv)
-        if not cfg.generate_only and not cfg.picture:
-            raise UserError("nothing to do: add --generate_only, or --picture nca.png")
         if cfg.picture:
             draw_picture(cfg, cfg.picture)
             print(f"picture: {cfg.picture}", file=sys.stderr)
-        return generate_only(cfg) if cfg.generate_only else 0
+        if cfg.generate_only:
+            return generate_only(cfg)
+        if cfg.picture:
+            return 0
+        if cfg.dry_run:
+            from logs.dry_run import dry_run
+
+            return dry_run(cfg)
+        with t.Run(cfg) as run:
+            code = t.train(cfg, run, build)
+            if code == 0 and run.is_main and not (run.folder / "nca.png").exists():
+                draw_picture(cfg, run.folder / "nca.png", candidates=256)
+            return code
     except (UserError, RuntimeError, OSError) as e:
         message = t.explain(e)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
 
 
 if __name__ == "__main__":

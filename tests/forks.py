@@ -9,6 +9,7 @@ instant" falls on the same instant on every machine.
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -87,18 +88,20 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def start(self, *argv, env: dict | None = None, cwd: Path | None = None, when: dict | None = None,
-              full_exit: bool = False, backend: str = "") -> Fork:
+              full_exit: bool = False, backend: str = "", program: str = "train_gpt") -> Fork:
         """
-        `train_gpt.py argv` in a fork. when: {"phase": name or "", "calls": "all", "files" or the name of one} chooses
-        calls; {"send": [[n, signal], ...]} sends itself a signal at the n-th of them, {"count": path} writes how many
-        there were in each phase, {"watch": path} writes at each of them which checkpoints were complete, with their
-        bytes' hash. full_exit: leave as the interpreter does, closing what is open, instead of at once. backend: what
-        torch.compile makes of its graphs, for example nothing ("eager"): tracing and recompiling stay as they are.
+        `train_gpt.py argv`, or another program, in a fork. when: {"phase": name or "", "calls": "all", "files" or the
+        name of one} chooses calls; {"send": [[n, signal], ...]} sends itself a signal at the n-th of them, {"count":
+        path} writes how many there were in each phase, {"watch": path} writes at each of them which checkpoints were
+        complete, with their bytes' hash. full_exit: leave as the interpreter does, closing what is open, instead of at
+        once. backend: what torch.compile makes of its graphs, for example nothing ("eager"): tracing and recompiling
+        stay as they are.
         """
         self.count += 1
         files = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
         pid = self.ask(op="start", argv=[str(a) for a in argv], env=env or {}, cwd=str(cwd or self.folder),
-                       full_exit=full_exit, backend=backend, out=str(files[0]), err=str(files[1]), when=when)["pid"]
+                       full_exit=full_exit, backend=backend, program=program, out=str(files[0]), err=str(files[1]),
+                       when=when)["pid"]
         self.forks.append(Fork(self, pid, files))
         return self.forks[-1]
 
@@ -165,8 +168,7 @@ def child(request: dict) -> None:
     """The forked process: becomes `train_gpt.py argv` and ends with its exit code."""
     import torch
 
-    import train_gpt
-
+    program = importlib.import_module(request["program"])
     os.setsid()
     for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, request["out"], os.O_WRONLY | os.O_CREAT),
                                     (2, request["err"], os.O_WRONLY | os.O_CREAT)):
@@ -176,14 +178,14 @@ def child(request: dict) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
-    sys.argv = [train_gpt.__file__, *request["argv"]]
+    sys.argv = [program.__file__, *request["argv"]]
     if request["backend"]:
         torch.compile = functools.partial(torch.compile, backend=request["backend"])
     watch = Watch(request["when"]) if request["when"] else None
     if watch:
         sys.setprofile(watch)
     try:
-        code = train_gpt.main(request["argv"])
+        code = program.main(request["argv"])
     finally:
         if watch:
             watch.done()

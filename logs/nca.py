@@ -1,0 +1,484 @@
+"""
+Does pre-pre-training on cellular automata help a language model? Arms x seeds, matched, from one command.
+
+    python logs/nca.py                                       # the optimizer cross at laptop size, five seeds
+    python logs/nca.py --arms muon muon-from-adamw sham shuffled --seeds 1 2 3
+    python logs/nca.py --arms list                           # what there is
+    python logs/nca.py --learns logs/nca-pre-adamw-s1        # picture of what pre-pre-training itself learns
+
+An arm is a language run with its flags, begun from a pre-pre-training run or not, and a base: the arm that it must
+equal in every flag but those of the transfer. The resolved configurations are compared before anything runs, and an
+arm that differs in more is refused. Arms take turns within a seed; finished runs are skipped and broken ones go on,
+so the same command finishes what was interrupted. Pre-pre-training runs are shared by the arms that ask for the same.
+
+Two views, of final and best losses, each paired by seed with the base (two-sided t-test): equal steps, where
+pre-pre-training is for free, and equal total time, where its training and the generation of its data are charged; an
+arm BASE-longer gives the base that time as further steps. Nothing is corrected for the number of arms.
+
+Contents: arms | runs | tables | figures | command line
+"""
+
+import dataclasses
+import json
+import math
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "logs")]
+import report  # noqa: E402
+
+import pre_pre_train  # noqa: E402
+import train_gpt  # noqa: E402
+
+########################################
+#                 Arms                 #
+########################################
+
+# Fields in which an arm may differ from its base.
+TRANSFER = {"init_from", "transfer", "transfer_skip", "transfer_control", "slow", "slow_lr", "adamw_matrices"}
+NAMES = {"run", "arm", "config", "log_dir", "resume"}
+BODY = r"^(?!embed$|head$|value_embeds$)"  # all but the tables of the vocabulary, as the pull request froze it
+FREEZE = "0:0 0.052:0 0.094>1"  # 250 steps frozen, ramped up over 200, of its 4,766
+
+
+@dataclass
+class Arm:
+    pre: str  # pre-pre-training that it starts from, a key of PRE; empty: none
+    flags: dict[str, str]  # of the language run, over the preset
+    base: str = ""  # arm that it is compared with; empty: it is a base itself
+    note: str = ""
+
+
+# Pre-pre-training runs: their flags over those of --pre.
+PRE = {
+    "adamw": {"optimizer": "adamw"}, "muon": {"optimizer": "muon"},
+    "random": {"nca_control": "random"}, "shuffled": {"nca_control": "shuffled"}, "still": {"nca_control": "still"},
+    **{f"band-{low}-{high}": {"nca_band": f"0.{low}:0.{high}"} for low, high in ((2, 3), (3, 4), (4, 5))},
+}
+
+
+def all_arms() -> dict[str, Arm]:
+    arms = {}
+    for lm in ("adamw", "muon"):
+        flags = {"optimizer": lm}
+        arms[lm] = Arm("", flags, note="no pre-pre-training")
+        for pre in ("adamw", "muon"):
+            arms[f"{lm}-from-{pre}"] = Arm(pre, flags | {"transfer": "attn"}, lm, "attention from pre-pre-training")
+        arms[f"{lm}-longer"] = Arm("", flags, lm, "no pre-pre-training, its time as further steps")
+    lm = {"optimizer": "muon"}
+    for mode in ("attn+scalars", "mlp", "all", "qk", "vo"):
+        arms[f"load-{mode}"] = Arm("adamw", lm | {"transfer": mode}, "muon", f"takes {mode} instead of attn")
+    attn = lm | {"transfer": "attn"}
+    slow = {"slow": BODY, "slow_lr": FREEZE}
+    arms |= {
+        "freeze": Arm("adamw", attn | slow, "muon", "body frozen, then ramped up, as in the pull request"),
+        "freeze-longer": Arm("adamw", attn | slow | {"slow_lr": "0:0 0.105:0 0.21>1"}, "muon", "twice as long"),
+        "ramp": Arm("adamw", attn | slow | {"slow_lr": "0:0 0.105>1"}, "muon", "ramped up only"),
+        "sham": Arm("", lm | slow, "muon", "frozen and ramped up like freeze, without pre-pre-training"),
+        "shuffled": Arm("adamw", attn | {"transfer_control": "shuffled"}, "muon", "entries shuffled within matrices"),
+        "norm-matched": Arm("adamw", attn | {"transfer_control": "random"}, "muon", "normal numbers of the same norms"),
+        "hybrid": Arm("adamw", attn | {"adamw_matrices": r"\.attn\."}, "muon", "AdamW on what was taken, Muon on the rest"),
+        "hybrid-sham": Arm("", lm | {"adamw_matrices": r"\.attn\."}, "muon", "the same optimizers, nothing taken"),
+        "from-random": Arm("random", attn, "muon", "pre-pre-trained on random cells"),
+        "from-shuffled": Arm("shuffled", attn, "muon", "pre-pre-trained on grids in wrong order"),
+        "from-still": Arm("still", attn, "muon", "pre-pre-trained on grids that never change"),
+    }
+    for band in (p for p in PRE if p.startswith("band")):
+        arms[f"from-{band}"] = Arm(band, attn, "muon", f"rules that compress to {PRE[band]['nca_band']}")
+    return arms
+
+
+CROSS = tuple(f"{lm}{tail}" for lm in ("adamw", "muon") for tail in ("", "-from-adamw", "-from-muon"))
+
+
+@dataclass
+class Options:
+    """Does pre-pre-training help a language model? Arms x seeds, matched; and what it learns."""
+
+    lm: tuple[str, ...] = ("nca_cpu",)  # preset of the language runs, and of the model of both phases
+    arms: tuple[str, ...] = CROSS  # which arms; `list` prints all that there are
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # seeds of weights and data order; the automata are the same for all
+    pre: str = ""  # flags of the pre-pre-training runs, as one string
+    flags: str = ""  # flags of the language runs, as one string
+    extra: tuple[str, ...] = ()  # more arms: "NAME PRE BASE FLAGS...", PRE being none or one of the known
+    name: str = "nca"  # what the runs' names begin with
+    log_dir: str = "logs"  # where they are kept
+    launch: str = ""  # what starts a trainer, e.g. "torchrun --standalone --nproc_per_node=8 --"; empty: this Python
+    out: str = "logs/report-nca"  # folder for report.md, nca.json and the PNGs
+    learns: tuple[str, ...] = ()  # only draw the learning of these pre-pre-training runs into OUT/learns.png
+
+
+########################################
+#                 Runs                 #
+########################################
+
+
+def call(command: list[str], **how) -> subprocess.CompletedProcess:
+    return subprocess.run(command, **how)
+
+
+@dataclass
+class Ablation:
+    o: Options
+    arms: dict[str, Arm] = field(default_factory=dict)
+
+    def __post_init__(self):
+        known = all_arms()
+        for text in self.o.extra:
+            name, pre, base, *flags = shlex.split(text)
+            given = {k.removeprefix("--"): v for k, v in zip(flags[::2], flags[1::2])}
+            if base not in known or pre not in ("none", *PRE):
+                raise train_gpt.UserError(f"--extra {text!r}: must read NAME PRE BASE FLAGS...; PRE is one of none, "
+                                          f"{', '.join(PRE)}, BASE an arm (`--arms list`)")
+            known[name] = Arm("" if pre == "none" else pre, known[base].flags | given, base, "from the command line")
+        for name in self.o.arms:
+            if name not in known:
+                raise train_gpt.UserError(f"--arms {name}: no such arm; there are {', '.join(known)}")
+        wanted = dict.fromkeys(n for name in self.o.arms for n in (known[name].base or name, name))
+        self.arms = {name: known[name] for name in sorted(wanted, key=lambda n: n.endswith("-longer"))}
+
+    def folder(self, run: str) -> Path:
+        return Path(self.o.log_dir) / run
+
+    def pre_argv(self, pre: str, seed: int) -> list[str]:
+        own = [w for k, v in PRE[pre].items() for w in (f"--{k}", v)]
+        return ["--like", *self.o.lm, *shlex.split(self.o.pre), *own, "--log_dir", self.o.log_dir, "--seed", str(seed),
+                "--run", f"{self.o.name}-pre-{pre}-s{seed}", "--arm", f"pre-{pre}", "--resume"]
+
+    def lm_argv(self, name: str, seed: int, more: dict[str, str]) -> list[str]:
+        arm = self.arms[name]
+        own = arm.flags | more
+        if arm.pre:
+            own["init_from"] = str(self.folder(f"{self.o.name}-pre-{arm.pre}-s{seed}"))
+        return ["--config", *self.o.lm, *shlex.split(self.o.flags), *(w for k, v in own.items() for w in (f"--{k}", v)),
+                "--log_dir", self.o.log_dir, "--seed", str(seed), "--run", f"{self.o.name}-{name}-s{seed}", "--arm", name,
+                "--resume"]
+
+    def check(self) -> str:
+        """The table of what each arm changes in its base; an arm that changes more than the transfer is refused."""
+        rows = []
+        for name, arm in self.arms.items():
+            if not arm.base:
+                continue
+            mine, base = (train_gpt.parse_args(self.lm_argv(n, 1, {})) for n in (name, arm.base))
+            changed = differences(base, mine)
+            wrong = [row for row in changed if row[0] not in TRANSFER]
+            if wrong:
+                raise train_gpt.UserError(
+                    f"arm {name} is no fair comparison with {arm.base}: beside the transfer it differs in " +
+                    ", ".join(f"{key} ({a} there, {b} here)" for key, a, b in wrong) + "; give both arms the same")
+            rows += [[name, arm.base, *row] for row in changed] or [[name, arm.base, "steps", "", "longer, see below"]]
+        return report.table(["arm", "base", "field", "of the base", "of the arm"], rows) if rows else ""
+
+    def start(self, script: str, argv: list[str], kind: type) -> None:
+        """One run, unless it is finished; one that was finished with other flags is an error."""
+        cfg = (train_gpt if kind is train_gpt.Config else pre_pre_train).parse_args(argv)
+        folder = self.folder(cfg.run)
+        if (folder / "result.json").exists():
+            old = kind(**train_gpt.read_toml(folder / "config.toml", kind))
+            if changed := differences(old, cfg):
+                raise train_gpt.UserError(
+                    f"{folder} was made with other flags: " + ", ".join(f"{k} {a} -> {b}" for k, a, b in changed) +
+                    "; choose another --name, or delete it")
+            return
+        print(f"== {cfg.run}", flush=True)
+        command = [*(shlex.split(self.o.launch) or [sys.executable]), str(ROOT / script), *argv]
+        code = call(command).returncode
+        if code:
+            raise train_gpt.UserError(f"{cfg.run} ended with code {code}: see {folder}/log.txt; the same command goes on")
+
+    def longer_steps(self, name: str, seed: int) -> int:
+        """Steps of BASE-longer: the base's, and as many as the mean pre-pre-training of its arms takes time for."""
+        saved, base = self.folder(f"{self.o.name}-{name}-s{seed}") / "config.toml", self.arms[name].base
+        if saved.exists():  # times are never the same twice, so what was begun is gone on with
+            return train_gpt.read_toml(saved)["steps"]
+        pres = {arm.pre for arm in self.arms.values() if arm.base == base and arm.pre}
+        if not pres:
+            raise train_gpt.UserError(f"arm {name}: no arm with pre-pre-training on {base} is run, so there is no time to give")
+        charge = np.mean([self.charge(pre, seed) for pre in pres])
+        run = report.load_folder(self.folder(f"{self.o.name}-{base}-s{seed}"))
+        return round(run.value("steps") * (1 + charge / run.value("train_time_s")))
+
+    def generation(self, pre: str) -> dict:
+        """What --generate_only says of the data of these runs: measured once, and kept."""
+        kept = Path(self.o.out) / f"generate-{pre}.json"
+        if not kept.exists():
+            argv = [*self.pre_argv(pre, 1), "--generate_only", "--json"]
+            done = call([sys.executable, str(ROOT / "pre_pre_train.py"), *argv], stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise train_gpt.UserError(f"generating the data of {pre} ended with code {done.returncode}")
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            train_gpt.write_whole(kept, done.stdout.encode())
+        return json.loads(kept.read_text())
+
+    def charge(self, pre: str, seed: int) -> float:
+        """Seconds of a pre-pre-training run: its training clock, its search for rules, the making of its rows."""
+        cfg, made = pre_pre_train.parse_args(self.pre_argv(pre, seed)), self.generation(pre)
+        rows = made["tokens"] * (cfg.nca_epochs if cfg.nca_regen else 1) / made["tokens_per_s"]
+        rules = made["candidates"] / made["rules_per_s"] if "rules_per_s" in made else 0.0
+        return report.load_folder(self.folder(f"{self.o.name}-pre-{pre}-s{seed}")).value("train_time_s") + rows + rules
+
+    def run(self) -> None:
+        for seed in self.o.seeds:
+            for name, arm in self.arms.items():
+                if arm.pre:
+                    self.generation(arm.pre)
+                    self.start("pre_pre_train.py", self.pre_argv(arm.pre, seed), pre_pre_train.PrePreConfig)
+                more = {"steps": str(self.longer_steps(name, seed))} if name in LONGER else {}
+                self.start("train_gpt.py", self.lm_argv(name, seed, more), train_gpt.Config)
+
+    def load(self) -> dict[str, list[report.Run]]:
+        """Finished runs by arm, each with its best loss, and its charge for pre-pre-training in seconds."""
+        found = {}
+        for name, arm in self.arms.items():
+            runs = [report.load_folder(self.folder(f"{self.o.name}-{name}-s{seed}")) for seed in self.o.seeds]
+            for run in runs:
+                run.result["best_val_loss"] = min(event["val_loss"] for event in run.val)
+                run.result["charge_s"] = self.charge(arm.pre, run.seed) if arm.pre else 0.0
+            found[name] = runs
+        return found
+
+
+LONGER = {"adamw-longer", "muon-longer"}
+
+
+def differences(a: train_gpt.Config, b: train_gpt.Config) -> list[list[str]]:
+    """[field, value in a, value in b] of everything that makes two experiments."""
+    free = train_gpt.FREE_ON_RESUME | NAMES
+    return [[f.name, repr(getattr(a, f.name)), repr(getattr(b, f.name))] for f in dataclasses.fields(a)
+            if f.name not in free and getattr(a, f.name) != getattr(b, f.name)]
+
+
+########################################
+#                Tables                #
+########################################
+
+
+def paired(runs: list[report.Run], base: list[report.Run], metric: str) -> dict:
+    """Mean difference to the base over common seeds, its sd, and p of the two-sided paired t-test."""
+    _, n, mean, sd, lower = report.compare(runs, base, metric)
+    return {"n": int(n), "delta": mean, "sd": sd, "p": 2 * min(lower, 1 - lower)}
+
+
+def loss_at(run: report.Run, seconds: float) -> float:
+    """The validation loss that a run had when so many seconds were spent on it, pre-pre-training included."""
+    clock = [event["train_time_ms"] / 1000 + run.result["charge_s"] for event in run.val]
+    return float(np.interp(seconds, clock, [event["val_loss"] for event in run.val]))
+
+
+def rows_of(found: dict[str, list[report.Run]], arms: dict[str, Arm]) -> list[dict]:
+    rows = []
+    for name, runs in found.items():
+        values = {key: report.mean_sd([run.value(key) for run in runs])
+                  for key in ("val_loss", "best_val_loss", "train_time_s", "charge_s", "steps")}
+        row = {"arm": name, "base": arms[name].base, "n": len(runs), "note": arms[name].note,
+               **{key: value[0] for key, value in values.items()}, "val_loss_sd": values["val_loss"][1],
+               "best_val_loss_sd": values["best_val_loss"][1]}
+        if base := found.get(arms[name].base):
+            row |= {"final": paired(runs, base, "val_loss"), "best": paired(runs, base, "best_val_loss")}
+            pairs = report.pair_up(runs, base)
+            for run, twin in pairs:
+                run.result["timed_loss"] = loss_at(run, twin.value("train_time_s"))
+                twin.result["timed_loss"] = twin.value("val_loss")
+            row["timed"] = paired(runs, base, "timed_loss")
+            longer = found.get(f"{arms[name].base}-longer")
+            if longer and runs is not longer:
+                row |= {f"longer_{key}": paired(runs, longer, metric)
+                        for key, metric in (("final", "val_loss"), ("best", "best_val_loss"))}
+            row |= speed(pairs)
+        rows.append(row)
+    return rows
+
+
+def speed(pairs: list[tuple[report.Run, report.Run]]) -> dict:
+    """How many runs reach their base's best loss, and in what part of the steps and the time that the base took to it."""
+    steps, times = [], []
+    for run, twin in pairs:
+        at = {(which, clock): report.time_to_loss(of.val, twin.result["best_val_loss"], "val_loss", clock)
+              for which, of in (("run", run), ("base", twin)) for clock in ("step", "train_time_ms")}
+        if at["run", "step"] is not None and at["base", "step"]:  # a base that only got worse is no goal
+            steps.append(at["run", "step"] / at["base", "step"])
+            times.append((at["run", "train_time_ms"] + 1000 * run.result["charge_s"]) / at["base", "train_time_ms"])
+    return {"reached": len(steps), "step_ratio": mean_or_nan(steps), "time_ratio": mean_or_nan(times)}
+
+
+def mean_or_nan(values: list[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
+
+
+def p_text(p: float) -> str:
+    return "-" if math.isnan(p) else f"{p:.2g}"
+
+
+def tables(rows: list[dict]) -> dict[str, str]:
+    def cells(test: dict) -> list[str]:
+        return [f"{test['delta']:+.4f}", f"{test['sd']:.4f}", p_text(test["p"])]
+
+    steps, times, longer = [], [], []
+    for row in rows:
+        head = [row["arm"], str(row["n"]), f"{row['val_loss']:.4f}", f"{row['val_loss_sd']:.4f}", f"{row['best_val_loss']:.4f}"]
+        steps.append([*head, *(cells(row["final"]) + cells(row["best"]) if row["base"] else [""] * 6)])
+        cost = [row["arm"], f"{row['charge_s']:.1f}", f"{row['train_time_s']:.1f}"]
+        if row["base"]:
+            ratios = [f"{row['reached']} of {row['n']}", f"{row['step_ratio']:.2f}", f"{row['time_ratio']:.2f}"]
+            times.append([*cost, *cells(row["timed"]), *ratios])
+        else:
+            times.append([*cost, *[""] * 6])
+        if "longer_final" in row:
+            longer.append([row["arm"], f"{row['base']}-longer", *cells(row["longer_final"]), *cells(row["longer_best"])])
+    out = {"Equal steps: final and best val_loss, and what they differ from the base's":
+           report.table(["arm", "n", "final", "sd", "best", "d final", "sd", "p", "d best", "sd", "p"], steps),
+           "Equal total time: seconds before and in language training; d: loss at the end of the base's time; how many "
+           "reach the base's best loss, in what part of its steps and of its time":
+           report.table(["arm", "pre s", "lm s", "d", "sd", "p", "reached", "steps", "time"], times)}
+    if longer:
+        out["Equal total time: against the base with the time of pre-pre-training as further steps"] = report.table(
+            ["arm", "base", "d final", "sd", "p", "d best", "sd", "p"], longer)
+    return out
+
+
+########################################
+#               Figures                #
+########################################
+
+
+def plot_curves(found: dict[str, list[report.Run]], arms: dict[str, Arm], path: Path) -> None:
+    """Validation loss, a row for each base: against steps, and against seconds with pre-pre-training charged."""
+    from matplotlib.figure import Figure
+
+    bases = [name for name, arm in arms.items() if not arm.base and any(a.base == name for a in arms.values())]
+    figure = Figure(figsize=(12, 4.2 * len(bases)), layout="constrained")
+    axes = figure.subplots(len(bases), 2, squeeze=False)
+    for (left, right), base in zip(axes, bases):
+        members = [base, *(n for n, arm in arms.items() if arm.base == base)]
+        shown = [run for name in members for run in found[name]]
+        for i, name in enumerate(members):
+            style = {"color": report.COLORS[i % len(report.COLORS)], "ls": ("-", "--", "-.")[i // len(report.COLORS) % 3]}
+            steps = np.array([event["step"] for event in found[name][0].val])
+            if any(len(run.val) != len(steps) for run in found[name]):  # BASE-longer: each seed has its own length
+                steps = steps[: min(len(run.val) for run in found[name])]
+            loss = np.array([[event["val_loss"] for event in run.val][: len(steps)] for run in found[name]])
+            clock = np.array([[event["train_time_ms"] / 1000 + run.result["charge_s"] for event in run.val][: len(steps)]
+                              for run in found[name]]).mean(0)
+            mean, sd = loss.mean(0), loss.std(0, ddof=1) if len(loss) > 1 else 0 * loss[0]
+            for ax, x in ((left, steps), (right, clock)):
+                ax.plot(x, mean, lw=1.8, label=f"{name} (n={len(loss)}): {mean[-1]:.4f}", **style)
+                ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.18, lw=0)
+        left.set(xlabel="optimizer steps of the language run", ylabel="val_loss (nats per token)",
+                 ylim=report.y_limits(shown, "val_loss", 0.0))
+        right.set(xlabel="seconds, pre-pre-training and its data included", ylim=left.get_ylim())
+        right.legend(title="arm: final val_loss; band: 1 sd", frameon=False, fontsize=8)
+        for ax in (left, right):
+            ax.grid(alpha=0.25, lw=0.6)
+            ax.set_xlim(0, None)
+    figure.savefig(path, dpi=120)
+
+
+def plot_deltas(rows: list[dict], path: Path) -> None:
+    """Difference of the final and the best loss to the base, with 95 % confidence intervals."""
+    from matplotlib.figure import Figure
+    from scipy import stats
+
+    rows = [row for row in rows if row["base"]][::-1]
+    figure = Figure(figsize=(8, 1.2 + 0.42 * len(rows)), layout="constrained")
+    ax = figure.subplots()
+    for shift, key, color in ((0.12, "final", report.COLORS[0]), (-0.12, "best", report.COLORS[1])):
+        half = [stats.t.ppf(0.975, max(1, r[key]["n"] - 1)) * r[key]["sd"] / math.sqrt(r[key]["n"]) for r in rows]
+        ax.errorbar([r[key]["delta"] for r in rows], np.arange(len(rows)) + shift, xerr=half, fmt="o", ms=4, color=color,
+                    capsize=3, label=f"{key} val_loss")
+    ax.axvline(0, color="0.4", lw=1)
+    ax.set_yticks(range(len(rows)), [f"{r['arm']} (to {r['base']})" for r in rows], fontsize=8)
+    ax.set_xlabel("difference in val_loss to the base, paired by seed; bars: 95 % of t; left is better")
+    ax.legend(frameon=False)
+    ax.grid(alpha=0.25, lw=0.6, axis="x")
+    figure.savefig(path, dpi=120)
+
+
+def plot_learning(folders: tuple[str, ...], path: Path) -> None:
+    """Loss of pre-pre-training over tokens against what guessing reaches; next-grid accuracy by grids in the context."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    uniform, unigram, chance, copied = set(), [], set(), []
+    for i, folder in enumerate(folders):
+        run, color = report.load_folder(Path(folder)), report.COLORS[i % len(report.COLORS)]
+        cfg = pre_pre_train.PrePreConfig(**train_gpt.read_toml(Path(folder) / "config.toml", pre_pre_train.PrePreConfig))
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        measured = [line for line in lines if line["kind"] == "nca"]
+        per_step = int(cfg.batch_tokens) / 1e6
+        for events, key, style in ((run.train, "train_loss", {"lw": 0.5, "alpha": 0.4}), (run.val, "val_loss", {
+                "lw": 2, "label": f"{run.name}, held-out rules: {run.val[-1]['val_loss']:.3f}"})):
+            left.plot([e["step"] * per_step for e in events], [e[key] for e in events], color=color, **style)
+        cells = measured[-1]["cell_by_context"]
+        right.plot(range(1, len(cells) + 1), cells, color=color, lw=2, label=f"{run.name}: {np.mean(cells):.3f}")
+        right.plot(range(1, len(cells) + 1), measured[0]["cell_by_context"], color=color, lw=1, ls=":")
+        uniform.add(cfg.nca_patch**2 * math.log(cfg.nca_colors))
+        unigram.append(measured[-1]["unigram_loss"])
+        chance.add(1 / cfg.nca_colors)
+        copied.append(measured[-1]["copy_accuracy"])
+    for value in sorted(uniform):
+        left.axhline(value, color="0.3", lw=1, ls="--", label=f"all patches alike: {value:.3f}")
+    left.axhline(np.mean(unigram), color="0.3", lw=1, ls=":", label=f"best constant guess: {np.mean(unigram):.3f}")
+    for value in sorted(chance):
+        right.axhline(value, color="0.3", lw=1, ls="--", label=f"chance: {value:.3f}")
+    right.axhline(np.mean(copied), color="0.3", lw=1, ls=":", label=f"the last grid once more: {np.mean(copied):.3f}")
+    left.set(xlabel="million tokens", ylabel="loss (nats per patch)", xlim=(0, None))
+    right.set(xlabel="grids of the rule in the context", ylabel="cells right in the next grid (held-out rules)", ylim=(0, None))
+    for ax in (left, right):
+        ax.grid(alpha=0.25, lw=0.6)
+        ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+########################################
+#             Command line             #
+########################################
+
+
+def main(argv: list[str] | None = None) -> int:
+    o = tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)
+    out = Path(o.out)
+    try:
+        if "list" in o.arms:
+            for name, arm in all_arms().items():
+                print(f"{name:18} {arm.base or '(base)':8} {arm.note}")
+            return 0
+        out.mkdir(parents=True, exist_ok=True)
+        if o.learns:
+            plot_learning(o.learns, out / "learns.png")
+            print(f"wrote {out / 'learns.png'}")
+            return 0
+        ablation = Ablation(o)
+        diff = ablation.check()
+        print("Config: what each arm changes in its base\n" + diff, flush=True)
+        ablation.run()
+        found = ablation.load()
+        rows = rows_of(found, ablation.arms)
+        sections = tables(rows) | ({"Config: what each arm changes in its base": diff} if diff else {})
+        images = ["curves.png", "deltas.png"] if any(row["base"] for row in rows) else []
+        if images:
+            plot_curves(found, ablation.arms, out / images[0])
+            plot_deltas(rows, out / images[1])
+        record = {"options": dataclasses.asdict(o), "git": train_gpt.git_revision(), "arms": rows}
+        train_gpt.write_whole(out / "nca.json", (json.dumps(record, indent=1) + "\n").encode())
+        body = "".join(f"\n## {title}\n\n```\n{text}\n```\n" for title, text in sections.items())
+        body += "".join(f"\n![{name}]({name})\n" for name in images)
+        train_gpt.write_whole(out / "report.md", ("# Pre-pre-training\n" + body).encode())
+        print("\n\n".join(f"{report.wrap(title)}\n{text}" for title, text in sections.items()))
+        print(f"\nwrote {', '.join(str(out / name) for name in ['report.md', 'nca.json', *images])}")
+    except (train_gpt.UserError, report.ReportError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
