@@ -1046,7 +1046,7 @@ def score_and_log(model: tg.GPT, how: How, shape: tg.Shape, run, val: tg.Validat
 
 def fresh_process(*arguments: str) -> str:
     """What `golf.py ARGUMENTS` prints, in a process that shares nothing with this one; UserError where it fails."""
-    command = [sys.executable, __file__] if Path(__file__).is_file() else [sys.executable, sys.argv[0], "golf"]
+    command = [sys.executable, __file__, *([] if Path(__file__).name == "golf.py" else ["golf"])]  # within a packed file
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
     if done.returncode:

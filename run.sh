@@ -8,6 +8,7 @@
 #   ./run.sh test                  the tests
 #   ./run.sh sample RUN "text"     continue a text (RUN: a folder in logs/, or an artifact); more flags may follow
 #   ./run.sh report RUN...         tables, statistics and plots of finished or running runs
+#   ./run.sh submit TRACK NAME RUN...   a leaderboard's folder from finished runs, or what speaks against it
 #   ./run.sh dry_run TRACK         parameters, FLOPs, data, memory, time of a preset; needs nothing
 #   flags behind a track override its preset: ./run.sh remix_m --matrix_lr 0.03
 set -euo pipefail
@@ -136,6 +137,7 @@ case $verb in
   remix) remix "$@" ;;
   nca) nca "$@" ;;
   report) $PY logs/report.py "$@" ;;
+  submit) $PY logs/submit.py "$@" ;;
   sample) run=${1:?usage: ./run.sh sample RUN [TEXT] [flags]}; text=${2:-}; shift $(( $# > 1 ? 2 : 1 ))
           $PY train_gpt.py --sample_from "$run" --prompt "$text" "$@" ;;
   dry_run) track=${1:-$TRACK}; shift || true; $PY train_gpt.py --config "$track" --dry_run "$@" ;;

@@ -222,15 +222,13 @@ SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "repeats", "seq_len", "win
 
 
 def preset_path(name: str) -> Path:
-    """A preset is a path, or the name of a file in configs/."""
-    here = Path(__file__).resolve().parent / "configs" / f"{name}.toml"
-    path = Path(name)
-    if not path.is_file() and here.is_file():
-        path = here
-    if not path.is_file():
-        known = sorted(p.stem for p in here.parent.glob("*.toml"))
-        raise UserError(f"--config {name}: no such file and no such preset; presets: {', '.join(known)}")
-    return path
+    """A preset is a path, or the name of a file in configs/, beside this file or in the working directory."""
+    folders = [Path(__file__).resolve().parent / "configs", Path("configs")]
+    for path in (Path(name), *(folder / f"{name}.toml" for folder in folders)):
+        if path.is_file():
+            return path
+    known = sorted({p.stem for folder in folders for p in folder.glob("*.toml")})
+    raise UserError(f"--config {name}: no such file and no such preset; presets: {', '.join(known)}")
 
 
 def read_toml(path: Path, kind: type = Config) -> dict:

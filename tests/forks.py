@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -88,20 +89,21 @@ class Server:
         return json.loads(self.process.stdout.readline())
 
     def start(self, *argv, env: dict | None = None, cwd: Path | None = None, when: dict | None = None,
-              full_exit: bool = False, backend: str = "", program: str = "train_gpt") -> Fork:
+              full_exit: bool = False, backend: str = "", program: str = "train_gpt",
+              file: str | Path = "") -> Fork:
         """
         `train_gpt.py argv`, or another program, in a fork. when: {"phase": name or "", "calls": "all", "files" or the
         name of one} chooses calls; {"send": [[n, signal], ...]} sends itself a signal at the n-th of them, {"count":
         path} writes how many there were in each phase, {"watch": path} writes at each of them which checkpoints were
         complete, with their bytes' hash. full_exit: leave as the interpreter does, closing what is open, instead of at
         once. backend: what torch.compile makes of its graphs, for example nothing ("eager"): tracing and recompiling
-        stay as they are.
+        stay as they are. file: run this file instead, as the interpreter would.
         """
         self.count += 1
         files = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
         pid = self.ask(op="start", argv=[str(a) for a in argv], env=env or {}, cwd=str(cwd or self.folder),
-                       full_exit=full_exit, backend=backend, program=program, out=str(files[0]), err=str(files[1]),
-                       when=when)["pid"]
+                       full_exit=full_exit, backend=backend, program=program, file=str(file), out=str(files[0]),
+                       err=str(files[1]), when=when)["pid"]
         self.forks.append(Fork(self, pid, files))
         return self.forks[-1]
 
@@ -185,7 +187,14 @@ def child(request: dict) -> None:
     if watch:
         sys.setprofile(watch)
     try:
-        code = program.main(request["argv"])
+        if request["file"]:
+            sys.argv[0], code = request["file"], 0
+            try:
+                runpy.run_path(request["file"], run_name="__main__")
+            except SystemExit as end:
+                code = end.code or 0
+        else:
+            code = program.main(request["argv"])
     finally:
         if watch:
             watch.done()

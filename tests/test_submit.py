@@ -1,0 +1,471 @@
+"""logs/pack.py and logs/submit.py: a packed run is the run, and no submission passes that a reviewer would stop.
+
+Three seeds of a tiny model on the shipped text are run once; each refusal is tested on a copy that is damaged.
+"""
+
+import ast
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tokenize
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forks import ROOT, Server
+from helpers import tg, write_shard
+from scipy import stats
+
+from logs import pack, submit
+
+CONFIG = """
+track = "golf"
+data = "sample"
+tokenizer = "sample/tokenizer.model"
+vocab = 1024
+doc_token = 1
+val_tokens = 0
+epochs = 0
+shuffle = 1
+steps = 12
+batch_tokens = 512
+micro_tokens = 512
+seq_len = 128
+eval_every = 6
+depth = 1
+dim = 32
+heads = 2
+device = "cpu"
+dtype = "float32"
+compile = 0
+save_last = 0
+rule_metric = "roundtrip_val_bpb"
+rule_target = 4.0
+rule_margin = 0.00296
+rule_p = 0.01
+rule_max_seconds = 600
+rule_max_bytes = 16000000
+"""
+NAME, DATE = "Tiny_Steps", "2026-11-22"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pack_once():
+    """Packing takes a second and gives the same for the same files: each submission of this module need not repeat it."""
+    plain, packed = pack.pack, {}
+
+    def remembered(paths, root=ROOT):
+        key = (root, *paths)
+        packed[key] = packed.get(key) or plain(paths, root)
+        return packed[key]
+
+    pack.pack = remembered
+    yield
+    pack.pack = plain
+
+
+@pytest.fixture(scope="module")
+def packed_file(tmp_path_factory):
+    """train_gpt.py packed, as the command line does it."""
+    path = tmp_path_factory.mktemp("packed") / "train_gpt.py"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert pack.main(["--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("output"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def work(server, tmp_path_factory):
+    """A working directory with some of the shipped text, the config, and logs/: seeds 1, 2, 3 from readable sources."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "sample").mkdir()
+    for name, documents in (("sample_train_000001.bin", 40), ("sample_val_000000.bin", 3)):
+        tokens = np.fromfile(ROOT / "data/sample" / name, "<u2")[512:]
+        write_shard(folder / "sample" / name, tokens[: np.flatnonzero(tokens == 1)[documents]])
+    for name in ("tokenizer.model", "manifest.json"):
+        shutil.copy(ROOT / "data/sample" / name, folder / "sample")
+    (folder / "tiny.toml").write_text(CONFIG)
+    for seed in (1, 2, 3):
+        ended = server.run("--config", "tiny.toml", "--seed", seed, "--run", f"tiny-s{seed}", cwd=folder)
+        assert ended.code == 0, ended.text
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed_run(work, packed_file, tmp_path_factory):
+    """Seed 1 once more, started from the packed file as a process of its own, far from the sources."""
+    folder = tmp_path_factory.mktemp("packed_run")
+    shutil.copytree(work / "sample", folder / "sample")
+    shutil.copy(work / "tiny.toml", folder)
+    command = [sys.executable, packed_file, "--config", "tiny.toml", "--seed", "1", "--run", "tiny-s1"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "logs/tiny-s1"
+
+
+@pytest.fixture
+def copy(work, tmp_path, monkeypatch):
+    """A copy of the working directory that a test may damage, as the current directory."""
+    shutil.copytree(work, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+RUNS = tuple(f"logs/tiny-s{seed}" for seed in (1, 2, 3))
+
+
+def call(capsys, *argv, track: str = "golf", runs=RUNS) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = submit.main([track, NAME, *runs, "--date", DATE, *argv])
+    return code, *capsys.readouterr()
+
+
+def refused(capsys, *words, **how) -> str:
+    """The submission is refused with one message that says all the words, and leaves nothing behind."""
+    before = sorted(Path().rglob("*"))
+    code, out, err = call(capsys, *how.pop("argv", ()), **how)
+    assert code == 2 and not out, out
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("  - ")]
+    hits = [line for line in lines if all(word in line for word in words)]
+    assert hits, err
+    assert all("; " in line and ": " in line for line in lines)  # where: what; what to do
+    assert sorted(Path().rglob("*")) == before
+    return err
+
+
+def result(run: str) -> dict:
+    return json.loads(Path(run, "result.json").read_text())
+
+
+def edit(run: str, **changes) -> None:
+    """Change keys of a result.json."""
+    Path(run, "result.json").write_text(json.dumps(result(run) | changes))
+
+
+def set_config(changes: dict, runs=RUNS) -> None:
+    """Change config.toml, log.txt and result.json alike, as if the runs had been made so."""
+    for run in map(Path, runs):
+        old = (run / "config.toml").read_text()
+        new = old
+        for key, value in changes.items():
+            new, count = re.subn(rf"^{key} = .*$", f"{key} = {json.dumps(value)}", new, flags=re.M)
+            assert count == 1
+        (run / "config.toml").write_text(new)
+        log, body = (run / "log.txt").read_text(), old.split("\n", 1)[1]
+        assert body in log
+        (run / "log.txt").write_text(log.replace(body, new.split("\n", 1)[1]))
+        cfg = tg.Config(**tg.read_toml(run / "config.toml"))
+        edit(str(run), config_sha256=tg.config_hash(cfg), seed=cfg.seed)
+
+
+########################################
+#                Packing               #
+########################################
+
+
+def test_a_packed_run_is_the_run(work, packed_run, packed_file):
+    """Every logged number of training, the artifact to the byte, and the source that it logs and counts: its own."""
+    plain = work / "logs/tiny-s1"
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (plain, packed_run)]
+    times = {"train_time_ms", "wall_time_s", "eval_time_s", "tok_s"}
+    one, other = ([{k: v for k, v in row.items() if k not in times} for row in both] for both in rows)
+    assert one == other and len([row for row in one if row["kind"] == "train"]) == 12
+    assert (plain / "model.nrx").read_bytes() == (packed_run / "model.nrx").read_bytes()
+    found = result(packed_run)
+    assert found["code_bytes"] == packed_file.stat().st_size
+    assert found["total_bytes"] == found["code_bytes"] + (packed_run / "model.nrx").stat().st_size
+    assert (packed_run / "log.txt").read_text().startswith(packed_file.read_text() + "\n" + "=" * 100 + "\n")
+    assert packed_file.stat().st_size < (ROOT / "train_gpt.py").stat().st_size / 2
+
+
+def test_a_packed_file_answers_like_its_program(packed_file, server):
+    """Help (made of comments in the source), the dry run (another module), errors, presets of the working directory."""
+    def both(*argv):
+        ran = [server.run(*argv, cwd=ROOT, file=program) for program in (ROOT / "train_gpt.py", packed_file)]
+        words = [re.sub(r"\S*train_gpt.py", "PROGRAM", " ".join(r.text.replace("│", " ").split())) for r in ran]
+        assert ran[0].code == ran[1].code and words[0] == words[1]
+        return words[0]
+
+    assert "decay per step of an exponential moving average of the weights" in both("--help")
+    assert "162,165,504" in both("--config", "remix_m", "--dry_run")
+    assert "no such file and no such preset" in both("--config", "nothing")
+
+
+def test_a_packed_module_is_a_program_too(work, packed_file, server):
+    """golf.py's proof, which starts golf.py once more in a fresh process: from the packed file as from its own."""
+    argv = ("prove", work / "logs/tiny-s1", "--mode", "chunked", "--bytes", 100, "--device", "cpu")
+    ended = server.run("golf", *argv, cwd=work, file=packed_file)
+    assert ended.code == 0 and "prove:chunked" in ended.out, ended.text
+
+
+@pytest.mark.parametrize("name", ["train_gpt.py", "golf.py", "pre_pre_train.py", "logs/dry_run.py"])
+def test_packing_keeps_the_code(name):
+    """What is left are the tokens of the source, in their order; only comments, docstrings and layout are gone."""
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+
+    def code(source: str) -> list[str]:
+        """All tokens but those of layout and strings that are statements."""
+        found, fresh = [], True
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type not in layout and not (fresh and token.type == tokenize.STRING) and token.string != "pass":
+                found.append(token.string)
+            if token.type not in (tokenize.COMMENT, tokenize.NL):
+                fresh = token.type in layout
+        return found
+
+    source = (ROOT / name).read_text()
+    small = pack.minify(source)
+    assert code(small) == code(source) and len(small) < 0.85 * len(source)
+
+
+def test_minifying_survives_what_python_allows():
+    """Strings that look like comments, spaces that matter, docstrings as the only body, lines that go on."""
+    source = '''"""Doc."""
+import os  # gone
+def f(a, *, b = "# no comment"):
+    """Only a docstring."""
+class C:
+    "doc"
+    x = 1 if os else -1; y = not(x)
+def g(x) :
+    """Doc
+    over lines."""
+    if x :  # gone
+
+        return f"{x!r:>{10}} # stays {'a' 'b'}" + """
+   kept # as it is
+"""
+    return [1, # gone
+            2] if x is not None else (yield)
+'''
+    small = pack.minify(source)
+    assert "gone" not in small and "Doc" not in small and "\n   kept # as it is\n" in small
+    bare = ast.parse(source)
+    bare.body = bare.body[1:]
+    bare.body[1].body = [ast.Pass()]
+    bare.body[2].body = bare.body[2].body[1:]
+    bare.body[3].body = bare.body[3].body[1:]
+    assert ast.dump(ast.parse(small)) == ast.dump(bare)
+
+
+def test_unpacking_runs_nothing_and_gives_every_module(packed_file, tmp_path, capsys):
+    assert set(pack.unpack(packed_file.read_text())) >= {"train_gpt", "golf", "logs.dry_run"}
+    assert pack.main(["--unpack", str(packed_file), "--out", str(tmp_path / "shown")]) == 0
+    assert "class GPT(nn.Module):" in (tmp_path / "shown/train_gpt.py").read_text()
+    assert pack.main(["--unpack", str(ROOT / "golf.py"), "--out", str(tmp_path / "no")]) == 2
+    assert "no file that logs/pack.py wrote" in capsys.readouterr().err
+    assert pack.main(["/etc/hosts", "--out", str(tmp_path / "no.py")]) == 2
+    assert pack.main(["--out", str(ROOT / "packed.py")]) == 2
+    assert "a folder of its own" in capsys.readouterr().err
+
+
+########################################
+#              Submission              #
+########################################
+
+
+def test_golf_folder(copy, capsys, server):
+    """Everything that the leaderboard asks for, with the numbers of the runs, and a program that runs from inside."""
+    code, out, err = call(capsys, "--author", "A. Person", "--github_id", "aperson", "--blurb", "Twelve steps.")
+    assert code == 0, err
+    place = copy / "records/track_10min_16mb" / f"{DATE}_{NAME}"
+    names = {"README.md", "submission.json", "train_gpt.py", "config.toml", "source",
+             *(f"train_seed{s}.log" for s in (1, 2, 3))}
+    assert {p.name for p in place.iterdir()} == names and list(place.parent.iterdir()) == [place]
+    facts = json.loads((place / "submission.json").read_text())
+    for key in ("author", "github_id", "name", "blurb", "date", "val_loss", "val_bpb", "bytes_total", "bytes_code"):
+        assert facts[key], key
+    scores = [result(run)["roundtrip_val_bpb"] for run in RUNS]
+    assert facts["val_bpb"] == pytest.approx(np.mean(scores)) and facts["val_bpb_std"] == pytest.approx(np.std(scores, ddof=1))
+    assert facts["seeds"] == [1, 2, 3] and facts["seed_results"]["2"]["roundtrip_val_bpb"] == scores[1]
+    test = stats.ttest_1samp(scores, 4.0 - 0.00296, alternative="less")
+    assert facts["test"]["p"] == pytest.approx(test.pvalue) and facts["test"]["t"] == pytest.approx(-test.statistic)
+    assert facts["bytes_code"] == (place / "train_gpt.py").stat().st_size
+    assert facts["bytes_total"] == facts["bytes_code"] + max(Path(r, "model.nrx").stat().st_size for r in RUNS)
+    text = (place / "README.md").read_text()
+    for word in (f"{scores[0]:.5f}", f"{facts['val_bpb']:.5f}", f"{facts['test']['p']:.4g}", "sd, n - 1", "0 of these"):
+        assert word in text, word
+    for seed in (1, 2, 3):
+        assert (place / f"train_seed{seed}.log").read_bytes() == (copy / f"logs/tiny-s{seed}/log.txt").read_bytes()
+    sources = pack.modules_of([place / "source/train_gpt.py"], place / "source")
+    assert pack.pack(sources, place / "source") == (place / "train_gpt.py").read_text()
+    ran = server.run("--config", "config.toml", "--seed", 2, "--data", "../../../sample", "--tokenizer",
+                     "../../../sample/tokenizer.model", "--run", "again", "--log_dir", copy / "again", cwd=place,
+                     file="train_gpt.py")
+    assert ran.code == 0, ran.text
+    assert json.loads((copy / "again/again/result.json").read_text())["roundtrip_val_bpb"] == scores[1]
+    shutil.rmtree(copy / "again")
+    err = refused(capsys, "exists", "choose another name")
+    assert "1 found" in err
+
+
+def test_a_packed_run_ships_the_file_that_ran(copy, packed_run, packed_file, capsys):
+    shutil.copytree(packed_run, copy / "packed/tiny-s1")
+    code, _, err = call(capsys, track="golf_non_record", runs=["packed/tiny-s1"])
+    assert code == 0, err
+    place = copy / "records/track_non_record_16mb" / f"{DATE}_{NAME}"
+    assert (place / "train_gpt.py").read_bytes() == packed_file.read_bytes()
+    refused(capsys, "logs/tiny-s2/log.txt", "not the source of the other logs", runs=["packed/tiny-s1", *RUNS[1:]])
+
+
+def test_speedrun_and_slowrun_folders(copy, capsys, monkeypatch):
+    """One .txt a run, the readable source; no bytes are counted."""
+    monkeypatch.setitem(submit.TRACKS, "speedrun", replace(submit.TRACKS["speedrun"], val_tokens=0))
+    set_config({"track": "speedrun", "rule_metric": "val_loss", "rule_target": 9.0, "rule_margin": 0.0, "rule_max_seconds": 0.0,
+                "rule_max_bytes": 0})
+    code, _, err = call(capsys, track="speedrun")
+    assert code == 0, err
+    place = copy / "records/track_1_short" / f"{DATE}_{NAME}"
+    assert {p.name for p in place.iterdir()} == {"README.md", "submission.json", "train_gpt.py", "config.toml",
+                                                 *(f"tiny-s{s}.txt" for s in (1, 2, 3))}
+    assert (place / "train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
+    assert "ttest_1samp" in (place / "README.md").read_text() and "train_time_s" in (place / "README.md").read_text()
+    set_config({"track": "slowrun", "rule_target": 0.0, "rule_p": 0.0})
+    code, _, err = call(capsys, track="slowrun_tiny")
+    assert code == 0, err
+    assert "asks for no test" in (copy / "records/slowrun_tiny" / f"{DATE}_{NAME}/README.md").read_text()
+    monkeypatch.setitem(submit.TRACKS, "slowrun_tiny", replace(submit.TRACKS["slowrun_tiny"], max_train_tokens=1000))
+    refused(capsys, "sample: ", "training tokens, 1000 are allowed", track="slowrun_tiny")
+
+
+def test_refuses_sizes(copy, capsys):
+    """Artifact and code over the cap; a file that is not as long as result.json says; one that is missing."""
+    set_config({"rule_max_bytes": 60000})
+    refused(capsys, "logs/tiny-s1/model.nrx", "60000 are allowed", "make the model smaller")
+    set_config({"rule_max_bytes": 0})  # a laxer rule than the track's does not help
+    with open("logs/tiny-s2/model.nrx", "ab") as f:
+        f.write(b"\0")
+    refused(capsys, "logs/tiny-s2/model.nrx", "result.json says")
+    Path("logs/tiny-s2/model.nrx").unlink()
+    refused(capsys, "logs/tiny-s2/model.nrx", "missing", "put the run's own file back")
+
+
+def test_refuses_clocks_over_the_cap(copy, capsys):
+    for run in RUNS:  # log and result agree on it
+        log = Path(run, "log.txt").read_text()
+        Path(run, "log.txt").write_text(re.sub(r"^(final: .*train_time:)[\d.]+s", r"\g<1>700.000s", log, flags=re.M))
+        edit(run, train_time_s=700.0)
+    refused(capsys, "logs/tiny-s3/result.json", "700.0 s, 600 s are allowed", "--max_seconds 600")
+    edit(RUNS[0], eval_time_s=601.0)
+    refused(capsys, "logs/tiny-s1/result.json", "eval_time_s 601.0", "600 s are allowed")
+
+
+def test_refuses_another_source(copy, capsys):
+    log = Path(RUNS[1], "log.txt").read_text()
+    Path(RUNS[1], "log.txt").write_text(log.replace("beta2: float = 0.95", "beta2: float = 0.99", 1))
+    refused(capsys, "logs/tiny-s2/log.txt", "differs from that shipped", "check out the revision")
+    Path(RUNS[1], "log.txt").write_text(log)
+    edit(RUNS[1], code_bytes=1000)
+    refused(capsys, "logs/tiny-s2/result.json", "code_bytes 1000")
+
+
+def test_refuses_seeds_missing_doubled_or_left_out(copy, capsys):
+    refused(capsys, "seeds: 2 missing", "--seeds", runs=[RUNS[0], RUNS[2]])
+    refused(capsys, "logs/tiny-s2: a run of the same experiment", "left out", runs=[RUNS[0], RUNS[2]],
+            argv=["--seeds", "1", "3"])
+    refused(capsys, "logs/tiny-s1", "seed 1 is given 2 times", runs=[*RUNS, RUNS[0]])
+    refused(capsys, "seeds: 4 missing", argv=["--seeds", "1", "2", "3", "4"])
+    refused(capsys, "seeds: 3 given, but not in --seeds", argv=["--seeds", "1", "2"])
+    edit(RUNS[1], seed=1)
+    refused(capsys, "logs/tiny-s2", "seed 1 in result.json, 2 in config.toml")
+
+
+def test_refuses_what_the_rule_refuses(copy, capsys):
+    """Too few runs, a mean not far enough below, no rule at all, a metric that was not measured."""
+    set_config({"rule_target": float(np.mean([result(run)["roundtrip_val_bpb"] for run in RUNS])) + 0.00297})
+    refused(capsys, "the rule is not met", "p = ", "below 0.01 needed", "seeds missing")
+    set_config({"rule_target": 1.0})
+    refused(capsys, "the rule is not met", "no number of seeds")
+    set_config({"rule_target": 0.0})
+    refused(capsys, "no rule_target", "--rule_p 0.01")
+    set_config({"rule_target": 4.0, "rule_metric": "sliding_val_bpb"})
+    refused(capsys, "sliding_val_bpb", "was not measured in logs/tiny-s1")
+    set_config({"rule_metric": "roundtrip_val_bpb"})
+    for run in RUNS[1:]:
+        shutil.move(run, "elsewhere-" + Path(run).name)
+    refused(capsys, "fewer than the rule needs", "run more seeds", runs=RUNS[:1])
+
+
+def test_refuses_a_resumed_run_on_a_timed_track(copy, capsys):
+    edit(RUNS[2], resumed=True)
+    refused(capsys, "logs/tiny-s3: resumed", "under another name")
+    set_config({"rule_max_seconds": 0.0})
+    assert call(capsys, track="golf_non_record")[0] == 0  # not timed
+
+
+def test_refuses_configs_that_differ_beyond_the_seed(copy, capsys):
+    set_config({"matrix_lr": 0.06}, [RUNS[1]])
+    refused(capsys, "logs/tiny-s2: not the same experiment", "matrix_lr = 0.06 instead of 0.05", "run again what differs")
+    set_config({"matrix_lr": 0.05}, [RUNS[1]])
+    edit(RUNS[1], device="another")
+    refused(capsys, "logs/tiny-s2", "device = another instead of")
+    edit(RUNS[1], device=result(RUNS[0])["device"])
+    text = Path(RUNS[0], "config.toml").read_text()
+    Path(RUNS[0], "config.toml").write_text(text.replace("beta1 = 0.8", "beta1 = 0.9"))
+    err = refused(capsys, "logs/tiny-s1/config.toml: not the configuration that log.txt holds")
+    assert "config_sha256" in err
+
+
+def test_refuses_numbers_that_the_log_does_not_have(copy, capsys):
+    edit(RUNS[0], roundtrip_val_bpb=1.0)
+    refused(capsys, "logs/tiny-s1/result.json", "roundtrip_val_bpb 1.0, but log.txt ends with")
+    log = Path(RUNS[1], "log.txt").read_text()
+    Path(RUNS[1], "log.txt").write_text(log[: log.index("\nfinal: ")])
+    refused(capsys, "logs/tiny-s2/log.txt", "cut short")
+
+
+def test_refuses_documents_on_both_sides(copy, capsys):
+    """One validation document is put among the training documents; the data's fingerprint is made to fit."""
+    val = np.fromfile("sample/sample_val_000000.bin", "<u2")[512:]
+    starts = np.flatnonzero(val == 1)
+    shard = np.fromfile("sample/sample_train_000001.bin", "<u2")
+    both = np.concatenate([shard, val[starts[2] : starts[3]]])
+    both[:512].view("<i4")[2] = len(both) - 512
+    both.tofile("sample/sample_train_000001.bin")
+    refused(capsys, "sample: not the shards that the runs read", "--data")
+    cfg = tg.Config(**tg.read_toml(Path(RUNS[0], "config.toml")))
+    for run in RUNS:
+        edit(run, data_sha256=tg.data_fingerprint(cfg))
+    refused(capsys, f"sample: 1 of {len(starts)} validation documents", "train anew")
+    manifest = json.loads(Path("sample/manifest.json").read_text())
+    Path("sample/manifest.json").write_text(json.dumps(manifest | {"published_split": True}))
+    refused(capsys, "also in train")  # 1 of 19 is too many for a published split, too
+    for path in Path("sample").glob("*.bin"):
+        path.unlink()
+    refused(capsys, "train and validation cannot be compared", "no train shards", "--data")
+
+
+def test_refuses_what_is_no_submission(copy, capsys):
+    refused(capsys, "track = 'golf'", "--track speedrun", track="speedrun")
+    set_config({"val_tokens": 1000})
+    refused(capsys, "val_tokens = 1000", "run with --val_tokens 0")
+    refused(capsys, "logs/none: no such run folder", runs=["logs/none"])
+    Path(RUNS[0], "result.json").unlink()
+    refused(capsys, "logs/tiny-s1: result.json missing", "--resume")
+    assert submit.main(["chess", "../../x", *RUNS, "--date", "today"]) == 2
+    err = capsys.readouterr().err
+    assert "track 'chess' is unknown" in err and "'../../x' becomes the name" in err and "YYYY-MM-DD" in err
+
+
+def test_a_failure_while_writing_leaves_nothing(copy, capsys, monkeypatch):
+    """The disk fills up at the last file, or another process took the name."""
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", fail)
+    before = sorted(Path().rglob("*"))
+    code, _, err = call(capsys)
+    assert code == 2 and "No space left" in err and sorted(Path().rglob("*")) == before
