@@ -216,7 +216,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 FREE_ON_RESUME = {
     *("config", "resume", "log_dir", "log_every", "eval_every", "save_every", "save_last", "keep", "wandb", "device"),
     *("compile", "micro_tokens", "loss_chunk", "dry_run", "json", "prompt", "sample_tokens", "temperature", "top_k"),
-    *("auto_micro", "embed_stats"),
+    *("auto_micro", "embed_stats", "nca_cache", "nca_threads", "nca_measured"),
 }
 SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "repeats", "seq_len", "window", "batch_tokens", "slow_lr")
 

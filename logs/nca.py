@@ -2,7 +2,7 @@
 Does pre-pre-training on cellular automata help a language model? Arms x seeds, matched, from one command.
 
     python logs/nca.py                                       # the optimizer cross at laptop size, five seeds
-    python logs/nca.py --arms muon muon-from-adamw sham shuffled --seeds 1 2 3
+    python logs/nca.py --arms muon muon-from-adamw muon-sham muon-shuffled --seeds 1 2 3
     python logs/nca.py --arms list                           # what there is
     python logs/nca.py --learns logs/nca-pre-adamw-s1        # picture of what pre-pre-training itself learns
 
@@ -26,6 +26,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -56,7 +57,7 @@ class Arm:
     note: str = ""
 
 
-# Pre-pre-training runs: their flags over those of --pre.
+# Pre-pre-training runs: their flags over those of --pre; the optimizer is --source where none is named.
 PRE = {
     "adamw": {"optimizer": "adamw"}, "muon": {"optimizer": "muon"},
     "random": {"nca_control": "random"}, "shuffled": {"nca_control": "shuffled"}, "still": {"nca_control": "still"},
@@ -64,34 +65,34 @@ PRE = {
 }
 
 
-def all_arms() -> dict[str, Arm]:
+def all_arms(source: str = "adamw") -> dict[str, Arm]:
+    """Every arm by name, for both optimizers of the language run; `source` is the pre-pre-training that controls use."""
     arms = {}
     for lm in ("adamw", "muon"):
-        flags = {"optimizer": lm}
-        arms[lm] = Arm("", flags, note="no pre-pre-training")
+        own = {"optimizer": lm}
+        attn, slow = own | {"transfer": "attn"}, {"slow": BODY, "slow_lr": FREEZE}
+        arms[lm] = Arm("", own, note="no pre-pre-training")
         for pre in ("adamw", "muon"):
-            arms[f"{lm}-from-{pre}"] = Arm(pre, flags | {"transfer": "attn"}, lm, "attention from pre-pre-training")
-        arms[f"{lm}-longer"] = Arm("", flags, lm, "no pre-pre-training, its time as further steps")
-    lm = {"optimizer": "muon"}
-    for mode in ("attn+scalars", "mlp", "all", "qk", "vo"):
-        arms[f"load-{mode}"] = Arm("adamw", lm | {"transfer": mode}, "muon", f"takes {mode} instead of attn")
-    attn = lm | {"transfer": "attn"}
-    slow = {"slow": BODY, "slow_lr": FREEZE}
-    arms |= {
-        "freeze": Arm("adamw", attn | slow, "muon", "body frozen, then ramped up, as in the pull request"),
-        "freeze-longer": Arm("adamw", attn | slow | {"slow_lr": "0:0 0.105:0 0.21>1"}, "muon", "twice as long"),
-        "ramp": Arm("adamw", attn | slow | {"slow_lr": "0:0 0.105>1"}, "muon", "ramped up only"),
-        "sham": Arm("", lm | slow, "muon", "frozen and ramped up like freeze, without pre-pre-training"),
-        "shuffled": Arm("adamw", attn | {"transfer_control": "shuffled"}, "muon", "entries shuffled within matrices"),
-        "norm-matched": Arm("adamw", attn | {"transfer_control": "random"}, "muon", "normal numbers of the same norms"),
-        "hybrid": Arm("adamw", attn | {"adamw_matrices": r"\.attn\."}, "muon", "AdamW on what was taken, Muon on the rest"),
-        "hybrid-sham": Arm("", lm | {"adamw_matrices": r"\.attn\."}, "muon", "the same optimizers, nothing taken"),
-        "from-random": Arm("random", attn, "muon", "pre-pre-trained on random cells"),
-        "from-shuffled": Arm("shuffled", attn, "muon", "pre-pre-trained on grids in wrong order"),
-        "from-still": Arm("still", attn, "muon", "pre-pre-trained on grids that never change"),
-    }
-    for band in (p for p in PRE if p.startswith("band")):
-        arms[f"from-{band}"] = Arm(band, attn, "muon", f"rules that compress to {PRE[band]['nca_band']}")
+            arms[f"{lm}-from-{pre}"] = Arm(pre, attn, lm, f"attention from pre-pre-training with {pre}")
+        arms[f"{lm}-longer"] = Arm("", own, lm, "no pre-pre-training, its time as further steps")
+        for mode in ("attn+scalars", "mlp", "all", "qk", "vo"):
+            arms[f"{lm}-load-{mode}"] = Arm(source, own | {"transfer": mode}, lm, f"takes {mode} instead of attn")
+        for name, pre, flags, note in (
+            ("freeze", source, attn | slow, "body frozen, then ramped up, as in the pull request"),
+            ("freeze-longer", source, attn | slow | {"slow_lr": "0:0 0.105:0 0.21>1"}, "twice as long"),
+            ("ramp", source, attn | slow | {"slow_lr": "0:0 0.105>1"}, "ramped up only"),
+            ("sham", "", own | slow, "frozen and ramped up like freeze, without pre-pre-training"),
+            ("shuffled", source, attn | {"transfer_control": "shuffled"}, "entries shuffled within each matrix"),
+            ("norm-matched", source, attn | {"transfer_control": "random"}, "normal numbers of the same norms"),
+            ("from-random", "random", attn, "pre-pre-trained on random cells"),
+            ("from-shuffled", "shuffled", attn, "pre-pre-trained on grids in wrong order"),
+            ("from-still", "still", attn, "pre-pre-trained on grids that never change"),
+            *((f"from-{p}", p, attn, f"rules that compress to {PRE[p]['nca_band']}") for p in PRE if p.startswith("band")),
+        ):
+            arms[f"{lm}-{name}"] = Arm(pre, flags, lm, note)
+    hybrid = {"optimizer": "muon", "adamw_matrices": r"\.attn\."}
+    arms["muon-hybrid"] = Arm(source, hybrid | {"transfer": "attn"}, "muon", "AdamW on what was taken, Muon on the rest")
+    arms["muon-hybrid-sham"] = Arm("", hybrid, "muon", "the same optimizers, nothing taken")
     return arms
 
 
@@ -104,6 +105,7 @@ class Options:
 
     lm: tuple[str, ...] = ("nca_cpu",)  # preset of the language runs, and of the model of both phases
     arms: tuple[str, ...] = CROSS  # which arms; `list` prints all that there are
+    source: Literal["adamw", "muon"] = "adamw"  # optimizer of the pre-pre-training behind the controls
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # seeds of weights and data order; the automata are the same for all
     pre: str = ""  # flags of the pre-pre-training runs, as one string
     flags: str = ""  # flags of the language runs, as one string
@@ -130,7 +132,7 @@ class Ablation:
     arms: dict[str, Arm] = field(default_factory=dict)
 
     def __post_init__(self):
-        known = all_arms()
+        known = all_arms(self.o.source)
         for text in self.o.extra:
             name, pre, base, *flags = shlex.split(text)
             given = {k.removeprefix("--"): v for k, v in zip(flags[::2], flags[1::2])}
@@ -148,7 +150,7 @@ class Ablation:
         return Path(self.o.log_dir) / run
 
     def pre_argv(self, pre: str, seed: int) -> list[str]:
-        own = [w for k, v in PRE[pre].items() for w in (f"--{k}", v)]
+        own = [w for k, v in ({"optimizer": self.o.source} | PRE[pre]).items() for w in (f"--{k}", v)]
         return ["--like", *self.o.lm, *shlex.split(self.o.pre), *own, "--log_dir", self.o.log_dir, "--seed", str(seed),
                 "--run", f"{self.o.name}-pre-{pre}-s{seed}", "--arm", f"pre-{pre}", "--resume"]
 
@@ -231,7 +233,7 @@ class Ablation:
                 if arm.pre:
                     self.generation(arm.pre)
                     self.start("pre_pre_train.py", self.pre_argv(arm.pre, seed), pre_pre_train.PrePreConfig)
-                more = {"steps": str(self.longer_steps(name, seed))} if name in LONGER else {}
+                more = {"steps": str(self.longer_steps(name, seed))} if name in ("adamw-longer", "muon-longer") else {}
                 self.start("train_gpt.py", self.lm_argv(name, seed, more), train_gpt.Config)
 
     def load(self) -> dict[str, list[report.Run]]:
@@ -244,9 +246,6 @@ class Ablation:
                 run.result["charge_s"] = self.charge(arm.pre, run.seed) if arm.pre else 0.0
             found[name] = runs
         return found
-
-
-LONGER = {"adamw-longer", "muon-longer"}
 
 
 def differences(a: train_gpt.Config, b: train_gpt.Config) -> list[list[str]]:
@@ -448,8 +447,8 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(o.out)
     try:
         if "list" in o.arms:
-            for name, arm in all_arms().items():
-                print(f"{name:18} {arm.base or '(base)':8} {arm.note}")
+            for name, arm in all_arms(o.source).items():
+                print(f"{name:20} {arm.base or '(base)':8} {arm.note}")
             return 0
         out.mkdir(parents=True, exist_ok=True)
         if o.learns:

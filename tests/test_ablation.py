@@ -69,10 +69,10 @@ def words(**changes) -> list[str]:
 def test_arms_differ_from_their_base_in_more_than_the_transfer(here):
     everything = ablation.Ablation(options(arms=tuple(ablation.all_arms())))
     table = everything.check()
-    assert len(everything.arms) >= 20 and "adamw_matrices" in table and "transfer_control" in table
+    assert len(everything.arms) >= 40 and "adamw_matrices" in table and "transfer_control" in table
     rows = [line.split()[:3] for line in table.splitlines()[1:]]
     assert {key for _, _, key in rows} <= ablation.TRANSFER | {"steps"}
-    assert ["sham", "muon", "slow"] in rows and not [r for r in rows if r[0] == "sham" and r[2] == "init_from"]
+    assert ["muon-sham", "muon", "slow"] in rows and not [r for r in rows if r[0] == "muon-sham" and r[2] == "init_from"]
 
 
 @pytest.mark.parametrize("extra", ["mine adamw muon --transfer attn --matrix_lr 0.07", "mine none muon --optimizer adamw",
@@ -86,7 +86,7 @@ def test_unfair_arm_is_run(here, capsys, extra):
 
 @pytest.mark.parametrize("flags, message", [
     (["--arms", "nonsense"], "no such arm; there are adamw"), (["--extra", "mine nothing muon"], "must read NAME PRE BASE"),
-    (["--lm", "nowhere", "--arms", "muon", "sham"], "no such preset")])
+    (["--lm", "nowhere", "--arms", "muon", "muon-sham"], "no such preset")])
 def test_bad_input_is_a_traceback(here, capsys, flags, message):
     assert ablation.main(flags) == 2
     assert message in capsys.readouterr().err and not here
@@ -94,17 +94,17 @@ def test_bad_input_is_a_traceback(here, capsys, flags, message):
 
 def test_whole_ablation(here, capsys, tmp_path):
     """Three arms, two seeds, and a base with longer runs: takes turns, charges, goes on, and refuses what was changed."""
-    argv = words(arms="muon-from-adamw sham muon-longer", pre=PRE)
+    argv = words(arms="muon-from-adamw muon-sham muon-longer", pre=PRE)
     assert ablation.main(argv) == 0, capsys.readouterr().err
     names = [c[c.index("--run") + 1] for c in here if "--generate_only" not in c]
     assert names == [f"nca-{arm}-s{seed}" for seed in (1, 2)
-                     for arm in ("muon", "pre-adamw", "muon-from-adamw", "sham", "muon-longer")]
+                     for arm in ("muon", "pre-adamw", "muon-from-adamw", "muon-sham", "muon-longer")]
     out = capsys.readouterr().out
     record = json.loads((tmp_path / "logs/report-nca/nca.json").read_text())
     rows = {row["arm"]: row for row in record["arms"]}
     results = {name: json.loads((tmp_path / "logs" / name / "result.json").read_text()) for name in names}
-    finals = {arm: [results[f"nca-{arm}-s{s}"]["val_loss"] for s in (1, 2)] for arm in ("muon", "muon-from-adamw", "sham")}
-    for arm in ("muon-from-adamw", "sham"):
+    finals = {arm: [results[f"nca-{arm}-s{s}"]["val_loss"] for s in (1, 2)] for arm in ("muon", "muon-from-adamw", "muon-sham")}
+    for arm in ("muon-from-adamw", "muon-sham"):
         expected = stats.ttest_rel(finals[arm], finals["muon"])
         assert rows[arm]["final"]["p"] == pytest.approx(expected.pvalue)
         assert rows[arm]["final"]["delta"] == pytest.approx(np.mean(finals[arm]) - np.mean(finals["muon"]))
