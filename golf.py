@@ -530,6 +530,7 @@ class Cache:
 
     def __init__(self, model: tg.GPT, repeats: int, window: int):
         self.model, self.repeats, self.window, self.size, self.docs = model, repeats, window, 0, None
+        self.windows = [tg.block_window(model.cfg, block, window) for block in tg.layer_order(model.cfg, repeats)]
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.turn = 0
 
@@ -557,7 +558,7 @@ class Cache:
         pos = torch.arange(k.size(2), device=q.device)
         new = pos[k.size(2) - q.size(2) :, None]
         docs = (self.docs[:, None, new], self.docs[:, None, None]) if self.docs is not None else (None, None)
-        ok = tg.visible(new, pos, *docs, self.window)
+        ok = tg.visible(new, pos, *docs, self.windows[self.turn - 1])
         return ((q * scale) @ k.mT).float().masked_fill(~ok, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 

@@ -75,6 +75,7 @@ EOF
   case $folder in
     data/sample) $PY data/get.py sample ;;
     data/fineweb10B) $PY data/get.py fineweb10B --shards "$SHARDS" ;;
+    data/slowrun) $PY data/get.py slowrun ;;
     *) echo "data: $folder is taken as it is" ;;
   esac
 }

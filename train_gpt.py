@@ -83,7 +83,7 @@ class Config:
     transfer: str = "all"  # what init_from gives: all, attn, qk, vo, mlp, scalars joined by +, or a regular expression
     transfer_skip: str = ""  # regular expression: tensors that are left out of it
     transfer_control: str = ""  # wrong on purpose: shuffled (entries within each matrix) or random (normal, same norm)
-    eval_every: int = 125  # steps between evaluations; 0: only at the end
+    eval_every: int = 125  # steps between evaluations; 0: only at the end; -1: at the end of each epoch
     log_every: int = 1  # steps between training lines in log.txt and metrics.jsonl
     embed_stats: int = 0  # tokens on which each evaluation takes statistics of logits and embeddings; 0: none
     save_every: int = 0  # steps between checkpoints; 0: only when interrupted
@@ -108,7 +108,7 @@ class Config:
     val_tokens: int = 10485760  # scored prefix of the validation stream; 0: all of it
     train_tokens: int = 0  # only so many tokens of the training shards are used, from their start; 0: all
     epochs: int = 1  # passes over the training shards that the run may make; 0: as many as it needs
-    shuffle: int = 0  # 1: rows in a new random order each epoch; 0: shards in the order of their names
+    shuffle: int = 0  # 0: shards in the order of their names; each epoch anew 1: rows, 2: documents and rows (slowrun)
     # --- length
     steps: int = 2500  # optimizer steps at most
     max_seconds: float = 0.0  # cap of the training clock; schedules then run on time; 0: none
@@ -133,21 +133,34 @@ class Config:
     rope_dims: int = 0  # standard, interleaved (pairs are neighbours): so many first dims turn; 0: all, -1: half
     activation: str = "relu2"  # of the MLP: relu2, leaky_relu2 (slope 0.5, then squared) or swiglu (two maps in)
     q_gain: float = 0.0  # start of a learned factor per query head, behind the rotation; 0: none
+    attn_gate: int = 0  # each head's output times sigmoid of a learned map of the input's first n dims; 0: none
+    value_proj: int = 0  # every 2nd block adds to its values a map of the embedding, gated by n input dims; 0: none
+    iha: int = 0  # 1: learned mixing of the heads' weights of queries, keys and values (slowrun's IHA)
     xsa: int = 0  # exclusive self-attention (no component along the own value) in the last n positions; -1: in all
     block_scales: int = 0  # 1: blocks learn vectors that mix in the embedding and scale both branches
-    unet: int = 0  # 1: learned skips from the first half of the positions to the second
+    resid_lambda: float = 0.0  # start of a learned factor per block on the residual stream; 0: none
+    x0_lambda: float = 0.0  # start of a learned share of the embedding per block; 0: none
+    unet: int = 0  # learned skips from the first half to the second: 1: a vector per position; 2: a number per block
     layer_scale: int = 0  # 1: the normed inputs of position l's branches are divided by sqrt(l + 1)
     loop_embed: int = 0  # 1: each position adds a learned vector
     value_embeds: int = 0  # token tables of which each position adds a learned share; 0: none
     cross_repeat: int = 0  # 1: a looped block adds a learned share of its own output one repeat before
     doc_mask: int = 1  # 1: a token sees its own document only
     window: str = "0"  # [sched] keys a token sees, itself included; 0: the whole row
+    window_pattern: str = ""  # such as SSSL, repeated over blocks: S has the window, L (and the last) the row; empty: all S
     loop: str = ""  # "a:b": blocks a..b-1 are applied `repeats` times; empty: none
     repeats: str = "1"  # [sched] passes through the looped blocks
     tie_embed: int = 0  # 1: one table is input embedding and head
+    attn_dropout: float = 0.0  # share of the attention branch's output that is zeroed in training
+    mlp_dropout: float = 0.0  # share of the MLP branch's output that is zeroed in training
+    stoch_depth: float = 0.0  # chance that the last block is left out of a training pass; rises linearly from block 0's 0
+    mtp: float = 0.0  # weight of the loss of the token after next, by one more block; 0: none
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
+    pad_vocab: int = 0  # 1: the embedding has those rows too, and rows beyond vocab give no logits (slowrun)
     embed_init: float = 1.0  # standard deviation of the untied input embedding
     head_init: str = "zero"  # head (or tied table) at the start: zero, uniform (1/sqrt(dim)) or a standard deviation
+    init_std: float = 0.0  # std of q, k, v and the MLP's input, times sqrt(dim); 0: remix's 0.5 and 1/sqrt(3)
+    proj_init: float = 0.0  # std of both output projections, times sqrt(dim); 0: they start at zero
     logit_dim_power: float = 0.0  # logits are multiplied by dim to this power; remix M has -0.5
     softcap: float = 0.0  # logits become cap*tanh(logits/cap); 0: none
     init: str = "remix"  # initial values: remix, or xavier (normal; embedding 1/sqrt(dim), attn.proj .02/sqrt(2*depth))
@@ -163,7 +176,10 @@ class Config:
     head_lr: float = 0.22  # learning rate of the untied head
     tied_lr: float = 0.0021  # learning rate of a tied table
     scalar_lr: float = 0.04  # learning rate of vectors and scalars
+    own_lr: str = ""  # "pattern=rate pattern=rate/beta1": AdamW's rate (and beta1) of names that the pattern finds
     lr: str = "0:1 0.6:1 1>0.1"  # [sched] multiplies every learning rate
+    lr_cycles: int = 0  # in each of the last n epochs the rate falls from its schedule to lr_floor by half a cosine
+    lr_floor: float = 0.05  # lowest multiplier in those epochs
     slow: str = ""  # regular expression: tensors whose learning rate is multiplied by slow_lr as well
     slow_lr: str = "1"  # [sched] e.g. "0 250s:0 450s>1": frozen to the bit for 250 steps, then ramped up over 200
     beta1: float = 0.8  # AdamW: decay of the first moment
@@ -174,7 +190,8 @@ class Config:
     polar_steps: int = 5  # Muon: iterations towards the polar factor
     row_norm: int = 0  # Muon: 1 divides each row of the update by its norm first (MuonEq-R)
     normuon: float = 0.0  # Muon: decay of NorMuon's second moment per neuron; 0: off
-    cautious: int = 0  # 1: weight decay only where it agrees with the update
+    cautious: int = 0  # weight decay only where it agrees with the update: 1: of all weights, 2: of Muon's matrices
+    decay_by_shape: int = 0  # 1: Muon's decay has the factor sqrt(max(1, rows/cols)) of its step as well (slowrun)
     matrix_wd: float = 0.0  # decoupled weight decay of matrices (weights shrink by lr*wd a step)
     embed_wd: float = 0.0  # decoupled weight decay of embedding, head and tied table
     scalar_wd: float = 0.0  # decoupled weight decay of vectors and scalars
@@ -185,6 +202,7 @@ class Config:
     ema: float = 0.0  # decay per step of an exponential moving average of the weights; 0: none
     swa_every: int = 0  # steps between the snapshots of a plain average of the weights; 0: none
     swa_start: float = 0.75  # fraction of training from which those snapshots are taken
+    average_epochs: int = 0  # keep the weights of the last n epochs in the run's folder, and score averages of them at the end
     final_weights: str = "live"  # which weights are exported and sampled: live, ema or swa
     # --- artifact and sample
     export: str = "int8"  # bits of the artifact's weights, e.g. "int6 mlp:5 head:8"; fit: by artifact_limit; empty: none
@@ -313,9 +331,17 @@ def validate(cfg: Config) -> None:
     for key in ("steps", "depth", "dim", "heads", "micro_tokens", "loss_chunk", "vocab", "keep", "polar_steps",
                 "log_every", "head_multiple", "mlp_multiple"):
         need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)}: must be at least 1")
-    for key in ("seed", "eval_every", "save_every", "epochs", "val_tokens", "max_seconds", "grad_clip", "softcap", "kv_heads",
-                "head_dim", "eval_seq_len", "swa_every", "sample_tokens", "gptq", "artifact_limit", "prove_bytes", "z_loss",
-                "mu_loss", "embed_stats", "train_tokens"):
+    need(cfg.eval_every >= -1, f"eval_every = {cfg.eval_every}: a number of steps, 0 for the end alone, -1 for ends of epochs")
+    by_epoch = [k for k, on in (("lr_cycles", cfg.lr_cycles), ("average_epochs", cfg.average_epochs),
+                                ("eval_every", cfg.eval_every < 0)) if on]
+    need(not by_epoch or 0 < cfg.epochs <= cfg.steps and not cfg.max_seconds, f"{' and '.join(by_epoch)} count epochs by "
+         f"steps: they need epochs (now {cfg.epochs}) from 1 to steps = {cfg.steps}, and no max_seconds")
+    need(max(cfg.lr_cycles, cfg.average_epochs) <= (cfg.epochs or 1), f"lr_cycles = {cfg.lr_cycles}, average_epochs = "
+         f"{cfg.average_epochs}: at most epochs = {cfg.epochs}")
+    need(cfg.shuffle in (0, 1, 2), f"shuffle = {cfg.shuffle}: 0 (none), 1 (rows) or 2 (documents and rows)")
+    for key in ("seed", "save_every", "train_tokens", "lr_cycles", "average_epochs", "lr_floor", "epochs", "val_tokens",
+                "max_seconds", "grad_clip", "softcap", "kv_heads", "head_dim", "eval_seq_len", "swa_every", "sample_tokens",
+                "gptq", "artifact_limit", "prove_bytes", "z_loss", "mu_loss", "embed_stats"):
         need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)}: must not be negative")
     need(cfg.vocab <= 65536, f"vocab = {cfg.vocab}: shards hold uint16 tokens, 65536 is the most")
     need(0 <= cfg.doc_token < cfg.vocab, f"doc_token = {cfg.doc_token}: not below vocab = {cfg.vocab}")
@@ -352,6 +378,17 @@ def validate(cfg: Config) -> None:
                                                          p.at >= 1 or p.at * steps - 1e-9 > steps - 1)]
             need(not late, f"{key} = {sched.text!r}: its last value is the one that is scored and exported, but the run "
                  f"of {cfg.steps} steps ends before it is reached")
+    for key in ("attn_dropout", "mlp_dropout", "stoch_depth"):
+        need(0 <= getattr(cfg, key) < 1, f"{key} = {getattr(cfg, key)}: a chance, 0 <= {key} < 1")
+    for key in ("attn_gate", "value_proj"):
+        need(0 <= getattr(cfg, key) <= cfg.dim, f"{key} = {getattr(cfg, key)}: a number of input dims, dim = {cfg.dim} at most")
+    need(cfg.mtp >= 0, f"mtp = {cfg.mtp}: a weight in the loss, not negative; 0 for none")
+    need(not cfg.iha or cfg.heads == (cfg.kv_heads or cfg.heads), f"iha = 1 mixes the weights of {cfg.heads} heads, but "
+         f"keys and values have {cfg.kv_heads}: set --kv_heads 0")
+    need(re.fullmatch("[SL]*", cfg.window_pattern) is not None, f"window_pattern = {cfg.window_pattern!r}: letters S (the "
+         "window) and L (the whole row), for example SSSL")
+    need(cfg.unet != 2 or cfg.depth > 1, "unet = 2 ties the second half of the blocks to the first: depth = 1 has no halves")
+    own_rates(cfg)
     low, high = loop_span(cfg)
     need(0 <= low <= high <= cfg.depth, f"loop = {cfg.loop!r}: must lie within the {cfg.depth} blocks")
     repeats = Schedule("repeats", cfg.repeats).values()
@@ -389,6 +426,28 @@ def loop_span(cfg: Config) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def own_rates(cfg: Config) -> list[tuple[re.Pattern, float, float]]:
+    """own_lr as (pattern, rate, beta1)."""
+    rates = []
+    for word in cfg.own_lr.split():
+        pattern, _, value = word.rpartition("=")
+        rate, _, beta1 = value.partition("/")
+        try:
+            rates.append((re.compile(pattern), float(rate), float(beta1 or cfg.beta1)))
+        except (re.error, ValueError) as e:
+            raise UserError(f"own_lr = {cfg.own_lr!r}: {word!r} is not pattern=rate or pattern=rate/beta1 ({e}); for example "
+                            "x0_lambda=0.025/0.96") from e
+    return rates
+
+
+def block_window(cfg: Config, block: int, window: int) -> int:
+    """The window of one block: window_pattern's letter for it; the last block, and MTP's behind it, see the whole row."""
+    if not cfg.window_pattern:
+        return window
+    letter = cfg.window_pattern[block % len(cfg.window_pattern)]
+    return window if letter == "S" and block < cfg.depth - 1 else 0
+
+
 def config_toml(cfg: Config) -> str:
     """The resolved configuration as TOML that --config accepts again."""
     lines = []
@@ -418,22 +477,25 @@ class Point(NamedTuple):
     ramp: bool  # reached from the point before, linearly
     value: float
     cosine: bool = False  # or along half a cosine
+    power: float = 1.0  # or as this power of what is left of the way
 
 
 class Schedule:
     """
     A value over training. "3" is constant; "0:1 0.5:2" sets 2 from the middle on; "0.6:1 1>0.1" falls linearly from
-    60 % to the end, "0.6:1 1~0.1" along half a cosine; "300s>0.95" counts steps. Positions may be fractions such as
-    1/3. A fraction is step/steps, or elapsed/max_seconds where the clock is capped, whichever is further.
+    60 % to the end, "0.6:1 1~0.1" along half a cosine, "0.6:1 1>0.1^0.5" as the root of what is left of the way; "300s>0.95"
+    counts steps; a value set where a ramp ends is a jump ("0.5>2 0.5:1"). Positions may be fractions such as 1/3. A
+    fraction is step/steps, or elapsed/max_seconds where the clock is capped, whichever is further.
     """
 
     def __init__(self, name: str, text: str):
         self.name, self.text, self.points = name, text, []
         for word in text.split():
-            match = re.fullmatch(r"(?:([\d./e+-]+)(s?)([:>~]))?([\d./e+-]+)", word)
+            match = re.fullmatch(r"(?:([\d./e+-]+)(s?)([:>~]))?([\d./e+-]+)(?:\^([\d.]+))?", word)
             try:
                 at = number(match[1]) if match[1] else 0.0
-                point = Point(at, match[2] == "s", match[3] in (">", "~"), number(match[4]), match[3] == "~")
+                power = number(match[5] or "1")
+                point = Point(at, match[2] == "s", match[3] in (">", "~"), number(match[4]), match[3] == "~", power)
             except (TypeError, ValueError, ZeroDivisionError):
                 raise self.error(f"{word!r} is neither value, at:value, at>value nor at~value") from None
             self.points.append(point)
@@ -441,7 +503,8 @@ class Schedule:
             raise self.error("must start with a value, or with 0:value")
         reached = {True: 0.0, False: 0.0}  # the last position in steps, and as a fraction
         for a, b in zip(self.points, self.points[1:]):
-            if b.at <= reached[b.in_steps]:
+            jump = a.ramp and not b.ramp and (a.at, a.in_steps) == (b.at, b.in_steps)
+            if b.at <= reached[b.in_steps] and not jump:
                 raise self.error(f"its points must stand in order, but {b.at:g} follows {reached[b.in_steps]:g}")
             reached[b.in_steps] = b.at
             if b.ramp and a.at != 0 and a.in_steps != b.in_steps:
@@ -462,6 +525,8 @@ class Schedule:
             start = last.at if last.in_steps == point.in_steps else 0.0
             if point.ramp and x > start:
                 share = (x - start) / (point.at - start)
+                if point.power != 1:
+                    share = 1 - (1 - share) ** point.power
                 value += (point.value - value) * ((1 - math.cos(math.pi * share)) / 2 if point.cosine else share)
             break
         return value
@@ -524,7 +589,16 @@ class Plan:
     def at(self, step: int, fraction: float) -> Now:
         v = {name: s.at(step, fraction) for name, s in self.sched.items()}
         ints = {k: int(v[k]) for k in ("repeats", "seq_len", "window", "batch_tokens")}
+        cycle = fraction * self.cfg.epochs - (self.cfg.epochs - self.cfg.lr_cycles)  # epochs since the cycles began
+        if self.cfg.lr_cycles and cycle >= 0:
+            floor = self.cfg.lr_floor
+            v["lr"] = floor + (max(v["lr"], floor) - floor) * (1 + math.cos(math.pi * (cycle % 1))) / 2
         return Now(v["lr"], v["momentum"], v["weight_decay"], v["qat"], **ints, slow_lr=v["slow_lr"])
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether step `step` (from 1) is the last of an epoch, by the count of steps."""
+        epochs, steps = self.cfg.epochs, self.cfg.steps
+        return step > 0 and step * epochs // steps > (step - 1) * epochs // steps
 
     def moments(self) -> list[Now]:
         """The schedules at every point where one that shapes a graph changes, in order of time."""
@@ -980,7 +1054,7 @@ def attend_bands(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, docs: Tensor | No
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, values: bool):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = cfg.heads, cfg.kv_heads or cfg.heads, head_width(cfg)
         self.eps, self.qk_norm = cfg.norm_eps, bool(cfg.qk_norm)
@@ -997,15 +1071,23 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.empty(cfg.heads)) if cfg.q_gain else None
         self.qk_gains = nn.Parameter(torch.empty(2, self.head_dim)) if cfg.layer_norm and cfg.qk_norm else None
         self.neighbours = rotary_dims(cfg) if cfg.rope == "interleaved" else 0
+        self.attn_gate = nn.Parameter(torch.empty(cfg.heads, cfg.attn_gate)) if cfg.attn_gate else None
+        self.value_gate = nn.Parameter(torch.empty(self.kv_heads, cfg.value_proj)) if values else None
+        self.iha = nn.Parameter(torch.empty(3, cfg.heads, cfg.heads)) if cfg.iha else None
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], seen: "Seen", xsa: bool) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], seen: "Seen", xsa: bool, values: Tensor | None) -> Tensor:
+        """`values` [B, T, kv_heads*K] are added to the own values, times 2*sigmoid of each head's gate."""
         B, T, _ = x_BTD.shape
         if self.heads == self.kv_heads:
-            qkv = linear(x_BTD, self.qkv.flatten(0, 1)).view(B, T, 3 * self.heads, self.head_dim)
+            w = self.qkv if self.iha is None else self.iha @ self.qkv.view(3, self.heads, -1)
+            qkv = linear(x_BTD, w.view(-1, x_BTD.size(-1))).view(B, T, 3 * self.heads, self.head_dim)
         else:
             q, kv = linear(x_BTD, self.q), linear(x_BTD, self.kv.flatten(0, 1))
             qkv = torch.cat([q, kv], dim=-1).view(B, T, -1, self.head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.value_gate is not None:
+            gate = 2 * torch.sigmoid(linear(x_BTD[..., : self.value_gate.size(1)], self.value_gate))
+            v = v + gate.unsqueeze(-1) * values.view_as(v)
         if self.qk_norm:
             q_scale, k_scale = self.qk_gains if self.qk_gains is not None else (None, None)
             q, k = normed(q, self.eps, q_scale), normed(k, self.eps, k_scale)
@@ -1020,6 +1102,8 @@ class Attention(nn.Module):
             v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
             y = y.float().unflatten(2, (self.kv_heads, -1))
             y = (y - (y * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3).to(v.dtype)
+        if self.attn_gate is not None:
+            y = y * torch.sigmoid(linear(x_BTD[..., : self.attn_gate.size(1)], self.attn_gate)).unsqueeze(-1)
         return linear(y.reshape(B, T, -1), self.proj)
 
 
@@ -1045,21 +1129,29 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP with the vectors that steer them; a looped block is applied at several positions."""
+    """
+    Attention and MLP with the vectors that steer them; a looped block is applied at several positions. Counted from the
+    last one, every second block has a value projection; the block of MTP (index = depth) has none, and no lambdas.
+    """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, index: int):
         super().__init__()
-        self.eps = cfg.norm_eps
-        self.attn, self.mlp = Attention(cfg), MLP(cfg)
+        self.eps, self.dropout = cfg.norm_eps, (cfg.attn_dropout, cfg.mlp_dropout)
+        values = bool(cfg.value_proj) and index < cfg.depth and (cfg.depth - 1 - index) % 2 == 0
+        self.attn, self.mlp = Attention(cfg, values), MLP(cfg)
+        self.value_proj = (nn.Parameter(torch.empty(self.attn.kv_heads * self.attn.head_dim, cfg.dim)) if values else None)
+        self.resid_lambda = nn.Parameter(torch.empty(1)) if cfg.resid_lambda and index < cfg.depth else None
+        self.x0_lambda = nn.Parameter(torch.empty(1)) if cfg.x0_lambda and index < cfg.depth else None
         self.mix = nn.Parameter(torch.empty(2, cfg.dim)) if cfg.block_scales else None
         self.scales = nn.Parameter(torch.empty(2, cfg.dim)) if cfg.block_scales else None
         self.gains = nn.Parameter(torch.empty(2, cfg.dim)) if cfg.layer_norm else None
 
     def forward(self, x: Tensor, x0: Tensor, added: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor], seen: "Seen",
-                xsa: bool, shrink: Tensor | None) -> Tensor:
+                xsa: bool, shrink: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """
         x and the embedding x0 [B, T, D]; `added`: pairs of a learned vector [D] and what it scales; shrink: what the
-        normed inputs of both branches are multiplied with.
+        normed inputs of both branches are multiplied with; keep: a truth value [], whether the block takes part
+        (stochastic depth, Huang et al. 2016, here without rescaling).
         """
         def branch(x: Tensor, gain: Tensor | None) -> Tensor:
             x = normed(x, self.eps, gain)
@@ -1068,13 +1160,24 @@ class Block(nn.Module):
         for scale, term in added:
             x = x + scale.to(x.dtype) * term
         first, second = self.gains if self.gains is not None else (None, None)
-        if self.mix is None:
-            x = x + self.attn(branch(x, first), rope, seen, xsa)
-            return x + self.mlp(branch(x, second))
-        mix, scales = self.mix.to(x.dtype), self.scales.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        x = x + scales[0] * self.attn(branch(x, first), rope, seen, xsa)
-        return x + scales[1] * self.mlp(branch(x, second))
+        if self.resid_lambda is not None:
+            x = self.resid_lambda.to(x.dtype) * x
+        if self.x0_lambda is not None:
+            x = x + self.x0_lambda.to(x.dtype) * x0
+        values = linear(x0, self.value_proj) if self.value_proj is not None else None
+        if self.mix is not None:
+            mix, scales = self.mix.to(x.dtype), self.scales.to(x.dtype)
+            x = mix[0] * x + mix[1] * x0
+        skipped = x
+        y = self.drop(self.attn(branch(x, first), rope, seen, xsa, values), self.dropout[0])
+        x = x + (y if self.mix is None else scales[0] * y)
+        y = self.drop(self.mlp(branch(x, second)), self.dropout[1])
+        x = x + (y if self.mix is None else scales[1] * y)
+        return x if keep is None else torch.where(keep, x, skipped)
+
+    def drop(self, y: Tensor, share: float) -> Tensor:
+        """Dropout where gradients are recorded: evaluation and sampling run without."""
+        return F.dropout(y, share) if share and torch.is_grad_enabled() else y
 
 
 class Seen:
@@ -1112,8 +1215,11 @@ class GPT(nn.Module):
         self.cfg, self.dtype = cfg, dtype
         self.head_rows = -(-cfg.vocab // cfg.head_multiple) * cfg.head_multiple
         self.head = nn.Parameter(torch.empty(self.head_rows, cfg.dim))
-        self.embed = None if cfg.tie_embed else nn.Parameter(torch.empty(cfg.vocab, cfg.dim))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        rows = self.head_rows if cfg.pad_vocab else cfg.vocab
+        self.embed = None if cfg.tie_embed else nn.Parameter(torch.empty(rows, cfg.dim))
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.depth))
+        self.mtp_proj = nn.Parameter(torch.empty(cfg.dim, 2 * cfg.dim)) if cfg.mtp else None
+        self.mtp_block = Block(cfg, cfg.depth) if cfg.mtp else None
         self.final_gain = nn.Parameter(torch.empty(cfg.dim)) if cfg.layer_norm else None
         # What belongs to a position and not to a block is there for the deepest order; shallower phases use a prefix.
         repeats = int(max(Schedule("repeats", cfg.repeats).values()))
@@ -1122,7 +1228,7 @@ class GPT(nn.Module):
         def vectors(on: int, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(*shape, cfg.dim)) if on else None
 
-        self.skips = vectors(cfg.unet, positions // 2)
+        self.skips = nn.Parameter(torch.empty(cfg.depth // 2)) if cfg.unet == 2 else vectors(cfg.unet, positions // 2)
         self.loop_embed = vectors(cfg.loop_embed, positions)
         self.value_embeds = vectors(cfg.value_embeds, cfg.value_embeds, cfg.vocab)
         self.value_scales = vectors(cfg.value_embeds, positions, cfg.value_embeds)
@@ -1131,24 +1237,41 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+    def documents(self, tokens_BT: Tensor) -> Tensor | None:
+        """The document of each token, counted within its row; None where documents see each other."""
+        return (tokens_BT == self.cfg.doc_token).cumsum(1, dtype=torch.int32) if self.cfg.doc_mask else None
+
+    def embedded(self, tokens_BT: Tensor) -> Tensor:
+        x = F.embedding(tokens_BT, self.head if self.embed is None else self.embed).to(self.dtype)
+        return self.norm(x, self.cfg.norm_eps) if self.cfg.embed_norm else x
+
+    def final(self, x: Tensor) -> Tensor:
+        eps = self.cfg.norm_eps
+        return self.norm(x, eps) if self.final_gain is None else normed(x, eps, self.final_gain)
+
     def hidden(self, tokens_BT: Tensor, repeats: int, window: int, cache=None) -> Tensor:
         """
         tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: golf.Cache, which holds what
         attention needs of the tokens before these.
         """
         cfg = self.cfg
-        docs = (tokens_BT == cfg.doc_token).cumsum(1, dtype=torch.int32) if cfg.doc_mask else None
-        table = self.head if self.embed is None else self.embed
-        x = F.embedding(tokens_BT, table).to(self.dtype)
-        x = x0 = self.norm(x, cfg.norm_eps) if cfg.embed_norm else x
+        docs, x = self.documents(tokens_BT), self.embedded(tokens_BT)
         first = cache.size if cache else 0
-        seen, rope = cache.seen(docs) if cache else Seen(docs, window, x), (self.cos[first:], self.sin[first:])
+        x0, rope = x, (self.cos[first:], self.sin[first:])
+        windows = [block_window(cfg, i, window) for i in range(cfg.depth)]
+        seen = dict.fromkeys(windows, cache.seen(docs)) if cache else {w: Seen(docs, w, x) for w in dict.fromkeys(windows)}
         values = [F.embedding(tokens_BT, t).to(self.dtype) for t in self.value_embeds] if cfg.value_embeds else []
         order, one = layer_order(cfg, repeats), torch.ones((), dtype=self.dtype, device=x.device)
-        stack, before = [], {}  # outputs of the U-net's first half; each block's output one repeat before
+        stack, before = [], {}  # outputs of the U-net's first half; each block's latest output
+        kept = None
+        if cfg.stoch_depth and torch.is_grad_enabled():
+            chance = cfg.stoch_depth / max(1, cfg.depth - 1) * torch.tensor(order, device=x.device)
+            kept = torch.rand(len(order), device=x.device) >= chance
         for position, block in enumerate(order):
             added = []
-            if cfg.unet and position >= len(order) // 2 and stack:
+            if cfg.unet == 2 and block >= cfg.depth - cfg.depth // 2:
+                added.append((self.skips[block - cfg.depth], before[cfg.depth - 1 - block]))
+            if cfg.unet == 1 and position >= len(order) // 2 and stack:
                 added.append((self.skips[position - len(order) // 2], stack.pop()))
             if cfg.loop_embed:
                 added.append((self.loop_embed[position], one))
@@ -1159,15 +1282,17 @@ class GPT(nn.Module):
             xsa = cfg.xsa < 0 or position >= len(order) - cfg.xsa
             # parameter-golf's "LN scale"; a tensor, as a number would make a graph of each position
             shrink = one.new_tensor((position + 1) ** -0.5) if cfg.layer_scale else None
-            x = self.blocks[block](x, x0, added, rope, seen, xsa, shrink)
+            keep = None if kept is None else kept[position]
+            x = self.blocks[block](x, x0, added, rope, seen[windows[block]], xsa, shrink, keep)
             before[block] = x
-            if cfg.unet and position < len(order) // 2:
+            if cfg.unet == 1 and position < len(order) // 2:
                 stack.append(x)
-        return self.norm(x, cfg.norm_eps) if self.final_gain is None else normed(x, cfg.norm_eps, self.final_gain)
+        return self.final(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple."""
-        z = linear(x, self.head).float()
+        z = linear(x, self.head)
+        z = (z[..., : self.cfg.vocab] if self.cfg.pad_vocab else z).float()
         if self.cfg.logit_dim_power:
             z = z * self.cfg.dim**self.cfg.logit_dim_power
         # Remix M's 30*sigmoid(z/7.5) is 15 + 15*tanh(z/15): a cap of 15, and softmax does not see the shift.
@@ -1179,12 +1304,33 @@ class GPT(nn.Module):
         losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
         return torch.stack([losses, logits.logsumexp(-1)]) if log_z else losses
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, repeats: int = 1, window: int = 0, log_z: bool = False) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, repeats: int = 1, window: int = 0, log_z: bool = False,
+                ahead: bool = False) -> Tensor:
         """
-        Losses [B*T] of all targets, in nats; with log_z [2, B*T], as losses() has it. Logits exist for loss_chunk tokens
-        at a time; with more than one chunk they are computed again in the backward pass instead of being kept.
+        Losses [B*T] of all targets, in nats; with log_z a row more, as losses() has it, with ahead one more, of ahead().
         """
-        x, targets = self.hidden(tokens_BT, repeats, window).flatten(0, 1), targets_BT.flatten()
+        x = self.hidden(tokens_BT, repeats, window)
+        losses = self.chunked(x, targets_BT, log_z)
+        return torch.cat([losses.view(1 + log_z, -1), self.ahead(x, targets_BT).view(1, -1)]) if ahead else losses
+
+    def ahead(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """
+        Multi-token prediction as in DeepSeek-V3 (2024): activations and the embedding of the target go through one more
+        block, with the row in full, and the same head. Losses [B*T] of the token behind the target, times T/(T-1), as a
+        row's last target has none behind it.
+        """
+        T = targets_BT.size(1)
+        h = linear(torch.cat([x_BTD, self.embedded(targets_BT.clamp_min(0))], dim=-1), self.mtp_proj)
+        h = self.mtp_block(h, h, [], (self.cos, self.sin), Seen(self.documents(targets_BT), 0, h), False)
+        after = F.pad(targets_BT[:, 1:], (0, 1), value=-1)
+        return self.chunked(self.final(h), after, False) * (T / max(1, T - 1))
+
+    def chunked(self, x_BTD: Tensor, targets_BT: Tensor, log_z: bool) -> Tensor:
+        """
+        losses() with logits of loss_chunk tokens at a time; with more than one chunk they are computed again in the
+        backward pass instead of being kept.
+        """
+        x, targets = x_BTD.flatten(0, 1), targets_BT.flatten()
         if len(targets) <= self.cfg.loss_chunk:
             return self.losses(x, targets, log_z)
         chunks = zip(x.split(self.cfg.loss_chunk), targets.split(self.cfg.loss_chunk))
@@ -1203,9 +1349,10 @@ def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
     def uniform(bound: float) -> Tensor:
         return torch.rand(p.shape, generator=rng) * (2 * bound) - bound
 
-    leaf = name.split(".")[-1]
+    leaf, width = name.split(".")[-1], cfg.dim**-0.5
     starts = {"scales": 1.0, "skips": 1.0, "q_gain": cfg.q_gain, "loop_embed": 0.0, "value_scales": 0.0, "cross_scales": 0.0,
-              "gains": 1.0, "qk_gains": 1.0, "final_gain": 1.0}
+              "gains": 1.0, "qk_gains": 1.0, "final_gain": 1.0, "attn_gate": 0.0, "value_gate": 0.0,
+              "resid_lambda": cfg.resid_lambda, "x0_lambda": cfg.x0_lambda}
     if leaf in starts:
         return torch.full(p.shape, starts[leaf])
     if leaf == "mix":
@@ -1219,11 +1366,15 @@ def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
             std = cfg.dim**-0.5 if leaf == "embed" else 0.02 / (2 * cfg.depth) ** 0.5
         return torch.randn(p.shape, generator=rng) * std
     if leaf in ("qkv", "q", "kv"):
-        return uniform(3**0.5 * 0.5 * cfg.dim**-0.5)
+        return uniform(3**0.5 * (cfg.init_std or 0.5) * width)
     if leaf == "fc":
-        return uniform(cfg.dim**-0.5)
+        return uniform(3**0.5 * cfg.init_std * width if cfg.init_std else width)
+    if leaf in ("value_proj", "mtp_proj"):
+        return uniform(3**0.5 * width)
     if leaf == "proj":
-        return torch.zeros(p.shape)
+        return torch.randn(p.shape, generator=rng) * cfg.proj_init * width
+    if leaf == "iha":
+        return torch.eye(cfg.heads).expand(p.shape)
     if leaf == "embed":
         return torch.randn(p.shape, generator=rng) * cfg.embed_init
     if leaf == "head" and is_number(cfg.head_init):
@@ -1298,7 +1449,8 @@ def muon_update(w: Tensor, g: Tensor, buf: Tensor, second: Tensor | None, lr: Te
         second.lerp_(u.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True), 1 - cfg.normuon)
         u = u * second.clamp_min(1e-10).rsqrt()
         u = u * (size / torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-    descend(w, u, lr * max(1.0, w.size(-2) / w.size(-1)) ** 0.5, decay, cfg.cautious)
+    ratio = max(1.0, w.size(-2) / w.size(-1)) ** 0.5
+    descend(w, u, lr * ratio, decay * ratio if cfg.decay_by_shape else decay, cfg.cautious)
 
 
 def adamw_update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, decay: Tensor, correct1: Tensor, correct2: Tensor,
@@ -1310,7 +1462,7 @@ def adamw_update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, decay: 
     m.lerp_(g, 1 - cfg.beta1)
     v.mul_(cfg.beta2).addcmul_(g, g, value=1 - cfg.beta2)
     u = (m / correct1) / (v.sqrt() / correct2.sqrt() + cfg.adam_eps)
-    descend(w, u, lr, decay, cfg.cautious)
+    descend(w, u, lr, decay, cfg.cautious == 1)
 
 
 def descend(w: Tensor, u: Tensor, lr: Tensor, decay: Tensor, cautious: int) -> None:
@@ -1332,6 +1484,7 @@ class Bucket:
 
     def __init__(self, kind: str, lr: float, wd: float, params: dict[str, Tensor], run: Run, cfg: Config, slow: bool = False):
         self.kind, self.lr, self.wd, self.params, self.slow = kind, lr, wd, params, slow
+        self.cfg = cfg  # beta1 may be its own
         first = next(iter(params.values()))
         self.unit = tuple(first.shape[-2:]) if kind == "muon" else ()  # shape of what is never cut
         per = math.prod(self.unit)
@@ -1377,7 +1530,8 @@ class Bucket:
         shard.copy_(whole[rank * self.share : (rank + 1) * self.share])
 
 
-MATRICES = {"qkv", "q", "kv", "proj", "fc"}  # last words of the names of what Muon may update
+# Last words of the names of what Muon may update.
+MATRICES = {"qkv", "q", "kv", "proj", "fc", "value_proj", "mtp_proj", "attn_gate", "value_gate"}
 TABLES = {"embed", "head", "value_embeds"}  # and of what has a row for each token
 
 
@@ -1396,14 +1550,16 @@ def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
         else:
             key = ("muon", tuple(p.shape[-2:]), cfg.matrix_lr, cfg.matrix_wd)
         slow = bool(cfg.slow and re.search(cfg.slow, name))
-        groups.setdefault((*key, slow), {})[name] = p
+        own = [(rate, beta1) for pattern, rate, beta1 in own_rates(cfg) if key[0] == "adamw" and pattern.search(name)]
+        rate, beta1 = own[0] if own else (key[2], cfg.beta1)
+        groups.setdefault((key[0], key[1], rate, key[3], beta1, slow), {})[name] = p
     covered = [name for group in groups.values() for name in group]
     assert sorted(covered) == sorted(n for n, _ in model.named_parameters()), "a parameter is in no bucket or in two"
     if cfg.slow and not any(k[-1] for k in groups):
         raise UserError(f"slow = {cfg.slow!r} matches no tensor of this model; names are such as {', '.join(covered[:3])}")
     # Big ones first: their communication then runs while the others are computed.
     order = sorted(groups, key=lambda k: -sum(p.numel() for p in groups[k].values()))
-    return [Bucket(k[0], k[2], k[3], groups[k], run, cfg, k[-1]) for k in order]
+    return [Bucket(k[0], k[2], k[3], groups[k], run, dataclasses.replace(cfg, beta1=k[4]), k[-1]) for k in order]
 
 
 class MuonAdamW:
@@ -1457,8 +1613,8 @@ class MuonAdamW:
             self.muon(shard, b.grad_shard, b.state["momentum"], b.state.get("second"), scalar(lr), scalar(now.momentum),
                       decay, self.cfg, dtype)
         else:
-            correct = [scalar(1 - beta**self.count) for beta in (self.cfg.beta1, self.cfg.beta2)]
-            self.adamw(shard, b.grad_shard, b.state["exp_avg"], b.state["exp_avg_sq"], scalar(lr), decay, *correct, self.cfg)
+            correct = [scalar(1 - beta**self.count) for beta in (b.cfg.beta1, b.cfg.beta2)]
+            self.adamw(shard, b.grad_shard, b.state["exp_avg"], b.state["exp_avg_sq"], scalar(lr), decay, *correct, b.cfg)
 
     def state_dict(self) -> dict[str, Tensor]:
         """CPU tensors named <parameter>:<state>; the same for any number of ranks. Collective."""
@@ -1545,7 +1701,9 @@ class Loader:
     """
     Batches of rows, the same tokens at any number of ranks. In order (shuffle 0) it follows the speedrun's rule: a batch
     is one stretch of one shard, a tail that holds no whole batch is dropped, shards follow in the order of their names.
-    Shuffled, the rows of all shards are drawn in a new order each epoch. The position is two or three integers.
+    Shuffled, the rows of all shards are drawn in a new order each epoch. With documents shuffled (slowrun), the stream is
+    put together from its documents in a new order each epoch but the first, and rows share no token. The position is two
+    or three integers.
     """
 
     def __init__(self, cfg: Config, plan: Plan, rank: int = 0, world: int = 1):
@@ -1555,8 +1713,12 @@ class Loader:
         for f in self.files:
             self.counts.append(int(min(shard_tokens(f), left)))
             left -= self.counts[-1]
+        if cfg.train_tokens and left:
+            raise UserError(f"train_tokens = {cfg.train_tokens}, but the train shards in {cfg.data} hold {sum(self.counts)}; "
+                            f"lower it, or run: {get_command(cfg, 2 * len(self.files))}")
         self.block = plan.max_seq_len
         self.opened: dict[int, np.ndarray] = {}
+        self.stream = None  # shuffle 2: shard, start, length and end in this epoch's stream of each document [n, 4]
         self.epoch = self.shard = self.pos = 0  # shuffled: pos is the index in the epoch's order
         self.order: np.ndarray | None = None
         self.check_enough(plan)
@@ -1571,7 +1733,12 @@ class Loader:
             if not self.per_epoch(now.batch_tokens):
                 raise UserError(f"the {len(self.files)} train shards in {cfg.data} hold {sum(self.counts)} tokens, less "
                                 f"than one batch of {now.batch_tokens}; lower --batch_tokens or run: {get_command(cfg)}")
-        needed, held = plan.tokens(), self.per_epoch(plan.moments()[0].batch_tokens) * plan.moments()[0].batch_tokens
+        needed, first = plan.tokens(), plan.moments()[0].batch_tokens
+        held = self.rows() * self.block if cfg.shuffle else self.per_epoch(first) * first
+        if (cfg.lr_cycles or cfg.average_epochs or cfg.eval_every < 0) and needed < 0.95 * cfg.epochs * held:
+            raise UserError(f"steps = {steps} read {needed} tokens, {needed / held:.2f} epochs of {held}, but lr_cycles, "
+                            f"average_epochs and eval_every -1 take them for epochs = {cfg.epochs}: set --epochs "
+                            f"{max(1, round(needed / held))}, --steps {int(cfg.epochs * held // first)}, or --train_tokens")
         if cfg.epochs and not cfg.max_seconds and needed > cfg.epochs * held:
             per = held / len(self.files)
             more = math.ceil(needed / per / cfg.epochs)
@@ -1583,8 +1750,14 @@ class Loader:
     def per_epoch(self, batch_tokens: int) -> int:
         """Batches in one pass."""
         if self.cfg.shuffle:
-            return sum((n - 1) // self.block for n in self.counts if n) * self.block // batch_tokens
+            return self.rows() * self.block // batch_tokens
         return sum(max(0, -(-(n - 1) // batch_tokens) - 1) for n in self.counts)
+
+    def rows(self) -> int:
+        """Rows of one pass, shuffled."""
+        if self.cfg.shuffle == 2:
+            return sum(self.counts) // (self.block + 1)
+        return sum((n - 1) // self.block for n in self.counts if n)
 
     def tokens(self, shard: int) -> np.ndarray:
         if shard not in self.opened:
@@ -1602,9 +1775,10 @@ class Loader:
             per = self.block // seq_len  # rows in a block
             rows = []
             for i in range(first, first + count):
-                shard, block = starts[i // per]
-                low = block * self.block + i % per * seq_len
-                rows.append(self.tokens(shard)[low : low + seq_len + 1])
+                stream, shard, block = starts[i // per]
+                low = block * (self.block + (stream is not None)) + i % per * seq_len
+                row = self.tokens(shard)[low : low + seq_len + 1] if stream is None else self.stretch(stream, low, seq_len + 1)
+                rows.append(row)
             return np.stack(rows)
         while self.pos + batch_tokens + 1 >= self.counts[self.shard]:
             self.shard, self.pos = self.shard + 1, 0
@@ -1615,19 +1789,45 @@ class Loader:
         flat = self.tokens(self.shard)[low : low + share + 1]
         return np.lib.stride_tricks.sliding_window_view(flat, seq_len + 1)[::seq_len]
 
-    def shuffled_starts(self, step: int, count: int) -> list[tuple[int, int]]:
+    def shuffled_starts(self, step: int, count: int) -> list[tuple]:
+        """Of the next rows: stream of documents (or None), shard, number of the row in it."""
         starts = []
         while len(starts) < count:
             if self.order is None:
-                blocks = [(s, b) for s, n in enumerate(self.counts) for b in range(max(0, n - 1) // self.block)]
                 rng = np.random.default_rng([self.cfg.seed, self.epoch])
+                if self.cfg.shuffle == 2:
+                    self.shuffle_documents()
+                    blocks = [(0, b) for b in range(self.rows())]
+                else:
+                    blocks = [(s, b) for s, n in enumerate(self.counts) for b in range(max(0, n - 1) // self.block)]
                 self.order = np.array(blocks)[rng.permutation(len(blocks))]
             if self.pos == len(self.order):
                 self.next_epoch(step)
                 continue
-            starts.append(tuple(self.order[self.pos]))
+            starts.append((self.stream, *self.order[self.pos]))  # a batch may run from one epoch into the next
             self.pos += 1
         return starts
+
+    def shuffle_documents(self) -> None:
+        """Documents in the order of this epoch; the first keeps the order of the files, as slowrun does."""
+        found = []
+        for shard, n in enumerate(self.counts):
+            starts = np.union1d([0], np.flatnonzero(self.tokens(shard)[:n] == self.cfg.doc_token)) if n else np.zeros(0, int)
+            found.append(np.stack([np.full(len(starts), shard), starts, np.diff(starts, append=n)], 1).astype(np.int64))
+        documents = np.concatenate(found)
+        if self.epoch:
+            documents = documents[np.random.default_rng([self.cfg.seed, self.epoch, 1]).permutation(len(documents))]
+        self.stream = np.column_stack([documents, documents[:, 2].cumsum()])
+
+    def stretch(self, stream: np.ndarray, low: int, count: int) -> np.ndarray:
+        """Tokens low..low+count-1 of a stream of documents."""
+        parts, i = [], int(np.searchsorted(stream[:, 3], low, side="right"))
+        while count:
+            shard, start, length, end = stream[i]
+            skip = low - (end - length)
+            parts.append(self.tokens(shard)[start + skip : start + min(length, skip + count)])
+            low, count, i = low + len(parts[-1]), count - len(parts[-1]), i + 1
+        return np.concatenate(parts)
 
     def next_epoch(self, step: int) -> None:
         self.epoch, self.shard, self.pos, self.order = self.epoch + 1, 0, 0, None
@@ -1934,11 +2134,7 @@ def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, l
         part.mkdir(parents=True)
         weights = {name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters()}
         for name, named in (("model", weights), ("optimizer", optimizer), ("averages", averages)):
-            try:
-                save_tensors(named, part / f"{name}.safetensors")
-            except SafetensorError as e:  # it wraps the system's error: full disk, mostly
-                number_ = re.search(r"os error (\d+)", str(e))
-                raise OSError(int(number_[1]) if number_ else errno.EIO, str(e), str(part)) from e
+            write_tensors(named, part / f"{name}.safetensors")
         state = {"step": step, "train_seconds": run.clock.seconds(), "wall_seconds": run.wall(), "loader": loader.state_dict(),
                  "rng": rng, "world_size": run.world, "torch": torch.__version__}
         (part / "state.json").write_text(json.dumps(state))
@@ -1966,6 +2162,14 @@ def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, l
 
     run.on_main(save)
     return final
+
+
+def write_tensors(named: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_tensors(named, path)
+    except SafetensorError as e:  # it wraps the system's error: full disk, mostly
+        number_ = re.search(r"os error (\d+)", str(e))
+        raise OSError(int(number_[1]) if number_ else errno.EIO, str(e), str(path)) from e
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -2132,6 +2336,7 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
     if cfg.init_from:
         transfer_weights(model, cfg, run)
     opt = MuonAdamW(cfg, model, run)
+    torch.manual_seed(cfg.seed << 16 | run.rank)  # dropout: each rank its own
     return Parts(cfg, run, plan, model, compile_model(model, cfg), opt, Averages(cfg, opt), loader, val, tokenizer)
 
 
@@ -2159,7 +2364,7 @@ def compile_model(model: GPT, cfg: Config):
     torch._dynamo.config.recompile_limit = 64  # one graph per shape of the schedule; the default of 8 is for accidents
     if cfg.compile == 2:
         return torch.compile(model, dynamic=False)
-    for block in model.blocks:
+    for block in [*model.blocks, *([model.mtp_block] if cfg.mtp else [])]:
         block.compile(dynamic=False)
     model.losses = torch.compile(model.losses, dynamic=False)
     model.norm = torch.compile(norm, dynamic=False)
@@ -2176,12 +2381,12 @@ def warm_up(p: Parts) -> None:
     lie before the clock. Then weights, gradients, optimizer state and RNG are put back.
     """
     run, plan, began = p.run, p.plan, time.perf_counter()
-    kept, rng = p.opt.snapshot(), torch.get_rng_state()
+    kept = p.opt.snapshot()
     todo = [(True, s) for s in plan.train_shapes(run.world)] + [(False, s) for s in plan.eval_shapes()]
     bar = tqdm(todo, desc="compile" if p.cfg.compile else "warm up", leave=False,
                disable=not (run.is_main and sys.stderr.isatty()))
     try:
-        with run.interruptible():
+        with run.interruptible(), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
             for training, shape in bar:
                 run.agree()
                 rows = torch.randint(p.cfg.vocab, (shape.rows, shape.seq_len + 1), device=run.device)
@@ -2200,7 +2405,6 @@ def warm_up(p: Parts) -> None:
     finally:
         with torch.no_grad():
             p.opt.restore(kept)
-        torch.set_rng_state(rng)
     run.log(f"warmup:{len(todo)} graphs time:{time.perf_counter() - began:.1f}s")
 
 
@@ -2215,15 +2419,17 @@ def rounded_weights(p: Parts, step: int, now: Now):
 
 def extra_terms(cfg: Config) -> list[str]:
     """Names of what is added to the cross-entropy in training."""
-    return [name for name in ("z_loss", "mu_loss") if getattr(cfg, name)]
+    return [name for name in ("z_loss", "mtp", "mu_loss") if getattr(cfg, name)]
 
 
 def loss_terms(p: Parts, x: Tensor, y: Tensor, repeats: int, window: int) -> Tensor:
-    """Sums over the tokens of a micro-batch: cross-entropy and, where it is on, weighted z-loss; [1] or [2]."""
-    if not p.cfg.z_loss:
+    """Sums over the tokens of a micro-batch: cross-entropy and, where they are on, weighted z-loss and MTP; [1] to [3]."""
+    cfg = p.cfg
+    if not (cfg.z_loss or cfg.mtp):
         return p.graph(x, y, repeats, window).sum().view(1)
-    losses, log_z = p.graph(x, y, repeats, window, True)
-    return torch.stack([losses.sum(), p.cfg.z_loss * log_z.square().sum()])
+    rows = p.graph(x, y, repeats, window, bool(cfg.z_loss), bool(cfg.mtp))
+    extra = ([cfg.z_loss * rows[1].square().sum()] if cfg.z_loss else []) + ([cfg.mtp * rows[-1].sum()] if cfg.mtp else [])
+    return torch.stack([rows[0].sum(), *extra])
 
 
 @torch.no_grad()
@@ -2250,7 +2456,7 @@ def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
     """
     rows = p.loader.batch(step, now.batch_tokens, now.seq_len)
     size = p.plan.micro_rows(now, p.run.world)
-    total = torch.zeros(1 + bool(p.cfg.z_loss), device=p.run.device)
+    total = torch.zeros(1 + bool(p.cfg.z_loss) + bool(p.cfg.mtp), device=p.run.device)
     with rounded_weights(p, step, now):
         for low in range(0, len(rows), size):
             x, y = p.loader.tensors(rows[low : low + size], p.run.device)
@@ -2342,13 +2548,19 @@ def train_loop(p: Parts, step: int) -> tuple[int, dict]:
         now = plan.at(step, plan.fraction(step, seconds))
         # A clock cap is a cap: no step is begun that would end behind it.
         last = step >= cfg.steps or bool(cfg.max_seconds and seconds + took > plan.seconds)
-        evaluating = last or (cfg.eval_every and step % cfg.eval_every == 0)
+        ending = plan.ends_epoch(step)
+        evaluating = last or (step % cfg.eval_every == 0 if cfg.eval_every > 0 else cfg.eval_every < 0 and (ending or not step))
+        keeping = ending and step * cfg.epochs // cfg.steps > cfg.epochs - cfg.average_epochs
         saving = last and cfg.save_last or cfg.save_every and step % cfg.save_every == 0 and step > 0
-        if evaluating or saving:
+        if evaluating or saving or keeping:
             flush()
             with run.clock.paused():
                 if saving:  # before evaluating: what crashes there must not cost the checkpoint
                     save_checkpoint(run, p.model, p.opt, p.avg, p.loader, step)
+                if keeping:
+                    import slowrun
+
+                    slowrun.keep_epoch(p, step)
                 if evaluating:
                     found = validate_all(p, step, now)
         if last:
@@ -2387,6 +2599,10 @@ def finish(p: Parts, step: int, found: dict) -> dict:
         if run.is_main and p.tokenizer and cfg.sample_tokens:
             text = generate(p.model, p.tokenizer, cfg, plan.max_seq_len, now)
             run.log(f"sample from the {'artifact' if cfg.export else 'weights'}:\n{text}")
+        if cfg.average_epochs:
+            import slowrun
+
+            result |= slowrun.score_epochs(p, result)
     return {k: v for k, v in result.items() if v is not None}
 
 
@@ -2457,7 +2673,8 @@ def prepare_folder(cfg: Config, folder: Path) -> Path | None:
 def log_head(run: Run, step: int | None) -> None:
     """Sources, environment and configuration go first, so that a log is a complete witness."""
     if step is None:
-        for path in source_files():
+        own = [Path(__file__).with_name("slowrun.py")] if run.cfg.average_epochs else []
+        for path in source_files() + own:
             run.log(path.read_text(), console=False)
     run.log("=" * 100, console=False)
     for line in environment(run):

@@ -8,6 +8,7 @@ leaves a folder of the same shape, which `train_gpt.py --data FOLDER` reads.
     python data/get.py fineweb10B --shards 9               # GPT-2 shards; also fineweb100B, finewebedu10B
     python data/get.py golf --variant sp1024 --shards 80   # the 16 MB challenge: its shards and tokenizer
     python data/get.py slowrun                             # FineWeb: 100M tokens, and 10M for validation
+    python data/get.py from_slowrun fineweb_data           # the same from the track's own .pt files; to_slowrun writes them
     python data/get.py check data/sample                   # verify shards, hashes, byte counts, the split
 
 The folder:
@@ -727,6 +728,99 @@ def cut_to_budgets(
                 yield Document(document.text, split), tokens
 
 
+def slowrun_stream(path: Path) -> np.ndarray:
+    """The tokens of one of the track's own files, mapped from the disk where it can be: `tokens` in one piece (since
+    April 2026), or before that `chunks` of batch_size rows of sequence_size tokens, of which valid_counts are rows and the
+    rest is filling. Read with weights_only, so that no code in the file is run."""
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if "tokens" in found:
+            return found["tokens"].numpy()
+        rows, length = int(found["batch_size"]), int(found["sequence_size"])
+        chunks = [chunk.numpy().reshape(rows, length) for chunk in found["chunks"]]
+        counts = [int(n) for n in found["valid_counts"]]
+        if len(counts) != len(chunks) or not all(0 <= n <= rows for n in counts):
+            raise UserError(f"{path}: {len(chunks)} chunks of {rows} rows, but valid_counts says {counts[:5]}...")
+        return np.concatenate([chunk[:n].ravel() for chunk, n in zip(chunks, counts)])
+    except (OSError, EOFError):
+        raise
+    except UserError:
+        raise
+    except Exception as error:  # torch's unpickler and zip reader have half a dozen of their own
+        raise UserError(f"{path} is none of slowrun's files ({type(error).__name__}: {str(error)[:200]}): it must hold "
+                        "tokens, or chunks, valid_counts, batch_size and sequence_size") from error
+
+
+def from_slowrun(
+    folder: tyro.conf.Positional[Path],
+    /,
+    out: Path = Path("data/slowrun"),
+    force: bool = False,
+) -> None:
+    """Make a data set from slowrun's own fineweb_train.pt and fineweb_val.pt, in either of its two formats.
+
+    Args:
+        folder: Where the two files are.
+        out: Folder of the data set.
+        force: Replace whatever data set is there.
+    """
+    paths = {split: folder / f"fineweb_{split}.pt" for split in ("val", "train")}
+    source = {"command": "from_slowrun", **{split: file_hash(path) for split, path in paths.items()}}
+    with locked(out):
+        if complete(out, source, force):
+            return
+        tokenizer = Encoder("gpt2")
+        with DataSet(out, "fineweb", SHARD_TOKENS) as data:
+            data.fill(tokenizer, ((Document("", split), np.ascontiguousarray(tokens)) for split, path in paths.items()
+                                  for tokens in documents_of([slowrun_stream(path)], tokenizer.separator)))
+            data.finish(source, published_split=True)
+
+
+def to_slowrun(
+    folder: tyro.conf.Positional[Path] = Path("data/slowrun"),
+    /,
+    out: Path = Path("fineweb_data"),
+) -> None:
+    """Write slowrun's own fineweb_train.pt and fineweb_val.pt (the format in one piece) from a data set of GPT-2 tokens.
+    The tokens pass through a mapped file and are never in memory as a whole.
+
+    Args:
+        folder: Folder of the data set.
+        out: Where the two files go.
+    """
+    import torch
+
+    manifest = read_manifest(folder)
+    if not manifest or manifest["tokenizer"] != "gpt2":
+        raise UserError(f"{folder} has no manifest of GPT-2 tokens; run: python data/get.py slowrun")
+    out.mkdir(parents=True, exist_ok=True)
+    separator = manifest["separator"]
+    for split, seed in (("val", 42), ("train", 43)):
+        shards = [read_shard(path) for path in shards_in(folder) if f"_{split}_" in path.name]
+        path, stream = out / f"fineweb_{split}.pt", out / f".fineweb_{split}.part"
+        total, starts = sum(map(len, shards)), array("q")
+        try:
+            tokens = np.memmap(stream, np.uint16, "w+", shape=(total,))
+            at = 0
+            for shard in shards:
+                for low in range(0, len(shard), 1 << 20):
+                    piece = shard[low : low + (1 << 20)]
+                    tokens[at : at + len(piece)] = piece
+                    starts.extend((at + np.flatnonzero(piece == separator)).tolist())
+                    at += len(piece)
+            tokens.flush()
+            part = path.with_name(path.name + ".part")
+            torch.save({"tokens": torch.from_file(str(stream), shared=True, size=total, dtype=torch.uint16),
+                        "doc_starts": torch.tensor(starts, dtype=torch.int64), "bos_id": separator,
+                        "seq_shuffle_seed": seed, "seq_size": 2049}, part)
+            os.replace(part, path)
+        finally:
+            stream.unlink(missing_ok=True)
+        print(f"{path}: {total:,} tokens, {len(starts):,} documents")
+
+
 ########################################
 #           Published shards           #
 ########################################
@@ -1143,7 +1237,7 @@ def check(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Returns 0, or 2 after a message about what the user can mend."""
-    commands = [sample, tokenize, fineweb10B, fineweb100B, finewebedu10B, golf, slowrun, check]
+    commands = [sample, tokenize, fineweb10B, fineweb100B, finewebedu10B, golf, slowrun, from_slowrun, to_slowrun, check]
     try:
         tyro.extras.subcommand_cli_from_dict(
             {command.__name__: command for command in commands}, args=argv, prog="get.py",

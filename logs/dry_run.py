@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from train_gpt import Config, Plan, build_model, head_width, hidden_width, layer_order, param_buckets
+from train_gpt import Config, Plan, block_window, build_model, head_width, hidden_width, layer_order, param_buckets
 
 H100_FLOPS, ASSUMED_MFU = 989e12, 0.40  # dense bf16 peak of one H100, and the share of it that dry_run reckons with
 
@@ -24,29 +24,37 @@ class Ranks:
 
 
 def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int) -> int:
-    """Forward and backward: 6 for each weight applied, 12*heads*head_dim for each key that a query sees on average."""
+    """
+    Forward and backward: 6 for each weight applied, 12*heads*head_dim for each key that a query sees on average; replays
+    count as often as they run, multi-token prediction with its block and its second use of the head.
+    """
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
-    size = {i: sum(p.numel() for p in b.parameters() if p.ndim >= 2) for i, b in enumerate(model.blocks)}
-    keys = min(window or seq_len, seq_len)
-    mean_keys = keys - keys * (keys - 1) / (2 * seq_len)
-    order = layer_order(cfg, repeats)
-    attention = 12 * cfg.heads * head_width(cfg) * mean_keys * len(order)
-    return int(6 * (sum(size[i] for i in order) + model.head.numel()) + attention)
+    blocks = [*model.blocks, *([model.mtp_block] if cfg.mtp else [])]
+    # iha mixes weights, once a step, and is not applied to tokens
+    size = [sum(p.numel() for n, p in b.named_parameters() if p.ndim >= 2 and not n.endswith("iha")) for b in blocks]
+    order = layer_order(cfg, repeats) + [cfg.depth] * bool(cfg.mtp)
+    keys = [min(block_window(cfg, i, window) or seq_len, seq_len) for i in order]
+    attention = 12 * cfg.heads * head_width(cfg) * sum(k - k * (k - 1) / (2 * seq_len) for k in keys)
+    weights = sum(size[i] for i in order) + model.head.numel() * (2 if cfg.mtp else 1)
+    return int(6 * (weights + (model.mtp_proj.numel() if cfg.mtp else 0)) + attention)
 
 
 def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: int) -> int:
     """
     Peak bytes of one rank, by this method: weights and gradients whole and optimizer states in shards, all twice, as
     the warm-up runs whole steps while it keeps a copy; what a compiled backward keeps of each position (block input,
-    q, k, v, attention output, middle, hidden of the MLP); the logits of one chunk three times.
+    q, k, v, attention output, middle, hidden of the MLP; projected values; what dropout multiplies with); the logits of
+    one chunk three times.
     """
     b = 2 if cfg.param_dtype == "bfloat16" else 4
     fixed = b * (2 * params + -(-states // world))
     inner = head_width(cfg) * (2 * cfg.heads + 2 * (cfg.kv_heads or cfg.heads))
-    depth = max(len(layer_order(cfg, n.repeats)) for n in plan.moments())
+    depth = max(len(layer_order(cfg, n.repeats)) for n in plan.moments()) + (2 if cfg.mtp else 0)  # its inputs: one more
     tokens = max(s.rows * s.seq_len for s in plan.train_shapes(world))
     hidden = hidden_width(cfg) * (3 if cfg.activation == "swiglu" else 1)  # gate, other half, their product
-    activations = 2 * tokens * depth * (2 * cfg.dim + inner + hidden)
+    values = head_width(cfg) * (cfg.kv_heads or cfg.heads) / 2 if cfg.value_proj else 0  # in every second block
+    dropped = cfg.dim / 2 * ((cfg.attn_dropout > 0) + (cfg.mlp_dropout > 0))  # a byte each
+    activations = int(2 * tokens * depth * (2 * cfg.dim + inner + hidden + values + dropped))
     logits = 3 * 4 * min(tokens, cfg.loss_chunk) * cfg.vocab
     return 2 * fixed + activations + logits
 

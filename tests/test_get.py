@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tiktoken
+import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -451,6 +452,45 @@ def test_slowrun_cuts_documents_at_the_budgets(gpt2_files, tmp_path, monkeypatch
     assert run(*arguments, "--val_tokens", 1000, "--train_tokens", 2_000_000, "--force") == 2
     assert "short of the 2,000,000 for train" in capsys.readouterr().err
     assert manifest_of(tmp_path / "out")["train"]["tokens"] == 2500, "a failure must leave the old data set"
+
+
+def test_slowruns_own_files_are_read_or_written_otherwise(gpt2_files, tmp_path, monkeypatch, capsys):
+    """Both formats, built here by the specification, give the shards that the same tokens gave; what is written is the
+    first of them, key by key."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(LINES)
+    arguments = ["slowrun", "--dataset", tmp_path / "set", "--subset", "", "--out", tmp_path / "made"]
+    assert run(*arguments, "--val_tokens", 1000, "--train_tokens", 2500) == 0
+    made = {split: tokens_of(tmp_path / "made", split) for split in ("val", "train")}
+    assert run("to_slowrun", tmp_path / "made", "--out", tmp_path / "flat") == 0
+    assert sorted(p.name for p in (tmp_path / "flat").iterdir()) == ["fineweb_train.pt", "fineweb_val.pt"]
+    for split, seed in (("val", 42), ("train", 43)):
+        flat = torch.load(tmp_path / "flat" / f"fineweb_{split}.pt", weights_only=True)
+        assert sorted(flat) == ["bos_id", "doc_starts", "seq_shuffle_seed", "seq_size", "tokens"]
+        assert (flat["bos_id"], flat["seq_shuffle_seed"], flat["seq_size"]) == (50256, seed, 2049)
+        assert flat["tokens"].dtype == torch.uint16 and flat["doc_starts"].dtype == torch.int64
+        np.testing.assert_array_equal(flat["tokens"].numpy(), made[split])
+        np.testing.assert_array_equal(flat["doc_starts"].numpy(), np.flatnonzero(made[split] == 50256))
+    assert run("from_slowrun", tmp_path / "flat", "--out", tmp_path / "again") == 0
+    # The older one: rows of 16 in chunks of 4, the last chunk filled up with zeros.
+    (tmp_path / "old").mkdir()
+    for split, tokens in made.items():
+        rows = tokens[: len(tokens) // 16 * 16].reshape(-1, 16)
+        counts = [min(4, len(rows) - low) for low in range(0, len(rows), 4)]
+        rows = np.concatenate([rows, np.zeros((-len(rows) % 4, 16), np.uint16)])
+        chunks = [torch.from_numpy(rows[low : low + 4].reshape(-1).copy()) for low in range(0, len(rows), 4)]
+        old = {"chunks": chunks, "valid_counts": counts, "batch_size": 4, "sequence_size": 16}
+        torch.save(old, tmp_path / "old" / f"fineweb_{split}.pt")
+    assert run("from_slowrun", tmp_path / "old", "--out", tmp_path / "older") == 0
+    for split, tokens in made.items():
+        np.testing.assert_array_equal(tokens_of(tmp_path / "again", split), tokens)
+        np.testing.assert_array_equal(tokens_of(tmp_path / "older", split), tokens[: len(tokens) // 16 * 16])
+    assert run("check", tmp_path / "again") == 0
+    capsys.readouterr()
+    torch.save({"model": [1]}, tmp_path / "old" / "fineweb_val.pt")
+    assert run("from_slowrun", tmp_path / "old", "--out", tmp_path / "older", "--force") == 2
+    assert "fineweb_val.pt is none of slowrun's files" in capsys.readouterr().err
 
 
 ########################################

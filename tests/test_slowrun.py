@@ -1,0 +1,587 @@
+"""Slowrun: its golden numbers, each mechanism against a few plain lines, its schedules, loader and averages."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from forks import Server
+from helpers import alone, build, random_tokens, tg, tiny, write_shard
+from test_model import awake, dense, preset
+from test_runs import run_ranks, succeed
+
+import slowrun
+
+META = torch.device("meta")
+
+# Every mechanism on, in a model of six blocks; the test of each one below turns the others off.
+ALL = {"depth": 6, "dim": 64, "heads": 2, "activation": "swiglu", "mlp_ratio": 2.5, "rope": "standard", "attn_gate": 12,
+       "value_proj": 20, "iha": 1, "resid_lambda": 1.1, "x0_lambda": 0.1, "unet": 2, "loop": "3:5", "repeats": "0:1 0.5:3",
+       "window": "5", "window_pattern": "SSL", "pad_vocab": 1, "vocab": 90, "softcap": 10.0, "head_init": "0.2",
+       "init_std": 1.0, "proj_init": 1.0}  # fmt: skip
+
+
+# --- golden numbers
+
+
+@pytest.mark.parametrize(
+    "name, flags, golden",
+    [
+        ("slowrun_1h", "--mtp 0 --iha 0", 1_398_287_931),
+        ("slowrun_1h", "", 1_443_722_775),
+        ("slowrun_pr63", "", 2_734_834_155),
+        ("slowrun_1h", "--mtp 0 --iha 0 --vocab 10002 --doc_token 0", 1_254_010_427),
+        ("slowrun_pr63", "--vocab 10002 --doc_token 0", 2_528_723_435),
+        ("slowrun_tiny", "", 316_935_720),
+    ],
+)
+def test_parameter_count_is_off(name, flags, golden):
+    model = tg.build_model(preset(name, flags=tuple(flags.split())), META, torch.float32, 8)
+    assert sum(p.numel() for p in model.parameters()) == golden
+
+
+def test_groups_of_the_main_track_are_other_ones():
+    """Transformer 1,169,829,360, value projections 48,168,960, lm_head 90,144,768, other 90,144,843."""
+    cfg = preset("slowrun_1h", flags=("--mtp", "0", "--iha", "0"))
+    size = {n: p.numel() for n, p in tg.build_model(cfg, META, torch.float32, 8).named_parameters()}
+    assert size["head"] == 90_144_768
+    projections = [n for n in size if n.endswith("value_proj")]
+    assert projections == [f"blocks.{i}.value_proj" for i in range(1, 30, 2)]
+    assert sum(size[n] for n in projections) == 48_168_960
+    body = [n for n in size if ".attn." in n or ".mlp." in n]
+    assert sum(size[n] for n in body) == 1_169_829_360
+    assert sum(size.values()) - sum(size[n] for n in (*body, *projections, "head")) == 90_144_843
+
+
+def test_optimizer_groups_have_other_rates():
+    """Specification 3.2, at the width of the preset and two blocks."""
+    cfg = preset("slowrun_1h", flags=("--depth", "2", "--loop", "", "--repeats", "1"))
+    buckets = tg.param_buckets(cfg, tg.build_model(cfg, META, torch.float32, 8), alone())
+    found = {n: (b.kind, b.lr, b.wd, b.cfg.beta1) for b in buckets for n in b.params}
+    assert found["head"] == ("adamw", 0.0005, 1.3, 0.8) and found["embed"] == ("adamw", 0.0375, 1.3, 0.8)
+    assert found["skips"] == found["blocks.0.resid_lambda"] == ("adamw", 0.00025, 0.0, 0.8)
+    assert found["blocks.1.x0_lambda"] == ("adamw", 0.025, 0.0, 0.96)
+    assert found["blocks.1.attn.iha"] == found["mtp_block.attn.iha"] == ("adamw", 0.02, 0.0, 0.8)
+    muon = {n for n, f in found.items() if f == ("muon", 0.01, 1.3, 0.8)}
+    assert {n for n in found if n.endswith(("qkv", "proj", "fc", "gate"))} == muon
+    assert "blocks.1.attn.value_gate" in muon and "blocks.0.attn.value_gate" not in found and "mtp_proj" in muon
+
+
+def test_initial_values_differ_from_the_original():
+    cfg = preset("slowrun_1h", flags=("--depth", "2", "--loop", "", "--repeats", "1", "--vocab", "300", "--doc_token", "0"))
+    model = tg.build_model(cfg, torch.device("cpu"), torch.float32, 8)
+    p, d = {n: t.detach() for n, t in model.named_parameters()}, 1792
+    for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc", "blocks.1.value_proj", "mtp_proj"):  # uniform +-sqrt(3/d)
+        assert p[name].std().item() == pytest.approx(d**-0.5, rel=0.01), name
+        assert p[name].abs().max().item() == pytest.approx((3 / d) ** 0.5, rel=0.01), name
+    for name in ("blocks.0.attn.proj", "blocks.0.mlp.proj"):  # normal
+        assert p[name].std().item() == pytest.approx(d**-0.5, rel=0.01) and p[name].abs().max() > 4 * d**-0.5
+    assert p["embed"].std().item() == pytest.approx(1, rel=0.01)
+    assert p["head"].std().item() == pytest.approx(0.001, rel=0.02)
+    assert p["embed"].shape == p["head"].shape == (320, d)
+    assert not p["blocks.0.attn.attn_gate"].any() and not p["blocks.1.attn.value_gate"].any()
+    assert torch.equal(p["blocks.0.attn.iha"], torch.eye(14).expand(3, 14, 14))
+    assert p["skips"].tolist() == [1.0] and p["blocks.1.resid_lambda"] == 1
+    assert p["blocks.1.x0_lambda"].item() == pytest.approx(0.1)
+
+
+# --- the model
+
+
+def by_hand(p: dict, cfg: tg.Config, x: torch.Tensor, order: list[int], window: int) -> torch.Tensor:
+    """Specification 3.1 as plain as it gets, a second model from a dictionary of weights, heads one by one."""
+    rms = lambda z: F.rms_norm(z, (z.size(-1),), eps=cfg.norm_eps)
+    T, H, K, L = x.size(1), cfg.heads, cfg.dim // cfg.heads, cfg.depth
+    angle = torch.outer(torch.arange(T).float(), cfg.rope_base ** -(torch.arange(K // 2) * 2 / K))
+    turn = torch.polar(torch.ones(T, K // 2), -angle)
+
+    def rope(z: torch.Tensor) -> torch.Tensor:  # B T K
+        z = torch.complex(z[..., : K // 2], z[..., K // 2 :]) * turn
+        return torch.cat([z.real, z.imag], -1)
+
+    h = x0 = rms(p["embed"][x])
+    encoder = {}
+    for i in order:
+        a = {n.split(".", 2)[2]: t for n, t in p.items() if n.startswith(f"blocks.{i}.")}
+        if i >= L // 2:
+            h = h + p["skips"][i - L // 2] * encoder[L - 1 - i]
+        h = a["resid_lambda"] * h + a["x0_lambda"] * x0
+        n, heads = rms(h), []
+        for j in range(H):
+            q, k, v = (
+                sum(a["attn.iha"][c, j, m] * (n @ a["attn.qkv"][c, m * K : (m + 1) * K].T) for m in range(H))
+                for c in range(3)
+            )
+            if (L - 1 - i) % 2 == 0:
+                gate = 2 * torch.sigmoid(n[..., :20] @ a["attn.value_gate"][j])
+                v = v + gate[..., None] * (x0 @ a["value_proj"].T)[..., j * K : (j + 1) * K]
+            q, k = rms(rope(q)), rms(rope(k))
+            w = 0 if i == L - 1 or cfg.window_pattern[i % 3] == "L" else window
+            y = dense(q[:, None], k[:, None], v[:, None], None, w, K**-0.5)[:, 0]
+            heads.append(y * torch.sigmoid(n[..., :12] @ a["attn.attn_gate"][j])[..., None])
+        h = h + torch.cat(heads, -1) @ a["attn.proj"].T
+        gate, up = rms(h) @ a["mlp.fc"][0].T, rms(h) @ a["mlp.fc"][1].T
+        h = h + (gate * torch.sigmoid(gate) * up) @ a["mlp.proj"].T
+        if i < L // 2:
+            encoder[i] = h
+    return rms(h)
+
+
+def shaken(model: tg.GPT) -> tg.GPT:
+    """Noise on what starts at one value, so that two such parameters cannot be mixed up."""
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.unique().numel() <= 2:
+                p += torch.randn(p.shape, generator=rng) * (0.3 if p.ndim < 2 else 0.5)
+    return model
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_model_is_not_the_one_of_the_specification(repeats):
+    cfg = tiny(**ALL)
+    x, y = random_tokens(cfg, 2, 32)
+    model = shaken(build(cfg))
+    order = {1: [0, 1, 2, 3, 4, 5], 3: [0, 1, 2, 3, 4, 3, 4, 3, 4, 5]}[repeats]
+    hidden = model.hidden(x, repeats, 5)
+    p = dict(model.named_parameters())
+    expected = by_hand(p, cfg, x, order, 5)
+    assert torch.allclose(hidden, expected, atol=2e-5), (hidden - expected).abs().max()
+    for wrong in (by_hand(p, cfg, x, order, 6), by_hand(p, cfg, x, order[:-2] + [5], 5)):
+        assert (hidden - wrong).abs().max() > 1e-3
+    logits = 10 * torch.tanh(expected @ p["head"][:90].T / 10)
+    assert torch.allclose(model.logits(hidden), logits, atol=1e-4)
+    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+    assert torch.allclose(model(x, y, repeats, 5), losses, atol=1e-4)
+
+
+NEUTRAL = {"attn_gate": 0, "value_proj": 0, "iha": 0, "resid_lambda": 0.0, "x0_lambda": 0.0, "unet": 0, "window_pattern": "",
+           "attn_dropout": 0.0, "mlp_dropout": 0.0, "stoch_depth": 0.0, "mtp": 0.0, "pad_vocab": 0, "init_std": 0.0,
+           "proj_init": 0.0, "own_lr": "", "lr_cycles": 0, "decay_by_shape": 0, "train_tokens": 0}  # fmt: skip
+
+
+def test_neutral_value_of_a_flag_is_not_its_default():
+    assert {k: getattr(tg.Config(), k) for k in NEUTRAL} == NEUTRAL
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_gate": 12},
+        {"value_proj": 20},
+        {"iha": 1},
+        {"resid_lambda": 1.0},
+        {"x0_lambda": 0.1},
+        {"unet": 2},
+        {"mtp": 0.3},
+        {"window_pattern": "SL", "window": "8"},
+        {"stoch_depth": 0.1},
+        {"attn_dropout": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "base", [{}, {"tie_embed": 1, "kv_heads": 1, "block_scales": 1, "xsa": -1, "doc_mask": 1}], ids=["plain", "golf"]
+)
+def test_mechanism_moves_the_other_initial_values_or_does_not_train_with_other_presets(base, changes):
+    cfg = tiny(**(base | changes | ({"kv_heads": 0} if "iha" in changes else {})))
+    plain = dict(build(tiny(**(base | ({"kv_heads": 0} if "iha" in changes else {})))).named_parameters())
+    model = build(cfg)
+    for name, p in model.named_parameters():
+        if name in plain:
+            assert torch.equal(p, plain[name]), name
+    opt = tg.MuonAdamW(cfg, model, alone())
+    x, y = random_tokens(cfg, 4, 32)
+    losses = []
+    for _ in range(8):
+        loss = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, 1, 8).sum() / y.numel()
+        loss.backward()
+        opt.step(tg.Plan(cfg).at(0, 0.0))
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
+
+
+def test_mtp_predicts_another_token_or_enters_the_evaluation():
+    """Its loss by hand: token after next, one block on [activation; embedding of the next token], mean over T-1."""
+    cfg = tiny(depth=2, mtp=0.3, softcap=10.0, head_init="0.2", x0_lambda=0.1, value_proj=20)
+    x, y = random_tokens(cfg, 3, 16)
+    model = awake(build(cfg))
+    p = dict(model.named_parameters())
+    assert not any("lambda" in n or "value" in n for n in p if n.startswith("mtp_block"))
+    with torch.no_grad():
+        plain = model(x, y)
+        rms = lambda z: F.rms_norm(z, (z.size(-1),), eps=cfg.norm_eps)
+        h = torch.cat([model.hidden(x, 1, 0), rms(p["embed"][y])], -1) @ p["mtp_proj"].T
+        single = build(tiny(depth=1))  # a plain GPT of that one block, its embedding put aside
+        single.blocks[0].load_state_dict(model.mtp_block.state_dict())
+        h = single.blocks[0](h, h, [], (single.cos, single.sin), tg.Seen(None, 0, h), False)
+        logits = 10 * torch.tanh(rms(h) @ p["head"].T / 10)
+        extra = F.cross_entropy(logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
+    training = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, 1, 0) / y.numel()
+    assert training.tolist() == pytest.approx([plain.mean().item(), 0.3 * extra.item()], abs=1e-5)
+    assert torch.equal(plain, model.losses(model.hidden(x, 1, 0).flatten(0, 1), y.flatten()))
+    model.cfg = dataclasses.replace(cfg, loss_chunk=20, z_loss=0.01)
+    three = tg.loss_terms(SimpleNamespace(cfg=model.cfg, graph=model), x, y, 1, 0) / y.numel()
+    assert torch.allclose(three[[0, 2]], training, atol=1e-5) and three[1] > 0
+
+
+def test_dropout_or_stochastic_depth_is_on_in_evaluation_or_of_another_size():
+    cfg = tiny(depth=3, attn_dropout=0.4, mlp_dropout=0.0, stoch_depth=0.6)
+    x, y = random_tokens(cfg, 2, 32)
+    model, plain = awake(build(cfg)), awake(build(tiny(depth=3)))
+    with torch.no_grad():
+        assert torch.equal(model(x, y), plain(x, y))
+    torch.manual_seed(1)
+    assert not torch.allclose(model(x, y), plain(x, y))
+    # A branch's output keeps 1 - p of its entries, scaled by 1/(1 - p).
+    ones = torch.ones(1000, 100)
+    dropped = model.blocks[0].drop(ones, 0.4)
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.4, abs=0.01)
+    assert dropped.max().item() == pytest.approx(1 / 0.6) and torch.equal(model.blocks[0].drop(ones, 0.0), ones)
+    # Block i of 3 is left out with chance 0.6*i/2, as a whole and without rescaling.
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append(bool(args[7])))
+    for _ in range(400):
+        model.hidden(x[:1, :2], 1, 0)
+    rates = torch.tensor(seen).view(400, 3).float().mean(0)
+    assert torch.allclose(rates, torch.tensor([1.0, 0.7, 0.4]), atol=0.07) and rates[0] == 1
+    h = torch.randn(1, 4, 32)
+    skipped = model.blocks[1](h, h, [], (model.cos, model.sin), tg.Seen(None, 0, h), False, None, torch.tensor(False))
+    assert torch.equal(skipped, h)
+
+
+@pytest.mark.parametrize(
+    "pattern, depth, windows",
+    [
+        ("SSSL", 8, [9, 9, 9, 0, 9, 9, 9, 0]),
+        ("SSSL", 6, [9, 9, 9, 0, 9, 0]),
+        ("LS", 4, [0, 9, 0, 0]),
+        ("", 3, [9, 9, 9]),
+    ],
+)
+def test_pattern_gives_a_block_another_window(pattern, depth, windows):
+    cfg = tiny(depth=depth, window_pattern=pattern, window="9")
+    assert [tg.block_window(cfg, i, 9) for i in range(depth)] == windows
+    assert tg.block_window(cfg, depth, 9) == (0 if pattern else 9)
+
+
+def test_pattern_of_windows_that_cover_the_row_changes_bits():
+    x, y = random_tokens(tiny(), 2, 32)
+    losses = [awake(build(tiny(window_pattern=w)))(x, y, 1, 0) for w in ("", "SL", "L")]
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"window_pattern": "SSX"}, ("window_pattern = 'SSX'", "letters S")),
+        ({"attn_dropout": 1.0}, ("attn_dropout = 1.0",)),
+        ({"stoch_depth": -0.1}, ("stoch_depth = -0.1",)),
+        ({"attn_gate": 33}, ("attn_gate = 33", "dim = 32")),
+        ({"value_proj": 40}, ("value_proj = 40",)),
+        ({"mtp": -1.0}, ("mtp = -1.0",)),
+        ({"iha": 1, "kv_heads": 1}, ("iha = 1", "--kv_heads 0")),
+        ({"unet": 2, "depth": 1}, ("unet = 2", "depth = 1")),
+        ({"own_lr": "x0_lambda"}, ("own_lr = 'x0_lambda'", "x0_lambda=0.025/0.96")),
+        ({"own_lr": "(=0.1"}, ("own_lr", "pattern=rate")),
+    ],
+    ids=str,
+)
+def test_mechanism_is_taken_where_it_cannot_work(changes, words):
+    with pytest.raises(tg.UserError) as caught:
+        tg.validate(tiny(**changes))
+    assert all(w in str(caught.value) for w in words), caught.value
+
+
+# --- optimizer and schedules
+
+
+def test_main_schedule_misses_its_vectors():
+    """Specification 7.3: step, LR multiplier, decay multiplier, at 2097 steps, 11 epochs, 3 cycles."""
+    cfg = preset("slowrun_1h")
+    plan = tg.Plan(cfg)
+    for step, lr, wd in (
+        (0, 1, 1), (1200, 1, 0.815792), (1526, 0.999947, 0.654053), (1600, 0.681763, 0.984001), (1700, 0.065420, 1.429876),
+        (1716, 0.953572, 0.651216), (2000, 0.271548, 1.067501), (2096, 0.05, 1.495541)):  # fmt: skip
+        now = plan.at(step, plan.fraction(step, 0.0))
+        assert (now.lr, now.weight_decay) == pytest.approx((lr, wd), abs=1e-6), step
+        assert now.repeats == (3 if step >= 1144 else 1)
+    for step, momentum in ((0, 0.85), (150, 0.90), (300, 0.95), (2000, 0.95)):
+        assert plan.at(step, step / 2097).momentum == pytest.approx(momentum)
+    assert [s for s in range(2098) if plan.ends_epoch(s)][:2] == [191, 382]
+    assert sum(plan.ends_epoch(s) for s in range(2098)) == 11 and plan.ends_epoch(2097)
+
+
+def test_two_hour_schedule_misses_its_vectors():
+    saw = " ".join(f"{k}/22:0.65 {k + 1}/22>1.5" for k in range(15, 22))
+    flags = ("--steps", "4194", "--epochs", "22", "--lr_cycles", "8", "--lr", "0:1 3355/4194:1 1>0^0.5", "--repeats", "1",
+             "--weight_decay", f"0:1 0.4:1 14/22>0.65 15/22>1.5 {saw}")  # fmt: skip
+    plan = tg.Plan(preset("slowrun_1h", flags=flags))
+    vectors = ((2000, 1, 0.886171), (2764, 0.526779, 1.073987), (2860, 0.999987, 0.652027), (4000, 0.050331, 1.485002))
+    for step, lr, wd in vectors:
+        now = plan.at(step, step / 4194)
+        assert (now.lr, now.weight_decay) == pytest.approx((lr, wd), abs=1e-6), step
+
+
+@pytest.mark.parametrize("cautious, by_shape", [(2, 1), (2, 0), (1, 0), (0, 0)])
+def test_decay_falls_on_other_weights_than_asked(cautious, by_shape):
+    """Muon's decay by shape and only where it agrees with the step; AdamW's of everything at cautious = 2."""
+    cfg = tiny(cautious=cautious, decay_by_shape=by_shape, adam_eps=1e-10)
+    rng = torch.Generator().manual_seed(0)
+    w, g = torch.randn(1, 8, 4, generator=rng), torch.randn(1, 8, 4, generator=rng)
+    start, one = w.clone(), lambda v: torch.tensor(v, dtype=torch.float32)
+    tg.muon_update(w, g, torch.zeros_like(w), None, one(0.1), one(0.0), one(0.02), cfg, torch.float32)
+    u = tg.polar_factor(g, cfg.polar, cfg.polar_steps, torch.float32)
+    decay = 0.02 * (2**0.5 if by_shape else 1) * ((u * start >= 0) if cautious else torch.ones_like(u))
+    assert torch.allclose(w, start - decay * start - 0.1 * 2**0.5 * u, atol=1e-6)
+    w, start = start[0].clone(), start[0]
+    tg.adamw_update(w, g[0], torch.zeros(8, 4), torch.zeros(8, 4), one(0.1), one(0.02), one(0.2), one(0.05), cfg)
+    u = g[0].sign()
+    decay = 0.02 * ((u * start >= 0) if cautious == 1 else torch.ones_like(u))
+    assert torch.allclose(w, start - decay * start - 0.1 * u, atol=1e-5)
+
+
+# --- the loader
+
+
+def documents(n: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """n documents of a token 0 and up to 40 others, their first other token their number."""
+    return [np.concatenate([[0, 1 + i % 95], rng.integers(1, 96, rng.integers(0, 42))]) for i in range(n)]
+
+
+def shards(folder: Path, docs: list[np.ndarray], cut: int) -> tg.Config:
+    """Two train shards, cut where a document runs on, and one for validation."""
+    flat = np.concatenate(docs)
+    write_shard(folder / "x_train_000001.bin", flat[:cut])
+    write_shard(folder / "x_train_000002.bin", flat[cut:])
+    write_shard(folder / "x_val_000000.bin", flat[:600])
+    return tiny(data=str(folder), shuffle=2, seq_len="32", batch_tokens="128", epochs=3, steps=12)
+
+
+def drawn(loader: tg.Loader, count: int, cfg: tg.Config) -> list[np.ndarray]:
+    return [row for i in range(count) for row in loader.batch(i, 128, int(cfg.seq_len))]
+
+
+def test_rows_of_shuffled_documents_share_tokens_or_miss_some(tmp_path):
+    """Epoch 0: the stream of the files cut into rows of 33 that share nothing; later: documents whole, in another order."""
+    docs = documents(40, np.random.default_rng(0))
+    cfg = shards(tmp_path, docs, 301)
+    plan, flat = tg.Plan(cfg), np.concatenate(docs)
+    loader = tg.Loader(cfg, plan)
+    n = len(flat) // 33
+    assert loader.rows() == n and n % 4 != 0  # batches run across epochs
+    rows = drawn(loader, 3 * n // 4, cfg)
+    epochs = [rows[i * n : (i + 1) * n] for i in range(2)]
+    assert {r.tobytes() for r in epochs[0]} == {flat[i * 33 : i * 33 + 33].astype("<u2").tobytes() for i in range(n)}
+    assert any(not np.array_equal(a, flat[i * 33 : i * 33 + 33]) for i, a in enumerate(epochs[0]))  # rows are permuted
+    assert {r.tobytes() for r in epochs[1]} != {r.tobytes() for r in epochs[0]}
+    # The stream of epoch 1, read in order: the pieces of documents, each once.
+    second = loader_at(cfg, 1)
+    stream = second.stretch(second.stream, 0, len(flat))
+    starts = np.append(np.union1d(np.flatnonzero(flat == 0), [301]), len(flat))
+    pieces = sorted(flat[a:b].astype("<u2").tobytes() for a, b in zip(starts, starts[1:]))
+    assert sorted(stream[end - length : end].tobytes() for _, _, length, end in second.stream) == pieces
+    assert {r.tobytes() for r in epochs[1]} == {stream[i * 33 : i * 33 + 33].tobytes() for i in range(n)}
+
+
+def loader_at(cfg: tg.Config, epoch: int) -> tg.Loader:
+    loader = tg.Loader(cfg, tg.Plan(cfg))
+    loader.load_state_dict({"epoch": epoch, "shard": 0, "pos": 0})
+    loader.shuffle_documents()
+    return loader
+
+
+def test_document_shuffle_depends_on_ranks_or_on_where_it_was_resumed(tmp_path):
+    cfg = shards(tmp_path, documents(40, np.random.default_rng(1)), 200)
+    plan = tg.Plan(cfg)
+    whole = tg.Loader(cfg, plan)
+    ranks = [tg.Loader(cfg, plan, r, 2) for r in range(2)]
+    for i in range(12):
+        kept = whole.state_dict()
+        batch = whole.batch(i, 128, 32)
+        assert np.array_equal(batch, np.concatenate([r.batch(i, 128, 32) for r in ranks]))
+        again = tg.Loader(cfg, plan)
+        again.load_state_dict(kept)
+        assert np.array_equal(again.batch(i, 128, 32), batch)
+    other = tg.Loader(dataclasses.replace(cfg, seed=2), plan)
+    assert not np.array_equal(other.batch(0, 128, 32), tg.Loader(cfg, plan).batch(0, 128, 32))
+
+
+def test_hundred_million_tokens_make_another_number_of_rows(tmp_path, monkeypatch):
+    """Specification 7.3: 48,804 rows of 2,049; 2,097 and 4,766 steps fit into 11 and 25 epochs."""
+    write_shard(tmp_path / "x_train_000001.bin", np.zeros(8))
+    monkeypatch.setattr(tg, "shard_tokens", lambda path: 100_000_000)
+    for name, shuffle in (("slowrun_1h", 2), ("slowrun_pr63", 1), ("slowrun_pr63", 2), ("slowrun_tiny", 2)):
+        cfg = dataclasses.replace(preset(name), data=str(tmp_path), shuffle=shuffle)
+        loader = tg.Loader(cfg, tg.Plan(cfg))
+        assert loader.rows() == (48_804 if shuffle == 2 else 48_828)
+    assert cfg.val_tokens == 4864 * 2048 == 9_961_472
+
+
+def test_budget_of_tokens_is_passed_over(tmp_path):
+    cfg = shards(tmp_path, documents(40, np.random.default_rng(2)), 301)
+    flat = np.concatenate([tg.read_shard(f) for f in tg.find_shards(cfg, "train")])
+    for shuffle in (0, 1, 2):
+        small = dataclasses.replace(cfg, train_tokens=400, shuffle=shuffle, epochs=0)
+        loader = tg.Loader(small, tg.Plan(small))
+        assert sum(loader.counts) == 400
+        allowed = {t.tobytes() for part in (flat[:301], flat[301:400], flat[:400]) for t in windows(part, 2)}
+        if shuffle < 2:
+            assert {t.tobytes() for row in drawn(loader, 6, small) for t in windows(row, 2)} <= allowed
+        else:
+            assert loader_at(small, 0).stream[-1, 3] == loader_at(small, 2).stream[-1, 3] == 400
+    with pytest.raises(tg.UserError, match="train_tokens = 99999, but the train shards"):
+        tg.Loader(dataclasses.replace(cfg, train_tokens=99999), tg.Plan(cfg))
+
+
+def windows(x: np.ndarray, n: int) -> np.ndarray:
+    return np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(x.astype("<u2"), n))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"lr_cycles": 2, "steps": 3}, ("steps = 3 read 384 tokens", "set --epochs 1")),
+        ({"lr_cycles": 2, "epochs": 0}, ("lr_cycles count epochs", "epochs (now 0)")),
+        ({"average_epochs": 4}, ("average_epochs = 4", "at most epochs = 3")),
+        ({"eval_every": -1, "max_seconds": 5.0}, ("eval_every", "no max_seconds")),
+        ({"eval_every": -2}, ("eval_every = -2",)),
+        ({"shuffle": 3}, ("shuffle = 3",)),
+    ],
+    ids=str,
+)
+def test_epochs_are_counted_where_there_are_none(tmp_path, changes, words):
+    cfg = dataclasses.replace(shards(tmp_path, documents(40, np.random.default_rng(3)), 301), **changes)
+    with pytest.raises(tg.UserError) as caught:
+        tg.validate(cfg)
+        tg.Loader(cfg, tg.Plan(cfg))
+    assert all(w in str(caught.value) for w in words), caught.value
+
+
+# --- averages over epochs, in whole runs
+
+
+def test_weights_of_an_average_are_other_ones():
+    weights = slowrun.mixing_weights(3)
+    assert weights["equal"] == pytest.approx([1 / 3] * 3) and weights["recency"] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+
+
+FLAGS = {"attn_gate": 12, "value_proj": 20, "iha": 1, "resid_lambda": 1.0, "x0_lambda": 0.1, "unet": 2, "attn_dropout": 0.1,
+         "mlp_dropout": 0.1, "stoch_depth": 0.1, "mtp": 0.3, "window_pattern": "SL", "window": "5", "depth": 4, "loop": "2:3",
+         "repeats": "0:1 2/3:2", "average_epochs": 2, "eval_every": -1, "lr_cycles": 2, "export": "", "proj_init": 1.0,
+         "micro_tokens": 64, "steps": 22, "save_every": 5, "head_init": "0.02"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A whole run of three epochs through the command line's own path, and its folder."""
+    folder = tmp_path_factory.mktemp("slowrun")
+    return start(folder, folder / "logs")
+
+
+def start(data: Path, logs: Path, **changes) -> Path:
+    cfg = dataclasses.replace(shards(data, documents(40, np.random.default_rng(4)), 301), **FLAGS, log_dir=str(logs))
+    cfg = dataclasses.replace(cfg, **changes)
+    tg.validate(cfg)
+    with tg.Run(cfg) as run:
+        code = tg.train(cfg, run)
+    assert code in (0, 143)
+    return logs / "test"
+
+
+def own_losses(folder: Path, named: dict, repeats: int) -> torch.Tensor:
+    """Losses of all validation targets, by the model's two halves and torch's cross-entropy, row by row."""
+    cfg = tg.Config(**tg.read_toml(folder / "config.toml"))
+    model = build(cfg)
+    tg.load_weights(model, named, "here")
+    tokens = torch.from_numpy(tg.read_shard(tg.find_shards(cfg, "val")[0]).astype(np.int64))
+    losses = []
+    with torch.no_grad():
+        for low in range(0, (len(tokens) - 1) // 32 * 32, 32):
+            z = model.logits(model.hidden(tokens[None, low : low + 32], repeats, 5))[0]
+            losses.append(F.cross_entropy(z, tokens[low + 1 : low + 33], reduction="none"))
+    return torch.cat(losses).double()
+
+
+def test_averages_are_other_ones_or_final_and_selected_results_are_mixed_up(trained):
+    result = json.loads((trained / "result.json").read_text())
+    paths = slowrun.epochs(trained)
+    assert [p.name for p in paths] == ["000015", "000022"] and result["averaged_steps"] == [15, 22]
+    named = [tg.read_tensors(p / "model.safetensors") for p in paths]
+    p = [(-own_losses(trained, n, k + 1)).exp() for k, n in enumerate(named)]  # the second epoch ended without replays
+    assert result["val_loss"] == pytest.approx(-p[1].log().mean().item(), abs=1e-5)
+    assert result["val_loss_prob_equal"] == pytest.approx(-((p[0] + p[1]) / 2).log().mean().item(), abs=1e-5)
+    assert result["val_loss_prob_recency"] == pytest.approx(-((p[0] + 2 * p[1]) / 3).log().mean().item(), abs=1e-5)
+    for kind, share in (("equal", 1 / 2), ("recency", 1 / 3)):
+        mean = {n: share * named[0][n] + (1 - share) * named[1][n] for n in named[0]}
+        assert result[f"val_loss_weights_{kind}"] == pytest.approx(own_losses(trained, mean, 2).mean().item(), abs=1e-5)
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    by_epoch = {r["step"]: r["val_loss"] for r in lines if r["kind"] == "val"}
+    assert list(by_epoch) == [0, 8, 15, 22]
+    best = min((v, k) for k, v in by_epoch.items() if k)
+    assert (result["val_loss_best_epoch"], result["best_epoch"]) == (best[0], {8: 1, 15: 2, 22: 3}[best[1]])
+    every = [v for k, v in result.items() if k.startswith("val_loss")]
+    assert len(every) == 6 and result["slowrun_val_loss"] == min(every)
+    assert result[result["slowrun_val_loss_is"]] == min(every)
+    assert result["selected_on_validation"] == ["val_loss_best_epoch", "slowrun_val_loss"]
+
+
+def test_evaluation_by_hand_forgets_replays_and_windows(trained, capsys):
+    """slowrun.py on the folder alone gives the same figures, and leaves the others in result.json as they were."""
+    before = json.loads((trained / "result.json").read_text())
+    state = json.loads((slowrun.epochs(trained)[1] / "state.json").read_text())
+    assert state == {"step": 22, "repeats": 2, "window": 5}
+    named = tg.read_tensors(slowrun.epochs(trained)[1] / "model.safetensors")
+    assert (own_losses(trained, named, 1) - own_losses(trained, named, 2)).abs().max() > 1e-3  # replays matter
+    assert slowrun.main([str(trained), "--device", "cpu"]) == 0
+    assert json.loads((trained / "result.json").read_text()) == before
+    assert "selected on validation" in capsys.readouterr().out
+    assert slowrun.main([str(trained), "--last", "3"]) == 2 and "holds 2 epochs" in capsys.readouterr().err
+    assert slowrun.main([str(trained / "epochs")]) == 2 and "--average_epochs" in capsys.readouterr().err
+
+
+def test_interrupted_run_with_dropout_and_epochs_ends_otherwise(trained, tmp_path, monkeypatch):
+    """Stopped in the last epoch and continued: the same bits, so dropout's random state is part of the checkpoint."""
+    old = tg.train_step
+
+    def stopping(p, step, now):
+        if step == 17:
+            p.run.signal = 15
+        return old(p, step, now)
+
+    monkeypatch.setattr(tg, "train_step", stopping)
+    folder = start(tmp_path, tmp_path / "logs")
+    assert not (folder / "result.json").exists()
+    monkeypatch.setattr(tg, "train_step", old)
+    start(tmp_path, tmp_path / "logs", resume=True)
+    ends = [slowrun.epochs(f)[-1] / "model.safetensors" for f in (trained, folder)]
+    a, b = (tg.read_tensors(e) for e in ends)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    a, b = (json.loads((f / "result.json").read_text()) for f in (trained, folder))
+    assert {k: v for k, v in a.items() if "val_loss" in k} == {k: v for k, v in b.items() if "val_loss" in k}
+
+
+def test_two_ranks_average_to_other_losses_than_one(tmp_path):
+    """Without dropout the losses are those of one rank; each rank scores its own rows, one of them fills up the last batch."""
+    shards(tmp_path, documents(40, np.random.default_rng(4)), 301)
+    flags = {**FLAGS, "attn_dropout": 0.0, "mlp_dropout": 0.0, "stoch_depth": 0.0, "epochs": 3, "shuffle": 2}
+    base = {k: v for k, v in dataclasses.asdict(tiny()).items() if v != getattr(tg.Config(), k)}
+    argv = [w for k, v in (base | flags | {"data": tmp_path, "log_dir": tmp_path / "logs"}).items() for w in (f"--{k}", str(v))]
+    server = Server(tmp_path)
+    try:
+        for world in (1, 2):
+            succeed(run_ranks(server, world, [*argv, "--run", f"w{world}"], tmp_path))
+    finally:
+        server.close()
+    one, two = (json.loads((tmp_path / "logs" / f"w{world}" / "result.json").read_text()) for world in (1, 2))
+    keys = [k for k in one if "val_loss" in k and isinstance(one[k], float)]
+    assert len(keys) == 7
+    for key in keys:
+        assert one[key] == pytest.approx(two[key], abs=2e-4), key
+    assert one["best_epoch"] == two["best_epoch"] and one["averaged_steps"] == two["averaged_steps"]
