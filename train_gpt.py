@@ -1075,7 +1075,8 @@ class Attention(nn.Module):
         self.value_gate = nn.Parameter(torch.empty(self.kv_heads, cfg.value_proj)) if values else None
         self.iha = nn.Parameter(torch.empty(3, cfg.heads, cfg.heads)) if cfg.iha else None
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], seen: "Seen", xsa: bool, values: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], seen: "Seen", xsa: bool,
+                values: Tensor | None = None) -> Tensor:
         """`values` [B, T, kv_heads*K] are added to the own values, times 2*sigmoid of each head's gate."""
         B, T, _ = x_BTD.shape
         if self.heads == self.kv_heads:

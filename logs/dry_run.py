@@ -74,6 +74,8 @@ def dry_run(cfg: Config) -> int:
     tokens = plan.tokens()
     first = plan.moments()[0]
     per_shard = max(1, -(-(100_000_000 - 1) // first.batch_tokens) - 1) * first.batch_tokens
+    if cfg.shuffle:  # rows of all shards are one stock, and batches run from one epoch into the next
+        per_shard = 100_000_000 // (plan.max_seq_len + (cfg.shuffle == 2)) * plan.max_seq_len
     present = len(glob.glob(f"{glob.escape(cfg.data)}/*_train_*.bin"))
     mean_flops = sum(flops_per_token(cfg, n.repeats, n.seq_len, n.window) for n in plan.moments()) / len(plan.moments())
     out = {
