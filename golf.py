@@ -407,7 +407,7 @@ def smallest(named: dict[str, Tensor], cfg: Config, bits: str = "int8", codecs: 
             f" -> {codec}" + (f", limit {most}" if most else ""))
         if len(packed[codec]) <= most:
             break
-    return packed[codec], f"{choice.replace(' ', '_')}_{codec}"
+    return packed[codec], re.sub(r"\W+", "_", f"{choice}_{codec}")
 
 
 def unpack(data: bytes, where: str) -> tuple[Config, dict[str, Tensor], dict]:

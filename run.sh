@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # The one page to edit. ./run.sh trains, exports, scores and reports; run it again and it goes on where it stopped.
 #
-#   ./run.sh                       the main job of this machine (tiny_cpu without a GPU, TRACK with one)
+#   ./run.sh                       the main job of this machine (golf_cpu without a GPU, TRACK with one)
 #   ./run.sh TRACK                 a preset of configs/, or one of the jobs below
 #   ./run.sh remix                 AdamW (A) against Muon (M), the same architecture family, data order and seeds
 #   ./run.sh nca                   does pre-pre-training on cellular automata help? arms x seeds, matched, one table
+#   ./run.sh golf                  golf: data, training, artifact, scores, proof, report (GOLF, GOLF_SEEDS)
+#   ./run.sh depth                 progressive depth against constant depth against unique layers, at equal bytes and seconds
+#   ./run.sh warmdown              how long the learning rate falls, crossed with averaging, before and after quantisation
 #   ./run.sh test                  the tests
 #   ./run.sh sample RUN "text"     continue a text (RUN: a folder in logs/, or an artifact); more flags may follow
 #   ./run.sh report RUN...         tables, statistics and plots of finished or running runs
@@ -16,7 +19,7 @@ cd "$(dirname "$0")"
 
 ############ edit from here ############
 TRACK=${TRACK:-remix_m}               # preset that ./run.sh trains on a machine with GPUs
-CPU_TRACK=${CPU_TRACK:-tiny_cpu}      # and on one without
+CPU_TRACK=${CPU_TRACK:-golf_cpu}      # and on one without
 SEEDS=${SEEDS:-1}                     # one run each, e.g. SEEDS="1 2 3"
 NPROC=${NPROC:-$( (nvidia-smi -L 2>/dev/null || true) | wc -l)}   # processes on this node; 0: plain python on the CPU
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-29500}
@@ -38,6 +41,16 @@ ARMS=${ARMS:-"adamw adamw-from-adamw adamw-from-muon muon muon-from-adamw muon-f
 NCA_LM=${NCA_LM:-nca_cpu}              # ./run.sh nca: preset of its language runs, and of the model of both phases
 NCA_SEEDS=${NCA_SEEDS:-"1 2 3 4 5"}
 NCA_PRE=("${CPU_PRE[@]}")              # and flags of its phase 1; on a node PRE
+GOLF=${GOLF:-$([ "$NPROC" -gt 0 ] && echo golf_progressive || echo golf_cpu)}   # what ./run.sh golf trains
+GOLF_SEEDS=${GOLF_SEEDS:-$SEEDS}
+DEPTH_TRACK=${DEPTH_TRACK:-golf_cpu} DEPTH_SEEDS=${DEPTH_SEEDS:-"1 2 3"}      # ./run.sh depth
+DEPTH=(--max_seconds 75 --export int6 --export_codec entropy --gptq 0 --score "" --prove_bytes 0 --sample_tokens 0)
+PROGRESSIVE=() CONSTANT=(--repeats 3)
+UNIQUE=(--loop "" --repeats 1 --cross_repeat 0 --depth 9 --dim 160 --heads 4)   # as many bytes in nine thinner blocks
+WARMDOWN_TRACK=${WARMDOWN_TRACK:-golf_cpu} WARMDOWN_SEEDS=${WARMDOWN_SEEDS:-"1 2"}   # ./run.sh warmdown
+WARMDOWNS=${WARMDOWNS:-"0.1 0.4 0.8"}  # last fractions of training over which the learning rate falls to 0
+WARMDOWN=(--max_seconds 75 --swa_every 10 --swa_start 0.7 --gptq 0 --export int6 --export_codec entropy --score "" --prove_bytes 0
+          --sample_tokens 0 --val_tokens 65536)
 ############ to here ############
 
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
@@ -76,6 +89,7 @@ EOF
     data/sample) $PY data/get.py sample ;;
     data/fineweb10B) $PY data/get.py fineweb10B --shards "$SHARDS" ;;
     data/slowrun) $PY data/get.py slowrun ;;
+    data/golf_*) $PY data/get.py golf --variant "${folder#data/golf_}" ;;
     *) echo "data: $folder is taken as it is" ;;
   esac
 }
@@ -128,6 +142,31 @@ nca() {  # logs/nca.py lets the arms take turns, compares their configurations a
   $PY logs/nca.py --lm $NCA_LM --arms $ARMS --seeds $NCA_SEEDS --pre="${NCA_PRE[*]-}" --flags="${LM[*]-}" --launch="$launch" "$@"
 }
 
+depth() {  # three ways to spend the same bytes and seconds
+  get_data --config "$DEPTH_TRACK"
+  local runs=() s
+  for s in $DEPTH_SEEDS; do
+    one "depth-progressive-s$s" "$DEPTH_TRACK" -- --seed "$s" --arm progressive "${DEPTH[@]}" ${PROGRESSIVE[@]+"${PROGRESSIVE[@]}"} "$@"
+    one "depth-constant-s$s" "$DEPTH_TRACK" -- --seed "$s" --arm constant "${DEPTH[@]}" "${CONSTANT[@]}" "$@"
+    one "depth-unique-s$s" "$DEPTH_TRACK" -- --seed "$s" --arm unique "${DEPTH[@]}" "${UNIQUE[@]}" "$@"
+    runs+=("logs/depth-progressive-s$s" "logs/depth-constant-s$s" "logs/depth-unique-s$s")
+  done
+  $PY logs/report.py "${runs[@]}" --baseline constant --out logs/report-depth
+}
+
+warmdown() {
+  get_data --config "$WARMDOWN_TRACK"
+  local runs=() s w
+  for s in $WARMDOWN_SEEDS; do
+    for w in $WARMDOWNS; do
+      one "warmdown-$w-s$s" "$WARMDOWN_TRACK" -- --seed "$s" --arm "$w" "${WARMDOWN[@]}" \
+        --lr "0:1 $($PY -c "print(round(1 - $w, 6))"):1 1>0" "$@"
+      runs+=("logs/warmdown-$w-s$s")
+    done
+  done
+  $PY logs/averaging.py "${runs[@]}"
+}
+
 verb=${1:-}; [ $# -eq 0 ] || shift
 setup
 case $verb in
@@ -137,6 +176,9 @@ case $verb in
         $PY -m pytest -q "$@" ;;
   remix) remix "$@" ;;
   nca) nca "$@" ;;
+  golf) SEEDS=$GOLF_SEEDS; train_track "$GOLF" "$@" ;;
+  depth) depth "$@" ;;
+  warmdown) warmdown "$@" ;;
   report) $PY logs/report.py "$@" ;;
   submit) $PY logs/submit.py "$@" ;;
   sample) run=${1:?usage: ./run.sh sample RUN [TEXT] [flags]}; text=${2:-}; shift $(( $# > 1 ? 2 : 1 ))

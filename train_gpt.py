@@ -236,7 +236,8 @@ FREE_ON_RESUME = {
     *("compile", "micro_tokens", "loss_chunk", "dry_run", "json", "prompt", "sample_tokens", "temperature", "top_k"),
     *("auto_micro", "embed_stats", "nca_cache", "nca_threads", "nca_measured"),
 }
-SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "repeats", "seq_len", "window", "batch_tokens", "slow_lr")
+GRAPHS = ("repeats", "seq_len", "window", "batch_tokens")  # schedules that make another graph
+SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", *GRAPHS)
 
 
 def preset_path(name: str) -> Path:
@@ -371,7 +372,7 @@ def validate(cfg: Config) -> None:
          f"does, but export = {cfg.export!r} names no bits: set it, for example --export int6")
     for key in SCHEDULES:
         sched = Schedule(key, getattr(cfg, key))
-        if key in ("repeats", "seq_len", "window", "batch_tokens"):
+        if key in GRAPHS:
             sched.require_plateaus(minimum=0 if key == "window" else 1)
             steps = math.inf if cfg.max_seconds else cfg.steps  # on the clock nobody knows what the last step is
             late = [p for p in sched.points if p.at and (math.ceil(p.at) >= cfg.steps if p.in_steps else
@@ -588,7 +589,7 @@ class Plan:
 
     def at(self, step: int, fraction: float) -> Now:
         v = {name: s.at(step, fraction) for name, s in self.sched.items()}
-        ints = {k: int(v[k]) for k in ("repeats", "seq_len", "window", "batch_tokens")}
+        ints = {k: int(v[k]) for k in GRAPHS}
         cycle = fraction * self.cfg.epochs - (self.cfg.epochs - self.cfg.lr_cycles)  # epochs since the cycles began
         if self.cfg.lr_cycles and cycle >= 0:
             floor = self.cfg.lr_floor
@@ -602,7 +603,7 @@ class Plan:
 
     def moments(self) -> list[Now]:
         """The schedules at every point where one that shapes a graph changes, in order of time."""
-        shaping = [self.sched[k] for k in ("repeats", "seq_len", "window", "batch_tokens")]
+        shaping = [self.sched[k] for k in GRAPHS]
         points = [p for s in shaping for p in s.points]
         steps = self.cfg.steps
         if not self.cfg.max_seconds:
@@ -2311,6 +2312,7 @@ class Parts:
     loader: Loader
     val: Validation
     tokenizer: Tokenizer | None
+    paces: list[tuple[Now, float]] = dataclasses.field(default_factory=list)  # seconds of the last three steps
 
 
 def build(cfg: Config, run: Run) -> Parts:
@@ -2511,6 +2513,7 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
             f"step {step}: loss {loss}, gradient norm {size}: not finite, stopped (lr multiplier {now.lr:.4g}, repeats "
             f"{now.repeats}). Last good checkpoint: {good[-1] if good else 'none'}; it is kept. Lower the learning rates "
             "or set --grad_clip 1 in another --run, which may start from those weights with --init_from")
+    log_switch(p, step, now, seconds)
     if step % cfg.log_every == 0 or step == cfg.steps:
         elapsed = run.clock.seconds()
         run.log(f"step:{step}/{cfg.steps} train_time:{elapsed * 1000:.0f}ms step_avg:{elapsed * 1000 / step:.2f}ms",
@@ -2522,6 +2525,17 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
         more = "".join(f"{k}:{v:.4g} " for k, v in terms.items())
         run.live(f"step:{step}/{cfg.steps} train_loss:{loss:.4f} {more}lr:{now.lr:.3g} {now.batch_tokens / seconds:,.0f} tok/s "
                  f"{100 * fraction:.1f}% eta:{int(eta // 60)}m{int(eta % 60):02d}s")
+
+
+def log_switch(p: Parts, step: int, now: Now, seconds: float) -> None:
+    """Where the graph changed a step ago: the time of the step before, of that one and of this one. A stall would show."""
+    p.paces = [*p.paces[-2:], (now, seconds)]
+    if len(p.paces) == 3:
+        (old, before), (new, at), (_, after) = p.paces
+        changed = " ".join(f"{k}:{getattr(new, k)}" for k in GRAPHS if getattr(new, k) != getattr(old, k))
+        if changed:
+            ms = f"before:{1000 * before:.0f}ms at:{1000 * at:.0f}ms after:{1000 * after:.0f}ms"
+            p.run.log(f"switch:{step - 1} {changed} {ms}")
 
 
 def train_loop(p: Parts, step: int) -> tuple[int, dict]:

@@ -111,7 +111,7 @@ def parse_log(text: str) -> tuple[list[dict], dict]:
     progressive depth added. Patterns are anchored at the start of a line and applied only after the line of
     100 '=' that ends the embedded sources, because those contain the same words."""
     text = re.split(r"^={100}$", text, maxsplit=1, flags=re.MULTILINE)[-1]
-    finals = {"sliding": "sliding_val_bpb", "ttt": "ttt_val_bpb", "hedge": "mixed_val_bpb",
+    finals = {"sliding": "sliding_val_bpb", "ttt": "ttt_val_bpb", "hedge": "mixed_val_bpb", "mixture": "mixed_val_bpb",
               "roundtrip": "roundtrip_val_bpb"}
     counts = {r"(?:seed:|Using seed=)": "seed", "model_params:": "params", "world_size:": "world_size",
               "Code size: ": "code_bytes", "peak memory allocated: ": "peak_memory_bytes",

@@ -910,7 +910,7 @@ def test_result(told, spoken):
                    "wall_time_s eval_time_s artifact_bytes code_bytes total_bytes world_size device torch git "
                    "data_sha256 config_sha256 resumed peak_memory_bytes".split())
     assert expected <= result.keys(), expected - result.keys()
-    assert result["proven_bytes"] == 150 and result["artifact_bits"].startswith("int6_head:8_")
+    assert result["proven_bytes"] == 150 and result["artifact_bits"].startswith("int6_head_8_")
     assert result["sliding_val_bpb"] < result["roundtrip_val_bpb"] and {"mixed_val_bpb", "ttt_val_bpb"} < result.keys()
     assert None not in result.values()
     assert (result["run"], result["arm"], result["steps"], result["tokens"]) == ("tiny", "x", 30, 30 * 256)
