@@ -845,6 +845,18 @@ def make_scorer(model: tg.GPT, how: How, shape: tg.Shape, run=None) -> Sliding:
 ########################################
 
 
+@contextlib.contextmanager
+def one_thread():
+    """For walks token by token: threads cost such small operations more than they bring, and sums then have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def encode(scorer, tokens: np.ndarray) -> tuple[bytes, list[np.ndarray]]:
     """
     Tokens [n+1] as bytes: their number, the first token, then a range code (constriction, 24-bit probabilities) of each
@@ -861,10 +873,11 @@ def encode(scorer, tokens: np.ndarray) -> tuple[bytes, list[np.ndarray]]:
     return head + encoder.get_compressed().astype("<u4").tobytes(), np.array(seen)
 
 
+@one_thread()
 def decode(scorer, code: bytes, most: int = 1 << 28) -> np.ndarray:
     """
-    The tokens of a code, by the same walk as encode's. It needs the same arithmetic: the same machine, build of torch
-    and number of threads. UserError where it is no code.
+    The tokens of a code, by the same walk as encode's. It needs the same arithmetic: the same kind of machine and build
+    of torch. UserError where it is no code.
     """
     if len(code) < 6 or len(code) % 4 != 2 or struct.unpack_from("<I", code)[0] > most:
         raise UserError(f"{len(code)} bytes are no code that prove wrote")
@@ -1084,7 +1097,6 @@ class Decode(Score):
 
     code: str = ""  # file with the code
     out: str = ""  # file for the tokens, uint16 little endian
-    threads: int = 0  # of torch; must be those of the encoder; 0: torch's own choice
 
 
 @dataclass
@@ -1182,8 +1194,7 @@ def prove_command(flags: Prove) -> None:
             """Decode in a new process, which is given the artifact and the code."""
             code.write_bytes(data)
             how = [x for f in How.__dataclass_fields__ for x in (f"--{f}", str(getattr(flags, f)))]
-            fresh_process("decode", flags.source, *how, "--device", flags.device, "--code", str(code), "--out", str(out),
-                          "--threads", str(torch.get_num_threads()))
+            fresh_process("decode", flags.source, *how, "--device", flags.device, "--code", str(code), "--out", str(out))
             return np.fromfile(out, "<u2")
 
         found = prove(make_scorer(model, flags, shape), tokens, fresh)
@@ -1198,8 +1209,6 @@ def prove_command(flags: Prove) -> None:
 
 
 def decode_command(flags: Decode) -> None:
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
     model, shape, _, _ = opened(flags)
     decode(make_scorer(model, flags, shape), Path(flags.code).read_bytes()).astype("<u2").tofile(flags.out)
 

@@ -176,7 +176,7 @@ case $verb in
         $PY -m pytest -q "$@" ;;
   remix) remix "$@" ;;
   nca) nca "$@" ;;
-  golf) SEEDS=$GOLF_SEEDS; train_track "$GOLF" "$@" ;;
+  golf) SEEDS=$GOLF_SEEDS; train_track "$GOLF" --score "ttt mixture sliding" --prove_bytes 16384 "$@" ;;
   depth) depth "$@" ;;
   warmdown) warmdown "$@" ;;
   report) $PY logs/report.py "$@" ;;
