@@ -490,13 +490,15 @@ def load(path: Path) -> tuple[Config, dict[str, Tensor]]:
 class How:
     """How a stream is scored; encoder and decoder must be given the same."""
 
-    mode: str = "sliding"  # chunked, sliding, mixture (sliding with n-grams) or ttt (training on what is scored)
+    mode: str = "sliding"  # chunked, sliding, mixture (with n-grams), ttt or lora (training on what was scored)
     stride: int = 64  # tokens scored per window; every one has at least row - stride tokens before it
     temperature: float = 1.0  # divides the logits; choose it on training tokens
     share: float = 0.0  # mixture: weight spread over the experts after every token; 0: Bayes, regret at most ln 4
     ttt_chunk: int = 32768  # ttt: tokens scored before they are trained on
     ttt_epochs: int = 3  # ttt: passes over each chunk
     ttt_lr: float = 0.002  # ttt: learning rate of SGD with momentum 0.9, falling to 0 as a cosine over the chunks
+    lora_rank: int = 8  # lora: rank of the products that are trained on a document
+    lora_lr: float = 0.001  # lora: learning rate of AdamW
 
 
 class Scores(NamedTuple):
@@ -624,16 +626,16 @@ class Sliding:
         """Probabilities [V] in float64 of the token behind those observed. Called once before each observe."""
         t = len(self.past) - 1
         if t == self.end:  # a new window: see its context again
-            self.start = 0 if t == 0 else self.start + self.stride
-            self.end = self.start + self.length
-            self.begin_window(t)
+            self.start, self.end = self.next_window(t)
             self.cache, self.fed = Cache(self.model, self.shape.repeats, self.shape.window), self.start
         x = self.cache.feed(torch.tensor(self.past[self.fed :], device=self.run.device))[-1]
         self.fed = t + 1
         return self.log_probs(x).double().softmax(-1).cpu().numpy()
 
-    def begin_window(self, t: int) -> None:
-        """What happens before the window that first scores target t; training, in a scorer that trains."""
+    def next_window(self, t: int) -> tuple[int, int]:
+        """First input and end of the targets of the window that first scores target t. A scorer that trains does it here."""
+        start = 0 if t == 0 else self.start + self.stride
+        return start, start + self.length
 
     def observe(self, token: int) -> None:
         self.past.append(token)
@@ -779,9 +781,10 @@ class TestTime(Sliding):
         super().reset(first, n)
         self.start_training(n)
 
-    def begin_window(self, t: int) -> None:
+    def next_window(self, t: int) -> tuple[int, int]:
         with torch.enable_grad():
             self.train_until(t // self.how.ttt_chunk, torch.tensor(self.past, device=self.run.device))
+        return super().next_window(t)
 
     @contextlib.contextmanager
     def kept(self):
@@ -825,7 +828,111 @@ class TestTime(Sliding):
         self.optimizer.step()
 
 
-SCORERS = {"chunked": Sliding, "sliding": Sliding, "mixture": Mixture, "ttt": TestTime}
+class LoRA(Sliding):
+    """
+    Score-first training per document (parameter-golf #77, Hu et al. 2021): a document starts with the artifact's weights
+    plus low-rank products that are zero; each `stride` tokens are scored and then trained on by one step of AdamW. A
+    document's last tokens are never trained on, and the model's own weights never change. Documents of one batch are
+    walked side by side, each with its own products, so the code runs eagerly.
+    """
+
+    def begin(self, rows: int) -> None:
+        """New products for so many documents; every document starts with the same random halves."""
+        self.pairs, rank = {}, self.how.lora_rank
+        for name, p in self.model.named_parameters():
+            if is_matrix(p) and name not in ("embed", "value_embeds"):
+                w, rng = p.detach().flatten(0, -2), torch.Generator().manual_seed(len(self.pairs))
+                a = torch.randn(rank, w.size(1), generator=rng).to(w.device) * w.size(1) ** -0.5
+                pair = a.expand(rows, -1, -1).clone(), w.new_zeros(rows, w.size(0), rank, dtype=torch.float32)
+                self.pairs[p.data_ptr()] = [x.requires_grad_() for x in pair]
+        parts = [x for pair in self.pairs.values() for x in pair]
+        self.optimizer = torch.optim.AdamW(parts, lr=self.how.lora_lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+    @contextlib.contextmanager
+    def products(self):
+        """Inside, every matrix multiplication of the model adds the products, one row of a batch for each document."""
+        plain = tg.linear
+
+        def linear(x: Tensor, w: Tensor) -> Tensor:
+            a, b = (half.to(x.dtype) for half in self.pairs[w.data_ptr()])
+            return plain(x, w) + (x @ a.mT) @ b.mT
+
+        with swapped(tg, linear=linear), torch.compiler.set_stance("force_eager"):
+            yield
+
+    def chunk(self, stream: Tensor, starts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Log probabilities [R, stride, V] of chunk k of the documents that begin at starts [R], and its targets' places."""
+        end = (k + 1) * self.stride
+        at = starts[:, None] + torch.arange(max(0, end - self.length), end, device=stream.device)
+        tokens = stream[at.clamp_max(len(stream) - 1)]  # what lies behind a document's end, no earlier token sees
+        with self.products():
+            x = self.model.hidden(tokens, self.shape.repeats, self.shape.window)[:, -self.stride :]
+            return self.log_probs(x), at[:, -self.stride :]
+
+    def train(self, stream: Tensor, starts: Tensor, k: int, go_on: Tensor) -> None:
+        """One step on chunk k, which was scored, of the documents for which go_on [R] is true."""
+        with torch.enable_grad():
+            log_probs, at = self.chunk(stream, starts, k)
+            targets = stream[(at + 1).clamp_max(len(stream) - 1)]
+            losses = -log_probs.gather(-1, targets[..., None])[..., 0].mean(1)
+            self.optimizer.zero_grad()
+            (losses * go_on).sum().backward(inputs=[x for pair in self.pairs.values() for x in pair])
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def score(self, tokens: np.ndarray, want: tuple[int, ...] = ()) -> Scores:
+        n, run = len(tokens) - 1, self.run
+        stream = torch.from_numpy(tokens.astype(np.int64)).to(run.device)
+        nats, times = (torch.zeros(n, dtype=kind, device=run.device) for kind in (torch.float64, torch.int32))
+        given = {}
+        begins = np.array([0, *(np.flatnonzero(tokens[1:n] == self.model.cfg.doc_token) + 1)])
+        sizes = np.diff(begins, append=n)
+        order, rows = np.argsort(-sizes, kind="stable"), self.shape.rows  # alike lengths side by side
+        for low in range(run.rank * rows, len(order), rows * run.world):
+            starts, left = (torch.from_numpy(x[order[low : low + rows]]).to(run.device) for x in (begins, sizes))
+            self.begin(len(starts))
+            for k in range(-(-int(left.max()) // self.stride)):
+                run.agree()
+                if k:
+                    self.train(stream, starts, k - 1, left > k * self.stride)
+                log_probs, at = self.chunk(stream, starts, k)
+                scored = at < (starts + left)[:, None]
+                at, log_probs = at[scored], log_probs[scored]
+                nats[at] = -log_probs.gather(1, stream[at + 1, None])[:, 0].double()
+                times[at] += 1
+                for t in want:
+                    for i in (at == t).nonzero()[:, 0]:
+                        given[t] = log_probs[i].double().exp().cpu().numpy()
+        return Scores(run.sum(nats), run.sum(times), given)
+
+    def reset(self, first: int, n: int) -> None:
+        super().reset(first, n)
+        self.document = 0
+        self.begin(1)
+
+    def next_window(self, t: int) -> tuple[int, int]:
+        k = (t - self.document) // self.stride
+        if k:
+            here = torch.tensor([self.document], device=self.run.device)
+            self.train(torch.tensor(self.past, device=self.run.device), here, k - 1, torch.ones_like(here))
+        end = (k + 1) * self.stride
+        return self.document + max(0, end - self.length), self.document + end
+
+    def distribution(self) -> np.ndarray:
+        with self.products():
+            return super().distribution()
+
+    def log_probs(self, x: Tensor) -> Tensor:
+        return super().log_probs(x[None, None])[0, 0] if x.ndim == 1 else super().log_probs(x)
+
+    def observe(self, token: int) -> None:
+        super().observe(token)
+        if token == self.model.cfg.doc_token:  # the next one begins: with it a new window and new products
+            self.document = self.end = len(self.past) - 1
+            self.begin(1)
+
+
+SCORERS = {"chunked": Sliding, "sliding": Sliding, "mixture": Mixture, "ttt": TestTime, "lora": LoRA}
 
 
 def make_scorer(model: tg.GPT, how: How, shape: tg.Shape, run=None) -> Sliding:
@@ -833,7 +940,7 @@ def make_scorer(model: tg.GPT, how: How, shape: tg.Shape, run=None) -> Sliding:
     if how.mode not in SCORERS:
         raise UserError(f"mode = {how.mode!r}: must be one of {', '.join(SCORERS)}")
     limits = {"temperature": (1e-3, 1e3), "share": (0, 0.5), "ttt_chunk": (1, 1 << 40), "ttt_epochs": (0, 100),
-              "ttt_lr": (0, 10)}
+              "ttt_lr": (0, 10), "lora_rank": (1, 1 << 12), "lora_lr": (0, 10)}
     for key, (low, high) in limits.items():
         if not low <= getattr(how, key) <= high:
             raise UserError(f"{key} = {getattr(how, key)}: must lie between {low} and {high}")
@@ -964,7 +1071,7 @@ def stretch(tokens: np.ndarray, tokenizer: tg.Tokenizer, least: int) -> tuple[np
 #            A run's golf              #
 ########################################
 
-RESULT = {"sliding": "sliding_val_bpb", "mixture": "mixed_val_bpb", "ttt": "ttt_val_bpb"}  # names in result.json
+RESULT = {"sliding": "sliding_val_bpb", "mixture": "mixed_val_bpb", "ttt": "ttt_val_bpb", "lora": "lora_val_bpb"}
 
 
 def validate(cfg: Config) -> None:
