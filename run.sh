@@ -142,6 +142,14 @@ nca() {  # logs/nca.py lets the arms take turns, compares their configurations a
   $PY logs/nca.py --lm $NCA_LM --arms $ARMS --seeds $NCA_SEEDS --pre="${NCA_PRE[*]-}" --flags="${LM[*]-}" --launch="$launch" "$@"
 }
 
+golf() {  # everything that golf asks for, to the submission folder (or what still speaks against one)
+  local runs=() s
+  SEEDS=$GOLF_SEEDS
+  train_track "$GOLF" --score "ttt mixture sliding" --prove_bytes 16384 "$@"
+  for s in $SEEDS; do runs+=("logs/$GOLF-s$s"); done
+  $PY logs/submit.py "$([ "$NPROC" -gt 0 ] && echo golf || echo golf_non_record)" "$GOLF" "${runs[@]}" || echo "no submission folder"
+}
+
 depth() {  # three ways to spend the same bytes and seconds
   get_data --config "$DEPTH_TRACK"
   local runs=() s
@@ -176,7 +184,7 @@ case $verb in
         $PY -m pytest -q "$@" ;;
   remix) remix "$@" ;;
   nca) nca "$@" ;;
-  golf) SEEDS=$GOLF_SEEDS; train_track "$GOLF" --score "ttt mixture sliding" --prove_bytes 16384 "$@" ;;
+  golf) golf "$@" ;;
   depth) depth "$@" ;;
   warmdown) warmdown "$@" ;;
   report) $PY logs/report.py "$@" ;;
