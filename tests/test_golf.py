@@ -351,7 +351,8 @@ def test_legal_scorer_is_rejected(mode, family):
     # The decoder has nothing of the encoder's but the artifact's weights and the code.
     found = golf.prove(scorer_of(mode, changes), tokens, lambda code: golf.decode(scorer_of(mode, changes), code))
     assert found["tokens"] == 75 and 8 * found["code_bytes"] < found["claimed_bits"] + 128
-    assert math.isclose(found["stepwise_bits"], found["claimed_bits"], rel_tol=1e-4)
+    # AdamW's first steps divide by |gradient|, so the order of sums shows more where it trains on a document.
+    assert math.isclose(found["stepwise_bits"], found["claimed_bits"], rel_tol=1e-3 if mode == "lora" else 1e-4)
 
 
 class EntropyExpert(golf.Sliding):
