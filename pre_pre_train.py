@@ -977,7 +977,7 @@ class NcaValidation:
         self.rows, self.scored = data.rows, data.rows * loader.scored
         spread = np.linspace(0, self.rows - 1, min(self.rows, cfg.nca_measured))
         self.measured = self.data[np.unique(spread.round().astype(int))]
-        self.unigram, self.copied = unigram_loss(self.data[:1024], cfg), copy_accuracy(self.measured, cfg)
+        self.unigram = unigram_loss(self.data[:1024], cfg)
 
     def batch(self, rows: range, device: torch.device, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The given rows as inputs and labels [size, L]; rows that are missing to size have no labels."""
@@ -997,8 +997,7 @@ class NcaValidation:
             guesses += [p.model.logits(row)[:, : vocabulary(self.cfg) - 2].argmax(-1).cpu().numpy() for row in hidden]
         score = next_grid_accuracy(np.stack(guesses), self.measured, self.cfg)
         by_context = {k: score.pop(k) for k in ("cell_by_context", "grid_by_context")}
-        p.run.metric("nca", step, **by_context, unigram_loss=self.unigram,
-                     copy_accuracy=self.copied)
+        p.run.metric("nca", step, **by_context, unigram_loss=self.unigram)
         return score | {"last_cell_accuracy": by_context["cell_by_context"][-1]}
 
 

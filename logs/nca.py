@@ -267,9 +267,9 @@ def paired(runs: list[report.Run], base: list[report.Run], metric: str) -> dict:
 
 
 def loss_at(run: report.Run, seconds: float) -> float:
-    """The validation loss that a run had when so many seconds were spent on it, pre-pre-training included."""
+    """The validation loss that a run had when so many seconds were spent on it, pre-pre-training included; nan before it."""
     clock = [event["train_time_ms"] / 1000 + run.result["charge_s"] for event in run.val]
-    return float(np.interp(seconds, clock, [event["val_loss"] for event in run.val]))
+    return float(np.interp(seconds, clock, [event["val_loss"] for event in run.val], left=math.nan))
 
 
 def rows_of(found: dict[str, list[report.Run]], arms: dict[str, Arm]) -> list[dict]:
@@ -312,13 +312,13 @@ def mean_or_nan(values: list[float]) -> float:
     return float(np.mean(values)) if values else math.nan
 
 
-def p_text(p: float) -> str:
-    return "-" if math.isnan(p) else f"{p:.2g}"
+def dash(text: str) -> str:
+    return "-" if "nan" in text else text
 
 
 def tables(rows: list[dict]) -> dict[str, str]:
     def cells(test: dict) -> list[str]:
-        return [f"{test['delta']:+.4f}", f"{test['sd']:.4f}", p_text(test["p"])]
+        return [dash(f"{test['delta']:+.4f}"), dash(f"{test['sd']:.4f}"), dash(f"{test['p']:.2g}")]
 
     steps, times, longer = [], [], []
     for row in rows:
@@ -326,7 +326,7 @@ def tables(rows: list[dict]) -> dict[str, str]:
         steps.append([*head, *(cells(row["final"]) + cells(row["best"]) if row["base"] else [""] * 6)])
         cost = [row["arm"], f"{row['charge_s']:.1f}", f"{row['train_time_s']:.1f}"]
         if row["base"]:
-            ratios = [f"{row['reached']} of {row['n']}", f"{row['step_ratio']:.2f}", f"{row['time_ratio']:.2f}"]
+            ratios = [f"{row['reached']} of {row['n']}", dash(f"{row['step_ratio']:.2f}"), dash(f"{row['time_ratio']:.2f}")]
             times.append([*cost, *cells(row["timed"]), *ratios])
         else:
             times.append([*cost, *[""] * 6])
@@ -334,8 +334,8 @@ def tables(rows: list[dict]) -> dict[str, str]:
             longer.append([row["arm"], f"{row['base']}-longer", *cells(row["longer_final"]), *cells(row["longer_best"])])
     out = {"Equal steps: final and best val_loss, and what they differ from the base's":
            report.table(["arm", "n", "final", "sd", "best", "d final", "sd", "p", "d best", "sd", "p"], steps),
-           "Equal total time: seconds before and in language training; d: loss at the end of the base's time; how many "
-           "reach the base's best loss, in what part of its steps and of its time":
+           "Equal total time: seconds before and in language training; d: loss at the end of the base's time (- where the "
+           "language run has not begun by then); how many reach the base's best loss, in what part of its steps and time":
            report.table(["arm", "pre s", "lm s", "d", "sd", "p", "reached", "steps", "time"], times)}
     if longer:
         out["Equal total time: against the base with the time of pre-pre-training as further steps"] = report.table(
@@ -370,10 +370,12 @@ def plot_curves(found: dict[str, list[report.Run]], arms: dict[str, Arm], path: 
             for ax, x in ((left, steps), (right, clock)):
                 ax.plot(x, mean, lw=1.8, label=f"{name} (n={len(loss)}): {mean[-1]:.4f}", **style)
                 ax.fill_between(x, mean - sd, mean + sd, color=style["color"], alpha=0.18, lw=0)
+        late = [[event["val_loss"] for event in run.val[len(run.val) * 2 // 5 :]] for run in shown]
+        low, high = min(map(min, late)), max(map(max, late))
         left.set(xlabel="optimizer steps of the language run", ylabel="val_loss (nats per token)",
-                 ylim=report.y_limits(shown, "val_loss", 0.0))
+                 ylim=(low - 0.05 * (high - low), high + 0.3 * (high - low)))
         right.set(xlabel="seconds, pre-pre-training and its data included", ylim=left.get_ylim())
-        right.legend(title="arm: final val_loss; band: 1 sd", frameon=False, fontsize=8)
+        left.legend(title="arm: final val_loss; band: 1 sd", frameon=False, fontsize=8)
         for ax in (left, right):
             ax.grid(alpha=0.25, lw=0.6)
             ax.set_xlim(0, None)
@@ -422,7 +424,8 @@ def plot_learning(folders: tuple[str, ...], path: Path) -> None:
         uniform.add(cfg.nca_patch**2 * math.log(cfg.nca_colors))
         unigram.append(measured[-1]["unigram_loss"])
         chance.add(1 / cfg.nca_colors)
-        copied.append(measured[-1]["copy_accuracy"])
+        data = pre_pre_train.NcaData(cfg, "val")
+        copied.append(pre_pre_train.copy_accuracy(data.generate(0, np.arange(min(data.rows, 512))), cfg))
     for value in sorted(uniform):
         left.axhline(value, color="0.3", lw=1, ls="--", label=f"all patches alike: {value:.3f}")
     left.axhline(np.mean(unigram), color="0.3", lw=1, ls=":", label=f"best constant guess: {np.mean(unigram):.3f}")
