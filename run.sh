@@ -8,6 +8,7 @@
 #   ./run.sh golf                  golf: data, training, artifact, scores, proof, report (GOLF, GOLF_SEEDS)
 #   ./run.sh depth                 progressive depth against constant depth against unique layers, at equal bytes and seconds
 #   ./run.sh warmdown              how long the learning rate falls, crossed with averaging, before and after quantisation
+#   ./run.sh centering             methods of output-embedding centering x learning rates x scales x seeds, tables, figures
 #   ./run.sh test                  the tests
 #   ./run.sh sample RUN "text"     continue a text (RUN: a folder in logs/, or an artifact); more flags may follow
 #   ./run.sh report RUN...         tables, statistics and plots of finished or running runs
@@ -51,6 +52,9 @@ WARMDOWN_TRACK=${WARMDOWN_TRACK:-golf_cpu} WARMDOWN_SEEDS=${WARMDOWN_SEEDS:-"1 2
 WARMDOWNS=${WARMDOWNS:-"0.1 0.4 0.8"}  # last fractions of training over which the learning rate falls to 0
 WARMDOWN=(--max_seconds 75 --eval_every 0 --swa_every 10 --swa_start 0.7 --gptq 0 --export int6 --export_codec entropy --score "" --prove_bytes 0
           --sample_tokens 0 --val_tokens 65536)
+CENTERING=(                            # ./run.sh centering: what logs/centering.py sweep takes
+  # --scales centering_16m --seeds 1   # the paper's; without flags: two laptop sizes, 5 methods, 5 rates, 3 seeds
+)
 ############ to here ############
 
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
@@ -90,6 +94,7 @@ EOF
     data/fineweb10B) $PY data/get.py fineweb10B --shards "$SHARDS" ;;
     data/slowrun) $PY data/get.py slowrun ;;
     data/golf_*) $PY data/get.py golf --variant "${folder#data/golf_}" ;;
+    data/fineweb100B) $PY data/get.py fineweb100B --shards "$((SHARDS > 132 ? SHARDS : 132))" ;;  # 132: 100,000 steps
     *) echo "data: $folder is taken as it is" ;;
   esac
 }
@@ -175,6 +180,14 @@ warmdown() {
   $PY logs/averaging.py "${runs[@]}"
 }
 
+centering() {  # one process per GPU for the whole sweep; started again, it goes on where it stopped
+  local flags=(${CENTERING[@]+"${CENTERING[@]}"} "$@") preset
+  preset=$(printf '%s\n' centering_cpu ${flags[@]+"${flags[@]}"} | grep -oE '^centering_[a-z0-9]+' | tail -n 1)
+  get_data --config "$preset"
+  go logs/centering.py sweep ${flags[@]+"${flags[@]}"}
+  $PY logs/centering.py tables logs/centering --out logs/report-centering
+}
+
 verb=${1:-}; [ $# -eq 0 ] || shift
 setup
 case $verb in
@@ -187,6 +200,7 @@ case $verb in
   golf) golf "$@" ;;
   depth) depth "$@" ;;
   warmdown) warmdown "$@" ;;
+  centering) centering "$@" ;;
   report) $PY logs/report.py "$@" ;;
   submit) $PY logs/submit.py "$@" ;;
   sample) run=${1:?usage: ./run.sh sample RUN [TEXT] [flags]}; text=${2:-}; shift $(( $# > 1 ? 2 : 1 ))

@@ -1207,6 +1207,26 @@ def layer_order(cfg: Config, repeats: int) -> list[int]:
     return [*range(low), *list(range(low, high)) * repeats, *range(high, cfg.depth)]
 
 
+class LossAndLogZ(torch.autograd.Function):
+    """
+    Cross-entropy and log Z [2, N] of logits [N, V], both 0 where the target is -1, for little more than the first alone:
+    log Z = loss + the target's logit, and the gradient is (dloss + dlogZ) * softmax - dloss at the target.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        log_p, keep, at = logits.log_softmax(-1), targets >= 0, targets.clamp_min(0)[:, None]
+        losses = -log_p.gather(-1, at)[:, 0]
+        ctx.save_for_backward(log_p, keep, at)
+        return torch.stack([losses, losses + logits.gather(-1, at)[:, 0]]) * keep
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        log_p, keep, at = ctx.saved_tensors
+        by_loss, by_log_z = grad * keep
+        return log_p.exp().mul_((by_loss + by_log_z)[:, None]).scatter_add_(-1, at, -by_loss[:, None]), None
+
+
 class GPT(nn.Module):
     """The language model. forward() gives the loss; hidden() and logits() are its two halves."""
 
@@ -1302,9 +1322,9 @@ class GPT(nn.Module):
 
     def losses(self, x: Tensor, targets: Tensor, log_z: bool = False) -> Tensor:
         """Cross-entropy in nats of each target; 0 where the target is -1. With log_z [2, N]: and each log(sum(exp(logits)))."""
-        logits = self.logits(x)
-        losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
-        return torch.stack([losses, logits.logsumexp(-1)]) if log_z else losses
+        if log_z:
+            return LossAndLogZ.apply(self.logits(x), targets)
+        return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="none")
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, repeats: int = 1, window: int = 0, log_z: bool = False,
                 ahead: bool = False) -> Tensor:
@@ -2344,7 +2364,7 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
 
 
 def centering_notices(cfg: Config) -> list[str]:
-    """What theory says of centering's assumptions under this configuration; logs/embeddings.py explain shows each."""
+    """What theory says of centering's assumptions under this configuration; logs/explain_centering.py shows each."""
     on = [k for k in ("mu_centering", "mu_loss", "z_loss") if getattr(cfg, k)]
     lines, names = [], " and ".join(on)
     moved = [k for k in on if k != "z_loss"]

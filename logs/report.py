@@ -3,6 +3,7 @@
     python logs/report.py logs/remix_*                      # run folders of one experiment
     python logs/report.py logs --baseline A                 # every run below a folder
     python logs/report.py records/2025-01-04_SoftCap --rule configs/remix_m.toml       # upstream .txt logs
+    python logs/report.py embeddings logs/RUN               # statistics of embeddings and logits (logs/embeddings.py)
 
 Runs are grouped by `arm`, and arms are paired by seed where both have it. Losses are nats per token, bpb is
 bits per byte, lower is better everywhere. `+-` is the sample standard deviation over seeds (n - 1 in the
@@ -692,6 +693,10 @@ def report(options: Options):
 
 
 def main():
+    if sys.argv[1:2] == ["embeddings"]:
+        import embeddings  # beside this file
+
+        raise SystemExit(embeddings.main(sys.argv[2:]))
     try:
         report(tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,)))
     except ReportError as error:

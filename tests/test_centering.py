@@ -2,11 +2,16 @@
 
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import alone, build, now, random_tokens, tg, tiny
+from helpers import ROOT, alone, build, now, random_tokens, tg, tiny, write_shard
+
+from logs import centering, embeddings, explain_centering
+from logs.report import ReportError
 
 SCALES = ("16m", "29m", "57m", "109m", "221m")
 FAMILY = {"layer_norm": 1, "embed_norm": 0, "activation": "swiglu", "rope": "interleaved", "rope_dims": -1, "init": "xavier",
@@ -19,9 +24,6 @@ def preset(name: str, *flags: str) -> tg.Config:
 
 def parts(tmp_path, **changes) -> tg.Parts:
     """Everything that train_step needs, on a little shard of random tokens."""
-    import numpy as np
-    from helpers import write_shard
-
     if not list(tmp_path.glob("*.bin")):
         rng = np.random.default_rng(0)
         for split in ("train", "val"):
@@ -238,6 +240,20 @@ def test_z_loss_has_another_gradient_than_its_formula(tmp_path):
     assert torch.allclose(p.model.head.grad.double(), by_logit.T @ hidden, rtol=1e-3, atol=1e-4)
 
 
+def test_loss_and_log_z_in_one_pass_differ_from_autograd():
+    """Values and gradients, an ignored target included, against cross_entropy and logsumexp."""
+    rng = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(20, 30, generator=rng, dtype=torch.float64)).requires_grad_()
+    targets, weight = torch.randint(30, (20,), generator=rng), torch.randn(2, 20, generator=rng, dtype=torch.float64)
+    targets[3] = -1
+    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+    judged = torch.stack([loss, logits.logsumexp(-1) * (targets >= 0)])
+    got = tg.LossAndLogZ.apply(logits, targets)
+    assert torch.allclose(got, judged)
+    (a,), (b,) = (torch.autograd.grad((weight * out.sin()).sum(), logits) for out in (got, judged))
+    assert torch.allclose(a, b)
+
+
 def test_z_loss_of_equal_logits_is_not_the_square_of_ln_v():
     cfg = tiny(**FAMILY, vocab=50304)
     model = build(cfg)
@@ -316,3 +332,197 @@ def test_notice_is_missing_or_out_of_place(changes, words):
 def test_impossible_switch_passes(changes):
     with pytest.raises(tg.UserError, match=next(iter(changes))):
         tg.validate(tiny(**changes))
+
+
+# --- statistics
+
+
+def test_streamed_statistics_differ_from_those_of_all_logits_at_once():
+    """Against numpy on the whole matrix, fed in pieces of unequal size."""
+    rng = np.random.default_rng(0)
+    logits, hidden = 3 * rng.standard_normal((50, 40)) + 2, rng.standard_normal((50, 8))
+    seen = embeddings.LogitStatistics()
+    for low, high in ((0, 1), (1, 30), (30, 50)):
+        seen.add(torch.from_numpy(logits[low:high]), torch.from_numpy(hidden[low:high]))
+    got, mean = seen.result()
+    log_z = np.log(np.exp(logits).sum(1))
+    assert got == pytest.approx({
+        "O.logits_mean_mean": logits.mean(1).mean(), "O.logits_mean_std": logits.std(1, ddof=1).mean(),
+        "O.logits_std_mean": logits.mean(1).std(ddof=1), "O.logits_std_std": logits.std(1, ddof=1).std(ddof=1),
+        "O.logits_mean_absmean": np.abs(logits).mean(), "O.logits_mean_absmax": np.abs(logits).max(1).mean(),
+        "H.mean_logsqZ": (log_z**2).mean()})  # fmt: skip
+    assert np.allclose(mean, hidden.mean(0))
+
+
+def test_statistics_of_rows_or_spectrum_differ_from_numpy():
+    rng = np.random.default_rng(1)
+    e = rng.standard_normal((60, 8)) + 0.5
+    got, mu = embeddings.row_statistics(torch.from_numpy(e)), e.mean(0)
+    norms, dots = np.linalg.norm(e, axis=1), e @ mu
+    assert got["ratio norm"] == pytest.approx(np.linalg.norm(mu) / norms.mean())
+    assert (got["max norm"], got["min norm"]) == pytest.approx((norms.max(), norms.min()))
+    assert (got["max aligndot"], got["min aligndot"]) == pytest.approx((dots.max(), dots.min()))
+    assert got["avg aligndot"] == pytest.approx(got["mu norm"] ** 2)  # the average product is |mu|^2
+    assert got["max aligncos"] == pytest.approx((dots / norms / np.linalg.norm(mu)).max())
+    below, above = mu @ mu - dots.min(), dots.max() - mu @ mu
+    centred = (e - mu) @ mu  # B_ratio in other words: |projections| behind over before
+    assert got["centering_ratio"] == pytest.approx(np.abs(centred).max() / max(dots.max(), -dots.min()))
+    assert max(below, above) == pytest.approx(np.abs(centred).max())
+    s = np.linalg.svd(e, compute_uv=False)
+    spectrum = embeddings.spectrum(torch.from_numpy(e))
+    assert (spectrum["Smin"], spectrum["Smax"]) == pytest.approx((s[-1], s[0])) and 0 < spectrum["isotropy"] < 1
+    huge = embeddings.spectrum(torch.from_numpy(e * 200))["isotropy"]  # exp() alone would overflow
+    assert math.isfinite(huge)
+
+
+def test_b_ratio_misses_the_published_one_or_divides_zero_by_zero():
+    assert embeddings.b_ratio(4.894, -2.914, 9.550) == pytest.approx(0.818, abs=5e-4)
+    e = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    tg.center(e)
+    assert embeddings.row_statistics(e.double())["centering_ratio"] == 1 and embeddings.b_ratio(0.0, 0.0, 0.0) == 1
+
+
+def test_statistics_are_not_logged_or_not_the_weights(tmp_path, monkeypatch, capsys):
+    """A run that logs them, then the command on its checkpoint: the same numbers, from what is saved."""
+    p = parts(tmp_path, mu_centering=0)
+    monkeypatch.chdir(tmp_path)
+    changes = vars(tiny(**FAMILY)) | {"steps": 3, "data": str(tmp_path), "run": "x", "lr": "1e-2", "eval_every": 0, "epochs": 0,
+                                      "export": "", "embed_stats": 4096}
+    flags = [f for k, v in changes.items() if k != "config" and not isinstance(v, bool) for f in (f"--{k}", str(v))]
+    assert tg.main(flags) == 0
+    logged = [json.loads(line) for line in Path("logs/x/metrics.jsonl").read_text().splitlines()][-1]
+    assert embeddings.embeddings(embeddings.EmbeddingOptions(("logs/x",), tokens=4096)) == 0
+    told = json.loads(Path("logs/x/ckpt/000003/embeddings.json").read_text())
+    assert "O.ratio norm" in capsys.readouterr().out.replace("ratio norm", "O.ratio norm")
+    shared = [k for k in told if k in logged]
+    assert len(shared) > 25 and all(told[k] == pytest.approx(logged[k], rel=1e-4, abs=1e-6) for k in shared)
+    assert told["O.fhs_dot_prod"] == pytest.approx(told["O.logits_mean_mean"], rel=1e-3, abs=1e-5)  # mu . mean(h)
+    assert told["OC.mu norm"] < 1e-12 and {"O.isotropy", "I.Smax"} <= told.keys()
+    assert p.cfg.dim == 32
+
+
+# --- explanation
+
+
+@pytest.mark.parametrize("name", ["AdamW, untied", "with decoupled decay 0.1", "without clipping", "Muon on the blocks"])
+def test_centering_changes_a_loss_in_exact_arithmetic(name):
+    loss, head = explain_centering.no_op(explain_centering.NO_OP[name], steps=40)
+    assert loss < 1e-12 and head < 1e-12
+
+
+@pytest.mark.parametrize("name", ["tied table", "z-loss 1e-2", "softcap 15"])
+def test_centering_is_thought_to_be_free_where_it_is_not(name):
+    assert explain_centering.no_op(explain_centering.NO_OP[name], steps=15)[0] > 1e-5
+
+
+def test_no_op_holds_for_this_optimizer_alone():
+    """The same of a bigram model under torch.optim.AdamW, clipped and decayed, in fp64."""
+    rng = torch.Generator().manual_seed(0)
+    start = [torch.randn(n, 8, generator=rng, dtype=torch.float64) for n in (60, 60)]
+    told = []
+    for on in (False, True):
+        embed, head = (torch.nn.Parameter(t.clone()) for t in start)
+        optimizer = torch.optim.AdamW([embed, head], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+        rng.manual_seed(1)
+        for _ in range(100):
+            x, y = torch.randint(50, (2, 64), generator=rng)
+            loss = F.cross_entropy(F.layer_norm(embed[x], (8,)) @ head.T, y)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([embed, head], 1.0)
+            optimizer.step()
+            if on:
+                tg.center(head.data)
+            told.append(loss.item())
+    # center() takes the mean in fp32, which makes no difference: any shift is invisible
+    assert max(abs(a - b) for a, b in zip(told[:100], told[100:])) < 1e-12
+
+
+def test_rounding_of_shifted_logits_costs_another_loss_than_the_specs_say():
+    """Section 0.2, at 10 %; the small ones are below its own rounding."""
+    small, mid, large = explain_centering.rounding_curve((92.5, 588.0, 1152.0), tokens=256)
+    assert 0.003 < small < 0.012 and mid == pytest.approx(0.5, rel=0.1) and large == pytest.approx(1.83, rel=0.1)
+
+
+def test_centering_does_not_recover_what_rounding_took():
+    _, model = explain_centering.train_small(40)
+    x, y = explain_centering.zipf_batch(torch.Generator().manual_seed(2), 32, 32, 112)
+    calm, wild = (explain_centering.stress(model, x, y, c) for c in (0.0, 588.0))
+    assert wild["fp32"] == pytest.approx(calm["fp32"], abs=1e-3)
+    assert wild["bf16 logits"] > calm["fp32"] + 0.1 and wild["all bf16"] > calm["fp32"] + 0.1
+    assert wild["all bf16, centred"] == pytest.approx(calm["fp32"], abs=0.01)
+
+
+def test_muon_or_sgd_on_the_head_moves_the_mean_row():
+    found = explain_centering.head_optimizers(steps=30)
+    start = found["at the start"][0]
+    assert found["SGD"][0] == pytest.approx(start, rel=1e-9) and found["Muon"][0] == pytest.approx(start, rel=0.02)
+    assert found["AdamW"][0] > 3 * start
+
+
+# --- sweep and tables
+
+PUBLISHED = {  # (least loss, sensitivity with n - 1) of 16M, 29M, 57M, 109M, 221M: specs, T1 and T2
+    "baseline": ((3.841, 0.306), (3.591, 0.391), (3.369, 0.508), (3.202, 0.344), (3.05, 0.412)),
+    "z_loss": ((3.836, 0.054), (3.58, 0.033), (3.366, 0.235), (3.202, 0.118), (3.049, 0.109)),
+    "mu_loss": ((3.839, 0.031), (3.586, 0.027), (3.369, 0.031), (3.202, 0.046), (3.05, 0.056)),
+    "mu_centering": ((3.842, 0.028), (3.582, 0.029), (3.366, 0.041), (3.201, 0.051), (3.05, 0.061)),
+    "mu_loss_1e-7": ((3.84, 0.182), (3.588, 0.052), (3.369, 0.11), (3.203, 0.125), (3.048, 0.129)),
+    "mu_loss_1e-1": ((3.837, 0.031), (3.578, 0.034), (3.368, 0.038), (3.2, 0.048), (3.049, 0.056)),
+    "mu_loss_1e+2": ((3.811, 0.054), (3.561, 0.04), (3.362, 0.033), (3.198, 0.034), (3.046, 0.055)),
+    "z_loss_1e-7": ((3.844, 0.037), (3.587, 0.044), (3.369, 0.107), (3.202, 0.076), (3.049, 0.131)),
+    "z_loss_1e-1": ((3.835, 0.032), (3.574, 0.043), (3.349, 0.047), (3.184, 0.059), (3.034, 0.101)),
+    "z_loss_1e+2": ((4.188, 1.156), (3.937, 1.78), (3.791, 1.392), (3.644, 2.15), (3.489, 2.166)),
+}
+
+
+def test_published_tables_do_not_follow_from_the_published_losses():
+    """The paper's own file names, its losses (T1, T2), our tables: least loss and sensitivity to three decimals."""
+    groups = centering.grouped(centering.read_overview(ROOT / "tests" / "centering_published.csv"))
+    assert len(groups) == 50
+    for method, values in PUBLISHED.items():
+        for scale, (loss, lrs) in zip(("16M", "29M", "57M", "109M", "221M"), values):
+            s = centering.summary(groups[scale, method])
+            assert s["loss"] == [loss] and s["lrs_n1"][0] == pytest.approx(lrs, abs=6e-4), (method, scale)
+            assert s["lrs_n"][0] == pytest.approx(s["lrs_n1"][0] * 6 / 7)
+    best = {m: [centering.summary(groups[s, m])["lr"][0] for s in ("16M", "29M", "57M", "109M", "221M")] for m in PUBLISHED}
+    assert best["baseline"] == pytest.approx([1e-2, 3e-3, 1e-2, 3e-3, 1e-3])
+    assert best["mu_centering"] == pytest.approx([1e-2, 3e-2, 1e-2, 3e-3, 3e-3])
+
+
+def test_diverged_run_makes_the_sensitivity_nan():
+    assert centering.lr_sensitivity([3.0, math.nan, 4.0], 10.0, 2) == pytest.approx((0 + 7 + 1) / 2)
+    assert centering.lr_sensitivity([3.0, math.inf, 12.0], 10.0) == pytest.approx(14 / 3)
+    assert centering.optimum({0.1: math.nan, 0.01: 3.0, 0.001: 3.0}) == (3.0, 0.001)
+
+
+def test_sweep_trains_a_finished_run_again_or_mixes_methods(tmp_path, capsys):
+    parts(tmp_path)
+    scale = (f"centering_cpu,data={tmp_path},vocab=96,head_multiple=32,val_tokens=1024,embed_stats=1024,dim=16,depth=1,"
+             "eval_every=2,batch_tokens=256,micro_tokens=256")
+    methods = ("baseline", "mu_loss", "mu_centering")
+    options = centering.Sweep((scale,), methods, (1e-2, 1e-1), (1, 2), 2, str(tmp_path / "runs"))
+    assert centering.sweep(options) == 0
+    first = capsys.readouterr().out
+    assert first.count("val_loss") == 12 and centering.sweep(options) == 0
+    assert capsys.readouterr().out.count("was there") == 12
+    assert centering.tables(centering.Tables(str(tmp_path / "runs"), str(tmp_path / "out"))) == 0
+    rows = centering.read_overview(tmp_path / "out" / "overview.csv")
+    assert len(rows) == 12 and {r["method"] for r in rows} == {"baseline", "mu_loss", "mu_centering"}
+    for row in rows:
+        assert row["initial_loss"] == pytest.approx(math.log(96), abs=0.6) and row["test_loss"] < row["initial_loss"] + 1
+        assert row["lambda"] == pytest.approx(1e-4 * 96 / 50304 if row["method"] == "mu_loss" else 0)
+        assert (row["O.ratio norm"] < 1e-5) == (row["method"] == "mu_centering")
+    assert (tmp_path / "out" / "centering.png").stat().st_size > 10000
+    again = centering.sections(rows)  # what was written is read back to the same tables
+    assert again["Test loss"] in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_sweep_misreads_a_method_or_an_overview(tmp_path):
+    with pytest.raises(ReportError, match="no such method"):
+        centering.sweep(centering.Sweep(methods=("nu_loss",)))
+    (tmp_path / "x.csv").write_text("name,test_loss\nsomething,3\n")
+    with pytest.raises(ReportError, match="is no name such as"):
+        centering.tables(centering.Tables(str(tmp_path / "x.csv"), str(tmp_path)))
+    with pytest.raises(ReportError, match="no finished run"):
+        centering.tables(centering.Tables(str(tmp_path / "nothing"), str(tmp_path)))

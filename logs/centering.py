@@ -1,0 +1,416 @@
+"""Sweep of output-embedding centering's methods over learning rates, scales and seeds, with tables and figures.
+
+    ./run.sh centering                                   # the sweep (skips what is finished), then the tables
+    python logs/centering.py sweep --scales centering_cpu centering_cpu,dim=32 --lrs 1e-3 1e-2 --seeds 1 2
+    python logs/centering.py tables logs/centering       # overview.csv, tables and figures of what is there
+    python logs/centering.py tables loss_overview.csv    # the same of the paper's own overview
+    python logs/centering.py overhead --config centering_cpu   # step time of each method against the baseline, paired
+
+A scale is a preset, with flags behind commas. Methods are interleaved within each seed and learning rate, so that a machine
+that drifts does so for all of them, and with one seed all see the same data in the same order. mu-loss's weight is given for
+the paper's 50,304 rows and scaled to the vocabulary: its pull on a row is 2 * weight * mu / rows.
+"""
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # started as a script, which sees its own folder alone
+    sys.path.insert(0, str(ROOT))
+
+from logs.report import ReportError, load_folder, mean_sd, table  # noqa: E402
+
+PAPER_ROWS = 50304
+# name -> flags; `mu_loss` is the weight that the paper's vocabulary would have
+METHODS = {"baseline": {}, "z_loss": {"z_loss": 1e-4}, "mu_loss": {"mu_loss": 1e-4}, "mu_loss_1e-1": {"mu_loss": 1e-1},
+           "mu_centering": {"mu_centering": 1}}
+PAPER_METHODS = {"baseline": "baseline", "zloss": "z_loss", "muloss": "mu_loss", "mucentering": "mu_centering"}
+COLORS = {"baseline": "#D55E00", "mu_loss": "#E69F00", "mu_centering": "#009E73", "z_loss": "#0072B2"}
+PAPER_LOSS = {"221M": 10.85}  # loss at initialisation, 10.83 for the other scales; what a diverged run counts as
+
+########################################
+#                Sweep                 #
+########################################
+
+
+@dataclass
+class Sweep:
+    """Train every method at every learning rate, scale and seed. Finished runs are skipped, broken ones continued."""
+    scales: tuple[str, ...] = ("centering_cpu", "centering_cpu,dim=32,depth=1")  # presets, with flags behind commas
+    methods: tuple[str, ...] = tuple(METHODS)  # of the table METHODS
+    lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # peak learning rates of all weights
+    seeds: tuple[int, ...] = (1, 2, 3)  # of initial weights and data order
+    steps: int = 0  # optimizer steps; 0: the preset's
+    log_dir: str = "logs/centering"  # folder of the run folders
+
+
+def lr_flags(lr: float, steps: int) -> dict[str, str]:
+    """One peak for all weights: warm-up over the first 5 % as lr*(step+1)/(warm-up+1), then half a cosine down to 1e-5."""
+    rates = {k: f"{lr:g}" for k in ("adamw_lr", "embed_lr", "head_lr", "scalar_lr", "tied_lr")}
+    return rates | {"lr": f"0:1/{round(0.05 * steps) + 1} 0.05>1 1~{1e-5 / lr:.8g}"}
+
+
+def run_argv(sweep: Sweep, scale: str, method: str, lr: float, seed: int) -> list[str]:
+    """Flags of one run of the sweep."""
+    import train_gpt as tg  # here and below: tables need no torch
+
+    preset, *changes = scale.split(",")
+    flags = {k: v for k, _, v in (c.partition("=") for c in changes)} | ({"steps": sweep.steps} if sweep.steps else {})
+    plain = tg.parse_args(["--config", preset, *(x for k, v in flags.items() for x in (f"--{k}", str(v)))])
+    rows = -(-plain.vocab // plain.head_multiple) * plain.head_multiple
+    flags |= {k: v * rows / PAPER_ROWS if k == "mu_loss" else v for k, v in METHODS[method].items()}
+    flags |= lr_flags(lr, plain.steps) | {"seed": seed, "log_dir": sweep.log_dir, "arm": method}
+    name = re.sub(r"[^\w.-]+", "_", scale)
+    flags["run"] = f"{name}-{method}-lr{lr:g}-s{seed}"
+    return ["--config", preset, "--resume", *(x for k, v in flags.items() for x in (f"--{k}", str(v)))]
+
+
+def train(argv: list[str]) -> str:
+    """One run; what became of it. A run whose loss or gradient was not finite is marked, and counts as diverged."""
+    import train_gpt as tg
+
+    cfg = tg.parse_args(argv)
+    folder = Path(cfg.log_dir) / cfg.run
+    if (folder / "result.json").exists() or (folder / "diverged").exists():
+        return "was there"
+    with contextlib.redirect_stdout(io.StringIO()), tg.Run(cfg) as run:
+        try:
+            code = tg.train(cfg, run)
+        except tg.UserError as e:
+            if "not finite" not in str(e):
+                raise ReportError(str(e)) from e
+            (folder / "diverged").write_text(f"{e}\n")
+            return "diverged"
+    if code:
+        raise SystemExit(code)  # stopped by a signal, its state saved
+    result = folder / "result.json"
+    return f"val_loss {json.loads(result.read_text())['val_loss']:.4f}" if run.is_main else ""
+
+
+def sweep(options: Sweep) -> int:
+    unknown = [m for m in options.methods if m not in METHODS]
+    if unknown:
+        raise ReportError(f"--methods {' '.join(unknown)}: no such method; there are {', '.join(METHODS)}")
+    jobs = [(scale, method, lr, seed) for seed in options.seeds for lr in options.lrs for scale in options.scales
+            for method in options.methods]
+    began = time.perf_counter()
+    for i, job in enumerate(jobs):
+        said = train(run_argv(options, *job))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{i + 1}/{len(jobs)} {time.perf_counter() - began:.0f}s {' '.join(map(str, job))}: {said}", flush=True)
+    return 0
+
+
+########################################
+#               Overview               #
+########################################
+
+
+def read_run(folder: Path) -> dict | None:
+    """One row of the overview; None for a run that is not over. Losses are the last evaluation's, pure cross-entropy."""
+    diverged = (folder / "diverged").exists()
+    run = load_folder(folder)
+    if not (run.finished or diverged):
+        return None
+    cfg, last = run.config, run.val[-1] if run.val and not diverged else {}
+    first = next((e["val_loss"] for e in run.val if e["step"] == 0), math.log(cfg["vocab"]))
+    gamma = {"z_loss": cfg["z_loss"], "mu_loss": cfg["mu_loss"]}.get(re.sub("_1e.*", "", run.arm), 0.0)
+    row = {"name": run.name, "scale": run.name.split(f"-{run.arm}-")[0], "method": run.arm, "lambda": gamma,
+           "lr": cfg["adamw_lr"], "seed": run.seed, "params": run.result.get("params", ""), "initial_loss": first,
+           "test_loss": last.get("val_loss", math.inf)}
+    row["test_perplexity"] = math.exp(row["test_loss"]) if math.isfinite(row["test_loss"]) else math.inf
+    row |= {k: v for k, v in last.items() if k.split(".")[0] in ("I", "O", "OC", "H")}
+    return row | {"time": run.result.get("train_time_s", "")}
+
+
+def read_overview(path: Path) -> list[dict]:
+    """Rows of a CSV, ours or the paper's, whose runs are told by their names alone (an integer N behind lr is N * 1e-4)."""
+    rows = []
+    with open(path, newline="") as f:
+        for raw in csv.DictReader(f):
+            row = {k: number(v) for k, v in raw.items()}
+            if "method" not in row:
+                m = re.search(r"-(\d+M)-.*-lr(\d+)-([a-z]+?)(wt)?-g([\d.e+-]+)-s(\d+)", row["name"])
+                if not m or m[3] not in PAPER_METHODS:
+                    raise ReportError(f"{path}: {row['name']!r} is no name such as wor40A-16M-13p1B-100k-bs64-lr10-baseline-"
+                                      "g0e+00-s1; give an overview.csv of this program or the paper's")
+                method = PAPER_METHODS[m[3]] + ("" if float(m[5]) in (0, 1e-4) else f"_{float(m[5]):.0e}".replace("e-0", "e-")
+                                                .replace("e+0", "e+")) + ("_tied" if m[4] else "")
+                row |= {"scale": m[1], "method": method, "lambda": float(m[5]), "lr": int(m[2]) * 1e-4, "seed": int(m[6]),
+                        "initial_loss": PAPER_LOSS.get(m[1], 10.83), "params": float(m[1][:-1]) * 1e6}
+            rows.append(row)
+    return rows
+
+
+def number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def write_overview(rows: list[dict], path: Path) -> None:
+    keys = list(dict.fromkeys(k for row in rows for k in row))
+    with open(path, "w", newline="") as f:
+        out = csv.DictWriter(f, keys)
+        out.writeheader()
+        out.writerows(rows)
+
+
+########################################
+#                Tables                #
+########################################
+
+
+def lr_sensitivity(losses: list[float], initial: float, intervals: int | None = None) -> float:
+    """
+    Mean over learning rates of min(loss, initial loss) - least loss (Wortsman et al. 2023). The paper divides by
+    intervals = n - 1 and not by n, the default. What is not a number counts as diverged.
+    """
+    capped = [min(x, initial) if math.isfinite(x) else initial for x in losses]
+    return sum(x - min(capped) for x in capped) / (intervals or len(capped))
+
+
+def optimum(losses: dict[float, float]) -> tuple[float, float]:
+    """(least loss, its learning rate), the smaller rate of two with one loss."""
+    lr = min(losses, key=lambda lr: (losses[lr] if math.isfinite(losses[lr]) else math.inf, lr))
+    return losses[lr], lr
+
+
+def grouped(rows: list[dict]) -> dict[tuple[str, str], dict[int, dict[float, dict]]]:
+    """(scale, method) -> seed -> learning rate -> row."""
+    out: dict = {}
+    for row in sorted(rows, key=lambda r: (r["params"] or 0, r["lr"])):
+        out.setdefault((row["scale"], row["method"]), {}).setdefault(int(row["seed"]), {})[row["lr"]] = row
+    return out
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    mean, sd = mean_sd(values)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ({sd:.{digits}f})")
+
+
+def summary(seeds: dict[int, dict[float, dict]]) -> dict[str, list[float]]:
+    """Per seed: least loss, its learning rate, sensitivity by both conventions; of the seeds that have every rate."""
+    rates = set().union(*seeds.values())
+    out: dict[str, list[float]] = {k: [] for k in ("loss", "lr", "lrs_n1", "lrs_n")}
+    for by_lr in seeds.values():
+        if set(by_lr) == rates:
+            losses = {lr: row["test_loss"] for lr, row in by_lr.items()}
+            best, lr = optimum(losses)
+            initial = next(iter(by_lr.values()))["initial_loss"]
+            n1 = lr_sensitivity(list(losses.values()), initial, max(1, len(losses) - 1))
+            for k, v in zip(out, (best, lr, n1, lr_sensitivity(list(losses.values()), initial))):
+                out[k].append(v)
+    return out
+
+
+def pairs(rows: list[dict]) -> str:
+    """Differences of loss and anisotropy to the baseline, over all pairs of runs; empty where there is none."""
+    base = {(r["scale"], r["lr"], r["seed"]): r for r in rows if r["method"] == "baseline"}
+    body = []
+    for method in dict.fromkeys(r["method"] for r in rows if r["method"] != "baseline"):
+        both = [(r, base[r["scale"], r["lr"], r["seed"]]) for r in rows if r["method"] == method
+                and (r["scale"], r["lr"], r["seed"]) in base]
+        loss, ratio = ([a[k] - b[k] for a, b in both if isinstance(a.get(k), float) and isinstance(b.get(k), float)
+                        and math.isfinite(a[k] - b[k])] for k in ("test_loss", "O.ratio norm"))
+        if loss:
+            above = f"{sum(x > 0 for x in ratio)} of {len(ratio)}" if ratio else "-"
+            body.append([method, str(len(loss)), spread(loss, 4), spread(ratio, 4) if ratio else "-", above])
+    return table(["method", "n", "test loss", "ratio norm", "ratio above the baseline's"], body) if body else ""
+
+
+def sections(rows: list[dict]) -> dict[str, str]:
+    """Tables by title. Numbers are means over seeds, behind them in brackets the sample standard deviation."""
+    groups = grouped(rows)
+    heads = ["scale", "method", "n", "optimal loss", "optimal lr", "LRS /(n-1)", "LRS /n", "train s"]
+    main = []
+    for (scale, method), seeds in groups.items():
+        s = summary(seeds)
+        times = [float(r["time"]) for by_lr in seeds.values() for r in by_lr.values() if r.get("time") not in ("", None)]
+        best = " ".join(f"{lr:g}" for lr in sorted(set(s["lr"])))
+        main.append([scale, method, str(len(s["loss"])), spread(s["loss"]), best, spread(s["lrs_n1"]), spread(s["lrs_n"]),
+                     spread(times, 1)])
+    out = {"Optimal loss and sensitivity to the learning rate": table(heads, main)}
+    if paired := pairs(rows):
+        out["Paired with the baseline of the same scale, rate and seed"] = paired
+    rates = sorted({row["lr"] for row in rows})
+    for key, title, digits in (("test_loss", "Test loss", 3), ("O.ratio norm", "Anisotropy: |mu| over the mean row norm", 3),
+                               ("O.mu norm", "|mu| of the output embedding", 3), ("O.logits_mean_mean", "Mean logit", 2),
+                               ("O.logits_mean_absmax", "Largest logit", 2), ("O.centering_ratio", "B_ratio", 2)):
+        body = []
+        for (scale, method), seeds in groups.items():
+            cells = []
+            for lr in rates:
+                values = [by_lr[lr][key] for by_lr in seeds.values() if lr in by_lr and isinstance(by_lr[lr].get(key), float)]
+                cells.append(spread(values, digits) if values else "-")
+            body.append([scale, method, *cells])
+        if any(cell != "-" for line in body for cell in line[2:]):
+            out[title] = table(["scale", "method", *(f"{lr:g}" for lr in rates)], body)
+    return out
+
+
+########################################
+#               Figures                #
+########################################
+
+
+def look(method: str) -> dict:
+    """The paper's colour of a method; other weights of it are dashed."""
+    base = next((m for m in sorted(COLORS, key=len, reverse=True) if method.startswith(m)), None)
+    return {"color": COLORS.get(base, "0.3"), "ls": "-" if method == base else "--", "marker": "o" if method == base else "s",
+            "lw": 3.6 if method == "baseline" else 1.6, "ms": 6 if method == "baseline" else 3.5}  # wide: others lie on it
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Per scale a row of panels over the learning rate, and below them sensitivity against size."""
+    from matplotlib.figure import Figure  # pyplot would look for a display
+
+    groups, scales = grouped(rows), list(dict.fromkeys(scale for scale, _ in grouped(rows)))
+    panels = (("test_loss", "test loss (nats)", "linear"), ("O.ratio norm", "|mu| / mean row norm", "linear"),
+              ("O.mu norm", "|mu|", "log"), ("O.logits_mean_mean", "mean logit", "symlog"),
+              ("O.logits_mean_absmax", "largest |logit|", "log"))
+    panels = [p for p in panels if any(isinstance(r.get(p[0]), float) for r in rows)]
+    figure = Figure(figsize=(3.6 * (len(panels) + 1), 3.3 * len(scales)), layout="constrained")
+    axes = figure.subplots(len(scales), len(panels) + 1, squeeze=False)
+    for i, scale in enumerate(scales):
+        for ax, (key, label, kind) in zip(axes[i], panels):
+            for (of, method), seeds in groups.items():
+                rates = sorted(set().union(*seeds.values()))
+                values = [[by_lr[lr][key] for by_lr in seeds.values() if lr in by_lr and isinstance(by_lr[lr].get(key), float)
+                           and math.isfinite(by_lr[lr][key])] for lr in rates]
+                keep = [(lr, v) for lr, v in zip(rates, values) if v]
+                if of != scale or not keep or key == "O.mu norm" and max(map(max, values)) < 1e-5:
+                    continue  # of centred rows a logarithm would show rounding
+                x, y = [lr for lr, _ in keep], [float(np.mean(v)) for _, v in keep]
+                ax.plot(x, y, label=method, **look(method))
+                low, high = [min(v) for _, v in keep], [max(v) for _, v in keep]
+                ax.fill_between(x, low, high, color=look(method)["color"], alpha=0.15, lw=0)
+            ax.set(xscale="log", xlabel="learning rate", ylabel=label)
+            sizes = [abs(y) for line in ax.lines for y in line.get_ydata() if abs(y) > 0.1]
+            if sizes and max(sizes) > 30 * min(sizes):  # within less, the ticks of a logarithm say little
+                ax.set_yscale(kind, **({"linthresh": 1} if kind == "symlog" else {}))
+            ax.grid(alpha=0.25, lw=0.6)
+        axes[i][0].set_title(scale, loc="left", fontsize=10)
+        axes[i][-1].axis("off" if i else "on")
+    ax = axes[0][-1]
+    for method in dict.fromkeys(m for _, m in groups):
+        points = [(float(next(iter(next(iter(seeds.values())).values()))["params"]), summary(seeds)["lrs_n1"])
+                  for (_, m), seeds in groups.items() if m == method]
+        points = [(size, values) for size, values in points if values]
+        if points:
+            ax.plot([p / 1e6 for p, _ in points], [float(np.mean(v)) for _, v in points], label=method, **look(method))
+    ax.set(xlabel="parameters (millions)", ylabel="sensitivity to the learning rate", ylim=(0, None))
+    if len(scales) > 2:
+        ax.set(xscale="log", yscale="log")
+    ax.grid(alpha=0.25, lw=0.6)
+    ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+@dataclass
+class Tables:
+    """overview.csv, report.md and centering.png of a sweep, or of the paper's loss_overview.csv."""
+    source: tyro.conf.Positional[str] = "logs/centering"  # folder of run folders, or an overview in CSV
+    out: str = "logs/report-centering"  # folder for what is written
+
+
+def tables(options: Tables) -> int:
+    source, out = Path(options.source), Path(options.out)
+    if source.is_file():
+        rows = read_overview(source)
+    else:
+        rows = [row for p in sorted(source.glob("*/config.toml")) if (row := read_run(p.parent))]
+    if not rows:
+        raise ReportError(f"{source}: no finished run and no overview; train with ./run.sh centering")
+    out.mkdir(parents=True, exist_ok=True)
+    write_overview(rows, out / "overview.csv")
+    found = sections(rows)
+    draw(rows, out / "centering.png")
+    body = "".join(f"\n## {title}\n\n```\n{text}\n```\n" for title, text in found.items())
+    body = f"# Centering\n\nMeans over seeds (sample standard deviation).\n{body}\n![figures](centering.png)\n"
+    (out / "report.md").write_text(body)
+    print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in found.items()))
+    print(f"\nwrote {out}/overview.csv, report.md, centering.png")
+    return 0
+
+
+########################################
+#               Overhead               #
+########################################
+
+
+@dataclass
+class Overhead:
+    """Time of a training step with each method over the baseline's, the methods taking turns."""
+    config: tuple[str, ...] = ("centering_cpu",)  # presets
+    flags: str = ""  # further flags of train_gpt.py, e.g. "--compile 1 --dim 224"
+    rounds: int = 15  # turns of every method
+    steps: int = 10  # steps in a turn
+
+
+def overhead(options: Overhead) -> int:
+    import train_gpt as tg
+
+    parts = {}
+    for method in ("baseline", "mu_centering", "mu_loss", "z_loss"):
+        flags = [x for k, v in METHODS[method].items() for x in (f"--{k}", str(v))]
+        cfg = tg.parse_args(["--config", *options.config, *options.flags.split(), "--epochs", "0", *flags])
+        run = tg.Run(cfg)
+        run.prepare_machine()
+        parts[method] = tg.build(cfg, run)
+        with contextlib.redirect_stdout(io.StringIO()):
+            tg.warm_up(parts[method])
+    ratios: dict[str, list[float]] = {m: [] for m in parts}
+    base, step, order = [], 0, list(parts)
+    for i in range(options.rounds + 1):
+        took = {}
+        for method in order[i % len(order):] + order[: i % len(order)]:
+            p = parts[method]
+            p.run.clock.sync()
+            began = time.perf_counter()
+            for s in range(step, step + options.steps):
+                tg.train_step(p, s, p.plan.at(s, min(1.0, s / p.cfg.steps)))
+            p.run.clock.sync()
+            took[method] = (time.perf_counter() - began) / options.steps
+        step += options.steps
+        if i:  # the first turn warms caches
+            base.append(took["baseline"])
+            for method in parts:
+                ratios[method].append(took[method] / took["baseline"])
+    print(f"{' '.join(options.config)} {options.flags}: baseline {1000 * float(np.median(base)):.2f} ms a step; "
+          f"{options.rounds} rounds of {options.steps} steps, the methods in turn")
+    for method, values in ratios.items():
+        low, mid, high = (100 * (float(q) - 1) for q in np.quantile(values, (0.25, 0.5, 0.75)))
+        print(f"{method:14} {mid:+.2f} % (median of paired ratios; quartiles {low:+.2f} to {high:+.2f} %)")
+    return 0
+
+
+def main() -> int:
+    verbs = {"sweep": (Sweep, sweep), "tables": (Tables, tables), "overhead": (Overhead, overhead)}
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    if verb not in verbs:
+        print(f"usage: python logs/centering.py {'|'.join(verbs)} [flags]; --help behind a verb lists them", file=sys.stderr)
+        return 2
+    try:
+        return verbs[verb][1](tyro.cli(verbs[verb][0], args=sys.argv[2:], use_underscores=True))
+    except Exception as e:
+        if not isinstance(e, ReportError) and type(e).__name__ != "UserError":  # the trainer's, which may not be imported
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
