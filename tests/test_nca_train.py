@@ -223,3 +223,11 @@ def test_model_of_a_preset_is_taken_and_nothing_else():
     assert (full.steps, full.seq_len, full.vocab, full.eval_every) == (4740, "988", 10002, 790)  # the pull request's
     paper = nca.parse_args(["--nca_compat", "paper"])
     assert (paper.steps, paper.seq_len, paper.vocab) == (5000, "1024", 64000)
+
+
+@pytest.mark.parametrize("preset, changes, golden", [("slowrun_1h", ["--mtp", "0", "--iha", "0"], 1_254_010_427),
+                                                     ("slowrun_pr63", [], 2_528_723_435)])
+def test_model_with_the_vocabulary_of_patches_has_another_size(preset, changes, golden):
+    cfg = nca.parse_args(["--like", preset, *changes])
+    model = tg.build_model(cfg, torch.device("meta"), torch.float32, 8)
+    assert sum(p.numel() for p in model.parameters()) == golden
