@@ -1120,7 +1120,7 @@ def export_and_score(p: tg.Parts, now: tg.Now) -> dict:
         run.log(f"gptq: {cfg.gptq} rows of training tokens, train_time:{run.clock.seconds() - before:.1f}s of "
                 f"{run.clock.seconds():.1f}s")
     named = dict(p.model.named_parameters())
-    code = sum(f.stat().st_size for f in tg.source_files())
+    code = sum(f.stat().st_size for f in tg.source_files(cfg))
     most = max(0, cfg.artifact_limit - code)
 
     def write() -> str:

@@ -2109,11 +2109,11 @@ def load_weights(model: nn.Module, named: dict[str, Tensor], where: str) -> None
             p.copy_(named[name])
 
 
-def source_files() -> list[Path]:
-    """The project's sources that this process runs, the started script first: they go into the log and are counted."""
+def source_files(cfg: Config) -> list[Path]:
+    """The project's sources that a run executes, the started script first: they go into the log and are counted."""
     here = Path(__file__).resolve()
     started = Path(sys.argv[0]).resolve()
-    found = (started, here, here.with_name("golf.py"))
+    found = [started, here, here.with_name("golf.py")] + [here.with_name("slowrun.py")] * bool(cfg.average_epochs)
     return list(dict.fromkeys(p for p in found if p.suffix == ".py" and p.parent == here.parent and p.is_file()))
 
 
@@ -2709,7 +2709,7 @@ def log_head(run: Run, step: int | None) -> None:
     """Sources, environment and configuration go first, so that a log is a complete witness."""
     if step is None:
         own = [Path(__file__).with_name("slowrun.py")] if run.cfg.average_epochs else []
-        for path in source_files() + own:
+        for path in source_files(run.cfg) + own:
             run.log(path.read_text(), console=False)
     run.log("=" * 100, console=False)
     for line in environment(run):

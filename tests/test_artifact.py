@@ -683,4 +683,5 @@ def test_size_of_the_code_leaves_out_a_file(monkeypatch):
         (["-c"], [here, golfs]),
     ):
         monkeypatch.setattr(tg.sys, "argv", argv)
-        assert tg.source_files() == expected
+        assert tg.source_files(tiny()) == expected
+        assert tg.source_files(tiny(average_epochs=2, epochs=4)) == [*expected, ROOT / "slowrun.py"]
