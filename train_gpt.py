@@ -2708,8 +2708,7 @@ def prepare_folder(cfg: Config, folder: Path) -> Path | None:
 def log_head(run: Run, step: int | None) -> None:
     """Sources, environment and configuration go first, so that a log is a complete witness."""
     if step is None:
-        own = [Path(__file__).with_name("slowrun.py")] if run.cfg.average_epochs else []
-        for path in source_files(run.cfg) + own:
+        for path in source_files(run.cfg):
             run.log(path.read_text(), console=False)
     run.log("=" * 100, console=False)
     for line in environment(run):
