@@ -935,10 +935,17 @@ class LoRA(Sliding):
 SCORERS = {"chunked": Sliding, "sliding": Sliding, "mixture": Mixture, "ttt": TestTime, "lora": LoRA}
 
 
+def refuse_dropout(cfg: Config, modes: str) -> None:
+    if re.search("ttt|lora", modes) and (cfg.attn_dropout or cfg.mlp_dropout or cfg.stoch_depth):
+        raise UserError(f"mode = {modes!r} trains on what it scored, and with attn_dropout, mlp_dropout or stoch_depth by "
+                        "chance: no decoder could follow; use another mode, or a model without them")
+
+
 def make_scorer(model: tg.GPT, how: How, shape: tg.Shape, run=None) -> Sliding:
     """The scorer of how.mode. shape: rows per batch, tokens per row, repeats, window; run: for several ranks."""
     if how.mode not in SCORERS:
         raise UserError(f"mode = {how.mode!r}: must be one of {', '.join(SCORERS)}")
+    refuse_dropout(model.cfg, how.mode)
     limits = {"temperature": (1e-3, 1e3), "share": (0, 0.5), "ttt_chunk": (1, 1 << 40), "ttt_epochs": (0, 100),
               "ttt_lr": (0, 10), "lora_rank": (1, 1 << 12), "lora_lr": (0, 10)}
     for key, (low, high) in limits.items():
@@ -1084,6 +1091,7 @@ def validate(cfg: Config) -> None:
     unknown = [mode for mode in cfg.score.split() if mode not in RESULT]
     if unknown:
         raise UserError(f"score = {cfg.score!r}: {unknown[0]!r} is none of {', '.join(RESULT)}")
+    refuse_dropout(cfg, cfg.score)
     if cfg.score and not 1 <= cfg.stride <= tg.Plan(cfg).eval_seq_len:
         raise UserError(f"stride = {cfg.stride}: must lie between 1 and the row's {tg.Plan(cfg).eval_seq_len} tokens")
     if cfg.prove_bytes and not cfg.tokenizer:

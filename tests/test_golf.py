@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import build, tg, tiny
+from helpers import build, random_tokens, tg, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,6 +138,35 @@ def test_entropy_coder_is_far_from_the_entropy():
     entropy = -(counts * np.log2(counts / q.size)).sum() / 8
     assert 4 * len(words) + sum(t.nbytes for t in tables.values()) < 1.015 * entropy
     assert min(len(golf.CODECS[c][0](q.tobytes())) for c in golf.CODECS) > 4 * len(words)
+
+
+@pytest.mark.parametrize("noise", [0, 1])
+def test_rounded_weights_stay_or_differ_from_the_artifacts(noise):
+    """Inside, forward and backward see what export would store (or noise of its rounding step); behind it, nothing is left."""
+    cfg = small(export="int5 mlp:4", qat_noise=noise)
+    model, (x, y) = model_of(cfg, weights(cfg)), random_tokens(cfg, 2, 16)
+    exact = {n: p.detach().clone() for n, p in model.named_parameters()}
+    stored = golf.unpack(golf.pack(exact, golf.quantise(exact, golf.parse_bits(cfg.export)), cfg, "zstd"), "x")[1]
+    with golf.rounded(model, cfg, step=3):
+        inside = {n: p.detach().clone() for n, p in model.named_parameters()}
+        model(x, y).sum().backward()
+    with golf.rounded(model, cfg, step=3):  # of one step there is one noise, on every rank and after a resume
+        assert all(torch.equal(p, inside[n]) for n, p in model.named_parameters())
+    assert all(torch.equal(p, exact[n]) for n, p in model.named_parameters())
+    found = golf.quantise(exact, golf.parse_bits(cfg.export))
+    for name, w in inside.items():
+        if name not in found:
+            assert torch.equal(w, exact[name])
+        elif noise:
+            off = (w - exact[name]).abs() / found[name][1].float()
+            assert off.max() <= 0.5 + 1e-4 and 0.2 < off.mean() < 0.3
+        else:
+            assert torch.equal(w, stored[name]) and not torch.equal(w, exact[name])
+    other = build(cfg)
+    tg.load_weights(other, inside, "x")
+    other(x, y).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        assert torch.equal(p.grad, q.grad), f"{name}: gradients were not taken at the rounded weights"
 
 
 @pytest.mark.parametrize("codec", [*golf.CODECS, golf.ENTROPY])
@@ -335,6 +364,9 @@ def test_flag_that_cannot_work_is_accepted():
     for how in ({"mode": "x"}, {"stride": 0}, {"stride": 17}, {"temperature": 0.0}, {"share": -0.1}, {"ttt_chunk": 0}):
         with pytest.raises(tg.UserError):
             scorer_of(**({"mode": "mixture"} | how))
+    for mode in ("ttt", "lora"):
+        with pytest.raises(tg.UserError, match="by chance"):
+            scorer_of(mode, {"mlp_dropout": 0.1})
 
 
 # --- proof
