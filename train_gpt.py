@@ -1303,7 +1303,7 @@ class GPT(nn.Module):
                 added.append((self.cross_scales[block - loop_span(cfg)[0], passed - 1], before[block]))
             xsa = cfg.xsa < 0 or position >= len(order) - cfg.xsa
             # parameter-golf's "LN scale"; a tensor, as a number would make a graph of each position
-            shrink = one.new_tensor((position + 1) ** -0.5) if cfg.layer_scale else None
+            shrink = one * (position + 1) ** -0.5 if cfg.layer_scale else None
             keep = None if kept is None else kept[position]
             x = self.blocks[block](x, x0, added, rope, seen[windows[block]], xsa, shrink, keep)
             before[block] = x
