@@ -45,14 +45,14 @@ NCA_PRE=("${CPU_PRE[@]}")              # and flags of its phase 1; on a node PRE
 GOLF=${GOLF:-$([ "$NPROC" -gt 0 ] && echo golf_progressive || echo golf_cpu)}   # what ./run.sh golf trains
 GOLF_SEEDS=${GOLF_SEEDS:-$SEEDS}
 DEPTH_TRACK=${DEPTH_TRACK:-golf_cpu} DEPTH_SEEDS=${DEPTH_SEEDS:-"1 2 3"}      # ./run.sh depth
-DEPTH=(--max_seconds 75 --cross_repeat 1 --eval_every 0 --val_tokens 131072 --export int6 --export_codec entropy --gptq 0
-       --score "" --prove_bytes 0 --sample_tokens 0)
+DEPTH=(--max_seconds 90 --batch_tokens 4096 --micro_tokens 4096 --cross_repeat 1 --eval_every 0 --val_tokens 131072 --export int6
+       --export_codec entropy --gptq 0 --score "" --prove_bytes 0 --sample_tokens 0)
 PROGRESSIVE=() CONSTANT=(--repeats 3)
-UNIQUE=(--loop "" --repeats 1 --cross_repeat 0 --depth 9 --dim 160 --heads 4)   # as many bytes in nine thinner blocks
-WARMDOWN_TRACK=${WARMDOWN_TRACK:-golf_cpu} WARMDOWN_SEEDS=${WARMDOWN_SEEDS:-"1 2"}   # ./run.sh warmdown
+UNIQUE=(--loop "" --repeats 1 --cross_repeat 0 --depth 9 --dim 160 --heads 4 --mlp_ratio 2.7)   # the same bytes in nine thinner blocks
+WARMDOWN_TRACK=${WARMDOWN_TRACK:-golf_cpu} WARMDOWN_SEEDS=${WARMDOWN_SEEDS:-"1 2 3"}   # ./run.sh warmdown
 WARMDOWNS=${WARMDOWNS:-"0.1 0.4 0.8"}  # last fractions of training over which the learning rate falls to 0
-WARMDOWN=(--max_seconds 75 --cross_repeat 1 --eval_every 0 --swa_every 10 --swa_start 0.7 --gptq 0 --export int6
-          --export_codec entropy --score "" --prove_bytes 0 --sample_tokens 0 --val_tokens 65536)
+WARMDOWN=(--max_seconds 0 --steps 300 --batch_tokens 4096 --micro_tokens 4096 --eval_every 0 --swa_every 10 --swa_start 0.7 --gptq 0
+          --export int6 --export_codec entropy --score "" --prove_bytes 0 --sample_tokens 0 --val_tokens 65536)
 CENTERING=(                            # ./run.sh centering: what logs/centering.py sweep takes
   # --scales centering_16m --seeds 1   # the paper's; without flags: two laptop sizes, 5 methods, 5 rates, 3 seeds
 )
