@@ -192,8 +192,8 @@ def record_hessians(model: tg.GPT, rows: np.ndarray, repeats: int, window: int, 
 
     def recording(x: Tensor, w: Tensor) -> Tensor:
         flat = x.detach().reshape(-1, x.size(-1)).float()
-        name = names[w.data_ptr()]
-        sums[name] = sums.get(name, 0) + flat.mT @ flat
+        if name := names.get(w.data_ptr()):  # IHA's mixture of matrices is none of them: they are rounded plainly
+            sums[name] = sums.get(name, 0) + flat.mT @ flat
         return plain(x, w)
 
     with swapped(tg, linear=recording):
@@ -578,6 +578,16 @@ class Sliding:
         if not 1 <= self.stride <= self.length:
             raise UserError(f"stride = {how.stride}: must lie between 1 and the row's {self.length} tokens")
         self.losses = torch.compile(self.plain_losses, dynamic=False) if model.cfg.compile else self.plain_losses
+        self.hidden = self.whole(model.hidden)
+
+    def whole(self, f: Callable) -> Callable:
+        """Compiled as one graph where the model is (compile = 2); else its blocks are compiled by themselves, or nothing is."""
+        return torch.compile(f, dynamic=False) if self.model.cfg.compile == 2 else f
+
+    def warm_up(self) -> None:
+        """Compile every graph that scoring needs, on random tokens of one document."""
+        tokens = np.random.default_rng(0).integers(self.model.cfg.vocab - 1, size=self.length + self.stride + 1)
+        self.score(tokens + (tokens >= self.model.cfg.doc_token))
 
     def log_probs(self, x: Tensor) -> Tensor:
         """Activations [..., D] -> log probabilities [..., V] in fp32."""
@@ -605,7 +615,7 @@ class Sliding:
             mine = plan[low + run.rank * rows :][:rows]
             start, first, end = F.pad(mine, (0, 0, 0, rows - len(mine))).T[..., None]  # what is missing scores nothing
             at = start + within  # of inputs in the stream, and of their targets among the targets
-            hidden = self.model.hidden(stream[at.clamp_max(len(stream) - 2)], self.shape.repeats, self.shape.window)
+            hidden = self.hidden(stream[at.clamp_max(len(stream) - 2)], self.shape.repeats, self.shape.window)
             scored = ((at >= first) & (at < end)).flatten().nonzero()[:, 0]
             at, hidden = at.flatten(), hidden.flatten(0, 1)
             for part in scored.split(rows * self.stride):
@@ -766,6 +776,16 @@ class TestTime(Sliding):
     a walk by `distribution` and `observe` leaves it trained.
     """
 
+    def __init__(self, model: tg.GPT, how: How, shape: tg.Shape, run=None):
+        super().__init__(model, how, shape, run)
+        self.graph = self.whole(model)
+
+    def warm_up(self) -> None:
+        super().warm_up()
+        with self.kept():
+            self.start_training(1)
+            self.train_step(torch.zeros(2, dtype=torch.long, device=self.run.device), range(1), 0.0)
+
     def score(self, tokens: np.ndarray, want: tuple[int, ...] = ()) -> Scores:
         with self.kept():
             return super().score(tokens, want)
@@ -814,12 +834,15 @@ class TestTime(Sliding):
         """One step of SGD on rows of the stream, of which ranks take turns; the gradient's norm is at most 1."""
         self.optimizer.zero_grad()
         tokens = sum(min(self.length, len(stream) - 1 - s) for s in starts)
-        for s in list(starts)[self.run.rank :: self.run.world]:
-            row = stream[s : s + self.length + 1]
-            # rows are padded to one length, with targets that count nothing
-            x = F.pad(row[:-1], (0, self.length + 1 - len(row)))
-            y = F.pad(row[1:], (0, self.length + 1 - len(row)), value=-1)
-            (self.model(x[None], y[None], self.shape.repeats, self.shape.window).sum() / tokens).backward()
+        mine, rows = list(starts)[self.run.rank :: self.run.world], self.shape.rows
+        for low in range(0, len(mine), rows):
+            some = torch.tensor(mine[low : low + rows], device=self.run.device)
+            if self.model.cfg.compile:  # one shape is one graph: rows without a target fill it up
+                some = F.pad(some, (0, rows - len(some)), value=len(stream))
+            at = some[:, None] + torch.arange(self.length, device=self.run.device)
+            x, y = stream[at.clamp_max(len(stream) - 1)], stream[(at + 1).clamp_max(len(stream) - 1)]
+            y = y.masked_fill(at + 1 >= len(stream), -1)
+            (self.graph(x, y, self.shape.repeats, self.shape.window).sum() / tokens).backward()
         for p in self.model.parameters():
             p.grad = self.run.sum(torch.zeros_like(p) if p.grad is None else p.grad)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -831,52 +854,81 @@ class TestTime(Sliding):
 class LoRA(Sliding):
     """
     Score-first training per document (parameter-golf #77, Hu et al. 2021): a document starts with the artifact's weights
-    plus low-rank products that are zero; each `stride` tokens are scored and then trained on by one step of AdamW. A
-    document's last tokens are never trained on, and the model's own weights never change. Documents of one batch are
-    walked side by side, each with its own products, so the code runs eagerly.
+    plus low-rank products that are zero; each `stride` tokens are scored, and the same forward pass then gives one step
+    of AdamW. A document's last tokens are never trained on, and the model's own weights never change. Documents of one
+    batch are walked side by side, each with its own products.
     """
+
+    def __init__(self, model: tg.GPT, how: How, shape: tg.Shape, run=None):
+        super().__init__(model, how, shape, run)
+        self.plain, self.stand_in, self.queue = tg.linear, self.linear, []  # one object: graphs are kept by it
+        self.adapted = {name: p for name, p in model.named_parameters()
+                        if is_matrix(p) and name not in ("embed", "value_embeds")}
+        self.calls = self.order_of_calls()
+        self.graph = self.whole(self.log_probs_at)
+
+    def linear(self, x: Tensor, w: Tensor) -> Tensor:
+        """Stands in for train_gpt.linear: the next matrix of `calls`, and its products, one row of a batch for each document."""
+        pair = self.queue.pop(0)
+        return self.plain(x, w) if pair is None else self.plain(x, w) + (x @ pair[0].to(x.dtype).mT) @ pair[1].to(x.dtype).mT
+
+    @torch.compiler.set_stance("force_eager")  # compiled graphs do not call the recording function
+    @torch.no_grad()
+    def order_of_calls(self) -> list[str | None]:
+        """The adapted matrix of each multiplication of a forward pass, in order; None where there is none."""
+        names, calls = {p.data_ptr(): name for name, p in self.adapted.items()}, []
+
+        def recording(x: Tensor, w: Tensor) -> Tensor:
+            calls.append(names.get(w.data_ptr()))  # views of a stack keep its address
+            return self.plain(x, w)
+
+        with swapped(tg, linear=recording):
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.run.device)
+            self.model.logits(self.model.hidden(token, self.shape.repeats, self.shape.window))
+        return calls
 
     def begin(self, rows: int) -> None:
         """New products for so many documents; every document starts with the same random halves."""
-        self.pairs, rank = {}, self.how.lora_rank
-        for name, p in self.model.named_parameters():
-            if is_matrix(p) and name not in ("embed", "value_embeds"):
-                w, rng = p.detach().flatten(0, -2), torch.Generator().manual_seed(len(self.pairs))
-                a = torch.randn(rank, w.size(1), generator=rng).to(w.device) * w.size(1) ** -0.5
-                pair = a.expand(rows, -1, -1).clone(), w.new_zeros(rows, w.size(0), rank, dtype=torch.float32)
-                self.pairs[p.data_ptr()] = [x.requires_grad_() for x in pair]
-        parts = [x for pair in self.pairs.values() for x in pair]
-        self.optimizer = torch.optim.AdamW(parts, lr=self.how.lora_lr, betas=(0.9, 0.95), weight_decay=0.0)
+        pairs, rank = {}, self.how.lora_rank
+        for i, (name, p) in enumerate(self.adapted.items()):
+            w, rng = p.detach().flatten(0, -2), torch.Generator().manual_seed(i)
+            a = torch.randn(rank, w.size(1), generator=rng).to(w.device) * w.size(1) ** -0.5
+            pair = a.expand(rows, -1, -1).clone(), w.new_zeros(rows, w.size(0), rank, dtype=torch.float32)
+            pairs[name] = [x.requires_grad_() for x in pair]
+        self.parts, self.in_order = [x for pair in pairs.values() for x in pair], [pairs.get(name) for name in self.calls]
+        self.optimizer = torch.optim.AdamW(self.parts, lr=self.how.lora_lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     @contextlib.contextmanager
     def products(self):
-        """Inside, every matrix multiplication of the model adds the products, one row of a batch for each document."""
-        plain = tg.linear
-
-        def linear(x: Tensor, w: Tensor) -> Tensor:
-            a, b = (half.to(x.dtype) for half in self.pairs[w.data_ptr()])
-            return plain(x, w) + (x @ a.mT) @ b.mT
-
-        with swapped(tg, linear=linear), torch.compiler.set_stance("force_eager"):
+        """Inside, one forward pass of the model adds the products. Blocks that are compiled by themselves run eagerly."""
+        self.queue = list(self.in_order)
+        stance = contextlib.nullcontext() if self.model.cfg.compile == 2 else torch.compiler.set_stance("force_eager")
+        with swapped(tg, linear=self.stand_in), stance:
             yield
+
+    def log_probs_at(self, tokens: Tensor, places: Tensor, pairs: list) -> Tensor:
+        """Log probabilities [R, n, V] behind the tokens at places [n] of rows [R, T], under the products in order of use."""
+        self.queue = list(pairs)
+        return self.log_probs(self.model.hidden(tokens, self.shape.repeats, self.shape.window)[:, places])
 
     def chunk(self, stream: Tensor, starts: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Log probabilities [R, stride, V] of chunk k of the documents that begin at starts [R], and its targets' places."""
         end = (k + 1) * self.stride
-        at = starts[:, None] + torch.arange(max(0, end - self.length), end, device=stream.device)
+        low, size = max(0, end - self.length), min(end, self.length)
+        if self.model.cfg.compile == 2:  # a few lengths are a few graphs; what lies behind the chunk, it does not see
+            size = min(self.length, self.stride << k.bit_length())
+        at = starts[:, None] + torch.arange(low, low + size, device=stream.device)
         tokens = stream[at.clamp_max(len(stream) - 1)]  # what lies behind a document's end, no earlier token sees
+        places = torch.arange(end - self.stride - low, end - low, device=stream.device)
         with self.products():
-            x = self.model.hidden(tokens, self.shape.repeats, self.shape.window)[:, -self.stride :]
-            return self.log_probs(x), at[:, -self.stride :]
+            return self.graph(tokens, places, self.in_order), at[:, places]
 
-    def train(self, stream: Tensor, starts: Tensor, k: int, go_on: Tensor) -> None:
-        """One step on chunk k, which was scored, of the documents for which go_on [R] is true."""
+    def train(self, log_probs: Tensor, targets: Tensor, go_on: Tensor) -> None:
+        """One step on a chunk that was scored, log_probs [R, stride, V], of the documents for which go_on [R] is true."""
         with torch.enable_grad():
-            log_probs, at = self.chunk(stream, starts, k)
-            targets = stream[(at + 1).clamp_max(len(stream) - 1)]
             losses = -log_probs.gather(-1, targets[..., None])[..., 0].mean(1)
             self.optimizer.zero_grad()
-            (losses * go_on).sum().backward(inputs=[x for pair in self.pairs.values() for x in pair])
+            (losses * go_on).sum().backward(inputs=self.parts)
         self.optimizer.step()
 
     @torch.no_grad()
@@ -890,19 +942,24 @@ class LoRA(Sliding):
         order, rows = np.argsort(-sizes, kind="stable"), self.shape.rows  # alike lengths side by side
         for low in range(run.rank * rows, len(order), rows * run.world):
             starts, left = (torch.from_numpy(x[order[low : low + rows]]).to(run.device) for x in (begins, sizes))
+            if self.model.cfg.compile == 2:  # documents of no length, so that there is one shape
+                starts, left = (F.pad(x, (0, rows - len(x))) for x in (starts, left))
             self.begin(len(starts))
             for k in range(-(-int(left.max()) // self.stride)):
                 run.agree()
-                if k:
-                    self.train(stream, starts, k - 1, left > k * self.stride)
-                log_probs, at = self.chunk(stream, starts, k)
+                go_on = left > (k + 1) * self.stride
+                with torch.set_grad_enabled(bool(go_on.any())):
+                    log_probs, at = self.chunk(stream, starts, k)
+                targets = stream[(at + 1).clamp_max(n)]
                 scored = at < (starts + left)[:, None]
-                at, log_probs = at[scored], log_probs[scored]
-                nats[at] = -log_probs.gather(1, stream[at + 1, None])[:, 0].double()
-                times[at] += 1
+                p = log_probs.detach()[scored]
+                nats[at[scored]] = -p.gather(1, targets[scored][:, None])[:, 0].double()
+                times[at[scored]] += 1
                 for t in want:
-                    for i in (at == t).nonzero()[:, 0]:
-                        given[t] = log_probs[i].double().exp().cpu().numpy()
+                    for i in (at[scored] == t).nonzero()[:, 0]:
+                        given[t] = p[i].double().exp().cpu().numpy()
+                if log_probs.requires_grad:
+                    self.train(log_probs, targets, go_on)
         return Scores(run.sum(nats), run.sum(times), given)
 
     def reset(self, first: int, n: int) -> None:
@@ -913,8 +970,11 @@ class LoRA(Sliding):
     def next_window(self, t: int) -> tuple[int, int]:
         k = (t - self.document) // self.stride
         if k:
-            here = torch.tensor([self.document], device=self.run.device)
-            self.train(torch.tensor(self.past, device=self.run.device), here, k - 1, torch.ones_like(here))
+            here, past = torch.tensor([self.document]), torch.tensor(self.past)
+            here, past = here.to(self.run.device), past.to(self.run.device)
+            with torch.enable_grad():
+                log_probs, at = self.chunk(past, here, k - 1)
+                self.train(log_probs, past[at + 1], torch.ones_like(here))
         end = (k + 1) * self.stride
         return self.document + max(0, end - self.length), self.document + end
 
@@ -1166,7 +1226,7 @@ def score_and_log(model: tg.GPT, how: How, shape: tg.Shape, run, val: tg.Validat
     """Score a validation prefix and log the line; graphs are compiled before the clock, on random tokens."""
     scorer = make_scorer(model, how, shape, run)
     if model.cfg.compile:
-        scorer.score(np.random.default_rng(0).integers(model.cfg.vocab, size=4 * shape.seq_len))
+        scorer.warm_up()
     found = score_all(scorer, val)
     run.log(f"final_{how.mode} val_loss:{found['loss']:.8f} val_bpb:{found['bpb']:.8f} window:{shape.seq_len} "
             f"stride:{scorer.stride} eval_time:{found['eval_time_s'] * 1000:.0f}ms tok_s:{found['tok_s']:.0f}")
