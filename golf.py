@@ -638,9 +638,13 @@ class Sliding:
         if t == self.end:  # a new window: see its context again
             self.start, self.end = self.next_window(t)
             self.cache, self.fed = Cache(self.model, self.shape.repeats, self.shape.window), self.start
-        x = self.cache.feed(torch.tensor(self.past[self.fed :], device=self.run.device))[-1]
+        x = self.feed(torch.tensor(self.past[self.fed :], device=self.run.device))
         self.fed = t + 1
         return self.log_probs(x).double().softmax(-1).cpu().numpy()
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Activations [D] behind the last of the next tokens of a walk."""
+        return self.cache.feed(tokens)[-1]
 
     def next_window(self, t: int) -> tuple[int, int]:
         """First input and end of the targets of the window that first scores target t. A scorer that trains does it here."""
@@ -978,12 +982,16 @@ class LoRA(Sliding):
         end = (k + 1) * self.stride
         return self.document + max(0, end - self.length), self.document + end
 
-    def distribution(self) -> np.ndarray:
+    def feed(self, tokens: Tensor) -> Tensor:
         with self.products():
-            return super().distribution()
+            return super().feed(tokens)
 
     def log_probs(self, x: Tensor) -> Tensor:
-        return super().log_probs(x[None, None])[0, 0] if x.ndim == 1 else super().log_probs(x)
+        if x.ndim > 1:  # within the graph, or within products
+            return super().log_probs(x)
+        with self.products():  # of a walk: the head alone
+            self.queue = self.in_order[-1:]
+            return super().log_probs(x[None, None])[0, 0]
 
     def observe(self, token: int) -> None:
         super().observe(token)
