@@ -100,6 +100,16 @@ def parse_bits(text: str) -> Bits:
     return Bits(int(words[0][3:]), tuple((rule[1], int(rule[2])) for rule in rules))
 
 
+def check_bits(text: str, named: dict[str, Tensor]) -> Bits:
+    """parse_bits, and UserError where a rule is about no matrix of the model."""
+    bits = parse_bits(text)
+    matrices = [name for name, w in named.items() if is_matrix(w)]
+    for pattern, _ in bits.rules:
+        if not any(re.search(pattern, name) for name in matrices):
+            raise UserError(f"export = {text!r}: {pattern!r} matches no matrix of the model; they are {', '.join(matrices)}")
+    return bits
+
+
 def quantize_rows(w: Tensor, levels: int = 127) -> tuple[Tensor, Tensor]:
     """
     Weights [..., rows, cols] -> integers in +-levels and fp16 scales [..., rows, 1]: the largest entry of a row maps to
@@ -187,21 +197,25 @@ def record_hessians(model: tg.GPT, rows: np.ndarray, repeats: int, window: int, 
     a shared matrix add up; a tied table gets the final norm's output. Ranks take turns with rows and share the sums.
     """
     run = run or alone(model.head.device)
-    plain, sums = tg.linear, {}
+    plain, world = tg.linear, run.world
+    sums = {name: p.new_zeros(p.size(-1), p.size(-1), dtype=torch.float32) for name, p in model.named_parameters() if is_matrix(p)}
     names = {p.data_ptr(): name for name, p in model.named_parameters()}  # flatten() of a stack keeps the address
 
     def recording(x: Tensor, w: Tensor) -> Tensor:
         flat = x.detach().reshape(-1, x.size(-1)).float()
-        if name := names.get(w.data_ptr()):  # IHA's mixture of matrices is none of them: they are rounded plainly
-            sums[name] = sums.get(name, 0) + flat.mT @ flat
+        name = names.get(w.data_ptr())
+        if name in sums:  # IHA's mixture of matrices is none of them: they are rounded plainly
+            sums[name] += flat.mT @ flat
         return plain(x, w)
 
     with swapped(tg, linear=recording):
-        for row in rows[run.rank :: run.world]:
+        for turn in range(0, len(rows), world):  # as many on every rank: each asks the others
             run.agree()
-            tokens, targets = tg.tensors(row[None], run.device)
-            model(tokens, targets, repeats, window)
-    return {name: run.sum(h) / (rows.shape[0] * (rows.shape[1] - 1)) for name, h in sorted(sums.items())}
+            for row in rows[turn + run.rank :][:1]:
+                model(*tg.tensors(row[None], run.device), repeats, window)
+    # A rank without a row has seen no name: all sums are exchanged, and those without an input are zero on every rank.
+    found = {name: run.sum(h) / (rows.shape[0] * (rows.shape[1] - 1)) for name, h in sums.items()}
+    return {name: h for name, h in found.items() if bool(h.any())}
 
 
 def row_scales(w: Tensor, levels: int) -> Tensor:
@@ -400,7 +414,7 @@ def smallest(named: dict[str, Tensor], cfg: Config, bits: str = "int8", codecs: 
     """
     codecs = (*CODECS, ENTROPY) if "best" in codecs else codecs
     for choice in LADDER if bits == "fit" else (bits,):
-        found = quantise(named, parse_bits(choice), hessians)
+        found = quantise(named, parse_bits(choice) if bits == "fit" else check_bits(choice, named), hessians)
         packed = {codec: pack(named, found, cfg, codec, choice) for codec in codecs}
         codec = min(packed, key=lambda c: len(packed[c]))
         log(f"artifact: {choice}{' gptq' if hessians else ''} " + " ".join(f"{c}:{len(p)}" for c, p in packed.items()) +
@@ -437,12 +451,26 @@ def unpack(data: bytes, where: str) -> tuple[Config, dict[str, Tensor], dict]:
         named = read_tensors(header, load_tensors(payload), np.frombuffer(stream, "<u4"))
         cfg = Config(**tg.checked(tomllib.loads(header["config"]), where))
         tg.validate(cfg)
+        fits(cfg, named)
     except UserError as e:
         raise (e if where in str(e) else bad(str(e))) from None
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError,
             AssertionError, zstandard.ZstdError, brotli.error, lzma.LZMAError, SafetensorError) as e:
         raise bad(f"{type(e).__name__}: {e}") from e
     return cfg, named, header
+
+
+LONGEST = 1 << 20  # tokens of a row that an artifact may ask for
+
+
+def fits(cfg: Config, named: dict[str, Tensor]) -> None:
+    """ValueError unless the model of cfg has these tensors: what a header says of sizes must not cost more than the file."""
+    plan = tg.Plan(cfg)
+    if cfg.depth > len(named) or max(plan.max_seq_len, plan.eval_seq_len) > LONGEST:
+        raise ValueError(f"its configuration has {cfg.depth} blocks and rows of {plan.max_seq_len} tokens")
+    model = tg.build_model(cfg, torch.device("meta"), torch.float32, 8)
+    if {k: list(w.shape) for k, w in model.named_parameters()} != {k: list(w.shape) for k, w in named.items()}:
+        raise ValueError("its tensors are not those of its configuration's model")
 
 
 def read_tensors(header: dict, stored: dict[str, Tensor], words: np.ndarray) -> dict[str, Tensor]:
@@ -869,6 +897,8 @@ class LoRA(Sliding):
         self.adapted = {name: p for name, p in model.named_parameters()
                         if is_matrix(p) and name not in ("embed", "value_embeds")}
         self.calls = self.order_of_calls()
+        if not any(self.calls):
+            raise UserError("mode = 'lora' adapts matrices of 64 rows and columns or more, and this model multiplies with none")
         self.graph = self.whole(self.log_probs_at)
 
     def linear(self, x: Tensor, w: Tensor) -> Tensor:
@@ -944,13 +974,16 @@ class LoRA(Sliding):
         begins = np.array([0, *(np.flatnonzero(tokens[1:n] == self.model.cfg.doc_token) + 1)])
         sizes = np.diff(begins, append=n)
         order, rows = np.argsort(-sizes, kind="stable"), self.shape.rows  # alike lengths side by side
-        for low in range(run.rank * rows, len(order), rows * run.world):
-            starts, left = (torch.from_numpy(x[order[low : low + rows]]).to(run.device) for x in (begins, sizes))
+        for low in range(0, len(order), rows * run.world):
+            mine = order[low + run.rank * rows :][:rows]
+            starts, left = (torch.from_numpy(x[mine]).to(run.device) for x in (begins, sizes))
             if self.model.cfg.compile == 2:  # documents of no length, so that there is one shape
                 starts, left = (F.pad(x, (0, rows - len(x))) for x in (starts, left))
             self.begin(len(starts))
-            for k in range(-(-int(left.max()) // self.stride)):
+            for k in range(-(-int(sizes[order[low]]) // self.stride)):  # rank 0 has the longest: all ask as often
                 run.agree()
+                if not bool((left > k * self.stride).any()):
+                    continue
                 go_on = left > (k + 1) * self.stride
                 with torch.set_grad_enabled(bool(go_on.any())):
                     log_probs, at = self.chunk(stream, starts, k)
@@ -1164,6 +1197,27 @@ def validate(cfg: Config) -> None:
         raise UserError(f"stride = {cfg.stride}: must lie between 1 and the row's {tg.Plan(cfg).eval_seq_len} tokens")
     if cfg.prove_bytes and not cfg.tokenizer:
         raise UserError(f"prove_bytes = {cfg.prove_bytes} asks for text, but tokenizer is empty")
+    qat = tg.Schedule("qat", cfg.qat).values()
+    if set(qat) - {0, 1}:
+        raise UserError(f"qat = {cfg.qat!r}: 0 is off and 1 is on, there is nothing between")
+    if cfg.qat_noise and 1 not in qat:
+        raise UserError(f"qat_noise = {cfg.qat_noise} is the noise of quantisation-aware training, but qat = {cfg.qat!r} never "
+                        "begins it: for example --qat '0 0.8:1'")
+
+
+def check(cfg: Config, named: dict[str, Tensor], val: tg.Validation, tokenizer: tg.Tokenizer | None) -> None:
+    """Refuse, before training, an artifact or a proof that this model and text could not have behind it."""
+    if cfg.export != "fit":
+        check_bits(cfg.export, named)
+    code = sum(f.stat().st_size for f in tg.source_files(cfg))
+    if 0 < cfg.artifact_limit <= code:
+        raise UserError(f"artifact_limit = {cfg.artifact_limit}: the source alone has {code} bytes; python logs/pack.py makes "
+                        "one small file of it")
+    if cfg.prove_bytes:
+        if not tokenizer:
+            raise UserError(f"prove_bytes = {cfg.prove_bytes} asks for text, but the tokenizer {cfg.tokenizer!r} could not be "
+                            "loaded (the notice above says why)")
+        stretch(val.tokens, tokenizer, cfg.prove_bytes)
 
 
 def calibrate(p: tg.Parts, now: tg.Now, rows: np.ndarray) -> dict[str, Tensor]:
@@ -1175,8 +1229,10 @@ def gptq_seconds(p: tg.Parts) -> float:
     last = p.plan.at(p.cfg.steps, 1.0)
     rows = calibration(p.cfg, 2 * p.run.world)
     for _ in range(2):  # the first is slower
+        p.run.clock.sync()
         began = time.perf_counter()
         calibrate(p, last, rows)
+        p.run.clock.sync()
         seconds = time.perf_counter() - began
     return 1.33 * seconds * p.cfg.gptq / len(rows)
 
@@ -1220,6 +1276,7 @@ def export_and_score(p: tg.Parts, now: tg.Now) -> dict:
     for mode in cfg.score.split():
         found = score_and_log(p.model, How(mode=mode, stride=cfg.stride), shape, run, p.val)
         result |= {RESULT[mode]: None if math.isnan(found["bpb"]) else found["bpb"]}
+        result |= {RESULT[mode].replace("bpb", "loss"): found["loss"]}
         seconds += found["eval_time_s"]
     if cfg.prove_bytes:
         mode = (cfg.score.split() or ["chunked"])[-1]
@@ -1304,16 +1361,18 @@ class Export(Score):
 
 def open_weights(where: str, exact: bool = False) -> tuple[Config, dict[str, Tensor], str]:
     """
-    Config and weights: of an artifact; or of a run folder its artifact, with `exact` the weights of its newest
-    checkpoint, averaged where the run exports an average.
+    Config and weights: of an artifact; or of a run folder its artifact; with `exact`, or where there is none, of a
+    checkpoint (the newest), averaged where the run exports an average.
     """
     path = Path(where)
-    done = tg.checkpoints(path) if path.is_dir() else []
-    if not exact:
+    if path.is_file() or not exact and (path / "model.nrx").exists():
+        if exact:
+            raise UserError(f"{where} is an artifact: quantising needs the exact weights, of a run folder or a checkpoint")
         cfg, named, found = tg.open_source(where)
         return cfg, named, str(found)
+    done = [path] if (path / "DONE").exists() else tg.checkpoints(path) if path.is_dir() else []
     if not done:
-        raise UserError(f"{where} holds no complete checkpoint (ckpt/*/DONE): quantising needs the exact weights")
+        raise UserError(f"{where} holds no complete checkpoint (ckpt/*/DONE)" + ("" if exact else " and no artifact"))
     cfg, named, found = tg.open_source(str(done[-1]))
     if cfg.final_weights != "live":
         averages = tg.read_tensors(found / "averages.safetensors")
@@ -1370,6 +1429,10 @@ def prove_command(flags: Prove) -> None:
     if not tokenizer:
         raise UserError(f"{flags.source} was trained without a tokenizer: there is no text to encode")
     tokens, text = stretch(val.tokens, tokenizer, flags.bytes)
+    note = ""
+    if flags.mode == "ttt" and flags.ttt_chunk > len(tokens) // 4:  # or it would end before anything is trained
+        flags.ttt_chunk = len(tokens) // 4
+        note = f", ttt_chunk:{flags.ttt_chunk}: this stretch in four chunks"
     with tempfile.TemporaryDirectory() as folder:
         code, out = Path(folder) / "code", Path(folder) / "tokens"
 
@@ -1388,10 +1451,12 @@ def prove_command(flags: Prove) -> None:
           f"decoded_bpb:{8 * found['code_bytes'] / len(text):.6f} claimed_bpb:{found['claimed_bits'] / len(text):.6f} "
           f"stepwise_bpb:{found['stepwise_bits'] / len(text):.6f}")
     print(f"  tokens:{found['tokens']} each scored once, {found['flips']} flips, sums within {found['worst_sum']:.1e} "
-          f"of 1, encode:{found['encode_s']:.1f}s decode:{found['decode_s']:.1f}s, the text came back: proven")
+          f"of 1, encode:{found['encode_s']:.1f}s decode:{found['decode_s']:.1f}s{note}, the text came back: proven")
 
 
 def decode_command(flags: Decode) -> None:
+    if not flags.code or not flags.out:
+        raise UserError("say which file holds the code and where the tokens go: --code FILE --out FILE")
     model, shape, _, _ = opened(flags)
     decode(make_scorer(model, flags, shape), Path(flags.code).read_bytes()).astype("<u2").tofile(flags.out)
 
@@ -1400,12 +1465,15 @@ def calibration(cfg: Config, count: int) -> np.ndarray:
     """The first rows [count, T+1] of the training shards."""
     plan = tg.Plan(cfg)
     tokens = tg.read_shard(tg.find_shards(cfg, "train")[0], cfg.vocab)
+    tokens = tokens[: cfg.train_tokens or None]  # others it was not trained on
     count = min(count, (len(tokens) - 1) // plan.eval_seq_len)
     return np.stack([tokens[i * plan.eval_seq_len :][: plan.eval_seq_len + 1] for i in range(count)])
 
 
 def quantise_command(flags: Quantise) -> None:
     model, shape, _, named = opened(flags, exact=True)
+    for choice in flags.choices:
+        check_bits(choice.removesuffix(" gptq"), named)
     val, _ = validation(model)
     rows = calibration(model.cfg, flags.calibration_rows)
     hessians = record_hessians(model, rows, shape.repeats, shape.window)
@@ -1428,6 +1496,10 @@ def quantise_command(flags: Quantise) -> None:
 def export_command(flags: Export) -> None:
     if Path(flags.out).exists():
         raise UserError(f"out = {flags.out!r} exists: choose another name, or delete it")
+    if not Path(flags.out).parent.is_dir():
+        raise UserError(f"out = {flags.out!r}: there is no folder {Path(flags.out).parent}")
+    if flags.bits == "fit" and not flags.limit:
+        raise UserError("bits = 'fit' chooses by limit, which is not set: --limit 16000000")
     if flags.codec not in (*CODECS, ENTROPY, "best"):
         raise UserError(f"codec = {flags.codec!r}: must be one of {', '.join((*CODECS, ENTROPY, 'best'))}")
     model, shape, _, named = opened(flags, exact=True)
@@ -1450,6 +1522,8 @@ def main(argv: list[str] | None = None) -> int:
                                                      description=__doc__.split("Read it")[0])
         work[type(flags)](flags)
         return 0
+    except tg.Interrupted:
+        return 130
     except (UserError, RuntimeError, OSError) as e:
         message = tg.explain(e)
         if message is None:

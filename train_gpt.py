@@ -374,6 +374,9 @@ def validate(cfg: Config) -> None:
         sched = Schedule(key, getattr(cfg, key))
         if key in GRAPHS:
             sched.require_plateaus(minimum=0 if key == "window" else 1)
+            need(not cfg.max_seconds or not any(p.at for p in sched.points if p.in_steps), f"{key} = {sched.text!r} counts "
+                 f"steps, but under max_seconds = {cfg.max_seconds:g} nobody knows whether they are reached: give fractions "
+                 "of the time, such as 0.5 for half of it")
             steps = math.inf if cfg.max_seconds else cfg.steps  # on the clock nobody knows what the last step is
             late = [p for p in sched.points if p.at and (math.ceil(p.at) >= cfg.steps if p.in_steps else
                                                          p.at >= 1 or p.at * steps - 1e-9 > steps - 1)]
@@ -609,10 +612,7 @@ class Plan:
         if not self.cfg.max_seconds:
             starts = sorted({math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points})
             return [self.at(s, s / steps) for s in starts if s < steps or s == 0]
-        # On the clock nobody knows which step a moment falls on: pair every step mark with every fraction.
-        marks = sorted({math.ceil(p.at) for p in points if p.in_steps} | {0})
-        fractions = sorted({p.at for p in points if not p.in_steps} | {0.0})
-        return [self.at(s, f) for f in fractions for s in marks]
+        return [self.at(0, f) for f in sorted({p.at for p in points} | {0.0})]  # on the clock they have no marks in steps
 
     def micro_rows(self, now: Now, world: int) -> int:
         """Rows of one forward pass. The batch must divide evenly, or ranks would weigh differently."""
@@ -2346,7 +2346,12 @@ def build(cfg: Config, run: Run) -> Parts:
     except UserError as e:
         tokenizer = None
         run.log(f"notice: no bits per byte and no samples: {e}")
-    return assemble(cfg, run, plan, loader, Validation(cfg, plan, tokenizer), tokenizer)
+    p = assemble(cfg, run, plan, loader, Validation(cfg, plan, tokenizer), tokenizer)
+    if cfg.export:
+        import golf
+
+        golf.check(cfg, dict(p.model.named_parameters()), p.val, tokenizer)
+    return p
 
 
 def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenizer | None) -> Parts:
@@ -2423,8 +2428,11 @@ def warm_up(p: Parts) -> None:
         if p.cfg.gptq and p.cfg.max_seconds:
             import golf
 
-            plan.seconds = plan.cfg.max_seconds - run.agree(golf.gptq_seconds(p))
-            run.log(f"gptq: {plan.seconds:.1f} of {plan.cfg.max_seconds:.0f} s are left for steps")
+            plan.seconds = p.cfg.max_seconds - run.agree(golf.gptq_seconds(p))
+            if plan.seconds < p.cfg.max_seconds / 2:
+                raise UserError(f"gptq = {p.cfg.gptq} rows would take {p.cfg.max_seconds - plan.seconds:.1f} of max_seconds = "
+                                f"{p.cfg.max_seconds:g}, more than half: fewer rows, such as --gptq {max(1, p.cfg.gptq // 4)}")
+            run.log(f"gptq: {plan.seconds:.1f} of {p.cfg.max_seconds:.0f} s are left for steps")
     finally:
         with torch.no_grad():
             p.opt.restore(kept)
@@ -2558,13 +2566,13 @@ def log_switch(p: Parts, step: int, now: Now, seconds: float) -> None:
             p.run.log(f"switch:{step - 1} {changed} {ms}")
 
 
-def train_loop(p: Parts, step: int) -> tuple[int, dict]:
+def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
     """
-    From `step` to the end of training; gives the last step and its evaluation. The state is whole wherever a signal can
+    From `step` to the end of training; gives the last step, its schedules and its evaluation. The state is whole wherever a signal can
     raise Interrupted.
     """
     cfg, run, plan = p.cfg, p.run, p.plan
-    took, pending = 0.0, None
+    before, pending = None, None
 
     def flush() -> None:
         nonlocal pending
@@ -2581,8 +2589,11 @@ def train_loop(p: Parts, step: int) -> tuple[int, dict]:
             flush()  # the last step's line, and no checkpoint if it was not finite
             raise
         now = plan.at(step, plan.fraction(step, seconds))
-        # A clock cap is a cap: no step is begun that would end behind it.
+        # A clock cap is a cap: no step is begun that would end behind it. The clocks that all ranks agreed on decide, or
+        # one rank would leave alone. A GPU may still be busy with the step before.
+        took = 0.0 if before is None else (seconds - before) * (2 if run.device.type == "cuda" else 1)
         last = step >= cfg.steps or bool(cfg.max_seconds and seconds + took > plan.seconds)
+        before = seconds
         ending = plan.ends_epoch(step)
         evaluating = last or (step % cfg.eval_every == 0 if cfg.eval_every > 0 else cfg.eval_every < 0 and (ending or not step))
         keeping = ending and step * cfg.epochs // cfg.steps > cfg.epochs - cfg.average_epochs
@@ -2605,19 +2616,17 @@ def train_loop(p: Parts, step: int) -> tuple[int, dict]:
         run.step = step
         p.avg.update(step, plan.fraction(step, seconds))
         previous, pending = pending, (step, now, loss, size, max(1e-9, run.clock.seconds() - seconds))
-        took = run.clock.seconds() - seconds
         if previous:
             log_step(p, *previous)  # one step late: the device is not kept waiting for the host to read a number
         if run.device.type == "cpu":
             flush()
     run.clock.stop()
-    return step, found
+    return step, now, found
 
 
-def finish(p: Parts, step: int, found: dict) -> dict:
+def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
     """After the last step and its evaluation `found`: export, read back, score, prove, compare, sample."""
     cfg, run, plan = p.cfg, p.run, p.plan
-    now = plan.at(step, plan.fraction(step, run.clock.seconds()))
     if cfg.final_weights not in ["live", *p.avg.ready()]:
         raise UserError(f"final_weights = {cfg.final_weights!r}, but no snapshot was taken: lower --swa_start or --swa_every")
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
@@ -2744,10 +2753,10 @@ def train(cfg: Config, run: Run, build=build) -> int:
     try:
         warm_up(p)
         before = graphs_compiled()
-        step, found = train_loop(p, step)
+        step, now, found = train_loop(p, step)
         again = graphs_compiled() - before
         run.log(f"recompiles:{again}")
-        result = finish(p, step, found)
+        result = finish(p, step, now, found)
     except Interrupted:
         run.clock.stop()
         saved = save_checkpoint(run, p.model, p.opt, p.avg, p.loader, run.step)

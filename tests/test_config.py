@@ -490,7 +490,7 @@ def test_schedule_reaches_a_graph_that_was_not_compiled(marks):
 
 
 def test_capped_clock_reaches_a_graph_that_was_not_compiled():
-    plan = tg.Plan(tiny(loop="0:1", max_seconds=10.0, repeats="0:1 0.5:2", window="0:8 3s:16", steps=20))
+    plan = tg.Plan(tiny(loop="0:1", max_seconds=10.0, repeats="0:1 0.5:2", window="0:8 0.3:16", steps=20))
     for step in range(20):
         for tenth in range(11):
             n = plan.at(step, plan.fraction(step, tenth))

@@ -1,9 +1,11 @@
 """Golf: what is stored comes back, a score is a code length, and what is none is refused."""
 
+import functools
 import hashlib
 import json
 import math
 import random
+import re
 import struct
 from types import SimpleNamespace
 
@@ -143,7 +145,7 @@ def test_entropy_coder_is_far_from_the_entropy():
 @pytest.mark.parametrize("noise", [0, 1])
 def test_rounded_weights_stay_or_differ_from_the_artifacts(noise):
     """Inside, forward and backward see what export would store (or noise of its rounding step); behind it, nothing is left."""
-    cfg = small(export="int5 mlp:4", qat_noise=noise)
+    cfg = small(export="int5 mlp:4", qat="1", qat_noise=noise)
     model, (x, y) = model_of(cfg, weights(cfg)), random_tokens(cfg, 2, 16)
     exact = {n: p.detach().clone() for n, p in model.named_parameters()}
     stored = golf.unpack(golf.pack(exact, golf.quantise(exact, golf.parse_bits(cfg.export)), cfg, "zstd"), "x")[1]
@@ -367,6 +369,49 @@ def test_flag_that_cannot_work_is_accepted():
     for mode in ("ttt", "lora"):
         with pytest.raises(tg.UserError, match="by chance"):
             scorer_of(mode, {"mlp_dropout": 0.1})
+    with pytest.raises(tg.UserError, match="multiplies with none"):
+        scorer_of("lora", {"dim": 32, "heads": 1, "head_dim": 32})
+    for flags, why in (({"qat": "0.3"}, "nothing between"), ({"qat_noise": 1}, "never begins"), ({"export": "int6 mlpp:5"}, "mlpp"),
+                       ({"artifact_limit": 1000}, "the source alone"), ({"prove_bytes": 100}, "tokenizer")):
+        with pytest.raises(tg.UserError, match=why):
+            cfg = small(**({"export": "int6"} | flags))
+            golf.validate(cfg)
+            golf.check(cfg, weights(cfg), None, None)
+
+
+def test_header_asks_for_more_than_the_file_holds():
+    cfg = tiny(dim=64, heads=1, depth=2, vocab=64, mlp_ratio=1.0)
+    named = weights(cfg)
+    packed = golf.pack(named, golf.quantise(named, golf.Bits(8, ())), cfg, "zstd")
+    (length,) = struct.unpack_from("<I", packed, 8)
+    for old, new in (("depth = 2", "depth = 3000000"), ('seq_len = "32"', 'seq_len = "32000000000"'), ("dim = 64", "dim = 640000"),
+                     ("vocab = 64", "vocab = 65000")):
+        header = json.loads(packed[12 : 12 + length])
+        header["config"], changes = re.subn(f"^{old}$", new, header["config"], flags=re.M)
+        assert changes == 1, old
+        text = json.dumps(header).encode()
+        body = packed[:8] + struct.pack("<I", len(text)) + text + packed[12 + length : -32]
+        with pytest.raises(tg.UserError, match="x.nrx is no usable artifact"):
+            golf.unpack(body + hashlib.sha256(body).digest(), "x.nrx")
+
+
+@pytest.mark.parametrize("mode", ["sliding", "ttt", "lora"])
+@pytest.mark.parametrize("changes", [{}, LOOPED])
+def test_compiled_scores_differ_from_eager_ones(mode, changes, monkeypatch):
+    """Traced as when compiled, with padded batches and bucketed lengths; only code is not generated."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    tokens = stream(150)
+    eager = scorer_of(mode, changes, ttt_chunk=40).score(tokens)
+    scorer = scorer_of(mode, changes | {"compile": 2}, ttt_chunk=40)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    scorer.warm_up()
+    warm = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = scorer.score(tokens)
+    assert warm > before, "nothing was compiled"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == warm, "the warm-up left a graph to the clock"
+    torch.testing.assert_close(found.nats, eager.nats, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.times, eager.times)
 
 
 # --- proof

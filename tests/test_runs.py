@@ -160,6 +160,39 @@ def test_any_number_of_ranks_gives_the_same_losses(server, flags, tmp_path, opti
             np.testing.assert_allclose(many[key], one[key], rtol=1e-5, err_msg=which)
 
 
+def test_ranks_whose_clocks_differ_stop_at_different_steps(server, flags, tmp_path):
+    """Under max_seconds the step to stop at is one for all, or the rest waits forever for a gradient."""
+    skewed = tmp_path / "skewed.py"
+    skewed.write_text(f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt as tg
+plain = tg.Clock.seconds
+tg.Clock.seconds = lambda self: plain(self) * (1 + 0.5 * int(os.environ["RANK"]))
+sys.exit(tg.main(sys.argv[1:]))
+""")
+    argv = flags(micro_tokens=64, steps=100000, max_seconds=1, eval_every=0, gptq=3)
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    forks = [server.start(*argv, cwd=tmp_path, file=skewed, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
+    succeed([fork.wait(60) for fork in forks])
+    result = json.loads((tmp_path / "logs/tiny/result.json").read_text())
+    assert 0 < result["steps"] < 100000 and result["train_time_s"] < 1
+
+
+def test_ranks_with_unequal_shares_of_scoring_or_calibration_wait_forever(server, flags, tmp_path):
+    """Three ranks, four rows for GPTQ, five scorers, documents of uneven lengths: the numbers of one process."""
+    def scores(world: int) -> dict:
+        argv = flags(run=f"w{world}", micro_tokens=32, batch_tokens=384, gptq=4, export="int6", val_tokens=500,
+                     score="sliding mixture ttt lora", stride=8, dim=64, heads=1, steps=3)
+        succeed(run_ranks(server, world, argv, tmp_path))
+        return json.loads((tmp_path / f"logs/w{world}/result.json").read_text())
+
+    one, three = scores(1), scores(3)
+    found = [key for key in one if key.endswith("val_loss")]
+    assert len(found) >= 6, found
+    for key in found:
+        assert one[key] == pytest.approx(three[key], rel=1e-4), key
+
+
 def test_saved_on_four_ranks_and_resumed_on_one_and_two(server, flags, tmp_path):
     """A checkpoint does not know how many ranks wrote it: what goes on from it follows the uninterrupted run."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
