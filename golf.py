@@ -198,7 +198,8 @@ def record_hessians(model: tg.GPT, rows: np.ndarray, repeats: int, window: int, 
     """
     run = run or alone(model.head.device)
     plain, world = tg.linear, run.world
-    sums = {name: p.new_zeros(p.size(-1), p.size(-1), dtype=torch.float32) for name, p in model.named_parameters() if is_matrix(p)}
+    sums = {name: p.new_zeros(p.size(-1), p.size(-1), dtype=torch.float32)
+            for name, p in model.named_parameters() if is_matrix(p)}
     names = {p.data_ptr(): name for name, p in model.named_parameters()}  # flatten() of a stack keeps the address
 
     def recording(x: Tensor, w: Tensor) -> Tensor:
@@ -902,7 +903,7 @@ class LoRA(Sliding):
         self.graph = self.whole(self.log_probs_at)
 
     def linear(self, x: Tensor, w: Tensor) -> Tensor:
-        """Stands in for train_gpt.linear: the next matrix of `calls`, and its products, one row of a batch for each document."""
+        """Stands in for train_gpt.linear: the next matrix of `calls` and its products, a row of the batch for each document."""
         pair = self.queue.pop(0)
         return self.plain(x, w) if pair is None else self.plain(x, w) + (x @ pair[0].to(x.dtype).mT) @ pair[1].to(x.dtype).mT
 

@@ -92,6 +92,7 @@ EOF
   )
   case $folder in
     data/sample) $PY data/get.py sample ;;
+    data/sample[0-9]*) $PY data/get.py sample --vocab "${folder#data/sample}" --out "$folder" ;;
     data/fineweb10B) $PY data/get.py fineweb10B --shards "$SHARDS" ;;
     data/slowrun) $PY data/get.py slowrun ;;
     data/golf_*) $PY data/get.py golf --variant "${folder#data/golf_}" ;;

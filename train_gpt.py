@@ -69,6 +69,10 @@ class UserError(Exception):
     """Something that the user can mend: what was given, why it cannot work, what to do. Exit code 2, no traceback."""
 
 
+class Diverged(UserError):
+    """A loss or a gradient that is not finite."""
+
+
 @dataclass
 class Config:
     # --- run
@@ -1311,6 +1315,11 @@ class GPT(nn.Module):
                 stack.append(x)
         return self.final(x)
 
+    @property
+    def logit_rows(self) -> int:
+        """How many rows of the head have a logit."""
+        return self.cfg.vocab if self.cfg.pad_vocab else len(self.head)
+
     def logits(self, x: Tensor) -> Tensor:
         """activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple."""
         z = linear(x, self.head)
@@ -2464,13 +2473,14 @@ def loss_terms(p: Parts, x: Tensor, y: Tensor, repeats: int, window: int) -> Ten
 
 
 @torch.no_grad()
-def add_mu_loss(head: nn.Parameter, weight: float, world: int) -> Tensor:
+def add_mu_loss(head: nn.Parameter, weight: float, world: int, rows: int | None = None) -> Tensor:
     """
-    weight * |mu|^2 [1], mu being the mean row of the head [V, D], and its gradient: 2 * weight * mu / V in every row.
-    Once a step on every rank, whose gradients are summed, and not in every micro-batch.
+    weight * |mu|^2 [1], mu being the mean of the head's first V rows [V, D] (all but those without logits), and its
+    gradient: 2 * weight * mu / V in every row. Once a step on every rank, whose gradients are summed, and not in every
+    micro-batch.
     """
-    mu = head.float().mean(0)
-    head.grad.add_((2 * weight / (len(head) * world) * mu).to(head.grad.dtype))
+    mu, grad = head[:rows].float().mean(0), head.grad[:rows]
+    grad.add_((2 * weight / (len(grad) * world) * mu).to(grad.dtype))
     return weight * mu.square().sum().view(1)
 
 
@@ -2497,14 +2507,14 @@ def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
             total += terms.detach()
     total = p.run.sum(total)
     if p.cfg.mu_loss:
-        total = torch.cat([total, add_mu_loss(p.model.head, p.cfg.mu_loss, p.run.world)])
+        total = torch.cat([total, add_mu_loss(p.model.head, p.cfg.mu_loss, p.run.world, p.model.logit_rows)])
     size = p.opt.step(now)
     if p.cfg.mu_centering:
-        center(p.model.head)
+        center(p.model.head[: p.model.logit_rows])
     return total, size
 
 
-def validate_all(p: Parts, step: int, now: Now) -> dict:
+def validate_all(p: Parts, step: int, now: Now, last: bool) -> dict:
     """Evaluate the live weights and the averages beside them; log a line in the speedrun's format and a second with more."""
     run, ms = p.run, p.run.clock.seconds() * 1000
     began, found = time.perf_counter(), {}
@@ -2523,10 +2533,10 @@ def validate_all(p: Parts, step: int, now: Now) -> dict:
     if p.cfg.embed_stats:
         from logs.embeddings import during_training  # statistics live outside; logs/ is beside this file
 
-        found |= run.on_main(lambda: during_training(p, now))
+        found |= run.on_main(lambda: during_training(p, now, whole=last))
     run.metric("val", step, steps=p.cfg.steps, **found, train_time_ms=ms, wall_time_s=run.wall())
     if not math.isfinite(found["val_loss"]):
-        raise UserError(f"step {step}: the validation loss is {found['val_loss']} although training is finite: compare with "
+        raise Diverged(f"step {step}: the validation loss is {found['val_loss']} although training is finite: compare with "
                         "--compile 0, and report which graph went wrong")
     return found
 
@@ -2537,7 +2547,7 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
     terms = dict(zip(extra_terms(cfg), extra))
     if not (math.isfinite(loss) and math.isfinite(size)):
         good = checkpoints(run.folder)
-        raise UserError(
+        raise Diverged(
             f"step {step}: loss {loss}, gradient norm {size}: not finite, stopped (lr multiplier {now.lr:.4g}, repeats "
             f"{now.repeats}). Last good checkpoint: {good[-1] if good else 'none'}; it is kept. Lower the learning rates "
             "or set --grad_clip 1 in another --run, which may start from those weights with --init_from")
@@ -2568,8 +2578,8 @@ def log_switch(p: Parts, step: int, now: Now, seconds: float) -> None:
 
 def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
     """
-    From `step` to the end of training; gives the last step, its schedules and its evaluation. The state is whole wherever a signal can
-    raise Interrupted.
+    From `step` to the end of training; gives the last step, its schedules and its evaluation. The state is whole
+    wherever a signal can raise Interrupted.
     """
     cfg, run, plan = p.cfg, p.run, p.plan
     before, pending = None, None
@@ -2608,7 +2618,7 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
 
                     slowrun.keep_epoch(p, step)
                 if evaluating:
-                    found = validate_all(p, step, now)
+                    found = validate_all(p, step, now, last)
         if last:
             break
         loss, size = train_step(p, step, now)

@@ -87,11 +87,11 @@ def train(argv: list[str]) -> str:
     with contextlib.redirect_stdout(io.StringIO()), tg.Run(cfg) as run:
         try:
             code = tg.train(cfg, run)
-        except tg.UserError as e:
-            if "not finite" not in str(e):
-                raise ReportError(str(e)) from e
+        except tg.Diverged as e:
             (folder / "diverged").write_text(f"{e}\n")
             return "diverged"
+        except tg.UserError as e:
+            raise ReportError(str(e)) from e
     if code:
         raise SystemExit(code)  # stopped by a signal, its state saved
     result = folder / "result.json"

@@ -89,23 +89,25 @@ def spectrum(e: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def statistics(model: tg.GPT, val: tg.Validation | None, shape: tg.Shape, tokens: int, whole: bool) -> dict[str, float]:
+def statistics(model: tg.GPT, val: tg.Validation | None, shape: tg.Shape, tokens: int,
+               whole: bool) -> tuple[dict[str, float], int]:
     """
-    Everything about the embeddings, and about logits on the first `tokens` tokens of validation text; whole: the spectra
-    and the centred head as well, which take longer.
+    Everything about the embeddings, and about logits on the first `tokens` tokens of validation text, with how many of
+    those there were; whole: the spectra and the centred head as well, which take longer.
     """
-    head = model.head.detach().double()
+    head = model.head[: model.logit_rows].detach().double()  # not the rows cut off
     tables = {"I": head if model.embed is None else model.embed.detach().double(), "O": head}
     out = {f"{k}.{name}": x for k, e in tables.items() for name, x in row_statistics(e).items()}
     if whole:
         out |= {f"{k}.{name}": x for k, e in tables.items() for name, x in spectrum(e).items()}
         out |= {f"OC.{name}": x for name, x in row_statistics(head - head.mean(0), head.mean(0)).items()}
     if val is None:
-        return out
-    seen = LogitStatistics()
+        return out, 0
+    seen, left = LogitStatistics(), tokens
     for low in range(0, min(val.rows, -(-tokens // val.seq_len)), shape.rows):
         x, y = val.batch(range(low, low + shape.rows), head.device, shape.rows)
-        hidden = model.hidden(x, shape.repeats, shape.window)[(y >= 0).all(1)].flatten(0, 1)
+        hidden = model.hidden(x, shape.repeats, shape.window)[(y >= 0).all(1)].flatten(0, 1)[:left]
+        left -= len(hidden)
         for piece in hidden.split(model.cfg.loss_chunk):
             seen.add(model.logits(piece), piece)
     logits, mean = seen.result()
@@ -114,12 +116,12 @@ def statistics(model: tg.GPT, val: tg.Validation | None, shape: tg.Shape, tokens
         mu = e.mean(0).cpu()
         out[f"{k}.fhs_dot_prod"] = (mu @ mean).item()
         out[f"{k}.fhs_cos_sim"] = (mu @ mean / (mu.norm() * mean.norm()).clamp_min(1e-300)).item()
-    return out
+    return out, tokens - left
 
 
-def during_training(p: tg.Parts, now: tg.Now) -> dict[str, float]:
+def during_training(p: tg.Parts, now: tg.Now, whole: bool) -> dict[str, float]:
     """What an evaluation adds to metrics.jsonl under --embed_stats."""
-    return statistics(p.model, p.val, p.plan.eval_shape(now), p.cfg.embed_stats, whole=False)
+    return statistics(p.model, p.val, p.plan.eval_shape(now), p.cfg.embed_stats, whole)[0]
 
 
 def of_source(where: str, tokens: int) -> tuple[dict, Path]:
@@ -136,8 +138,8 @@ def of_source(where: str, tokens: int) -> tuple[dict, Path]:
         print(f"notice: no statistics of logits: {e}")
         val = None
     shape = plan.eval_shape(plan.at(cfg.steps, 1.0))
-    values = statistics(model, val, shape, tokens, whole=True)
-    return {"source": str(path), "tokens": tokens if val else 0, **values}, (path if path.is_dir() else path.parent)
+    values, count = statistics(model, val, shape, tokens, whole=True)
+    return {"source": str(path), "tokens": count, **values}, (path if path.is_dir() else path.parent)
 
 
 @dataclass

@@ -371,8 +371,8 @@ def test_flag_that_cannot_work_is_accepted():
             scorer_of(mode, {"mlp_dropout": 0.1})
     with pytest.raises(tg.UserError, match="multiplies with none"):
         scorer_of("lora", {"dim": 32, "heads": 1, "head_dim": 32})
-    for flags, why in (({"qat": "0.3"}, "nothing between"), ({"qat_noise": 1}, "never begins"), ({"export": "int6 mlpp:5"}, "mlpp"),
-                       ({"artifact_limit": 1000}, "the source alone"), ({"prove_bytes": 100}, "tokenizer")):
+    for flags, why in (({"qat": "0.3"}, "nothing between"), ({"qat_noise": 1}, "never begins"),
+                       ({"export": "int6 mlpp:5"}, "mlpp"), ({"artifact_limit": 1000}, "the source alone"), ({"prove_bytes": 100}, "tokenizer")):
         with pytest.raises(tg.UserError, match=why):
             cfg = small(**({"export": "int6"} | flags))
             golf.validate(cfg)
@@ -384,8 +384,8 @@ def test_header_asks_for_more_than_the_file_holds():
     named = weights(cfg)
     packed = golf.pack(named, golf.quantise(named, golf.Bits(8, ())), cfg, "zstd")
     (length,) = struct.unpack_from("<I", packed, 8)
-    for old, new in (("depth = 2", "depth = 3000000"), ('seq_len = "32"', 'seq_len = "32000000000"'), ("dim = 64", "dim = 640000"),
-                     ("vocab = 64", "vocab = 65000")):
+    for old, new in (("depth = 2", "depth = 3000000"), ('seq_len = "32"', 'seq_len = "32000000000"'),
+                     ("dim = 64", "dim = 640000"), ("vocab = 64", "vocab = 65000")):
         header = json.loads(packed[12 : 12 + length])
         header["config"], changes = re.subn(f"^{old}$", new, header["config"], flags=re.M)
         assert changes == 1, old
