@@ -66,7 +66,7 @@ from train_gpt import Config, UserError
 @dataclass
 class PrePreConfig(Config):
     # --- nca
-    like: tuple[str, ...] = ()  # presets of the language run (or its config.toml): the model is theirs, and nothing else
+    like: tuple[str, ...] = ()  # presets of the language run (or its config.toml): the model is theirs (pr63: see LIKE_PR63)
     nca_compat: str = "pr63"  # whose choices the flags below start from: pr63 (slowrun pull request 63) or paper
     nca_seed: int = 0  # seeds rules and start grids; `seed` is for weights, so that arms and seeds share their data
     nca_grid: int = 12  # cells along one side of the grid, which is a torus
@@ -131,6 +131,22 @@ MODEL = [name for name in t.FIELDS if list(t.FIELDS).index("depth") <= list(t.FI
          list(t.FIELDS).index("optimizer") and name != "doc_mask"]
 
 
+# The pull request's model was the language run's without what regularises that run, its projections began at zero, and
+# short windows were half a row.
+LIKE_PR63 = {"mtp": 0.0, "stoch_depth": 0.0, "iha": 0, "proj_init": 0.0}
+
+
+def like_pr63(model: dict, seq_len: int) -> dict:
+    """The model of a language run as the pull request pre-pre-trained it. Replays are left out too, but where parameters
+    belong to positions: those of another number of repeats would fit none of the language run's."""
+    cfg = Config(**model)
+    if cfg.window_pattern and cfg.window != "0":
+        model = model | {"window": str(seq_len // 2 + 1)}
+    if not (cfg.loop_embed or cfg.value_embeds or cfg.cross_repeat or cfg.unet == 1):
+        model = model | {"repeats": "1"}
+    return model | LIKE_PR63
+
+
 def make_config(**values) -> PrePreConfig:
     """A checked configuration in Python: nca_compat's choices, and over them the given values."""
     compat = values.get("nca_compat", PrePreConfig.nca_compat)
@@ -151,6 +167,7 @@ def parse_args(argv: list[str]) -> PrePreConfig:
     early.add_argument("--config", nargs="*", action="extend", default=[])
     early.add_argument("--like", nargs="*", action="extend", default=[])
     early.add_argument("--nca_compat", "--nca-compat")
+    early.add_argument("--nca_seq_len", "--nca-seq-len")
     given = early.parse_known_args(argv)[0]
     presets: dict = {}
     for name in given.config:
@@ -160,7 +177,11 @@ def parse_args(argv: list[str]) -> PrePreConfig:
     for name in given.like or presets.get("like", ()):
         model |= t.read_toml(t.preset_path(name))
     model = {k: v for k, v in model.items() if k in MODEL}
-    merged = compat_values(given.nca_compat or presets.get("nca_compat", PrePreConfig.nca_compat)) | model | presets
+    compat = given.nca_compat or presets.get("nca_compat", PrePreConfig.nca_compat)
+    if model and compat == "pr63":
+        seq_len = given.nca_seq_len or ""  # what is no number is refused below
+        model = like_pr63(model, int(seq_len) if seq_len.isdecimal() else presets.get("nca_seq_len", PrePreConfig.nca_seq_len))
+    merged = compat_values(compat) | model | presets
     cfg = tyro.cli(PrePreConfig, args=argv, default=PrePreConfig(**merged), use_underscores=True,
                    description=__doc__.split("Read it")[0])
     cfg.config = tuple(given.config)

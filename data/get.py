@@ -34,10 +34,12 @@ import io
 import json
 import lzma
 import os
+import pickle
 import re
 import shutil
 import sys
 import time
+import zipfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -54,8 +56,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, Python only looks in data/
 
-from train_gpt import Tokenizer, UserError, read_shard  # noqa: E402
-
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 SHARD_TOKENS = 100_000_000  # what every published set uses
 SHARD_NAME = re.compile(r".+_(train|val)_\d{6}\.bin")
@@ -64,6 +64,28 @@ BATCH_CHARS = 4_000_000  # text tokenised at once: enough to keep all threads bu
 
 SAMPLE = Path(__file__).with_name("sample.jsonl.xz")
 SAMPLE_RULE = "within each source, in order, every 20th document from the third on is validation"
+
+
+
+class UserError(Exception):
+    """Something that the user can mend: what was given, why it cannot work, what to do. Exit code 2, no traceback."""
+
+
+def from_trainer(name: str, *args):
+    """What train_gpt.py's function or class of this name returns. Imported late: its torch alone takes 200 MB, and the
+    command that promises to need little memory has no use for it."""
+    import train_gpt
+
+    try:
+        return getattr(train_gpt, name)(*args)
+    except train_gpt.UserError as error:
+        raise UserError(str(error)) from None
+
+
+def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
+    """The tokens of one shard, a read-only uint16 memory map; with vocab > 0 every id is checked against it."""
+    return from_trainer("read_shard", path, vocab)
+
 
 ########################################
 #              Documents               #
@@ -284,7 +306,8 @@ class Encoder:
             raise UserError(f"tokenizer {name} has {self.vocab} ids and shards hold uint16: at most 65536")
         if self.separator < 0:
             raise UserError(f"tokenizer {name} has no BOS piece to start documents with; train one that has")
-        self.base_bytes, self.leading_space, self.boundary = Tokenizer(name, self.vocab, self.separator).tables()
+        tokenizer = from_trainer("Tokenizer", name, self.vocab, self.separator)
+        self.base_bytes, self.leading_space, self.boundary = tokenizer.tables()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Documents as uint16: the separator, then the text, of which nothing is read as a special token."""
@@ -728,22 +751,22 @@ def cut_to_budgets(
                 yield Document(document.text, split), tokens
 
 
-def slowrun_stream(path: Path) -> np.ndarray:
-    """The tokens of one of the track's own files, mapped from the disk where it can be: `tokens` in one piece (since
-    April 2026), or before that `chunks` of batch_size rows of sequence_size tokens, of which valid_counts are rows and the
-    rest is filling. Read with weights_only, so that no code in the file is run."""
+def slowrun_stream(path: Path, vocab: int) -> np.ndarray:
+    """The tokens of one of the track's own files, checked and as uint16, mapped from the disk where it can be: `tokens` in
+    one piece (since April 2026), or before that `chunks` of batch_size rows of sequence_size tokens, of which valid_counts
+    are rows and the rest is filling. Read with weights_only, so that no code in the file is run."""
     import torch
 
     try:
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if "tokens" in found:
-            return found["tokens"].numpy()
+            return as_uint16(found["tokens"].numpy(), vocab, path)
         rows, length = int(found["batch_size"]), int(found["sequence_size"])
         chunks = [chunk.numpy().reshape(rows, length) for chunk in found["chunks"]]
         counts = [int(n) for n in found["valid_counts"]]
         if len(counts) != len(chunks) or not all(0 <= n <= rows for n in counts):
             raise UserError(f"{path}: {len(chunks)} chunks of {rows} rows, but valid_counts says {counts[:5]}...")
-        return np.concatenate([chunk[:n].ravel() for chunk, n in zip(chunks, counts)])
+        return as_uint16(np.concatenate([chunk[:n].ravel() for chunk, n in zip(chunks, counts)]), vocab, path)
     except (OSError, EOFError):
         raise
     except UserError:
@@ -751,6 +774,23 @@ def slowrun_stream(path: Path) -> np.ndarray:
     except Exception as error:  # torch's unpickler and zip reader have half a dozen of their own
         raise UserError(f"{path} is none of slowrun's files ({type(error).__name__}: {str(error)[:200]}): it must hold "
                         "tokens, or chunks, valid_counts, batch_size and sequence_size") from error
+
+
+def as_uint16(tokens: np.ndarray, vocab: int, path: Path) -> np.ndarray:
+    """One stream of token ids below vocab, of whatever integers they were.
+
+    Raises UserError where they are no such stream.
+    """
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise UserError(f"{path}: its tokens are {tokens.dtype} of shape {tokens.shape}, and must be whole numbers in one row; "
+                        "make the file again with slowrun's prepare_data.py")
+    for low in range(0, len(tokens), 1 << 22):
+        piece = tokens[low : low + (1 << 22)]
+        wrong = np.flatnonzero((piece < 0) | (piece >= vocab))
+        if len(wrong):
+            raise UserError(f"{path}: token {piece[wrong[0]]} at position {low + wrong[0]} is none of GPT-2's {vocab}; "
+                            "make the file again with slowrun's prepare_data.py")
+    return tokens.astype(np.uint16, copy=False)
 
 
 def from_slowrun(
@@ -774,7 +814,8 @@ def from_slowrun(
         tokenizer = Encoder("gpt2")
         with DataSet(out, "fineweb", SHARD_TOKENS) as data:
             data.fill(tokenizer, ((Document("", split), np.ascontiguousarray(tokens)) for split, path in paths.items()
-                                  for tokens in documents_of([slowrun_stream(path)], tokenizer.separator)))
+                                  for tokens in documents_of([slowrun_stream(path, tokenizer.vocab)],
+                                                              tokenizer.separator)))
             data.finish(source, published_split=True)
 
 
@@ -784,41 +825,87 @@ def to_slowrun(
     out: Path = Path("fineweb_data"),
 ) -> None:
     """Write slowrun's own fineweb_train.pt and fineweb_val.pt (the format in one piece) from a data set of GPT-2 tokens.
-    The tokens pass through a mapped file and are never in memory as a whole.
+    The tokens are copied in pieces and torch is not imported: 100M tokens pass in 61 MB of memory.
 
     Args:
         folder: Folder of the data set.
         out: Where the two files go.
     """
-    import torch
-
     manifest = read_manifest(folder)
     if not manifest or manifest["tokenizer"] != "gpt2":
         raise UserError(f"{folder} has no manifest of GPT-2 tokens; run: python data/get.py slowrun")
+    sides = {split: {name: entry for name, entry in manifest["files"].items()
+                     if SHARD_NAME.fullmatch(name) and f"_{split}_" in name} for split in ("val", "train")}
+    for split, shards in sides.items():
+        if not sum(entry["tokens"] for entry in shards.values()):
+            raise UserError(f"{folder} has no {split} tokens; slowrun reads both sides: get a data set that has them")
+        if altered := altered_files(folder, shards):
+            raise UserError(f"{folder}: {', '.join(altered)} missing or altered; get the data set again")
     out.mkdir(parents=True, exist_ok=True)
-    separator = manifest["separator"]
-    for split, seed in (("val", 42), ("train", 43)):
-        shards = [read_shard(path) for path in shards_in(folder) if f"_{split}_" in path.name]
-        path, stream = out / f"fineweb_{split}.pt", out / f".fineweb_{split}.part"
-        total, starts = sum(map(len, shards)), array("q")
-        try:
-            tokens = np.memmap(stream, np.uint16, "w+", shape=(total,))
-            at = 0
-            for shard in shards:
-                for low in range(0, len(shard), 1 << 20):
-                    piece = shard[low : low + (1 << 20)]
-                    tokens[at : at + len(piece)] = piece
-                    starts.extend((at + np.flatnonzero(piece == separator)).tolist())
-                    at += len(piece)
-            tokens.flush()
-            part = path.with_name(path.name + ".part")
-            torch.save({"tokens": torch.from_file(str(stream), shared=True, size=total, dtype=torch.uint16),
-                        "doc_starts": torch.tensor(starts, dtype=torch.int64), "bos_id": separator,
-                        "seq_shuffle_seed": seed, "seq_size": 2049}, part)
-            os.replace(part, path)
-        finally:
-            stream.unlink(missing_ok=True)
+    for (split, shards), seed in zip(sides.items(), (42, 43)):
+        path, total = out / f"fineweb_{split}.pt", sum(entry["tokens"] for entry in shards.values())
+        starts = array("q")
+        for low, piece in token_pieces(folder, shards):
+            starts.extend((low + np.flatnonzero(piece == manifest["separator"])).tolist())
+        content = {"tokens": FlatTensor("0", "uint16", total), "doc_starts": FlatTensor("1", "int64", len(starts)),
+                   "bos_id": manifest["separator"], "seq_shuffle_seed": seed, "seq_size": 2049}
+        with written_whole(path) as file, zipfile.ZipFile(file, "w") as archive:
+            add_record(archive, "archive/data.pkl", [torch_pickle(content)])
+            add_record(archive, "archive/byteorder", [b"little"])
+            add_record(archive, "archive/data/0", (piece for _, piece in token_pieces(folder, shards)), 2 * total)
+            add_record(archive, "archive/data/1", [np.array(starts, "<i8")])
+            add_record(archive, "archive/version", [b"3\n"])
         print(f"{path}: {total:,} tokens, {len(starts):,} documents")
+
+
+def token_pieces(folder: Path, shards: Iterable[str]) -> Iterator[tuple[int, np.ndarray]]:
+    """The tokens of these shards in pieces of at most 4 MB, each with its place in the stream. They are read, not mapped:
+    pages of a map count as memory of the process for as long as it stands."""
+    at = 0
+    for name in shards:
+        with (folder / name).open("rb") as file:
+            file.seek(4 * HEADER_INTS)
+            while raw := file.read(1 << 22):
+                yield at, np.frombuffer(raw, "<u2")
+                at += len(raw) // 2
+
+
+class FlatTensor(NamedTuple):
+    """A tensor of one dimension in a file of torch.save: its record, what it holds, how many."""
+
+    key: str
+    dtype: str  # uint16 or int64
+    size: int
+
+
+def torch_pickle(content: dict) -> bytes:
+    """data.pkl as torch.save writes it, of numbers and FlatTensors by name. Made without torch: its functions are only
+    named, never called."""
+    def plain(value) -> bytes:
+        return pickle.dumps(value, 2)[2:-1]  # without the mark of the protocol and the stop
+
+    def tensor(t: FlatTensor) -> bytes:
+        # a dtype from before torch 2.3 has a storage class of its own, one from after it is named behind an untyped storage
+        typed = t.dtype == "int64"
+        storage, count = (b"ctorch\nLongStorage\n", t.size) if typed else (b"ctorch.storage\nUntypedStorage\n", 2 * t.size)
+        return (b"ctorch._utils\n" + (b"_rebuild_tensor_v2\n" if typed else b"_rebuild_tensor_v3\n") + b"(("
+                + plain("storage") + storage + plain(t.key) + plain("cpu") + plain(count) + b"tQ"
+                + plain(0) + plain((t.size,)) + plain((1,)) + plain(False) + b"ccollections\nOrderedDict\n)R"
+                + (b"" if typed else b"ctorch\nuint16\n") + b"tR")
+
+    items = (plain(k) + (tensor(v) if isinstance(v, FlatTensor) else plain(v)) for k, v in content.items())
+    return b"\x80\x02}(" + b"".join(items) + b"u."
+
+
+def add_record(archive: zipfile.ZipFile, name: str, pieces: Iterable, size: int = 0) -> None:
+    """One stored record, its content at a multiple of 64 bytes as torch.save has it, so that a map of it is aligned."""
+    info, large = zipfile.ZipInfo(name), size > (1 << 30)
+    content = archive.fp.tell() + 30 + len(name) + (20 if large else 0) + 4
+    padding = -content % 64
+    info.extra = b"FB" + padding.to_bytes(2, "little") + b"\0" * padding
+    with archive.open(info, "w", force_zip64=large) as record:
+        for piece in pieces:
+            record.write(piece)
 
 
 ########################################

@@ -491,6 +491,53 @@ def test_slowruns_own_files_are_read_or_written_otherwise(gpt2_files, tmp_path, 
     torch.save({"model": [1]}, tmp_path / "old" / "fineweb_val.pt")
     assert run("from_slowrun", tmp_path / "old", "--out", tmp_path / "older", "--force") == 2
     assert "fineweb_val.pt is none of slowrun's files" in capsys.readouterr().err
+    for tokens, said in ((torch.tensor([50256, 5, 50257]), "token 50257 at position 2 is none of GPT-2's 50257"),
+                         (torch.tensor([[50256, 5], [6, 7]]), "int64 of shape (2, 2)"),
+                         (torch.tensor([50256.0, 5.0]), "float32 of shape (2,)")):
+        torch.save({"tokens": tokens}, tmp_path / "old" / "fineweb_val.pt")
+        assert run("from_slowrun", tmp_path / "old", "--out", tmp_path / "older", "--force") == 2
+        assert said in capsys.readouterr().err
+
+
+def synthetic_set(folder, **tokens):
+    """A data set of GPT-2 tokens with one shard a side, documents of 700 tokens."""
+    folder.mkdir()
+    files = {}
+    for split, count in tokens.items():
+        path = folder / f"fineweb_{split}_{int(split == 'train'):06d}.bin"
+        stream = np.resize(np.arange(700, dtype=np.uint16), count)
+        stream[::700] = 50256
+        get.write_shard(path, stream)
+        files[path.name] = get.describe(path, 50256)
+    get.write_manifest(folder, {"source": {"command": "slowrun"}, "tokenizer": "gpt2", "separator": 50256, "files": files})
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_slowruns_files_are_written_in_little_memory(tmp_path):
+    """100M tokens, 200 MB: no copy of them may be held, mapped or not, and torch's 200 MB not imported."""
+    synthetic_set(tmp_path / "set", train=100_000_000, val=10_000)
+    code = """import get, sys
+assert get.main(["to_slowrun", "set", "--out", "flat"]) == 0
+print("torch" in sys.modules, open("/proc/self/status").read())"""
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT / "data")},
+                          capture_output=True, text=True, check=True).stdout
+    assert "False Name:" in told
+    assert int(re.search(r"VmHWM:\s*(\d+) kB", told)[1]) < 150_000  # not ru_maxrss: that begins with the parent's
+    made = torch.load(tmp_path / "flat" / "fineweb_train.pt", mmap=True, weights_only=True)
+    assert made["tokens"].shape == (100_000_000,) and made["tokens"].data_ptr() % 64 == 0
+    np.testing.assert_array_equal(made["doc_starts"].numpy(), np.arange(0, 100_000_000, 700))
+    np.testing.assert_array_equal(made["tokens"][-700:].numpy(), tokens_of(tmp_path / "set", "train")[-700:])
+
+
+def test_to_slowrun_refuses_a_set_without_validation_or_with_altered_shards(tmp_path, capsys):
+    synthetic_set(tmp_path / "set", train=1000)
+    assert run("to_slowrun", tmp_path / "set", "--out", tmp_path / "flat") == 2
+    assert "has no val tokens" in capsys.readouterr().err
+    synthetic_set(tmp_path / "both", train=1000, val=1000)
+    get.write_shard(tmp_path / "both" / "fineweb_train_000001.bin", np.zeros(999, np.uint16))
+    assert run("to_slowrun", tmp_path / "both", "--out", tmp_path / "flat") == 2
+    assert "fineweb_train_000001.bin missing or altered" in capsys.readouterr().err
+    assert not (tmp_path / "flat").exists()
 
 
 ########################################

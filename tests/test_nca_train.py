@@ -225,9 +225,20 @@ def test_model_of_a_preset_is_taken_and_nothing_else():
     assert (paper.steps, paper.seq_len, paper.vocab) == (5000, "1024", 64000)
 
 
-@pytest.mark.parametrize("preset, changes, golden", [("slowrun_1h", ["--mtp", "0", "--iha", "0"], 1_254_010_427),
-                                                     ("slowrun_pr63", [], 2_528_723_435)])
-def test_model_with_the_vocabulary_of_patches_has_another_size(preset, changes, golden):
-    cfg = nca.parse_args(["--like", preset, *changes])
+def test_the_pull_requests_model_has_none_of_the_language_runs_regularisers():
+    """MTP would predict from the embedding of patch 0 where labels are ignored; windows belong to rows of 1,024 tokens."""
+    cfg = nca.parse_args(["--like", "slowrun_1h"])
+    assert (cfg.repeats, cfg.mtp, cfg.stoch_depth, cfg.iha, cfg.proj_init, cfg.window) == ("1", 0, 0, 0, 0, "513")
+    assert (cfg.loop, cfg.unet, cfg.attn_dropout, cfg.value_proj, cfg.window_pattern) == ("15:21", 2, 0.1, 32, "SSSL")
+    cfg = nca.parse_args(["--like", "slowrun_1h", "--nca_seq_len", "512", "--mtp", "0.3", "--repeats", "2"])
+    assert (cfg.window, cfg.mtp, cfg.repeats) == ("257", 0.3, "2")  # flags win
+    cfg = nca.parse_args(["--like", "slowrun_1h", "--nca_compat", "paper"])
+    assert (cfg.repeats, cfg.mtp, cfg.window) == ("0:1 6/11:3", 0.3, "1025")
+    assert nca.parse_args(["--like", "golf_cpu"]).repeats == "0:1 0.4:2 0.7:3"  # its tables are per position
+
+
+@pytest.mark.parametrize("preset, golden", [("slowrun_1h", 1_254_010_427), ("slowrun_pr63", 2_528_723_435)])
+def test_model_with_the_vocabulary_of_patches_has_another_size(preset, golden):
+    cfg = nca.parse_args(["--like", preset])
     model = tg.build_model(cfg, torch.device("meta"), torch.float32, 8)
     assert sum(p.numel() for p in model.parameters()) == golden
