@@ -110,7 +110,7 @@ get_data() {  # what the presets given read, unless it is there
 get_folder() {
   case $1 in
     data/sample) $PY data/get.py sample ;;
-    data/sample[0-9]*) $PY data/get.py sample --vocab "${folder#data/sample}" --out "$folder" ;;
+    data/sample[0-9]*) $PY data/get.py sample --vocab "${1#data/sample}" --out "$1" ;;
     data/fineweb10B) $PY data/get.py fineweb10B --shards "$SHARDS" ;;
     data/slowrun) $PY data/get.py slowrun ;;
     data/golf_*) $PY data/get.py golf --variant "${1#data/golf_}" ;;
