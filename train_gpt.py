@@ -2622,7 +2622,7 @@ def finish(p: Parts, step: int, found: dict) -> dict:
         raise UserError(f"final_weights = {cfg.final_weights!r}, but no snapshot was taken: lower --swa_start or --swa_every")
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
     result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}
-    result |= {k: v for k, v in found.items() if not k.startswith("val_")}
+    result |= {k: v for k, v in found.items() if k not in result}
     with weights_kept(p.opt.buckets), p.avg.swapped_in(cfg.final_weights):
         if cfg.export:
             import golf
