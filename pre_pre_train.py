@@ -109,7 +109,8 @@ COMPAT = {
         "nca_delimiter_loss": 0, "nca_filter": "pr63", "nca_band": "0.5:1", "nca_sims_per_rule": 10, "nca_vocab": 0,
         "nca_tokens": 50_000_000, "nca_val_tokens": 16_000_000, "nca_epochs": 6,  # 5,061 rules; 300 M tokens
         "eval_every": 790,
-        "batch_tokens": "63232", "optimizer": "adamw", "lr": "0:0 0.05>1 0.85:1 1>0", "beta1": 0.9, "beta2": 0.95,
+        # (s+1)/237 in its 4,740 steps: the first update already moves, as its log's lr of 2.53e-06 at step 1 says
+        "batch_tokens": "63232", "optimizer": "adamw", "lr": "0:1/237 236/4740>1 0.85:1 1>0", "beta1": 0.9, "beta2": 0.95,
         "adam_eps": 1e-8, "adamw_lr": 6e-4, "embed_lr": 6e-4, "head_lr": 6e-4, "scalar_lr": 6e-4, "matrix_wd": 0.3,
         "embed_wd": 0.3, "scalar_wd": 0.3,
     },
@@ -212,7 +213,8 @@ def validate(cfg: PrePreConfig) -> None:
                          "nca_control": ("", "random", "shuffled", "still")}.items():
         value = getattr(cfg, key)
         need(value in allowed, f"{key} = {value!r}: must be one of {', '.join(repr(a) for a in allowed)}")
-    for key in ("nca_patch", "nca_grid", "nca_dt", "nca_sims_per_rule", "nca_min_grid", "nca_tries", "nca_epochs"):
+    for key in ("nca_patch", "nca_grid", "nca_dt", "nca_sims_per_rule", "nca_min_grid", "nca_tries", "nca_epochs",
+                "nca_measured"):
         need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)}: must be at least 1")
     for key in ("nca_seed", "nca_init_steps", "nca_temperature", "nca_threads"):
         need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)}: must not be negative")
@@ -221,8 +223,10 @@ def validate(cfg: PrePreConfig) -> None:
     need(cfg.nca_grid % cfg.nca_patch == 0, f"nca_grid = {cfg.nca_grid} cannot be cut into patches of nca_patch = "
          f"{cfg.nca_patch} cells: choose --nca_grid {near}")
     need(2 <= cfg.nca_colors <= 16, f"nca_colors = {cfg.nca_colors}: 2 to 16 colours are possible")
-    need(vocabulary(cfg) <= 65536, f"nca_colors = {cfg.nca_colors} and nca_patch = {cfg.nca_patch} make "
-         f"{vocabulary(cfg)} tokens, but rows hold uint16: choose fewer colours or --nca_patch {cfg.nca_patch - 1}")
+    # told as a power: the number itself may have more digits than Python prints
+    fits = max((p for p in range(1, 5) if cfg.nca_colors ** (p * p) + 2 <= 65536 and cfg.nca_grid % p == 0), default=1)
+    need(cfg.nca_patch < 5 and vocabulary(cfg) <= 65536, f"nca_colors = {cfg.nca_colors} and nca_patch = {cfg.nca_patch} make "
+         f"{cfg.nca_colors}^{cfg.nca_patch**2} tokens, but rows hold uint16: choose fewer colours or --nca_patch {fits}")
     need(cfg.nca_vocab == 0 or cfg.nca_vocab >= vocabulary(cfg), f"nca_vocab = {cfg.nca_vocab}: there are "
          f"{vocabulary(cfg)} tokens; 0 takes just these")
     grids = cfg.nca_min_grid + 1

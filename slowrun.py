@@ -14,7 +14,8 @@ applied when they were saved, which is how it is applied again. What is averaged
     *_equal      every checkpoint counts the same
     *_recency    the k-th of N counts k/(1 + ... + N)
 
-`val_loss` of result.json stays the loss of the last step. The best epoch and the leaderboard's figure, the least of all of
+Only averages over as many epochs as the run says go into result.json; others are printed. `val_loss` there stays the
+loss of the last step. The best epoch and the leaderboard's figure, the least of all of
 these, are chosen on the validation set itself; `selected_on_validation` names them.
 """
 
@@ -119,7 +120,8 @@ def score_epochs(p: tg.Parts, result: dict, last: int = 0) -> dict:
 def select(p: tg.Parts, result: dict, found: dict) -> dict:
     """The best epoch, and the least of all losses as the leaderboard takes it: both chosen on the validation set."""
     best = p.run.on_main(lambda: best_epoch(p.run.folder, p.plan))
-    losses = {"val_loss": result.get("val_loss"), **found} | ({"val_loss_best_epoch": best[0]} if best else {})
+    last = {key: result.get(key) for key in ("val_loss", "val_loss_ema", "val_loss_swa")}
+    losses = last | found | ({"val_loss_best_epoch": best[0]} if best else {})
     name = min((n for n in losses if losses[n] is not None), key=losses.get)
     chosen = {"slowrun_val_loss": losses[name], "slowrun_val_loss_is": name}
     if best:
@@ -143,7 +145,7 @@ def best_epoch(folder: Path, plan: tg.Plan) -> tuple[float, int] | None:
 @dataclasses.dataclass
 class Flags:
     folder: tyro.conf.Positional[str]  # run folder, such as logs/slowrun_cpu-s1
-    last: int = 0  # epochs to average; 0: as many as the run says
+    last: int = 0  # epochs to average; 0: as many as the run says; any other number is printed and not written
     device: str = "auto"  # auto, cpu or cuda
     compile: int = 0  # as in train_gpt.py
     micro_tokens: int = 0  # tokens in one pass; 0: as in training
@@ -167,8 +169,11 @@ def main(argv: list[str] | None = None) -> int:
             p = tg.Parts(cfg, run, plan, model, tg.compile_model(model, cfg), None, None, None, val, None)
             path = folder / "result.json"
             result = json.loads(path.read_text()) if path.exists() else {}
+            official = flags.last in (0, cfg.average_epochs)
             result |= score_epochs(p, result, flags.last)
-            if run.is_main and path.exists():
+            if not official:
+                run.log(f"--last {flags.last}: {path} is left as it is, with averages over {cfg.average_epochs} epochs")
+            elif run.is_main and path.exists():
                 tg.write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
     except (UserError, RuntimeError, OSError) as e:
         message = tg.explain(e)

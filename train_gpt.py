@@ -2276,19 +2276,41 @@ def transferred(w: Tensor, name: str, cfg: Config) -> Tensor:
     return out
 
 
+def compare_sources(cfg: Config, theirs: Config, attention: bool, path: Path) -> list[str]:
+    """
+    What no shape tells: attention that was cut into other heads is an error where its weights are taken. Returns notices
+    of what may be meant.
+    """
+    def heads(c: Config) -> dict[str, int]:
+        return {"heads": c.heads, "head_dim": head_width(c), "kv_heads": c.kv_heads or c.heads}
+
+    other = [f"{key} = {a} there and {b} here" for (key, a), b in zip(heads(theirs).items(), heads(cfg).values()) if a != b]
+    if attention and other:
+        raise UserError(f"init_from {path}: {', '.join(other)}: the same numbers would make other heads; build both alike, or "
+                        "leave attention out with --transfer")
+    turning = [f"{key} = {a!r} there and {b!r} here" for key, a, b in
+               [(k, getattr(theirs, k), getattr(cfg, k)) for k in ("rope", "rope_base", "rope_dims")] if a != b]
+    notices = [f"{', '.join(turning)}: queries and keys were learned with other rotations"] if attention and turning else []
+    return notices + ([f"depth = {theirs.depth} there and {cfg.depth} here: blocks are taken by their number"]
+                      if theirs.depth != cfg.depth else [])
+
+
 def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
     """
     Start from the weights of another run (init_from), of this program or of pre_pre_train.py; what was taken stands in
-    the log. Of "all", tables of another vocabulary stay fresh. Any other shape that differs is an error, as is nothing.
+    the log by tensor, and on the console by kind. Of "all", tables of another vocabulary stay fresh. Any other shape that
+    differs is an error, as is nothing.
     """
     path = Path(cfg.init_from)
     path = (checkpoints(path) or [path])[-1]  # rather exact than quantised
     if (path / "model.safetensors").exists():
-        named = read_tensors(path / "model.safetensors")
+        named, raw = read_tensors(path / "model.safetensors"), tomllib.loads((path / "config.toml").read_text())
+        theirs = Config(**checked({k: v for k, v in raw.items() if k in FIELDS}, str(path / "config.toml")))
     else:
-        _, named, path = open_source(cfg.init_from)
+        theirs, named, path = open_source(cfg.init_from)
     asked, words = set(cfg.transfer.split("+")), {"all", "attn", "qk", "vo", "mlp", "scalars"}
-    lines, count = [], 0
+    lines, count, attention = [], 0, False
+    kinds: dict[tuple[str, str], list] = {}  # (fate, name without number): tensors, squared norms now and before
     for name, p in model.named_parameters():
         parts = parts_of(name)
         if not asked <= words:
@@ -2297,7 +2319,7 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
             taken = [i for i, part in enumerate(parts) if part & asked]
         if cfg.transfer_skip and re.search(cfg.transfer_skip, name):
             taken = []
-        word, before = "fresh", f"norm {p.float().norm():.4g}"
+        word, was = "fresh", float(p.detach().float().norm())
         if taken and name not in named:
             word = "missing"  # asked for, but the source has none
         elif taken and p.shape != named[name].shape:
@@ -2308,19 +2330,31 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
         elif taken:
             whole, source = len(taken) == len(parts), transferred(named[name], name, cfg)
             word, count = "loaded" if whole else f"loaded {len(taken)} of {len(parts)}", count + 1
+            attention |= ".attn." in name and p.ndim > 1
             with torch.no_grad():
                 for i in [...] if whole else taken:
                     p[i] = source[i]
-            before = f"norm {p.float().norm():.4g} (was {before[5:]})"
-        lines.append(f"transfer:{word} {name} {list(p.shape)} {before}")
+        size = float(p.detach().float().norm())
+        lines.append(f"transfer:{word} {name} {list(p.shape)} norm {size:.4g}" +
+                     (f" (was {was:.4g})" if word.startswith("loaded") else ""))
+        kind = kinds.setdefault((word, re.sub(r"\.\d+\.", ".*.", name)), [0, 0.0, 0.0])
+        kind[:] = kind[0] + 1, kind[1] + size**2, kind[2] + was**2
+    notices = compare_sources(cfg, theirs, attention, path)
     unused = sorted(named.keys() - {name for name, _ in model.named_parameters()})
     lines += [f"transfer:unused {name} {list(named[name].shape)}" for name in unused]
     if not count:
         raise UserError(f"transfer = {cfg.transfer!r} takes nothing from {path}: no name of this model matches it there")
     for line in lines:
         run.log(line, console=False)
+    for (word, name), (n, now, before) in kinds.items():
+        was = f" (was {math.sqrt(before):.4g})" if word.startswith("loaded") else ""
+        run.log(f"  {word:14} {name:24} x{n:<3} norm {math.sqrt(now):.4g}{was}")
+    if unused:
+        run.log(f"  in the source only: {', '.join(dict.fromkeys(re.sub(r'[.][0-9]+[.]', '.*.', name) for name in unused))}")
+    for line in notices:
+        run.log(f"notice: init_from {path}: {line}")
     kind = f", {cfg.transfer_control} on purpose" * bool(cfg.transfer_control)
-    run.log(f"transfer:{count} of {len(list(model.parameters()))} tensors loaded from {path}{kind}; which: log.txt")
+    run.log(f"transfer:{count} of {len(list(model.parameters()))} tensors loaded from {path}{kind}; each one: log.txt")
 
 
 ########################################
@@ -2641,7 +2675,7 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
         raise UserError(f"final_weights = {cfg.final_weights!r}, but no snapshot was taken: lower --swa_start or --swa_every")
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
     result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}
-    result |= {k: v for k, v in found.items() if not k.startswith("val_")}
+    result |= {k: v for k, v in found.items() if k not in result}
     with weights_kept(p.opt.buckets), p.avg.swapped_in(cfg.final_weights):
         if cfg.export:
             import golf

@@ -96,6 +96,7 @@ def all_arms(source: str = "adamw") -> dict[str, Arm]:
     return arms
 
 
+LONGER = ("adamw-longer", "muon-longer")
 CROSS = tuple(f"{lm}{tail}" for lm in ("adamw", "muon") for tail in ("", "-from-adamw", "-from-muon"))
 
 
@@ -132,13 +133,18 @@ class Ablation:
     arms: dict[str, Arm] = field(default_factory=dict)
 
     def __post_init__(self):
+        if not self.o.seeds or len(set(self.o.seeds)) < len(self.o.seeds):
+            raise train_gpt.UserError(f"--seeds {' '.join(map(str, self.o.seeds))}: each seed is one run of every arm: give "
+                                      "different ones, at least one")
         known = all_arms(self.o.source)
         for text in self.o.extra:
-            name, pre, base, *flags = shlex.split(text)
+            name, pre, base, *flags = shlex.split(text) if len(shlex.split(text)) > 2 else ("", "", "")
             given = {k.removeprefix("--"): v for k, v in zip(flags[::2], flags[1::2])}
             if base not in known or pre not in ("none", *PRE):
                 raise train_gpt.UserError(f"--extra {text!r}: must read NAME PRE BASE FLAGS...; PRE is one of none, "
                                           f"{', '.join(PRE)}, BASE an arm (`--arms list`)")
+            if len(flags) % 2 or not all(flag.startswith("--") for flag in flags[::2]):
+                raise train_gpt.UserError(f"--extra {text!r}: after NAME PRE BASE come pairs of --flag and value")
             known[name] = Arm("" if pre == "none" else pre, known[base].flags | given, base, "from the command line")
         for name in self.o.arms:
             if name not in known:
@@ -170,6 +176,9 @@ class Ablation:
             if not arm.base:
                 continue
             mine, base = (train_gpt.parse_args(self.lm_argv(n, 1, {})) for n in (name, arm.base))
+            if name in LONGER and base.max_seconds:
+                raise train_gpt.UserError(f"arm {name}: runs of max_seconds = {base.max_seconds:g} have no number of steps to "
+                                          "lengthen: set --flags=\"--max_seconds 0 --steps N\", or leave the arm out")
             changed = differences(base, mine)
             wrong = [row for row in changed if row[0] not in TRANSFER]
             if wrong:
@@ -196,29 +205,38 @@ class Ablation:
         if code:
             raise train_gpt.UserError(f"{cfg.run} ended with code {code}: see {folder}/log.txt; the same command goes on")
 
-    def longer_steps(self, name: str, seed: int) -> int:
-        """Steps of BASE-longer: the base's, and as many as the mean pre-pre-training of its arms takes time for."""
+    def longer(self, name: str, seed: int) -> dict[str, str]:
+        """Length of BASE-longer: the base's, and as many steps as the mean pre-pre-training of its arms takes time for. Where
+        the base's epochs are limited, they grow along; where they are counted, by whole ones, in favour of this arm."""
         saved, base = self.folder(f"{self.o.name}-{name}-s{seed}") / "config.toml", self.arms[name].base
         if saved.exists():  # times are never the same twice, so what was begun is gone on with
-            return train_gpt.read_toml(saved)["steps"]
+            begun = train_gpt.read_toml(saved)
+            return {"steps": str(begun["steps"]), "epochs": str(begun["epochs"])}
         pres = {arm.pre for arm in self.arms.values() if arm.base == base and arm.pre}
         if not pres:
             raise train_gpt.UserError(f"arm {name}: no arm with pre-pre-training on {base} is run, so there is no time to give")
-        charge = np.mean([self.charge(pre, seed) for pre in pres])
+        cfg = train_gpt.parse_args(self.lm_argv(base, seed, {}))
         run = report.load_folder(self.folder(f"{self.o.name}-{base}-s{seed}"))
-        return round(run.value("steps") * (1 + charge / run.value("train_time_s")))
+        more = 1 + np.mean([self.charge(pre, seed) for pre in pres]) / run.value("train_time_s")
+        epochs = math.ceil(cfg.epochs * more)
+        if cfg.epochs and (cfg.lr_cycles or cfg.average_epochs or cfg.eval_every < 0):
+            more = epochs / cfg.epochs
+        return {"steps": str(round(run.value("steps") * more)), "epochs": str(epochs)}
 
     def generation(self, pre: str) -> dict:
-        """What --generate_only says of the data of these runs: measured once, and kept."""
-        kept = Path(self.o.out) / f"generate-{pre}.json"
-        if not kept.exists():
-            argv = [*self.pre_argv(pre, 1), "--generate_only", "--json"]
-            done = call([sys.executable, str(ROOT / "pre_pre_train.py"), *argv], stdout=subprocess.PIPE, text=True)
+        """What --generate_only says of the data of these runs: measured once, and kept for as long as they are the same."""
+        kept, argv = Path(self.o.out) / f"generate-{pre}.json", self.pre_argv(pre, 1)
+        made_by = train_gpt.config_hash(pre_pre_train.parse_args(argv))
+        made = json.loads(kept.read_text()) if kept.exists() else {}
+        if made.get("config_sha256") != made_by:
+            done = call([sys.executable, str(ROOT / "pre_pre_train.py"), *argv, "--generate_only", "--json"],
+                        stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 raise train_gpt.UserError(f"generating the data of {pre} ended with code {done.returncode}")
+            made = json.loads(done.stdout) | {"config_sha256": made_by}
             kept.parent.mkdir(parents=True, exist_ok=True)
-            train_gpt.write_whole(kept, done.stdout.encode())
-        return json.loads(kept.read_text())
+            train_gpt.write_whole(kept, (json.dumps(made) + "\n").encode())
+        return made
 
     def charge(self, pre: str, seed: int) -> float:
         """Seconds of a pre-pre-training run: its training clock, its search for rules, the making of its rows."""
@@ -233,7 +251,7 @@ class Ablation:
                 if arm.pre:
                     self.generation(arm.pre)
                     self.start("pre_pre_train.py", self.pre_argv(arm.pre, seed), pre_pre_train.PrePreConfig)
-                more = {"steps": str(self.longer_steps(name, seed))} if name in ("adamw-longer", "muon-longer") else {}
+                more = self.longer(name, seed) if name in LONGER else {}
                 self.start("train_gpt.py", self.lm_argv(name, seed, more), train_gpt.Config)
 
     def load(self) -> dict[str, list[report.Run]]:
@@ -310,6 +328,15 @@ def speed(pairs: list[tuple[report.Run, report.Run]]) -> dict:
 
 def mean_or_nan(values: list[float]) -> float:
     return float(np.mean(values)) if values else math.nan
+
+
+def json_ready(value):
+    """The same with None, JSON's null, where a number is not one: with one seed there is no deviation and no p."""
+    if isinstance(value, dict):
+        return {k: json_ready(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def dash(text: str) -> str:
@@ -470,7 +497,7 @@ def main(argv: list[str] | None = None) -> int:
             plot_curves(found, ablation.arms, out / images[0])
             plot_deltas(rows, out / images[1])
         record = {"options": dataclasses.asdict(o), "git": train_gpt.git_revision(), "arms": rows}
-        train_gpt.write_whole(out / "nca.json", (json.dumps(record, indent=1) + "\n").encode())
+        train_gpt.write_whole(out / "nca.json", (json.dumps(json_ready(record), indent=1, allow_nan=False) + "\n").encode())
         body = "".join(f"\n## {title}\n\n```\n{text}\n```\n" for title, text in sections.items())
         body += "".join(f"\n![{name}]({name})\n" for name in images)
         train_gpt.write_whole(out / "report.md", ("# Pre-pre-training\n" + body).encode())

@@ -26,6 +26,10 @@ import tyro
 from scipy import stats
 
 METRICS = ("val_loss", "val_bpb", "roundtrip_val_bpb", "sliding_val_bpb", "mixed_val_bpb", "ttt_val_bpb")
+# what slowrun.py adds: all but the last step's loss, and the least of them
+EPOCHS = {"val_loss_best_epoch": "best epoch", "val_loss_ema": "ema", "val_loss_prob_equal": "probs", "val_loss_prob_recency":
+          "by recency", "val_loss_weights_equal": "weights", "val_loss_weights_recency": "by recency",
+          "slowrun_val_loss": "least"}
 COSTS = ("steps", "tokens", "train_time_s", "wall_time_s", "eval_time_s", "artifact_bytes", "total_bytes",
          "peak_memory_bytes")
 # the config fields that hold a track's rule, with the values that ask for nothing
@@ -428,6 +432,11 @@ def run_section(runs: list[Run], metrics: list[str]) -> str:
         notes[f"not all alike in {key}, so mind what you compare"] = values if len(values) > 1 else []
     text = [wrap(f"{what}: {', '.join(names)}") for what, names in notes.items() if names]
     heads = ["run", "arm", "seed", "steps", *short, "train s", "wall s", "state"]
+    if averaged := [run for run in runs if "slowrun_val_loss" in run.result]:
+        cells = [[run.name, *(number(run.value(key)) for key in ("val_loss", *EPOCHS))] for run in averaged]
+        text += ["", wrap("Losses of the last step, of the best epoch, of averages over the last epochs (probabilities, "
+                          "weights), and the least of all; best epoch and least are chosen on the validation set:"),
+                 table(["run", "last step", *EPOCHS.values()], cells)]
     return "\n".join([table(heads, rows), *text])
 
 
@@ -650,7 +659,7 @@ def build(runs: list[Run], baseline: str = "", metric: str = "", fallback: dict 
     rule = RULE | next((run.config for run in runs if run.config), fallback or {})
     metric = metric or rule["rule_metric"]
     logged = [key for run in runs for event in run.val for key in event if re.match(r"val_(loss|bpb)_", key)]
-    metrics = [key for key in dict.fromkeys([*METRICS, *logged, metric])
+    metrics = [key for key in dict.fromkeys([*METRICS, *EPOCHS, *logged, metric])
                if any(run.value(key) is not None for run in runs)]
     wanted = (metric, "val_bpb") if "bpb" in metric else (metric,)  # final scorers have no curve of their own
     curve = next((key for key in wanted for run in runs for event in run.val if key in event), "val_loss")

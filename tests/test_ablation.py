@@ -86,6 +86,9 @@ def test_unfair_arm_is_run(here, capsys, extra):
 
 @pytest.mark.parametrize("flags, message", [
     (["--arms", "nonsense"], "no such arm; there are adamw"), (["--extra", "mine nothing muon"], "must read NAME PRE BASE"),
+    (["--extra", "mine"], "must read NAME PRE BASE"), (["--seeds", "1", "1"], "--seeds 1 1: each seed is one run"),
+    (["--extra", "mine adamw muon --slow_lr"], "pairs of --flag and value"),
+    (words(arms="muon-from-adamw muon-longer", flags="--max_seconds 9"), "max_seconds = 9 have no number of steps"),
     (["--lm", "nowhere", "--arms", "muon", "muon-sham"], "no such preset")])
 def test_bad_input_is_a_traceback(here, capsys, flags, message):
     assert ablation.main(flags) == 2
@@ -122,6 +125,33 @@ def test_whole_ablation(here, capsys, tmp_path):
     assert "was made with other flags: matrix_wd 0.0 -> 0.5" in capsys.readouterr().err
     assert ablation.main(["--learns", "logs/nca-pre-adamw-s1", "logs/nca-pre-adamw-s2"]) == 0
     assert (tmp_path / "logs/report-nca/learns.png").stat().st_size > 5000
+
+
+def test_one_seed_makes_json_that_is_none_and_limited_epochs_end_the_longer_arm(here, capsys, tmp_path):
+    """The preset allows two epochs; a charge of old pre-pre-training flags is measured again."""
+    (tmp_path / "lm.toml").write_text((tmp_path / "lm.toml").read_text().replace("epochs = 0", "epochs = 2").replace(
+        "steps = 24", "steps = 30"))
+    argv = words(arms="muon-from-adamw muon-longer", pre=PRE, seeds="1")
+    assert ablation.main(argv) == 0, capsys.readouterr().err
+    record = json.loads((tmp_path / "logs/report-nca/nca.json").read_text(), parse_constant=pytest.fail)
+    assert record["arms"][1]["final"]["p"] is None
+    base, longer = (tg.read_toml(tmp_path / f"logs/nca-{name}-s1/config.toml") for name in ("muon", "muon-longer"))
+    assert longer["steps"] > 30 and longer["epochs"] > base["epochs"] == 2
+    generated = [c for c in here if "--generate_only" in c]
+    changed = ablation.Ablation(options(arms=("muon-from-adamw",), pre=PRE + " --nca_colors 4", seeds=(1,)))
+    changed.generation("adamw")
+    assert len(generated) == 1 and len([c for c in here if "--generate_only" in c]) == 2
+
+
+def test_longer_arm_of_counted_epochs_has_whole_ones(here, tmp_path):
+    (tmp_path / "lm.toml").write_text((tmp_path / "lm.toml").read_text().replace("epochs = 0", "epochs = 2\nlr_cycles = 1"))
+    runs = ablation.Ablation(options(arms=("muon-from-adamw", "muon-longer"), seeds=(1,)))
+    base = tmp_path / "logs/nca-muon-s1"
+    base.mkdir(parents=True)
+    (base / "result.json").write_text(json.dumps({"steps": 30, "train_time_s": 10.0}))
+    (base / "metrics.jsonl").write_text("")
+    runs.charge = lambda pre, seed: 12.0
+    assert runs.longer("muon-longer", 1) == {"steps": "75", "epochs": "5"}  # 2.2 times the time
 
 
 def test_charge_is_left_out_of_the_clock():

@@ -199,6 +199,9 @@ BAD = {
     "weights in bfloat16": ({"param_dtype": "bfloat16"}, "keeps float32 masters"),
     "a varying batch": ({"batch_tokens": "440 0.5:880"}, "give one number"),
     "a grid of broken patches": ({"nca_grid": 7}, "nca_grid = 7 cannot be cut into patches"),
+    "a patch of more tokens than Python prints": ({"nca_grid": 100, "nca_patch": 100}, r"3\^10000 tokens.*--nca_patch 2$"),
+    "no measured rows": ({"nca_measured": 0}, "nca_measured = 0: must be at least 1"),
+    "fewer than no measured rows": ({"nca_measured": -1}, "nca_measured = -1"),
     "a model of an unknown preset": ({"like": "nowhere"}, "no such preset"),
 }
 
@@ -220,6 +223,9 @@ def test_model_of_a_preset_is_taken_and_nothing_else():
     assert (cfg.optimizer, cfg.data, cfg.param_dtype, cfg.doc_mask, cfg.vocab) == ("adamw", "", "float32", 0, 83)
     assert cfg.lr == nca.COMPAT["pr63"]["lr"] and cfg.seq_len == "988" and cfg.config == ()
     full = nca.parse_args([])
+    rates = tg.Schedule("lr", full.lr)
+    np.testing.assert_allclose([rates.at(s, s / 4740) for s in (0, 1, 236, 4000, 4029, 4739)],
+                               [1 / 237, 2 / 237, 1, 1, 1, 1 / 711], rtol=1e-9)
     assert (full.steps, full.seq_len, full.vocab, full.eval_every) == (4740, "988", 10002, 790)  # the pull request's
     paper = nca.parse_args(["--nca_compat", "paper"])
     assert (paper.steps, paper.seq_len, paper.vocab) == (5000, "1024", 64000)

@@ -461,3 +461,14 @@ def test_bad_input_is_named(tmp_path, monkeypatch, capsys):
         code, _, error = call(monkeypatch, capsys, *arguments)
         assert code == 2 and words in error and "Traceback" not in error, arguments
     assert (tmp_path / "poem.txt").read_text() == "step by step\n"
+
+
+def test_best_epoch_and_averages_stand_in_one_column_with_the_last_step():
+    result = {"val_loss": 3.5, "val_loss_best_epoch": 3.3, "val_loss_prob_equal": 3.2, "val_loss_weights_recency": 3.25,
+              "slowrun_val_loss": 3.2}
+    run = report.Run("slow-s1", "slow", 1, result=result, finished=True)
+    lines = report.run_section([run], list(report.METRICS)).splitlines()
+    heads = [word.strip() for word in lines[-2].split("  ") if word]
+    assert heads == ["run", "last step", "best epoch", "probs", "by recency", "least"]
+    assert lines[-1].split() == ["slow-s1", "3.50000", "3.30000", "3.20000", "3.25000", "3.20000"]
+    assert "averages over" not in report.run_section([report.Run("a", "a", 1, result={"val_loss": 3.0})], ["val_loss"])

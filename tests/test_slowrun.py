@@ -475,7 +475,7 @@ def test_weights_of_an_average_are_other_ones():
 FLAGS = {"attn_gate": 12, "value_proj": 20, "iha": 1, "resid_lambda": 1.0, "x0_lambda": 0.1, "unet": 2, "attn_dropout": 0.1,
          "mlp_dropout": 0.1, "stoch_depth": 0.1, "mtp": 0.3, "window_pattern": "SL", "window": "5", "depth": 4, "loop": "2:3",
          "repeats": "0:1 2/3:2", "average_epochs": 2, "eval_every": -1, "lr_cycles": 2, "export": "", "proj_init": 1.0,
-         "micro_tokens": 64, "steps": 22, "save_every": 5, "head_init": "0.02"}  # fmt: skip
+         "micro_tokens": 64, "steps": 22, "save_every": 5, "head_init": "0.02", "ema": 0.8}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -527,7 +527,8 @@ def test_averages_are_other_ones_or_final_and_selected_results_are_mixed_up(trai
     best = min((v, k) for k, v in by_epoch.items() if k)
     assert (result["val_loss_best_epoch"], result["best_epoch"]) == (best[0], {8: 1, 15: 2, 22: 3}[best[1]])
     every = [v for k, v in result.items() if k.startswith("val_loss")]
-    assert len(every) == 6 and result["slowrun_val_loss"] == min(every)
+    assert len(every) == 7 and result["slowrun_val_loss"] == min(every)
+    assert result["val_loss_ema"] == [r["val_loss_ema"] for r in lines if r["kind"] == "val"][-1]
     assert result[result["slowrun_val_loss_is"]] == min(every)
     assert result["selected_on_validation"] == ["val_loss_best_epoch", "slowrun_val_loss"]
 
@@ -542,8 +543,18 @@ def test_evaluation_by_hand_forgets_replays_and_windows(trained, capsys):
     assert slowrun.main([str(trained), "--device", "cpu"]) == 0
     assert json.loads((trained / "result.json").read_text()) == before
     assert "selected on validation" in capsys.readouterr().out
+    assert slowrun.main([str(trained), "--device", "cpu", "--last", "1"]) == 0
+    assert "is left as it is" in capsys.readouterr().out
+    assert json.loads((trained / "result.json").read_text()) == before, "averages over other epochs are not the run's"
     assert slowrun.main([str(trained), "--last", "3"]) == 2 and "holds 2 epochs" in capsys.readouterr().err
     assert slowrun.main([str(trained / "epochs")]) == 2 and "--average_epochs" in capsys.readouterr().err
+
+
+def test_a_mean_that_is_lower_than_the_last_steps_loss_is_passed_over():
+    """The EMA is one of the evaluations that the leaderboard takes the least of."""
+    p = SimpleNamespace(run=SimpleNamespace(on_main=lambda work: None, log=lambda line: None))
+    chosen = slowrun.select(p, {"val_loss": 3.0, "val_loss_ema": 2.5}, {"val_loss_prob_equal": 2.7})
+    assert (chosen["slowrun_val_loss"], chosen["slowrun_val_loss_is"]) == (2.5, "val_loss_ema")
 
 
 def test_interrupted_run_with_dropout_and_epochs_ends_otherwise(trained, tmp_path, monkeypatch):
@@ -581,7 +592,7 @@ def test_two_ranks_average_to_other_losses_than_one(tmp_path):
         server.close()
     one, two = (json.loads((tmp_path / "logs" / f"w{world}" / "result.json").read_text()) for world in (1, 2))
     keys = [k for k in one if "val_loss" in k and isinstance(one[k], float)]
-    assert len(keys) == 7
+    assert len(keys) == 8
     for key in keys:
         assert one[key] == pytest.approx(two[key], abs=2e-4), key
     assert one["best_epoch"] == two["best_epoch"] and one["averaged_steps"] == two["averaged_steps"]

@@ -87,6 +87,39 @@ def test_report_of_a_transfer_lacks_a_tensor(tmp_path):
     assert norms[0] == pytest.approx(dict(p.model.named_parameters())["blocks.1.attn.qkv"].norm().item(), rel=1e-3)
 
 
+def test_console_is_not_told_what_was_taken(tmp_path, capsys):
+    where, old = source(tmp_path / "old", unet=1, depth=3)
+    capsys.readouterr()
+    _, p = started(tmp_path / "new", init_from=where, transfer="attn", block_scales=1)
+    said = capsys.readouterr().out.splitlines()
+    mine = dict(p.model.named_parameters())
+    norm = torch.stack([mine[f"blocks.{i}.attn.qkv"].norm() for i in range(2)]).norm().item()
+    line = next(line.split() for line in said if " blocks.*.attn.qkv" in line)
+    assert line[:4] == ["loaded", "blocks.*.attn.qkv", "x2", "norm"] and float(line[4]) == pytest.approx(norm, rel=1e-3)
+    assert any(line.split()[:3] == ["fresh", "embed", "x1"] for line in said)
+    assert any(line.startswith("  in the source only: blocks.*.attn.") and line.endswith(", skips") for line in said)
+    assert any("notice" in line and "depth = 3 there and 2 here" in line for line in said)
+
+
+@pytest.mark.parametrize("theirs, mine, key", [
+    ({"heads": 4}, {"heads": 2}, "heads = 4 there and 2 here, head_dim = 8 there and 16 here"),
+    ({"heads": 4, "kv_heads": 2, "head_dim": 8}, {"heads": 2, "kv_heads": 1, "head_dim": 16}, "kv_heads = 2 there and 1 here"),
+])
+def test_attention_of_other_heads_is_taken_as_shapes_agree(tmp_path, theirs, mine, key):
+    where, _ = source(tmp_path / "old", **theirs)
+    with pytest.raises(tg.UserError, match=key):
+        started(tmp_path / "new", init_from=where, transfer="attn", **mine)
+    started(tmp_path / "mlp", init_from=where, transfer="mlp", **mine)
+
+
+def test_other_rotations_are_taken_without_a_word(tmp_path):
+    where, _ = source(tmp_path / "old")
+    run, _ = started(tmp_path / "new", init_from=where, transfer="qk", rope_base=128.0)
+    assert any("notice" in line and "rope_base = 64.0 there and 128.0 here" in line for line in run.early)
+    run, _ = started(tmp_path / "mlp", init_from=where, transfer="mlp", rope_base=128.0)
+    assert not any("notice: init_from" in line for line in run.early)
+
+
 def test_transfer_skip_is_ignored_and_wrong_sources_pass(tmp_path):
     where, old = source(tmp_path / "old")
     _, p = started(tmp_path / "new", init_from=where, transfer="attn", transfer_skip=r"blocks\.0\.")
