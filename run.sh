@@ -92,6 +92,7 @@ EOF
   )
   case $folder in
     data/sample) $PY data/get.py sample ;;
+    data/sample4096) $PY data/get.py sample --vocab 4096 --out data/sample4096 ;;
     data/fineweb10B) $PY data/get.py fineweb10B --shards "$SHARDS" ;;
     data/slowrun) $PY data/get.py slowrun ;;
     data/golf_*) $PY data/get.py golf --variant "${folder#data/golf_}" ;;
