@@ -70,7 +70,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A loss or a gradient that is not finite."""
+    """A loss or a gradient is not finite, on every rank alike; a sweep counts such runs."""
 
 
 @dataclass
@@ -699,6 +699,7 @@ class Run:
         self.folder = Path(cfg.log_dir) / cfg.run
         self.began, self.earlier_wall = time.perf_counter(), 0.0
         self.signal, self.leave_at_once = 0, False
+        self.owns_group = False
         self.log_file = self.metrics_file = self.wandb = None
         self.early: list[str] = []  # lines from before the log was there
         self.live_line, self.last_print = False, 0.0
@@ -720,7 +721,14 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.prepare_machine()
-        if self.world > 1:
+        self.meet()
+        for number_ in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number_, self.on_signal)
+        return self
+
+    def meet(self) -> None:
+        """Join the process group, unless a sweep has already done so for all of its runs: one per process works, two hang."""
+        if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
                 dist.init_process_group(backend)
@@ -729,9 +737,12 @@ class Run:
                     f"{self.world} ranks could not meet at {os.environ.get('MASTER_ADDR')}:"
                     f"{os.environ.get('MASTER_PORT')}: {str(e).splitlines()[0]}; is the port in use? set MASTER_PORT "
                     "to a free one, or use torchrun --standalone") from e
-        for number_ in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number_, self.on_signal)
-        return self
+            self.owns_group = True
+
+    def part(self) -> None:
+        if self.owns_group:
+            dist.destroy_process_group()
+        self.owns_group = False
 
     def __exit__(self, *exc) -> None:
         for number_ in (signal.SIGTERM, signal.SIGINT):
@@ -741,8 +752,8 @@ class Run:
                 f.close()
         if self.wandb:
             self.wandb.finish()
-        if dist.is_initialized() and exc[0] is None:
-            dist.destroy_process_group()
+        if exc[0] is None:
+            self.part()
 
     def on_signal(self, number_: int, frame) -> None:
         if self.signal and number_ == signal.SIGINT:
@@ -1723,6 +1734,8 @@ def get_command(cfg: Config, shards: int = 0) -> str:
     name = Path(cfg.data).name
     if name.startswith("golf_"):
         name = f"golf --variant {name.removeprefix('golf_')}"
+    elif name.removeprefix("sample").isdigit():
+        name = f"sample --vocab {name.removeprefix('sample')} --out {cfg.data}"
     elif name not in ("sample", "fineweb10B", "fineweb100B", "finewebedu10B", "slowrun"):
         return f"python data/get.py tokenize YOUR_TEXT --out {cfg.data}"
     return f"python data/get.py {name}" + (f" --shards {shards}" if shards and name not in ("sample", "slowrun") else "")
@@ -2548,7 +2561,7 @@ def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
     return total, size
 
 
-def validate_all(p: Parts, step: int, now: Now, last: bool) -> dict:
+def validate_all(p: Parts, step: int, now: Now) -> dict:
     """Evaluate the live weights and the averages beside them; log a line in the speedrun's format and a second with more."""
     run, ms = p.run, p.run.clock.seconds() * 1000
     began, found = time.perf_counter(), {}
@@ -2564,14 +2577,15 @@ def validate_all(p: Parts, step: int, now: Now, last: bool) -> dict:
     if more:
         run.log(f"  at:{step} " + " ".join(f"{k}:{v:.5f}" for k, v in more.items()))
     found["eval_time_s"] = time.perf_counter() - began
-    if p.cfg.embed_stats:
+    if p.cfg.embed_stats and math.isfinite(found["val_loss"]):
         from logs.embeddings import during_training  # statistics live outside; logs/ is beside this file
 
-        found |= run.on_main(lambda: during_training(p, now, whole=last))
+        found |= run.on_main(lambda: during_training(p, now))
     run.metric("val", step, steps=p.cfg.steps, **found, train_time_ms=ms, wall_time_s=run.wall())
     if not math.isfinite(found["val_loss"]):
-        raise Diverged(f"step {step}: the validation loss is {found['val_loss']} although training is finite: compare with "
-                        "--compile 0, and report which graph went wrong")
+        raise Diverged(f"step {step}: the validation loss is {found['val_loss']} although the training loss was finite a step "
+                       "ago: lower the learning rates; if they are low, compare with --compile 0 and report which graph went "
+                       "wrong")
     return found
 
 
@@ -2652,7 +2666,7 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
 
                     slowrun.keep_epoch(p, step)
                 if evaluating:
-                    found = validate_all(p, step, now, last)
+                    found = validate_all(p, step, now)
         if last:
             break
         loss, size = train_step(p, step, now)
@@ -2738,14 +2752,17 @@ def check_folder(cfg: Config, folder: Path) -> None:
     """Refuse a name that is taken, and to go on with what was begun under another configuration."""
     if folder.exists() and not cfg.resume:
         raise UserError(f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or delete it")
+    if changed := changed_fields(cfg, folder):
+        raise UserError(f"--resume of {folder}, but the configuration changed:\n" + "\n".join(changed) +
+                        "\nuse the old values, or another --run")
+
+
+def changed_fields(cfg: Config, folder: Path, free: set[str] = FREE_ON_RESUME) -> list[str]:
+    """Lines about the fields that a run folder's configuration has other values for; none where there is no folder."""
     saved = folder / "config.toml"
-    if saved.exists():
-        old = type(cfg)(**read_toml(saved, type(cfg)))
-        changed = [f"  {k}: {getattr(old, k)!r} -> {getattr(cfg, k)!r}" for k in (f.name for f in dataclasses.fields(cfg))
-                   if k not in FREE_ON_RESUME and getattr(old, k) != getattr(cfg, k)]
-        if changed:
-            raise UserError(f"--resume of {folder}, but the configuration changed:\n" + "\n".join(changed) +
-                            "\nuse the old values, or another --run")
+    old = type(cfg)(**read_toml(saved, type(cfg))) if saved.exists() else cfg
+    return [f"  {k}: {getattr(old, k)!r} -> {getattr(cfg, k)!r}" for k in (f.name for f in dataclasses.fields(cfg))
+            if k not in free and getattr(old, k) != getattr(cfg, k)]
 
 
 def prepare_folder(cfg: Config, folder: Path) -> Path | None:

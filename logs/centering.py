@@ -15,7 +15,6 @@ import csv
 import io
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -57,7 +56,7 @@ class Sweep:
 
 def lr_flags(lr: float, steps: int) -> dict[str, str]:
     """One peak for all weights: warm-up over the first 5 % as lr*(step+1)/(warm-up+1), then half a cosine down to 1e-5."""
-    rates = {k: f"{lr:g}" for k in ("adamw_lr", "embed_lr", "head_lr", "scalar_lr", "tied_lr")}
+    rates = {k: f"{lr:g}" for k in ("adamw_lr", "embed_lr", "head_lr", "scalar_lr", "tied_lr", "matrix_lr")}
     return rates | {"lr": f"0:1/{round(0.05 * steps) + 1} 0.05>1 1~{1e-5 / lr:.8g}"}
 
 
@@ -68,7 +67,10 @@ def run_argv(sweep: Sweep, scale: str, method: str, lr: float, seed: int) -> lis
     preset, *changes = scale.split(",")
     flags = {k: v for k, _, v in (c.partition("=") for c in changes)} | ({"steps": sweep.steps} if sweep.steps else {})
     plain = tg.parse_args(["--config", preset, *(x for k, v in flags.items() for x in (f"--{k}", str(v)))])
-    rows = -(-plain.vocab // plain.head_multiple) * plain.head_multiple
+    if other := [k for k in ("own_lr", "slow", "lr_cycles") if getattr(plain, k)]:
+        raise ReportError(f"--scales {scale}: {other[0]} = {getattr(plain, other[0])!r} gives some weights or epochs another "
+                          "rate than the sweep's; unset it")
+    rows = plain.vocab if plain.pad_vocab else -(-plain.vocab // plain.head_multiple) * plain.head_multiple
     flags |= {k: v * rows / PAPER_ROWS if k == "mu_loss" else v for k, v in METHODS[method].items()}
     flags |= lr_flags(lr, plain.steps) | {"seed": seed, "log_dir": sweep.log_dir, "arm": method}
     name = re.sub(r"[^\w.-]+", "_", scale)
@@ -76,22 +78,34 @@ def run_argv(sweep: Sweep, scale: str, method: str, lr: float, seed: int) -> lis
     return ["--config", preset, "--resume", *(x for k, v in flags.items() for x in (f"--{k}", str(v)))]
 
 
-def train(argv: list[str]) -> str:
+def is_over(cfg, folder: Path) -> bool:
+    """Whether a run is finished or has diverged; one under other settings is refused, not taken for this one."""
+    import train_gpt as tg
+
+    over = (folder / "result.json").exists() or (folder / "diverged").exists()
+    if over and (changed := tg.changed_fields(cfg, folder, tg.FREE_ON_RESUME - {"embed_stats"})):
+        raise tg.UserError(f"{folder} is over, but under other settings than this sweep's:\n" + "\n".join(changed) +
+                           "\nuse the old values, another --log_dir, or delete it")
+    return over
+
+
+def train(argv: list[str], ranks) -> str:
     """One run; what became of it. A run whose loss or gradient was not finite is marked, and counts as diverged."""
     import train_gpt as tg
 
     cfg = tg.parse_args(argv)
     folder = Path(cfg.log_dir) / cfg.run
-    if (folder / "result.json").exists() or (folder / "diverged").exists():
+    if ranks.on_main(lambda: is_over(cfg, folder)):
         return "was there"
+    if cfg.compile:
+        tg.torch._dynamo.reset()  # graphs of the runs before would count against the limit of recompilations
     with contextlib.redirect_stdout(io.StringIO()), tg.Run(cfg) as run:
         try:
             code = tg.train(cfg, run)
-        except tg.Diverged as e:
-            (folder / "diverged").write_text(f"{e}\n")
+        except tg.Diverged as e:  # on every rank alike
+            message = f"{e}\n".encode()
+            ranks.on_main(lambda: tg.write_whole(folder / "diverged", message))
             return "diverged"
-        except tg.UserError as e:
-            raise ReportError(str(e)) from e
     if code:
         raise SystemExit(code)  # stopped by a signal, its state saved
     result = folder / "result.json"
@@ -104,11 +118,19 @@ def sweep(options: Sweep) -> int:
         raise ReportError(f"--methods {' '.join(unknown)}: no such method; there are {', '.join(METHODS)}")
     jobs = [(scale, method, lr, seed) for seed in options.seeds for lr in options.lrs for scale in options.scales
             for method in options.methods]
-    began = time.perf_counter()
-    for i, job in enumerate(jobs):
-        said = train(run_argv(options, *job))
-        if os.environ.get("RANK", "0") == "0":
+    if not jobs:
+        raise ReportError("nothing to train: --scales, --methods, --lrs and --seeds each need a value")
+    import train_gpt as tg
+
+    argvs = [run_argv(options, *job) for job in jobs]
+    began, ranks = time.perf_counter(), tg.Run(tg.parse_args(argvs[0]))
+    ranks.prepare_machine()
+    ranks.meet()  # once for all runs
+    for i, (job, argv) in enumerate(zip(jobs, argvs)):
+        said = train(argv, ranks)
+        if ranks.is_main:
             print(f"{i + 1}/{len(jobs)} {time.perf_counter() - began:.0f}s {' '.join(map(str, job))}: {said}", flush=True)
+    ranks.part()
     return 0
 
 
@@ -397,18 +419,21 @@ def overhead(options: Overhead) -> int:
     return 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     verbs = {"sweep": (Sweep, sweep), "tables": (Tables, tables), "overhead": (Overhead, overhead)}
-    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    verb = argv[0] if argv else ""
     if verb not in verbs:
         print(f"usage: python logs/centering.py {'|'.join(verbs)} [flags]; --help behind a verb lists them", file=sys.stderr)
         return 2
     try:
-        return verbs[verb][1](tyro.cli(verbs[verb][0], args=sys.argv[2:], use_underscores=True))
+        return verbs[verb][1](tyro.cli(verbs[verb][0], args=argv[1:], use_underscores=True))
     except Exception as e:
-        if not isinstance(e, ReportError) and type(e).__name__ != "UserError":  # the trainer's, which may not be imported
+        tg = sys.modules.get("train_gpt")  # which tables do not import
+        message = str(e) if isinstance(e, ReportError) else tg and tg.explain(e)
+        if not message:
             raise
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 2
 
 

@@ -8,6 +8,7 @@ Keys are the columns of the paper's loss_overview.csv: `I.` is the input embeddi
 how anisotropic the rows are: 0 if they are centred, 1 if all are equal. Standard deviations have n - 1 below.
 """
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,37 +78,33 @@ def b_ratio(square: float, low: float, high: float, mean_norm: float = 1.0) -> f
 def spectrum(e: Tensor) -> dict[str, float]:
     """
     Least and largest singular value of e [V, D], and isotropy: the least over the largest Z(c) = sum_i exp(e_i.c) for c
-    any eigenvector of e^T e, of either sign (Mu & Viswanath 2018). The published isotropy takes one sign, as the
-    eigensolver leaves it.
+    any eigenvector of e^T e, of either sign (Mu & Viswanath 2018). Named otherwise than the published `isotropy`, which
+    takes one sign, as the eigensolver leaves it; so is the ratio of the two, published in percent.
     """
+    if not e.isfinite().all():
+        return dict.fromkeys(("isotropy of both signs", "Smin", "Smax", "Smin over Smax"), math.nan)
     values, vectors = torch.linalg.eigh(e.T @ e)
     singular = values.clamp_min(0).sqrt()
     projections = e @ vectors
     log_z = torch.cat([projections.logsumexp(0), (-projections).logsumexp(0)])
-    return {"isotropy": (log_z.min() - log_z.max()).exp().item(), "Smin": singular[0].item(), "Smax": singular[-1].item(),
-            "Smin/Smax": (singular[0] / singular[-1]).item()}
+    return {"isotropy of both signs": (log_z.min() - log_z.max()).exp().item(), "Smin": singular[0].item(),
+            "Smax": singular[-1].item(), "Smin over Smax": (singular[0] / singular[-1]).item()}
 
 
 @torch.no_grad()
-def statistics(model: tg.GPT, val: tg.Validation | None, shape: tg.Shape, tokens: int,
-               whole: bool) -> tuple[dict[str, float], int]:
-    """
-    Everything about the embeddings, and about logits on the first `tokens` tokens of validation text, with how many of
-    those there were; whole: the spectra and the centred head as well, which take longer.
-    """
+def statistics(model: tg.GPT, val: tg.Validation | None, shape: tg.Shape, tokens: int) -> tuple[dict[str, float], int]:
+    """Everything about the embeddings, and about logits on the first tokens of validation text; and on how many there were."""
     head = model.head[: model.logit_rows].detach().double()  # not the rows cut off
     tables = {"I": head if model.embed is None else model.embed.detach().double(), "O": head}
-    out = {f"{k}.{name}": x for k, e in tables.items() for name, x in row_statistics(e).items()}
-    if whole:
-        out |= {f"{k}.{name}": x for k, e in tables.items() for name, x in spectrum(e).items()}
-        out |= {f"OC.{name}": x for name, x in row_statistics(head - head.mean(0), head.mean(0)).items()}
-    if val is None:
+    out = {f"{k}.{name}": x for k, e in tables.items() for name, x in (row_statistics(e) | spectrum(e)).items()}
+    out |= {f"OC.{name}": x for name, x in row_statistics(head - head.mean(0), head.mean(0)).items()}
+    tokens = min(tokens, val.scored if val else 0)
+    if not tokens:
         return out, 0
-    seen, left = LogitStatistics(), tokens
-    for low in range(0, min(val.rows, -(-tokens // val.seq_len)), shape.rows):
-        x, y = val.batch(range(low, low + shape.rows), head.device, shape.rows)
-        hidden = model.hidden(x, shape.repeats, shape.window)[(y >= 0).all(1)].flatten(0, 1)[:left]
-        left -= len(hidden)
+    seen = LogitStatistics()
+    for low in range(0, -(-tokens // val.seq_len), shape.rows):
+        x, _ = val.batch(range(low, low + shape.rows), head.device, shape.rows)
+        hidden = model.hidden(x, shape.repeats, shape.window).flatten(0, 1)[: tokens - low * val.seq_len]
         for piece in hidden.split(model.cfg.loss_chunk):
             seen.add(model.logits(piece), piece)
     logits, mean = seen.result()
@@ -116,12 +113,12 @@ def statistics(model: tg.GPT, val: tg.Validation | None, shape: tg.Shape, tokens
         mu = e.mean(0).cpu()
         out[f"{k}.fhs_dot_prod"] = (mu @ mean).item()
         out[f"{k}.fhs_cos_sim"] = (mu @ mean / (mu.norm() * mean.norm()).clamp_min(1e-300)).item()
-    return out, tokens - left
+    return out, tokens
 
 
-def during_training(p: tg.Parts, now: tg.Now, whole: bool) -> dict[str, float]:
+def during_training(p: tg.Parts, now: tg.Now) -> dict[str, float]:
     """What an evaluation adds to metrics.jsonl under --embed_stats."""
-    return statistics(p.model, p.val, p.plan.eval_shape(now), p.cfg.embed_stats, whole)[0]
+    return statistics(p.model, p.val, p.plan.eval_shape(now), p.cfg.embed_stats)[0]
 
 
 def of_source(where: str, tokens: int) -> tuple[dict, Path]:
@@ -138,8 +135,8 @@ def of_source(where: str, tokens: int) -> tuple[dict, Path]:
         print(f"notice: no statistics of logits: {e}")
         val = None
     shape = plan.eval_shape(plan.at(cfg.steps, 1.0))
-    values, count = statistics(model, val, shape, tokens, whole=True)
-    return {"source": str(path), "tokens": count, **values}, (path if path.is_dir() else path.parent)
+    values, tokens = statistics(model, val, shape, tokens)
+    return {"source": str(path), "tokens": tokens, **values}, (path if path.is_dir() else path.parent)
 
 
 @dataclass

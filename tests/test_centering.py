@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -370,9 +373,11 @@ def test_statistics_of_rows_or_spectrum_differ_from_numpy():
     assert max(below, above) == pytest.approx(np.abs(centred).max())
     s = np.linalg.svd(e, compute_uv=False)
     spectrum = embeddings.spectrum(torch.from_numpy(e))
-    assert (spectrum["Smin"], spectrum["Smax"]) == pytest.approx((s[-1], s[0])) and 0 < spectrum["isotropy"] < 1
-    huge = embeddings.spectrum(torch.from_numpy(e * 200))["isotropy"]  # exp() alone would overflow
+    assert (spectrum["Smin"], spectrum["Smax"]) == pytest.approx((s[-1], s[0])) and 0 < spectrum["isotropy of both signs"] < 1
+    huge = embeddings.spectrum(torch.from_numpy(e * 200))["isotropy of both signs"]  # exp() alone would overflow
     assert math.isfinite(huge)
+    e[3, 3] = math.inf
+    assert math.isnan(embeddings.spectrum(torch.from_numpy(e))["Smin"])  # LAPACK would raise
 
 
 def test_b_ratio_misses_the_published_one_or_divides_zero_by_zero():
@@ -397,7 +402,7 @@ def test_statistics_are_not_logged_or_not_the_weights(tmp_path, monkeypatch, cap
     shared = [k for k in told if k in logged]
     assert len(shared) > 25 and all(told[k] == pytest.approx(logged[k], rel=1e-4, abs=1e-6) for k in shared)
     assert told["O.fhs_dot_prod"] == pytest.approx(told["O.logits_mean_mean"], rel=1e-3, abs=1e-5)  # mu . mean(h)
-    assert told["OC.mu norm"] < 1e-12 and {"O.isotropy", "I.Smax"} <= told.keys()
+    assert told["OC.mu norm"] < 1e-12 and {"O.isotropy of both signs", "I.Smax"} <= told.keys()
     assert p.cfg.dim == 32
 
 
@@ -490,6 +495,65 @@ def test_published_tables_do_not_follow_from_the_published_losses():
     assert best["mu_centering"] == pytest.approx([1e-2, 3e-2, 1e-2, 3e-3, 3e-3])
 
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+TINY_SWEEP = "vocab=96,head_multiple=32,val_tokens=1024,embed_stats=1024,dim=16,depth=1,eval_every=2,batch_tokens=256"
+
+
+def tiny_sweep(tmp_path, *changes: str) -> str:
+    """A scale for sweeps of seconds, on parts()' shards."""
+    parts(tmp_path)
+    return ",".join([f"centering_cpu,data={tmp_path},{TINY_SWEEP},micro_tokens=128", *changes])
+
+
+def test_runs_of_a_sweep_hang_or_differ_on_two_ranks(tmp_path):
+    """Four runs, two of which diverge, one process group; what is over is skipped; the rows are those of one rank."""
+    argv = ["logs/centering.py", "sweep", "--scales", tiny_sweep(tmp_path), "--methods", "mu_centering", "mu_loss", "--lrs",
+            "1e-2", "1e38", "--seeds", "1", "--steps", "2"]
+    torchrun = Path(sys.executable).parent / "torchrun"
+    two = [str(torchrun), "--standalone", "--nproc_per_node=2", "--", *argv, "--log_dir", str(tmp_path / "two")]
+    for said in ("val_loss", "was there"):
+        done = subprocess.run(two, cwd=ROOT, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout and len(done.stdout.splitlines()) == 4  # rank 0 alone speaks
+    assert centering.main([*argv[1:], "--log_dir", str(tmp_path / "one")]) == 0
+    rows = [{r["name"]: r for r in map(centering.read_run, sorted((tmp_path / n).glob("*-s1")))} for n in ("one", "two")]
+    assert len(rows[0]) == 4 and [math.isinf(r["test_loss"]) for r in rows[0].values()].count(True) == 2
+    for name, one in rows[0].items():
+        for key in ("test_loss", "O.ratio norm", "O.logits_mean_mean"):
+            assert rows[1][name].get(key, math.inf) == pytest.approx(one.get(key, math.inf), rel=1e-4, abs=1e-6), (name, key)
+
+
+@pytest.mark.parametrize("steps", [1, 3], ids=["by its validation loss", "by its training loss"])
+def test_diverged_run_ends_the_sweep(tmp_path, capsys, steps):
+    """A rate that makes the weights infinite in the first step: found at the evaluation behind it, or in the next step."""
+    options = centering.Sweep((tiny_sweep(tmp_path),), ("baseline",), (1e38, 1e-2), (1,), steps, str(tmp_path / "runs"))
+    assert centering.sweep(options) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("diverged") and "val_loss" in said[1]
+    folder = next((tmp_path / "runs").glob("*1e+38*"))
+    assert ("validation loss" if steps == 1 else "gradient norm") in (folder / "diverged").read_text()
+
+
+def test_finished_run_of_other_settings_is_taken_for_this_one(tmp_path, capsys):
+    runs = str(tmp_path / "runs")
+    scale = tiny_sweep(tmp_path)
+    assert centering.sweep(centering.Sweep((scale,), ("baseline",), (1e-2, 1e38), (1,), 2, runs)) == 0
+    for lr in ("1e-2", "1e38"):
+        argv = ["sweep", "--scales", scale, "--methods", "baseline", "--lrs", lr, "--seeds", "1", "--log_dir", runs]
+        capsys.readouterr()
+        assert centering.main([*argv, "--steps", "3"]) == 2
+        assert "steps: 2 -> 3" in capsys.readouterr().err
+        assert centering.main([*argv, "--steps", "2"]) == 0
+
+
+def test_sweep_leaves_some_weights_at_another_rate(tmp_path):
+    cfg = tg.parse_args(centering.run_argv(centering.Sweep(), "centering_cpu,optimizer=muon", "baseline", 0.07, 1))
+    assert {b.lr for b in tg.param_buckets(cfg, build(cfg), alone())} == {0.07}
+    for other in ("own_lr=head=0.1", "slow=embed", "lr_cycles=1,epochs=1"):
+        with pytest.raises(ReportError, match=other.partition("=")[0]):
+            centering.run_argv(centering.Sweep(), f"centering_cpu,{other}", "baseline", 0.07, 1)
+
+
 def test_diverged_run_makes_the_sensitivity_nan():
     assert centering.lr_sensitivity([3.0, math.nan, 4.0], 10.0, 2) == pytest.approx((0 + 7 + 1) / 2)
     assert centering.lr_sensitivity([3.0, math.inf, 12.0], 10.0) == pytest.approx(14 / 3)
@@ -497,9 +561,7 @@ def test_diverged_run_makes_the_sensitivity_nan():
 
 
 def test_sweep_trains_a_finished_run_again_or_mixes_methods(tmp_path, capsys):
-    parts(tmp_path)
-    scale = (f"centering_cpu,data={tmp_path},vocab=96,head_multiple=32,val_tokens=1024,embed_stats=1024,dim=16,depth=1,"
-             "eval_every=2,batch_tokens=256,micro_tokens=256")
+    scale = tiny_sweep(tmp_path)
     methods = ("baseline", "mu_loss", "mu_centering")
     options = centering.Sweep((scale,), methods, (1e-2, 1e-1), (1, 2), 2, str(tmp_path / "runs"))
     assert centering.sweep(options) == 0

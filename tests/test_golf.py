@@ -372,7 +372,8 @@ def test_flag_that_cannot_work_is_accepted():
     with pytest.raises(tg.UserError, match="multiplies with none"):
         scorer_of("lora", {"dim": 32, "heads": 1, "head_dim": 32})
     for flags, why in (({"qat": "0.3"}, "nothing between"), ({"qat_noise": 1}, "never begins"),
-                       ({"export": "int6 mlpp:5"}, "mlpp"), ({"artifact_limit": 1000}, "the source alone"), ({"prove_bytes": 100}, "tokenizer")):
+                       ({"export": "int6 mlpp:5"}, "mlpp"), ({"artifact_limit": 1000}, "the source alone"),
+                       ({"prove_bytes": 100}, "tokenizer")):
         with pytest.raises(tg.UserError, match=why):
             cfg = small(**({"export": "int6"} | flags))
             golf.validate(cfg)
