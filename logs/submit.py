@@ -71,6 +71,7 @@ TRACKS = {
 FILES = ("config.toml", "log.txt", "result.json")
 PUBLISHED_SHARE = 0.01  # of a published split's validation documents that may be in train too: web text repeats itself
 SAME = ("world_size", "device", "torch", "params", "data_sha256")  # of result.json: what all runs must have in common
+STORED = ("roundtrip_val_bpb", "sliding_val_bpb", "mixed_val_bpb", "ttt_val_bpb", "lora_val_bpb")  # scores of the artifact
 OF_ONE_RUN = report.NAMES - {"arm"}  # config fields that are not shipped, as they belong to one run
 
 
@@ -201,6 +202,15 @@ def check_numbers(s: Submission) -> None:
             known = result.get(key)
             if known is not None and not abs(float(value) - known) <= slack:
                 s.object(folder / "result.json", f"{key} {known}, but log.txt ends with {value}", again)
+        steps = re.findall(r"^step:(\d+)/\d+ val_loss:", log, re.MULTILINE)
+        if steps and int(steps[-1]) != result.get("steps"):
+            s.object(folder / "result.json", f"{result.get('steps')} steps, but log.txt was last evaluated at {steps[-1]}",
+                     again)
+        timed = re.findall(r"^final_\S+ .*\beval_time:(\d+)ms", log, re.MULTILINE)
+        scoring = sum(map(int, timed)) / 1000
+        if timed and not abs((result.get("eval_time_s") or 0) - scoring) <= 1e-3 * len(timed):
+            known = result.get("eval_time_s")
+            s.object(folder / "result.json", f"eval_time_s {known}, but the scores in log.txt took {scoring}", again)
         path, size = folder / "model.nrx", result.get("artifact_bytes")
         if s.track.max_bytes and not (path.is_file() and size):
             s.object(path, "missing, or result.json does not know its size, and the track counts it",
@@ -275,12 +285,29 @@ def check_same(s: Submission) -> None:
         s.rule[key] = min(s.rule[key] or cap, cap or s.rule[key])
 
 
+def training_before(start: Path) -> float | None:
+    """Seconds of training in the run that another began from and in those before it; None where they are not known."""
+    folder = next((f for f in (start, *start.parents) if all((f / name).is_file() for name in FILES)), None)
+    if folder is None:
+        return None
+    run = report.load_folder(folder)
+    earlier = training_before(Path(run.config["init_from"])) if run.config.get("init_from") else 0.0
+    spent = run.result.get("train_time_s")
+    return None if spent is None or earlier is None else spent + earlier
+
+
 def check_caps(s: Submission) -> None:
     """Clocks and sizes of each run; total_bytes is from here on that of what is shipped."""
     cap, limit = s.rule["rule_max_seconds"], s.rule["rule_max_bytes"]
     code = sum(len(text.encode()) for text in s.sources.values())
     for folder, _, run, result in s.of_each():
         spent, scoring = result.get("train_time_s"), result.get("eval_time_s")
+        if cap and spent and run.config.get("init_from"):
+            before = training_before(Path(run.config["init_from"]))
+            if before is None:
+                s.object(folder / "config.toml", f"init_from = {run.config['init_from']!r}, whose training time is not known "
+                         "and counts", "put that run's folder back, or train from fresh weights")
+            spent += before or 0.0
         # parameter-golf looks at its clock after a step and accepted 600.038 s: the last step may end behind the cap
         if spent is None or cap and spent - cap > spent / max(result.get("steps") or 1, 1):
             s.object(folder / "result.json", f"the training clock says {spent} s, {cap:g} s are allowed",
@@ -304,6 +331,9 @@ def check_rule(s: Submission) -> None:
     if missing := [str(f) for f, *_, result in s.of_each() if result.get(metric) is None]:
         s.object(path, f"rule_metric = {metric}, which was not measured in {', '.join(missing)}",
                  "run so that it is, or set --rule_metric")
+    elif s.track.kind == "golf" and metric not in STORED:
+        s.object(path, f"rule_metric = {metric} is not a score of the artifact, which is what golf takes",
+                 f"run with --rule_metric set to one of {', '.join(STORED)}")
     elif s.track.tested and not (s.rule["rule_target"] and (s.rule["rule_p"] or s.rule["rule_z"])):
         s.object(path, "no rule_target with rule_p (or rule_z), but the track wants a mean shown to beat the record",
                  "run with --rule_target LOSS --rule_p 0.01")

@@ -395,10 +395,30 @@ def test_refuses_what_the_rule_refuses(copy, capsys):
     refused(capsys, "no rule_target", "--rule_p 0.01")
     set_config({"rule_target": 4.0, "rule_metric": "sliding_val_bpb"})
     refused(capsys, "sliding_val_bpb", "was not measured in logs/tiny-s1")
+    set_config({"rule_metric": "val_loss"})
+    refused(capsys, "val_loss is not a score of the artifact", "roundtrip_val_bpb")
     set_config({"rule_metric": "roundtrip_val_bpb"})
     for run in RUNS[1:]:
         shutil.move(run, "elsewhere-" + Path(run).name)
     refused(capsys, "fewer than the rule needs", "run more seeds", runs=RUNS[:1])
+
+
+def test_refuses_seconds_of_an_earlier_run_that_the_clock_does_not_count(copy, capsys):
+    """Pre-pre-training is training: its seconds, and those of what it began from, belong to the run that starts from it."""
+    shutil.copytree(RUNS[0], "before")
+    shutil.copytree(RUNS[0], "first")
+    set_config({"init_from": "before"}, RUNS)
+    code, _, err = call(capsys)
+    assert code == 0, err
+    shutil.rmtree("records")
+    edit("before", train_time_s=599.9)
+    refused(capsys, "the training clock says 6", "600 s are allowed")
+    edit("before", train_time_s=300.0)
+    set_config({"init_from": "first"}, ["before"])
+    edit("first", train_time_s=299.9)
+    refused(capsys, "the training clock says 6")
+    shutil.rmtree("first")
+    refused(capsys, "whose training time is not known")
 
 
 def test_refuses_a_resumed_run_on_a_timed_track(copy, capsys):
@@ -422,6 +442,12 @@ def test_refuses_configs_that_differ_beyond_the_seed(copy, capsys):
 
 
 def test_refuses_numbers_that_the_log_does_not_have(copy, capsys):
+    for key, what in (("steps", "steps, but log.txt was last evaluated at 12"),
+                      ("eval_time_s", "but the scores in log.txt took")):
+        value = result(RUNS[0])[key]
+        edit(RUNS[0], **{key: value + 1})
+        refused(capsys, f"logs/tiny-s1/result.json: {key if key == 'eval_time_s' else 13}", what)
+        edit(RUNS[0], **{key: value})
     edit(RUNS[0], roundtrip_val_bpb=1.0)
     refused(capsys, "logs/tiny-s1/result.json", "roundtrip_val_bpb 1.0, but log.txt ends with")
     log = Path(RUNS[1], "log.txt").read_text()
