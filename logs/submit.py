@@ -302,6 +302,7 @@ def check_caps(s: Submission) -> None:
     code = sum(len(text.encode()) for text in s.sources.values())
     for folder, _, run, result in s.of_each():
         spent, scoring = result.get("train_time_s"), result.get("eval_time_s")
+        step = (spent or 0) / max(result.get("steps") or 1, 1)
         if cap and spent and run.config.get("init_from"):
             before = training_before(Path(run.config["init_from"]))
             if before is None:
@@ -309,7 +310,7 @@ def check_caps(s: Submission) -> None:
                          "and counts", "put that run's folder back, or train from fresh weights")
             spent += before or 0.0
         # parameter-golf looks at its clock after a step and accepted 600.038 s: the last step may end behind the cap
-        if spent is None or cap and spent - cap > spent / max(result.get("steps") or 1, 1):
+        if spent is None or cap and spent - cap > step:
             s.object(folder / "result.json", f"the training clock says {spent} s, {cap:g} s are allowed",
                      f"run with --max_seconds {cap:g}")
         if s.track.max_eval_seconds and not (scoring is not None and scoring <= s.track.max_eval_seconds):
