@@ -243,11 +243,14 @@ def quantise(named: dict[str, Tensor], bits: Bits, hessians: dict[str, Tensor] |
 @contextlib.contextmanager
 def rounded(model: tg.GPT, cfg: Config, step: int):
     """
-    Inside, matrices have the values that cfg.export would store (or, with qat_noise, values off by up to half a rounding
-    step at random: Noisy Quantisation, Fan et al. 2020, for blocks whose error adds up over repeats). Gradients taken
-    inside are applied to the exact weights, which is the straight-through estimator. Every rank rounds alike.
+    Inside, matrices have the values that cfg.export would store. With qat_noise, they are off by up to half a rounding
+    step at random (Noisy Quantisation, Fan et al. 2020) instead, and only those of looped blocks where there is a loop:
+    their error adds up over repeats (parameter-golf #363). Gradients taken inside are applied to the exact weights,
+    which is the straight-through estimator. Every rank rounds alike.
     """
-    exact = {p: p.detach().clone() for name, p in model.named_parameters() if is_matrix(p)}
+    looped = "|".join(map(str, range(*tg.loop_span(cfg))))
+    chosen = rf"blocks\.({looped})\." if cfg.qat_noise and looped else ""
+    exact = {p: p.detach().clone() for name, p in model.named_parameters() if is_matrix(p) and re.match(chosen, name)}
     rng, bits = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step), parse_bits(cfg.export)
     try:
         with torch.no_grad():

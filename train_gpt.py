@@ -214,7 +214,7 @@ class Config:
     artifact_limit: int = 0  # bytes that source and artifact may have together; 0: no limit
     gptq: int = 0  # rows of training tokens on which GPTQ looks at activations, inside the clock; 0: plain rounding
     qat: str = "0"  # [sched] 1: forward and backward see the weights as export would round them; 0: as they are
-    qat_noise: int = 0  # 1: qat adds noise of one rounding step instead of rounding
+    qat_noise: int = 0  # 1: qat adds noise of a rounding step instead of rounding, to looped blocks alone if there are any
     score: str = ""  # further scores of the artifact, any of: sliding mixture ttt lora (golf.py)
     stride: int = 64  # tokens that such a score takes from each window
     prove_bytes: int = 0  # validation text that is encoded and decoded from the artifact, by the last of those scores

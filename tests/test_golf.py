@@ -171,6 +171,15 @@ def test_rounded_weights_stay_or_differ_from_the_artifacts(noise):
         assert torch.equal(p.grad, q.grad), f"{name}: gradients were not taken at the rounded weights"
 
 
+def test_noise_falls_on_blocks_that_are_not_shared():
+    cfg = small(**LOOPED | {"depth": 3, "loop": "1:2"}, export="int6", qat="1", qat_noise=1)
+    model = model_of(cfg, weights(cfg))
+    exact = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with golf.rounded(model, cfg, step=0):
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, exact[n])}
+    assert moved == {n for n, p in exact.items() if n.startswith("blocks.1.") and golf.is_matrix(p)} != set()
+
+
 @pytest.mark.parametrize("codec", [*golf.CODECS, golf.ENTROPY])
 @pytest.mark.parametrize("changes", [{}, LOOPED, {"param_dtype": "bfloat16"}], ids=["plain", "looped", "bf16"])
 def test_artifact_loads_other_weights_than_were_exported(tmp_path, codec, changes):
