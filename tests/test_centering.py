@@ -30,7 +30,7 @@ def parts(tmp_path, **changes) -> tg.Parts:
     if not list(tmp_path.glob("*.bin")):
         rng = np.random.default_rng(0)
         for split in ("train", "val"):
-            write_shard(tmp_path / f"x_{split}_0.bin", rng.integers(1, 96, 4097))
+            write_shard(tmp_path / f"x_{split}_0.bin", rng.integers(1, 80, 4097))
     cfg = tiny(data=str(tmp_path), epochs=0, **(FAMILY | changes))
     tg.validate(cfg)
     return tg.build(cfg, tg.Run(cfg))
@@ -300,6 +300,22 @@ def test_mean_row_is_left_after_a_step(tmp_path):
     assert names and p.model.head.data_ptr() in {b.weights.data_ptr() for b in p.opt.buckets}  # the optimizer sees it
 
 
+def test_padding_rows_without_logits_count_in_the_mean(tmp_path):
+    """Under pad_vocab the head has rows that nothing ever sees; a number in them must change nothing."""
+    told = []
+    for junk in (0.0, 5.0):
+        p = parts(tmp_path, mu_centering=1, mu_loss=10.0, pad_vocab=1, vocab=80, head_multiple=64, doc_token=0)
+        assert (len(p.model.head), p.model.logit_rows) == (128, 80)
+        with torch.no_grad():
+            p.model.head[80:] = junk
+        loss, _ = tg.train_step(p, 0, now())
+        values, _ = embeddings.statistics(p.model, None, None, 0)
+        told.append((loss.tolist(), p.model.head[:80].detach().clone(), values))
+        assert p.model.head[:80].mean(0).norm() < 1e-7 and values["O.ratio norm"] < 1e-6
+        assert (p.model.head[80:] - junk).abs().max() < 1e-6
+    assert told[0][0] == told[1][0] and torch.equal(told[0][1], told[1][1]) and told[0][2] == told[1][2]
+
+
 def test_terms_are_logged_under_another_name_or_in_the_loss(tmp_path, monkeypatch):
     parts(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -355,6 +371,20 @@ def test_streamed_statistics_differ_from_those_of_all_logits_at_once():
         "O.logits_mean_absmean": np.abs(logits).mean(), "O.logits_mean_absmax": np.abs(logits).max(1).mean(),
         "H.mean_logsqZ": (log_z**2).mean()})  # fmt: skip
     assert np.allclose(mean, hidden.mean(0))
+
+
+@pytest.mark.parametrize("asked, used", [(100, 100), (32, 32), (10**6, 4096)])
+def test_statistics_are_of_other_tokens_than_they_say(tmp_path, asked, used):
+    """Rows of 32 tokens in batches of 4: exactly the first 100, or all there are."""
+    p = parts(tmp_path)
+    got, count = embeddings.statistics(p.model, p.val, p.plan.eval_shape(now()), asked)
+    x = torch.from_numpy(p.val.tokens[:-1].astype(np.int64)).view(-1, 32)
+    logits = p.model.logits(p.model.hidden(x, 1, 0)).detach().flatten(0, 1)[:used]
+    assert count == used and got["O.logits_mean_absmax"] == pytest.approx(logits.abs().amax(-1).mean().item(), rel=1e-5)
+
+
+def test_embeddings_without_a_run_says_nothing(capsys):
+    assert embeddings.main([]) == 2 and "usage" in capsys.readouterr().err
 
 
 def test_statistics_of_rows_or_spectrum_differ_from_numpy():
