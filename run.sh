@@ -54,7 +54,9 @@ WARMDOWNS=${WARMDOWNS:-"0.1 0.4 0.8"}  # last fractions of training over which t
 WARMDOWN=(--max_seconds 0 --steps 300 --batch_tokens 4096 --micro_tokens 4096 --eval_every 0 --swa_every 10 --swa_start 0.7 --gptq 0
           --export int6 --export_codec entropy --score "" --prove_bytes 0 --sample_tokens 0 --val_tokens 65536)
 CENTERING=(                            # ./run.sh centering: what logs/centering.py sweep takes
-  # --scales centering_16m --seeds 1   # the paper's; without flags: two laptop sizes, 5 methods, 5 rates, 3 seeds
+  # without flags: two laptop sizes, 5 methods, 5 rates, 3 seeds. The paper's 5 sizes, 7 rates and one seed:
+  # --scales centering_16m centering_29m centering_57m centering_109m centering_221m
+  # --lrs 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1 3e-1 --seeds 1
 )
 ############ to here ############
 
@@ -207,11 +209,23 @@ warmdown() {
 }
 
 centering() {  # one process per GPU for the whole sweep; started again, it goes on where it stopped
-  local flags=(${CENTERING[@]+"${CENTERING[@]}"} "$@") preset
-  preset=$(printf '%s\n' centering_cpu ${flags[@]+"${flags[@]}"} | grep -oE '^centering_[a-z0-9]+' | tail -n 1)
-  get_data --config "$preset"
+  local flags=(${CENTERING[@]+"${CENTERING[@]}"} "$@") runs=logs/centering scales=() word after="" change parts args
+  for word in ${flags[@]+"${flags[@]}"}; do
+    case $word in
+      --log_dir=* | --log-dir=*) runs=${word#*=} after="" ;;
+      --*) after=${word//-/_} ;;
+      *) case $after in __log_dir) runs=$word ;; __scales) scales+=("$word") ;; esac ;;
+    esac
+  done
+  [ ${#scales[@]} -gt 0 ] || scales=(centering_cpu)  # of which the other default is a size
+  for word in "${scales[@]}"; do  # a preset, with flags behind commas
+    IFS=, read -ra parts <<< "$word"
+    args=(--config "${parts[0]}")
+    for change in "${parts[@]:1}"; do args+=("--${change%%=*}" "${change#*=}"); done
+    get_data "${args[@]}"
+  done
   go logs/centering.py sweep ${flags[@]+"${flags[@]}"}
-  $PY logs/centering.py tables logs/centering --out logs/report-centering
+  $PY logs/centering.py tables "$runs" --out "$(dirname "$runs")/report-$(basename "$runs")"
 }
 
 verb=${1:-}; [ $# -eq 0 ] || shift

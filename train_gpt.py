@@ -1225,7 +1225,8 @@ def layer_order(cfg: Config, repeats: int) -> list[int]:
 class LossAndLogZ(torch.autograd.Function):
     """
     Cross-entropy and log Z [2, N] of logits [N, V], both 0 where the target is -1, for little more than the first alone:
-    log Z = loss + the target's logit, and the gradient is (dloss + dlogZ) * softmax - dloss at the target.
+    log Z = loss + the target's logit, and the gradient is (dloss + dlogZ) * softmax - dloss at the target, for which
+    log_softmax has a kernel of one pass: it gives sum * softmax - what is given, that is - sum at the target.
     """
 
     @staticmethod
@@ -1239,7 +1240,9 @@ class LossAndLogZ(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         log_p, keep, at = ctx.saved_tensors
         by_loss, by_log_z = grad * keep
-        return log_p.exp().mul_((by_loss + by_log_z)[:, None]).scatter_add_(-1, at, -by_loss[:, None]), None
+        given = torch.zeros_like(log_p).scatter_(-1, at, -(by_loss + by_log_z)[:, None])
+        slope = torch.ops.aten._log_softmax_backward_data(given, log_p, -1, log_p.dtype)
+        return slope.scatter_add_(-1, at, by_log_z[:, None]), None
 
 
 class GPT(nn.Module):

@@ -140,7 +140,10 @@ def sweep(options: Sweep) -> int:
 
 
 def read_run(folder: Path) -> dict | None:
-    """One row of the overview; None for a run that is not over. Losses are the last evaluation's, pure cross-entropy."""
+    """
+    One row of the overview; None for a run that is not over. Losses are the last evaluation's, pure cross-entropy; a run that
+    diverged has an infinite one and no statistics. Columns have the paper's names where they mean the same.
+    """
     diverged = (folder / "diverged").exists()
     run = load_folder(folder)
     if not (run.finished or diverged):
@@ -148,9 +151,11 @@ def read_run(folder: Path) -> dict | None:
     cfg, last = run.config, run.val[-1] if run.val and not diverged else {}
     first = next((e["val_loss"] for e in run.val if e["step"] == 0), math.log(cfg["vocab"]))
     gamma = {"z_loss": cfg["z_loss"], "mu_loss": cfg["mu_loss"]}.get(re.sub("_1e.*", "", run.arm), 0.0)
+    log = (folder / "log.txt").read_text(errors="replace") if (folder / "log.txt").is_file() else ""
+    told = re.search(r"^model_params:(\d+)", log, re.MULTILINE)  # what diverged has no result.json
     row = {"name": run.name, "scale": run.name.split(f"-{run.arm}-")[0], "method": run.arm, "lambda": gamma,
-           "lr": cfg["adamw_lr"], "seed": run.seed, "params": run.result.get("params", ""), "initial_loss": first,
-           "test_loss": last.get("val_loss", math.inf)}
+           "lr": cfg["adamw_lr"], "seed": run.seed, "params": run.result.get("params") or (int(told[1]) if told else ""),
+           "initial_loss": first, "test_loss": last.get("val_loss", math.inf), "diverged": int(diverged)}
     row["test_perplexity"] = math.exp(row["test_loss"]) if math.isfinite(row["test_loss"]) else math.inf
     row |= {k: v for k, v in last.items() if k.split(".")[0] in ("I", "O", "OC", "H")}
     return row | {"time": run.result.get("train_time_s", "")}
@@ -198,75 +203,116 @@ def write_overview(rows: list[dict], path: Path) -> None:
 def lr_sensitivity(losses: list[float], initial: float, intervals: int | None = None) -> float:
     """
     Mean over learning rates of min(loss, initial loss) - least loss (Wortsman et al. 2023). The paper divides by
-    intervals = n - 1 and not by n, the default. What is not a number counts as diverged.
+    intervals = n - 1 and not by n, the default. What is not a number counts as diverged; nan where no rate trains at all.
     """
     capped = [min(x, initial) if math.isfinite(x) else initial for x in losses]
+    if not capped or min(capped) >= initial:
+        return math.nan
     return sum(x - min(capped) for x in capped) / (intervals or len(capped))
 
 
 def optimum(losses: dict[float, float]) -> tuple[float, float]:
-    """(least loss, its learning rate), the smaller rate of two with one loss."""
-    lr = min(losses, key=lambda lr: (losses[lr] if math.isfinite(losses[lr]) else math.inf, lr))
-    return losses[lr], lr
+    """(least loss, its learning rate), the smaller rate of two with one loss; nan where all diverged."""
+    finite = {lr: x for lr, x in losses.items() if math.isfinite(x)}
+    if not finite:
+        return math.nan, math.nan
+    lr = min(finite, key=lambda lr: (finite[lr], lr))
+    return finite[lr], lr
+
+
+def measured(row: dict, key: str) -> bool:
+    return isinstance(row.get(key), float) and math.isfinite(row[key])
+
+
+def size(rows: list[dict]) -> float:
+    """Parameters of these runs of one scale, from whichever tells; nan if none does."""
+    return next((float(r["params"]) for r in rows if r["params"] not in ("", None)), math.nan)
 
 
 def grouped(rows: list[dict]) -> dict[tuple[str, str], dict[int, dict[float, dict]]]:
-    """(scale, method) -> seed -> learning rate -> row."""
+    """(scale, method) -> seed -> learning rate -> row; scales by size."""
+    sizes = {scale: size([r for r in rows if r["scale"] == scale]) for scale in dict.fromkeys(r["scale"] for r in rows)}
     out: dict = {}
-    for row in sorted(rows, key=lambda r: (r["params"] or 0, r["lr"])):
+    for row in sorted(rows, key=lambda r: (0 if math.isnan(sizes[r["scale"]]) else sizes[r["scale"]], r["lr"])):
         out.setdefault((row["scale"], row["method"]), {}).setdefault(int(row["seed"]), {})[row["lr"]] = row
     return out
 
 
 def spread(values: list[float], digits: int = 3) -> str:
-    mean, sd = mean_sd(values)
-    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ({sd:.{digits}f})")
+    """Mean (sample standard deviation) of what is finite; !k: k more diverged."""
+    finite = [x for x in values if math.isfinite(x)]
+    lost = f"!{len(values) - len(finite)}" * (len(finite) < len(values))
+    if not finite:
+        return lost or "-"
+    mean, sd = mean_sd(finite)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ({sd:.{digits}f})") + f" {lost}" * bool(lost)
 
 
-def summary(seeds: dict[int, dict[float, dict]]) -> dict[str, list[float]]:
-    """Per seed: least loss, its learning rate, sensitivity by both conventions; of the seeds that have every rate."""
-    rates = set().union(*seeds.values())
+def all_rates(groups: dict, scale: str) -> set[float]:
+    """Every learning rate that some method of this scale was trained at."""
+    return set().union(*(by_lr for (of, _), seeds in groups.items() if of == scale for by_lr in seeds.values()))
+
+
+def summary(seeds: dict[int, dict[float, dict]], rates: set[float] | None = None) -> dict[str, list[float]]:
+    """
+    Per seed: least loss, its learning rate, sensitivity by both conventions; of the seeds that have all of these rates (all
+    that the method has). Where none has, of those with most, and `rates` has their number, as sensitivities over different
+    rates do not compare.
+    """
+    rates = rates or set().union(*seeds.values())
+    most = max(map(len, seeds.values()))
     out: dict[str, list[float]] = {k: [] for k in ("loss", "lr", "lrs_n1", "lrs_n")}
     for by_lr in seeds.values():
-        if set(by_lr) == rates:
+        if len(by_lr) == most:
             losses = {lr: row["test_loss"] for lr, row in by_lr.items()}
             best, lr = optimum(losses)
             initial = next(iter(by_lr.values()))["initial_loss"]
             n1 = lr_sensitivity(list(losses.values()), initial, max(1, len(losses) - 1))
             for k, v in zip(out, (best, lr, n1, lr_sensitivity(list(losses.values()), initial))):
                 out[k].append(v)
+    return out | {"rates": [most] if most < len(rates) else []}
+
+
+def paired(rows: list[dict], key: str) -> dict[tuple[str, str], dict[float, list[float]]]:
+    """(scale, method) -> learning rate -> differences of this column to the baseline of the same scale, rate and seed."""
+    base = {(r["scale"], r["lr"], r["seed"]): r for r in rows if r["method"] == "baseline"}
+    out: dict = {}
+    for r in sorted(rows, key=lambda r: r["lr"]):
+        other = base.get((r["scale"], r["lr"], r["seed"]), {})
+        if r["method"] != "baseline" and measured(r, key) and measured(other, key):
+            out.setdefault((r["scale"], r["method"]), {}).setdefault(r["lr"], []).append(r[key] - other[key])
     return out
 
 
 def pairs(rows: list[dict]) -> str:
     """Differences of loss and anisotropy to the baseline, over all pairs of runs; empty where there is none."""
-    base = {(r["scale"], r["lr"], r["seed"]): r for r in rows if r["method"] == "baseline"}
-    body = []
+    body, found = [], {key: paired(rows, key) for key in ("test_loss", "O.ratio norm")}
     for method in dict.fromkeys(r["method"] for r in rows if r["method"] != "baseline"):
-        both = [(r, base[r["scale"], r["lr"], r["seed"]]) for r in rows if r["method"] == method
-                and (r["scale"], r["lr"], r["seed"]) in base]
-        loss, ratio = ([a[k] - b[k] for a, b in both if isinstance(a.get(k), float) and isinstance(b.get(k), float)
-                        and math.isfinite(a[k] - b[k])] for k in ("test_loss", "O.ratio norm"))
+        loss, ratio = ([x for (_, of), by_lr in found[key].items() if of == method for v in by_lr.values() for x in v]
+                       for key in ("test_loss", "O.ratio norm"))
         if loss:
             above = f"{sum(x > 0 for x in ratio)} of {len(ratio)}" if ratio else "-"
-            body.append([method, str(len(loss)), spread(loss, 4), spread(ratio, 4) if ratio else "-", above])
+            body.append([method, str(len(loss)), spread(loss, 4), spread(ratio, 4), above])
     return table(["method", "n", "test loss", "ratio norm", "ratio above the baseline's"], body) if body else ""
 
 
 def sections(rows: list[dict]) -> dict[str, str]:
     """Tables by title. Numbers are means over seeds, behind them in brackets the sample standard deviation."""
     groups = grouped(rows)
-    heads = ["scale", "method", "n", "optimal loss", "optimal lr", "LRS /(n-1)", "LRS /n", "train s"]
+    heads = ["scale", "method", "n", "rates", "diverged", "optimal loss", "optimal lr", "LRS /(n-1)", "LRS /n", "train s"]
     main = []
     for (scale, method), seeds in groups.items():
-        s = summary(seeds)
-        times = [float(r["time"]) for by_lr in seeds.values() for r in by_lr.values() if r.get("time") not in ("", None)]
-        best = " ".join(f"{lr:g}" for lr in sorted(set(s["lr"])))
-        main.append([scale, method, str(len(s["loss"])), spread(s["loss"]), best, spread(s["lrs_n1"]), spread(s["lrs_n"]),
-                     spread(times, 1)])
+        rates = all_rates(groups, scale)
+        s, runs = summary(seeds, rates), [row for by_lr in seeds.values() for row in by_lr.values()]
+        times = [float(r["time"]) for r in runs if r.get("time") not in ("", None)]
+        best = " ".join(f"{lr:g}" for lr in sorted(set(s["lr"])) if math.isfinite(lr))
+        few = f"{s['rates'][0]} of {len(rates)}!" if s["rates"] else str(len(rates))
+        lost = sum(not math.isfinite(r["test_loss"]) for r in runs)
+        loss, n1, n = (spread(s[k]) if any(map(math.isfinite, s[k])) else "nan" for k in ("loss", "lrs_n1", "lrs_n"))
+        main.append([scale, method, str(len(s["loss"])), few, str(lost), loss, best or "-", n1, n, spread(times, 1)])
     out = {"Optimal loss and sensitivity to the learning rate": table(heads, main)}
-    if paired := pairs(rows):
-        out["Paired with the baseline of the same scale, rate and seed"] = paired
+    if differences := pairs(rows):
+        out["Paired with the baseline of the same scale, rate and seed"] = differences
     rates = sorted({row["lr"] for row in rows})
     for key, title, digits in (("test_loss", "Test loss", 3), ("O.ratio norm", "Anisotropy: |mu| over the mean row norm", 3),
                                ("O.mu norm", "|mu| of the output embedding", 3), ("O.logits_mean_mean", "Mean logit", 2),
@@ -276,7 +322,7 @@ def sections(rows: list[dict]) -> dict[str, str]:
             cells = []
             for lr in rates:
                 values = [by_lr[lr][key] for by_lr in seeds.values() if lr in by_lr and isinstance(by_lr[lr].get(key), float)]
-                cells.append(spread(values, digits) if values else "-")
+                cells.append(spread(values, digits))
             body.append([scale, method, *cells])
         if any(cell != "-" for line in body for cell in line[2:]):
             out[title] = table(["scale", "method", *(f"{lr:g}" for lr in rates)], body)
@@ -289,56 +335,94 @@ def sections(rows: list[dict]) -> dict[str, str]:
 
 
 def look(method: str) -> dict:
-    """The paper's colour of a method; other weights of it are dashed."""
-    base = next((m for m in sorted(COLORS, key=len, reverse=True) if method.startswith(m)), None)
-    return {"color": COLORS.get(base, "0.3"), "ls": "-" if method == base else "--", "marker": "o" if method == base else "s",
+    """The paper's colour of a method; other weights of it are broken in other ways."""
+    base = next((m for m in sorted(COLORS, key=len, reverse=True) if method.startswith(m)), "")
+    line, marker = {"": ("-", "o"), "_1e-7": (":", "v"), "_1e+2": ("-.", "^")}.get(method.removeprefix(base), ("--", "s"))
+    return {"color": COLORS.get(base, "0.3"), "ls": line, "marker": marker,
             "lw": 3.6 if method == "baseline" else 1.6, "ms": 6 if method == "baseline" else 3.5}  # wide: others lie on it
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Per scale a row of panels over the learning rate, and below them sensitivity against size."""
+# column, label, and where a symmetric logarithm, which shows 0 and both signs, stops being one; 0: a linear axis
+PANELS = (("test_loss", "test loss (nats)", 0), ("to the baseline", "test loss less the baseline's", 1e-3),
+          ("O.ratio norm", "|mu| / mean row norm", 0), ("O.mu norm", "|mu|", 0.1),
+          ("O.logits_mean_mean", "mean logit", 1), ("O.logits_mean_absmax", "largest |logit|", 1))
+
+
+def draw(rows: list[dict], path: Path):
+    """Per scale panels over the learning rate; once the sensitivity against size. The figure, which is saved."""
     from matplotlib.figure import Figure  # pyplot would look for a display
 
     groups, scales = grouped(rows), list(dict.fromkeys(scale for scale, _ in grouped(rows)))
-    panels = (("test_loss", "test loss (nats)", "linear"), ("O.ratio norm", "|mu| / mean row norm", "linear"),
-              ("O.mu norm", "|mu|", "log"), ("O.logits_mean_mean", "mean logit", "symlog"),
-              ("O.logits_mean_absmax", "largest |logit|", "log"))
-    panels = [p for p in panels if any(isinstance(r.get(p[0]), float) for r in rows)]
-    figure = Figure(figsize=(3.6 * (len(panels) + 1), 3.3 * len(scales)), layout="constrained")
-    axes = figure.subplots(len(scales), len(panels) + 1, squeeze=False)
-    for i, scale in enumerate(scales):
-        for ax, (key, label, kind) in zip(axes[i], panels):
-            for (of, method), seeds in groups.items():
-                rates = sorted(set().union(*seeds.values()))
-                values = [[by_lr[lr][key] for by_lr in seeds.values() if lr in by_lr and isinstance(by_lr[lr].get(key), float)
-                           and math.isfinite(by_lr[lr][key])] for lr in rates]
-                keep = [(lr, v) for lr, v in zip(rates, values) if v]
-                if of != scale or not keep or key == "O.mu norm" and max(map(max, values)) < 1e-5:
-                    continue  # of centred rows a logarithm would show rounding
-                x, y = [lr for lr, _ in keep], [float(np.mean(v)) for _, v in keep]
-                ax.plot(x, y, label=method, **look(method))
-                low, high = [min(v) for _, v in keep], [max(v) for _, v in keep]
-                ax.fill_between(x, low, high, color=look(method)["color"], alpha=0.15, lw=0)
+    of_key = {key: {group: {lr: [by_lr[lr][key] for by_lr in seeds.values() if lr in by_lr and measured(by_lr[lr], key)]
+                            for lr in sorted(set().union(*seeds.values()))} for group, seeds in groups.items()}
+              for key, _, _ in PANELS} | {"to the baseline": paired(rows, "test_loss")}
+    panels = [p for p in PANELS if any(v for by_lr in of_key[p[0]].values() for v in by_lr.values())]
+    columns = min(4, len(panels) + 1)
+    lines = -(-(len(panels) + 1) // columns)  # of panels, for each scale
+    figure = Figure(figsize=(3.7 * columns, 3.1 * lines * len(scales) + 0.5), layout="constrained")
+    axes = figure.subplots(len(scales), lines * columns, squeeze=False) if lines == 1 else \
+        figure.subplots(len(scales) * lines, columns, squeeze=False).reshape(len(scales), lines * columns)
+    for row, scale in zip(axes, scales):
+        for ax, (key, label, linear) in zip(row, panels):
+            draw_panel(ax, {method: v for (of, method), v in of_key[key].items() if of == scale}, linear)
             ax.set(xscale="log", xlabel="learning rate", ylabel=label)
-            sizes = [abs(y) for line in ax.lines for y in line.get_ydata() if abs(y) > 0.1]
-            if sizes and max(sizes) > 30 * min(sizes):  # within less, the ticks of a logarithm say little
-                ax.set_yscale(kind, **({"linthresh": 1} if kind == "symlog" else {}))
-            ax.grid(alpha=0.25, lw=0.6)
-        axes[i][0].set_title(scale, loc="left", fontsize=10)
-        axes[i][-1].axis("off" if i else "on")
-    ax = axes[0][-1]
-    for method in dict.fromkeys(m for _, m in groups):
-        points = [(float(next(iter(next(iter(seeds.values())).values()))["params"]), summary(seeds)["lrs_n1"])
-                  for (_, m), seeds in groups.items() if m == method]
-        points = [(size, values) for size, values in points if values]
-        if points:
-            ax.plot([p / 1e6 for p, _ in points], [float(np.mean(v)) for _, v in points], label=method, **look(method))
-    ax.set(xlabel="parameters (millions)", ylabel="sensitivity to the learning rate", ylim=(0, None))
-    if len(scales) > 2:
-        ax.set(xscale="log", yscale="log")
-    ax.grid(alpha=0.25, lw=0.6)
-    ax.legend(frameon=False, fontsize=8)
+        row[0].set_title(scale, loc="left", fontsize=10)
+        for ax in row[len(panels):]:
+            ax.axis("off")
+    ax = axes[0][len(panels)]
+    ax.axis("on")
+    draw_sensitivity(ax, groups, scales)
+    for ax in axes.flat:
+        ax.grid(alpha=0.25, lw=0.6)
+    shown = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=6, frameon=False)
     figure.savefig(path, dpi=110)
+    return figure
+
+
+def draw_panel(ax, values: dict[str, dict[float, list[float]]], linear: float) -> None:
+    """One line per method: means, and the range over seeds; linear up to there, from where the values are far beyond."""
+    for method, by_lr in values.items():
+        keep = {lr: v for lr, v in by_lr.items() if v}
+        if keep:
+            ax.plot(list(keep), [float(np.mean(v)) for v in keep.values()], label=method, **look(method))
+            ax.fill_between(list(keep), [min(v) for v in keep.values()], [max(v) for v in keep.values()],
+                            color=look(method)["color"], alpha=0.15, lw=0)
+    if "baseline" not in values:  # differences to it
+        ax.axhline(0, lw=2.5, **{k: v for k, v in look("baseline").items() if k == "color"}, zorder=1)
+    every = [x for by_lr in values.values() for v in by_lr.values() for x in v]
+    if linear and max(map(abs, every), default=0) > 30 * linear:
+        ax.set_yscale("symlog", linthresh=linear)
+        low, high = min(0, *every), max(0, *every)
+        ax.set_ylim(2 * low - linear / 4, 2 * high + linear / 4)  # its own margins are those of a linear axis
+
+
+def draw_sensitivity(ax, groups: dict, scales: list[str]) -> None:
+    """Against the number of parameters, with the standard deviation over seeds; only over all rates of a scale."""
+    sizes, told = {scale: size([r for (of, _), seeds in groups.items() if of == scale for by_lr in seeds.values()
+                                for r in by_lr.values()]) / 1e6 for scale in scales}, []
+    methods = list(dict.fromkeys(m for _, m in groups))
+    for i, method in enumerate(methods):
+        points = []
+        for (scale, of), seeds in groups.items():
+            s = summary(seeds, all_rates(groups, scale))
+            values = [x for x in s["lrs_n1"] if math.isfinite(x)]
+            if of == method and values and not s["rates"] and math.isfinite(sizes[scale]):
+                points.append((sizes[scale] * 1.03 ** (i - len(methods) / 2), *mean_sd(values)))  # beside each other
+        if points:
+            x, y, sd = zip(*points)
+            ax.errorbar(x, y, [0.0 if math.isnan(v) else v for v in sd], label=method, capsize=2, elinewidth=1, **look(method))
+            told += y
+    ax.set(xlabel="parameters (millions)", ylabel="sensitivity to the learning rate")
+    ticks = sorted(v for v in sizes.values() if math.isfinite(v))
+    if len(ticks) > 1:
+        ax.set_xscale("log")
+    if len(ticks) > 2 and told and min(told) > 0:
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(0, None)
+    ax.set_xticks(ticks, [f"{v:.3g}" for v in ticks])
+    ax.set_xticks([], minor=True)
 
 
 @dataclass
@@ -361,7 +445,10 @@ def tables(options: Tables) -> int:
     found = sections(rows)
     draw(rows, out / "centering.png")
     body = "".join(f"\n## {title}\n\n```\n{text}\n```\n" for title, text in found.items())
-    body = f"# Centering\n\nMeans over seeds (sample standard deviation).\n{body}\n![figures](centering.png)\n"
+    notes = ("Means over seeds (sample standard deviation); !k: k runs more diverged. LRS: mean over the rates of\n"
+             "min(loss, initial loss) - best loss; `3 of 5!`: over 3 rates, when others have 5. In the figure bands are\n"
+             "ranges over seeds, bars standard deviations.")
+    body = f"# Centering\n\n{notes}\n{body}\n![figures](centering.png)\n"
     (out / "report.md").write_text(body)
     print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in found.items()))
     print(f"\nwrote {out}/overview.csv, report.md, centering.png")

@@ -94,8 +94,8 @@ def spectrum(e: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def statistics(model: tg.GPT, val: tg.Validation | None, shape: tg.Shape, tokens: int) -> tuple[dict[str, float], int]:
     """Everything about the embeddings, and about logits on the first tokens of validation text; and on how many there were."""
-    head = model.head[: model.logit_rows].detach().double()  # not the rows cut off
-    tables = {"I": head if model.embed is None else model.embed.detach().double(), "O": head}
+    head = model.head[: model.logit_rows].detach().double()  # rows without logits are no part of it
+    tables = {"I": head if model.embed is None else model.embed[: model.logit_rows].detach().double(), "O": head}
     out = {f"{k}.{name}": x for k, e in tables.items() for name, x in (row_statistics(e) | spectrum(e)).items()}
     out |= {f"OC.{name}": x for name, x in row_statistics(head - head.mean(0), head.mean(0)).items()}
     tokens = min(tokens, val.scored if val else 0)
@@ -163,6 +163,9 @@ def embeddings(options: EmbeddingOptions) -> int:
 
 
 def main(argv: list[str]) -> int:
+    if not argv:
+        print("usage: report.py embeddings RUN... [--tokens N]: run folders, checkpoint folders or artifacts", file=sys.stderr)
+        return 2
     try:
         return embeddings(tyro.cli(EmbeddingOptions, args=argv, prog="report.py embeddings"))
     except tg.UserError as e:

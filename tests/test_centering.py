@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def parts(tmp_path, **changes) -> tg.Parts:
     if not list(tmp_path.glob("*.bin")):
         rng = np.random.default_rng(0)
         for split in ("train", "val"):
-            write_shard(tmp_path / f"x_{split}_0.bin", rng.integers(1, 96, 4097))
+            write_shard(tmp_path / f"x_{split}_0.bin", rng.integers(1, 80, 4097))
     cfg = tiny(data=str(tmp_path), epochs=0, **(FAMILY | changes))
     tg.validate(cfg)
     return tg.build(cfg, tg.Run(cfg))
@@ -300,6 +301,22 @@ def test_mean_row_is_left_after_a_step(tmp_path):
     assert names and p.model.head.data_ptr() in {b.weights.data_ptr() for b in p.opt.buckets}  # the optimizer sees it
 
 
+def test_padding_rows_without_logits_count_in_the_mean(tmp_path):
+    """Under pad_vocab the head has rows that nothing ever sees; a number in them must change nothing."""
+    told = []
+    for junk in (0.0, 5.0):
+        p = parts(tmp_path, mu_centering=1, mu_loss=10.0, pad_vocab=1, vocab=80, head_multiple=64, doc_token=0)
+        assert (len(p.model.head), p.model.logit_rows) == (128, 80)
+        with torch.no_grad():
+            p.model.head[80:] = junk
+        loss, _ = tg.train_step(p, 0, now())
+        values, _ = embeddings.statistics(p.model, None, None, 0)
+        told.append((loss.tolist(), p.model.head[:80].detach().clone(), values))
+        assert p.model.head[:80].mean(0).norm() < 1e-7 and values["O.ratio norm"] < 1e-6
+        assert (p.model.head[80:] - junk).abs().max() < 1e-6
+    assert told[0][0] == told[1][0] and torch.equal(told[0][1], told[1][1]) and told[0][2] == told[1][2]
+
+
 def test_terms_are_logged_under_another_name_or_in_the_loss(tmp_path, monkeypatch):
     parts(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -355,6 +372,20 @@ def test_streamed_statistics_differ_from_those_of_all_logits_at_once():
         "O.logits_mean_absmean": np.abs(logits).mean(), "O.logits_mean_absmax": np.abs(logits).max(1).mean(),
         "H.mean_logsqZ": (log_z**2).mean()})  # fmt: skip
     assert np.allclose(mean, hidden.mean(0))
+
+
+@pytest.mark.parametrize("asked, used", [(100, 100), (32, 32), (10**6, 4096)])
+def test_statistics_are_of_other_tokens_than_they_say(tmp_path, asked, used):
+    """Rows of 32 tokens in batches of 4: exactly the first 100, or all there are."""
+    p = parts(tmp_path)
+    got, count = embeddings.statistics(p.model, p.val, p.plan.eval_shape(now()), asked)
+    x = torch.from_numpy(p.val.tokens[:-1].astype(np.int64)).view(-1, 32)
+    logits = p.model.logits(p.model.hidden(x, 1, 0)).detach().flatten(0, 1)[:used]
+    assert count == used and got["O.logits_mean_absmax"] == pytest.approx(logits.abs().amax(-1).mean().item(), rel=1e-5)
+
+
+def test_embeddings_without_a_run_says_nothing(capsys):
+    assert embeddings.main([]) == 2 and "usage" in capsys.readouterr().err
 
 
 def test_statistics_of_rows_or_spectrum_differ_from_numpy():
@@ -554,9 +585,88 @@ def test_sweep_leaves_some_weights_at_another_rate(tmp_path):
             centering.run_argv(centering.Sweep(), f"centering_cpu,{other}", "baseline", 0.07, 1)
 
 
+def row(scale: str, method: str, lr: float, seed: int = 1, loss: float = 5.0, **more) -> dict:
+    """A line of an overview; one that diverged has neither size nor statistics."""
+    params = {"small": 1e5, "middle": 4e5, "large": 2e6}[scale]
+    ratio, mu = (0.0, 1e-9) if method == "mu_centering" else (0.7, 40 * lr)
+    return {"name": f"{scale}-{method}-lr{lr}-s{seed}", "scale": scale, "method": method, "lr": lr, "seed": seed,
+            "params": params, "initial_loss": 7.0, "test_loss": loss, "time": 3.0, "O.ratio norm": ratio,
+            "O.mu norm": mu} | more
+
+
+LOST = {"test_loss": math.inf, "params": "", "time": "", "O.ratio norm": "", "O.mu norm": ""}
+
+
+def columns(text: str) -> list[dict]:
+    """A table's lines by column; cells hold single spaces at most."""
+    heads, *lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+    return [dict(zip(heads, line, strict=True)) for line in lines]
+
+
+def test_diverged_run_breaks_tables_or_counts_as_none(tmp_path):
+    """One run of four, all of a method, all of a scale; tables, figure, and what was written read back."""
+    rows = [row("small", m, lr, s, 5 + lr) for m in ("baseline", "mu_centering") for lr in (0.01, 0.1) for s in (1, 2)]
+    rows[0] |= LOST
+    rows += [row("small", "z_loss", lr) | LOST for lr in (0.01, 0.1)]
+    rows += [row("large", "baseline", lr) | LOST for lr in (0.01, 0.1)]
+    centering.write_overview(rows, tmp_path / "x.csv")
+    assert centering.tables(centering.Tables(str(tmp_path / "x.csv"), str(tmp_path))) == 0
+    found = centering.sections(centering.read_overview(tmp_path / "x.csv"))
+    main = {(r["scale"], r["method"]): r for r in columns(found["Optimal loss and sensitivity to the learning rate"])}
+    told = {k: (r["diverged"], r["LRS /(n-1)"]) for k, r in main.items()}
+    assert told["small", "mu_centering"] == ("0", "0.090 (0.000)") and told["small", "baseline"] == ("1", "0.995 (1.280)")
+    assert told["small", "z_loss"] == told["large", "baseline"] == ("2", "nan")  # not 0, as if no rate were worse than the best
+    assert main["small", "z_loss"]["optimal lr"] == "-"
+    loss = {(r["scale"], r["method"]): r["0.01"] for r in columns(found["Test loss"])}
+    assert loss["small", "baseline"] == "5.010 !1" and loss["large", "baseline"] == "!1"
+
+
+def test_sensitivity_over_fewer_rates_passes_for_a_whole_one():
+    """In the middle of a sweep: mu_centering has two of three rates, seed 2 of the baseline one."""
+    rows = [row("small", "baseline", lr) for lr in (0.01, 0.1, 1.0)] + [row("small", "mu_centering", lr) for lr in (0.01, 0.1)]
+    rows += [row("small", "baseline", 0.01, 2)]
+    main = {r["method"]: r for r in columns(centering.sections(rows)["Optimal loss and sensitivity to the learning rate"])}
+    assert (main["baseline"]["rates"], main["baseline"]["n"]) == ("3", "1") and main["mu_centering"]["rates"] == "2 of 3!"
+
+
+def test_figure_hides_zeros_or_sensitivities_or_sizes(tmp_path):
+    """|mu| of centred rows is 0 on a logarithm; three sizes make the sensitivity's axes logarithms, whose limit is not 0."""
+    rows = [row(scale, m, lr, s, 5 + lr * s) for scale in ("small", "middle", "large") for m in ("baseline", "mu_centering")
+            for lr in (0.01, 0.1) for s in (1, 2)]
+    figure = centering.draw(rows, tmp_path / "x.png")
+    axes = {ax.get_ylabel(): ax for ax in figure.axes if ax.get_ylabel()}
+    mu, lrs, gap = axes["|mu|"], axes["sensitivity to the learning rate"], axes["test loss less the baseline's"]
+    low, high = mu.get_ylim()
+    assert mu.get_yscale() == "symlog" and low < 0 < 4 < high
+    assert {line.get_label() for line in mu.lines} == {"baseline", "mu_centering"}
+    assert lrs.get_yscale() == "log" and lrs.get_ylim()[0] > 0
+    assert [t.get_text() for t in lrs.get_xticklabels()] == ["0.1", "0.4", "2"]
+    assert all(x.get_segments() for x in lrs.collections)  # spread over seeds
+    assert [list(line.get_ydata()) for line in gap.lines if line.get_label() == "mu_centering"] == [[0.0, 0.0]]
+    few = centering.draw([r for r in rows if r["scale"] != "middle"], tmp_path / "x.png")
+    (lrs,) = (ax for ax in few.axes if "sensitivity" in ax.get_ylabel())
+    assert lrs.get_yscale() == "linear" and lrs.get_ylim()[0] == 0
+
+
+def test_overview_lacks_published_columns(tmp_path, monkeypatch):
+    """Those that mean the same here; the published isotropy takes one sign, Smin/Smax is in percent, and have other names."""
+    options = centering.Sweep((tiny_sweep(tmp_path),), ("baseline",), (1e-2,), (1,), 2, str(tmp_path / "runs"))
+    assert centering.sweep(options) == 0 == centering.tables(centering.Tables(options.log_dir, str(tmp_path / "out")))
+    (found,) = centering.read_overview(tmp_path / "out" / "overview.csv")
+    sizes = ["max norm", "avg norm", "min norm", "mu norm", "ratio norm"]
+    aligned = [f"{a} align{b}" for a in ("max", "avg", "min") for b in ("dot", "cos")] + ["centering_ratio"]
+    want = {"name", "test_loss", "test_perplexity", "time", "O.Smin", "O.Smax", "H.mean_logsqZ"}
+    want |= {f"I.{k}" for k in sizes} | {f"{p}.{k}" for p in ("O", "OC") for k in sizes + aligned}
+    want |= {f"{p}.fhs_{k}" for p in "IO" for k in ("cos_sim", "dot_prod")}
+    want |= {f"O.logits_{k}" for k in ("mean_mean", "mean_std", "std_mean", "std_std", "mean_absmean", "mean_absmax")}
+    assert want <= found.keys() and all(isinstance(found[k], float) for k in want - {"name"})
+    assert found["O.isotropy of both signs"] > 0 and not {"O.isotropy", "O.Smin/Smax"} & found.keys()
+
+
 def test_diverged_run_makes_the_sensitivity_nan():
     assert centering.lr_sensitivity([3.0, math.nan, 4.0], 10.0, 2) == pytest.approx((0 + 7 + 1) / 2)
     assert centering.lr_sensitivity([3.0, math.inf, 12.0], 10.0) == pytest.approx(14 / 3)
+    assert math.isnan(centering.lr_sensitivity([math.inf, math.nan, 10.0], 10.0))  # and not 0, the best there is
     assert centering.optimum({0.1: math.nan, 0.01: 3.0, 0.001: 3.0}) == (3.0, 0.001)
 
 

@@ -77,3 +77,17 @@ def test_a_value_of_nca_that_means_nothing_is_refused_and_bad_flags_end_in_a_mes
     assert code == 2 and "NCA=2" in said and not calls
     code, said, calls = start("golf_cpu", "--dim", "7")
     assert code == 2 and "error:" in said and "Traceback" not in said and not calls
+
+
+def test_centering_gets_the_data_of_one_scale_or_tabulates_another_folder(start):
+    code, said, calls = start("centering", "--scales", "centering_cpu", "centering_16m,dim=32", "tiny_cpu,data=data/slowrun",
+                              "--seeds", "1", "--log_dir", "logs/mine")
+    assert code == 0, said
+    got = [call.split()[1] for call in only(calls, "data/get.py")]
+    assert got == ["sample", "fineweb100B", "slowrun"]
+    assert only(calls, "logs/centering.py tables") == ["logs/centering.py tables logs/mine --out logs/report-mine"]
+    code, said, calls = start("centering", "--seeds", "1")
+    assert only(calls, "data/get.py") == ["data/get.py sample --vocab 4096 --out data/sample4096"]
+    assert only(calls, "logs/centering.py tables") == ["logs/centering.py tables logs/centering --out logs/report-centering"]
+    code, said, calls = start("centering", "--scales", "centering_cpu,width=3")
+    assert code != 0 and "width" in said and not only(calls, "logs/centering.py")
