@@ -462,47 +462,74 @@ def tables(options: Tables) -> int:
 
 @dataclass
 class Overhead:
-    """Time of a training step with each method over the baseline's, the methods taking turns."""
+    """Time of a training step with each method over the baseline's: one model, its flags switched from step to step."""
     config: tuple[str, ...] = ("centering_cpu",)  # presets
-    flags: str = ""  # further flags of train_gpt.py, e.g. "--compile 1 --dim 224"
-    rounds: int = 15  # turns of every method
-    steps: int = 10  # steps in a turn
+    flags: str = ""  # further flags of train_gpt.py, as in --flags="--compile 1 --dim 224"
+    rounds: int = 500  # steps of every method; two minutes at centering_cpu
+    seed: int = 1  # of the order within a round and of the bootstrap
+
+
+def switched_step(p, method: str, step: int):
+    """A training step of one method by a model that is made for any: what train_step asks for are fields of its Config."""
+    import train_gpt as tg
+
+    for k, v in (dict.fromkeys(("z_loss", "mu_loss", "mu_centering"), 0) | METHODS[method]).items():
+        setattr(p.cfg, k, v)
+    return tg.train_step(p, step, p.plan.at(step, min(1.0, step / p.cfg.steps)))
+
+
+def step_times(p, methods: tuple[str, ...], rounds: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """
+    Seconds [rounds] of a step of each method; in every round they come in another order. On a CPU it is the time of this
+    process, which others lengthen little; on a GPU the time between two of its events.
+    """
+    import train_gpt as tg
+
+    took = {m: np.zeros(rounds) for m in methods}
+    on_gpu = p.run.device.type == "cuda"
+    for i in range(-3, rounds):  # three rounds warm up: graphs, caches, the allocator
+        for m in rng.permutation(list(methods)):
+            if on_gpu:
+                began, ended = (tg.torch.cuda.Event(enable_timing=True) for _ in range(2))
+                tg.torch.cuda.synchronize()
+                began.record()
+                switched_step(p, m, i + 3)
+                ended.record()
+                tg.torch.cuda.synchronize()
+                seconds = began.elapsed_time(ended) / 1000
+            else:
+                before = time.process_time()
+                switched_step(p, m, i + 3)
+                seconds = time.process_time() - before
+            if i >= 0:
+                took[m][i] = seconds
+    return took
+
+
+def median_ratio(values: np.ndarray, base: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Median of the paired differences in percent of the baseline's median, and its 95 % interval by bootstrap over rounds."""
+    gap = 100 * (values - base) / np.median(base)
+    resampled = np.median(rng.choice(gap, (2000, len(gap))), axis=1)
+    return float(np.median(gap)), *map(float, np.quantile(resampled, (0.025, 0.975)))
 
 
 def overhead(options: Overhead) -> int:
     import train_gpt as tg
 
-    parts = {}
-    for method in ("baseline", "mu_centering", "mu_loss", "z_loss"):
-        flags = [x for k, v in METHODS[method].items() for x in (f"--{k}", str(v))]
-        cfg = tg.parse_args(["--config", *options.config, *options.flags.split(), "--epochs", "0", *flags])
-        run = tg.Run(cfg)
-        run.prepare_machine()
-        parts[method] = tg.build(cfg, run)
-        with contextlib.redirect_stdout(io.StringIO()):
-            tg.warm_up(parts[method])
-    ratios: dict[str, list[float]] = {m: [] for m in parts}
-    base, step, order = [], 0, list(parts)
-    for i in range(options.rounds + 1):
-        took = {}
-        for method in order[i % len(order):] + order[: i % len(order)]:
-            p = parts[method]
-            p.run.clock.sync()
-            began = time.perf_counter()
-            for s in range(step, step + options.steps):
-                tg.train_step(p, s, p.plan.at(s, min(1.0, s / p.cfg.steps)))
-            p.run.clock.sync()
-            took[method] = (time.perf_counter() - began) / options.steps
-        step += options.steps
-        if i:  # the first turn warms caches
-            base.append(took["baseline"])
-            for method in parts:
-                ratios[method].append(took[method] / took["baseline"])
-    print(f"{' '.join(options.config)} {options.flags}: baseline {1000 * float(np.median(base)):.2f} ms a step; "
-          f"{options.rounds} rounds of {options.steps} steps, the methods in turn")
-    for method, values in ratios.items():
-        low, mid, high = (100 * (float(q) - 1) for q in np.quantile(values, (0.25, 0.5, 0.75)))
-        print(f"{method:14} {mid:+.2f} % (median of paired ratios; quartiles {low:+.2f} to {high:+.2f} %)")
+    methods, rng = ("baseline", "mu_centering", "mu_loss", "z_loss"), np.random.default_rng(options.seed)
+    cfg = tg.parse_args(["--config", *options.config, *options.flags.split(), "--epochs", "0"])
+    if options.rounds < 10:
+        raise ReportError(f"--rounds {options.rounds}: an interval needs 10 or more")
+    with contextlib.redirect_stdout(io.StringIO()), tg.Run(cfg) as run:
+        p = tg.build(cfg, run)
+        took = step_times(p, methods, options.rounds, rng)
+    clock = "between CUDA events" if run.device.type == "cuda" else "of the process"
+    print(f"{' '.join(options.config)} {options.flags}: {sum(q.numel() for q in p.model.parameters()):,} parameters, head of "
+          f"{p.model.logit_rows} x {cfg.dim}, {cfg.batch_tokens} tokens a step, {tg.device_name(run)}\nbaseline "
+          f"{1000 * np.median(took['baseline']):.2f} ms a step (time {clock}); {options.rounds} steps of each method, in turns")
+    for method in methods[1:]:
+        mid, low, high = median_ratio(took[method], took["baseline"], rng)
+        print(f"{method:14} {mid:+.2f} % (95 %: {low:+.2f} to {high:+.2f})")
     return 0
 
 

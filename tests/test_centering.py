@@ -690,6 +690,41 @@ def test_sweep_trains_a_finished_run_again_or_mixes_methods(tmp_path, capsys):
     assert again["Test loss"] in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.parametrize("method", list(centering.METHODS))
+def test_overhead_times_a_step_without_its_method(tmp_path, method):
+    """Switched from step to step, on one model, a step does what a model made for its method does, to the bit."""
+    loud = {k: {f: 1 if f == "mu_centering" else 50.0 for f in v} for k, v in centering.METHODS.items()}
+    p, own = parts(tmp_path), parts(tmp_path, **loud[method])
+    kept = p.opt.snapshot()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(centering, "METHODS", loud)
+        for before in ("z_loss", "mu_centering", "mu_loss", "baseline"):  # whatever was on
+            centering.switched_step(p, before, 0)
+        with torch.no_grad():
+            p.opt.restore(kept)
+        p.loader = parts(tmp_path).loader
+        told = centering.switched_step(p, method, 0)
+    judged = tg.train_step(own, 0, own.plan.at(0, 0.0))
+    assert [t.tolist() for t in told] == [t.tolist() for t in judged]
+    assert all(torch.equal(a, b) for a, b in zip(p.model.parameters(), own.model.parameters(), strict=True))
+    assert len(told[0]) == 1 + (method.startswith(("mu_loss", "z_loss")))
+    assert (p.model.head.mean(0).norm() < 1e-7) == (method == "mu_centering")
+
+
+def test_overhead_is_not_the_paired_difference(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    base = 0.05 + 0.02 * rng.random(400)  # the machine's drift, which both of a pair have
+    mid, low, high = centering.median_ratio(base + 0.0006 + 1e-4 * rng.standard_normal(400), base, rng)
+    assert low < 1.0 < high and high - low < 0.1 and low < mid < high
+    scale = tiny_sweep(tmp_path).split(",")
+    flags = " ".join(f"--{k} {v}" for k, _, v in (x.partition("=") for x in scale[1:]))
+    assert centering.main(["overhead", f"--flags={flags}", "--rounds", "10"]) == 0
+    said = capsys.readouterr().out
+    assert "head of 96 x 16, 256 tokens a step" in said and all(re.search(rf"^{m} +[-+]\d", said, re.M) for m in (
+        "mu_centering", "mu_loss", "z_loss"))
+    assert centering.main(["overhead", f"--flags={flags}", "--rounds", "2"]) == 2
+
+
 def test_sweep_misreads_a_method_or_an_overview(tmp_path):
     with pytest.raises(ReportError, match="no such method"):
         centering.sweep(centering.Sweep(methods=("nu_loss",)))
