@@ -481,12 +481,36 @@ def test_rounding_of_shifted_logits_costs_another_loss_than_the_specs_say():
 
 
 def test_centering_does_not_recover_what_rounding_took():
-    _, model = explain_centering.train_small(40)
-    x, y = explain_centering.zipf_batch(torch.Generator().manual_seed(2), 32, 32, 112)
-    calm, wild = (explain_centering.stress(model, x, y, c) for c in (0.0, 588.0))
+    of = explain_centering.small_subject(40, 32)
+    calm, wild = (explain_centering.stress(of, c) for c in (0.0, 588.0))
     assert wild["fp32"] == pytest.approx(calm["fp32"], abs=1e-3)
     assert wild["bf16 logits"] > calm["fp32"] + 0.1 and wild["all bf16"] > calm["fp32"] + 0.1
     assert wild["all bf16, centred"] == pytest.approx(calm["fp32"], abs=0.01)
+
+
+def train_a_run(tmp_path, **changes) -> str:
+    parts(tmp_path)
+    changes = vars(tiny(**FAMILY)) | {"steps": 3, "data": str(tmp_path), "run": "x", "lr": "1e-2", "eval_every": 0, "epochs": 0,
+                                      "export": "", "log_dir": str(tmp_path), "compile": 0} | changes
+    flags = [f for k, v in changes.items() if k != "config" and not isinstance(v, bool) for f in (f"--{k}", str(v))]
+    assert tg.main(flags) == 0
+    return str(tmp_path / "x")
+
+
+def test_explanation_stresses_another_model_than_the_run_has(tmp_path):
+    """A run with loops, windows, scaled logits and rows without logits: a shift changes no loss, so it is the run's own."""
+    run = train_a_run(tmp_path, loop="0:1", repeats="0:1 0.5:3", window="5", logit_dim_power=-0.5, pad_vocab=1, vocab=80,
+                      head_multiple=64, init="remix", head_init="0.5")
+    of = explain_centering.subject(explain_centering.ExplainOptions(run, tokens=10**6))
+    own = json.loads((tmp_path / "x" / "result.json").read_text())["val_loss"]
+    for offset in (0.0, 16.5):
+        assert explain_centering.stress(of, offset)["fp32"] == pytest.approx(own, abs=2e-5)
+        assert of.factor() * (of.hidden @ of.head(offset).T).mean().item() == pytest.approx(offset, abs=1e-3)
+
+
+def test_explanation_shifts_capped_logits(tmp_path):
+    with pytest.raises(tg.UserError, match="softcap = 15"):
+        explain_centering.subject(explain_centering.ExplainOptions(train_a_run(tmp_path, softcap=15.0)))
 
 
 def test_muon_or_sgd_on_the_head_moves_the_mean_row():
