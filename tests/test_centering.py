@@ -559,7 +559,7 @@ def train_a_run(tmp_path, **changes) -> str:
 def test_explanation_stresses_another_model_than_the_run_has(tmp_path):
     """A run with loops, windows, scaled logits and rows without logits: a shift changes no loss, so it is the run's own."""
     run = train_a_run(tmp_path, loop="0:1", repeats="0:1 0.5:3", window="5", logit_dim_power=-0.5, pad_vocab=1, vocab=80,
-                      head_multiple=64, init="remix", head_init="0.5")
+                      head_multiple=64, init="remix", head_init="0.5", proj_init=1.0)
     of = explain_centering.subject(explain_centering.ExplainOptions(run, tokens=10**6))
     own = json.loads((tmp_path / "x" / "result.json").read_text())["val_loss"]
     for offset in (0.0, 16.5):
