@@ -126,17 +126,37 @@ def rounding_curve(offsets: tuple[float, ...], std: float = 4.7, vocab: int = 50
     return rises
 
 
+@dataclass
+class Subject:
+    """A trained model, what its last norm gives on some text [N, D], and the targets [N]."""
+
+    model: tg.GPT
+    hidden: Tensor
+    targets: Tensor
+    name: str
+
+    def factor(self) -> float:
+        """What the model's logits are over the products of activations and head."""
+        return self.model.cfg.dim**self.model.cfg.logit_dim_power
+
+    def head(self, offset: float) -> Tensor:
+        """The rows that give logits, all shifted along the mean activation, so that the mean logit becomes `offset`."""
+        mean, head = self.hidden.mean(0), self.model.head[: self.model.logit_rows].detach().float()
+        return head - head.mean(0) + offset / self.factor() * mean / mean.square().sum()
+
+    def loss(self, products: Tensor, cap: float = 0.0) -> float:
+        """Cross-entropy of these products of activations and head [N, V], scaled as the model scales its logits."""
+        logits = products.float() * self.factor()
+        return F.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, self.targets).item()
+
+
 @torch.no_grad()
-def stress(model: tg.GPT, x: Tensor, y: Tensor, offset: float) -> dict[str, float]:
+def stress(of: Subject, offset: float) -> dict[str, float]:
     """
-    (b) Cross-entropy of a trained model whose head rows are all shifted along the mean activation, so that the mean logit
-    becomes `offset`: in fp32, with logits rounded to bf16, with weights and activations in bf16 as a GPU multiplies them,
-    and that again behind one centering.
+    (b) Cross-entropy of a trained model whose mean logit is shifted to `offset`: in fp32, with logits rounded to bf16, with
+    weights and activations in bf16 as a GPU multiplies them, and that again behind one centering.
     """
-    hidden, y = model.hidden(x, 1, 0).flatten(0, 1).float(), y.flatten()
-    mean, head = hidden.mean(0), model.head.detach().float()
-    head = head - head.mean(0) + offset * mean / mean.square().sum()
-    loss = lambda logits: F.cross_entropy(logits.float(), y).item()
+    hidden, head, loss = of.hidden, of.head(offset), of.loss
     centred = head.clone()
     tg.center(centred)
     return {"fp32": loss(hidden @ head.T), "bf16 logits": loss((hidden @ head.T).bfloat16()),
@@ -178,6 +198,7 @@ class ExplainOptions:
 
 
 def explain(options: ExplainOptions) -> int:
+    of = subject(options)  # first: what is wrong with a run should not be told half a minute later
     print("(a) fp64, 100 steps: mu-centering against the baseline. An untied head's mean row is invisible to the loss.")
     print(f"{'':28}{'loss differs by':>16}{'centred head by':>17}")
     for name, changes in NO_OP.items():
@@ -186,9 +207,8 @@ def explain(options: ExplainOptions) -> int:
     print("\n(b) So a difference is rounding. Logits N(0, 4.7^2) + c in bf16, 50,304 of them: the loss rises by")
     print("".join(f"{f'c = {c:g}':>12}" for c in offsets))
     print("".join(f"{rise:12.4f}" for rise in rounding_curve(offsets)))
-    model, x, y, what = stressed(options)
-    print(f"\n    {what}: head rows shifted until the mean logit is c")
-    rows = {c: stress(model, x, y, c) for c in (0.0, *offsets)}
+    print(f"\n    {of.name}: head rows shifted until the mean logit is c")
+    rows = {c: stress(of, c) for c in (0.0, *offsets)}
     print("    " + f"{'c':>8}" + "".join(f"{name:>19}" for name in rows[0.0]))
     for c, losses in rows.items():
         print(f"    {c:8g}" + "".join(f"{loss:19.4f}" for loss in losses.values()))
@@ -197,34 +217,39 @@ def explain(options: ExplainOptions) -> int:
         print(f"{name:28} |mu| {mu:9.3e}   |mu|/mean norm {ratio:.3f}")
     print("    Muon on the blocks: as (a), no effect. Softcap: cap*tanh(z/cap) is not free to shift; loss of the model above")
     for c in (0.0, 5.0, 15.0):
-        plain, capped = (softcapped(model, x, y, c, cap) for cap in (0.0, 15.0))
+        plain, capped = (of.loss(of.hidden @ of.head(c).T, cap) for cap in (0.0, 15.0))
         print(f"    mean logit {c:4g}: {plain:.4f} without, {capped:.4f} with softcap 15")
     return 0
 
 
-@torch.no_grad()
-def softcapped(model: tg.GPT, x: Tensor, y: Tensor, offset: float, cap: float) -> float:
-    """Cross-entropy in fp32 with the head centred and then shifted to a mean logit of `offset`, logits capped."""
-    hidden = model.hidden(x, 1, 0).flatten(0, 1).float()
-    mean, head = hidden.mean(0), model.head.detach().float()
-    logits = hidden @ (head - head.mean(0) + offset * mean / mean.square().sum()).T
-    return F.cross_entropy(cap * torch.tanh(logits / cap) if cap else logits, y.flatten()).item()
+def small_subject(steps: int = 150, rows: int = 64) -> Subject:
+    _, model = train_small(steps)
+    x, y = zipf_batch(torch.Generator().manual_seed(2), rows, 32, model.cfg.vocab * 7 // 8)
+    return Subject(model, model.hidden(x, 1, 0).detach().flatten(0, 1).float(), y.flatten(), "A small model")
 
 
-def stressed(options: ExplainOptions) -> tuple[tg.GPT, Tensor, Tensor, str]:
-    """A trained model and validation tokens for it."""
+def subject(options: ExplainOptions) -> Subject:
+    """A trained model on validation text, as its own evaluation runs it at the end of training."""
     if not options.run:
-        _, model = train_small(150)
-        x, y = zipf_batch(torch.Generator().manual_seed(2), 64, 32, model.cfg.vocab * 7 // 8)
-        return model, x, y, "A small model"
+        return small_subject()
+    if options.tokens < 1:
+        raise tg.UserError(f"--tokens {options.tokens}: give one row of text at least")
     done = tg.checkpoints(Path(options.run))
     cfg, named, path = tg.open_source(str(done[-1]) if done else options.run)
-    plan = tg.Plan(cfg)
-    model = tg.build_model(cfg, torch.device("cpu"), torch.float32, plan.eval_seq_len)
+    if cfg.softcap:
+        raise tg.UserError(f"--run {options.run}: its softcap = {cfg.softcap:g} does not let logits shift freely, which (c) is "
+                           "about; give a run without one")
+    plan, device = tg.Plan(cfg), torch.device("cpu")
+    model = tg.build_model(cfg, device, torch.float32, plan.eval_seq_len)
     tg.load_weights(model, named, str(path))
-    val = tg.Validation(cfg, plan, None)
-    rows = max(1, min(val.rows, options.tokens // val.seq_len))
-    return model, *val.batch(range(rows), torch.device("cpu"), rows), str(path)
+    val, shape = tg.Validation(cfg, plan, None), plan.eval_shape(plan.at(cfg.steps, 1.0))
+    hidden, targets = [], []
+    for row in range(max(1, min(val.rows, options.tokens // val.seq_len))):  # one by one: a run's batch may be a GPU's
+        x, y = val.batch(range(row, row + 1), device, 1)
+        with torch.no_grad():
+            hidden.append(model.hidden(x, shape.repeats, shape.window).flatten(0, 1).float())
+        targets.append(y.flatten())
+    return Subject(model, torch.cat(hidden), torch.cat(targets), str(path))
 
 
 def main() -> int:
