@@ -788,7 +788,7 @@ PHASES = [(16, 0, 1, 128), (32, 0, 1, 128), (32, 0, 2, 256), (32, 8, 2, 256)]
 @pytest.mark.parametrize("seconds", [0, 60])
 def test_every_graph_of_the_schedules_is_warmed(server, flags, tmp_path, seconds):
     """Rows, repeats, batch and window change in mid-run, on the clock or not: nothing is traced inside the clock."""
-    argv = flags(compile=1, depth=2, steps=8, eval_every=2, loop="1:2", repeats="0:1 0.5:2", window="0 6s:8",
+    argv = flags(compile=1, depth=2, steps=8, eval_every=2, loop="1:2", repeats="0:1 0.5:2", window="0 0.75:8",
                  seq_len="0:16 1/4:32", batch_tokens="0:128 0.5:256", micro_tokens=128, eval_seq_len=32,
                  max_seconds=seconds)
     ended = server.run(*argv, cwd=tmp_path, backend="eager")
