@@ -56,7 +56,7 @@ class Sweep:
 
 def lr_flags(lr: float, steps: int) -> dict[str, str]:
     """One peak for all weights: warm-up over the first 5 % as lr*(step+1)/(warm-up+1), then half a cosine down to 1e-5."""
-    rates = {k: f"{lr:g}" for k in ("adamw_lr", "embed_lr", "head_lr", "scalar_lr", "tied_lr", "matrix_lr")}
+    rates = {k: f"{lr:g}" for k in ("adamw_lr", "embed_lr", "head_lr", "scalar_lr", "tied_lr")}
     return rates | {"lr": f"0:1/{round(0.05 * steps) + 1} 0.05>1 1~{1e-5 / lr:.8g}"}
 
 
@@ -73,6 +73,8 @@ def run_argv(sweep: Sweep, scale: str, method: str, lr: float, seed: int) -> lis
     rows = plain.vocab if plain.pad_vocab else -(-plain.vocab // plain.head_multiple) * plain.head_multiple
     flags |= {k: v * rows / PAPER_ROWS if k == "mu_loss" else v for k, v in METHODS[method].items()}
     flags |= lr_flags(lr, plain.steps) | {"seed": seed, "log_dir": sweep.log_dir, "arm": method}
+    if plain.optimizer == "muon":
+        flags["matrix_lr"] = f"{lr:g}"
     name = re.sub(r"[^\w.-]+", "_", scale)
     flags["run"] = f"{name}-{method}-lr{lr:g}-s{seed}"
     return ["--config", preset, "--resume", *(x for k, v in flags.items() for x in (f"--{k}", str(v)))]
@@ -157,7 +159,9 @@ def read_run(folder: Path) -> dict | None:
            "lr": cfg["adamw_lr"], "seed": run.seed, "params": run.result.get("params") or (int(told[1]) if told else ""),
            "initial_loss": first, "test_loss": last.get("val_loss", math.inf), "diverged": int(diverged)}
     row["test_perplexity"] = math.exp(row["test_loss"]) if math.isfinite(row["test_loss"]) else math.inf
-    row |= {k: v for k, v in last.items() if k.split(".")[0] in ("I", "O", "OC", "H")}
+    ours = {"isotropy": "isotropy of both signs", "Smin/Smax": "Smin over Smax"}  # as older runs called them
+    row |= {f"{p}.{ours.get(name, name)}": v for k, v in last.items() for p, _, name in [k.partition(".")]
+            if p in ("I", "O", "OC", "H")}
     return row | {"time": run.result.get("train_time_s", "")}
 
 
