@@ -538,12 +538,13 @@ def config_section(arms: dict[str, list[Run]], baseline: str) -> str:
 ########################################
 
 def y_limits(runs: list[Run], metric: str, target: float) -> tuple[float, float]:
-    """From the best loss to the worst at a fifth of training: step 0 would squash everything that matters."""
+    """From the best loss to the worst at a fifth of training: step 0 would squash what matters, unless there is little else."""
     lows, highs = [], []
     for run in runs:
         points = [(e["step"], e[metric]) for e in run.val if math.isfinite(e.get(metric, math.nan))]
         lows.append(min(y for _, y in points))
-        highs.append(next(y for step, y in points if step >= 0.2 * points[-1][0]))
+        begin = 0.2 * points[-1][0] if len(points) > 4 else 0
+        highs.append(next(y for step, y in points if step >= begin))
     low, high = min(lows), max(highs)
     if target and target >= low - 0.5 * (high - low):  # a target far below would squash the curves as well
         low, high = min(low, target), max(high, target)
@@ -557,7 +558,8 @@ def draw_arm(ax, runs: list[Run], metric: str, clock: str, scale: float, arm: st
     for run in runs:
         if points := [(e[clock] / scale, e[metric]) for e in run.val if metric in e and clock in e]:
             x, y = map(np.array, zip(*points, strict=True))
-            ax.plot(x, y, lw=0.8, alpha=0.6, **style | ({} if run.finished else {"ls": ":"}))
+            few = {"marker": "o", "ms": 4} if len(x) < 13 else {}
+            ax.plot(x, y, lw=0.8, alpha=0.6, **style | few | ({} if run.finished else {"ls": ":"}))
             curves += [(x, y)] if run.finished else []
     if curves:
         grid = np.unique(np.concatenate([x for x, _ in curves]))

@@ -380,6 +380,8 @@ def test_plots_are_not_squashed_by_step_0():
     low, high = report.y_limits([run], "val_loss", 3.28)
     assert 3.2 < low < 3.28 and 3.7 < high < 3.9
     assert report.y_limits([run], "val_loss", 0.5)[0] > 3.2  # a far target does not either
+    run.val = [{"step": 0, "val_loss": 7.0}, {"step": 100, "val_loss": 3.3}, {"step": 146, "val_loss": 3.2}]
+    assert report.y_limits([run], "val_loss", 0.0)[1] > 7.0  # of three points none is left out
 
 
 def fabricate(root: Path):
