@@ -310,12 +310,13 @@ def parse_args(argv: list[str]) -> Config:
     return cfg
 
 
+def need(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
 def validate(cfg: Config) -> None:
     """Refuse what cannot work, before anything is created. Each message names the key, the value and the fix."""
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise UserError(message)
 
     def one_of(key: str, *allowed: str) -> None:
         value = getattr(cfg, key)
@@ -374,18 +375,7 @@ def validate(cfg: Config) -> None:
          "artifact, but export is empty: set --export int8")
     need(Schedule("qat", cfg.qat).values() == [0] or cfg.export not in ("", "fit"), f"qat = {cfg.qat!r} rounds as export "
          f"does, but export = {cfg.export!r} names no bits: set it, for example --export int6")
-    for key in SCHEDULES:
-        sched = Schedule(key, getattr(cfg, key))
-        if key in GRAPHS:
-            sched.require_plateaus(minimum=0 if key == "window" else 1)
-            need(not cfg.max_seconds or not any(p.at for p in sched.points if p.in_steps), f"{key} = {sched.text!r} counts "
-                 f"steps, but under max_seconds = {cfg.max_seconds:g} nobody knows whether they are reached: give fractions "
-                 "of the time, such as 0.5 for half of it")
-            steps = math.inf if cfg.max_seconds else cfg.steps  # on the clock nobody knows what the last step is
-            late = [p for p in sched.points if p.at and (math.ceil(p.at) >= cfg.steps if p.in_steps else
-                                                         p.at >= 1 or p.at * steps - 1e-9 > steps - 1)]
-            need(not late, f"{key} = {sched.text!r}: its last value is the one that is scored and exported, but the run "
-                 f"of {cfg.steps} steps ends before it is reached")
+    validate_schedules(cfg)
     for key in ("attn_dropout", "mlp_dropout", "stoch_depth"):
         need(0 <= getattr(cfg, key) < 1, f"{key} = {getattr(cfg, key)}: a chance, 0 <= {key} < 1")
     for key in ("attn_gate", "value_proj"):
@@ -401,6 +391,22 @@ def validate(cfg: Config) -> None:
     need(0 <= low <= high <= cfg.depth, f"loop = {cfg.loop!r}: must lie within the {cfg.depth} blocks")
     repeats = Schedule("repeats", cfg.repeats).values()
     need(bool(cfg.loop) or repeats == [1], f"repeats = {cfg.repeats!r} without looped blocks: set loop, e.g. --loop 4:6")
+
+
+def validate_schedules(cfg: Config) -> None:
+    """Refuse schedules that cannot be read, and those that shape graphs where their last value might not be reached."""
+    for key in SCHEDULES:
+        sched = Schedule(key, getattr(cfg, key))
+        if key in GRAPHS:
+            sched.require_plateaus(minimum=0 if key == "window" else 1)
+            need(not cfg.max_seconds or not any(p.at for p in sched.points if p.in_steps), f"{key} = {sched.text!r} counts "
+                 f"steps, but under max_seconds = {cfg.max_seconds:g} nobody knows whether they are reached: give fractions "
+                 "of the time, such as 0.5 for half of it")
+            steps = math.inf if cfg.max_seconds else cfg.steps  # on the clock nobody knows what the last step is
+            late = [p for p in sched.points if p.at and (math.ceil(p.at) >= cfg.steps if p.in_steps else
+                                                         p.at >= 1 or p.at * steps - 1e-9 > steps - 1)]
+            need(not late, f"{key} = {sched.text!r}: its last value is the one that is scored and exported, but the run "
+                 f"of {cfg.steps} steps ends before it is reached")
 
 
 def is_number(text: str) -> bool:
