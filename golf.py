@@ -197,7 +197,7 @@ def record_hessians(model: tg.GPT, rows: np.ndarray, repeats: int, window: int, 
     a shared matrix add up; a tied table gets the final norm's output. Ranks take turns with rows and share the sums.
     """
     run = run or alone(model.head.device)
-    plain, world = tg.linear, run.world
+    plain = tg.linear
     sums = {name: p.new_zeros(p.size(-1), p.size(-1), dtype=torch.float32)
             for name, p in model.named_parameters() if is_matrix(p)}
     names = {p.data_ptr(): name for name, p in model.named_parameters()}  # flatten() of a stack keeps the address
@@ -210,7 +210,7 @@ def record_hessians(model: tg.GPT, rows: np.ndarray, repeats: int, window: int, 
         return plain(x, w)
 
     with swapped(tg, linear=recording):
-        for turn in range(0, len(rows), world):  # as many on every rank: each asks the others
+        for turn in range(0, len(rows), run.world):  # as many on every rank: each asks the others
             run.agree()
             for row in rows[turn + run.rank :][:1]:
                 model(*tg.tensors(row[None], run.device), repeats, window)

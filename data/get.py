@@ -66,7 +66,6 @@ SAMPLE = Path(__file__).with_name("sample.jsonl.xz")
 SAMPLE_RULE = "within each source, in order, every 20th document from the third on is validation"
 
 
-
 class UserError(Exception):
     """Something that the user can mend: what was given, why it cannot work, what to do. Exit code 2, no traceback."""
 
