@@ -170,7 +170,7 @@ plain = tg.Clock.seconds
 tg.Clock.seconds = lambda self: plain(self) * (1 + 0.5 * int(os.environ["RANK"]))
 sys.exit(tg.main(sys.argv[1:]))
 """)
-    argv = flags(micro_tokens=64, steps=100000, max_seconds=1, eval_every=0, gptq=3)
+    argv = flags(micro_tokens=64, steps=100000, epochs=1000, max_seconds=1, eval_every=0, gptq=3)
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     forks = [server.start(*argv, cwd=tmp_path, file=skewed, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
     succeed([fork.wait(60) for fork in forks])
