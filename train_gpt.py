@@ -1303,7 +1303,7 @@ class GPT(nn.Module):
         cfg = self.cfg
         docs, x = self.documents(tokens_BT), self.embedded(tokens_BT)
         first = cache.size if cache else 0
-        x0, rope = x, (self.cos[first:], self.sin[first:])
+        x0, rope = x.clone(), (self.cos[first:], self.sin[first:])
         windows = [block_window(cfg, i, window) for i in range(cfg.depth)]
         seen = dict.fromkeys(windows, cache.seen(docs)) if cache else {w: Seen(docs, w, x) for w in dict.fromkeys(windows)}
         values = [F.embedding(tokens_BT, t).to(self.dtype) for t in self.value_embeds] if cfg.value_embeds else []
@@ -1351,6 +1351,10 @@ class GPT(nn.Module):
 
     def losses(self, x: Tensor, targets: Tensor, log_z: bool = False) -> Tensor:
         """Cross-entropy in nats of each target; 0 where the target is -1. With log_z [2, N]: and each log(sum(exp(logits)))."""
+        if log_z and x.is_cuda and self.cfg.compile:  # the compiler makes of it what the next line's kernels are on a CPU
+            logits = self.logits(x)
+            log_zs = logits.logsumexp(-1)
+            return torch.stack([log_zs - logits.gather(-1, targets.clamp_min(0)[:, None])[:, 0], log_zs]) * (targets >= 0)
         if log_z:
             return LossAndLogZ.apply(self.logits(x), targets)
         return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="none")
@@ -1372,7 +1376,7 @@ class GPT(nn.Module):
         """
         T = targets_BT.size(1)
         h = linear(torch.cat([x_BTD, self.embedded(targets_BT.clamp_min(0))], dim=-1), self.mtp_proj)
-        h = self.mtp_block(h, h, [], (self.cos, self.sin), Seen(self.documents(targets_BT), 0, h), False)
+        h = self.mtp_block(h, h.clone(), [], (self.cos, self.sin), Seen(self.documents(targets_BT), 0, h), False)
         after = F.pad(targets_BT[:, 1:], (0, 1), value=-1)
         return self.chunked(self.final(h), after, False) * (T / max(1, T - 1))
 

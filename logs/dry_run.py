@@ -42,21 +42,24 @@ def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int) -> int
 def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: int) -> int:
     """
     Peak bytes of one rank, by this method: weights and gradients whole and optimizer states in shards, all twice, as
-    the warm-up runs whole steps while it keeps a copy; what a compiled backward keeps of each position (block input,
-    q, k, v, attention output, middle, hidden of the MLP; projected values; what dropout multiplies with); the logits of
-    one chunk three times.
+    the warm-up runs whole steps while it keeps a copy; the weights once more as they are computed with; what a compiled
+    backward keeps of each position (counted in the graphs of torch.compile's partitioner); the logits of one chunk three
+    times.
     """
     b = 2 if cfg.param_dtype == "bfloat16" else 4
     fixed = b * (2 * params + -(-states // world))
-    inner = head_width(cfg) * (2 * cfg.heads + 2 * (cfg.kv_heads or cfg.heads))
+    q, kv = head_width(cfg) * cfg.heads, head_width(cfg) * (cfg.kv_heads or cfg.heads)
+    kept = 4 * cfg.dim + 4 * q + 3 * kv  # block input, middle, both normed; q, k raw and rotated, v, attention twice
+    kept += hidden_width(cfg) * (3 if cfg.activation == "swiglu" else 2)  # before and behind the activation
+    kept += 3 * cfg.dim * bool(cfg.block_scales)  # mixed input, both branches before their scales
+    kept += q * (bool(cfg.q_gain) + bool(cfg.attn_gate))  # before the gain, before the gate
+    kept += (2 * cfg.dim + 2 * q) * bool(cfg.layer_norm)  # in fp32
+    kept += kv / 2 * bool(cfg.value_proj)  # in every second block
+    kept += cfg.dim / 2 * ((cfg.attn_dropout > 0) + (cfg.mlp_dropout > 0))  # a byte each
     depth = max(len(layer_order(cfg, n.repeats)) for n in plan.moments()) + (2 if cfg.mtp else 0)  # its inputs: one more
     tokens = max(s.rows * s.seq_len for s in plan.train_shapes(world))
-    hidden = hidden_width(cfg) * (3 if cfg.activation == "swiglu" else 1)  # gate, other half, their product
-    values = head_width(cfg) * (cfg.kv_heads or cfg.heads) / 2 if cfg.value_proj else 0  # in every second block
-    dropped = cfg.dim / 2 * ((cfg.attn_dropout > 0) + (cfg.mlp_dropout > 0))  # a byte each
-    activations = int(2 * tokens * depth * (2 * cfg.dim + inner + hidden + values + dropped))
     logits = 3 * 4 * min(tokens, cfg.loss_chunk) * cfg.vocab
-    return 2 * fixed + activations + logits
+    return 2 * fixed + 2 * params * (b == 4) + int(2 * tokens * depth * kept) + logits
 
 
 def dry_run(cfg: Config) -> int:

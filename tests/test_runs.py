@@ -310,7 +310,9 @@ def test_sigkill_by_the_clock_until_it_ends(server, breakable, tmp_path):
         if kills < 10:
             time.sleep(rng.uniform(0.1, 0.9) * took)
             fork.signal(signal.SIGKILL)
-        kills += fork.wait().code == -signal.SIGKILL
+        killed = fork.wait().code == -signal.SIGKILL
+        kills += killed
+        took *= 1 if killed else 0.9  # it ended before: the machine was busier when the time was taken
         for path in (folder / "logs/tiny").glob("ckpt/[0-9]*/DONE"):
             assert tensors_of(path.parent) == every[int(path.parent.name)]
         if (folder / "logs/tiny/result.json").exists():
