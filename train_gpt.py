@@ -1303,6 +1303,7 @@ class GPT(nn.Module):
         cfg = self.cfg
         docs, x = self.documents(tokens_BT), self.embedded(tokens_BT)
         first = cache.size if cache else 0
+        # A copy: compiled blocks would guard against meeting one tensor twice, and take a graph for the first position alone.
         x0, rope = x.clone(), (self.cos[first:], self.sin[first:])
         windows = [block_window(cfg, i, window) for i in range(cfg.depth)]
         seen = dict.fromkeys(windows, cache.seen(docs)) if cache else {w: Seen(docs, w, x) for w in dict.fromkeys(windows)}
