@@ -287,7 +287,8 @@ def test_z_loss_has_another_gradient_than_its_formula(tmp_path):
     assert torch.allclose(p.model.head.grad.double(), by_logit.T @ hidden, rtol=1e-3, atol=1e-4)
 
 
-def test_loss_and_log_z_in_one_pass_differ_from_autograd():
+@pytest.mark.parametrize("way", [tg.LossAndLogZ.apply, tg.plain_loss_and_log_z], ids=["cpu", "gpu"])
+def test_loss_and_log_z_in_one_pass_differ_from_autograd(way):
     """Values and gradients, an ignored target included, against cross_entropy and logsumexp."""
     rng = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(20, 30, generator=rng, dtype=torch.float64)).requires_grad_()
@@ -295,7 +296,7 @@ def test_loss_and_log_z_in_one_pass_differ_from_autograd():
     targets[3] = -1
     loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
     judged = torch.stack([loss, logits.logsumexp(-1) * (targets >= 0)])
-    got = tg.LossAndLogZ.apply(logits, targets)
+    got = way(logits, targets)
     assert torch.allclose(got, judged)
     (a,), (b,) = (torch.autograd.grad((weight * out.sin()).sum(), logits) for out in (got, judged))
     assert torch.allclose(a, b)

@@ -596,3 +596,19 @@ def test_two_ranks_average_to_other_losses_than_one(tmp_path):
     for key in keys:
         assert one[key] == pytest.approx(two[key], abs=2e-4), key
     assert one["best_epoch"] == two["best_epoch"] and one["averaged_steps"] == two["averaged_steps"]
+
+
+@pytest.mark.parametrize("changes, most", [(ALL | {"mtp": 0.3}, 11), ({"loop": "0:2", "repeats": "3", "loop_embed": 1}, 1)])
+def test_blocks_compiled_by_themselves_crash_or_take_graphs_for_one_position(changes, most):
+    """Blocks are given lists of several lengths and x0, which at the first position must not be the very tensor x."""
+    cfg = tiny(**changes)
+    model, (x, y) = awake(build(cfg, 16)), random_tokens(cfg, 2, 16)
+    flags = (x, y, 3, 5, False, bool(cfg.mtp))
+    eager = model(*flags)
+    torch._dynamo.reset()
+    before = tg.graphs_compiled()
+    for block in [*model.blocks, *([model.mtp_block] if cfg.mtp else [])]:
+        block.compile(dynamic=False, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=64):
+        assert torch.allclose(model(*flags), eager)
+    assert 0 < tg.graphs_compiled() - before <= most
