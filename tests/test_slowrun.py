@@ -598,7 +598,7 @@ def test_two_ranks_average_to_other_losses_than_one(tmp_path):
     assert one["best_epoch"] == two["best_epoch"] and one["averaged_steps"] == two["averaged_steps"]
 
 
-@pytest.mark.parametrize("changes, most", [(ALL | {"mtp": 0.3}, 11), ({"loop": "0:2", "repeats": "3", "loop_embed": 1}, 1)])
+@pytest.mark.parametrize("changes, most", [(ALL | {"mtp": 0.3}, 11), ({"loop": "0:2", "repeats": "3", "block_scales": 1}, 1)])
 def test_blocks_compiled_by_themselves_crash_or_take_graphs_for_one_position(changes, most):
     """Blocks are given lists of several lengths and x0, which at the first position must not be the very tensor x."""
     cfg = tiny(**changes)
