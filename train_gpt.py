@@ -1563,8 +1563,9 @@ class Bucket:
         self.grad_shard = self.grads if run.world == 1 else torch.zeros_like(self.shard)
         self.state = {k: torch.zeros_like(self.shard) for k in (("momentum",) if kind == "muon" else ("exp_avg", "exp_avg_sq"))}
         if kind == "muon" and cfg.normuon:
-            wide = self.unit[0] < self.unit[1]
-            self.state["second"] = self.shard.new_zeros(self.share, *((1, self.unit[1]) if wide else (self.unit[0], 1)))
+            one = (1, self.unit[1]) if self.unit[0] < self.unit[1] else (self.unit[0], 1)
+            # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of what is added.
+            self.state["second"] = self.shard.new_zeros(self.share, *one, dtype=torch.float32)
         self.world = run.world
 
     def gather(self, shard: Tensor) -> Tensor:

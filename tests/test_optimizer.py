@@ -268,6 +268,35 @@ def test_normuon_changes_the_size_or_takes_the_wrong_side(shape):
     )
 
 
+@pytest.mark.parametrize("compiled", [0, 1])
+def test_normuon_keeps_its_second_moment_in_fp32_beside_bf16_weights(compiled):
+    """
+    Against the formula from the polar factors of the very gradients; at .95 a moment in bf16 would be
+    off by percents. The state that is saved is fp32 too, and loaded it goes on with the same bits.
+    """
+    cfg = tiny(normuon=0.95, param_dtype="bfloat16", compile=compiled, mlp_ratio=1.0)
+    model, rank = build(cfg), alone()
+    opt = tg.MuonAdamW(cfg, model, rank)
+    expected = np.zeros((32, 1))
+    for step in range(6):
+        set_gradients(model, step)
+        o = tg.polar_factor(model.blocks[1].mlp.fc.grad[None], "ns5", 5, torch.float32)[0]
+        expected = 0.95 * expected + 0.05 * (o.double().numpy() ** 2).mean(1, keepdims=True)
+        opt.step(now(momentum=0.0))
+    saved = opt.state_dict()
+    second = saved["blocks.1.mlp.fc:second"]
+    assert second.dtype == torch.float32 and saved["blocks.1.mlp.fc:momentum"].dtype == torch.bfloat16
+    assert np.allclose(second[0].numpy(), expected, rtol=2e-3)
+    again = build(cfg)
+    tg.load_weights(again, dict(model.named_parameters()), "here")
+    other = tg.MuonAdamW(cfg, again, rank)
+    other.load_state_dict(saved)
+    for m, o in ((model, opt), (again, other)):
+        set_gradients(m, 9)
+        o.step(now())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+
+
 def test_cautious_decay_decays_against_the_update():
     """w shrinks by lr*wd where u*w >= 0, as torch would decay it; elsewhere it does not shrink."""
     w, g = randn(16, 16, seed=5), randn(16, 16)
