@@ -1395,6 +1395,49 @@ class GPT(nn.Module):
         return torch.cat([torch.utils.checkpoint.checkpoint(self.losses, *c, log_z, use_reentrant=False) for c in chunks], -1)
 
 
+class Declared(NamedTuple):
+    group: str  # what updates it: matrix (Muon, unless AdamW is asked for), embed, head or scalar
+    start: float | str | None = None  # initial value: a number, the flag that has it, or drawn by initial_value()
+
+
+# Every parameter, by the last word of its name.
+PARAMETERS = {
+    "embed": Declared("embed"),
+    "value_embeds": Declared("embed"),
+    "head": Declared("head"),
+    "qkv": Declared("matrix"),
+    "q": Declared("matrix"),
+    "kv": Declared("matrix"),
+    "proj": Declared("matrix"),
+    "fc": Declared("matrix"),
+    "value_proj": Declared("matrix"),
+    "mtp_proj": Declared("matrix"),
+    "attn_gate": Declared("matrix", 0.0),
+    "value_gate": Declared("matrix", 0.0),
+    "iha": Declared("scalar"),
+    "mix": Declared("scalar"),
+    "scales": Declared("scalar", 1.0),
+    "skips": Declared("scalar", 1.0),
+    "gains": Declared("scalar", 1.0),
+    "qk_gains": Declared("scalar", 1.0),
+    "final_gain": Declared("scalar", 1.0),
+    "q_gain": Declared("scalar", "q_gain"),
+    "resid_lambda": Declared("scalar", "resid_lambda"),
+    "x0_lambda": Declared("scalar", "x0_lambda"),
+    "loop_embed": Declared("scalar", 0.0),
+    "value_scales": Declared("scalar", 0.0),
+    "cross_scales": Declared("scalar", 0.0),
+}
+
+
+def declared(name: str) -> Declared:
+    """No parameter has a default: a new one would land in a group with a rate that nobody chose."""
+    leaf = name.split(".")[-1]
+    if leaf not in PARAMETERS:
+        raise AssertionError(f"parameter {name} has neither start nor group: declare {leaf!r} in PARAMETERS")
+    return PARAMETERS[leaf]
+
+
 def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
     """
     Initial value of one parameter in fp32, drawn from its own generator: a flag that adds a parameter does not change
@@ -1407,17 +1450,14 @@ def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
     def uniform(bound: float) -> Tensor:
         return torch.rand(p.shape, generator=rng) * (2 * bound) - bound
 
-    leaf, width = name.split(".")[-1], cfg.dim**-0.5
-    starts = {"scales": 1.0, "skips": 1.0, "q_gain": cfg.q_gain, "loop_embed": 0.0, "value_scales": 0.0, "cross_scales": 0.0,
-              "gains": 1.0, "qk_gains": 1.0, "final_gain": 1.0, "attn_gate": 0.0, "value_gate": 0.0,
-              "resid_lambda": cfg.resid_lambda, "x0_lambda": cfg.x0_lambda}
-    if leaf in starts:
-        return torch.full(p.shape, starts[leaf])
+    leaf, width, start = name.split(".")[-1], cfg.dim**-0.5, declared(name).start
+    if start is not None:
+        return torch.full(p.shape, getattr(cfg, start) if isinstance(start, str) else start)
     if leaf == "mix":
         return torch.stack([torch.ones(cfg.dim), torch.zeros(cfg.dim)])
     if leaf == "value_embeds":
         return torch.randn(p.shape, generator=rng)
-    if cfg.init == "xavier" and leaf in {*MATRICES, "embed", "head"}:
+    if cfg.init == "xavier" and (declared(name).group == "matrix" or leaf in ("embed", "head")):
         fan_out = p.numel() // p.shape[-1] if leaf in ("qkv", "kv") else p.shape[-2]
         std = (2 / (p.shape[-1] + fan_out)) ** 0.5
         if leaf == "embed" or name.endswith("attn.proj"):
@@ -1441,7 +1481,7 @@ def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
         return torch.zeros(p.shape)
     if leaf == "head":  # a tied table must not start at zero: it is the input as well
         return uniform(cfg.dim**-0.5)
-    raise AssertionError(f"no initial value is defined for parameter {name}")
+    raise AssertionError(f"parameter {name} is declared as drawn, but initial_value() does not draw it")
 
 
 def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: int) -> GPT:
@@ -1589,20 +1629,16 @@ class Bucket:
         shard.copy_(whole[rank * self.share : (rank + 1) * self.share])
 
 
-# Last words of the names of what Muon may update.
-MATRICES = {"qkv", "q", "kv", "proj", "fc", "value_proj", "mtp_proj", "attn_gate", "value_gate"}
-TABLES = {"embed", "head", "value_embeds"}  # and of what has a row for each token
-
-
 def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
     """Every parameter in exactly one bucket: matrices of blocks by shape, embedding, head, and the rest."""
     groups: dict[tuple, dict[str, Tensor]] = {}
     for name, p in model.named_parameters():
-        if name == "head":
+        group = declared(name).group
+        if group == "head":
             key = ("adamw", "head", cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd)
-        elif name in ("embed", "value_embeds"):
+        elif group == "embed":
             key = ("adamw", "embed", cfg.embed_lr, cfg.embed_wd)
-        elif name.split(".")[-1] not in MATRICES:
+        elif group == "scalar":
             key = ("adamw", "scalar", cfg.scalar_lr, cfg.scalar_wd)
         elif cfg.optimizer == "adamw" or (cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)):
             key = ("adamw", "matrix", cfg.adamw_lr, cfg.matrix_wd)
@@ -1612,10 +1648,9 @@ def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
         own = [(rate, beta1) for pattern, rate, beta1 in own_rates(cfg) if key[0] == "adamw" and pattern.search(name)]
         rate, beta1 = own[0] if own else (key[2], cfg.beta1)
         groups.setdefault((key[0], key[1], rate, key[3], beta1, slow), {})[name] = p
-    covered = [name for group in groups.values() for name in group]
-    assert sorted(covered) == sorted(n for n, _ in model.named_parameters()), "a parameter is in no bucket or in two"
     if cfg.slow and not any(k[-1] for k in groups):
-        raise UserError(f"slow = {cfg.slow!r} matches no tensor of this model; names are such as {', '.join(covered[:3])}")
+        names = [name for group in groups.values() for name in group]
+        raise UserError(f"slow = {cfg.slow!r} matches no tensor of this model; names are such as {', '.join(names[:3])}")
     # Big ones first: their communication then runs while the others are computed.
     order = sorted(groups, key=lambda k: -sum(p.numel() for p in groups[k].values()))
     return [Bucket(k[0], k[2], k[3], groups[k], run, dataclasses.replace(cfg, beta1=k[4]), k[-1]) for k in order]
@@ -2283,7 +2318,7 @@ def parts_of(name: str) -> list[set[str]]:
     """The words of `transfer` that take a tensor, or each matrix of a stack: q, k, v are one parameter of three."""
     leaf, words = name.split(".")[-1], {"all"}
     words |= {w for w in ("attn", "mlp") if f".{w}." in name}
-    if leaf not in MATRICES | TABLES:
+    if declared(name).group == "scalar":
         words.add("scalars")
     if "attn" not in words:
         return [words]
@@ -2353,7 +2388,8 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
         if taken and name not in named:
             word = "missing"  # asked for, but the source has none
         elif taken and p.shape != named[name].shape:
-            if "all" not in asked or name.split(".")[-1] not in TABLES or p.shape[-1] != named[name].shape[-1]:
+            table = declared(name).group in ("embed", "head")
+            if "all" not in asked or not table or p.shape[-1] != named[name].shape[-1]:
                 raise UserError(f"init_from {path}: {name} is {list(named[name].shape)} there and {list(p.shape)} here; "
                                 "leave it out with --transfer or --transfer_skip, or build the same shape")
             word = "fresh (another vocabulary)"

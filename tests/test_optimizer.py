@@ -363,6 +363,30 @@ def test_parameter_is_in_no_bucket_or_in_two(changes):
             assert b.kind == ("adamw" if wants_adamw else "muon"), name
 
 
+def test_a_parameter_that_is_not_declared_has_neither_group_nor_start():
+    """A new matrix must not become AdamW's at scalar_lr because nobody said what it is."""
+    cfg = tiny()
+    model = build(cfg)
+    model.blocks[1].mlp.up = torch.nn.Parameter(torch.empty(64, 32))
+    for act in (
+        lambda: tg.param_buckets(cfg, model, alone()),
+        lambda: tg.initial_value("blocks.1.mlp.up", model.blocks[1].mlp.up, cfg),
+    ):
+        with pytest.raises(AssertionError, match=r"blocks\.1\.mlp\.up .*declare 'up'"):
+            act()
+
+
+EVERYTHING = {"activation": "swiglu", "attn_gate": 8, "value_proj": 8, "iha": 1, "resid_lambda": 1.1, "x0_lambda": 0.1,
+              "unet": 1, "block_scales": 1, "q_gain": 1.5, "layer_norm": 1, "loop": "0:1", "repeats": "2",
+              "loop_embed": 1, "value_embeds": 1, "cross_repeat": 1, "mtp": 0.3, "init_std": 1.0, "proj_init": 1.0}
+
+
+def test_a_declaration_without_a_parameter_is_left_over():
+    """Two models have every parameter that there is: with heads of their own for keys and without."""
+    names = {n.split(".")[-1] for cfg in (tiny(**EVERYTHING), tiny(kv_heads=1)) for n, _ in build(cfg).named_parameters()}
+    assert names == set(tg.PARAMETERS)
+
+
 def test_bucket_is_a_copy_of_the_weights():
     """Updating a bucket must update the module, and a backward pass must fill the bucket."""
     cfg = tiny(depth=3)
