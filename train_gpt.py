@@ -1220,6 +1220,11 @@ class Seen:
         return attend_flex(q, k, v, self.docs, self.window, scale, self.mask)
 
 
+def drop_chance(cfg: Config, block: int) -> float:
+    """The chance of stochastic depth that a training pass leaves a block out; MTP's block is the one behind the last."""
+    return cfg.stoch_depth * block / max(1, cfg.depth - 1)
+
+
 def layer_order(cfg: Config, repeats: int) -> list[int]:
     """The blocks in order of application: the looped span stands `repeats` times, the others once."""
     low, high = loop_span(cfg)
@@ -1316,10 +1321,7 @@ class GPT(nn.Module):
         values = [F.embedding(tokens_BT, t).to(self.dtype) for t in self.value_embeds] if cfg.value_embeds else []
         order, one = layer_order(cfg, repeats), torch.ones((), dtype=self.dtype, device=x.device)
         stack, before = [], {}  # outputs of the U-net's first half; each block's latest output
-        kept = None
-        if cfg.stoch_depth and torch.is_grad_enabled():
-            chance = cfg.stoch_depth / max(1, cfg.depth - 1) * torch.tensor(order, device=x.device)
-            kept = torch.rand(len(order), device=x.device) >= chance
+        drawn = torch.rand(len(order), device=x.device) if cfg.stoch_depth and torch.is_grad_enabled() else None
         for position, block in enumerate(order):
             added = []
             if cfg.unet == 2 and block >= cfg.depth - cfg.depth // 2:
@@ -1335,7 +1337,7 @@ class GPT(nn.Module):
             xsa = cfg.xsa < 0 or position >= len(order) - cfg.xsa
             # parameter-golf's "LN scale"; a tensor, as a number would make a graph of each position
             shrink = one * (position + 1) ** -0.5 if cfg.layer_scale else None
-            keep = None if kept is None else kept[position]
+            keep = None if drawn is None else drawn[position] >= drop_chance(cfg, block)
             x = self.blocks[block](x, x0, added, rope, seen[windows[block]], xsa, shrink, keep)
             before[block] = x
             if cfg.unet == 1 and position < len(order) // 2:
@@ -1608,6 +1610,10 @@ class Bucket:
             self.state["second"] = self.shard.new_zeros(self.share, *one, dtype=torch.float32)
         self.world = run.world
 
+    def frozen(self, now: Now) -> bool:
+        """Whether the weights keep every bit in this step."""
+        return self.slow and not now.slow_lr
+
     def gather(self, shard: Tensor) -> Tensor:
         """All ranks' shards as one tensor."""
         if self.world == 1:
@@ -1681,11 +1687,11 @@ class MuonAdamW:
             squares.append(torch.linalg.vector_norm(b.grad_shard, dtype=torch.float32).square())
         size = run.sum(torch.stack(squares).sum().view(1)).sqrt()
         self.count += 1
-        gathers = []
-        for b in self.buckets:
+        rates, gathers = self.rates(now), []
+        for i, b in enumerate(self.buckets):
             if self.cfg.grad_clip:
                 b.grad_shard.mul_((self.cfg.grad_clip / (size + 1e-6)).clamp(max=1.0).to(b.grads.dtype))
-            self.update(b, now)
+            self.update(b, now, rates[i])
             b.grads.zero_()
             if world > 1:
                 gathers.append(dist.all_gather_single(b.weights, b.shard, async_op=True))
@@ -1693,22 +1699,37 @@ class MuonAdamW:
             work.wait()
         return size
 
-    @torch.no_grad()
-    def update(self, b: Bucket, now: Now) -> None:
-        def scalar(x: float) -> Tensor:
-            return torch.tensor(x, dtype=torch.float32, device=b.weights.device)
+    def rates(self, now: Now) -> Tensor:
+        """
+        [buckets, 5] on the device: learning rate, momentum, decay, and both corrections of AdamW's moments. In one copy
+        from pinned memory: a tensor made of a number on a GPU makes the host wait until the GPU has nothing to do.
+        """
+        table = []
+        for b in self.buckets:
+            slow = now.slow_lr if b.slow else 1.0
+            lr = b.lr * now.lr * slow
+            decay = (slow if self.cfg.independent_wd else lr) * b.wd * now.weight_decay
+            table.append([lr, now.momentum, decay, 1 - b.cfg.beta1**self.count, 1 - b.cfg.beta2**self.count])
+        device = self.buckets[0].weights.device
+        # 16 bytes each: compiled graphs copy an input that is not aligned so.
+        spread = torch.zeros(len(table), 5, 4, pin_memory=device.type == "cuda")
+        spread[..., 0] = torch.tensor(table, dtype=torch.float32)
+        return spread.to(device, non_blocking=True)[..., 0]
 
-        slow = now.slow_lr if b.slow else 1.0
-        lr = b.lr * now.lr * slow
-        decay = scalar((slow if self.cfg.independent_wd else lr) * b.wd * now.weight_decay)
-        shard = b.shard if slow else b.shard.clone()  # frozen to the bit, while its moments go on
+    @torch.no_grad()
+    def update(self, b: Bucket, now: Now, rates: Tensor) -> None:
+        """Update this rank's shard by its row of rates()."""
+        lr, momentum, decay, correct1, correct2 = rates.unbind()
+        shard = b.shard.clone() if b.frozen(now) else b.shard  # its moments go on
         if b.kind == "muon":
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
-            self.muon(shard, b.grad_shard, b.state["momentum"], b.state.get("second"), scalar(lr), scalar(now.momentum),
-                      decay, self.cfg, dtype)
+            self.muon(shard, b.grad_shard, b.state["momentum"], b.state.get("second"), lr, momentum, decay, self.cfg, dtype)
         else:
-            correct = [scalar(1 - beta**self.count) for beta in (b.cfg.beta1, b.cfg.beta2)]
-            self.adamw(shard, b.grad_shard, b.state["exp_avg"], b.state["exp_avg_sq"], scalar(lr), decay, *correct, b.cfg)
+            self.adamw(shard, b.grad_shard, b.state["exp_avg"], b.state["exp_avg_sq"], lr, decay, correct1, correct2, b.cfg)
+
+    def frozen(self, name: str, now: Now) -> bool:
+        """Whether a parameter keeps every bit in this step."""
+        return any(b.frozen(now) for b in self.buckets if name in b.params)
 
     def state_dict(self) -> dict[str, Tensor]:
         """CPU tensors named <parameter>:<state>; the same for any number of ranks. Collective."""
@@ -1725,8 +1746,8 @@ class MuonAdamW:
                 b.from_names(shard, {name: named[f"{name}:{key}"] for name in b.params}, self.run.rank)
 
     def snapshot(self) -> tuple[int, list[Tensor]]:
-        """Copies of all that a step changes, for the warm-up to restore."""
-        return self.count, [t.clone() for t in self.changing()]
+        """Copies of all that a step changes, for the warm-up to restore; on the host, as the device may be full."""
+        return self.count, [t.to("cpu", copy=True) for t in self.changing()]
 
     def restore(self, kept: tuple[int, list[Tensor]]) -> None:
         self.count = kept[0]
@@ -1948,9 +1969,15 @@ class Loader:
         self.epoch, self.shard, self.pos, self.order = state["epoch"], state["shard"], state["pos"], None
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Without a wait: to a GPU from pinned memory, as from other memory the copy waits for what was begun before."""
+    x = torch.from_numpy(array)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def tensors(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows [n, T+1] -> inputs and targets [n, T] int64 on the device."""
-    rows = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
+    rows = to_device(rows.astype(np.int64), device)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
@@ -2609,7 +2636,7 @@ def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
     if p.cfg.mu_loss:
         total = torch.cat([total, add_mu_loss(p.model.head, p.cfg.mu_loss, p.run.world, p.model.logit_rows)])
     size = p.opt.step(now)
-    if p.cfg.mu_centering:
+    if p.cfg.mu_centering and not p.opt.frozen("head", now):
         center(p.model.head[: p.model.logit_rows])
     return total, size
 

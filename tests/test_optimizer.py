@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import alone, build, now, random_tokens, tg, tiny
+from helpers import alone, build, now, random_tokens, tg, tiny, write_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def scalar(x: float) -> torch.Tensor:
@@ -25,6 +26,17 @@ def exact_polar(g: torch.Tensor) -> torch.Tensor:
 def set_gradients(model, seed: int = 0, scale: float = 1.0) -> None:
     for i, p in enumerate(model.parameters()):
         p.grad.copy_(scale * randn(*p.shape, seed=seed * 1000 + i))
+
+
+def parts(folder, device: str = "cpu", **changes) -> tg.Parts:
+    """All that train_step needs, on a shard of random tokens."""
+    for split in ("train", "val"):
+        write_shard(folder / f"x_{split}_0.bin", np.random.default_rng(0).integers(0, 96, 4097))
+    cfg = tiny(data=str(folder), epochs=0, export="", **changes)
+    tg.validate(cfg)
+    run = tg.Run(cfg)
+    run.device = torch.device(device)
+    return tg.build(cfg, run)
 
 
 # --- AdamW
@@ -493,10 +505,10 @@ def test_sharded_update_or_state_differs_from_the_whole(changes, world):
         other.load_state_dict(saved)
         other.count += 1
         set_gradients(copy, 77)
-        for b in other.buckets:
+        for b, rates in zip(other.buckets, other.rates(now())):
             assert b.weights.size(0) == b.share * world and b.shard.size(0) == b.share
             b.grad_shard.copy_(b.grads[rank * b.share : (rank + 1) * b.share])
-            other.update(b, now())
+            other.update(b, now(), rates)
         ranks.append(other)
     set_gradients(model, 77)
     opt.step(now())
@@ -533,6 +545,22 @@ def test_loaded_optimizer_goes_on_with_other_numbers(changes):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_frozen_head_keeps_every_bit_whatever_moves_heads(tmp_path, optimizer):
+    """Centring, its loss, decay and averages; then it is let go, and centred."""
+    p = parts(tmp_path, slow="head", slow_lr="0 2s:0 4s>1", mu_centering=1, mu_loss=1.0, embed_wd=0.1, independent_wd=1,
+              ema=0.5, swa_every=1, swa_start=0.0, head_init="0.1", optimizer=optimizer)
+    head, start = p.model.head, p.model.head.detach().clone()
+    moved = []
+    for step in range(4):
+        tg.train_step(p, step, p.plan.at(step, step / 20))
+        p.avg.update(step + 1, 0.5)
+        averages = [p.avg.state_dict()[f"head:{kind}"].view_as(start) for kind in ("ema", "swa")]
+        moved.append([not torch.equal(w, start) for w in (head.detach(), *averages)])
+    assert moved == [[False] * 3] * 3 + [[True] * 3]  # the ramp begins at 0
+    assert head.mean(0).norm() < 1e-6 < start.mean(0).norm()
+
+
 def test_saved_state_changes_with_the_next_step():
     """state_dict must be a copy: averages and a checkpoint on its way to the disk depend on it."""
     model, opt = trained(tiny(), 1)
@@ -556,6 +584,17 @@ def test_warm_up_leaves_a_trace():
     assert opt.count == 2 and all(torch.equal(a, b) for a, b in zip(before, opt.changing()))
 
 
+def test_what_the_warm_up_keeps_lies_on_the_host(tmp_path):
+    """A second copy of weights, gradients and states would not fit where the first just does."""
+    p = parts(tmp_path, device="meta")
+    opt = p.opt
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda t, *how, **more: kept.append((how, more)))
+        opt.snapshot()
+    assert kept == [(("cpu",), {"copy": True})] * len(opt.changing())
+
+
 def test_compiled_update_gives_other_weights():
     """Schedules are tensors: new values of lr, momentum and decay use the same graphs."""
     cfg = tiny(normuon=0.9, cautious=1, matrix_wd=0.1, mlp_ratio=1.0, tie_embed=1)  # two graphs: one stack, one table
@@ -570,3 +609,54 @@ def test_compiled_update_gives_other_weights():
     assert counts[0] == counts[1] == counts[2]
     for p, q in zip(eager[0].parameters(), compiled[0].parameters()):
         assert torch.allclose(p, q, atol=1e-5)
+
+
+# --- what a step asks of the device
+
+
+class Traffic(TorchDispatchMode):
+    """Notes what crosses between host and device (here the meta device), and what makes the host wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies, self.waits = [], []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        devices = {t.device.type for t in (*args, out) if isinstance(t, torch.Tensor) and t.ndim}
+        if op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.waits.append(str(op))
+        elif len(devices) > 1:
+            self.copies.append((str(op), tuple(out.shape), (kwargs or {}).get("non_blocking", False)))
+        return out
+
+    def tensor(self, data, *, device=None, made=torch.tensor, **kwargs) -> torch.Tensor:
+        """torch.tensor, which a dispatch mode does not see."""
+        if device is not None and torch.device(device).type != "cpu":
+            self.waits.append(f"torch.tensor({data})")
+        return made(data, device=device, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "muon", "grad_clip": 1.0, "normuon": 0.9, "mu_loss": 0.1, "mu_centering": 1, "slow": "head"},
+        {"optimizer": "adamw", "ema": 0.9, "swa_every": 1, "swa_start": 0.0, "doc_mask": 1, "window": "8"},
+        {"z_loss": 0.1, "mtp": 0.3, "stoch_depth": 0.5, "attn_dropout": 0.1, "mlp_dropout": 0.1, "unet": 2,
+         "loop": "1:2", "repeats": "2", "own_lr": "skips=0.1/0.5", "layer_scale": 1, "iha": 1, "value_embeds": 1},
+    ],
+    ids=str,
+)
+def test_a_step_copies_rows_and_one_table_of_rates_to_the_device_and_waits_for_nothing(tmp_path, monkeypatch, changes):
+    """On the meta device, which has no numbers: what is read there raises, and what crosses is seen."""
+    p = parts(tmp_path, device="meta", micro_tokens=64, **changes)
+    traffic = Traffic()
+    monkeypatch.setattr(torch, "tensor", traffic.tensor)
+    with traffic:
+        for step in range(2):
+            total, size = tg.train_step(p, step, p.plan.at(step, 0.0))
+            p.avg.update(step + 1, 0.5)
+    assert total.device.type == size.device.type == "meta"
+    assert not traffic.waits
+    rows, rates = ("aten._to_copy.default", (2, 33), True), ("aten._to_copy.default", (len(p.opt.buckets), 5, 4), True)
+    assert traffic.copies == [rows, rows, rates] * 2
