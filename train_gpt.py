@@ -30,6 +30,7 @@ import ctypes
 import dataclasses
 import difflib
 import errno
+import functools
 import glob
 import hashlib
 import json
@@ -715,7 +716,6 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-            FLEX.update({name: torch.compile(f, dynamic=False) for name, f in FLEX.items()})
         elif sys.platform == "linux":
             # glibc hands large blocks back to the kernel at every free and faults them in anew, which a CPU
             # training step feels (tests/bench_textbook.py --against faulting). Keep them (M_MMAP_THRESHOLD -3,
@@ -1002,8 +1002,19 @@ def visible(q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | 
     return ok
 
 
-# Run.prepare_machine() puts compiled ones here on CUDA, also where the model is eager: these build all T x T scores.
-FLEX = {"attention": flex_attention, "mask": create_block_mask}
+@functools.cache
+def compiled(function):
+    """The function compiled, when it is first needed and not at import."""
+    return torch.compile(function, dynamic=False)
+
+
+def compiled_on_gpu(function, like: Tensor):
+    """
+    For the two functions below, which a GPU must run compiled, also where the model is eager: uncompiled, flex_attention
+    builds all T x T scores, 103 GB for remix's rows, and create_block_mask a mask of that size. Where compiling is off
+    (set_stance("force_eager")) or gives up (too many lengths) they do without both.
+    """
+    return compiled(function) if like.is_cuda and not torch.compiler.is_compiling() else function
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float, mask=None) -> Tensor:
@@ -1012,14 +1023,23 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: in
     heads. `mask` is flex_mask's, to be shared by all layers of one window.
     """
     mask = flex_mask(q, docs, window) if mask is None else mask
-    return FLEX["attention"](q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    if mask is None or (q.is_cuda and not torch.compiler.is_compiling()):
+        return attend_blocks(q, k, v, docs, window, scale)
+    return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
 
 def flex_mask(q: Tensor, docs: Tensor | None, window: int):
+    """The mask rule as flex_attention wants it; None where nothing may be compiled."""
     def rule(b, h, i, j):
         return visible(i, j, docs[b, i] if docs is not None else None, docs[b, j] if docs is not None else None, window)
 
-    return FLEX["mask"](rule, q.size(0) if docs is not None else None, None, q.size(-2), q.size(-2), device=q.device)
+    return compiled_on_gpu(block_mask, q)(rule, q, docs is not None)
+
+
+def block_mask(rule, q: Tensor, by_row: bool):
+    if q.is_cuda and not torch.compiler.is_compiling():
+        return None
+    return create_block_mask(rule, q.size(0) if by_row else None, None, q.size(-2), q.size(-2), device=q.device)
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float,
@@ -1217,7 +1237,7 @@ class Seen:
             return attend_blocks(q, k, v, self.docs, self.window, scale, bound)
         if self.plain:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
-        return attend_flex(q, k, v, self.docs, self.window, scale, self.mask)
+        return compiled_on_gpu(attend_flex, q)(q, k, v, self.docs, self.window, scale, self.mask)
 
 
 def drop_chance(cfg: Config, block: int) -> float:
