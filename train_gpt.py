@@ -191,6 +191,7 @@ class Config:
     beta2: float = 0.95  # AdamW: decay of the second moment
     adam_eps: float = 1e-10  # AdamW: epsilon
     momentum: str = "0:0.85 300/2500>0.95"  # [sched] Muon: Nesterov momentum
+    muon_buffer: str = "lerp"  # Muon: its buffer is m*buf + (1-m)*g, or sum: m*buf + g; they differ while m changes
     polar: str = "ns5"  # Muon: ns5 (Newton-Schulz) or polar_express
     polar_steps: int = 5  # Muon: iterations towards the polar factor
     row_norm: int = 0  # Muon: 1 divides each row of the update by its norm first (MuonEq-R)
@@ -332,6 +333,7 @@ def validate(cfg: Config) -> None:
     one_of("activation", "relu2", "leaky_relu2", "swiglu")
     one_of("optimizer", "muon", "adamw")
     one_of("polar", "ns5", "polar_express")
+    one_of("muon_buffer", "lerp", "sum")
     one_of("final_weights", "live", "ema", "swa")
     one_of("export_codec", "zstd", "brotli", "xz", "entropy", "best")
     one_of("transfer_control", "", "shuffled", "random")
@@ -1558,8 +1560,12 @@ def muon_update(w: Tensor, g: Tensor, buf: Tensor, second: Tensor | None, lr: Te
     lr*sqrt(max(1, rows/cols)) (Jordan et al. 2024). lr, momentum and decay (= lr*wd) are tensors, so that a schedule
     does not recompile. row_norm: MuonEq-R. second: NorMuon's moment [n, rows, 1] or [n, 1, cols] (Li et al. 2025).
     """
-    buf.lerp_(g, (1 - momentum).to(buf.dtype))
-    u = g.lerp(buf, momentum.to(buf.dtype))
+    if cfg.muon_buffer == "sum":
+        buf.mul_(momentum.to(buf.dtype)).add_(g)
+        u = g + momentum.to(buf.dtype) * buf
+    else:
+        buf.lerp_(g, (1 - momentum).to(buf.dtype))
+        u = g.lerp(buf, momentum.to(buf.dtype))
     if cfg.row_norm:
         u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True).clamp_min(1e-7)
     u = polar_factor(u, cfg.polar, cfg.polar_steps, dtype)

@@ -251,6 +251,31 @@ def one_step(cfg, w, g, lr=0.1, wd=0.0, steps=1):
     return with_ours(w[None], [g[None]] * steps, [lr] * steps, [0.0] * steps, wd, cfg, torch.float32)[0]
 
 
+@pytest.mark.parametrize("buffer", ["lerp", "sum"])
+def test_buffer_of_muon_is_a_mean_or_a_sum_as_asked(buffer):
+    """Parameter-golf's b <- m*b + g, u = g + m*b, and slowrun's means: other steps while the momentum rises, and only then."""
+    gradients, momenta = [randn(24, 16, seed=s) for s in range(6)], [0.5, 0.6, 0.7, 0.8, 0.9, 0.9]
+    expected, last = {}, {}
+    for kind in ("lerp", "sum"):
+        b, w = np.zeros((24, 16)), torch.zeros(24, 16)
+        for g, m in zip(gradients, momenta):
+            new = g.double().numpy()
+            b = m * b + (new if kind == "sum" else (1 - m) * new)
+            u = (new if kind == "sum" else (1 - m) * new) + m * b
+            last[kind] = tg.polar_factor(torch.from_numpy(u).float()[None], "ns5", 5, torch.float32)[0]
+            w = w - 0.1 * 1.5**0.5 * last[kind]
+        expected[kind] = w
+    cfg = tiny(muon_buffer=buffer)
+    got = with_ours(torch.zeros(1, 24, 16), [g[None] for g in gradients], [0.1] * 6, momenta, 0.0, cfg, torch.float32)[0]
+    assert torch.allclose(got, expected[buffer], atol=1e-4)
+    assert (expected["sum"] - expected["lerp"]).norm() > 0.01 * got.norm()
+    steady = [
+        with_ours(torch.zeros(1, 24, 16), [g[None] for g in gradients], [0.1] * 6, [0.9] * 6, 0.0, tiny(muon_buffer=b), torch.float32)
+        for b in ("lerp", "sum")
+    ]
+    assert torch.allclose(*steady, atol=1e-4)
+
+
 def test_row_norm_is_not_muoneq():
     """Rows of the update are divided by their length before the polar factor."""
     g = randn(24, 24) * torch.logspace(-2, 2, 24)[:, None]
