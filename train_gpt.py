@@ -158,7 +158,7 @@ class Config:
     tie_embed: int = 0  # 1: one table is input embedding and head
     attn_dropout: float = 0.0  # share of the attention branch's output that is zeroed in training
     mlp_dropout: float = 0.0  # share of the MLP branch's output that is zeroed in training
-    stoch_depth: float = 0.0  # chance that the last block is left out of a training pass; rises linearly from block 0's 0
+    stoch_depth: float = 0.0  # chance that the last block is left out of a training pass; linear from block 0's 0 to MTP's
     mtp: float = 0.0  # weight of the loss of the token after next, by one more block; 0: none
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
     pad_vocab: int = 0  # 1: the embedding has those rows too, and rows beyond vocab give no logits (slowrun)
@@ -1403,7 +1403,11 @@ class GPT(nn.Module):
         """
         T = targets_BT.size(1)
         h = linear(torch.cat([x_BTD, self.embedded(targets_BT.clamp_min(0))], dim=-1), self.mtp_proj)
-        h = self.mtp_block(h, h.clone(), [], (self.cos, self.sin), Seen(self.documents(targets_BT), 0, h), False)
+        keep = None
+        if self.cfg.stoch_depth and torch.is_grad_enabled():
+            keep = torch.rand((), device=h.device) >= drop_chance(self.cfg, self.cfg.depth)
+        seen = Seen(self.documents(targets_BT), 0, h)
+        h = self.mtp_block(h, h.clone(), [], (self.cos, self.sin), seen, False, None, keep)
         after = F.pad(targets_BT[:, 1:], (0, 1), value=-1)
         return self.chunked(self.final(h), after, False) * (T / max(1, T - 1))
 

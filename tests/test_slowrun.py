@@ -256,6 +256,30 @@ def test_dropout_or_stochastic_depth_is_on_in_evaluation_or_of_another_size():
     assert torch.equal(skipped, h)
 
 
+def test_stochastic_depth_leaves_out_the_block_of_mtp_as_one_behind_the_last():
+    """Block n of n has chance p * n / (n - 1); left out, it passes on what mtp_proj gives; evaluation keeps it."""
+    cfg = tiny(depth=3, mtp=0.3, stoch_depth=0.4)
+    model, (x, y) = awake(build(cfg)), random_tokens(cfg, 2, 32)
+    kept = []
+    model.mtp_block.register_forward_pre_hook(lambda module, args: kept.append(args[7]))
+    torch.manual_seed(0)
+    h = torch.randn(1, 2, 32)
+    for _ in range(600):
+        model.ahead(h, y[:1, :2])
+    assert 1 - torch.stack(kept).float().mean().item() == pytest.approx(0.4 * 3 / 2, abs=0.05)
+    hidden = torch.randn(2, 32, 32)
+    with torch.no_grad():
+        whole = model.ahead(hidden, y)
+    assert kept[-1] is None
+    torch.manual_seed(next(s for s in range(99) if torch.manual_seed(s) and torch.rand(()) < 0.6))
+    dropped = model.ahead(hidden, y)
+    joined = torch.cat([hidden, model.embedded(y)], -1) @ model.mtp_proj.T
+    logits = model.logits(F.rms_norm(joined, (32,), eps=cfg.norm_eps))[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten(), reduction="none") * 32 / 31
+    assert torch.allclose(dropped.view(2, 32)[:, :-1].flatten(), expected, atol=1e-5)
+    assert not torch.allclose(dropped, whole, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "pattern, depth, windows",
     [
