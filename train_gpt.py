@@ -146,7 +146,7 @@ class Config:
     resid_lambda: float = 0.0  # start of a learned factor per block on the residual stream; 0: none
     x0_lambda: float = 0.0  # start of a learned share of the embedding per block; 0: none
     unet: int = 0  # learned skips from the first half to the second: 1: a vector per position; 2: a number per block
-    layer_scale: int = 0  # 1: the normed inputs of position l's branches are divided by sqrt(l + 1)
+    layer_scale: int = 0  # 1: the normed inputs of block l's branches are divided by sqrt(l + 1), at each of its passes
     loop_embed: int = 0  # 1: each position adds a learned vector
     value_embeds: int = 0  # token tables of which each position adds a learned share; 0: none
     cross_repeat: int = 0  # 1: a looped block adds a learned share of its own output one repeat before
@@ -1255,6 +1255,14 @@ def layer_order(cfg: Config, repeats: int) -> list[int]:
     return [*range(low), *list(range(low, high)) * repeats, *range(high, cfg.depth)]
 
 
+def row_of(cfg: Config, position: int, block: int, count: int, most: int) -> int:
+    """
+    The row of what is learned for a position out of `count`, where the deepest order has `most`: positions up to the
+    loop's end are counted from the front, those behind it from the back. So each keeps its row when depth grows.
+    """
+    return position + most - count if block >= loop_span(cfg)[1] else position
+
+
 class LossAndLogZ(torch.autograd.Function):
     """
     Cross-entropy and log Z [2, N] of logits [N, V], both 0 where the target is -1, for little more than the first alone:
@@ -1300,9 +1308,10 @@ class GPT(nn.Module):
         self.mtp_proj = nn.Parameter(torch.empty(cfg.dim, 2 * cfg.dim)) if cfg.mtp else None
         self.mtp_block = Block(cfg, cfg.depth) if cfg.mtp else None
         self.final_gain = nn.Parameter(torch.empty(cfg.dim)) if cfg.layer_norm else None
-        # What belongs to a position and not to a block is there for the deepest order; shallower phases use a prefix.
+        # What belongs to a position and not to a block is there for the deepest order; see row_of().
         repeats = int(max(Schedule("repeats", cfg.repeats).values()))
         positions, (low, high) = len(layer_order(cfg, repeats)), loop_span(cfg)
+        self.positions = positions
 
         def vectors(on: int, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(*shape, cfg.dim)) if on else None
@@ -1345,20 +1354,20 @@ class GPT(nn.Module):
         stack, before = [], {}  # outputs of the U-net's first half; each block's latest output
         drawn = torch.rand(len(order), device=x.device) if cfg.stoch_depth and torch.is_grad_enabled() else None
         for position, block in enumerate(order):
-            added = []
+            row, added = row_of(cfg, position, block, len(order), self.positions), []
             if cfg.unet == 2 and block >= cfg.depth - cfg.depth // 2:
                 added.append((self.skips[block - cfg.depth], before[cfg.depth - 1 - block]))
             if cfg.unet == 1 and position >= len(order) // 2 and stack:
                 added.append((self.skips[position - len(order) // 2], stack.pop()))
             if cfg.loop_embed:
-                added.append((self.loop_embed[position], one))
-            added += [(self.value_scales[position, e], v) for e, v in enumerate(values)]
+                added.append((self.loop_embed[row], one))
+            added += [(self.value_scales[row, e], v) for e, v in enumerate(values)]
             if cfg.cross_repeat and block in before:
                 passed = order[:position].count(block)
                 added.append((self.cross_scales[block - loop_span(cfg)[0], passed - 1], before[block]))
             xsa = cfg.xsa < 0 or position >= len(order) - cfg.xsa
-            # parameter-golf's "LN scale"; a tensor, as a number would make a graph of each position
-            shrink = one * (position + 1) ** -0.5 if cfg.layer_scale else None
+            # parameter-golf's "LN scale"; a tensor, as a number would make a graph of each block
+            shrink = one * (block + 1) ** -0.5 if cfg.layer_scale else None
             keep = None if drawn is None else drawn[position] >= drop_chance(cfg, block)
             x = self.blocks[block](x, x0, added, rope, seen[windows[block]], xsa, shrink, keep)
             before[block] = x

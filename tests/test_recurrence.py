@@ -57,7 +57,7 @@ def plain_forward(model: tg.GPT, tokens: torch.Tensor, repeats: int) -> torch.Te
             if r > 0:
                 x = x + w["cross_scales"][b, r - 1] * previous[b]
             x = w[block + "mix"][0] * x + w[block + "mix"][1] * x0
-            h = rms(x) / math.sqrt(position + 1)
+            h = rms(x) / math.sqrt(b + 1)
             width, heads = cfg.dim // cfg.heads, []
             for i in range(cfg.heads):
                 j = i // (cfg.heads // cfg.kv_heads)
@@ -71,7 +71,7 @@ def plain_forward(model: tg.GPT, tokens: torch.Tensor, repeats: int) -> torch.Te
                     assert (y * v).sum(-1).abs().max() < 1e-4
                 heads.append(y)
             x = x + w[block + "scales"][0] * (torch.cat(heads, -1) @ w[block + "attn.proj"].T)
-            z = rms(x) / math.sqrt(position + 1) @ w[block + "mlp.fc"].T
+            z = rms(x) / math.sqrt(b + 1) @ w[block + "mlp.fc"].T
             z = torch.where(z > 0, z, 0.5 * z) ** 2
             x = x + w[block + "scales"][1] * (z @ w[block + "mlp.proj"].T)
             previous[b], position = x, position + 1
@@ -107,6 +107,30 @@ def test_shallow_phase_uses_what_belongs_to_deeper_ones():
             whole = dict(model.named_parameters())[name]
             p.copy_(whole[tuple(slice(n) for n in p.shape)])
     assert torch.equal(alone.hidden(x, 2, 0), model.hidden(x, 2, 0))
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_what_is_learned_for_a_position_keeps_its_owner_when_depth_grows(repeats):
+    """
+    Two blocks before the loop, two in it, two behind: layer scale follows the block; vectors, value scales and
+    cross-repeat scales follow the pass within the loop and the block outside of it, in front and behind alike.
+    """
+    cfg = tiny(depth=6, loop="2:4", repeats="0:1 0.4:2 0.7:3", layer_scale=1, loop_embed=1, value_embeds=1,
+               cross_repeat=1, block_scales=1)
+    model, (x, _) = awake(build(cfg)), random_tokens(cfg, 2, 12)
+    assert model.loop_embed.shape == (10, 32) and model.value_scales.shape == (10, 1, 32)
+    rows = {(0, 0): 0, (1, 0): 1, (2, 0): 2, (3, 0): 3, (2, 1): 4, (3, 1): 5, (2, 2): 6, (3, 2): 7, (4, 0): 8, (5, 0): 9}
+    h = x0 = F.rms_norm(model.embed[x], (32,), eps=cfg.norm_eps)
+    passes, before = dict.fromkeys(range(6), 0), {}
+    for b in [0, 1, *[2, 3] * repeats, 4, 5]:
+        row = rows[b, passes[b]]
+        h = h + model.loop_embed[row] + model.value_scales[row, 0] * model.value_embeds[0][x]
+        if b in before:
+            h = h + model.cross_scales[b - 2, passes[b] - 1] * before[b]
+        seen = tg.Seen(None, 0, h)
+        h = model.blocks[b](h, x0, [], (model.cos, model.sin), seen, False, torch.tensor((b + 1) ** -0.5))
+        before[b], passes[b] = h, passes[b] + 1
+    assert torch.allclose(model.hidden(x, repeats, 0), F.rms_norm(h, (32,), eps=cfg.norm_eps), atol=1e-5)
 
 
 def test_step_0_loss_is_not_that_of_a_uniform_guess():
