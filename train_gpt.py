@@ -708,6 +708,7 @@ class Run:
         self.folder = Path(cfg.log_dir) / cfg.run
         self.began, self.earlier_wall = time.perf_counter(), 0.0
         self.signal, self.leave_at_once = 0, False
+        self.trained: Now | None = None  # the schedules of the last step that was trained
         self.owns_group = False
         self.log_file = self.metrics_file = self.wandb = None
         self.early: list[str] = []  # lines from before the log was there
@@ -2298,7 +2299,8 @@ def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, l
         for name, named in (("model", weights), ("optimizer", optimizer), ("averages", averages)):
             write_tensors(named, part / f"{name}.safetensors")
         state = {"step": step, "train_seconds": run.clock.seconds(), "wall_seconds": run.wall(), "loader": loader.state_dict(),
-                 "rng": rng, "world_size": run.world, "torch": torch.__version__}
+                 "rng": rng, "world_size": run.world, "torch": torch.__version__,
+                 "trained": run.trained and run.trained._asdict()}
         (part / "state.json").write_text(json.dumps(state))
         (part / "config.toml").write_text(config_toml(run.cfg))
         sync_folder(part)
@@ -2360,6 +2362,7 @@ def load_checkpoint(path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg:
             elif run.device.type == "cuda":
                 torch.cuda.set_rng_state(rng)
     run.clock.total, run.earlier_wall = state["train_seconds"], state["wall_seconds"]
+    run.trained = Now(**state["trained"]) if state.get("trained") else None
     return state["step"]
 
 
@@ -2785,12 +2788,12 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
 
                     slowrun.keep_epoch(p, step)
                 if evaluating:
-                    found = validate_all(p, step, now)
+                    found = validate_all(p, step, run.trained or now)
         if last:
             break
         loss, size = train_step(p, step, now)
         step += 1
-        run.step = step
+        run.step, run.trained = step, now
         p.avg.update(step, plan.fraction(step, seconds))
         previous, pending = pending, (step, now, loss, size, max(1e-9, run.clock.seconds() - seconds))
         if previous:
@@ -2798,12 +2801,16 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
         if run.device.type == "cpu":
             flush()
     run.clock.stop()
-    return step, now, found
+    return step, run.trained or now, found
 
 
 def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
-    """After the last step and its evaluation `found`: export, read back, score, prove, compare, sample."""
+    """After the last step, its schedules and its evaluation `found`: export, read back, score, prove, compare, sample."""
     cfg, run, plan = p.cfg, p.run, p.plan
+    end = plan.at(cfg.steps, 1.0)  # as all who read the artifact apply it
+    if (now.repeats, now.window) != (end.repeats, end.window):
+        run.log(f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, and the evaluation is of "
+                f"these; artifact and sample are of the schedules' end, repeats {end.repeats}, window {end.window}")
     if cfg.final_weights not in ["live", *p.avg.ready()]:
         raise UserError(f"final_weights = {cfg.final_weights!r}, but no snapshot was taken: lower --swa_start or --swa_every")
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
@@ -2813,12 +2820,12 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
         if cfg.export:
             import golf
 
-            result |= golf.export_and_score(p, now)
+            result |= golf.export_and_score(p, end)
         if run.is_main and p.tokenizer and p.val.bytes and p.val.bytes < 8e6:
             result |= compressors_bpb(p.val, p.tokenizer)
             run.log(f"same text: xz -9e {result['xz_bpb']:.4f} bpb, zstd -19 {result['zstd_bpb']:.4f} bpb")
         if run.is_main and p.tokenizer and cfg.sample_tokens:
-            text = generate(p.model, p.tokenizer, cfg, plan.max_seq_len, now)
+            text = generate(p.model, p.tokenizer, cfg, plan.max_seq_len, end)
             run.log(f"sample from the {'artifact' if cfg.export else 'weights'}:\n{text}")
         if cfg.average_epochs:
             import slowrun

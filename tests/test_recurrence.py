@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build, random_tokens, tg, tiny
+from helpers import build, parts, random_tokens, tg, tiny
+
+import golf
 
 CPU = torch.device("cpu")
 SMALL = {"depth": 2, "dim": 32, "heads": 4, "kv_heads": 2, "loop": "0:2", "repeats": "0:1 0.5:3", "tie_embed": 1,
@@ -149,6 +151,46 @@ def test_depth_changes_elsewhere_than_at_the_schedules_borders():
         assert plan.at(0, plan.fraction(0, 600 * fraction)).repeats == repeats
     with pytest.raises(tg.UserError, match="its last value"):  # on steps alone this one would never advance to 4
         tg.validate(tiny(loop="0:2", steps=10, repeats="0:2 50s:4"))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 100.0])
+@pytest.mark.parametrize("first", [0, 4])
+def test_an_evaluation_belongs_to_the_step_behind_it_for_every_graph_schedule(tmp_path, monkeypatch, first, seconds):
+    """All that shape a graph change at step 4, from steps and on a clock that each step moves by a tenth; also resumed."""
+    p = parts(tmp_path, loop="0:2", repeats="0:1 0.4:2", window="0:4 0.4:8", seq_len="0:16 0.4:32", eval_every=2,
+              batch_tokens="0:64 0.4:128", micro_tokens=64, steps=10, max_seconds=seconds, save_last=0)
+    clock = p.run.clock
+    monkeypatch.setattr(clock, "seconds", lambda: seconds / 10 * p.run.step)
+    trained, evaluated = {}, {}
+    if first:
+        p.run.step, p.run.trained = 3, p.plan.at(3, 0.3)
+        p.run.folder = tmp_path / "run"
+        saved = tg.save_checkpoint(p.run, p.model, p.opt, p.avg, p.loader, first)
+        p.run.trained = None
+        assert tg.load_checkpoint(saved, p.run, p.model, p.opt, p.avg, p.loader) == first
+    monkeypatch.setattr(tg, "train_step", lambda p, step, now: trained.setdefault(step, now) and (torch.zeros(1),) * 2)
+    monkeypatch.setattr(tg, "validate_all", lambda p, step, now: evaluated.setdefault(step, now) and {})
+    monkeypatch.setattr(tg, "log_step", lambda *told: None)
+    step, now, _ = tg.train_loop(p, first)
+    assert list(trained) == list(range(first, 10)) and list(evaluated) == list(range(first, 11, 2)) and step == 10
+    graph = lambda now: (now.repeats, now.window, now.seq_len, now.batch_tokens)
+    for i in range(first, 10):
+        assert graph(trained[i]) == ((1, 4, 16, 64) if i < 4 else (2, 8, 32, 128))
+    for i in range(first, 11, 2):
+        assert graph(evaluated[i]) == ((1, 4, 16, 64) if i <= 4 else (2, 8, 32, 128)), i
+    assert now == trained[9]
+
+
+def test_a_clock_that_ends_before_the_last_depth_is_told(tmp_path, monkeypatch):
+    """The artifact's readers know the schedules alone: it is scored as they apply it, whatever the last step was."""
+    p, said, scored = parts(tmp_path, loop="0:2", repeats="0:1 0.9:2", max_seconds=10.0), [], []
+    monkeypatch.setattr(p.run, "log", said.append)
+    monkeypatch.setattr(golf, "export_and_score", lambda p, now: scored.append(now.repeats) or {})
+    p.cfg.export = "int8"
+    for fraction in (0.8, 0.95):
+        tg.finish(p, 5, p.plan.at(5, fraction), {"val_loss": 1.0})
+    assert scored == [2, 2]
+    assert len(said) == 1 and "ended training at repeats 1" in said[0] and "schedules' end, repeats 2" in said[0]
 
 
 def test_bits_per_byte_of_a_uniform_guess_are_not_ten_bits_a_token():
