@@ -98,9 +98,9 @@ class Config:
     # --- machine
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # compute type: bfloat16, float32, or auto (bfloat16 where the machine is fast at it)
-    param_dtype: str = "float32"  # type of the weights and of the optimizer's state; remix trained in bfloat16
+    param_dtype: str = "float32"  # type of weights, gradients and optimizer's state; remix trained in bfloat16
     compile: int = 1  # torch.compile before the clock starts: 1: one block, for all; 2: the whole model; 0: eager
-    micro_tokens: int = 65536  # tokens in one forward pass of one rank; less saves memory, the result is the same
+    micro_tokens: int = 65536  # tokens in one forward pass of one rank; less saves memory, the result is the same but for rounding
     auto_micro: int = 0  # 1: micro_tokens is a ceiling; the most rows below it that divide the batch are taken
     loss_chunk: int = 16384  # tokens whose logits exist at once
     dry_run: bool = False  # print parameters, FLOPs, data, memory, sizes and time of this run, then leave
@@ -641,6 +641,10 @@ class Plan:
                 "ranks * micro_tokens * a whole number, and micro_tokens = seq_len * a whole number")
         return micro // now.seq_len
 
+    def micro_batches(self, now: Now, world: int) -> int:
+        """Forward passes of one rank in a step."""
+        return now.batch_tokens // world // (self.micro_rows(now, world) * now.seq_len)
+
     def train_shapes(self, world: int) -> list[Shape]:
         shapes = [Shape(self.micro_rows(n, world), n.seq_len, n.repeats, n.window) for n in self.moments()]
         return list(dict.fromkeys(shapes))
@@ -958,6 +962,11 @@ def norm(x: Tensor, eps: float) -> Tensor:
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x @ w.T with the fp32 master weight cast to the type of the activations at use."""
     return F.linear(x, w.to(x.dtype))
+
+
+def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
+    """The table's rows; a CPU would sum their gradients in bfloat16 where that is the table's type, a GPU sums in fp32."""
+    return F.embedding(tokens, table if table.is_cuda else table.float())
 
 
 def normed(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
@@ -1331,7 +1340,7 @@ class GPT(nn.Module):
         return (tokens_BT == self.cfg.doc_token).cumsum(1, dtype=torch.int32) if self.cfg.doc_mask else None
 
     def embedded(self, tokens_BT: Tensor) -> Tensor:
-        x = F.embedding(tokens_BT, self.head if self.embed is None else self.embed).to(self.dtype)
+        x = rows_of(self.head if self.embed is None else self.embed, tokens_BT).to(self.dtype)
         return self.norm(x, self.cfg.norm_eps) if self.cfg.embed_norm else x
 
     def final(self, x: Tensor) -> Tensor:
@@ -1350,7 +1359,7 @@ class GPT(nn.Module):
         x0, rope = x.clone(), (self.cos[first:], self.sin[first:])
         windows = [block_window(cfg, i, window) for i in range(cfg.depth)]
         seen = dict.fromkeys(windows, cache.seen(docs)) if cache else {w: Seen(docs, w, x) for w in dict.fromkeys(windows)}
-        values = [F.embedding(tokens_BT, t).to(self.dtype) for t in self.value_embeds] if cfg.value_embeds else []
+        values = [rows_of(t, tokens_BT).to(self.dtype) for t in self.value_embeds] if cfg.value_embeds else []
         order, one = layer_order(cfg, repeats), torch.ones((), dtype=self.dtype, device=x.device)
         stack, before = [], {}  # outputs of the U-net's first half; each block's latest output
         drawn = torch.rand(len(order), device=x.device) if cfg.stoch_depth and torch.is_grad_enabled() else None
@@ -1381,20 +1390,20 @@ class GPT(nn.Module):
         """How many rows of the head have a logit."""
         return self.cfg.vocab if self.cfg.pad_vocab else len(self.head)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple."""
-        z = linear(x, self.head)
+    def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
+        """activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple; head: the same in another type."""
+        z = linear(x, self.head if head is None else head)
         z = (z[..., : self.cfg.vocab] if self.cfg.pad_vocab else z).float()
         if self.cfg.logit_dim_power:
             z = z * self.cfg.dim**self.cfg.logit_dim_power
         # Remix M's 30*sigmoid(z/7.5) is 15 + 15*tanh(z/15): a cap of 15, and softmax does not see the shift.
         return self.cfg.softcap * torch.tanh(z / self.cfg.softcap) if self.cfg.softcap else z
 
-    def losses(self, x: Tensor, targets: Tensor, log_z: bool = False) -> Tensor:
+    def losses(self, x: Tensor, targets: Tensor, log_z: bool = False, head: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of each target; 0 where the target is -1. With log_z [2, N]: and each log(sum(exp(logits)))."""
         if log_z:
-            return (plain_loss_and_log_z if x.is_cuda else LossAndLogZ.apply)(self.logits(x), targets)
-        return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="none")
+            return (plain_loss_and_log_z if x.is_cuda else LossAndLogZ.apply)(self.logits(x, head), targets)
+        return F.cross_entropy(self.logits(x, head), targets, ignore_index=-1, reduction="none")
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, repeats: int = 1, window: int = 0, log_z: bool = False,
                 ahead: bool = False) -> Tensor:
@@ -1430,7 +1439,9 @@ class GPT(nn.Module):
         if len(targets) <= self.cfg.loss_chunk:
             return self.losses(x, targets, log_z)
         chunks = zip(x.split(self.cfg.loss_chunk), targets.split(self.cfg.loss_chunk))
-        return torch.cat([torch.utils.checkpoint.checkpoint(self.losses, *c, log_z, use_reentrant=False) for c in chunks], -1)
+        head = self.head.float()  # so the chunks' gradients are summed in fp32, whatever the weights are in
+        checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, self.losses, use_reentrant=False)
+        return torch.cat([checkpoint(*c, log_z, head) for c in chunks], -1)
 
 
 class Declared(NamedTuple):
@@ -1635,6 +1646,7 @@ class Bucket:
         self.share = -(-count // run.world)  # units of one rank
         self.weights = first.new_zeros(self.share * run.world, *self.unit)
         self.grads = torch.zeros_like(self.weights)
+        self.total: Tensor | None = None  # collect()'s
         for name, p in params.items():
             low, high = self.spans[name]
             self.weights[low:high].copy_(p.detach().view(-1, *self.unit))
@@ -1653,6 +1665,22 @@ class Bucket:
     def frozen(self, now: Now) -> bool:
         """Whether the weights keep every bit in this step."""
         return self.slow and not now.slow_lr
+
+    def collect(self, last: bool) -> None:
+        """
+        Behind each of several micro-batches: add its gradients to a sum in fp32, which behind the last one becomes the
+        gradients, rounded once. In bfloat16 a sum of 512 is percents off. Costs 4 bytes for each such parameter.
+        """
+        if self.grads.dtype == torch.float32:
+            return  # autograd has summed them
+        if self.total is None:
+            self.total = torch.zeros_like(self.grads, dtype=torch.float32)
+        self.total.add_(self.grads)
+        if last:
+            self.grads.copy_(self.total)
+            self.total.zero_()
+        else:
+            self.grads.zero_()
 
     def gather(self, shard: Tensor) -> Tensor:
         """All ranks' shards as one tensor."""
@@ -1714,6 +1742,12 @@ class MuonAdamW:
         on = bool(cfg.compile)
         self.muon = torch.compile(muon_update, dynamic=False) if on else muon_update
         self.adamw = torch.compile(adamw_update, dynamic=False) if on else adamw_update
+
+    @torch.no_grad()
+    def collect(self, last: bool) -> None:
+        """Behind the backward pass of each micro-batch, where a step has several."""
+        for b in self.buckets:
+            b.collect(last)
 
     def step(self, now: Now) -> Tensor:
         """Update the weights from the summed gradients, clear those; the global gradient norm [1]."""
@@ -2588,6 +2622,7 @@ def warm_up(p: Parts) -> None:
     """
     run, plan, began = p.run, p.plan, time.perf_counter()
     kept = p.opt.snapshot()
+    several = any(plan.micro_batches(n, run.world) > 1 for n in plan.moments())
     todo = [(True, s) for s in plan.train_shapes(run.world)] + [(False, s) for s in plan.eval_shapes()]
     bar = tqdm(todo, desc="compile" if p.cfg.compile else "warm up", leave=False,
                disable=not (run.is_main and sys.stderr.isatty()))
@@ -2599,6 +2634,8 @@ def warm_up(p: Parts) -> None:
                 x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
                 if training:
                     loss_terms(p, x, y, shape.repeats, shape.window).sum().backward()
+                    if several:
+                        p.opt.collect(last=True)
                     p.opt.step(plan.at(0, 0.0))
                 else:
                     with torch.no_grad():
@@ -2674,6 +2711,8 @@ def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
             terms = loss_terms(p, x, y, now.repeats, now.window) / p.loader.targets(now.batch_tokens)
             terms.sum().backward()
             total += terms.detach()
+            if size < len(rows):
+                p.opt.collect(last=low + size >= len(rows))
     total = p.run.sum(total)
     if p.cfg.mu_loss:
         total = torch.cat([total, add_mu_loss(p.model.head, p.cfg.mu_loss, p.run.world, p.model.logit_rows)])
@@ -2996,7 +3035,7 @@ def explain(e: BaseException) -> str | None:
     if isinstance(e, UserError):
         return text
     if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return (f"out of memory: halve --micro_tokens or --loss_chunk; the result stays the same. ({text.splitlines()[0]})")
+        return (f"out of memory: halve --micro_tokens or --loss_chunk; the result stays the same but for rounding. ({text.splitlines()[0]})")
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({e}); complete checkpoints are kept: make room and continue with --resume"
     if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):

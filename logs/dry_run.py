@@ -48,6 +48,8 @@ def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: in
     """
     b = 2 if cfg.param_dtype == "bfloat16" else 4
     fixed = b * (2 * params + -(-states // world))
+    if b == 2 and any(plan.micro_batches(n, world) > 1 for n in plan.moments()):
+        fixed += 4 * params  # their gradients are summed in fp32
     q, kv = head_width(cfg) * cfg.heads, head_width(cfg) * (cfg.kv_heads or cfg.heads)
     kept = 4 * cfg.dim + 4 * q + 3 * kv  # block input, middle, both normed; q, k raw and rotated, v, attention twice
     kept += hidden_width(cfg) * (3 if cfg.activation == "swiglu" else 2)  # before and behind the activation
