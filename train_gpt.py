@@ -100,7 +100,7 @@ class Config:
     dtype: str = "auto"  # compute type: bfloat16, float32, or auto (bfloat16 where the machine is fast at it)
     param_dtype: str = "float32"  # type of weights, gradients and optimizer's state; remix trained in bfloat16
     compile: int = 1  # torch.compile before the clock starts: 1: one block, for all; 2: the whole model; 0: eager
-    micro_tokens: int = 65536  # tokens in one forward pass of one rank; less saves memory, the result is the same but for rounding
+    micro_tokens: int = 65536  # tokens in one forward pass of a rank; less saves memory, the result is the same to rounding
     auto_micro: int = 0  # 1: micro_tokens is a ceiling; the most rows below it that divide the batch are taken
     loss_chunk: int = 16384  # tokens whose logits exist at once
     dry_run: bool = False  # print parameters, FLOPs, data, memory, sizes and time of this run, then leave
@@ -3035,7 +3035,8 @@ def explain(e: BaseException) -> str | None:
     if isinstance(e, UserError):
         return text
     if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return (f"out of memory: halve --micro_tokens or --loss_chunk; the result stays the same but for rounding. ({text.splitlines()[0]})")
+        return ("out of memory: halve --micro_tokens or --loss_chunk; the result stays the same but for rounding. "
+                f"({text.splitlines()[0]})")
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({e}); complete checkpoints are kept: make room and continue with --resume"
     if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):

@@ -58,8 +58,9 @@ def random_tokens(cfg: tg.Config, rows: int, seq_len: int, seed: int = 0) -> tup
 
 def parts(folder, device: str = "cpu", **changes) -> tg.Parts:
     """All that train_step needs, on a shard of random tokens."""
-    for split in ("train", "val"):
-        write_shard(folder / f"x_{split}_0.bin", np.random.default_rng(0).integers(0, 96, 16385))
+    for path in (folder / "x_train_0.bin", folder / "x_val_0.bin"):
+        if not path.exists():
+            write_shard(path, np.random.default_rng(0).integers(0, 96, 16385))
     cfg = tiny(data=str(folder), epochs=0, export="", **changes)
     tg.validate(cfg)
     run = tg.Run(cfg)

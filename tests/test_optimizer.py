@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import alone, build, now, parts, random_tokens, tg, tiny
+from forks import Server
+from helpers import ROOT, alone, build, now, parts, random_tokens, tg, tiny
+from test_runs import free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -727,3 +729,149 @@ def test_a_step_copies_rows_and_one_table_of_rates_to_the_device_and_waits_for_n
     assert not traffic.waits
     rows, rates = ("aten._to_copy.default", (2, 33), True), ("aten._to_copy.default", (len(p.opt.buckets), 5, 4), True)
     assert traffic.copies == [rows, rows, rates] * 2
+
+
+# --- every flag, weights in fp32 and bfloat16, on one rank and two
+
+DECAYS = {"matrix_wd": 0.5, "embed_wd": 0.3, "scalar_wd": 0.2}
+FLAGS = {
+    "muon": {},
+    "adamw": {"optimizer": "adamw", "adamw_lr": 0.01},
+    "adamw_matrices": {"adamw_matrices": "attn"},
+    "rates": {"matrix_lr": 0.02, "embed_lr": 0.1, "head_lr": 0.1, "scalar_lr": 0.1, "lr": "0:1 1>0"},
+    "own_lr": {"own_lr": "embed=0.1/0.5 q_gain=0.01"},
+    "slow": {"slow": "mlp", "slow_lr": "0.5"},
+    "frozen": {"slow": "head|attn", "slow_lr": "0", "mu_centering": 1, **DECAYS},
+    "betas": {"beta1": 0.5, "beta2": 0.9, "adam_eps": 1e-3},
+    "momentum": {"momentum": "0:0.5 4s>0.9"},
+    "muon_buffer": {"muon_buffer": "sum", "momentum": "0:0.5 4s>0.9"},
+    "polar": {"polar": "polar_express", "polar_steps": 6},
+    "row_norm": {"row_norm": 1},
+    "normuon": {"normuon": 0.9},
+    "decays": DECAYS | {"weight_decay": "0:1 1>0"},
+    "independent_wd": {k: v / 10 for k, v in DECAYS.items()} | {"independent_wd": 1},
+    "decay_by_shape": {"decay_by_shape": 1, "matrix_wd": 0.5},
+    "cautious 1": {"cautious": 1} | DECAYS,
+    "cautious 2": {"cautious": 2} | DECAYS,
+    "grad_clip": {"grad_clip": 1.0, "optimizer": "adamw", "adam_eps": 1e-2},
+    "tied": {"tie_embed": 1, "tied_lr": 0.01},
+    "mu": {"mu_loss": 100.0, "mu_centering": 1},
+    "averages": {"ema": 0.5, "swa_every": 2, "swa_start": 0.1},
+    "all": {"normuon": 0.9, "row_norm": 1, "cautious": 1, "muon_buffer": "sum", "polar": "polar_express",
+            "grad_clip": 9.0, "ema": 0.9, "swa_every": 1, "swa_start": 0.0, "adamw_matrices": "fc"} | DECAYS,
+}  # fmt: skip
+CASES = [(name, kind) for name in FLAGS for kind in ("float32", "bfloat16")]
+
+
+def linear_loss(p: tg.Parts, x: torch.Tensor, y: torch.Tensor, repeats: int, window: int) -> torch.Tensor:
+    """A loss whose gradient is the same on any ranks, micro-batches and weights: random numbers, new in each step."""
+    terms = []
+    for i, w in enumerate(p.model.parameters()):
+        terms.append((w.float() * randn(*w.shape, seed=1000 * p.opt.count + i)).sum())
+    return torch.stack(terms).sum().view(1) * y.numel()
+
+
+def outcome(folder, changes: dict, kind: str) -> dict[str, torch.Tensor]:
+    """Weights, averages and states after four steps of train_step, on as many ranks as there are. Collective."""
+    p = parts(folder, param_dtype=kind, micro_tokens=64, q_gain=1.5, head_init="0.1", proj_init=1.0, **changes)
+    p.run.meet()
+    found = {f"start {name}": w.detach().clone() for name, w in p.model.named_parameters()}
+    plain, tg.loss_terms = tg.loss_terms, linear_loss
+    try:
+        for step in range(4):
+            total, size = tg.train_step(p, step, p.plan.at(step, step / 4))
+            assert torch.isfinite(total).all() and torch.isfinite(size).all()
+            p.avg.update(step + 1, (step + 1) / 4)
+            found |= {f"{step + 1} {name}": w.detach().clone() for name, w in p.model.named_parameters()}
+    finally:
+        tg.loss_terms = plain
+    found |= {f"average {name}": t for name, t in p.avg.state_dict().items()}
+    return found | {f"state {name}": t for name, t in p.opt.state_dict().items()}
+
+
+def on_ranks(folder, out) -> None:
+    """One of several processes: every case in turn; rank 0 writes what it found."""
+    for i, (name, kind) in enumerate(CASES):
+        found = outcome(folder, FLAGS[name], kind)
+        if tg.os.environ["RANK"] == "0":
+            tg.save_tensors(found, out / f"{i}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict:
+    """(flag, type of the weights, ranks) -> what outcome() found."""
+    folder = tmp_path_factory.mktemp("table")
+    found = {(*case, 1): outcome(folder, FLAGS[case[0]], case[1]) for case in CASES}
+    script = folder / "ranks.py"
+    script.write_text(
+        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        f"import test_optimizer\ntest_optimizer.on_ranks(Path({str(folder)!r}), Path({str(folder)!r}))\n"
+    )
+    server = Server(folder)
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    try:
+        ranks = [server.start(file=script, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
+        for fork in ranks:
+            ended = fork.wait()
+            assert ended.code == 0, ended.text
+    finally:
+        server.close()
+    return found | {(*case, 2): tg.read_tensors(folder / f"{i}.safetensors") for i, case in enumerate(CASES)}
+
+
+def moved(found: dict, name: str) -> torch.Tensor:
+    return found[f"4 {name}"].double() - found[f"start {name}"].double()
+
+
+def near(found: dict, exact: dict) -> None:
+    """
+    Weights in bf16 move as those in fp32 do, but for a rounding of the weights, which a step rounds anew, and of the
+    gradients.
+    """
+    for key in exact:
+        if key.startswith("start "):
+            name = key.removeprefix("start ")
+            error = (moved(found, name) - moved(exact, name)).norm()
+            assert error <= 2**-8 * 1.3 * exact[key].norm() + 0.03 * moved(exact, name).norm(), name
+
+
+def means(found: dict, cfg: tg.Config) -> None:
+    """EMA and plain average by their formulae, from the weights behind each step."""
+    for key in [k.removeprefix("start ") for k in found if k.startswith("start ")]:
+        steps = [found[f"{word} {key}"].double().flatten() for word in ("start", 1, 2, 3, 4)]
+        ema = steps[0]
+        for i, w in enumerate(steps[1:]):
+            keep = min(cfg.ema, (i + 1) / (i + 10))
+            ema = keep * ema + (1 - keep) * w
+        swa = torch.stack(steps[cfg.swa_every :: cfg.swa_every]).mean(0)
+        for kind, mean in (("ema", ema), ("swa", swa)):
+            assert torch.allclose(found[f"average {key}:{kind}"].double().flatten(), mean, rtol=1e-5, atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_of_optimizer_and_averages_works_in_bf16_and_on_two_ranks(outcomes, name):
+    exact = outcomes[name, "float32", 1]
+    for kind, close in (("float32", 1e-4), ("bfloat16", 1e-2)):
+        one, two = outcomes[name, kind, 1], outcomes[name, kind, 2]
+        assert one.keys() == two.keys() == exact.keys()
+        for key, t in one.items():
+            assert t.dtype == two[key].dtype and torch.allclose(t, two[key], rtol=close, atol=1e-6), (kind, key)
+        near(one, exact)
+        if name in ("averages", "all"):
+            for found in (one, two):
+                means(found, tiny(**FLAGS[name]))
+        if name == "frozen":
+            still = {k.removeprefix("start ") for k in one if k.startswith("start ") and not moved(one, k[6:]).any()}
+            assert still == {k[6:] for k in one if k.startswith("start ") and ("head" in k or "attn" in k)}
+    plain = outcomes["muon", "float32", 1]
+    same = exact.keys() == plain.keys() and all(torch.allclose(t, plain[k], rtol=1e-3) for k, t in exact.items())
+    assert same == (name == "muon"), "a flag that changes nothing"
+
+
+def test_compiled_updates_of_bf16_weights_are_those_of_fp32_ones(tmp_path):
+    """All at once, in three graphs: one stack of matrices, AdamW's table and its vectors."""
+    changes = FLAGS["all"] | {"mlp_ratio": 1.0, "tie_embed": 1, "adamw_matrices": "", "polar_steps": 2}
+    exact = outcome(tmp_path, changes, "float32")
+    found = outcome(tmp_path, changes | {"compile": 1}, "bfloat16")
+    near(found, exact)
+    means(found, tiny(**changes))
