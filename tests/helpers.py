@@ -61,7 +61,7 @@ def parts(folder, device: str = "cpu", **changes) -> tg.Parts:
     for path in (folder / "x_train_0.bin", folder / "x_val_0.bin"):
         if not path.exists():
             write_shard(path, np.random.default_rng(0).integers(0, 96, 16385))
-    cfg = tiny(data=str(folder), epochs=0, export="", **changes)
+    cfg = tiny(**({"data": str(folder), "epochs": 0, "export": ""} | changes))
     tg.validate(cfg)
     run = tg.Run(cfg)
     run.device = torch.device(device)

@@ -731,6 +731,19 @@ def test_a_step_copies_rows_and_one_table_of_rates_to_the_device_and_waits_for_n
     assert traffic.copies == [rows, rows, rates] * 2
 
 
+@pytest.mark.parametrize("noise", [0, 1])
+def test_rounded_weights_in_training_make_no_step_wait(tmp_path, monkeypatch, noise):
+    p = parts(tmp_path, device="meta", dim=64, export="int6", qat="1", qat_noise=noise, param_dtype="bfloat16")
+    traffic, made = Traffic(), torch.Tensor.new_tensor
+    monkeypatch.setattr(torch, "tensor", traffic.tensor)
+    monkeypatch.setattr(torch.Tensor, "new_tensor", lambda t, data: traffic.waits.append(data) or made(t, data))
+    with traffic:
+        tg.train_step(p, 0, p.plan.at(0, 0.0))
+    assert not traffic.waits and all(non_blocking for _, _, non_blocking in traffic.copies)
+    matrices = sum(tg.declared(n).group == "matrix" or n in ("embed", "head") for n, _ in p.model.named_parameters())
+    assert len(traffic.copies) == 2 + noise * matrices
+
+
 # --- every flag, weights in fp32 and bfloat16, on one rank and two
 
 DECAYS = {"matrix_wd": 0.5, "embed_wd": 0.3, "scalar_wd": 0.2}
