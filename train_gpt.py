@@ -98,9 +98,9 @@ class Config:
     # --- machine
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # compute type: bfloat16, float32, or auto (bfloat16 where the machine is fast at it)
-    param_dtype: str = "float32"  # type of weights, gradients and optimizer's state; remix trained in bfloat16
+    param_dtype: str = "float32"  # type of weights, gradients, optimizer's state; remix: bfloat16
     compile: int = 1  # torch.compile before the clock starts: 1: one block, for all; 2: the whole model; 0: eager
-    micro_tokens: int = 65536  # tokens in one forward pass of a rank; less saves memory, the result is the same to rounding
+    micro_tokens: int = 65536  # tokens a rank takes at once; fewer save memory, same result
     auto_micro: int = 0  # 1: micro_tokens is a ceiling; the most rows below it that divide the batch are taken
     loss_chunk: int = 16384  # tokens whose logits exist at once
     dry_run: bool = False  # print parameters, FLOPs, data, memory, sizes and time of this run, then leave
@@ -146,7 +146,7 @@ class Config:
     resid_lambda: float = 0.0  # start of a learned factor per block on the residual stream; 0: none
     x0_lambda: float = 0.0  # start of a learned share of the embedding per block; 0: none
     unet: int = 0  # learned skips from the first half to the second: 1: a vector per position; 2: a number per block
-    layer_scale: int = 0  # 1: the normed inputs of block l's branches are divided by sqrt(l + 1), at each of its passes
+    layer_scale: int = 0  # 1: normed inputs of block l's branches are divided by sqrt(l + 1)
     loop_embed: int = 0  # 1: each position adds a learned vector
     value_embeds: int = 0  # token tables of which each position adds a learned share; 0: none
     cross_repeat: int = 0  # 1: a looped block adds a learned share of its own output one repeat before
@@ -158,7 +158,7 @@ class Config:
     tie_embed: int = 0  # 1: one table is input embedding and head
     attn_dropout: float = 0.0  # share of the attention branch's output that is zeroed in training
     mlp_dropout: float = 0.0  # share of the MLP branch's output that is zeroed in training
-    stoch_depth: float = 0.0  # chance that the last block is left out of a training pass; linear from block 0's 0 to MTP's
+    stoch_depth: float = 0.0  # chance that training skips the last block, linear from 0 at block 0
     mtp: float = 0.0  # weight of the loss of the token after next, by one more block; 0: none
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
     pad_vocab: int = 0  # 1: the embedding has those rows too, and rows beyond vocab give no logits (slowrun)
@@ -191,7 +191,7 @@ class Config:
     beta2: float = 0.95  # AdamW: decay of the second moment
     adam_eps: float = 1e-10  # AdamW: epsilon
     momentum: str = "0:0.85 300/2500>0.95"  # [sched] Muon: Nesterov momentum
-    muon_buffer: str = "lerp"  # Muon: its buffer is m*buf + (1-m)*g, or sum: m*buf + g; they differ while m changes
+    muon_buffer: str = "lerp"  # Muon's momentum buffer: lerp (m*buf + (1-m)*g) or sum (m*buf + g)
     polar: str = "ns5"  # Muon: ns5 (Newton-Schulz) or polar_express
     polar_steps: int = 5  # Muon: iterations towards the polar factor
     row_norm: int = 0  # Muon: 1 divides each row of the update by its norm first (MuonEq-R)
@@ -965,7 +965,10 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
 
 
 def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
-    """The table's rows; a CPU would sum their gradients in bfloat16 where that is the table's type, a GPU sums in fp32."""
+    """
+    The table's rows; a CPU would sum their gradients in bfloat16 where that is the table's type, a
+    GPU sums in fp32.
+    """
     return F.embedding(tokens, table if table.is_cuda else table.float())
 
 
@@ -1022,9 +1025,10 @@ def compiled(function):
 
 def compiled_on_gpu(function, like: Tensor):
     """
-    For the two functions below, which a GPU must run compiled, also where the model is eager: uncompiled, flex_attention
-    builds all T x T scores, 103 GB for remix's rows, and create_block_mask a mask of that size. Where compiling is off
-    (set_stance("force_eager")) or gives up (too many lengths) they do without both.
+    For the two functions below, which a GPU must run compiled, also where the model is eager:
+    uncompiled, flex_attention builds all T x T scores, 103 GB for remix's rows, and
+    create_block_mask a mask of that size. Where compiling is off (set_stance("force_eager")) or
+    gives up (too many lengths) they do without both.
     """
     return compiled(function) if like.is_cuda and not torch.compiler.is_compiling() else function
 
@@ -1051,7 +1055,8 @@ def flex_mask(q: Tensor, docs: Tensor | None, window: int):
 def block_mask(rule, q: Tensor, by_row: bool):
     if q.is_cuda and not torch.compiler.is_compiling():
         return None
-    return create_block_mask(rule, q.size(0) if by_row else None, None, q.size(-2), q.size(-2), device=q.device)
+    rows, length = q.size(0) if by_row else None, q.size(-2)
+    return create_block_mask(rule, rows, None, length, length, device=q.device)
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float,
@@ -1253,7 +1258,10 @@ class Seen:
 
 
 def drop_chance(cfg: Config, block: int) -> float:
-    """The chance of stochastic depth that a training pass leaves a block out; MTP's block is the one behind the last."""
+    """
+    The chance of stochastic depth that a training pass leaves a block out; MTP's block is the one
+    behind the last.
+    """
     return cfg.stoch_depth * block / max(1, cfg.depth - 1)
 
 
@@ -1267,8 +1275,9 @@ def layer_order(cfg: Config, repeats: int) -> list[int]:
 
 def row_of(cfg: Config, position: int, block: int, count: int, most: int) -> int:
     """
-    The row of what is learned for a position out of `count`, where the deepest order has `most`: positions up to the
-    loop's end are counted from the front, those behind it from the back. So each keeps its row when depth grows.
+    The row of what is learned for a position out of `count`, where the deepest order has `most`:
+    positions up to the loop's end are counted from the front, those behind it from the back. So
+    each keeps its row when depth grows.
     """
     return position + most - count if block >= loop_span(cfg)[1] else position
 
@@ -1318,7 +1327,8 @@ class GPT(nn.Module):
         self.mtp_proj = nn.Parameter(torch.empty(cfg.dim, 2 * cfg.dim)) if cfg.mtp else None
         self.mtp_block = Block(cfg, cfg.depth) if cfg.mtp else None
         self.final_gain = nn.Parameter(torch.empty(cfg.dim)) if cfg.layer_norm else None
-        # What belongs to a position and not to a block is there for the deepest order; see row_of().
+        # What belongs to a position and not to a block is there for the deepest order; see
+        # row_of().
         repeats = int(max(Schedule("repeats", cfg.repeats).values()))
         positions, (low, high) = len(layer_order(cfg, repeats)), loop_span(cfg)
         self.positions = positions
@@ -1359,10 +1369,13 @@ class GPT(nn.Module):
         x0, rope = x.clone(), (self.cos[first:], self.sin[first:])
         windows = [block_window(cfg, i, window) for i in range(cfg.depth)]
         seen = dict.fromkeys(windows, cache.seen(docs)) if cache else {w: Seen(docs, w, x) for w in dict.fromkeys(windows)}
-        values = [rows_of(t, tokens_BT).to(self.dtype) for t in self.value_embeds] if cfg.value_embeds else []
+        tables = self.value_embeds if cfg.value_embeds else ()
+        values = [rows_of(t, tokens_BT).to(self.dtype) for t in tables]
         order, one = layer_order(cfg, repeats), torch.ones((), dtype=self.dtype, device=x.device)
         stack, before = [], {}  # outputs of the U-net's first half; each block's latest output
-        drawn = torch.rand(len(order), device=x.device) if cfg.stoch_depth and torch.is_grad_enabled() else None
+        drawn = None
+        if cfg.stoch_depth and torch.is_grad_enabled():
+            drawn = torch.rand(len(order), device=x.device)
         for position, block in enumerate(order):
             row, added = row_of(cfg, position, block, len(order), self.positions), []
             if cfg.unet == 2 and block >= cfg.depth - cfg.depth // 2:
@@ -1391,7 +1404,10 @@ class GPT(nn.Module):
         return self.cfg.vocab if self.cfg.pad_vocab else len(self.head)
 
     def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
-        """activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple; head: the same in another type."""
+        """
+        activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple; head: the same
+        in another type.
+        """
         z = linear(x, self.head if head is None else head)
         z = (z[..., : self.cfg.vocab] if self.cfg.pad_vocab else z).float()
         if self.cfg.logit_dim_power:
@@ -1399,10 +1415,12 @@ class GPT(nn.Module):
         # Remix M's 30*sigmoid(z/7.5) is 15 + 15*tanh(z/15): a cap of 15, and softmax does not see the shift.
         return self.cfg.softcap * torch.tanh(z / self.cfg.softcap) if self.cfg.softcap else z
 
-    def losses(self, x: Tensor, targets: Tensor, log_z: bool = False, head: Tensor | None = None) -> Tensor:
+    def losses(self, x: Tensor, targets: Tensor, log_z: bool = False,
+               head: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of each target; 0 where the target is -1. With log_z [2, N]: and each log(sum(exp(logits)))."""
         if log_z:
-            return (plain_loss_and_log_z if x.is_cuda else LossAndLogZ.apply)(self.logits(x, head), targets)
+            both = plain_loss_and_log_z if x.is_cuda else LossAndLogZ.apply
+            return both(self.logits(x, head), targets)
         return F.cross_entropy(self.logits(x, head), targets, ignore_index=-1, reduction="none")
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, repeats: int = 1, window: int = 0, log_z: bool = False,
@@ -1439,14 +1457,15 @@ class GPT(nn.Module):
         if len(targets) <= self.cfg.loss_chunk:
             return self.losses(x, targets, log_z)
         chunks = zip(x.split(self.cfg.loss_chunk), targets.split(self.cfg.loss_chunk))
-        head = self.head.float()  # so the chunks' gradients are summed in fp32, whatever the weights are in
-        checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, self.losses, use_reentrant=False)
-        return torch.cat([checkpoint(*c, log_z, head) for c in chunks], -1)
+        head = self.head.float()  # so that chunks' gradients are summed in fp32
+        run = torch.utils.checkpoint.checkpoint
+        parts = [run(self.losses, *c, log_z, head, use_reentrant=False) for c in chunks]
+        return torch.cat(parts, -1)
 
 
 class Declared(NamedTuple):
     group: str  # what updates it: matrix (Muon, unless AdamW is asked for), embed, head or scalar
-    start: float | str | None = None  # initial value: a number, the flag that has it, or drawn by initial_value()
+    start: float | str | None = None  # a number, the flag that has it; None: initial_value() draws
 
 
 # Every parameter, by the last word of its name.
@@ -1483,7 +1502,8 @@ def declared(name: str) -> Declared:
     """No parameter has a default: a new one would land in a group with a rate that nobody chose."""
     leaf = name.split(".")[-1]
     if leaf not in PARAMETERS:
-        raise AssertionError(f"parameter {name} has neither start nor group: declare {leaf!r} in PARAMETERS")
+        raise AssertionError(
+            f"parameter {name} has neither start nor group: declare {leaf!r} in PARAMETERS")
     return PARAMETERS[leaf]
 
 
@@ -1530,7 +1550,7 @@ def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
         return torch.zeros(p.shape)
     if leaf == "head":  # a tied table must not start at zero: it is the input as well
         return uniform(cfg.dim**-0.5)
-    raise AssertionError(f"parameter {name} is declared as drawn, but initial_value() does not draw it")
+    raise AssertionError(f"parameter {name} is declared without a start, and nothing draws it here")
 
 
 def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: int) -> GPT:
@@ -1658,7 +1678,8 @@ class Bucket:
         self.state = {k: torch.zeros_like(self.shard) for k in (("momentum",) if kind == "muon" else ("exp_avg", "exp_avg_sq"))}
         if kind == "muon" and cfg.normuon:
             one = (1, self.unit[1]) if self.unit[0] < self.unit[1] else (self.unit[0], 1)
-            # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of what is added.
+            # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of
+            # what is added.
             self.state["second"] = self.shard.new_zeros(self.share, *one, dtype=torch.float32)
         self.world = run.world
 
@@ -1668,8 +1689,9 @@ class Bucket:
 
     def collect(self, last: bool) -> None:
         """
-        Behind each of several micro-batches: add its gradients to a sum in fp32, which behind the last one becomes the
-        gradients, rounded once. In bfloat16 a sum of 512 is percents off. Costs 4 bytes for each such parameter.
+        Behind each of several micro-batches: add its gradients to a sum in fp32, which behind the
+        last one becomes the gradients, rounded once. In bfloat16 a sum of 512 is percents off.
+        Costs 4 bytes for each such parameter.
         """
         if self.grads.dtype == torch.float32:
             return  # autograd has summed them
@@ -1724,7 +1746,8 @@ def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
         groups.setdefault((key[0], key[1], rate, key[3], beta1, slow), {})[name] = p
     if cfg.slow and not any(k[-1] for k in groups):
         names = [name for group in groups.values() for name in group]
-        raise UserError(f"slow = {cfg.slow!r} matches no tensor of this model; names are such as {', '.join(names[:3])}")
+        raise UserError(f"slow = {cfg.slow!r} matches no tensor of this model; names are such as "
+                        f"{', '.join(names[:3])}")
     # Big ones first: their communication then runs while the others are computed.
     order = sorted(groups, key=lambda k: -sum(p.numel() for p in groups[k].values()))
     return [Bucket(k[0], k[2], k[3], groups[k], run, dataclasses.replace(cfg, beta1=k[4]), k[-1]) for k in order]
@@ -1775,15 +1798,17 @@ class MuonAdamW:
 
     def rates(self, now: Now) -> Tensor:
         """
-        [buckets, 5] on the device: learning rate, momentum, decay, and both corrections of AdamW's moments. In one copy
-        from pinned memory: a tensor made of a number on a GPU makes the host wait until the GPU has nothing to do.
+        [buckets, 5] on the device: learning rate, momentum, decay, and both corrections of AdamW's
+        moments. In one copy from pinned memory: a tensor made of a number on a GPU makes the host
+        wait until the GPU has nothing to do.
         """
         table = []
         for b in self.buckets:
             slow = now.slow_lr if b.slow else 1.0
             lr = b.lr * now.lr * slow
             decay = (slow if self.cfg.independent_wd else lr) * b.wd * now.weight_decay
-            table.append([lr, now.momentum, decay, 1 - b.cfg.beta1**self.count, 1 - b.cfg.beta2**self.count])
+            corrections = [1 - beta**self.count for beta in (b.cfg.beta1, b.cfg.beta2)]
+            table.append([lr, now.momentum, decay, *corrections])
         device = self.buckets[0].weights.device
         # 16 bytes each: compiled graphs copy an input that is not aligned so.
         spread = torch.zeros(len(table), 5, 4, pin_memory=device.type == "cuda")
@@ -1797,9 +1822,11 @@ class MuonAdamW:
         shard = b.shard.clone() if b.frozen(now) else b.shard  # its moments go on
         if b.kind == "muon":
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
-            self.muon(shard, b.grad_shard, b.state["momentum"], b.state.get("second"), lr, momentum, decay, self.cfg, dtype)
+            self.muon(shard, b.grad_shard, b.state["momentum"], b.state.get("second"), lr, momentum,
+                      decay, self.cfg, dtype)
         else:
-            self.adamw(shard, b.grad_shard, b.state["exp_avg"], b.state["exp_avg_sq"], lr, decay, correct1, correct2, b.cfg)
+            self.adamw(shard, b.grad_shard, b.state["exp_avg"], b.state["exp_avg_sq"], lr, decay,
+                       correct1, correct2, b.cfg)
 
     def frozen(self, name: str, now: Now) -> bool:
         """Whether a parameter keeps every bit in this step."""
@@ -1820,7 +1847,10 @@ class MuonAdamW:
                 b.from_names(shard, {name: named[f"{name}:{key}"] for name in b.params}, self.run.rank)
 
     def snapshot(self) -> tuple[int, list[Tensor]]:
-        """Copies of all that a step changes, for the warm-up to restore; on the host, as the device may be full."""
+        """
+        Copies of all that a step changes, for the warm-up to restore; on the host, as the device
+        may be full.
+        """
         return self.count, [t.to("cpu", copy=True) for t in self.changing()]
 
     def restore(self, kept: tuple[int, list[Tensor]]) -> None:
@@ -2044,7 +2074,10 @@ class Loader:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Without a wait: to a GPU from pinned memory, as from other memory the copy waits for what was begun before."""
+    """
+    Without a wait: to a GPU from pinned memory, as from other memory the copy waits for what was
+    begun before.
+    """
     x = torch.from_numpy(array)
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
@@ -2844,12 +2877,16 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
 
 
 def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
-    """After the last step, its schedules and its evaluation `found`: export, read back, score, prove, compare, sample."""
+    """
+    After the last step, its schedules and its evaluation `found`: export, read back, score, prove,
+    compare, sample.
+    """
     cfg, run, plan = p.cfg, p.run, p.plan
     end = plan.at(cfg.steps, 1.0)  # as all who read the artifact apply it
     if (now.repeats, now.window) != (end.repeats, end.window):
-        run.log(f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, and the evaluation is of "
-                f"these; artifact and sample are of the schedules' end, repeats {end.repeats}, window {end.window}")
+        run.log(f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, "
+                "and the evaluation is of these; artifact and sample are of the schedules' end, "
+                f"repeats {end.repeats}, window {end.window}")
     if cfg.final_weights not in ["live", *p.avg.ready()]:
         raise UserError(f"final_weights = {cfg.final_weights!r}, but no snapshot was taken: lower --swa_start or --swa_every")
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
@@ -3035,8 +3072,8 @@ def explain(e: BaseException) -> str | None:
     if isinstance(e, UserError):
         return text
     if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return ("out of memory: halve --micro_tokens or --loss_chunk; the result stays the same but for rounding. "
-                f"({text.splitlines()[0]})")
+        return ("out of memory: halve --micro_tokens or --loss_chunk; the result stays the same but "
+                f"for rounding. ({text.splitlines()[0]})")
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({e}); complete checkpoints are kept: make room and continue with --resume"
     if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):

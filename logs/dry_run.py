@@ -41,10 +41,10 @@ def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int) -> int
 
 def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: int) -> int:
     """
-    Peak bytes of one rank, by this method: weights and gradients whole and optimizer states in shards (the warm-up keeps
-    its copy of them on the host); the weights once more as they are computed with; what a compiled
-    backward keeps of each position (counted in the graphs of torch.compile's partitioner); the logits of one chunk three
-    times.
+    Peak bytes of one rank, by this method: weights and gradients whole and optimizer states in
+    shards (the warm-up keeps its copy of them on the host); the weights once more as they are
+    computed with; what a compiled backward keeps of each position (counted in the graphs of
+    torch.compile's partitioner); the logits of one chunk three times.
     """
     b = 2 if cfg.param_dtype == "bfloat16" else 4
     fixed = b * (2 * params + -(-states // world))
@@ -102,8 +102,9 @@ def dry_run(cfg: Config) -> int:
         print(f"flops per token ({name}): {f / 1e6:,.1f} M, forward and backward")
     print(f"tokens: {tokens:,} in {cfg.steps} steps" + (f", or what {cfg.max_seconds:g} s allow" if cfg.max_seconds else ""))
     print(f"train shards of 100M tokens: {out['shards_needed']} needed; {present} files present in {cfg.data}")
-    print(f"memory: {out['memory_bytes'] / 1e9:.2f} GB a rank on {world} ranks, estimated: weights, gradients, sharded states, "
-          "what backward keeps of each position, three copies of a chunk's logits")
+    print(f"memory: {out['memory_bytes'] / 1e9:.2f} GB a rank on {world} ranks, estimated: "
+          "weights, gradients, sharded states, what backward keeps of each position, three copies of "
+          "a chunk's logits")
     print(f"artifact: about {out['artifact_bytes']:,} bytes (int8 at the 0.92 that zstd-22 left of such weights)")
     print(f"graphs to compile: {len(shapes)} train, {len(plan.eval_shapes())} eval")
     print(f"time: {out['estimated_seconds']:.0f} s on 8xH100 at {ASSUMED_MFU:.0%} MFU")

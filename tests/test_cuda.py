@@ -91,7 +91,9 @@ def test_a_model_that_nobody_prepared_reads_rows_of_65536_without_all_their_scor
     model = tg.build_model(cfg, torch.device(DEVICE), torch.bfloat16, 65536)
     with torch.no_grad():
         model.blocks[0].attn.proj.normal_(std=0.05)
-        tokens = torch.randint(1, 1024, (1, 65536), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        tokens = torch.randint(1, 1024, (1, 65536), generator=torch.Generator().manual_seed(0)).to(
+            DEVICE
+        )
         tokens[:, 20000] = 0
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -108,10 +110,13 @@ def test_a_model_that_nobody_prepared_reads_rows_of_65536_without_all_their_scor
 
 
 STEPS = [
-    {"normuon": 0.9, "grad_clip": 1.0, "mu_loss": 0.1, "mu_centering": 1, "doc_mask": 1, "window": "64", "ema": 0.9},
-    {"optimizer": "adamw", "param_dtype": "bfloat16", "ema": 0.9, "swa_every": 1, "swa_start": 0.0, "z_loss": 0.1},
-    {"mtp": 0.3, "stoch_depth": 0.5, "attn_dropout": 0.1, "mlp_dropout": 0.1, "unet": 2, "loop": "1:2", "repeats": "2",
-     "layer_scale": 1, "value_embeds": 1, "own_lr": "skips=0.1/0.5"},
+    {"normuon": 0.9, "grad_clip": 1.0, "mu_loss": 0.1, "mu_centering": 1, "doc_mask": 1,
+     "window": "64", "ema": 0.9},
+    {"optimizer": "adamw", "param_dtype": "bfloat16", "ema": 0.9, "swa_every": 1, "swa_start": 0.0,
+     "z_loss": 0.1},
+    {"mtp": 0.3, "stoch_depth": 0.5, "attn_dropout": 0.1, "mlp_dropout": 0.1, "unet": 2,
+     "loop": "1:2", "repeats": "2", "layer_scale": 1, "value_embeds": 1,
+     "own_lr": "skips=0.1/0.5"},
 ]  # fmt: skip
 
 
@@ -120,8 +125,18 @@ STEPS = [
 def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, changes, compiled):
     for split in ("train", "val"):
         write_shard(tmp_path / f"x_{split}_0.bin", np.random.default_rng(0).integers(0, 96, 16385))
-    cfg = tiny(data=str(tmp_path), device=DEVICE, epochs=0, export="", compile=compiled, seq_len="128",
-               batch_tokens="1024", micro_tokens=512, head_dim=32, **changes)
+    cfg = tiny(
+        data=str(tmp_path),
+        device=DEVICE,
+        epochs=0,
+        export="",
+        compile=compiled,
+        seq_len="128",
+        batch_tokens="1024",
+        micro_tokens=512,
+        head_dim=32,
+        **changes,
+    )
     tg.validate(cfg)
     run = tg.Run(cfg)
     run.prepare_machine()

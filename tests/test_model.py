@@ -435,8 +435,8 @@ def test_the_compiled_gpu_path_has_another_mask():
 @pytest.mark.parametrize("stance", ["default", "force_eager"])
 def test_a_gpu_runs_the_flex_kernels_compiled_or_not_at_all(monkeypatch, stance):
     """
-    Tensors here say that they are on a GPU; nobody has prepared anything, as in a tool that just builds a model. Where
-    compiling is off, plain matmuls take over, which never hold T x T scores.
+    Tensors here say that they are on a GPU; nobody has prepared anything, as in a tool that just
+    builds a model. Where compiling is off, plain matmuls take over, which never hold T x T scores.
     """
     q, k, v, ids = material(300, G=2)
     x = torch.zeros(q.size(0), 300, 8)
@@ -459,7 +459,9 @@ def test_a_gpu_runs_the_flex_kernels_compiled_or_not_at_all(monkeypatch, stance)
             seen = tg.Seen(ids, window, x)
             assert seen.on_gpu and (seen.mask is None) == (stance == "force_eager")
             assert torch.allclose(seen.attend(q, k, v, 0.3), expected[window], atol=2e-5)
-    assert runs == ([("create_block_mask", True), ("flex_attention", True)] * 2 if stance == "default" else [])
+    assert runs == (
+        [("create_block_mask", True), ("flex_attention", True)] * 2 if stance == "default" else []
+    )
 
 
 def test_grouped_heads_read_the_wrong_keys():

@@ -244,7 +244,10 @@ def one_step(cfg, w, g, lr=0.1, wd=0.0, steps=1):
 
 @pytest.mark.parametrize("buffer", ["lerp", "sum"])
 def test_buffer_of_muon_is_a_mean_or_a_sum_as_asked(buffer):
-    """Parameter-golf's b <- m*b + g, u = g + m*b, and slowrun's means: they part while momentum rises, and only then."""
+    """
+    Parameter-golf's b <- m*b + g, u = g + m*b, and slowrun's means: they part while momentum rises,
+    and only then.
+    """
     gradients, momenta = [randn(24, 16, seed=s) for s in range(6)], [0.5, 0.6, 0.7, 0.8, 0.9, 0.9]
     expected = {}
     for kind in ("lerp", "sum"):
@@ -253,7 +256,12 @@ def test_buffer_of_muon_is_a_mean_or_a_sum_as_asked(buffer):
             new = g.double().numpy()
             b = m * b + (new if kind == "sum" else (1 - m) * new)
             u = (new if kind == "sum" else (1 - m) * new) + m * b
-            w = w - 0.1 * 1.5**0.5 * tg.polar_factor(torch.from_numpy(u).float()[None], "ns5", 5, torch.float32)[0]
+            w = (
+                w
+                - 0.1
+                * 1.5**0.5
+                * tg.polar_factor(torch.from_numpy(u).float()[None], "ns5", 5, torch.float32)[0]
+            )
         expected[kind] = w
 
     def stepped(kind: str, momenta: list[float]) -> torch.Tensor:
@@ -298,8 +306,9 @@ def test_normuon_changes_the_size_or_takes_the_wrong_side(shape):
 @pytest.mark.parametrize("compiled", [0, 1])
 def test_normuon_keeps_its_second_moment_in_fp32_beside_bf16_weights(compiled):
     """
-    Against the formula from the polar factors of the very gradients; at .95 a moment in bf16 would be
-    off by percents. The state that is saved is fp32 too, and loaded it goes on with the same bits.
+    Against the formula from the polar factors of the very gradients; at .95 a moment in bf16 would
+    be off by percents. The state that is saved is fp32 too, and loaded it goes on with the same
+    bits.
     """
     cfg = tiny(normuon=0.95, param_dtype="bfloat16", compile=compiled, mlp_ratio=1.0)
     model, rank = build(cfg), alone()
@@ -312,7 +321,9 @@ def test_normuon_keeps_its_second_moment_in_fp32_beside_bf16_weights(compiled):
         opt.step(now(momentum=0.0))
     saved = opt.state_dict()
     second = saved["blocks.1.mlp.fc:second"]
-    assert second.dtype == torch.float32 and saved["blocks.1.mlp.fc:momentum"].dtype == torch.bfloat16
+    assert (
+        second.dtype == torch.float32 and saved["blocks.1.mlp.fc:momentum"].dtype == torch.bfloat16
+    )
     assert np.allclose(second[0].numpy(), expected, rtol=2e-3)
     again = build(cfg)
     tg.load_weights(again, dict(model.named_parameters()), "here")
@@ -403,14 +414,37 @@ def test_a_parameter_that_is_not_declared_has_neither_group_nor_start():
             act()
 
 
-EVERYTHING = {"activation": "swiglu", "attn_gate": 8, "value_proj": 8, "iha": 1, "resid_lambda": 1.1, "x0_lambda": 0.1,
-              "unet": 1, "block_scales": 1, "q_gain": 1.5, "layer_norm": 1, "loop": "0:1", "repeats": "2",
-              "loop_embed": 1, "value_embeds": 1, "cross_repeat": 1, "mtp": 0.3, "init_std": 1.0, "proj_init": 1.0}
+EVERYTHING = {
+    "activation": "swiglu",
+    "attn_gate": 8,
+    "value_proj": 8,
+    "iha": 1,
+    "resid_lambda": 1.1,
+    "x0_lambda": 0.1,
+    "unet": 1,
+    "block_scales": 1,
+    "q_gain": 1.5,
+    "layer_norm": 1,
+    "loop": "0:1",
+    "repeats": "2",
+    "loop_embed": 1,
+    "value_embeds": 1,
+    "cross_repeat": 1,
+    "mtp": 0.3,
+    "init_std": 1.0,
+    "proj_init": 1.0,
+}
 
 
 def test_a_declaration_without_a_parameter_is_left_over():
-    """Two models have every parameter that there is: with heads of their own for keys and without."""
-    names = {n.split(".")[-1] for cfg in (tiny(**EVERYTHING), tiny(kv_heads=1)) for n, _ in build(cfg).named_parameters()}
+    """
+    Two models have every parameter that there is: with heads of their own for keys and without.
+    """
+    names = {
+        n.split(".")[-1]
+        for cfg in (tiny(**EVERYTHING), tiny(kv_heads=1))
+        for n, _ in build(cfg).named_parameters()
+    }
     assert names == set(tg.PARAMETERS)
 
 
@@ -486,7 +520,9 @@ def test_gradient_norm_is_not_reported_without_clipping():
 
 
 def gradients(folder, monkeypatch, **changes) -> dict[str, torch.Tensor]:
-    """What the optimizer is given in one step of 8,192 tokens, of which every second is the same."""
+    """
+    What the optimizer is given in one step of 8,192 tokens, of which every second is the same.
+    """
     folder.mkdir()
     p = parts(folder, batch_tokens="8192", head_init="0.1", proj_init=1.0, **changes)
     rows = np.random.default_rng(0).integers(0, 96, (256, 33))
@@ -506,11 +542,16 @@ def gradients(folder, monkeypatch, **changes) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embed": 1, "value_embeds": 1, "mtp": 0.3, "z_loss": 0.1}], ids=str)
-def test_gradients_of_bf16_weights_do_not_depend_on_micro_batches_or_chunks_of_the_loss(tmp_path, monkeypatch, changes):
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embed": 1, "value_embeds": 1, "mtp": 0.3, "z_loss": 0.1}], ids=str
+)
+def test_gradients_of_bf16_weights_do_not_depend_on_micro_batches_or_chunks_of_the_loss(
+    tmp_path, monkeypatch, changes
+):
     """
-    One micro-batch or 256, one chunk of the loss or 128, against weights in fp32 with the same values: what is left is
-    a rounding to bf16 of each term (.17 %; a tied table has two). Sums in bf16 are off by percents.
+    One micro-batch or 256, one chunk of the loss or 128, against weights in fp32 with the same
+    values: what is left is a rounding to bf16 of each term (.17 %; a tied table has two). Sums in
+    bf16 are off by percents.
     """
     base = {"micro_tokens": 8192, "loss_chunk": 8192, **changes}
     with monkeypatch.context() as patch:
@@ -617,8 +658,20 @@ def test_loaded_optimizer_goes_on_with_other_numbers(changes):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_frozen_head_keeps_every_bit_whatever_moves_heads(tmp_path, optimizer):
     """Centring, its loss, decay and averages; then it is let go, and centred."""
-    p = parts(tmp_path, slow="head", slow_lr="0 2s:0 4s>1", mu_centering=1, mu_loss=1.0, embed_wd=0.1, independent_wd=1,
-              ema=0.5, swa_every=1, swa_start=0.0, head_init="0.1", optimizer=optimizer)
+    p = parts(
+        tmp_path,
+        slow="head",
+        slow_lr="0 2s:0 4s>1",
+        mu_centering=1,
+        mu_loss=1.0,
+        embed_wd=0.1,
+        independent_wd=1,
+        ema=0.5,
+        swa_every=1,
+        swa_start=0.0,
+        head_init="0.1",
+        optimizer=optimizer,
+    )
     head, start = p.model.head, p.model.head.detach().clone()
     moved = []
     for step in range(4):
@@ -684,7 +737,9 @@ def test_compiled_update_gives_other_weights():
 
 
 class Traffic(TorchDispatchMode):
-    """Notes what crosses between host and device (here the meta device), and what makes the host wait."""
+    """
+    Notes what crosses between host and device (here the meta device), and what makes the host wait.
+    """
 
     def __init__(self):
         super().__init__()
@@ -696,7 +751,9 @@ class Traffic(TorchDispatchMode):
         if op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             self.waits.append(str(op))
         elif len(devices) > 1:
-            self.copies.append((str(op), tuple(out.shape), (kwargs or {}).get("non_blocking", False)))
+            self.copies.append(
+                (str(op), tuple(out.shape), (kwargs or {}).get("non_blocking", False))
+            )
         return out
 
     def tensor(self, data, *, device=None, made=torch.tensor, **kwargs) -> torch.Tensor:
@@ -709,15 +766,45 @@ class Traffic(TorchDispatchMode):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimizer": "muon", "grad_clip": 1.0, "normuon": 0.9, "mu_loss": 0.1, "mu_centering": 1, "slow": "head"},
-        {"optimizer": "adamw", "ema": 0.9, "swa_every": 1, "swa_start": 0.0, "doc_mask": 1, "window": "8"},
-        {"z_loss": 0.1, "mtp": 0.3, "stoch_depth": 0.5, "attn_dropout": 0.1, "mlp_dropout": 0.1, "unet": 2,
-         "loop": "1:2", "repeats": "2", "own_lr": "skips=0.1/0.5", "layer_scale": 1, "iha": 1, "value_embeds": 1},
+        {
+            "optimizer": "muon",
+            "grad_clip": 1.0,
+            "normuon": 0.9,
+            "mu_loss": 0.1,
+            "mu_centering": 1,
+            "slow": "head",
+        },
+        {
+            "optimizer": "adamw",
+            "ema": 0.9,
+            "swa_every": 1,
+            "swa_start": 0.0,
+            "doc_mask": 1,
+            "window": "8",
+        },
+        {
+            "z_loss": 0.1,
+            "mtp": 0.3,
+            "stoch_depth": 0.5,
+            "attn_dropout": 0.1,
+            "mlp_dropout": 0.1,
+            "unet": 2,
+            "loop": "1:2",
+            "repeats": "2",
+            "own_lr": "skips=0.1/0.5",
+            "layer_scale": 1,
+            "iha": 1,
+            "value_embeds": 1,
+        },
     ],
     ids=str,
 )
-def test_a_step_copies_rows_and_one_table_of_rates_to_the_device_and_waits_for_nothing(tmp_path, monkeypatch, changes):
-    """On the meta device, which has no numbers: what is read there raises, and what crosses is seen."""
+def test_a_step_copies_rows_and_one_table_of_rates_to_the_device_and_waits_for_nothing(
+    tmp_path, monkeypatch, changes
+):
+    """
+    On the meta device, which has no numbers: what is read there raises, and what crosses is seen.
+    """
     p = parts(tmp_path, device="meta", micro_tokens=64, **changes)
     traffic = Traffic()
     monkeypatch.setattr(torch, "tensor", traffic.tensor)
@@ -727,20 +814,36 @@ def test_a_step_copies_rows_and_one_table_of_rates_to_the_device_and_waits_for_n
             p.avg.update(step + 1, 0.5)
     assert total.device.type == size.device.type == "meta"
     assert not traffic.waits
-    rows, rates = ("aten._to_copy.default", (2, 33), True), ("aten._to_copy.default", (len(p.opt.buckets), 5, 4), True)
+    rows, rates = (
+        ("aten._to_copy.default", (2, 33), True),
+        ("aten._to_copy.default", (len(p.opt.buckets), 5, 4), True),
+    )
     assert traffic.copies == [rows, rows, rates] * 2
 
 
 @pytest.mark.parametrize("noise", [0, 1])
 def test_rounded_weights_in_training_make_no_step_wait(tmp_path, monkeypatch, noise):
-    p = parts(tmp_path, device="meta", dim=64, export="int6", qat="1", qat_noise=noise, param_dtype="bfloat16")
+    p = parts(
+        tmp_path,
+        device="meta",
+        dim=64,
+        export="int6",
+        qat="1",
+        qat_noise=noise,
+        param_dtype="bfloat16",
+    )
     traffic, made = Traffic(), torch.Tensor.new_tensor
     monkeypatch.setattr(torch, "tensor", traffic.tensor)
-    monkeypatch.setattr(torch.Tensor, "new_tensor", lambda t, data: traffic.waits.append(data) or made(t, data))
+    monkeypatch.setattr(
+        torch.Tensor, "new_tensor", lambda t, data: traffic.waits.append(data) or made(t, data)
+    )
     with traffic:
         tg.train_step(p, 0, p.plan.at(0, 0.0))
     assert not traffic.waits and all(non_blocking for _, _, non_blocking in traffic.copies)
-    matrices = sum(tg.declared(n).group == "matrix" or n in ("embed", "head") for n, _ in p.model.named_parameters())
+    matrices = sum(
+        tg.declared(n).group == "matrix" or n in ("embed", "head")
+        for n, _ in p.model.named_parameters()
+    )
     assert len(traffic.copies) == 2 + noise * matrices
 
 
@@ -751,7 +854,8 @@ FLAGS = {
     "muon": {},
     "adamw": {"optimizer": "adamw", "adamw_lr": 0.01},
     "adamw_matrices": {"adamw_matrices": "attn"},
-    "rates": {"matrix_lr": 0.02, "embed_lr": 0.1, "head_lr": 0.1, "scalar_lr": 0.1, "lr": "0:1 1>0"},
+    "rates": {"matrix_lr": 0.02, "embed_lr": 0.1, "head_lr": 0.1, "scalar_lr": 0.1,
+              "lr": "0:1 1>0"},
     "own_lr": {"own_lr": "embed=0.1/0.5 q_gain=0.01"},
     "slow": {"slow": "mlp", "slow_lr": "0.5"},
     "frozen": {"slow": "head|attn", "slow_lr": "0", "mu_centering": 1, **DECAYS},
@@ -770,14 +874,20 @@ FLAGS = {
     "tied": {"tie_embed": 1, "tied_lr": 0.01},
     "mu": {"mu_loss": 100.0, "mu_centering": 1},
     "averages": {"ema": 0.5, "swa_every": 2, "swa_start": 0.1},
-    "all": {"normuon": 0.9, "row_norm": 1, "cautious": 1, "muon_buffer": "sum", "polar": "polar_express",
-            "grad_clip": 9.0, "ema": 0.9, "swa_every": 1, "swa_start": 0.0, "adamw_matrices": "fc"} | DECAYS,
+    "all": {"normuon": 0.9, "row_norm": 1, "cautious": 1, "muon_buffer": "sum",
+            "polar": "polar_express", "grad_clip": 9.0, "ema": 0.9, "swa_every": 1,
+            "swa_start": 0.0, "adamw_matrices": "fc"} | DECAYS,
 }  # fmt: skip
 CASES = [(name, kind) for name in FLAGS for kind in ("float32", "bfloat16")]
 
 
-def linear_loss(p: tg.Parts, x: torch.Tensor, y: torch.Tensor, repeats: int, window: int) -> torch.Tensor:
-    """A loss whose gradient is the same on any ranks, micro-batches and weights: random numbers, new in each step."""
+def linear_loss(
+    p: tg.Parts, x: torch.Tensor, y: torch.Tensor, repeats: int, window: int
+) -> torch.Tensor:
+    """
+    A loss whose gradient is the same on any ranks, micro-batches and weights: random numbers, new
+    in each step.
+    """
     terms = []
     for i, w in enumerate(p.model.parameters()):
         terms.append((w.float() * randn(*w.shape, seed=1000 * p.opt.count + i)).sum())
@@ -785,8 +895,19 @@ def linear_loss(p: tg.Parts, x: torch.Tensor, y: torch.Tensor, repeats: int, win
 
 
 def outcome(folder, changes: dict, kind: str) -> dict[str, torch.Tensor]:
-    """Weights, averages and states after four steps of train_step, on as many ranks as there are. Collective."""
-    p = parts(folder, param_dtype=kind, micro_tokens=64, q_gain=1.5, head_init="0.1", proj_init=1.0, **changes)
+    """
+    Weights, averages and states after four steps of train_step, on as many ranks as there are.
+    Collective.
+    """
+    p = parts(
+        folder,
+        param_dtype=kind,
+        micro_tokens=64,
+        q_gain=1.5,
+        head_init="0.1",
+        proj_init=1.0,
+        **changes,
+    )
     p.run.meet()
     found = {f"start {name}": w.detach().clone() for name, w in p.model.named_parameters()}
     plain, tg.loss_terms = tg.loss_terms, linear_loss
@@ -795,19 +916,21 @@ def outcome(folder, changes: dict, kind: str) -> dict[str, torch.Tensor]:
             total, size = tg.train_step(p, step, p.plan.at(step, step / 4))
             assert torch.isfinite(total).all() and torch.isfinite(size).all()
             p.avg.update(step + 1, (step + 1) / 4)
-            found |= {f"{step + 1} {name}": w.detach().clone() for name, w in p.model.named_parameters()}
+            found |= {
+                f"{step + 1} {name}": w.detach().clone() for name, w in p.model.named_parameters()
+            }
     finally:
         tg.loss_terms = plain
     found |= {f"average {name}": t for name, t in p.avg.state_dict().items()}
     return found | {f"state {name}": t for name, t in p.opt.state_dict().items()}
 
 
-def on_ranks(folder, out) -> None:
+def on_ranks(folder) -> None:
     """One of several processes: every case in turn; rank 0 writes what it found."""
     for i, (name, kind) in enumerate(CASES):
         found = outcome(folder, FLAGS[name], kind)
         if tg.os.environ["RANK"] == "0":
-            tg.save_tensors(found, out / f"{i}.safetensors")
+            tg.save_tensors(found, folder / f"{i}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -818,18 +941,23 @@ def outcomes(tmp_path_factory) -> dict:
     script = folder / "ranks.py"
     script.write_text(
         f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        f"import test_optimizer\ntest_optimizer.on_ranks(Path({str(folder)!r}), Path({str(folder)!r}))\n"
+        f"import test_optimizer\ntest_optimizer.on_ranks(Path({str(folder)!r}))\n"
     )
     server = Server(folder)
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     try:
-        ranks = [server.start(file=script, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
+        ranks = [
+            server.start(file=script, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
+            for r in (0, 1)
+        ]
         for fork in ranks:
             ended = fork.wait()
             assert ended.code == 0, ended.text
     finally:
         server.close()
-    return found | {(*case, 2): tg.read_tensors(folder / f"{i}.safetensors") for i, case in enumerate(CASES)}
+    return found | {
+        (*case, 2): tg.read_tensors(folder / f"{i}.safetensors") for i, case in enumerate(CASES)
+    }
 
 
 def moved(found: dict, name: str) -> torch.Tensor:
@@ -838,8 +966,8 @@ def moved(found: dict, name: str) -> torch.Tensor:
 
 def near(found: dict, exact: dict) -> None:
     """
-    Weights in bf16 move as those in fp32 do, but for a rounding of the weights, which a step rounds anew, and of the
-    gradients.
+    Weights in bf16 move as those in fp32 do, but for a rounding of the weights, which a step rounds
+    anew, and of the gradients.
     """
     for key in exact:
         if key.startswith("start "):
@@ -858,7 +986,9 @@ def means(found: dict, cfg: tg.Config) -> None:
             ema = keep * ema + (1 - keep) * w
         swa = torch.stack(steps[cfg.swa_every :: cfg.swa_every]).mean(0)
         for kind, mean in (("ema", ema), ("swa", swa)):
-            assert torch.allclose(found[f"average {key}:{kind}"].double().flatten(), mean, rtol=1e-5, atol=1e-6), key
+            assert torch.allclose(
+                found[f"average {key}:{kind}"].double().flatten(), mean, rtol=1e-5, atol=1e-6
+            ), key
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -868,22 +998,37 @@ def test_every_flag_of_optimizer_and_averages_works_in_bf16_and_on_two_ranks(out
         one, two = outcomes[name, kind, 1], outcomes[name, kind, 2]
         assert one.keys() == two.keys() == exact.keys()
         for key, t in one.items():
-            assert t.dtype == two[key].dtype and torch.allclose(t, two[key], rtol=close, atol=1e-6), (kind, key)
+            assert t.dtype == two[key].dtype and torch.allclose(
+                t, two[key], rtol=close, atol=1e-6
+            ), (kind, key)
         near(one, exact)
         if name in ("averages", "all"):
             for found in (one, two):
                 means(found, tiny(**FLAGS[name]))
         if name == "frozen":
-            still = {k.removeprefix("start ") for k in one if k.startswith("start ") and not moved(one, k[6:]).any()}
-            assert still == {k[6:] for k in one if k.startswith("start ") and ("head" in k or "attn" in k)}
+            still = {
+                k.removeprefix("start ")
+                for k in one
+                if k.startswith("start ") and not moved(one, k[6:]).any()
+            }
+            assert still == {
+                k[6:] for k in one if k.startswith("start ") and ("head" in k or "attn" in k)
+            }
     plain = outcomes["muon", "float32", 1]
-    same = exact.keys() == plain.keys() and all(torch.allclose(t, plain[k], rtol=1e-3) for k, t in exact.items())
+    same = exact.keys() == plain.keys() and all(
+        torch.allclose(t, plain[k], rtol=1e-3) for k, t in exact.items()
+    )
     assert same == (name == "muon"), "a flag that changes nothing"
 
 
 def test_compiled_updates_of_bf16_weights_are_those_of_fp32_ones(tmp_path):
     """All at once, in three graphs: one stack of matrices, AdamW's table and its vectors."""
-    changes = FLAGS["all"] | {"mlp_ratio": 1.0, "tie_embed": 1, "adamw_matrices": "", "polar_steps": 2}
+    changes = FLAGS["all"] | {
+        "mlp_ratio": 1.0,
+        "tie_embed": 1,
+        "adamw_matrices": "",
+        "polar_steps": 2,
+    }
     exact = outcome(tmp_path, changes, "float32")
     found = outcome(tmp_path, changes | {"compile": 1}, "bfloat16")
     near(found, exact)

@@ -257,7 +257,10 @@ def test_dropout_or_stochastic_depth_is_on_in_evaluation_or_of_another_size():
 
 
 def test_stochastic_depth_leaves_out_the_block_of_mtp_as_one_behind_the_last():
-    """Block n of n has chance p * n / (n - 1); left out, it passes on what mtp_proj gives; evaluation keeps it."""
+    """
+    Block n of n has chance p * n / (n - 1); left out, it passes on what mtp_proj gives; evaluation
+    keeps it.
+    """
     cfg = tiny(depth=3, mtp=0.3, stoch_depth=0.4)
     model, (_, y) = awake(build(cfg)), random_tokens(cfg, 2, 32)
     kept = []
@@ -558,10 +561,15 @@ def test_averages_are_other_ones_or_final_and_selected_results_are_mixed_up(trai
 
 
 def test_evaluation_at_the_end_of_an_epoch_applies_the_model_as_it_was_trained(trained):
-    """Replays begin with the step behind that evaluation; the best epoch is chosen among such losses."""
+    """
+    Replays begin with the step behind that evaluation; the best epoch is chosen among such losses.
+    """
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     repeats = {r["step"]: r["repeats"] for r in lines if r["kind"] == "train"}
-    assert (repeats[15], repeats[16]) == (1, 2)  # counted from 1: the last step of the epoch, and the next
+    assert (repeats[15], repeats[16]) == (
+        1,
+        2,
+    )  # counted from 1: the last step of the epoch, and the next
     found = next(r["val_loss"] for r in lines if r["kind"] == "val" and r["step"] == 15)
     named = tg.read_tensors(slowrun.epochs(trained)[0] / "model.safetensors")
     assert found == pytest.approx(own_losses(trained, named, 1).mean().item(), abs=1e-5)
