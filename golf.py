@@ -118,7 +118,8 @@ def quantize_rows(w: Tensor, levels: int = 127) -> tuple[Tensor, Tensor]:
     top = torch.finfo(torch.float16)
     scale = (w.float().abs().amax(-1, keepdim=True) / levels).clamp(2.0**-24, top.max)
     stored = scale.half()
-    stored = torch.where(stored.float() * levels < scale * levels, stored.nextafter(stored.new_tensor(top.max)), stored)
+    larger = stored.nextafter(torch.full_like(stored, top.max))
+    stored = torch.where(stored.float() * levels < scale * levels, larger, stored)
     q = (w.float() / stored.float()).round().clamp(-levels, levels).to(torch.int8)
     return q, stored
 
@@ -258,7 +259,10 @@ def rounded(model: tg.GPT, cfg: Config, step: int):
                 if p in exact:
                     levels = levels_of(bits.of(name))
                     scale = row_scales(p, levels)
-                    noise = torch.rand(p.shape, generator=rng).to(p) - 0.5 if cfg.qat_noise else None
+                    noise = None
+                    if cfg.qat_noise:  # from the CPU, as every rank rounds alike; no wait for a GPU
+                        noise = torch.rand(p.shape, generator=rng, pin_memory=p.is_cuda)
+                        noise = noise.to(p.device, non_blocking=True).to(p.dtype) - 0.5
                     p.copy_(dequantize_rows(codes(p, scale, levels), scale) if noise is None else p + noise * scale.to(p))
         yield
     finally:

@@ -975,7 +975,7 @@ class NcaLoader:
 
     def tensors(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, labels = inputs_and_labels(rows, self.cfg)
-        return torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device)
+        return t.to_device(inputs, device), t.to_device(labels, device)
 
     def fingerprint(self) -> str:
         """sha256 over all that makes the rows, the rules accepted included."""

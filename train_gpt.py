@@ -30,6 +30,7 @@ import ctypes
 import dataclasses
 import difflib
 import errno
+import functools
 import glob
 import hashlib
 import json
@@ -97,9 +98,9 @@ class Config:
     # --- machine
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # compute type: bfloat16, float32, or auto (bfloat16 where the machine is fast at it)
-    param_dtype: str = "float32"  # type of the weights and of the optimizer's state; remix trained in bfloat16
+    param_dtype: str = "float32"  # type of weights, gradients, optimizer's state; remix: bfloat16
     compile: int = 1  # torch.compile before the clock starts: 1: one block, for all; 2: the whole model; 0: eager
-    micro_tokens: int = 65536  # tokens in one forward pass of one rank; less saves memory, the result is the same
+    micro_tokens: int = 65536  # tokens a rank takes at once; fewer save memory, same result
     auto_micro: int = 0  # 1: micro_tokens is a ceiling; the most rows below it that divide the batch are taken
     loss_chunk: int = 16384  # tokens whose logits exist at once
     dry_run: bool = False  # print parameters, FLOPs, data, memory, sizes and time of this run, then leave
@@ -145,7 +146,7 @@ class Config:
     resid_lambda: float = 0.0  # start of a learned factor per block on the residual stream; 0: none
     x0_lambda: float = 0.0  # start of a learned share of the embedding per block; 0: none
     unet: int = 0  # learned skips from the first half to the second: 1: a vector per position; 2: a number per block
-    layer_scale: int = 0  # 1: the normed inputs of position l's branches are divided by sqrt(l + 1)
+    layer_scale: int = 0  # 1: normed inputs of block l's branches are divided by sqrt(l + 1)
     loop_embed: int = 0  # 1: each position adds a learned vector
     value_embeds: int = 0  # token tables of which each position adds a learned share; 0: none
     cross_repeat: int = 0  # 1: a looped block adds a learned share of its own output one repeat before
@@ -157,7 +158,7 @@ class Config:
     tie_embed: int = 0  # 1: one table is input embedding and head
     attn_dropout: float = 0.0  # share of the attention branch's output that is zeroed in training
     mlp_dropout: float = 0.0  # share of the MLP branch's output that is zeroed in training
-    stoch_depth: float = 0.0  # chance that the last block is left out of a training pass; rises linearly from block 0's 0
+    stoch_depth: float = 0.0  # chance that training skips the last block, linear from 0 at block 0
     mtp: float = 0.0  # weight of the loss of the token after next, by one more block; 0: none
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
     pad_vocab: int = 0  # 1: the embedding has those rows too, and rows beyond vocab give no logits (slowrun)
@@ -190,6 +191,7 @@ class Config:
     beta2: float = 0.95  # AdamW: decay of the second moment
     adam_eps: float = 1e-10  # AdamW: epsilon
     momentum: str = "0:0.85 300/2500>0.95"  # [sched] Muon: Nesterov momentum
+    muon_buffer: str = "lerp"  # Muon's momentum buffer: lerp (m*buf + (1-m)*g) or sum (m*buf + g)
     polar: str = "ns5"  # Muon: ns5 (Newton-Schulz) or polar_express
     polar_steps: int = 5  # Muon: iterations towards the polar factor
     row_norm: int = 0  # Muon: 1 divides each row of the update by its norm first (MuonEq-R)
@@ -331,6 +333,7 @@ def validate(cfg: Config) -> None:
     one_of("activation", "relu2", "leaky_relu2", "swiglu")
     one_of("optimizer", "muon", "adamw")
     one_of("polar", "ns5", "polar_express")
+    one_of("muon_buffer", "lerp", "sum")
     one_of("final_weights", "live", "ema", "swa")
     one_of("export_codec", "zstd", "brotli", "xz", "entropy", "best")
     one_of("transfer_control", "", "shuffled", "random")
@@ -638,6 +641,10 @@ class Plan:
                 "ranks * micro_tokens * a whole number, and micro_tokens = seq_len * a whole number")
         return micro // now.seq_len
 
+    def micro_batches(self, now: Now, world: int) -> int:
+        """Forward passes of one rank in a step."""
+        return now.batch_tokens // world // (self.micro_rows(now, world) * now.seq_len)
+
     def train_shapes(self, world: int) -> list[Shape]:
         shapes = [Shape(self.micro_rows(n, world), n.seq_len, n.repeats, n.window) for n in self.moments()]
         return list(dict.fromkeys(shapes))
@@ -705,6 +712,7 @@ class Run:
         self.folder = Path(cfg.log_dir) / cfg.run
         self.began, self.earlier_wall = time.perf_counter(), 0.0
         self.signal, self.leave_at_once = 0, False
+        self.trained: Now | None = None  # the schedules of the last step that was trained
         self.owns_group = False
         self.log_file = self.metrics_file = self.wandb = None
         self.early: list[str] = []  # lines from before the log was there
@@ -715,7 +723,6 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-            FLEX.update({name: torch.compile(f, dynamic=False) for name, f in FLEX.items()})
         elif sys.platform == "linux":
             # glibc hands large blocks back to the kernel at every free and faults them in anew, which a CPU
             # training step feels (tests/bench_textbook.py --against faulting). Keep them (M_MMAP_THRESHOLD -3,
@@ -957,6 +964,14 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
     return F.linear(x, w.to(x.dtype))
 
 
+def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
+    """
+    The table's rows; a CPU would sum their gradients in bfloat16 where that is the table's type, a
+    GPU sums in fp32.
+    """
+    return F.embedding(tokens, table if table.is_cuda else table.float())
+
+
 def normed(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
     """LayerNorm (Ba et al. 2016) with its gain but no bias, in fp32; the RMS norm where there is no gain."""
     return norm(x, eps) if gain is None else F.layer_norm(x.float(), x.shape[-1:], gain.float(), None, eps).to(x.dtype)
@@ -1002,8 +1017,20 @@ def visible(q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | 
     return ok
 
 
-# Run.prepare_machine() puts compiled ones here on CUDA, also where the model is eager: these build all T x T scores.
-FLEX = {"attention": flex_attention, "mask": create_block_mask}
+@functools.cache
+def compiled(function):
+    """The function compiled, when it is first needed and not at import."""
+    return torch.compile(function, dynamic=False)
+
+
+def compiled_on_gpu(function, like: Tensor):
+    """
+    For the two functions below, which a GPU must run compiled, also where the model is eager:
+    uncompiled, flex_attention builds all T x T scores, 103 GB for remix's rows, and
+    create_block_mask a mask of that size. Where compiling is off (set_stance("force_eager")) or
+    gives up (too many lengths) they do without both.
+    """
+    return compiled(function) if like.is_cuda and not torch.compiler.is_compiling() else function
 
 
 def attend_flex(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float, mask=None) -> Tensor:
@@ -1012,14 +1039,24 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: in
     heads. `mask` is flex_mask's, to be shared by all layers of one window.
     """
     mask = flex_mask(q, docs, window) if mask is None else mask
-    return FLEX["attention"](q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
+    if mask is None or (q.is_cuda and not torch.compiler.is_compiling()):
+        return attend_blocks(q, k, v, docs, window, scale)
+    return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.size(1) != k.size(1))
 
 
 def flex_mask(q: Tensor, docs: Tensor | None, window: int):
+    """The mask rule as flex_attention wants it; None where nothing may be compiled."""
     def rule(b, h, i, j):
         return visible(i, j, docs[b, i] if docs is not None else None, docs[b, j] if docs is not None else None, window)
 
-    return FLEX["mask"](rule, q.size(0) if docs is not None else None, None, q.size(-2), q.size(-2), device=q.device)
+    return compiled_on_gpu(block_mask, q)(rule, q, docs is not None)
+
+
+def block_mask(rule, q: Tensor, by_row: bool):
+    if q.is_cuda and not torch.compiler.is_compiling():
+        return None
+    rows, length = q.size(0) if by_row else None, q.size(-2)
+    return create_block_mask(rule, rows, None, length, length, device=q.device)
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float,
@@ -1217,7 +1254,15 @@ class Seen:
             return attend_blocks(q, k, v, self.docs, self.window, scale, bound)
         if self.plain:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
-        return attend_flex(q, k, v, self.docs, self.window, scale, self.mask)
+        return compiled_on_gpu(attend_flex, q)(q, k, v, self.docs, self.window, scale, self.mask)
+
+
+def drop_chance(cfg: Config, block: int) -> float:
+    """
+    The chance of stochastic depth that a training pass leaves a block out; MTP's block is the one
+    behind the last.
+    """
+    return cfg.stoch_depth * block / max(1, cfg.depth - 1)
 
 
 def layer_order(cfg: Config, repeats: int) -> list[int]:
@@ -1226,6 +1271,15 @@ def layer_order(cfg: Config, repeats: int) -> list[int]:
     if low == high:
         return list(range(cfg.depth))
     return [*range(low), *list(range(low, high)) * repeats, *range(high, cfg.depth)]
+
+
+def row_of(cfg: Config, position: int, block: int, count: int, most: int) -> int:
+    """
+    The row of what is learned for a position out of `count`, where the deepest order has `most`:
+    positions up to the loop's end are counted from the front, those behind it from the back. So
+    each keeps its row when depth grows.
+    """
+    return position + most - count if block >= loop_span(cfg)[1] else position
 
 
 class LossAndLogZ(torch.autograd.Function):
@@ -1273,9 +1327,11 @@ class GPT(nn.Module):
         self.mtp_proj = nn.Parameter(torch.empty(cfg.dim, 2 * cfg.dim)) if cfg.mtp else None
         self.mtp_block = Block(cfg, cfg.depth) if cfg.mtp else None
         self.final_gain = nn.Parameter(torch.empty(cfg.dim)) if cfg.layer_norm else None
-        # What belongs to a position and not to a block is there for the deepest order; shallower phases use a prefix.
+        # What belongs to a position and not to a block is there for the deepest order; see
+        # row_of().
         repeats = int(max(Schedule("repeats", cfg.repeats).values()))
         positions, (low, high) = len(layer_order(cfg, repeats)), loop_span(cfg)
+        self.positions = positions
 
         def vectors(on: int, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(*shape, cfg.dim)) if on else None
@@ -1294,7 +1350,7 @@ class GPT(nn.Module):
         return (tokens_BT == self.cfg.doc_token).cumsum(1, dtype=torch.int32) if self.cfg.doc_mask else None
 
     def embedded(self, tokens_BT: Tensor) -> Tensor:
-        x = F.embedding(tokens_BT, self.head if self.embed is None else self.embed).to(self.dtype)
+        x = rows_of(self.head if self.embed is None else self.embed, tokens_BT).to(self.dtype)
         return self.norm(x, self.cfg.norm_eps) if self.cfg.embed_norm else x
 
     def final(self, x: Tensor) -> Tensor:
@@ -1313,29 +1369,29 @@ class GPT(nn.Module):
         x0, rope = x.clone(), (self.cos[first:], self.sin[first:])
         windows = [block_window(cfg, i, window) for i in range(cfg.depth)]
         seen = dict.fromkeys(windows, cache.seen(docs)) if cache else {w: Seen(docs, w, x) for w in dict.fromkeys(windows)}
-        values = [F.embedding(tokens_BT, t).to(self.dtype) for t in self.value_embeds] if cfg.value_embeds else []
+        tables = self.value_embeds if cfg.value_embeds else ()
+        values = [rows_of(t, tokens_BT).to(self.dtype) for t in tables]
         order, one = layer_order(cfg, repeats), torch.ones((), dtype=self.dtype, device=x.device)
         stack, before = [], {}  # outputs of the U-net's first half; each block's latest output
-        kept = None
+        drawn = None
         if cfg.stoch_depth and torch.is_grad_enabled():
-            chance = cfg.stoch_depth / max(1, cfg.depth - 1) * torch.tensor(order, device=x.device)
-            kept = torch.rand(len(order), device=x.device) >= chance
+            drawn = torch.rand(len(order), device=x.device)
         for position, block in enumerate(order):
-            added = []
+            row, added = row_of(cfg, position, block, len(order), self.positions), []
             if cfg.unet == 2 and block >= cfg.depth - cfg.depth // 2:
                 added.append((self.skips[block - cfg.depth], before[cfg.depth - 1 - block]))
             if cfg.unet == 1 and position >= len(order) // 2 and stack:
                 added.append((self.skips[position - len(order) // 2], stack.pop()))
             if cfg.loop_embed:
-                added.append((self.loop_embed[position], one))
-            added += [(self.value_scales[position, e], v) for e, v in enumerate(values)]
+                added.append((self.loop_embed[row], one))
+            added += [(self.value_scales[row, e], v) for e, v in enumerate(values)]
             if cfg.cross_repeat and block in before:
                 passed = order[:position].count(block)
                 added.append((self.cross_scales[block - loop_span(cfg)[0], passed - 1], before[block]))
             xsa = cfg.xsa < 0 or position >= len(order) - cfg.xsa
-            # parameter-golf's "LN scale"; a tensor, as a number would make a graph of each position
-            shrink = one * (position + 1) ** -0.5 if cfg.layer_scale else None
-            keep = None if kept is None else kept[position]
+            # parameter-golf's "LN scale"; a tensor, as a number would make a graph of each block
+            shrink = one * (block + 1) ** -0.5 if cfg.layer_scale else None
+            keep = None if drawn is None else drawn[position] >= drop_chance(cfg, block)
             x = self.blocks[block](x, x0, added, rope, seen[windows[block]], xsa, shrink, keep)
             before[block] = x
             if cfg.unet == 1 and position < len(order) // 2:
@@ -1347,20 +1403,25 @@ class GPT(nn.Module):
         """How many rows of the head have a logit."""
         return self.cfg.vocab if self.cfg.pad_vocab else len(self.head)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple."""
-        z = linear(x, self.head)
+    def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
+        """
+        activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple; head: the same
+        in another type.
+        """
+        z = linear(x, self.head if head is None else head)
         z = (z[..., : self.cfg.vocab] if self.cfg.pad_vocab else z).float()
         if self.cfg.logit_dim_power:
             z = z * self.cfg.dim**self.cfg.logit_dim_power
         # Remix M's 30*sigmoid(z/7.5) is 15 + 15*tanh(z/15): a cap of 15, and softmax does not see the shift.
         return self.cfg.softcap * torch.tanh(z / self.cfg.softcap) if self.cfg.softcap else z
 
-    def losses(self, x: Tensor, targets: Tensor, log_z: bool = False) -> Tensor:
+    def losses(self, x: Tensor, targets: Tensor, log_z: bool = False,
+               head: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of each target; 0 where the target is -1. With log_z [2, N]: and each log(sum(exp(logits)))."""
         if log_z:
-            return (plain_loss_and_log_z if x.is_cuda else LossAndLogZ.apply)(self.logits(x), targets)
-        return F.cross_entropy(self.logits(x), targets, ignore_index=-1, reduction="none")
+            both = plain_loss_and_log_z if x.is_cuda else LossAndLogZ.apply
+            return both(self.logits(x, head), targets)
+        return F.cross_entropy(self.logits(x, head), targets, ignore_index=-1, reduction="none")
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, repeats: int = 1, window: int = 0, log_z: bool = False,
                 ahead: bool = False) -> Tensor:
@@ -1379,7 +1440,11 @@ class GPT(nn.Module):
         """
         T = targets_BT.size(1)
         h = linear(torch.cat([x_BTD, self.embedded(targets_BT.clamp_min(0))], dim=-1), self.mtp_proj)
-        h = self.mtp_block(h, h.clone(), [], (self.cos, self.sin), Seen(self.documents(targets_BT), 0, h), False)
+        keep = None
+        if self.cfg.stoch_depth and torch.is_grad_enabled():
+            keep = torch.rand((), device=h.device) >= drop_chance(self.cfg, self.cfg.depth)
+        seen = Seen(self.documents(targets_BT), 0, h)
+        h = self.mtp_block(h, h.clone(), [], (self.cos, self.sin), seen, False, None, keep)
         after = F.pad(targets_BT[:, 1:], (0, 1), value=-1)
         return self.chunked(self.final(h), after, False) * (T / max(1, T - 1))
 
@@ -1392,7 +1457,54 @@ class GPT(nn.Module):
         if len(targets) <= self.cfg.loss_chunk:
             return self.losses(x, targets, log_z)
         chunks = zip(x.split(self.cfg.loss_chunk), targets.split(self.cfg.loss_chunk))
-        return torch.cat([torch.utils.checkpoint.checkpoint(self.losses, *c, log_z, use_reentrant=False) for c in chunks], -1)
+        head = self.head.float()  # so that chunks' gradients are summed in fp32
+        run = torch.utils.checkpoint.checkpoint
+        parts = [run(self.losses, *c, log_z, head, use_reentrant=False) for c in chunks]
+        return torch.cat(parts, -1)
+
+
+class Declared(NamedTuple):
+    group: str  # what updates it: matrix (Muon, unless AdamW is asked for), embed, head or scalar
+    start: float | str | None = None  # a number, the flag that has it; None: initial_value() draws
+
+
+# Every parameter, by the last word of its name.
+PARAMETERS = {
+    "embed": Declared("embed"),
+    "value_embeds": Declared("embed"),
+    "head": Declared("head"),
+    "qkv": Declared("matrix"),
+    "q": Declared("matrix"),
+    "kv": Declared("matrix"),
+    "proj": Declared("matrix"),
+    "fc": Declared("matrix"),
+    "value_proj": Declared("matrix"),
+    "mtp_proj": Declared("matrix"),
+    "attn_gate": Declared("matrix", 0.0),
+    "value_gate": Declared("matrix", 0.0),
+    "iha": Declared("scalar"),
+    "mix": Declared("scalar"),
+    "scales": Declared("scalar", 1.0),
+    "skips": Declared("scalar", 1.0),
+    "gains": Declared("scalar", 1.0),
+    "qk_gains": Declared("scalar", 1.0),
+    "final_gain": Declared("scalar", 1.0),
+    "q_gain": Declared("scalar", "q_gain"),
+    "resid_lambda": Declared("scalar", "resid_lambda"),
+    "x0_lambda": Declared("scalar", "x0_lambda"),
+    "loop_embed": Declared("scalar", 0.0),
+    "value_scales": Declared("scalar", 0.0),
+    "cross_scales": Declared("scalar", 0.0),
+}
+
+
+def declared(name: str) -> Declared:
+    """No parameter has a default: a new one would land in a group with a rate that nobody chose."""
+    leaf = name.split(".")[-1]
+    if leaf not in PARAMETERS:
+        raise AssertionError(
+            f"parameter {name} has neither start nor group: declare {leaf!r} in PARAMETERS")
+    return PARAMETERS[leaf]
 
 
 def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
@@ -1407,17 +1519,14 @@ def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
     def uniform(bound: float) -> Tensor:
         return torch.rand(p.shape, generator=rng) * (2 * bound) - bound
 
-    leaf, width = name.split(".")[-1], cfg.dim**-0.5
-    starts = {"scales": 1.0, "skips": 1.0, "q_gain": cfg.q_gain, "loop_embed": 0.0, "value_scales": 0.0, "cross_scales": 0.0,
-              "gains": 1.0, "qk_gains": 1.0, "final_gain": 1.0, "attn_gate": 0.0, "value_gate": 0.0,
-              "resid_lambda": cfg.resid_lambda, "x0_lambda": cfg.x0_lambda}
-    if leaf in starts:
-        return torch.full(p.shape, starts[leaf])
+    leaf, width, start = name.split(".")[-1], cfg.dim**-0.5, declared(name).start
+    if start is not None:
+        return torch.full(p.shape, getattr(cfg, start) if isinstance(start, str) else start)
     if leaf == "mix":
         return torch.stack([torch.ones(cfg.dim), torch.zeros(cfg.dim)])
     if leaf == "value_embeds":
         return torch.randn(p.shape, generator=rng)
-    if cfg.init == "xavier" and leaf in {*MATRICES, "embed", "head"}:
+    if cfg.init == "xavier" and (declared(name).group == "matrix" or leaf in ("embed", "head")):
         fan_out = p.numel() // p.shape[-1] if leaf in ("qkv", "kv") else p.shape[-2]
         std = (2 / (p.shape[-1] + fan_out)) ** 0.5
         if leaf == "embed" or name.endswith("attn.proj"):
@@ -1441,7 +1550,7 @@ def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
         return torch.zeros(p.shape)
     if leaf == "head":  # a tied table must not start at zero: it is the input as well
         return uniform(cfg.dim**-0.5)
-    raise AssertionError(f"no initial value is defined for parameter {name}")
+    raise AssertionError(f"parameter {name} is declared without a start, and nothing draws it here")
 
 
 def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: int) -> GPT:
@@ -1496,8 +1605,12 @@ def muon_update(w: Tensor, g: Tensor, buf: Tensor, second: Tensor | None, lr: Te
     lr*sqrt(max(1, rows/cols)) (Jordan et al. 2024). lr, momentum and decay (= lr*wd) are tensors, so that a schedule
     does not recompile. row_norm: MuonEq-R. second: NorMuon's moment [n, rows, 1] or [n, 1, cols] (Li et al. 2025).
     """
-    buf.lerp_(g, (1 - momentum).to(buf.dtype))
-    u = g.lerp(buf, momentum.to(buf.dtype))
+    if cfg.muon_buffer == "sum":
+        buf.mul_(momentum.to(buf.dtype)).add_(g)
+        u = g + momentum.to(buf.dtype) * buf
+    else:
+        buf.lerp_(g, (1 - momentum).to(buf.dtype))
+        u = g.lerp(buf, momentum.to(buf.dtype))
     if cfg.row_norm:
         u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True).clamp_min(1e-7)
     u = polar_factor(u, cfg.polar, cfg.polar_steps, dtype)
@@ -1553,6 +1666,7 @@ class Bucket:
         self.share = -(-count // run.world)  # units of one rank
         self.weights = first.new_zeros(self.share * run.world, *self.unit)
         self.grads = torch.zeros_like(self.weights)
+        self.total: Tensor | None = None  # collect()'s
         for name, p in params.items():
             low, high = self.spans[name]
             self.weights[low:high].copy_(p.detach().view(-1, *self.unit))
@@ -1563,9 +1677,32 @@ class Bucket:
         self.grad_shard = self.grads if run.world == 1 else torch.zeros_like(self.shard)
         self.state = {k: torch.zeros_like(self.shard) for k in (("momentum",) if kind == "muon" else ("exp_avg", "exp_avg_sq"))}
         if kind == "muon" and cfg.normuon:
-            wide = self.unit[0] < self.unit[1]
-            self.state["second"] = self.shard.new_zeros(self.share, *((1, self.unit[1]) if wide else (self.unit[0], 1)))
+            one = (1, self.unit[1]) if self.unit[0] < self.unit[1] else (self.unit[0], 1)
+            # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of
+            # what is added.
+            self.state["second"] = self.shard.new_zeros(self.share, *one, dtype=torch.float32)
         self.world = run.world
+
+    def frozen(self, now: Now) -> bool:
+        """Whether the weights keep every bit in this step."""
+        return self.slow and not now.slow_lr
+
+    def collect(self, last: bool) -> None:
+        """
+        Behind each of several micro-batches: add its gradients to a sum in fp32, which behind the
+        last one becomes the gradients, rounded once. In bfloat16 a sum of 512 is percents off.
+        Costs 4 bytes for each such parameter.
+        """
+        if self.grads.dtype == torch.float32:
+            return  # autograd has summed them
+        if self.total is None:
+            self.total = torch.zeros_like(self.grads, dtype=torch.float32)
+        self.total.add_(self.grads)
+        if last:
+            self.grads.copy_(self.total)
+            self.total.zero_()
+        else:
+            self.grads.zero_()
 
     def gather(self, shard: Tensor) -> Tensor:
         """All ranks' shards as one tensor."""
@@ -1588,20 +1725,16 @@ class Bucket:
         shard.copy_(whole[rank * self.share : (rank + 1) * self.share])
 
 
-# Last words of the names of what Muon may update.
-MATRICES = {"qkv", "q", "kv", "proj", "fc", "value_proj", "mtp_proj", "attn_gate", "value_gate"}
-TABLES = {"embed", "head", "value_embeds"}  # and of what has a row for each token
-
-
 def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
     """Every parameter in exactly one bucket: matrices of blocks by shape, embedding, head, and the rest."""
     groups: dict[tuple, dict[str, Tensor]] = {}
     for name, p in model.named_parameters():
-        if name == "head":
+        group = declared(name).group
+        if group == "head":
             key = ("adamw", "head", cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd)
-        elif name in ("embed", "value_embeds"):
+        elif group == "embed":
             key = ("adamw", "embed", cfg.embed_lr, cfg.embed_wd)
-        elif name.split(".")[-1] not in MATRICES:
+        elif group == "scalar":
             key = ("adamw", "scalar", cfg.scalar_lr, cfg.scalar_wd)
         elif cfg.optimizer == "adamw" or (cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)):
             key = ("adamw", "matrix", cfg.adamw_lr, cfg.matrix_wd)
@@ -1611,10 +1744,10 @@ def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
         own = [(rate, beta1) for pattern, rate, beta1 in own_rates(cfg) if key[0] == "adamw" and pattern.search(name)]
         rate, beta1 = own[0] if own else (key[2], cfg.beta1)
         groups.setdefault((key[0], key[1], rate, key[3], beta1, slow), {})[name] = p
-    covered = [name for group in groups.values() for name in group]
-    assert sorted(covered) == sorted(n for n, _ in model.named_parameters()), "a parameter is in no bucket or in two"
     if cfg.slow and not any(k[-1] for k in groups):
-        raise UserError(f"slow = {cfg.slow!r} matches no tensor of this model; names are such as {', '.join(covered[:3])}")
+        names = [name for group in groups.values() for name in group]
+        raise UserError(f"slow = {cfg.slow!r} matches no tensor of this model; names are such as "
+                        f"{', '.join(names[:3])}")
     # Big ones first: their communication then runs while the others are computed.
     order = sorted(groups, key=lambda k: -sum(p.numel() for p in groups[k].values()))
     return [Bucket(k[0], k[2], k[3], groups[k], run, dataclasses.replace(cfg, beta1=k[4]), k[-1]) for k in order]
@@ -1633,6 +1766,12 @@ class MuonAdamW:
         self.muon = torch.compile(muon_update, dynamic=False) if on else muon_update
         self.adamw = torch.compile(adamw_update, dynamic=False) if on else adamw_update
 
+    @torch.no_grad()
+    def collect(self, last: bool) -> None:
+        """Behind the backward pass of each micro-batch, where a step has several."""
+        for b in self.buckets:
+            b.collect(last)
+
     def step(self, now: Now) -> Tensor:
         """Update the weights from the summed gradients, clear those; the global gradient norm [1]."""
         run, world = self.run, self.run.world
@@ -1645,11 +1784,11 @@ class MuonAdamW:
             squares.append(torch.linalg.vector_norm(b.grad_shard, dtype=torch.float32).square())
         size = run.sum(torch.stack(squares).sum().view(1)).sqrt()
         self.count += 1
-        gathers = []
-        for b in self.buckets:
+        rates, gathers = self.rates(now), []
+        for i, b in enumerate(self.buckets):
             if self.cfg.grad_clip:
                 b.grad_shard.mul_((self.cfg.grad_clip / (size + 1e-6)).clamp(max=1.0).to(b.grads.dtype))
-            self.update(b, now)
+            self.update(b, now, rates[i])
             b.grads.zero_()
             if world > 1:
                 gathers.append(dist.all_gather_single(b.weights, b.shard, async_op=True))
@@ -1657,22 +1796,41 @@ class MuonAdamW:
             work.wait()
         return size
 
-    @torch.no_grad()
-    def update(self, b: Bucket, now: Now) -> None:
-        def scalar(x: float) -> Tensor:
-            return torch.tensor(x, dtype=torch.float32, device=b.weights.device)
+    def rates(self, now: Now) -> Tensor:
+        """
+        [buckets, 5] on the device: learning rate, momentum, decay, and both corrections of AdamW's
+        moments. In one copy from pinned memory: a tensor made of a number on a GPU makes the host
+        wait until the GPU has nothing to do.
+        """
+        table = []
+        for b in self.buckets:
+            slow = now.slow_lr if b.slow else 1.0
+            lr = b.lr * now.lr * slow
+            decay = (slow if self.cfg.independent_wd else lr) * b.wd * now.weight_decay
+            corrections = [1 - beta**self.count for beta in (b.cfg.beta1, b.cfg.beta2)]
+            table.append([lr, now.momentum, decay, *corrections])
+        device = self.buckets[0].weights.device
+        # 16 bytes each: compiled graphs copy an input that is not aligned so.
+        spread = torch.zeros(len(table), 5, 4, pin_memory=device.type == "cuda")
+        spread[..., 0] = torch.tensor(table, dtype=torch.float32)
+        return spread.to(device, non_blocking=True)[..., 0]
 
-        slow = now.slow_lr if b.slow else 1.0
-        lr = b.lr * now.lr * slow
-        decay = scalar((slow if self.cfg.independent_wd else lr) * b.wd * now.weight_decay)
-        shard = b.shard if slow else b.shard.clone()  # frozen to the bit, while its moments go on
+    @torch.no_grad()
+    def update(self, b: Bucket, now: Now, rates: Tensor) -> None:
+        """Update this rank's shard by its row of rates()."""
+        lr, momentum, decay, correct1, correct2 = rates.unbind()
+        shard = b.shard.clone() if b.frozen(now) else b.shard  # its moments go on
         if b.kind == "muon":
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
-            self.muon(shard, b.grad_shard, b.state["momentum"], b.state.get("second"), scalar(lr), scalar(now.momentum),
+            self.muon(shard, b.grad_shard, b.state["momentum"], b.state.get("second"), lr, momentum,
                       decay, self.cfg, dtype)
         else:
-            correct = [scalar(1 - beta**self.count) for beta in (b.cfg.beta1, b.cfg.beta2)]
-            self.adamw(shard, b.grad_shard, b.state["exp_avg"], b.state["exp_avg_sq"], scalar(lr), decay, *correct, b.cfg)
+            self.adamw(shard, b.grad_shard, b.state["exp_avg"], b.state["exp_avg_sq"], lr, decay,
+                       correct1, correct2, b.cfg)
+
+    def frozen(self, name: str, now: Now) -> bool:
+        """Whether a parameter keeps every bit in this step."""
+        return any(b.frozen(now) for b in self.buckets if name in b.params)
 
     def state_dict(self) -> dict[str, Tensor]:
         """CPU tensors named <parameter>:<state>; the same for any number of ranks. Collective."""
@@ -1689,8 +1847,11 @@ class MuonAdamW:
                 b.from_names(shard, {name: named[f"{name}:{key}"] for name in b.params}, self.run.rank)
 
     def snapshot(self) -> tuple[int, list[Tensor]]:
-        """Copies of all that a step changes, for the warm-up to restore."""
-        return self.count, [t.clone() for t in self.changing()]
+        """
+        Copies of all that a step changes, for the warm-up to restore; on the host, as the device
+        may be full.
+        """
+        return self.count, [t.to("cpu", copy=True) for t in self.changing()]
 
     def restore(self, kept: tuple[int, list[Tensor]]) -> None:
         self.count = kept[0]
@@ -1912,9 +2073,18 @@ class Loader:
         self.epoch, self.shard, self.pos, self.order = state["epoch"], state["shard"], state["pos"], None
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """
+    Without a wait: to a GPU from pinned memory, as from other memory the copy waits for what was
+    begun before.
+    """
+    x = torch.from_numpy(array)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def tensors(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows [n, T+1] -> inputs and targets [n, T] int64 on the device."""
-    rows = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
+    rows = to_device(rows.astype(np.int64), device)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
@@ -2196,7 +2366,8 @@ def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, l
         for name, named in (("model", weights), ("optimizer", optimizer), ("averages", averages)):
             write_tensors(named, part / f"{name}.safetensors")
         state = {"step": step, "train_seconds": run.clock.seconds(), "wall_seconds": run.wall(), "loader": loader.state_dict(),
-                 "rng": rng, "world_size": run.world, "torch": torch.__version__}
+                 "rng": rng, "world_size": run.world, "torch": torch.__version__,
+                 "trained": run.trained and run.trained._asdict()}
         (part / "state.json").write_text(json.dumps(state))
         (part / "config.toml").write_text(config_toml(run.cfg))
         sync_folder(part)
@@ -2258,6 +2429,7 @@ def load_checkpoint(path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg:
             elif run.device.type == "cuda":
                 torch.cuda.set_rng_state(rng)
     run.clock.total, run.earlier_wall = state["train_seconds"], state["wall_seconds"]
+    run.trained = Now(**state["trained"]) if state.get("trained") else None
     return state["step"]
 
 
@@ -2282,7 +2454,7 @@ def parts_of(name: str) -> list[set[str]]:
     """The words of `transfer` that take a tensor, or each matrix of a stack: q, k, v are one parameter of three."""
     leaf, words = name.split(".")[-1], {"all"}
     words |= {w for w in ("attn", "mlp") if f".{w}." in name}
-    if leaf not in MATRICES | TABLES:
+    if declared(name).group == "scalar":
         words.add("scalars")
     if "attn" not in words:
         return [words]
@@ -2352,7 +2524,8 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
         if taken and name not in named:
             word = "missing"  # asked for, but the source has none
         elif taken and p.shape != named[name].shape:
-            if "all" not in asked or name.split(".")[-1] not in TABLES or p.shape[-1] != named[name].shape[-1]:
+            table = declared(name).group in ("embed", "head")
+            if "all" not in asked or not table or p.shape[-1] != named[name].shape[-1]:
                 raise UserError(f"init_from {path}: {name} is {list(named[name].shape)} there and {list(p.shape)} here; "
                                 "leave it out with --transfer or --transfer_skip, or build the same shape")
             word = "fresh (another vocabulary)"
@@ -2482,6 +2655,7 @@ def warm_up(p: Parts) -> None:
     """
     run, plan, began = p.run, p.plan, time.perf_counter()
     kept = p.opt.snapshot()
+    several = any(plan.micro_batches(n, run.world) > 1 for n in plan.moments())
     todo = [(True, s) for s in plan.train_shapes(run.world)] + [(False, s) for s in plan.eval_shapes()]
     bar = tqdm(todo, desc="compile" if p.cfg.compile else "warm up", leave=False,
                disable=not (run.is_main and sys.stderr.isatty()))
@@ -2493,6 +2667,8 @@ def warm_up(p: Parts) -> None:
                 x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
                 if training:
                     loss_terms(p, x, y, shape.repeats, shape.window).sum().backward()
+                    if several:
+                        p.opt.collect(last=True)
                     p.opt.step(plan.at(0, 0.0))
                 else:
                     with torch.no_grad():
@@ -2568,11 +2744,13 @@ def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
             terms = loss_terms(p, x, y, now.repeats, now.window) / p.loader.targets(now.batch_tokens)
             terms.sum().backward()
             total += terms.detach()
+            if size < len(rows):
+                p.opt.collect(last=low + size >= len(rows))
     total = p.run.sum(total)
     if p.cfg.mu_loss:
         total = torch.cat([total, add_mu_loss(p.model.head, p.cfg.mu_loss, p.run.world, p.model.logit_rows)])
     size = p.opt.step(now)
-    if p.cfg.mu_centering:
+    if p.cfg.mu_centering and not p.opt.frozen("head", now):
         center(p.model.head[: p.model.logit_rows])
     return total, size
 
@@ -2682,12 +2860,12 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
 
                     slowrun.keep_epoch(p, step)
                 if evaluating:
-                    found = validate_all(p, step, now)
+                    found = validate_all(p, step, run.trained or now)
         if last:
             break
         loss, size = train_step(p, step, now)
         step += 1
-        run.step = step
+        run.step, run.trained = step, now
         p.avg.update(step, plan.fraction(step, seconds))
         previous, pending = pending, (step, now, loss, size, max(1e-9, run.clock.seconds() - seconds))
         if previous:
@@ -2695,12 +2873,20 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
         if run.device.type == "cpu":
             flush()
     run.clock.stop()
-    return step, now, found
+    return step, run.trained or now, found
 
 
 def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
-    """After the last step and its evaluation `found`: export, read back, score, prove, compare, sample."""
+    """
+    After the last step, its schedules and its evaluation `found`: export, read back, score, prove,
+    compare, sample.
+    """
     cfg, run, plan = p.cfg, p.run, p.plan
+    end = plan.at(cfg.steps, 1.0)  # as all who read the artifact apply it
+    if (now.repeats, now.window) != (end.repeats, end.window):
+        run.log(f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, "
+                "and the evaluation is of these; artifact and sample are of the schedules' end, "
+                f"repeats {end.repeats}, window {end.window}")
     if cfg.final_weights not in ["live", *p.avg.ready()]:
         raise UserError(f"final_weights = {cfg.final_weights!r}, but no snapshot was taken: lower --swa_start or --swa_every")
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
@@ -2710,12 +2896,12 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
         if cfg.export:
             import golf
 
-            result |= golf.export_and_score(p, now)
+            result |= golf.export_and_score(p, end)
         if run.is_main and p.tokenizer and p.val.bytes and p.val.bytes < 8e6:
             result |= compressors_bpb(p.val, p.tokenizer)
             run.log(f"same text: xz -9e {result['xz_bpb']:.4f} bpb, zstd -19 {result['zstd_bpb']:.4f} bpb")
         if run.is_main and p.tokenizer and cfg.sample_tokens:
-            text = generate(p.model, p.tokenizer, cfg, plan.max_seq_len, now)
+            text = generate(p.model, p.tokenizer, cfg, plan.max_seq_len, end)
             run.log(f"sample from the {'artifact' if cfg.export else 'weights'}:\n{text}")
         if cfg.average_epochs:
             import slowrun
@@ -2886,7 +3072,8 @@ def explain(e: BaseException) -> str | None:
     if isinstance(e, UserError):
         return text
     if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return (f"out of memory: halve --micro_tokens or --loss_chunk; the result stays the same. ({text.splitlines()[0]})")
+        return ("out of memory: halve --micro_tokens or --loss_chunk; the result stays the same but "
+                f"for rounding. ({text.splitlines()[0]})")
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({e}); complete checkpoints are kept: make room and continue with --resume"
     if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):

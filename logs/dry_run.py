@@ -41,13 +41,15 @@ def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int) -> int
 
 def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: int) -> int:
     """
-    Peak bytes of one rank, by this method: weights and gradients whole and optimizer states in shards, all twice, as
-    the warm-up runs whole steps while it keeps a copy; the weights once more as they are computed with; what a compiled
-    backward keeps of each position (counted in the graphs of torch.compile's partitioner); the logits of one chunk three
-    times.
+    Peak bytes of one rank, by this method: weights and gradients whole and optimizer states in
+    shards (the warm-up keeps its copy of them on the host); the weights once more as they are
+    computed with; what a compiled backward keeps of each position (counted in the graphs of
+    torch.compile's partitioner); the logits of one chunk three times.
     """
     b = 2 if cfg.param_dtype == "bfloat16" else 4
     fixed = b * (2 * params + -(-states // world))
+    if b == 2 and any(plan.micro_batches(n, world) > 1 for n in plan.moments()):
+        fixed += 4 * params  # their gradients are summed in fp32
     q, kv = head_width(cfg) * cfg.heads, head_width(cfg) * (cfg.kv_heads or cfg.heads)
     kept = 4 * cfg.dim + 4 * q + 3 * kv  # block input, middle, both normed; q, k raw and rotated, v, attention twice
     kept += hidden_width(cfg) * (3 if cfg.activation == "swiglu" else 2)  # before and behind the activation
@@ -59,7 +61,7 @@ def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: in
     depth = max(len(layer_order(cfg, n.repeats)) for n in plan.moments()) + (2 if cfg.mtp else 0)  # its inputs: one more
     tokens = max(s.rows * s.seq_len for s in plan.train_shapes(world))
     logits = 3 * 4 * min(tokens, cfg.loss_chunk) * cfg.vocab
-    return 2 * fixed + 2 * params * (b == 4) + int(2 * tokens * depth * kept) + logits
+    return fixed + 2 * params * (b == 4) + int(2 * tokens * depth * kept) + logits
 
 
 def dry_run(cfg: Config) -> int:
@@ -100,8 +102,9 @@ def dry_run(cfg: Config) -> int:
         print(f"flops per token ({name}): {f / 1e6:,.1f} M, forward and backward")
     print(f"tokens: {tokens:,} in {cfg.steps} steps" + (f", or what {cfg.max_seconds:g} s allow" if cfg.max_seconds else ""))
     print(f"train shards of 100M tokens: {out['shards_needed']} needed; {present} files present in {cfg.data}")
-    print(f"memory: {out['memory_bytes'] / 1e9:.2f} GB a rank on {world} ranks, estimated: weights, gradients, sharded states "
-          "twice (the warm-up keeps a copy), what backward keeps of each position, three copies of a chunk's logits")
+    print(f"memory: {out['memory_bytes'] / 1e9:.2f} GB a rank on {world} ranks, estimated: "
+          "weights, gradients, sharded states, what backward keeps of each position, three copies of "
+          "a chunk's logits")
     print(f"artifact: about {out['artifact_bytes']:,} bytes (int8 at the 0.92 that zstd-22 left of such weights)")
     print(f"graphs to compile: {len(shapes)} train, {len(plan.eval_shapes())} eval")
     print(f"time: {out['estimated_seconds']:.0f} s on 8xH100 at {ASSUMED_MFU:.0%} MFU")

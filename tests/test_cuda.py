@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import ROOT, tg
+from helpers import ROOT, tg, tiny, write_shard
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -73,18 +74,97 @@ def test_flex_attention_differs_from_plain_matrix_products(window, documents, he
 
     q, k, v, slope = made(2, 4, 1024, 64), made(2, heads, 1024, 64), made(2, heads, 1024, 64), made(2, 4, 1024, 64)
     docs = (torch.rand(2, 1024, generator=rng) < 0.01).to(DEVICE).cumsum(1, dtype=torch.int32) if documents else None
-    compiled = {name: torch.compile(f, dynamic=False) for name, f in tg.FLEX.items()}
     ways = []
-    for attend in (tg.attend_blocks, tg.attend_flex):
-        kept, _ = dict(tg.FLEX), tg.FLEX.update(compiled)
-        try:
-            y = attend(q, k, v, docs, window, 0.125)
-        finally:
-            tg.FLEX.update(kept)
+    for attend in (tg.attend_blocks, tg.compiled(tg.attend_flex)):
+        y = attend(q, k, v, docs, window, 0.125)
         ways.append((y, *torch.autograd.grad(y, (q, k, v), slope.detach())))
     for plain, flex in zip(*ways):
         torch.testing.assert_close(flex, plain, rtol=2e-2, atol=2e-2)
         assert float((flex - plain).norm() / plain.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("stance", ["default", "force_eager"])
+@pytest.mark.parametrize("window", [0, 1024])
+def test_a_model_that_nobody_prepared_reads_rows_of_65536_without_all_their_scores(window, stance):
+    """As golf.py, embeddings, averaging and samples make it; all scores of one layer are 103 GB."""
+    cfg = tg.Config(depth=1, vocab=1024, doc_token=0, dtype="bfloat16", compile=0)
+    model = tg.build_model(cfg, torch.device(DEVICE), torch.bfloat16, 65536)
+    with torch.no_grad():
+        model.blocks[0].attn.proj.normal_(std=0.05)
+        tokens = torch.randint(1, 1024, (1, 65536), generator=torch.Generator().manual_seed(0)).to(
+            DEVICE
+        )
+        tokens[:, 20000] = 0
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.compiler.set_stance(stance):
+            x = model.hidden(tokens, 1, window)
+        assert torch.cuda.max_memory_allocated() - before < 16e9
+        start = 20000 + 1024  # a row of its own for what the last of these tokens may see
+        alone = model.hidden(tokens[:, 20000 : start + 1], 1, window)
+    if window:
+        alone = alone[:, -1:]
+        assert torch.allclose(x[:, start : start + 1].float(), alone.float(), atol=0.05)
+    else:
+        assert torch.allclose(x[:, 20000 : start + 1].float(), alone.float(), atol=0.05)
+
+
+STEPS = [
+    {"normuon": 0.9, "grad_clip": 1.0, "mu_loss": 0.1, "mu_centering": 1, "doc_mask": 1,
+     "window": "64", "ema": 0.9},
+    {"optimizer": "adamw", "param_dtype": "bfloat16", "ema": 0.9, "swa_every": 1, "swa_start": 0.0,
+     "z_loss": 0.1},
+    {"mtp": 0.3, "stoch_depth": 0.5, "attn_dropout": 0.1, "mlp_dropout": 0.1, "unet": 2,
+     "loop": "1:2", "repeats": "2", "layer_scale": 1, "value_embeds": 1,
+     "own_lr": "skips=0.1/0.5"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [0, 1])
+@pytest.mark.parametrize("changes", STEPS, ids=str)
+def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, changes, compiled):
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"x_{split}_0.bin", np.random.default_rng(0).integers(0, 96, 16385))
+    cfg = tiny(
+        data=str(tmp_path),
+        device=DEVICE,
+        epochs=0,
+        export="",
+        compile=compiled,
+        seq_len="128",
+        batch_tokens="1024",
+        micro_tokens=512,
+        head_dim=32,
+        **changes,
+    )
+    tg.validate(cfg)
+    run = tg.Run(cfg)
+    run.prepare_machine()
+    p = tg.build(cfg, run)
+    told = []
+    try:
+        for step in range(4):
+            if step == 2:  # until then graphs are compiled and the allocators grow
+                torch.cuda.set_sync_debug_mode("error")
+            told.append(tg.train_step(p, step, p.plan.at(step, step / 20)))
+            p.avg.update(step + 1, step / 20)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(x).all() for pair in told for x in pair)
+
+
+def test_the_copy_of_the_warm_up_takes_no_memory_of_the_device(tmp_path):
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"x_{split}_0.bin", np.random.default_rng(0).integers(0, 96, 4097))
+    cfg = tiny(data=str(tmp_path), device=DEVICE, epochs=0, export="", dim=512, depth=4)
+    run = tg.Run(cfg)
+    p = tg.build(cfg, run)
+    before = torch.cuda.memory_allocated()
+    kept = p.opt.snapshot()
+    assert torch.cuda.memory_allocated() - before < 1e6 < sum(t.nbytes for t in kept[1])
+    weights = {name: w.detach().clone() for name, w in p.model.named_parameters()}
+    tg.warm_up(p)
+    assert all(torch.equal(w, weights[name]) for name, w in p.model.named_parameters())
 
 
 @pytest.mark.parametrize("compiled", [1, 2])

@@ -431,6 +431,39 @@ def test_the_compiled_gpu_path_has_another_mask():
     assert torch.allclose(half, tg.attend_blocks(q, k, v, ids, 100, 0.3), atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stance", ["default", "force_eager"])
+def test_a_gpu_runs_the_flex_kernels_compiled_or_not_at_all(monkeypatch, stance):
+    """
+    Tensors here say that they are on a GPU; nobody has prepared anything, as in a tool that just
+    builds a model. Where compiling is off, plain matmuls take over, which never hold T x T scores.
+    """
+    q, k, v, ids = material(300, G=2)
+    x = torch.zeros(q.size(0), 300, 8)
+    expected = {w: tg.attend_blocks(q, k, v, ids, w, 0.3) for w in (0, 64)}
+    runs = []
+
+    def watched(name: str, function):
+        def run(*args, **kwargs):
+            runs.append((name, torch.compiler.is_compiling()))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(tg, name, run)
+
+    for name in ("flex_attention", "create_block_mask"):
+        watched(name, getattr(tg, name))
+    monkeypatch.setattr(tg, "compiled", lambda f: torch.compile(f, dynamic=False, backend="eager"))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True), raising=False)
+    with torch.no_grad(), torch.compiler.set_stance(stance):
+        for window in (0, 64):
+            seen = tg.Seen(ids, window, x)
+            assert seen.on_gpu and (seen.mask is None) == (stance == "force_eager")
+            assert torch.allclose(seen.attend(q, k, v, 0.3), expected[window], atol=2e-5)
+    assert runs == (
+        [("create_block_mask", True), ("flex_attention", True)] * 2 if stance == "default" else []
+    )
+
+
 def test_grouped_heads_read_the_wrong_keys():
     """kv_heads copies of a full-head model in which the heads of a group share their keys give the same output."""
     grouped, full = tiny(heads=4, kv_heads=2), tiny(heads=4)

@@ -5,7 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import alone, build, now, random_tokens, tg, tiny
+from forks import Server
+from helpers import ROOT, alone, build, now, parts, random_tokens, tg, tiny
+from test_runs import free_port
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def scalar(x: float) -> torch.Tensor:
@@ -239,6 +242,38 @@ def one_step(cfg, w, g, lr=0.1, wd=0.0, steps=1):
     return with_ours(w[None], [g[None]] * steps, [lr] * steps, [0.0] * steps, wd, cfg, torch.float32)[0]
 
 
+@pytest.mark.parametrize("buffer", ["lerp", "sum"])
+def test_buffer_of_muon_is_a_mean_or_a_sum_as_asked(buffer):
+    """
+    Parameter-golf's b <- m*b + g, u = g + m*b, and slowrun's means: they part while momentum rises,
+    and only then.
+    """
+    gradients, momenta = [randn(24, 16, seed=s) for s in range(6)], [0.5, 0.6, 0.7, 0.8, 0.9, 0.9]
+    expected = {}
+    for kind in ("lerp", "sum"):
+        b, w = np.zeros((24, 16)), torch.zeros(24, 16)
+        for g, m in zip(gradients, momenta):
+            new = g.double().numpy()
+            b = m * b + (new if kind == "sum" else (1 - m) * new)
+            u = (new if kind == "sum" else (1 - m) * new) + m * b
+            w = (
+                w
+                - 0.1
+                * 1.5**0.5
+                * tg.polar_factor(torch.from_numpy(u).float()[None], "ns5", 5, torch.float32)[0]
+            )
+        expected[kind] = w
+
+    def stepped(kind: str, momenta: list[float]) -> torch.Tensor:
+        stacks = [g[None] for g in gradients]
+        start, cfg = torch.zeros(1, 24, 16), tiny(muon_buffer=kind)
+        return with_ours(start, stacks, [0.1] * 6, momenta, 0.0, cfg, torch.float32)[0]
+
+    assert torch.allclose(stepped(buffer, momenta), expected[buffer], atol=1e-4)
+    assert (expected["sum"] - expected["lerp"]).norm() > 0.01 * expected[buffer].norm()
+    assert torch.allclose(stepped("lerp", [0.9] * 6), stepped("sum", [0.9] * 6), atol=1e-4)
+
+
 def test_row_norm_is_not_muoneq():
     """Rows of the update are divided by their length before the polar factor."""
     g = randn(24, 24) * torch.logspace(-2, 2, 24)[:, None]
@@ -266,6 +301,38 @@ def test_normuon_changes_the_size_or_takes_the_wrong_side(shape):
     assert np.linalg.norm(got) == pytest.approx(
         np.linalg.norm(one_step(tiny(), torch.zeros(shape), g, steps=3)), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("compiled", [0, 1])
+def test_normuon_keeps_its_second_moment_in_fp32_beside_bf16_weights(compiled):
+    """
+    Against the formula from the polar factors of the very gradients; at .95 a moment in bf16 would
+    be off by percents. The state that is saved is fp32 too, and loaded it goes on with the same
+    bits.
+    """
+    cfg = tiny(normuon=0.95, param_dtype="bfloat16", compile=compiled, mlp_ratio=1.0)
+    model, rank = build(cfg), alone()
+    opt = tg.MuonAdamW(cfg, model, rank)
+    expected = np.zeros((32, 1))
+    for step in range(6):
+        set_gradients(model, step)
+        o = tg.polar_factor(model.blocks[1].mlp.fc.grad[None], "ns5", 5, torch.float32)[0]
+        expected = 0.95 * expected + 0.05 * (o.double().numpy() ** 2).mean(1, keepdims=True)
+        opt.step(now(momentum=0.0))
+    saved = opt.state_dict()
+    second = saved["blocks.1.mlp.fc:second"]
+    assert (
+        second.dtype == torch.float32 and saved["blocks.1.mlp.fc:momentum"].dtype == torch.bfloat16
+    )
+    assert np.allclose(second[0].numpy(), expected, rtol=2e-3)
+    again = build(cfg)
+    tg.load_weights(again, dict(model.named_parameters()), "here")
+    other = tg.MuonAdamW(cfg, again, rank)
+    other.load_state_dict(saved)
+    for m, o in ((model, opt), (again, other)):
+        set_gradients(m, 9)
+        o.step(now())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
 
 
 def test_cautious_decay_decays_against_the_update():
@@ -332,6 +399,53 @@ def test_parameter_is_in_no_bucket_or_in_two(changes):
                 or bool(cfg.adamw_matrices and tg.re.search(cfg.adamw_matrices, name))
             )
             assert b.kind == ("adamw" if wants_adamw else "muon"), name
+
+
+def test_a_parameter_that_is_not_declared_has_neither_group_nor_start():
+    """A new matrix must not become AdamW's at scalar_lr because nobody said what it is."""
+    cfg = tiny()
+    model = build(cfg)
+    model.blocks[1].mlp.up = torch.nn.Parameter(torch.empty(64, 32))
+    for act in (
+        lambda: tg.param_buckets(cfg, model, alone()),
+        lambda: tg.initial_value("blocks.1.mlp.up", model.blocks[1].mlp.up, cfg),
+    ):
+        with pytest.raises(AssertionError, match=r"blocks\.1\.mlp\.up .*declare 'up'"):
+            act()
+
+
+EVERYTHING = {
+    "activation": "swiglu",
+    "attn_gate": 8,
+    "value_proj": 8,
+    "iha": 1,
+    "resid_lambda": 1.1,
+    "x0_lambda": 0.1,
+    "unet": 1,
+    "block_scales": 1,
+    "q_gain": 1.5,
+    "layer_norm": 1,
+    "loop": "0:1",
+    "repeats": "2",
+    "loop_embed": 1,
+    "value_embeds": 1,
+    "cross_repeat": 1,
+    "mtp": 0.3,
+    "init_std": 1.0,
+    "proj_init": 1.0,
+}
+
+
+def test_a_declaration_without_a_parameter_is_left_over():
+    """
+    Two models have every parameter that there is: with heads of their own for keys and without.
+    """
+    names = {
+        n.split(".")[-1]
+        for cfg in (tiny(**EVERYTHING), tiny(kv_heads=1))
+        for n, _ in build(cfg).named_parameters()
+    }
+    assert names == set(tg.PARAMETERS)
 
 
 def test_bucket_is_a_copy_of_the_weights():
@@ -405,6 +519,67 @@ def test_gradient_norm_is_not_reported_without_clipping():
     assert opt.step(now()).item() == pytest.approx(expected, rel=1e-5)
 
 
+def gradients(folder, monkeypatch, **changes) -> dict[str, torch.Tensor]:
+    """
+    What the optimizer is given in one step of 8,192 tokens, of which every second is the same.
+    """
+    folder.mkdir()
+    p = parts(folder, batch_tokens="8192", head_init="0.1", proj_init=1.0, **changes)
+    rows = np.random.default_rng(0).integers(0, 96, (256, 33))
+    rows[:, ::2] = 7
+    monkeypatch.setattr(p.loader, "batch", lambda *args: rows.astype("<u2"))
+    found = {}
+
+    def step(now):
+        found.update({n: w.grad.double().clone() for n, w in p.model.named_parameters()})
+        return torch.ones(1)
+
+    monkeypatch.setattr(p.opt, "step", step)
+    for _ in range(2):  # nothing is left over from the step before
+        tg.train_step(p, 0, p.plan.at(0, 0.0))
+        for b in p.opt.buckets:
+            b.grads.zero_()
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embed": 1, "value_embeds": 1, "mtp": 0.3, "z_loss": 0.1}], ids=str
+)
+def test_gradients_of_bf16_weights_do_not_depend_on_micro_batches_or_chunks_of_the_loss(
+    tmp_path, monkeypatch, changes
+):
+    """
+    One micro-batch or 256, one chunk of the loss or 128, against weights in fp32 with the same
+    values: what is left is a rounding to bf16 of each term (.17 %; a tied table has two). Sums in
+    bf16 are off by percents.
+    """
+    base = {"micro_tokens": 8192, "loss_chunk": 8192, **changes}
+    with monkeypatch.context() as patch:
+        drawn = tg.initial_value
+        patch.setattr(tg, "initial_value", lambda *args: drawn(*args).bfloat16().float())
+        exact = gradients(tmp_path / "fp32", monkeypatch, **base)
+    ways = [base, base | {"micro_tokens": 32}, base | {"loss_chunk": 64}]
+    for i, way in enumerate(ways):
+        found = gradients(tmp_path / str(i), monkeypatch, **way, param_dtype="bfloat16")
+        for name, g in exact.items():
+            assert (found[name] - g).norm() <= 0.004 * g.norm(), (way, name)
+
+
+def test_one_micro_batch_of_bf16_weights_keeps_no_second_gradient(tmp_path):
+    totals = []
+    for name, micro in (("one", 128), ("two", 64)):
+        (tmp_path / name).mkdir()
+        p = parts(tmp_path / name, param_dtype="bfloat16", micro_tokens=micro)
+        p.run.log = lambda line: None
+        tg.warm_up(p)
+        tg.train_step(p, 0, p.plan.at(0, 0.0))
+        totals.append([b.total is not None and b.total.dtype for b in p.opt.buckets])
+    assert set(totals[0]) == {False} and set(totals[1]) == {torch.float32}
+    p = parts(tmp_path / "two", micro_tokens=64)
+    tg.train_step(p, 0, p.plan.at(0, 0.0))
+    assert not any(b.total is not None for b in p.opt.buckets), "fp32 needs none"
+
+
 # --- ranks, without processes
 
 
@@ -440,10 +615,10 @@ def test_sharded_update_or_state_differs_from_the_whole(changes, world):
         other.load_state_dict(saved)
         other.count += 1
         set_gradients(copy, 77)
-        for b in other.buckets:
+        for b, rates in zip(other.buckets, other.rates(now())):
             assert b.weights.size(0) == b.share * world and b.shard.size(0) == b.share
             b.grad_shard.copy_(b.grads[rank * b.share : (rank + 1) * b.share])
-            other.update(b, now())
+            other.update(b, now(), rates)
         ranks.append(other)
     set_gradients(model, 77)
     opt.step(now())
@@ -480,6 +655,34 @@ def test_loaded_optimizer_goes_on_with_other_numbers(changes):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_frozen_head_keeps_every_bit_whatever_moves_heads(tmp_path, optimizer):
+    """Centring, its loss, decay and averages; then it is let go, and centred."""
+    p = parts(
+        tmp_path,
+        slow="head",
+        slow_lr="0 2s:0 4s>1",
+        mu_centering=1,
+        mu_loss=1.0,
+        embed_wd=0.1,
+        independent_wd=1,
+        ema=0.5,
+        swa_every=1,
+        swa_start=0.0,
+        head_init="0.1",
+        optimizer=optimizer,
+    )
+    head, start = p.model.head, p.model.head.detach().clone()
+    moved = []
+    for step in range(4):
+        tg.train_step(p, step, p.plan.at(step, step / 20))
+        p.avg.update(step + 1, 0.5)
+        averages = [p.avg.state_dict()[f"head:{kind}"].view_as(start) for kind in ("ema", "swa")]
+        moved.append([not torch.equal(w, start) for w in (head.detach(), *averages)])
+    assert moved == [[False] * 3] * 3 + [[True] * 3]  # the ramp begins at 0
+    assert head.mean(0).norm() < 1e-6 < start.mean(0).norm()
+
+
 def test_saved_state_changes_with_the_next_step():
     """state_dict must be a copy: averages and a checkpoint on its way to the disk depend on it."""
     model, opt = trained(tiny(), 1)
@@ -503,6 +706,17 @@ def test_warm_up_leaves_a_trace():
     assert opt.count == 2 and all(torch.equal(a, b) for a, b in zip(before, opt.changing()))
 
 
+def test_what_the_warm_up_keeps_lies_on_the_host(tmp_path):
+    """A second copy of weights, gradients and states would not fit where the first just does."""
+    p = parts(tmp_path, device="meta")
+    opt = p.opt
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda t, *how, **more: kept.append((how, more)))
+        opt.snapshot()
+    assert kept == [(("cpu",), {"copy": True})] * len(opt.changing())
+
+
 def test_compiled_update_gives_other_weights():
     """Schedules are tensors: new values of lr, momentum and decay use the same graphs."""
     cfg = tiny(normuon=0.9, cautious=1, matrix_wd=0.1, mlp_ratio=1.0, tie_embed=1)  # two graphs: one stack, one table
@@ -517,3 +731,305 @@ def test_compiled_update_gives_other_weights():
     assert counts[0] == counts[1] == counts[2]
     for p, q in zip(eager[0].parameters(), compiled[0].parameters()):
         assert torch.allclose(p, q, atol=1e-5)
+
+
+# --- what a step asks of the device
+
+
+class Traffic(TorchDispatchMode):
+    """
+    Notes what crosses between host and device (here the meta device), and what makes the host wait.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.copies, self.waits = [], []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        devices = {t.device.type for t in (*args, out) if isinstance(t, torch.Tensor) and t.ndim}
+        if op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.waits.append(str(op))
+        elif len(devices) > 1:
+            self.copies.append(
+                (str(op), tuple(out.shape), (kwargs or {}).get("non_blocking", False))
+            )
+        return out
+
+    def tensor(self, data, *, device=None, made=torch.tensor, **kwargs) -> torch.Tensor:
+        """torch.tensor, which a dispatch mode does not see."""
+        if device is not None and torch.device(device).type != "cpu":
+            self.waits.append(f"torch.tensor({data})")
+        return made(data, device=device, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "optimizer": "muon",
+            "grad_clip": 1.0,
+            "normuon": 0.9,
+            "mu_loss": 0.1,
+            "mu_centering": 1,
+            "slow": "head",
+        },
+        {
+            "optimizer": "adamw",
+            "ema": 0.9,
+            "swa_every": 1,
+            "swa_start": 0.0,
+            "doc_mask": 1,
+            "window": "8",
+        },
+        {
+            "z_loss": 0.1,
+            "mtp": 0.3,
+            "stoch_depth": 0.5,
+            "attn_dropout": 0.1,
+            "mlp_dropout": 0.1,
+            "unet": 2,
+            "loop": "1:2",
+            "repeats": "2",
+            "own_lr": "skips=0.1/0.5",
+            "layer_scale": 1,
+            "iha": 1,
+            "value_embeds": 1,
+        },
+    ],
+    ids=str,
+)
+def test_a_step_copies_rows_and_one_table_of_rates_to_the_device_and_waits_for_nothing(
+    tmp_path, monkeypatch, changes
+):
+    """
+    On the meta device, which has no numbers: what is read there raises, and what crosses is seen.
+    """
+    p = parts(tmp_path, device="meta", micro_tokens=64, **changes)
+    traffic = Traffic()
+    monkeypatch.setattr(torch, "tensor", traffic.tensor)
+    with traffic:
+        for step in range(2):
+            total, size = tg.train_step(p, step, p.plan.at(step, 0.0))
+            p.avg.update(step + 1, 0.5)
+    assert total.device.type == size.device.type == "meta"
+    assert not traffic.waits
+    rows, rates = (
+        ("aten._to_copy.default", (2, 33), True),
+        ("aten._to_copy.default", (len(p.opt.buckets), 5, 4), True),
+    )
+    assert traffic.copies == [rows, rows, rates] * 2
+
+
+@pytest.mark.parametrize("noise", [0, 1])
+def test_rounded_weights_in_training_make_no_step_wait(tmp_path, monkeypatch, noise):
+    p = parts(
+        tmp_path,
+        device="meta",
+        dim=64,
+        export="int6",
+        qat="1",
+        qat_noise=noise,
+        param_dtype="bfloat16",
+    )
+    traffic, made = Traffic(), torch.Tensor.new_tensor
+    monkeypatch.setattr(torch, "tensor", traffic.tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "new_tensor", lambda t, data: traffic.waits.append(data) or made(t, data)
+    )
+    with traffic:
+        tg.train_step(p, 0, p.plan.at(0, 0.0))
+    assert not traffic.waits and all(non_blocking for _, _, non_blocking in traffic.copies)
+    matrices = sum(
+        tg.declared(n).group == "matrix" or n in ("embed", "head")
+        for n, _ in p.model.named_parameters()
+    )
+    assert len(traffic.copies) == 2 + noise * matrices
+
+
+# --- every flag, weights in fp32 and bfloat16, on one rank and two
+
+DECAYS = {"matrix_wd": 0.5, "embed_wd": 0.3, "scalar_wd": 0.2}
+FLAGS = {
+    "muon": {},
+    "adamw": {"optimizer": "adamw", "adamw_lr": 0.01},
+    "adamw_matrices": {"adamw_matrices": "attn"},
+    "rates": {"matrix_lr": 0.02, "embed_lr": 0.1, "head_lr": 0.1, "scalar_lr": 0.1,
+              "lr": "0:1 1>0"},
+    "own_lr": {"own_lr": "embed=0.1/0.5 q_gain=0.01"},
+    "slow": {"slow": "mlp", "slow_lr": "0.5"},
+    "frozen": {"slow": "head|attn", "slow_lr": "0", "mu_centering": 1, **DECAYS},
+    "betas": {"beta1": 0.5, "beta2": 0.9, "adam_eps": 1e-3},
+    "momentum": {"momentum": "0:0.5 4s>0.9"},
+    "muon_buffer": {"muon_buffer": "sum", "momentum": "0:0.5 4s>0.9"},
+    "polar": {"polar": "polar_express", "polar_steps": 6},
+    "row_norm": {"row_norm": 1},
+    "normuon": {"normuon": 0.9},
+    "decays": DECAYS | {"weight_decay": "0:1 1>0"},
+    "independent_wd": {k: v / 10 for k, v in DECAYS.items()} | {"independent_wd": 1},
+    "decay_by_shape": {"decay_by_shape": 1, "matrix_wd": 0.5},
+    "cautious 1": {"cautious": 1} | DECAYS,
+    "cautious 2": {"cautious": 2} | DECAYS,
+    "grad_clip": {"grad_clip": 1.0, "optimizer": "adamw", "adam_eps": 1e-2},
+    "tied": {"tie_embed": 1, "tied_lr": 0.01},
+    "mu": {"mu_loss": 100.0, "mu_centering": 1},
+    "averages": {"ema": 0.5, "swa_every": 2, "swa_start": 0.1},
+    "all": {"normuon": 0.9, "row_norm": 1, "cautious": 1, "muon_buffer": "sum",
+            "polar": "polar_express", "grad_clip": 9.0, "ema": 0.9, "swa_every": 1,
+            "swa_start": 0.0, "adamw_matrices": "fc"} | DECAYS,
+}  # fmt: skip
+CASES = [(name, kind) for name in FLAGS for kind in ("float32", "bfloat16")]
+
+
+def linear_loss(
+    p: tg.Parts, x: torch.Tensor, y: torch.Tensor, repeats: int, window: int
+) -> torch.Tensor:
+    """
+    A loss whose gradient is the same on any ranks, micro-batches and weights: random numbers, new
+    in each step.
+    """
+    terms = []
+    for i, w in enumerate(p.model.parameters()):
+        terms.append((w.float() * randn(*w.shape, seed=1000 * p.opt.count + i)).sum())
+    return torch.stack(terms).sum().view(1) * y.numel()
+
+
+def outcome(folder, changes: dict, kind: str) -> dict[str, torch.Tensor]:
+    """
+    Weights, averages and states after four steps of train_step, on as many ranks as there are.
+    Collective.
+    """
+    p = parts(
+        folder,
+        param_dtype=kind,
+        micro_tokens=64,
+        q_gain=1.5,
+        head_init="0.1",
+        proj_init=1.0,
+        **changes,
+    )
+    p.run.meet()
+    found = {f"start {name}": w.detach().clone() for name, w in p.model.named_parameters()}
+    plain, tg.loss_terms = tg.loss_terms, linear_loss
+    try:
+        for step in range(4):
+            total, size = tg.train_step(p, step, p.plan.at(step, step / 4))
+            assert torch.isfinite(total).all() and torch.isfinite(size).all()
+            p.avg.update(step + 1, (step + 1) / 4)
+            found |= {
+                f"{step + 1} {name}": w.detach().clone() for name, w in p.model.named_parameters()
+            }
+    finally:
+        tg.loss_terms = plain
+    found |= {f"average {name}": t for name, t in p.avg.state_dict().items()}
+    return found | {f"state {name}": t for name, t in p.opt.state_dict().items()}
+
+
+def on_ranks(folder) -> None:
+    """One of several processes: every case in turn; rank 0 writes what it found."""
+    for i, (name, kind) in enumerate(CASES):
+        found = outcome(folder, FLAGS[name], kind)
+        if tg.os.environ["RANK"] == "0":
+            tg.save_tensors(found, folder / f"{i}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict:
+    """(flag, type of the weights, ranks) -> what outcome() found."""
+    folder = tmp_path_factory.mktemp("table")
+    found = {(*case, 1): outcome(folder, FLAGS[case[0]], case[1]) for case in CASES}
+    script = folder / "ranks.py"
+    script.write_text(
+        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        f"import test_optimizer\ntest_optimizer.on_ranks(Path({str(folder)!r}))\n"
+    )
+    server = Server(folder)
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    try:
+        ranks = [
+            server.start(file=script, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
+            for r in (0, 1)
+        ]
+        for fork in ranks:
+            ended = fork.wait()
+            assert ended.code == 0, ended.text
+    finally:
+        server.close()
+    return found | {
+        (*case, 2): tg.read_tensors(folder / f"{i}.safetensors") for i, case in enumerate(CASES)
+    }
+
+
+def moved(found: dict, name: str) -> torch.Tensor:
+    return found[f"4 {name}"].double() - found[f"start {name}"].double()
+
+
+def near(found: dict, exact: dict) -> None:
+    """
+    Weights in bf16 move as those in fp32 do, but for a rounding of the weights, which a step rounds
+    anew, and of the gradients.
+    """
+    for key in exact:
+        if key.startswith("start "):
+            name = key.removeprefix("start ")
+            error = (moved(found, name) - moved(exact, name)).norm()
+            assert error <= 2**-8 * 1.3 * exact[key].norm() + 0.03 * moved(exact, name).norm(), name
+
+
+def means(found: dict, cfg: tg.Config) -> None:
+    """EMA and plain average by their formulae, from the weights behind each step."""
+    for key in [k.removeprefix("start ") for k in found if k.startswith("start ")]:
+        steps = [found[f"{word} {key}"].double().flatten() for word in ("start", 1, 2, 3, 4)]
+        ema = steps[0]
+        for i, w in enumerate(steps[1:]):
+            keep = min(cfg.ema, (i + 1) / (i + 10))
+            ema = keep * ema + (1 - keep) * w
+        swa = torch.stack(steps[cfg.swa_every :: cfg.swa_every]).mean(0)
+        for kind, mean in (("ema", ema), ("swa", swa)):
+            assert torch.allclose(
+                found[f"average {key}:{kind}"].double().flatten(), mean, rtol=1e-5, atol=1e-6
+            ), key
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_of_optimizer_and_averages_works_in_bf16_and_on_two_ranks(outcomes, name):
+    exact = outcomes[name, "float32", 1]
+    for kind, close in (("float32", 1e-4), ("bfloat16", 1e-2)):
+        one, two = outcomes[name, kind, 1], outcomes[name, kind, 2]
+        assert one.keys() == two.keys() == exact.keys()
+        for key, t in one.items():
+            assert t.dtype == two[key].dtype and torch.allclose(
+                t, two[key], rtol=close, atol=1e-6
+            ), (kind, key)
+        near(one, exact)
+        if name in ("averages", "all"):
+            for found in (one, two):
+                means(found, tiny(**FLAGS[name]))
+        if name == "frozen":
+            still = {
+                k.removeprefix("start ")
+                for k in one
+                if k.startswith("start ") and not moved(one, k[6:]).any()
+            }
+            assert still == {
+                k[6:] for k in one if k.startswith("start ") and ("head" in k or "attn" in k)
+            }
+    plain = outcomes["muon", "float32", 1]
+    same = exact.keys() == plain.keys() and all(
+        torch.allclose(t, plain[k], rtol=1e-3) for k, t in exact.items()
+    )
+    assert same == (name == "muon"), "a flag that changes nothing"
+
+
+def test_compiled_updates_of_bf16_weights_are_those_of_fp32_ones(tmp_path):
+    """All at once, in three graphs: one stack of matrices, AdamW's table and its vectors."""
+    changes = FLAGS["all"] | {
+        "mlp_ratio": 1.0,
+        "tie_embed": 1,
+        "adamw_matrices": "",
+        "polar_steps": 2,
+    }
+    exact = outcome(tmp_path, changes, "float32")
+    found = outcome(tmp_path, changes | {"compile": 1}, "bfloat16")
+    near(found, exact)
+    means(found, tiny(**changes))

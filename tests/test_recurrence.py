@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build, random_tokens, tg, tiny
+from helpers import build, parts, random_tokens, tg, tiny
+
+import golf
 
 CPU = torch.device("cpu")
 SMALL = {"depth": 2, "dim": 32, "heads": 4, "kv_heads": 2, "loop": "0:2", "repeats": "0:1 0.5:3", "tie_embed": 1,
@@ -57,7 +59,7 @@ def plain_forward(model: tg.GPT, tokens: torch.Tensor, repeats: int) -> torch.Te
             if r > 0:
                 x = x + w["cross_scales"][b, r - 1] * previous[b]
             x = w[block + "mix"][0] * x + w[block + "mix"][1] * x0
-            h = rms(x) / math.sqrt(position + 1)
+            h = rms(x) / math.sqrt(b + 1)
             width, heads = cfg.dim // cfg.heads, []
             for i in range(cfg.heads):
                 j = i // (cfg.heads // cfg.kv_heads)
@@ -71,7 +73,7 @@ def plain_forward(model: tg.GPT, tokens: torch.Tensor, repeats: int) -> torch.Te
                     assert (y * v).sum(-1).abs().max() < 1e-4
                 heads.append(y)
             x = x + w[block + "scales"][0] * (torch.cat(heads, -1) @ w[block + "attn.proj"].T)
-            z = rms(x) / math.sqrt(position + 1) @ w[block + "mlp.fc"].T
+            z = rms(x) / math.sqrt(b + 1) @ w[block + "mlp.fc"].T
             z = torch.where(z > 0, z, 0.5 * z) ** 2
             x = x + w[block + "scales"][1] * (z @ w[block + "mlp.proj"].T)
             previous[b], position = x, position + 1
@@ -109,6 +111,54 @@ def test_shallow_phase_uses_what_belongs_to_deeper_ones():
     assert torch.equal(alone.hidden(x, 2, 0), model.hidden(x, 2, 0))
 
 
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_what_is_learned_for_a_position_keeps_its_owner_when_depth_grows(repeats):
+    """
+    Two blocks before the loop, two in it, two behind: layer scale follows the block; vectors, value
+    scales and cross-repeat scales follow the pass within the loop and the block outside of it, in
+    front and behind alike.
+    """
+    cfg = tiny(
+        depth=6,
+        loop="2:4",
+        repeats="0:1 0.4:2 0.7:3",
+        layer_scale=1,
+        loop_embed=1,
+        value_embeds=1,
+        cross_repeat=1,
+        block_scales=1,
+    )
+    model, (x, _) = awake(build(cfg)), random_tokens(cfg, 2, 12)
+    assert model.loop_embed.shape == (10, 32) and model.value_scales.shape == (10, 1, 32)
+    rows = {
+        (0, 0): 0,
+        (1, 0): 1,
+        (2, 0): 2,
+        (3, 0): 3,
+        (2, 1): 4,
+        (3, 1): 5,
+        (2, 2): 6,
+        (3, 2): 7,
+        (4, 0): 8,
+        (5, 0): 9,
+    }
+    h = x0 = F.rms_norm(model.embed[x], (32,), eps=cfg.norm_eps)
+    passes, before = dict.fromkeys(range(6), 0), {}
+    for b in [0, 1, *[2, 3] * repeats, 4, 5]:
+        row = rows[b, passes[b]]
+        h = h + model.loop_embed[row] + model.value_scales[row, 0] * model.value_embeds[0][x]
+        if b in before:
+            h = h + model.cross_scales[b - 2, passes[b] - 1] * before[b]
+        seen = tg.Seen(None, 0, h)
+        h = model.blocks[b](
+            h, x0, [], (model.cos, model.sin), seen, False, torch.tensor((b + 1) ** -0.5)
+        )
+        before[b], passes[b] = h, passes[b] + 1
+    assert torch.allclose(
+        model.hidden(x, repeats, 0), F.rms_norm(h, (32,), eps=cfg.norm_eps), atol=1e-5
+    )
+
+
 def test_step_0_loss_is_not_that_of_a_uniform_guess():
     """Outputs of all branches start at zero, and the tied table is small: ln V, as the originals' logs begin."""
     for name in ("golf_progressive", "golf_loop"):
@@ -125,6 +175,79 @@ def test_depth_changes_elsewhere_than_at_the_schedules_borders():
         assert plan.at(0, plan.fraction(0, 600 * fraction)).repeats == repeats
     with pytest.raises(tg.UserError, match="its last value"):  # on steps alone this one would never advance to 4
         tg.validate(tiny(loop="0:2", steps=10, repeats="0:2 50s:4"))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 100.0])
+@pytest.mark.parametrize("first", [0, 4])
+def test_an_evaluation_belongs_to_the_step_behind_it_for_every_graph_schedule(
+    tmp_path, monkeypatch, first, seconds
+):
+    """
+    All that shape a graph change at step 4, from steps and on a clock that each step moves by a
+    tenth; also resumed.
+    """
+    p = parts(
+        tmp_path,
+        loop="0:2",
+        repeats="0:1 0.4:2",
+        window="0:4 0.4:8",
+        seq_len="0:16 0.4:32",
+        eval_every=2,
+        batch_tokens="0:64 0.4:128",
+        micro_tokens=64,
+        steps=10,
+        max_seconds=seconds,
+        save_last=0,
+    )
+    clock = p.run.clock
+    monkeypatch.setattr(clock, "seconds", lambda: seconds / 10 * p.run.step)
+    trained, evaluated = {}, {}
+    if first:
+        p.run.step, p.run.trained = 3, p.plan.at(3, 0.3)
+        p.run.folder = tmp_path / "run"
+        saved = tg.save_checkpoint(p.run, p.model, p.opt, p.avg, p.loader, first)
+        p.run.trained = None
+        assert tg.load_checkpoint(saved, p.run, p.model, p.opt, p.avg, p.loader) == first
+    monkeypatch.setattr(
+        tg,
+        "train_step",
+        lambda p, step, now: trained.setdefault(step, now) and (torch.zeros(1),) * 2,
+    )
+    monkeypatch.setattr(
+        tg, "validate_all", lambda p, step, now: evaluated.setdefault(step, now) and {}
+    )
+    monkeypatch.setattr(tg, "log_step", lambda *told: None)
+    step, now, _ = tg.train_loop(p, first)
+    assert (
+        list(trained) == list(range(first, 10))
+        and list(evaluated) == list(range(first, 11, 2))
+        and step == 10
+    )
+    graph = lambda now: (now.repeats, now.window, now.seq_len, now.batch_tokens)
+    for i in range(first, 10):
+        assert graph(trained[i]) == ((1, 4, 16, 64) if i < 4 else (2, 8, 32, 128))
+    for i in range(first, 11, 2):
+        assert graph(evaluated[i]) == ((1, 4, 16, 64) if i <= 4 else (2, 8, 32, 128)), i
+    assert now == trained[9]
+
+
+def test_a_clock_that_ends_before_the_last_depth_is_told(tmp_path, monkeypatch):
+    """
+    The artifact's readers know the schedules alone: it is scored as they apply it, whatever the
+    last step was.
+    """
+    p, said, scored = parts(tmp_path, loop="0:2", repeats="0:1 0.9:2", max_seconds=10.0), [], []
+    monkeypatch.setattr(p.run, "log", said.append)
+    monkeypatch.setattr(golf, "export_and_score", lambda p, now: scored.append(now.repeats) or {})
+    p.cfg.export = "int8"
+    for fraction in (0.8, 0.95):
+        tg.finish(p, 5, p.plan.at(5, fraction), {"val_loss": 1.0})
+    assert scored == [2, 2]
+    assert (
+        len(said) == 1
+        and "ended training at repeats 1" in said[0]
+        and "schedules' end, repeats 2" in said[0]
+    )
 
 
 def test_bits_per_byte_of_a_uniform_guess_are_not_ten_bits_a_token():

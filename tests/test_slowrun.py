@@ -256,6 +256,33 @@ def test_dropout_or_stochastic_depth_is_on_in_evaluation_or_of_another_size():
     assert torch.equal(skipped, h)
 
 
+def test_stochastic_depth_leaves_out_the_block_of_mtp_as_one_behind_the_last():
+    """
+    Block n of n has chance p * n / (n - 1); left out, it passes on what mtp_proj gives; evaluation
+    keeps it.
+    """
+    cfg = tiny(depth=3, mtp=0.3, stoch_depth=0.4)
+    model, (_, y) = awake(build(cfg)), random_tokens(cfg, 2, 32)
+    kept = []
+    model.mtp_block.register_forward_pre_hook(lambda module, args: kept.append(args[7]))
+    torch.manual_seed(0)
+    h = torch.randn(1, 2, 32)
+    for _ in range(600):
+        model.ahead(h, y[:1, :2])
+    assert 1 - torch.stack(kept).float().mean().item() == pytest.approx(0.4 * 3 / 2, abs=0.05)
+    hidden = torch.randn(2, 32, 32)
+    with torch.no_grad():
+        whole = model.ahead(hidden, y)
+    assert kept[-1] is None
+    torch.manual_seed(next(s for s in range(99) if torch.manual_seed(s) and torch.rand(()) < 0.6))
+    dropped = model.ahead(hidden, y)
+    joined = torch.cat([hidden, model.embedded(y)], -1) @ model.mtp_proj.T
+    logits = model.logits(F.rms_norm(joined, (32,), eps=cfg.norm_eps))[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten(), reduction="none") * 32 / 31
+    assert torch.allclose(dropped.view(2, 32)[:, :-1].flatten(), expected, atol=1e-5)
+    assert not torch.allclose(dropped, whole, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "pattern, depth, windows",
     [
@@ -531,6 +558,22 @@ def test_averages_are_other_ones_or_final_and_selected_results_are_mixed_up(trai
     assert result["val_loss_ema"] == [r["val_loss_ema"] for r in lines if r["kind"] == "val"][-1]
     assert result[result["slowrun_val_loss_is"]] == min(every)
     assert result["selected_on_validation"] == ["val_loss_best_epoch", "slowrun_val_loss"]
+
+
+def test_evaluation_at_the_end_of_an_epoch_applies_the_model_as_it_was_trained(trained):
+    """
+    Replays begin with the step behind that evaluation; the best epoch is chosen among such losses.
+    """
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    repeats = {r["step"]: r["repeats"] for r in lines if r["kind"] == "train"}
+    assert (repeats[15], repeats[16]) == (
+        1,
+        2,
+    )  # counted from 1: the last step of the epoch, and the next
+    found = next(r["val_loss"] for r in lines if r["kind"] == "val" and r["step"] == 15)
+    named = tg.read_tensors(slowrun.epochs(trained)[0] / "model.safetensors")
+    assert found == pytest.approx(own_losses(trained, named, 1).mean().item(), abs=1e-5)
+    assert found != pytest.approx(own_losses(trained, named, 2).mean().item(), abs=1e-3)
 
 
 def test_evaluation_by_hand_forgets_replays_and_windows(trained, capsys):
