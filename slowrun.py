@@ -91,14 +91,22 @@ def score_epochs(p: tg.Parts, result: dict, last: int = 0) -> dict:
     Losses of the averages over the last epochs kept, and of the best epoch, for result.json. Leaves the model with
     other weights. Collective.
     """
-    paths = epochs(p.run.folder)[-(last or p.cfg.average_epochs):]
-    if not paths:
+    def listed() -> list[tuple[Path, dict]]:
+        paths = epochs(p.run.folder)[-(last or p.cfg.average_epochs):]
+        texts = [(path / "state.json").read_text(encoding="utf-8") for path in paths]
+        return [(path, json.loads(text)) for path, text in zip(paths, texts)]
+
+    def weights_of(path: Path) -> dict[str, Tensor]:
+        return p.run.read_on_main(lambda: (tg.read_tensors(path / "model.safetensors"), None))[0]
+
+    kept = p.run.on_main(listed)
+    if not kept:
         raise UserError(f"{p.run.folder}/epochs is empty: train with --average_epochs N")
-    states = [json.loads((path / "state.json").read_text()) for path in paths]
+    paths, states = [path for path, _ in kept], [state for _, state in kept]
     found: dict[str, float] = {}
     losses = []
     for path, state in zip(paths, states):
-        tg.load_weights(p.model, tg.read_tensors(path / "model.safetensors"), str(path))
+        tg.load_weights(p.model, weights_of(path), str(path))
         losses.append(token_losses(p, state["repeats"], state["window"]))
         p.run.log(f"epoch weights of step {state['step']}: val_loss:{mean_over_ranks(p, losses[-1]):.5f}")
     stacked = torch.stack(losses)
@@ -108,7 +116,7 @@ def score_epochs(p: tg.Parts, result: dict, last: int = 0) -> dict:
     for name, weights in mixing_weights(len(paths)).items():
         average = {n: torch.zeros(w.shape, dtype=torch.float32) for n, w in p.model.named_parameters()}
         for path, weight in zip(paths, weights):
-            for n, w in tg.read_tensors(path / "model.safetensors").items():
+            for n, w in weights_of(path).items():
                 average[n].add_(w.float(), alpha=weight)
         tg.load_weights(p.model, average, str(p.run.folder))
         found[f"val_loss_weights_{name}"] = mean_over_ranks(p, token_losses(p, states[-1]["repeats"], states[-1]["window"]))
