@@ -3042,6 +3042,10 @@ def explain(e: BaseException) -> str | None:
     text = str(e)
     if isinstance(e, UserError):
         return text
+    lost = "(closed|reset) by peer|remote process exited"
+    if isinstance(e, RuntimeError) and re.search(lost, text):
+        return ("another rank has left, so this one leaves, too: its message stands above, or on "
+                f"its node; complete checkpoints are kept. ({text.splitlines()[0][:200]})")
     if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return (f"out of memory: halve --micro_tokens or --loss_chunk; the result stays the same. ({text.splitlines()[0]})")
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
