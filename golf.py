@@ -1537,5 +1537,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     sys.modules["golf"] = sys.modules["__main__"]  # what imports golf from here on gets this very module
     sys.exit(main())

@@ -46,8 +46,9 @@ def keep_epoch(p: tg.Parts, step: int) -> None:
         weights = {name: w.detach().cpu().contiguous().clone() for name, w in p.model.named_parameters()}
         try:
             tg.write_tensors(weights, part / "model.safetensors")
-            (part / "config.toml").write_text(tg.config_toml(p.cfg))
-            (part / "state.json").write_text(json.dumps({"step": step, "repeats": now.repeats, "window": now.window}))
+            (part / "config.toml").write_text(tg.config_toml(p.cfg), encoding="utf-8")
+            state = {"step": step, "repeats": now.repeats, "window": now.window}
+            (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
             tg.sync_folder(part)
         except OSError:
             shutil.rmtree(part, ignore_errors=True)  # a full disk needs its room
@@ -143,7 +144,7 @@ def best_epoch(folder: Path, plan: tg.Plan) -> tuple[float, int] | None:
     """Least loss among the evaluations at ends of epochs, and its epoch; None where there was none."""
     cfg, losses = plan.cfg, []
     metrics = folder / "metrics.jsonl"
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ():
         record = json.loads(line)
         if record["kind"] == "val" and plan.ends_epoch(record["step"]):
             losses.append((record["val_loss"], record["step"] * cfg.epochs // cfg.steps))
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
             val = tg.Validation(cfg, plan, None)
             p = tg.Parts(cfg, run, plan, model, tg.compile_model(model, cfg), None, None, None, val, None)
             path = folder / "result.json"
-            result = json.loads(path.read_text()) if path.exists() else {}
+            result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             official = flags.last in (0, cfg.average_epochs)
             result |= score_epochs(p, result, flags.last)
             if not official:
@@ -195,4 +196,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     sys.exit(main())

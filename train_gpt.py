@@ -259,7 +259,7 @@ def preset_path(name: str) -> Path:
 def read_toml(path: Path, kind: type = Config) -> dict:
     """Checked values of one preset file: unknown keys and wrong types are errors that name key, value and fix."""
     try:
-        raw = tomllib.loads(path.read_text())
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not TOML: {e}") from e
     return checked(raw, str(path), kind)
@@ -897,10 +897,12 @@ class Run:
         if self.is_main:
             metrics = self.folder / "metrics.jsonl"
             if step is not None and metrics.exists():
-                kept = [line for line in metrics.read_text().splitlines() if keep_metric(line, step)]
+                lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+                kept = [line for line in lines if keep_metric(line, step)]
                 write_whole(metrics, "".join(line + "\n" for line in kept).encode())
-            self.log_file = open(self.folder / "log.txt", "a", buffering=1)
-            self.metrics_file = open(metrics, "a", buffering=1)
+            self.log_file = open(self.folder / "log.txt", "a", buffering=1, encoding="utf-8",
+                                 errors="backslashreplace")  # of a path that is no text
+            self.metrics_file = open(metrics, "a", buffering=1, encoding="utf-8")
         if self.is_main and self.cfg.wandb:
             try:
                 import wandb
@@ -2283,8 +2285,8 @@ def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, l
         state = {"step": step, "train_seconds": run.clock.seconds(), "wall_seconds": run.wall(), "loader": loader.state_dict(),
                  "rng": rng, "world_size": run.world, "torch": torch.__version__,
                  "paces": run.paces, "over": run.over}
-        (part / "state.json").write_text(json.dumps(state))
-        (part / "config.toml").write_text(config_toml(run.cfg))
+        (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        (part / "config.toml").write_text(config_toml(run.cfg), encoding="utf-8")
         sync_folder(part)
         (part / "DONE").touch()
         sync_folder(part)
@@ -2923,7 +2925,8 @@ def prepare_folder(run: Run) -> Path | None:
         run.lock_folder()
         # again, for another start may have been here meanwhile
         check_folder(dataclasses.replace(cfg, resume=True), folder)
-        write_whole(folder / "config.toml", f"# presets: {' '.join(cfg.config)}\n{config_toml(cfg)}".encode())
+        text = f"# presets: {' '.join(cfg.config)}\n{config_toml(cfg)}"
+        write_whole(folder / "config.toml", text.encode(errors="backslashreplace"))
     except FileExistsError:
         check_folder(cfg, folder)
     except FileNotFoundError as e:  # so /proc and the like say that nothing can be made in them
@@ -2943,7 +2946,7 @@ def log_head(run: Run, step: int | None) -> None:
     """Sources, environment and configuration go first, so that a log is a complete witness."""
     if step is None:
         for path in source_files(run.cfg):
-            run.log(path.read_text(), console=False)
+            run.log(path.read_text(encoding="utf-8"), console=False)
     run.log("=" * 100, console=False)
     for line in environment(run):
         run.log(line, console=False)
@@ -3083,5 +3086,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     sys.modules["train_gpt"] = sys.modules["__main__"]  # what imports train_gpt from here on gets this very module
     sys.exit(main())

@@ -144,4 +144,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     sys.exit(main(sys.argv[1:]))

@@ -1,10 +1,12 @@
 """Starts that meet: two of one run, ranks of which one fails, nodes that share a folder or do not; and the clock's cap."""
 
+import ast
 import errno
 import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -351,3 +353,49 @@ def test_memory_is_counted_in_bytes_on_a_mac_as_well(monkeypatch):
     assert 2**26 < here < 2**36
     monkeypatch.setattr(sys, "platform", "darwin")  # where getrusage itself counts bytes
     assert here <= 1024 * tg.peak_memory() < 1.1 * here
+
+
+########################################
+#      Files and console, b08          #
+########################################
+
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("logs/*.py")])
+
+
+def without_encoding(path: Path) -> list[int]:
+    """Lines that open a text file in whatever encoding the locale has."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
+            continue
+        name, owner = getattr(node.func, "attr", getattr(node.func, "id", "")), getattr(node.func, "value", None)
+        words = [a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)]
+        binary = any(isinstance(w, str) and re.fullmatch("[rwaxt+]*b[rwaxt+]*", w) for w in words)
+        other = isinstance(owner, ast.Name) and owner.id in ("os", "gzip", "lzma", "archive")
+        if name == "write_text" or name == "read_text" and "utf-8" not in words or name == "open" and not (binary or other):
+            found.append(node.lineno)
+    return found
+
+
+def test_every_text_file_is_utf_8_whatever_the_locale_and_every_program_prints_what_the_console_has():
+    assert len(SOURCES) > 15
+    assert {path.name: lines for path in SOURCES if (lines := without_encoding(path))} == {}
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if '__name__ == "__main__":\n' in text:
+            assert '__main__":\n    sys.stdout.reconfigure(errors="replace")' in text, path
+
+
+def test_a_run_does_not_end_for_a_letter_that_the_locale_lacks(flags, tmp_path):  # noqa: F811
+    """Printed, written, read again on resuming: as a process of its own, for a fork has its locale already."""
+    text = 'arm = "naïve"\ntokenizer = "naïve"\n'
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8")
+    argv = [sys.executable, ROOT / "train_gpt.py", "--config", "mine.toml", *flags(steps=2, eval_every=0, tokenizer=None)]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    for more in ([], ["--resume"]):
+        done = subprocess.run([*argv, *more], cwd=tmp_path, env=os.environ | locale, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        assert b"tokenizer" in done.stdout and b"na?ve" in done.stdout
+        (tmp_path / "logs/tiny/result.json").unlink()
+    for name in ("config.toml", "log.txt"):
+        assert 'arm = "naïve"' in (tmp_path / "logs/tiny" / name).read_text(encoding="utf-8")
