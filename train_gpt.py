@@ -2834,11 +2834,14 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
             import golf
 
             result |= golf.export_and_score(p, now)
-        if run.is_main and p.tokenizer and p.val.bytes and p.val.bytes < 8e6:
-            result |= compressors_bpb(p.val, p.tokenizer)
+        short = p.tokenizer and p.val.bytes and p.val.bytes < 8e6
+        if more := run.on_main(lambda: compressors_bpb(p.val, p.tokenizer) if short else {}):
+            result |= more
             run.log(f"same text: xz -9e {result['xz_bpb']:.4f} bpb, zstd -19 {result['zstd_bpb']:.4f} bpb")
-        if run.is_main and p.tokenizer and cfg.sample_tokens:
-            text = generate(p.model, p.tokenizer, cfg, plan.max_seq_len, now)
+        wanted = p.tokenizer and cfg.sample_tokens
+        text = run.on_main(lambda: generate(p.model, p.tokenizer, cfg, plan.max_seq_len, now)
+                           if wanted else None)
+        if text is not None:
             run.log(f"sample from the {'artifact' if cfg.export else 'weights'}:\n{text}")
         if cfg.average_epochs:
             import slowrun
@@ -3011,10 +3014,10 @@ def write_result(p: Parts, result: dict, step: int, size: int) -> None:
            "peak_memory_bytes": peak}
     bits = " ".join(f"{k}:{v:.8f}" for k, v in result.items() if k.endswith("bpb"))
     run.log(f"final: val_loss:{result['val_loss']:.8f} {bits} train_time:{seconds:.3f}s wall_time:{run.wall():.1f}s")
-    if run.is_main:
-        write_whole(run.folder / "result.json", (json.dumps(out, indent=1) + "\n").encode())
-        if run.wandb:
-            run.wandb.summary.update(out)
+    text = json.dumps(out, indent=1) + "\n"
+    run.on_main(lambda: write_whole(run.folder / "result.json", text.encode()))
+    if run.wandb:
+        run.wandb.summary.update(out)
 
 
 def peak_memory() -> int:
