@@ -1,9 +1,9 @@
 """
 What run.sh asks before anything is installed; Python's own library is all that this needs.
 
-    python3 logs/start.py gpus             how many processes this node starts: the GPUs they can see
-    python3 logs/start.py environment      .venv with requirements.txt, once where nodes share the folder
-    python3 logs/start.py names FLAGS...   refuses flags that would break run.sh's names of runs
+    python3 logs/start.py gpus            how many processes this node starts: the GPUs they can see
+    python3 logs/start.py environment     .venv with requirements.txt, once where nodes share it
+    python3 logs/start.py names FLAGS...  refuses flags that would break run.sh's names of runs
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Overdue(UserError):
 def turn(path, what, seconds=WAIT_SECONDS):
     """
     The open file `path`, locked: of all processes and nodes that see it one is inside; the others
-    say so and wait. The kernel holds the lock: whoever dies gives it back, and the next one goes on.
+    say so and wait. The kernel holds the lock: whoever dies gives it back, and the next goes on.
     What was written into the file is seen by the next one at once, over NFS, too.
     """
     with open(path, "a+", encoding="utf-8") as file:
@@ -43,12 +43,17 @@ def turn(path, what, seconds=WAIT_SECONDS):
                 break
             except OSError as e:
                 if e.errno not in (errno.EACCES, errno.EAGAIN):
-                    print(f"notice: {path} cannot be locked ({e.strerror}): start one node after "
-                          "the other", flush=True)
+                    print(
+                        f"notice: {path} cannot be locked ({e.strerror}): start one node after "
+                        "the other",
+                        flush=True,
+                    )
                     break
             if time.monotonic() - began > seconds:
-                raise Overdue(f"another process has been {what} for {seconds:.0f} s: see whether it "
-                              "hangs; WAIT_SECONDS=N waits longer")
+                raise Overdue(
+                    f"another process has been {what} for {seconds:.0f} s: see whether it "
+                    "hangs; WAIT_SECONDS=N waits longer"
+                )
             if not told:
                 print(f"another process is {what}: waiting, {seconds:.0f} s at most", flush=True)
             told = True
@@ -58,16 +63,20 @@ def turn(path, what, seconds=WAIT_SECONDS):
 
 
 def environment():
-    """Make .venv and install requirements.txt, unless that is done; again when that file changes."""
+    """Make .venv and install requirements.txt, unless that is done; again when it changes."""
     want = hashlib.sha256(Path("requirements.txt").read_bytes()).hexdigest()
     python, mark = Path(".venv/bin/python"), Path(".venv/installed")
     if python.exists() and mark.exists() and mark.read_text(encoding="utf-8").strip() == want:
         return
     if not python.exists() and sys.version_info < (3, 11):
-        raise UserError(f"python3 is {sys.version.split()[0]}, but 3.11 or newer is needed: put one "
-                        "first in PATH")
+        raise UserError(
+            f"python3 is {sys.version.split()[0]}, but 3.11 or newer is needed: put one "
+            "first in PATH"
+        )
     mark.parent.mkdir(exist_ok=True)
-    with turn(mark, "installing requirements.txt into .venv") as file:  # the mark is the lock's own file
+    with turn(
+        mark, "installing requirements.txt into .venv"
+    ) as file:  # the mark is the lock's own file
         if python.exists() and file.read().strip() == want:
             return
         print("installing requirements.txt into .venv", flush=True)
@@ -105,11 +114,15 @@ def names(flags):
         key, _, value = word.partition("=")
         value = value or " ".join(flags[i + 1 : i + 2])
         if key == "--seed":
-            raise UserError(f"--seed {value}: a run's name carries its seed, so say "
-                            f"SEEDS=\"{value}\" ./run.sh ...")
+            raise UserError(
+                f"--seed {value}: a run's name carries its seed, so say "
+                f'SEEDS="{value}" ./run.sh ...'
+            )
         if key == "--run":
-            raise UserError(f"--run {value}: run.sh names its runs by track and SEEDS; for a name of "
-                            f"your own: .venv/bin/python train_gpt.py --config TRACK --run {value}")
+            raise UserError(
+                f"--run {value}: run.sh names its runs by track and SEEDS; for a name of "
+                f"your own: .venv/bin/python train_gpt.py --config TRACK --run {value}"
+            )
 
 
 def list_gpus():

@@ -1,4 +1,6 @@
-"""Starts that meet: two of one run, ranks of which one fails, nodes that share a folder or do not; and the clock's cap."""
+"""Starts that meet: of one run, of ranks, of nodes with and without a shared folder; the cap."""
+
+# ruff: noqa: F811 (fixtures of another file are arguments here)
 
 import ast
 import errno
@@ -47,13 +49,17 @@ def begun(folder: Path, fork) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_second_start_leaves_and_the_first_goes_on(server, flags, tmp_path, world):  # noqa: F811
+def test_the_second_start_leaves_and_the_first_goes_on(server, flags, tmp_path, world):
     """Exit code 2 and who has the run, on every rank; killed, the first leaves no lock behind."""
-    argv = flags(steps=100000, save_every=50, eval_every=0, epochs=0, micro_tokens=32, batch_tokens=64)
+    argv = flags(
+        steps=100000, save_every=50, eval_every=0, epochs=0, micro_tokens=32, batch_tokens=64
+    )
     first = start_ranks(server, world, argv, tmp_path)
     begun(tmp_path, first[0])
     for ended in run_ranks(server, world, [*argv, "--resume"], tmp_path):
-        assert_refused(ended, ["logs/tiny is in use by process", f"{first[0].pid} on ", "another --run"])
+        assert_refused(
+            ended, ["logs/tiny is in use by process", f"{first[0].pid} on ", "another --run"]
+        )
         assert len(ended.err.strip().splitlines()) == 1
     assert [fork.poll() for fork in first] == [None] * world
     for fork in first:
@@ -65,7 +71,7 @@ def test_the_second_start_leaves_and_the_first_goes_on(server, flags, tmp_path, 
     assert {e.code for e in run_ranks(server, world, [*argv, "--resume"], tmp_path, stop)} == {143}
 
 
-def test_of_two_that_begin_a_run_at_once_one_trains(server, flags, tmp_path):  # noqa: F811
+def test_of_two_that_begin_a_run_at_once_one_trains(server, flags, tmp_path):
     argv = flags(steps=60, eval_every=0, epochs=0)
     forks = [server.start(*argv, cwd=tmp_path) for _ in range(2)]
     ended = [fork.wait() for fork in forks]
@@ -85,7 +91,7 @@ def held(tmp_path):
         yield folder
 
 
-def test_pre_pre_training_keeps_to_the_lock_as_well(server, held, tmp_path):  # noqa: F811
+def test_pre_pre_training_keeps_to_the_lock_as_well(server, held, tmp_path):
     argv = ["--like", "nca_cpu", "--run", "tiny", "--resume", "--device", "cpu"]
     ended = server.run(*argv, cwd=tmp_path, program="pre_pre_train")
     assert_refused(ended, ["logs/tiny is in use by another process"])
@@ -102,8 +108,8 @@ def test_where_files_cannot_be_locked_a_run_says_so_and_trains(tmp_path, monkeyp
     assert "No locks available" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_not_the_answer_to_other_flags(server, flags, tmp_path):  # noqa: F811
-    """The list of what differs and exit code 2, on every rank; with the same flags there is nothing to do."""
+def test_a_finished_run_is_not_the_answer_to_other_flags(server, flags, tmp_path):
+    """What differs and exit code 2, on every rank; with the same flags there is nothing to do."""
     argv = flags(steps=2, eval_every=0, vocab=64)
     succeed(server.run(*argv, cwd=tmp_path))
     before = folder_hash(tmp_path)
@@ -134,8 +140,8 @@ def fail(error):
     raise error
 
 with tg.Run(tiny(log_dir="nowhere")) as run:
-    for error in (tg.UserError("mend it"), OSError(errno.ENOSPC, "full", "x"), ValueError("a bug"), Odd(1, 2),
-                  MemoryError(), KeyboardInterrupt(), SystemExit(3)):
+    for error in (tg.UserError("mend it"), OSError(errno.ENOSPC, "full", "x"), ValueError("a bug"),
+                  Odd(1, 2), MemoryError(), KeyboardInterrupt(), SystemExit(3)):
         try:
             run.on_main(lambda: fail(error))
         except BaseException as e:
@@ -144,28 +150,40 @@ with tg.Run(tiny(log_dir="nowhere")) as run:
 """
 
 
-def test_whatever_rank_0_raises_is_raised_on_all(server, tmp_path):  # noqa: F811
+def test_whatever_rank_0_raises_is_raised_on_all(server, tmp_path):
     """Every kind of exception, those included that cannot be sent; and nobody waits."""
     script = tmp_path / "raising.py"
     script.write_text(RAISING.format(tests=str(ROOT / "tests"), root=str(ROOT)))
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    forks = [server.start(cwd=tmp_path, file=script, env=env | {"RANK": str(rank)}) for rank in (0, 1)]
+    forks = [
+        server.start(cwd=tmp_path, file=script, env=env | {"RANK": str(rank)}) for rank in (0, 1)
+    ]
     first, second = [fork.wait(60) for fork in forks]
     succeed([first, second])
-    said = ["UserError mend it", "OSError [Errno 28] full: 'x'", "ValueError a bug", "Odd 1 and 2", "MemoryError ",
-            "KeyboardInterrupt ", "SystemExit 3", "both: 0"]
+    said = [
+        "UserError mend it",
+        "OSError [Errno 28] full: 'x'",
+        "ValueError a bug",
+        "Odd 1 and 2",
+        "MemoryError ",
+        "KeyboardInterrupt ",
+        "SystemExit 3",
+        "both: 0",
+    ]
     assert first.out.splitlines() == said
     said[3] = "RuntimeError rank 0: Odd: 1 and 2"
     assert second.out.splitlines() == said
 
 
-def test_a_rank_that_fails_alone_is_not_waited_for(server, flags, data, tmp_path):  # noqa: F811
-    """The second node has no data: it says so; the first says that another rank has left, and leaves, too."""
+def test_a_rank_that_fails_alone_is_not_waited_for(server, flags, data, tmp_path):
+    """The second node has no data: it says so; the first says that another has left, and leaves."""
     argv = flags(micro_tokens=64)
     other = [*argv[:-1], "nowhere"] if argv[-2] == "--data" else None
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    forks = [server.start(*words, cwd=tmp_path, env=env | {"RANK": str(rank)}, full_exit=True)
-             for rank, words in enumerate((argv, other))]
+    forks = [
+        server.start(*words, cwd=tmp_path, env=env | {"RANK": str(rank)}, full_exit=True)
+        for rank, words in enumerate((argv, other))
+    ]
     first, second = [fork.wait(60) for fork in forks]
     assert_refused(second, ["no train shards", "nowhere"])
     assert_refused(first, ["another rank has left", "its message"])
@@ -175,22 +193,43 @@ def test_a_rank_that_fails_alone_is_not_waited_for(server, flags, data, tmp_path
 #             Several nodes            #
 ########################################
 
-# Everything that rank 0 alone writes and all ranks read again: checkpoint, artifact, averages, ends of epochs.
-WRITTEN = {"micro_tokens": 64, "steps": 10, "epochs": 2, "train_tokens": 1300, "eval_every": 5, "save_every": 3,
-           "ema": 0.9, "swa_every": 1, "swa_start": 0.3, "average_epochs": 2, "vocab": 2112, "export": "int6",
-           "score": "sliding", "stride": 16}
+# All that rank 0 alone writes and every rank reads again: checkpoint, artifact, ends of epochs.
+WRITTEN = {
+    "micro_tokens": 64,
+    "steps": 10,
+    "epochs": 2,
+    "train_tokens": 1300,
+    "eval_every": 5,
+    "save_every": 3,
+    "ema": 0.9,
+    "swa_every": 1,
+    "swa_start": 0.3,
+    "average_epochs": 2,
+    "vocab": 2112,
+    "export": "int6",
+    "score": "sliding",
+    "stride": 16,
+}
 
 
-def start_nodes(server, argv, folders, **more):  # noqa: F811
+def start_nodes(server, argv, folders, **more):
     """One rank in each folder, and the flags that this rank has beside."""
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    forks = [server.start(*argv, *more.get(f"rank{rank}", []), cwd=folder, env=env | {"RANK": str(rank), "LOCAL_RANK": "0"},
-                          when=more.get("when")) for rank, folder in enumerate(folders)]
+    forks = [
+        server.start(
+            *argv,
+            *more.get(f"rank{rank}", []),
+            cwd=folder,
+            env=env | {"RANK": str(rank), "LOCAL_RANK": "0"},
+            when=more.get("when"),
+        )
+        for rank, folder in enumerate(folders)
+    ]
     return [fork.wait(120) for fork in forks]
 
 
-def test_ranks_without_rank_0s_disk_end_alike(server, flags, tmp_path):  # noqa: F811
-    """Weights to start from, checkpoint, artifact and epochs lie where rank 0 is; killed and resumed, too."""
+def test_ranks_without_rank_0s_disk_end_alike(server, flags, tmp_path):
+    """What to start from, checkpoint, artifact, epochs lie where rank 0 is; killed and resumed."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir(), two.mkdir()
     succeed(server.run(*flags(run="source", vocab=2112, steps=2), cwd=one))
@@ -202,18 +241,23 @@ def test_ranks_without_rank_0s_disk_end_alike(server, flags, tmp_path):  # noqa:
     assert newest(one / "logs/tiny")
     succeed(start_nodes(server, [*argv, "--resume"], (one, two)))
     same_end(one / "logs/tiny", reference)
-    mine, other = (json.loads((f / "result.json").read_text()) for f in (one / "logs/tiny", reference))
+    mine, other = (
+        json.loads((f / "result.json").read_text()) for f in (one / "logs/tiny", reference)
+    )
     for key in ("val_loss_prob_equal", "val_loss_weights_recency", "sliding_val_loss"):
         assert mine[key] == other[key]
     assert not list(two.iterdir())
 
 
-def test_nodes_with_other_flags_or_other_data_are_refused(server, flags, data, tmp_path):  # noqa: F811
+def test_nodes_with_other_flags_or_other_data_are_refused(server, flags, data, tmp_path):
     """Before a folder is made; the message names the rank and what it has."""
     mine = shutil.copytree(data, tmp_path / "mine")
     (mine / "x_train_000002.bin").unlink()
-    cases = (["--matrix_lr", "0.01"], "matrix_lr = 0.01"), (["--data", str(mine)], "data = "), (["--save_every", "1"],
-                                                                                               "save_every = 1")
+    cases = (
+        (["--matrix_lr", "0.01"], "matrix_lr = 0.01"),
+        (["--data", str(mine)], "data = "),
+        (["--save_every", "1"], "save_every = 1"),
+    )
     for other, words in cases:
         for ended in start_nodes(server, flags(micro_tokens=64), (tmp_path, tmp_path), rank1=other):
             assert_refused(ended, ["rank 1 on ", words, "every node the same"])
@@ -221,8 +265,8 @@ def test_nodes_with_other_flags_or_other_data_are_refused(server, flags, data, t
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one folder", "two folders"])
-def test_two_torchrun_agents(flags, tmp_path, shared):  # noqa: F811
-    """Two nodes on loopback, with one project or with two copies: a run, and one that goes on from its checkpoint."""
+def test_two_torchrun_agents(flags, tmp_path, shared):
+    """Two nodes on loopback, of one project or two copies: a run, and one that goes on."""
     one = tmp_path / "one"
     for name in ("train_gpt.py", "golf.py", "slowrun.py"):
         one.mkdir(exist_ok=True)
@@ -233,14 +277,36 @@ def test_two_torchrun_agents(flags, tmp_path, shared):  # noqa: F811
     def train(*more):
         port, agents = free_port(), []
         for rank, folder in enumerate((one, two)):
-            where = ["--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}",
-                     "--rdzv_conf=timeout=60", "--nproc_per_node=1"]
-            command = [Path(sys.executable).parent / "torchrun", *where, "--", "train_gpt.py", *argv, *more]
+            where = [
+                "--nnodes=2",
+                f"--node_rank={rank}",
+                "--master_addr=127.0.0.1",
+                f"--master_port={port}",
+                "--rdzv_conf=timeout=60",
+                "--nproc_per_node=1",
+            ]
+            command = [
+                Path(sys.executable).parent / "torchrun",
+                *where,
+                "--",
+                "train_gpt.py",
+                *argv,
+                *more,
+            ]
             with open(folder / f"said{rank}", "wb") as said:
-                agents.append(subprocess.Popen(command, cwd=folder, stdout=said, stderr=subprocess.STDOUT,
-                                               env=os.environ | {"OMP_NUM_THREADS": "1"}))
+                agents.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=folder,
+                        stdout=said,
+                        stderr=subprocess.STDOUT,
+                        env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    )
+                )
         codes = [agent.wait(180) for agent in agents]
-        assert codes == [0, 0], "".join((folder / f"said{r}").read_text() for r, folder in enumerate((one, two)))
+        assert codes == [0, 0], "".join(
+            (folder / f"said{r}").read_text() for r, folder in enumerate((one, two))
+        )
 
     train()
     assert json.loads((one / "logs/tiny/result.json").read_text())["world_size"] == 2
@@ -274,7 +340,10 @@ def test_the_cap_holds_for_steps_that_vary_and_a_stall_ends_no_run():
     late = early = 0
     for seed in range(300):
         rng = random.Random(seed)
-        steps = [rng.uniform(0.09, 0.1) if rng.random() > 0.03 else rng.uniform(0.001, 0.09) for _ in range(500)]
+        steps = [
+            rng.uniform(0.09, 0.1) if rng.random() > 0.03 else rng.uniform(0.001, 0.09)
+            for _ in range(500)
+        ]
         end = end_of(steps, 9.0)
         late, early = late + (end > 9.0), early + (end < 9.0 - 0.1 * 2.2)
         steps[1 + seed % 80] = 11.0  # (where it is the first, nothing tells it from a slow machine)
@@ -307,8 +376,8 @@ sys.exit(tg.main(sys.argv[1:]))
 """
 
 
-def test_a_run_uses_its_time_in_spite_of_a_stall_and_makes_no_step_more_when_resumed(server, flags, tmp_path):  # noqa: F811
-    """A stall of 11 of 20 seconds; killed behind the last step, resumed on the end that the checkpoint names."""
+def test_a_stall_ends_no_run_and_resumed_it_makes_no_step_more(server, flags, tmp_path):
+    """A stall of 11 of 20 s; killed behind the last step, resumed where the checkpoint ends."""
     script = tmp_path / "timed.py"
     script.write_text(TIMED.format(root=str(ROOT), durations=[0.5] * 4 + [11.0] + [0.5] * 99))
     argv = flags(steps=100000, max_seconds=20, eval_every=0, epochs=0)
@@ -322,8 +391,8 @@ def test_a_run_uses_its_time_in_spite_of_a_stall_and_makes_no_step_more_when_res
 
 
 @pytest.mark.parametrize("save_last", [0, 1])
-def test_interrupted_behind_the_last_step_a_run_makes_none_more(server, flags, tmp_path, save_last):  # noqa: F811
-    """Without a checkpoint of the end, too: the one that the signal leaves says that training is over."""
+def test_interrupted_behind_the_last_step_a_run_makes_none_more(server, flags, tmp_path, save_last):
+    """Without a checkpoint of the end, too: the signal's own says that training is over."""
     script = tmp_path / "timed.py"
     script.write_text(TIMED.format(root=str(ROOT), durations=[0.5] * 99))
     argv = flags(steps=100000, max_seconds=4, eval_every=0, epochs=0, save_last=save_last)
@@ -342,7 +411,9 @@ def test_wandb_hears_of_a_run_that_broke(tmp_path):
     told = []
     for complete in (False, True):
         run = tg.Run(tiny(log_dir=str(tmp_path)))
-        run.wandb = type("wandb", (), {"finish": staticmethod(lambda exit_code: told.append(exit_code))})
+        run.wandb = type(
+            "wandb", (), {"finish": staticmethod(lambda exit_code: told.append(exit_code))}
+        )
         with run:
             run.complete = complete
     assert told == [1, 0]
@@ -368,16 +439,29 @@ def without_encoding(path: Path) -> list[int]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
             continue
-        name, owner = getattr(node.func, "attr", getattr(node.func, "id", "")), getattr(node.func, "value", None)
-        words = [a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)]
+        name, owner = (
+            getattr(node.func, "attr", getattr(node.func, "id", "")),
+            getattr(node.func, "value", None),
+        )
+        words = [
+            a.value
+            for a in [*node.args, *(k.value for k in node.keywords)]
+            if isinstance(a, ast.Constant)
+        ]
         binary = any(isinstance(w, str) and re.fullmatch("[rwaxt+]*b[rwaxt+]*", w) for w in words)
         other = isinstance(owner, ast.Name) and owner.id in ("os", "gzip", "lzma", "archive")
-        if name == "write_text" or name == "read_text" and "utf-8" not in words or name == "open" and not (binary or other):
+        if (
+            name == "write_text"
+            or name == "read_text"
+            and "utf-8" not in words
+            or name == "open"
+            and not (binary or other)
+        ):
             found.append(node.lineno)
     return found
 
 
-def test_every_text_file_is_utf_8_whatever_the_locale_and_every_program_prints_what_the_console_has():
+def test_text_files_are_utf_8_whatever_the_locale_and_the_console_replaces_what_it_lacks():
     assert len(SOURCES) > 15
     assert {path.name: lines for path in SOURCES if (lines := without_encoding(path))} == {}
     for path in SOURCES:
@@ -386,14 +470,27 @@ def test_every_text_file_is_utf_8_whatever_the_locale_and_every_program_prints_w
             assert '__main__":\n    sys.stdout.reconfigure(errors="replace")' in text, path
 
 
-def test_a_run_does_not_end_for_a_letter_that_the_locale_lacks(flags, tmp_path):  # noqa: F811
-    """Printed, written, read again on resuming: as a process of its own, for a fork has its locale already."""
+def test_a_run_does_not_end_for_a_letter_that_the_locale_lacks(flags, tmp_path):
+    """Printed, written, read again on resuming; in a process of its own, as a locale demands."""
     text = 'arm = "naïve"\ntokenizer = "naïve"\n'
     (tmp_path / "mine.toml").write_text(text, encoding="utf-8")
-    argv = [sys.executable, ROOT / "train_gpt.py", "--config", "mine.toml", *flags(steps=2, eval_every=0, tokenizer=None)]
-    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    argv = [
+        sys.executable,
+        ROOT / "train_gpt.py",
+        "--config",
+        "mine.toml",
+        *flags(steps=2, eval_every=0, tokenizer=None),
+    ]
+    locale = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "ascii",
+    }
     for more in ([], ["--resume"]):
-        done = subprocess.run([*argv, *more], cwd=tmp_path, env=os.environ | locale, capture_output=True)
+        done = subprocess.run(
+            [*argv, *more], cwd=tmp_path, env=os.environ | locale, capture_output=True
+        )
         assert done.returncode == 0, done.stderr.decode(errors="replace")
         assert b"tokenizer" in done.stdout and b"na?ve" in done.stdout
         (tmp_path / "logs/tiny/result.json").unlink()

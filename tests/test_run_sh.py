@@ -32,7 +32,8 @@ def start(tmp_path):
     for name in ("run.sh", "requirements.txt", "configs", "logs/start.py"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    for name, text in (("python", STAND_IN), ("torchrun", "#!/bin/bash\necho torchrun $* >> calls.txt\n")):
+    ranks = "#!/bin/bash\necho torchrun $* >> calls.txt\n"
+    for name, text in (("python", STAND_IN), ("torchrun", ranks)):
         program = tmp_path / ".venv" / "bin" / name
         program.write_text(text.format(python=sys.executable))
         program.chmod(0o755)
@@ -112,7 +113,7 @@ def test_a_finished_run_is_asked_again_so_that_other_flags_are_refused(start, tm
 @pytest.mark.parametrize("flags, words", [(("--seed", "4"), 'SEEDS="4"'), (("--seed=4",), 'SEEDS="4"'),
                                           (("--run", "x"), "--config TRACK --run x")])
 @pytest.mark.parametrize("verb", ["golf_cpu", "remix", "golf", "depth", "warmdown", ""])
-def test_flags_that_would_train_into_the_folder_of_another_name_are_refused(start, verb, flags, words):
+def test_flags_that_break_the_names_of_runs_are_refused(start, verb, flags, words):
     code, said, calls = start(*[verb] * bool(verb), *flags)
     assert code == 2 and words in said and not calls
 
@@ -149,7 +150,8 @@ def test_every_node_starts_the_same_and_one_reports(start, tmp_path, node):
     where = f"torchrun --nnodes 2 --node_rank {node} --master_addr 10.0.0.1 --master_port"
     conf = "--rdzv_conf timeout=60 --nproc_per_node 8 -- train_gpt.py --config tiny_cpu"
     begun = [call for call in calls if call.startswith("torchrun")]
-    assert begun == [f"{where} {1233 + seed} {conf} --run tiny_cpu-s{seed} --resume --seed {seed}" for seed in (1, 2)]
+    assert begun == [f"{where} {1233 + seed} {conf} --run tiny_cpu-s{seed} --resume --seed {seed}"
+                     for seed in (1, 2)]
     assert bool(only(calls, "logs/report.py")) == (node == 0)
 
 
