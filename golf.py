@@ -1263,14 +1263,14 @@ def export_and_score(p: tg.Parts, now: tg.Now) -> dict:
     code = sum(f.stat().st_size for f in tg.source_files(cfg))
     most = max(0, cfg.artifact_limit - code)
 
-    def write() -> str:
+    def write() -> tuple[str, int]:
         data, chosen = smallest(named, cfg, cfg.export, (cfg.export_codec,), hessians, most, run.log)
         tg.write_whole(path, data)
-        return chosen
+        return chosen, len(data)
 
-    chosen = run.on_main(write)
-    tg.load_weights(p.model, load(path)[1], str(path))
-    size, began = path.stat().st_size, time.perf_counter()
+    chosen, size = run.on_main(write)
+    tg.load_weights(p.model, run.read_on_main(lambda: (load(path)[1], None))[0], str(path))
+    began = time.perf_counter()
     shape = p.plan.eval_shape(now)
     loss, bpb = tg.evaluate(run, p.graph, p.val, shape)
     seconds = time.perf_counter() - began
@@ -1541,5 +1541,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     sys.modules["golf"] = sys.modules["__main__"]  # what imports golf from here on gets this very module
     sys.exit(main())

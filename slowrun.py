@@ -46,8 +46,9 @@ def keep_epoch(p: tg.Parts, step: int) -> None:
         weights = {name: w.detach().cpu().contiguous().clone() for name, w in p.model.named_parameters()}
         try:
             tg.write_tensors(weights, part / "model.safetensors")
-            (part / "config.toml").write_text(tg.config_toml(p.cfg))
-            (part / "state.json").write_text(json.dumps({"step": step, "repeats": now.repeats, "window": now.window}))
+            (part / "config.toml").write_text(tg.config_toml(p.cfg), encoding="utf-8")
+            state = {"step": step, "repeats": now.repeats, "window": now.window}
+            (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
             tg.sync_folder(part)
         except OSError:
             shutil.rmtree(part, ignore_errors=True)  # a full disk needs its room
@@ -91,14 +92,22 @@ def score_epochs(p: tg.Parts, result: dict, last: int = 0) -> dict:
     Losses of the averages over the last epochs kept, and of the best epoch, for result.json. Leaves the model with
     other weights. Collective.
     """
-    paths = epochs(p.run.folder)[-(last or p.cfg.average_epochs):]
-    if not paths:
+    def listed() -> list[tuple[Path, dict]]:
+        paths = epochs(p.run.folder)[-(last or p.cfg.average_epochs):]
+        texts = [(path / "state.json").read_text(encoding="utf-8") for path in paths]
+        return [(path, json.loads(text)) for path, text in zip(paths, texts)]
+
+    def weights_of(path: Path) -> dict[str, Tensor]:
+        return p.run.read_on_main(lambda: (tg.read_tensors(path / "model.safetensors"), None))[0]
+
+    kept = p.run.on_main(listed)
+    if not kept:
         raise UserError(f"{p.run.folder}/epochs is empty: train with --average_epochs N")
-    states = [json.loads((path / "state.json").read_text()) for path in paths]
+    paths, states = [path for path, _ in kept], [state for _, state in kept]
     found: dict[str, float] = {}
     losses = []
     for path, state in zip(paths, states):
-        tg.load_weights(p.model, tg.read_tensors(path / "model.safetensors"), str(path))
+        tg.load_weights(p.model, weights_of(path), str(path))
         losses.append(token_losses(p, state["repeats"], state["window"]))
         p.run.log(f"epoch weights of step {state['step']}: val_loss:{mean_over_ranks(p, losses[-1]):.5f}")
     stacked = torch.stack(losses)
@@ -108,7 +117,7 @@ def score_epochs(p: tg.Parts, result: dict, last: int = 0) -> dict:
     for name, weights in mixing_weights(len(paths)).items():
         average = {n: torch.zeros(w.shape, dtype=torch.float32) for n, w in p.model.named_parameters()}
         for path, weight in zip(paths, weights):
-            for n, w in tg.read_tensors(path / "model.safetensors").items():
+            for n, w in weights_of(path).items():
                 average[n].add_(w.float(), alpha=weight)
         tg.load_weights(p.model, average, str(p.run.folder))
         found[f"val_loss_weights_{name}"] = mean_over_ranks(p, token_losses(p, states[-1]["repeats"], states[-1]["window"]))
@@ -135,7 +144,7 @@ def best_epoch(folder: Path, plan: tg.Plan) -> tuple[float, int] | None:
     """Least loss among the evaluations at ends of epochs, and its epoch; None where there was none."""
     cfg, losses = plan.cfg, []
     metrics = folder / "metrics.jsonl"
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ():
         record = json.loads(line)
         if record["kind"] == "val" and plan.ends_epoch(record["step"]):
             losses.append((record["val_loss"], record["step"] * cfg.epochs // cfg.steps))
@@ -168,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
             val = tg.Validation(cfg, plan, None)
             p = tg.Parts(cfg, run, plan, model, tg.compile_model(model, cfg), None, None, None, val, None)
             path = folder / "result.json"
-            result = json.loads(path.read_text()) if path.exists() else {}
+            result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             official = flags.last in (0, cfg.average_epochs)
             result |= score_epochs(p, result, flags.last)
             if not official:
@@ -187,4 +196,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     sys.exit(main())

@@ -37,10 +37,12 @@ import json
 import lzma
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -259,7 +261,7 @@ def preset_path(name: str) -> Path:
 def read_toml(path: Path, kind: type = Config) -> dict:
     """Checked values of one preset file: unknown keys and wrong types are errors that name key, value and fix."""
     try:
-        raw = tomllib.loads(path.read_text())
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not TOML: {e}") from e
     return checked(raw, str(path), kind)
@@ -707,6 +709,8 @@ class Run:
         self.cfg = cfg
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
+        # torchrun says how many ranks are here; where nobody says it, they may be anywhere
+        self.one_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == self.world
         self.device = choose_device(cfg)
         self.dtype = choose_dtype(cfg, self.device)
         self.folder = Path(cfg.log_dir) / cfg.run
@@ -714,7 +718,10 @@ class Run:
         self.signal, self.leave_at_once = 0, False
         self.trained: Now | None = None  # the schedules of the last step that was trained
         self.owns_group = False
-        self.log_file = self.metrics_file = self.wandb = None
+        self.log_file = self.metrics_file = self.lock_file = self.wandb = None
+        self.paces: list[tuple[list, float]] = []  # graph and seconds of the last steps, as agreed
+        self.over = False  # the last step has been made
+        self.complete = False  # result.json is written
         self.early: list[str] = []  # lines from before the log was there
         self.live_line, self.last_print = False, 0.0
         self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
@@ -760,11 +767,11 @@ class Run:
     def __exit__(self, *exc) -> None:
         for number_ in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number_, signal.SIG_DFL)
-        for f in (self.log_file, self.metrics_file):
+        for f in (self.log_file, self.metrics_file, self.lock_file):
             if f:
                 f.close()
         if self.wandb:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=0 if self.complete else 1)  # 0 is shown as "finished"
         if exc[0] is None:
             self.part()
 
@@ -806,18 +813,87 @@ class Run:
         return x
 
     def on_main(self, work):
-        """Call work() on rank 0 alone, while the others wait for what it gives; what it raises is raised on all."""
+        """
+        Call work() on rank 0 alone, while the others wait for what it gives; whatever it raises
+        is raised on all, for a rank that never heard of it would wait for the next sum.
+        """
         answer: list = [None, None]
+        raised = None
         if self.is_main:
             try:
                 answer[0] = work()
-            except (UserError, OSError) as e:
-                answer[1] = e
+            except BaseException as e:
+                raised, answer[1] = e, portable(e)
         if self.world > 1:
             dist.broadcast_object_list(answer, src=0)
-        if answer[1]:
-            raise answer[1]
+        if raised or answer[1]:
+            raise raised or answer[1]
         return answer[0]
+
+    def read_on_main(self, read):
+        """
+        What read() gives on rank 0, on every rank: (tensors by name, anything else). For what
+        rank 0 alone has written: another node may have another disk, or see late what is on a
+        shared one. On one node each rank reads for itself.
+        """
+        if self.one_node:
+            return read()
+        named: dict[str, Tensor] = {}
+
+        def heads() -> tuple:
+            found, rest = read()
+            named.update(found)
+            return [(name, t.shape, t.dtype) for name, t in named.items()], rest
+
+        listed, rest = self.on_main(heads)
+        for name, shape, dtype in listed:  # one by one: no second copy of all in memory
+            whole = named[name].contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
+            if whole.numel():
+                dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
+            named[name] = whole
+        return named, rest
+
+    def require_the_same(self, facts) -> None:
+        """Refuse nodes whose facts() are not rank 0's: each may have other flags and files."""
+        if self.one_node:
+            return
+        found: list = [None] * self.world
+        dist.all_gather_object(found, (socket.gethostname(), facts()))
+        first, right = found[0]
+        for rank, (host, theirs) in enumerate(found):
+            other = [f"{k} = {v!r}" for k, v in theirs.items() if right[k] != v]
+            need(not other, f"rank {rank} on {host} has {', '.join(other)}, which is not what rank 0 "
+                 f"on {first} has: give every node the same flags, sources and data")
+
+    def lock_folder(self) -> None:
+        """
+        Keep every other process out of the run's folder for as long as this one lives. The kernel
+        holds the lock (over NFS, too): it ends with its process, however that ends, and no child
+        inherits it, so none is ever left behind.
+        """
+        if self.lock_file:
+            return
+        try:
+            import fcntl
+        except ImportError:  # Windows has none
+            return
+        path = self.folder / ".lock"
+        lock = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"{self.folder} is in use by {holder}: wait until it has ended, or "
+                                "choose another --run") from e
+            self.log(f"notice: {path}: {e.strerror}: see that nobody else starts this run meanwhile")
+            return
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        self.lock_file = lock
 
     def wall(self) -> float:
         """Seconds since the first start of this run's processes, compilation and evaluation included."""
@@ -828,10 +904,12 @@ class Run:
         if self.is_main:
             metrics = self.folder / "metrics.jsonl"
             if step is not None and metrics.exists():
-                kept = [line for line in metrics.read_text().splitlines() if keep_metric(line, step)]
+                lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+                kept = [line for line in lines if keep_metric(line, step)]
                 write_whole(metrics, "".join(line + "\n" for line in kept).encode())
-            self.log_file = open(self.folder / "log.txt", "a", buffering=1)
-            self.metrics_file = open(metrics, "a", buffering=1)
+            self.log_file = open(self.folder / "log.txt", "a", buffering=1, encoding="utf-8",
+                                 errors="backslashreplace")  # of a path that is no text
+            self.metrics_file = open(metrics, "a", buffering=1, encoding="utf-8")
         if self.is_main and self.cfg.wandb:
             try:
                 import wandb
@@ -879,6 +957,15 @@ class Run:
         if self.live_line:
             print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
             self.live_line = False
+
+
+def portable(e: BaseException) -> BaseException:
+    """An exception as other processes can be told of it: many of them do not survive the way."""
+    try:
+        pickle.loads(pickle.dumps(e))
+        return e
+    except Exception:
+        return RuntimeError(f"rank 0: {type(e).__name__}: {e}")
 
 
 def keep_metric(line: str, step: int) -> bool:
@@ -2367,9 +2454,9 @@ def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, l
             write_tensors(named, part / f"{name}.safetensors")
         state = {"step": step, "train_seconds": run.clock.seconds(), "wall_seconds": run.wall(), "loader": loader.state_dict(),
                  "rng": rng, "world_size": run.world, "torch": torch.__version__,
-                 "trained": run.trained and run.trained._asdict()}
-        (part / "state.json").write_text(json.dumps(state))
-        (part / "config.toml").write_text(config_toml(run.cfg))
+                 "paces": run.paces, "over": run.over, "trained": run.trained and run.trained._asdict()}
+        (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        (part / "config.toml").write_text(config_toml(run.cfg), encoding="utf-8")
         sync_folder(part)
         (part / "DONE").touch()
         sync_folder(part)
@@ -2413,13 +2500,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_checkpoint(path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, loader: Loader) -> int:
     """Everything that save_checkpoint wrote, at any number of ranks; the step to go on from."""
-    try:
-        state = json.loads((path / "state.json").read_text())
-    except ValueError as e:
-        raise UserError(f"{path / 'state.json'} cannot be read ({e}); delete its folder to go back to the one before") from e
-    load_weights(model, read_tensors(path / "model.safetensors"), str(path))
-    opt.load_state_dict(read_tensors(path / "optimizer.safetensors"))
-    avg.load_state_dict(read_tensors(path / "averages.safetensors"), run.rank)
+    def read_state() -> dict:
+        try:
+            return json.loads((path / "state.json").read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise UserError(f"{path / 'state.json'} cannot be read ({e}); delete its folder to go "
+                            "back to the one before") from e
+
+    def tensors_of(part: str) -> dict[str, Tensor]:
+        return run.read_on_main(lambda: (read_tensors(path / f"{part}.safetensors"), None))[0]
+
+    state = run.on_main(read_state)
+    load_weights(model, tensors_of("model"), str(path))
+    opt.load_state_dict(tensors_of("optimizer"))
+    avg.load_state_dict(tensors_of("averages"), run.rank)
     loader.load_state_dict(state["loader"])
     if run.rank < len(state["rng"]):  # ranks that did not exist then keep their own fresh stream
         for kind, text in state["rng"][run.rank].items():
@@ -2430,6 +2524,7 @@ def load_checkpoint(path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg:
                 torch.cuda.set_rng_state(rng)
     run.clock.total, run.earlier_wall = state["train_seconds"], state["wall_seconds"]
     run.trained = Now(**state["trained"]) if state.get("trained") else None
+    run.paces, run.over = state.get("paces", []), state.get("over", False)  # older ones have none
     return state["step"]
 
 
@@ -2496,19 +2591,26 @@ def compare_sources(cfg: Config, theirs: Config, attention: bool, path: Path) ->
                       if theirs.depth != cfg.depth else [])
 
 
+def exact_source(where: str) -> tuple[dict[str, Tensor], tuple[Config, Path]]:
+    """What a run starts from: of a run folder rather its newest checkpoint than its artifact."""
+    path = Path(where)
+    path = (checkpoints(path) or [path])[-1]
+    if not (path / "model.safetensors").exists():
+        theirs, named, path = open_source(where)
+        return named, (theirs, path)
+    raw = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+    known = {k: v for k, v in raw.items() if k in FIELDS}
+    theirs = Config(**checked(known, str(path / "config.toml")))
+    return read_tensors(path / "model.safetensors"), (theirs, path)
+
+
 def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
     """
     Start from the weights of another run (init_from), of this program or of pre_pre_train.py; what was taken stands in
     the log by tensor, and on the console by kind. Of "all", tables of another vocabulary stay fresh. Any other shape that
     differs is an error, as is nothing.
     """
-    path = Path(cfg.init_from)
-    path = (checkpoints(path) or [path])[-1]  # rather exact than quantised
-    if (path / "model.safetensors").exists():
-        named, raw = read_tensors(path / "model.safetensors"), tomllib.loads((path / "config.toml").read_text())
-        theirs = Config(**checked({k: v for k, v in raw.items() if k in FIELDS}, str(path / "config.toml")))
-    else:
-        theirs, named, path = open_source(cfg.init_from)
+    named, (theirs, path) = run.read_on_main(lambda: exact_source(cfg.init_from))
     asked, words = set(cfg.transfer.split("+")), {"all", "attn", "qk", "vo", "mlp", "scalars"}
     lines, count, attention = [], 0, False
     kinds: dict[tuple[str, str], list] = {}  # (fate, name without number): tensors, squared norms now and before
@@ -2789,10 +2891,14 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
     terms = dict(zip(extra_terms(cfg), extra))
     if not (math.isfinite(loss) and math.isfinite(size)):
         good = checkpoints(run.folder)
+        kept = "No checkpoint was saved before it"
+        if good:
+            kept = f"Last good checkpoint: {good[-1]}; it is kept"
+        start = ", which may start from those weights with --init_from" if good else ""
         raise Diverged(
             f"step {step}: loss {loss}, gradient norm {size}: not finite, stopped (lr multiplier {now.lr:.4g}, repeats "
-            f"{now.repeats}). Last good checkpoint: {good[-1] if good else 'none'}; it is kept. Lower the learning rates "
-            "or set --grad_clip 1 in another --run, which may start from those weights with --init_from")
+            f"{now.repeats}). {kept}. Lower the learning rates or set --grad_clip 1 in another "
+            f"--run{start}")
     log_switch(p, step, now, seconds)
     if step % cfg.log_every == 0 or step == cfg.steps:
         elapsed = run.clock.seconds()
@@ -2816,6 +2922,16 @@ def log_switch(p: Parts, step: int, now: Now, seconds: float) -> None:
         if changed:
             ms = f"before:{1000 * before:.0f}ms at:{1000 * at:.0f}ms after:{1000 * after:.0f}ms"
             p.run.log(f"switch:{step - 1} {changed} {ms}")
+
+
+def next_step_seconds(paces: list[tuple[list, float]], graph: list) -> float:
+    """
+    What the next step may take, from the last ones of its graph (where there are none, of any): the
+    second slowest and a tenth. One step that was stopped for a while must not end the run, nor one
+    that was quick carry it over its cap.
+    """
+    seconds = sorted([s for g, s in paces if g == graph] or [s for _, s in paces])
+    return 1.1 * seconds[max(0, len(seconds) - 2)] if seconds else 0.0
 
 
 def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
@@ -2842,10 +2958,16 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
             raise
         now = plan.at(step, plan.fraction(step, seconds))
         # A clock cap is a cap: no step is begun that would end behind it. The clocks that all ranks agreed on decide, or
-        # one rank would leave alone. A GPU may still be busy with the step before.
-        took = 0.0 if before is None else (seconds - before) * (2 if run.device.type == "cuda" else 1)
-        last = step >= cfg.steps or bool(cfg.max_seconds and seconds + took > plan.seconds)
-        before = seconds
+        # one rank would leave alone.
+        graph = [getattr(now, key) for key in GRAPHS]
+        if before:
+            run.paces = [*run.paces[-19:], (before[0], seconds - before[1])]
+        took = next_step_seconds(run.paces, graph)
+        if run.device.type == "cuda":
+            took *= 2  # it may still be busy with the step before
+        capped = bool(cfg.max_seconds and seconds + took > plan.seconds)
+        last = run.over or step >= cfg.steps or capped
+        run.over, before = last, (graph, seconds)
         ending = plan.ends_epoch(step)
         evaluating = last or (step % cfg.eval_every == 0 if cfg.eval_every > 0 else cfg.eval_every < 0 and (ending or not step))
         keeping = ending and step * cfg.epochs // cfg.steps > cfg.epochs - cfg.average_epochs
@@ -2897,11 +3019,14 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
             import golf
 
             result |= golf.export_and_score(p, end)
-        if run.is_main and p.tokenizer and p.val.bytes and p.val.bytes < 8e6:
-            result |= compressors_bpb(p.val, p.tokenizer)
+        short = p.tokenizer and p.val.bytes and p.val.bytes < 8e6
+        if more := run.on_main(lambda: compressors_bpb(p.val, p.tokenizer) if short else {}):
+            result |= more
             run.log(f"same text: xz -9e {result['xz_bpb']:.4f} bpb, zstd -19 {result['zstd_bpb']:.4f} bpb")
-        if run.is_main and p.tokenizer and cfg.sample_tokens:
-            text = generate(p.model, p.tokenizer, cfg, plan.max_seq_len, end)
+        wanted = p.tokenizer and cfg.sample_tokens
+        text = run.on_main(lambda: generate(p.model, p.tokenizer, cfg, plan.max_seq_len, end)
+                           if wanted else None)
+        if text is not None:
             run.log(f"sample from the {'artifact' if cfg.export else 'weights'}:\n{text}")
         if cfg.average_epochs:
             import slowrun
@@ -2955,8 +3080,13 @@ def check_folder(cfg: Config, folder: Path) -> None:
     if folder.exists() and not cfg.resume:
         raise UserError(f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or delete it")
     if changed := changed_fields(cfg, folder):
-        raise UserError(f"--resume of {folder}, but the configuration changed:\n" + "\n".join(changed) +
-                        "\nuse the old values, or another --run")
+        state = "is finished, but" if is_finished(folder) else "was begun, but"
+        raise UserError(f"{folder} {state} under another configuration:\n" + "\n".join(changed) +
+                        "\nuse the old values, another --run, or delete it")
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "result.json").exists()
 
 
 def changed_fields(cfg: Config, folder: Path, free: set[str] = FREE_ON_RESUME) -> list[str]:
@@ -2967,21 +3097,44 @@ def changed_fields(cfg: Config, folder: Path, free: set[str] = FREE_ON_RESUME) -
             if k not in free and getattr(old, k) != getattr(cfg, k)]
 
 
-def prepare_folder(cfg: Config, folder: Path) -> Path | None:
+def enter_folder(run: Run) -> bool:
+    """Refuse what cannot be gone on with, and lock what can. Whether the run is finished."""
+    check_folder(run.cfg, run.folder)
+    if run.folder.exists() and not is_finished(run.folder):
+        run.lock_folder()
+    return is_finished(run.folder)
+
+
+def prepare_folder(run: Run) -> Path | None:
     """Create the run's folder, or find the checkpoint to go on from; None: start at step 0."""
+    cfg, folder = run.cfg, run.folder
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.toml", f"# presets: {' '.join(cfg.config)}\n{config_toml(cfg)}".encode())
+        folder.mkdir(parents=True, exist_ok=cfg.resume)
+        run.lock_folder()
+        # again, for another start may have been here meanwhile
+        check_folder(dataclasses.replace(cfg, resume=True), folder)
+        text = f"# presets: {' '.join(cfg.config)}\n{config_toml(cfg)}"
+        write_whole(folder / "config.toml", text.encode(errors="backslashreplace"))
+    except FileExistsError:
+        check_folder(cfg, folder)
     except FileNotFoundError as e:  # so /proc and the like say that nothing can be made in them
         raise UserError(f"cannot create {folder} ({e}); choose another folder with --log_dir") from e
     return (checkpoints(folder) or [None])[-1]
+
+
+def ingredients(p: Parts) -> dict:
+    """What must be the same on every node, but for the places of its files."""
+    places = {"config", "data", "log_dir", "tokenizer", "init_from", "nca_cache", "nca_threads"}
+    sources = b"".join(path.read_bytes() for path in source_files(p.cfg))
+    return {**{k: v for k, v in dataclasses.asdict(p.cfg).items() if k not in places},
+            "sources": hashlib.sha256(sources).hexdigest(), "data": p.loader.fingerprint()}
 
 
 def log_head(run: Run, step: int | None) -> None:
     """Sources, environment and configuration go first, so that a log is a complete witness."""
     if step is None:
         for path in source_files(run.cfg):
-            run.log(path.read_text(), console=False)
+            run.log(path.read_text(encoding="utf-8"), console=False)
     run.log("=" * 100, console=False)
     for line in environment(run):
         run.log(line, console=False)
@@ -2993,12 +3146,12 @@ def log_head(run: Run, step: int | None) -> None:
 
 def train(cfg: Config, run: Run, build=build) -> int:
     """A whole run, from folder to result.json; the exit code. `build` makes its parts, from other data where it is told."""
-    if cfg.resume and (run.folder / "result.json").exists():
-        print(f"{run.folder} is finished: nothing to resume")
+    if run.on_main(lambda: enter_folder(run)):
+        run.log(f"{run.folder} is finished: nothing to resume")
         return 0
-    run.on_main(lambda: check_folder(cfg, run.folder))
     p = build(cfg, run)  # what cannot work is refused here, before a folder is made
-    start = run.on_main(lambda: prepare_folder(cfg, run.folder))
+    run.require_the_same(lambda: ingredients(p))
+    start = run.on_main(lambda: prepare_folder(run))
     run.resumed = start is not None
 
     def begin_log() -> None:
@@ -3026,6 +3179,7 @@ def train(cfg: Config, run: Run, build=build) -> int:
         run.log(f"interrupted by {signal.Signals(run.signal).name}: saved {saved}; continue with --resume")
         return 128 + run.signal
     write_result(p, result, step, size)
+    run.complete = True
     return 0
 
 
@@ -3034,9 +3188,7 @@ def write_result(p: Parts, result: dict, step: int, size: int) -> None:
     if run.device.type == "cuda":
         peak, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     else:
-        import resource
-
-        peak = held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = held = peak_memory()
     run.log(f"peak memory allocated: {peak // 2**20} MiB reserved: {held // 2**20} MiB")
     seconds = run.clock.seconds()
     out = {"run": cfg.run, "seed": cfg.seed, "preset": "+".join(Path(c).stem for c in cfg.config), "arm": cfg.arm,
@@ -3047,10 +3199,20 @@ def write_result(p: Parts, result: dict, step: int, size: int) -> None:
            "peak_memory_bytes": peak}
     bits = " ".join(f"{k}:{v:.8f}" for k, v in result.items() if k.endswith("bpb"))
     run.log(f"final: val_loss:{result['val_loss']:.8f} {bits} train_time:{seconds:.3f}s wall_time:{run.wall():.1f}s")
-    if run.is_main:
-        write_whole(run.folder / "result.json", (json.dumps(out, indent=1) + "\n").encode())
-        if run.wandb:
-            run.wandb.summary.update(out)
+    text = json.dumps(out, indent=1) + "\n"
+    run.on_main(lambda: write_whole(run.folder / "result.json", text.encode()))
+    if run.wandb:
+        run.wandb.summary.update(out)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most; 0 where nobody counts them."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def tokens_seen(p: Parts, step: int) -> int:
@@ -3071,6 +3233,10 @@ def explain(e: BaseException) -> str | None:
     text = str(e)
     if isinstance(e, UserError):
         return text
+    lost = "(closed|reset) by peer|remote process exited"
+    if isinstance(e, RuntimeError) and re.search(lost, text):
+        return ("another rank has left, so this one leaves, too: its message stands above, or on "
+                f"its node; complete checkpoints are kept. ({text.splitlines()[0][:200]})")
     if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return ("out of memory: halve --micro_tokens or --loss_chunk; the result stays the same but "
                 f"for rounding. ({text.splitlines()[0]})")
@@ -3109,5 +3275,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     sys.modules["train_gpt"] = sys.modules["__main__"]  # what imports train_gpt from here on gets this very module
     sys.exit(main())

@@ -25,7 +25,6 @@ Nothing passes for complete that is not: files get their name when they are whol
 """
 
 import errno
-import fcntl
 import fnmatch
 import functools
 import gzip
@@ -55,6 +54,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, Python only looks in data/
+
+from logs.start import WAIT_SECONDS, Overdue, turn  # noqa: E402
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 SHARD_TOKENS = 100_000_000  # what every published set uses
@@ -447,14 +448,17 @@ def summary(manifest: dict) -> str:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Makes the folder if need be and keeps other processes of this program out of it."""
+    """
+    Makes the folder if need be and keeps other processes of this program out of it: they wait, and
+    then find the data set there. So nodes that share a folder get it once, and those that do not
+    get each their own.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another get.py is at work in {out}; wait until it has ended") from None
-        yield
+    try:
+        with turn(out / ".lock", f"getting data into {out}", WAIT_SECONDS):
+            yield
+    except Overdue as error:
+        raise UserError(str(error)) from None
 
 
 def shards_in(folder: Path) -> list[Path]:
@@ -1345,4 +1349,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     sys.exit(main())

@@ -50,7 +50,8 @@ def main(folders: list[str]) -> int:
     for folder in map(Path, folders):
         if not (folder / "result.json").exists():
             raise tg.UserError(f"{folder} has no result.json: it is not finished")
-        arms[json.loads((folder / "result.json").read_text())["arm"] or folder.name].append(scores(folder))
+        arm = json.loads((folder / "result.json").read_text(encoding="utf-8"))["arm"]
+        arms[arm or folder.name].append(scores(folder))
     words = list(dict.fromkeys(word for rows in arms.values() for row in rows for word in row))
     print(f"| arm | n | {' | '.join(words)} |\n|-|-:|" + "-:|" * len(words))
     for arm, rows in arms.items():
@@ -64,6 +65,7 @@ def main(folders: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     try:
         sys.exit(main(sys.argv[1:]))
     except tg.UserError as e:

@@ -111,7 +111,9 @@ def train(argv: list[str], ranks) -> str:
     if code:
         raise SystemExit(code)  # stopped by a signal, its state saved
     result = folder / "result.json"
-    return f"val_loss {json.loads(result.read_text())['val_loss']:.4f}" if run.is_main else ""
+    if not run.is_main:
+        return ""
+    return f"val_loss {json.loads(result.read_text(encoding='utf-8'))['val_loss']:.4f}"
 
 
 def sweep(options: Sweep) -> int:
@@ -153,7 +155,7 @@ def read_run(folder: Path) -> dict | None:
     cfg, last = run.config, run.val[-1] if run.val and not diverged else {}
     first = next((e["val_loss"] for e in run.val if e["step"] == 0), math.log(cfg["vocab"]))
     gamma = {"z_loss": cfg["z_loss"], "mu_loss": cfg["mu_loss"]}.get(re.sub("_1e.*", "", run.arm), 0.0)
-    log = (folder / "log.txt").read_text(errors="replace") if (folder / "log.txt").is_file() else ""
+    log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace") if (folder / "log.txt").is_file() else ""
     told = re.search(r"^model_params:(\d+)", log, re.MULTILINE)  # what diverged has no result.json
     row = {"name": run.name, "scale": run.name.split(f"-{run.arm}-")[0], "method": run.arm, "lambda": gamma,
            "lr": cfg["adamw_lr"], "seed": run.seed, "params": run.result.get("params") or (int(told[1]) if told else ""),
@@ -168,7 +170,7 @@ def read_run(folder: Path) -> dict | None:
 def read_overview(path: Path) -> list[dict]:
     """Rows of a CSV, ours or the paper's, whose runs are told by their names alone (an integer N behind lr is N * 1e-4)."""
     rows = []
-    with open(path, newline="") as f:
+    with open(path, newline="", encoding="utf-8") as f:
         for raw in csv.DictReader(f):
             row = {k: number(v) for k, v in raw.items()}
             if "method" not in row:
@@ -193,7 +195,7 @@ def number(text: str) -> float | str:
 
 def write_overview(rows: list[dict], path: Path) -> None:
     keys = list(dict.fromkeys(k for row in rows for k in row))
-    with open(path, "w", newline="") as f:
+    with open(path, "w", newline="", encoding="utf-8") as f:
         out = csv.DictWriter(f, keys)
         out.writeheader()
         out.writerows(rows)
@@ -453,7 +455,7 @@ def tables(options: Tables) -> int:
              "min(loss, initial loss) - best loss; `3 of 5!`: over 3 rates, when others have 5. In the figure bands are\n"
              "ranges over seeds, bars standard deviations.")
     body = f"# Centering\n\n{notes}\n{body}\n![figures](centering.png)\n"
-    (out / "report.md").write_text(body)
+    (out / "report.md").write_text(body, encoding="utf-8")
     print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in found.items()))
     print(f"\nwrote {out}/overview.csv, report.md, centering.png")
     return 0
@@ -556,4 +558,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     sys.exit(main())

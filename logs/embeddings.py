@@ -149,7 +149,7 @@ class EmbeddingOptions:
 def embeddings(options: EmbeddingOptions) -> int:
     for where in options.runs:
         found, folder = of_source(where, options.tokens)
-        (folder / "embeddings.json").write_text(json.dumps(found, indent=1) + "\n")
+        (folder / "embeddings.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(f"{found.pop('source')} ({found.pop('tokens')} tokens) -> {folder / 'embeddings.json'}")
         groups: dict[str, dict[str, float]] = {}
         for key, value in found.items():

@@ -227,7 +227,7 @@ class Ablation:
         """What --generate_only says of the data of these runs: measured once, and kept for as long as they are the same."""
         kept, argv = Path(self.o.out) / f"generate-{pre}.json", self.pre_argv(pre, 1)
         made_by = train_gpt.config_hash(pre_pre_train.parse_args(argv))
-        made = json.loads(kept.read_text()) if kept.exists() else {}
+        made = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         if made.get("config_sha256") != made_by:
             done = call([sys.executable, str(ROOT / "pre_pre_train.py"), *argv, "--generate_only", "--json"],
                         stdout=subprocess.PIPE, text=True)
@@ -439,7 +439,7 @@ def plot_learning(folders: tuple[str, ...], path: Path) -> None:
     for i, folder in enumerate(folders):
         run, color = report.load_folder(Path(folder)), report.COLORS[i % len(report.COLORS)]
         cfg = pre_pre_train.PrePreConfig(**train_gpt.read_toml(Path(folder) / "config.toml", pre_pre_train.PrePreConfig))
-        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         measured = [line for line in lines if line["kind"] == "nca"]
         per_step = int(cfg.batch_tokens) / 1e6
         for events, key, style in ((run.train, "train_loss", {"lw": 0.5, "alpha": 0.4}), (run.val, "val_loss", {
@@ -510,4 +510,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     raise SystemExit(main())

@@ -86,7 +86,7 @@ def modules_of(paths: list[Path], root: Path = ROOT) -> list[Path]:
     """The files given and all files of the project that they import, directly or through others."""
     found = list(paths)
     for path in found:  # grows while it is read
-        for name in imported(path.read_text()):
+        for name in imported(path.read_text(encoding="utf-8")):
             other = root.joinpath(*name.split(".")).with_suffix(".py")
             if other.is_file() and other not in found:
                 found.append(other)
@@ -157,7 +157,8 @@ def minify(source: str) -> str:
 
 def pack(paths: list[Path], root: Path = ROOT) -> str:
     """The text of one Python file that runs as paths[0] does, with the other modules inside."""
-    texts = [f"{MARK}{module_name(path, root)}\n{minify(path.read_text())}" for path in paths]
+    texts = [f"{MARK}{module_name(path, root)}\n{minify(path.read_text(encoding='utf-8'))}"
+             for path in paths]
     assert all(text.count(MARK) == 1 for text in texts), f"a module contains {MARK!r}"
     data = base64.b85encode(lzma.compress("".join(texts).encode(), format=lzma.FORMAT_ALONE, filters=LZMA)).decode()
     names = ", ".join(path.relative_to(root).as_posix() for path in paths)
@@ -193,10 +194,10 @@ class Options:
 def write(options: Options) -> None:
     out = Path(options.out)
     if options.unpack:
-        sources = unpack(Path(options.unpack).read_text())
+        sources = unpack(Path(options.unpack).read_text(encoding="utf-8"))
         out.mkdir(parents=True)
         for name, source in sources.items():
-            (out / f"{name}.py").write_text(source)
+            (out / f"{name}.py").write_text(source, encoding="utf-8")
         print(f"{out}: {', '.join(f'{name}.py' for name in sources)}, without comments as they were packed")
         return
     paths = [Path(source).resolve() for source in options.sources]
@@ -210,7 +211,7 @@ def write(options: Options) -> None:
     text = pack(paths)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, out)
     before = sum(path.stat().st_size for path in paths)
     print(f"{out}: {len(text.encode())} bytes from {before} ({', '.join(path.name for path in paths)})")
@@ -226,4 +227,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     sys.exit(main())

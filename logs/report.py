@@ -163,16 +163,16 @@ def is_run_folder(path: Path) -> bool:
 def load_folder(path: Path) -> Run:
     """A run folder of ours. Only finished runs have a result.json; metrics.jsonl is exact, log.txt rounds."""
     run, events = Run(path.name, *name_parts(path)), []
-    log = (path / "log.txt").read_text(errors="replace") if (path / "log.txt").is_file() else ""
+    log = (path / "log.txt").read_text(encoding="utf-8", errors="replace") if (path / "log.txt").is_file() else ""
     try:
         if (path / "config.toml").is_file():
-            run.config = tomllib.loads((path / "config.toml").read_text())
+            run.config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
         if (path / "result.json").is_file():
-            run.result = json.loads((path / "result.json").read_text())
+            run.result = json.loads((path / "result.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ReportError(f"{path}: config.toml or result.json is damaged: {error}; leave it out") from error
     if (path / "metrics.jsonl").is_file():
-        for line in (path / "metrics.jsonl").read_text(errors="replace").splitlines():
+        for line in (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 event = json.loads(line)
                 events += [event] if event["kind"] in ("val", "train") else []
@@ -191,7 +191,7 @@ def load_folder(path: Path) -> Run:
 def load_text(path: Path) -> list[Run]:
     """The runs of an upstream log: one, or several if a script trained trial after trial into one file.
     Upstream trainers cannot resume, so a step that goes back starts a new run. No step lines, no runs."""
-    events, facts = parse_log(path.read_text(errors="replace"))
+    events, facts = parse_log(path.read_text(encoding="utf-8", errors="replace"))
     starts = [i for i in range(len(events)) if i == 0 or events[i]["step"] < events[i - 1]["step"]]
     arm, seed = name_parts(path)
     runs = []
@@ -681,7 +681,7 @@ def build(runs: list[Run], baseline: str = "", metric: str = "", fallback: dict 
 def report(options: Options):
     """Read the runs, print the report and write it to a folder."""
     try:
-        fallback = tomllib.loads(Path(options.rule).read_text()) if options.rule else {}
+        fallback = tomllib.loads(Path(options.rule).read_text(encoding="utf-8")) if options.rule else {}
     except (OSError, ValueError) as error:
         raise ReportError(f"--rule {options.rule}: {error}; give a preset of configs/") from error
     if not options.runs:
@@ -696,7 +696,7 @@ def report(options: Options):
             images += ["schedules.png"] * plot_schedules(arms, folder / "schedules.png")
         body = "".join(f"\n## {title}\n\n```\n{text}\n```\n" for title, text in sections.items())
         body += "".join(f"\n![{name}]({name})\n" for name in images)
-        (folder / "report.md").write_text("# Report\n" + body)
+        (folder / "report.md").write_text("# Report\n" + body, encoding="utf-8")
     except OSError as error:
         raise ReportError(f"--out {options.out}: {error}; give a folder that can be written") from error
     print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items()))
@@ -716,4 +716,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     main()

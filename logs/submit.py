@@ -136,7 +136,7 @@ def load(track: Track, arguments: tuple[str, ...]) -> Submission:
                      "continue it with --resume, or run it again")
         else:
             s.folders.append(folder)
-            s.logs.append((folder / "log.txt").read_text())
+            s.logs.append((folder / "log.txt").read_text(encoding="utf-8"))
             s.runs.append(report.load_folder(folder))
     if not arguments:
         s.object("runs", "none given", "give run folders, one a seed: logs/NAME-s1 logs/NAME-s2 logs/NAME-s3")
@@ -161,7 +161,7 @@ def sources_in(head: str, texts: dict[str, str]) -> dict[str, str]:
 def check_sources(s: Submission) -> None:
     """All logs hold one source, which is that of this checkout, readable or packed."""
     paths = pack.modules_of([ROOT / "train_gpt.py"])
-    texts = {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
     packed = {"train_gpt.py": pack.pack(paths)}
     for folder, log, _, result in s.of_each():
         head = head_of(log)
@@ -187,7 +187,7 @@ def check_numbers(s: Submission) -> None:
     again = "put the run's own files back, or run again"
     for folder, log, _, result in s.of_each():
         path = folder / "config.toml"
-        if path.read_text().split("\n", 1)[-1] not in log:
+        if path.read_text(encoding="utf-8").split("\n", 1)[-1] not in log:
             s.object(path, "not the configuration that log.txt holds", again)
         try:
             if config_hash(Config(**read_toml(path))) != result.get("config_sha256"):
@@ -237,7 +237,8 @@ def left_out(s: Submission) -> list[Path]:
             continue
         with contextlib.suppress(report.ReportError):  # a damaged folder is not of this experiment
             run = report.load_folder(other)
-            same = not differences(s.runs[0], run) and head_of((other / "log.txt").read_text()) == head_of(s.logs[0])
+            log = (other / "log.txt").read_text(encoding="utf-8")
+            same = not differences(s.runs[0], run) and head_of(log) == head_of(s.logs[0])
             found += [other] if same and run.seed not in seeds else []
     return found
 
@@ -367,7 +368,7 @@ def check_data(s: Submission, data: str) -> None:
     tokens = {split: sum(map(len, stream)) for split, stream in streams.items()}
     shared, documents = int(np.isin(hashes["val"], hashes["train"]).sum()), len(hashes["val"])
     manifest = Path(cfg.data) / "manifest.json"
-    published = manifest.is_file() and json.loads(manifest.read_text()).get("published_split", False)
+    published = manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("published_split", False)
     if shared > (PUBLISHED_SHARE * documents if published else 0):
         s.object(cfg.data, f"{shared} of {documents} validation documents are also in train, so a score on them shows nothing",
                  "make or get the data again (python data/get.py), and train anew")
@@ -491,7 +492,7 @@ def write_folder(s: Submission, options: Options) -> Path:
         raise Refusal([f"{place}: exists already; choose another name, or delete it"])
     logs = [s.track.log_name.format(seed=run.result["seed"], run=run.name) for run in s.runs]
     facts = summary(s, options)
-    config = (s.folders[0] / "config.toml").read_text().splitlines()
+    config = (s.folders[0] / "config.toml").read_text(encoding="utf-8").splitlines()
     files = {
         "README.md": readme(s, facts, options, logs), "submission.json": json.dumps(facts, indent=2) + "\n",
         "config.toml": "".join(line + "\n" for line in config if line.split(" = ")[0] not in OF_ONE_RUN),
@@ -503,7 +504,7 @@ def write_folder(s: Submission, options: Options) -> Path:
         part = Path(tempfile.mkdtemp(prefix=f".{options.name}-", suffix=".part", dir=place.parent))
         for name, text in files.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
-            (part / name).write_text(text)
+            (part / name).write_text(text, encoding="utf-8")
         part.chmod(0o755)  # mkdtemp's folders are for their owner alone
         os.rename(part, place)
     except BaseException:
@@ -569,4 +570,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     sys.exit(main())

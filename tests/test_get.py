@@ -228,10 +228,21 @@ def test_a_full_disk_leaves_the_old_data_set(few, tmp_path, monkeypatch, capsys)
     assert contents(out) == before
 
 
-def test_two_processes_do_not_share_a_folder(tmp_path, capsys):
+def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
+    """The second waits for the first, but not for ever."""
+    code = ("import sys\nfrom logs.start import turn\n"
+            "with turn(sys.argv[1], ''):\n print(flush=True)\n input()")
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / ".lock"], cwd=get.ROOT, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    monkeypatch.setattr(get, "WAIT_SECONDS", 0.2)
+    assert run("sample", "--out", tmp_path) == 2
+    said = capsys.readouterr()
+    assert f"another process is getting data into {tmp_path}" in said.out and "WAIT_SECONDS" in said.err
+    monkeypatch.setattr(get, "WAIT_SECONDS", 60)
+    threading.Timer(0.5, other.kill).start()  # whoever dies gives the lock back
     with get.locked(tmp_path):
-        assert run("sample", "--out", tmp_path) == 2
-    assert "another get.py is at work" in capsys.readouterr().err
+        assert other.wait() == -9
 
 
 ########################################

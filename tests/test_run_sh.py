@@ -1,13 +1,17 @@
 """run.sh: what it starts, seen by a python that writes down how it is called and only answers questions about presets."""
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 
 import pytest
 from helpers import ROOT
+
+from logs import start as starter
 
 STAND_IN = """#!/bin/bash
 if [ "$1" = - ]; then exec {python} "$@"; fi
@@ -24,13 +28,17 @@ done
 def start(tmp_path):
     """Runs run.sh in an empty folder; returns its exit code, what it said, and the calls that it made."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    for name in ("run.sh", "requirements.txt", "configs"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.write_text(STAND_IN.format(python=sys.executable))
-    python.chmod(0o755)
-    done = subprocess.run(["sha256sum", "requirements.txt"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    (tmp_path / ".venv" / "installed").write_text(done.stdout.split()[0])
+    (tmp_path / "logs").mkdir()
+    for name in ("run.sh", "requirements.txt", "configs", "logs/start.py"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    ranks = "#!/bin/bash\necho torchrun $* >> calls.txt\n"
+    for name, text in (("python", STAND_IN), ("torchrun", ranks)):
+        program = tmp_path / ".venv" / "bin" / name
+        program.write_text(text.format(python=sys.executable))
+        program.chmod(0o755)
+    done = hashlib.sha256((ROOT / "requirements.txt").read_bytes())
+    (tmp_path / ".venv" / "installed").write_text(done.hexdigest())
 
     def start(*argv, **environment):
         calls = tmp_path / "calls.txt"
@@ -67,7 +75,7 @@ def test_both_phases_have_the_model_and_the_folder_that_the_flags_say(start, tmp
     assert tomllib.loads((tmp_path / like).read_text())["dim"] == 256
     assert "--log_dir elsewhere --run golf_cpu-pre-s1" in first
     assert "--init_from elsewhere/golf_cpu-pre-s1" in second and "--dim 256" in second
-    assert not (tmp_path / "logs").exists()
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["start.py"]
 
 
 def test_a_value_of_nca_that_means_nothing_is_refused_and_bad_flags_end_in_a_message(start):
@@ -91,3 +99,118 @@ def test_centering_gets_the_data_of_one_scale_or_tabulates_another_folder(start)
     assert only(calls, "logs/centering.py tables") == ["logs/centering.py tables logs/centering --out logs/report-centering"]
     code, said, calls = start("centering", "--scales", "centering_cpu,width=3")
     assert code != 0 and "width" in said and not only(calls, "logs/centering.py")
+
+
+def test_a_finished_run_is_asked_again_so_that_other_flags_are_refused(start, tmp_path):
+    """Python compares the flags; no ranks are started for that."""
+    (tmp_path / "logs" / "golf_cpu-s1").mkdir(parents=True)
+    (tmp_path / "logs" / "golf_cpu-s1" / "result.json").write_text("{}")
+    calls = start("golf_cpu", "--dim", "256", NPROC="2")[2]
+    asked = [call for call in calls if "train_gpt.py" in call]
+    assert asked == ["train_gpt.py --config golf_cpu --run golf_cpu-s1 --resume --seed 1 --dim 256"]
+
+
+@pytest.mark.parametrize("flags, words", [(("--seed", "4"), 'SEEDS="4"'), (("--seed=4",), 'SEEDS="4"'),
+                                          (("--run", "x"), "--config TRACK --run x")])
+@pytest.mark.parametrize("verb", ["golf_cpu", "remix", "golf", "depth", "warmdown", ""])
+def test_flags_that_break_the_names_of_runs_are_refused(start, verb, flags, words):
+    code, said, calls = start(*[verb] * bool(verb), *flags)
+    assert code == 2 and words in said and not calls
+
+
+def test_help_and_a_typo_need_nothing_installed(start, tmp_path):
+    shutil.rmtree(tmp_path / ".venv")
+    for word in ("--help", "-h", "help"):
+        code, said, _ = start(word)
+        assert code == 0 and "./run.sh TRACK " in said and "set -e" not in said
+    code, said, _ = start("golf_cpuu")
+    assert code == 2 and "'golf_cpuu'" in said and "golf_cpu " in said
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_flags_alone_are_the_main_jobs_and_a_path_is_a_track(start, tmp_path):
+    (call,) = only(start("--steps", "3")[2], "train_gpt.py")
+    assert call == "train_gpt.py --config golf_cpu --run golf_cpu-s1 --resume --seed 1 --steps 3"
+    (call,) = only(start("configs/tiny_cpu.toml")[2], "train_gpt.py")
+    assert call.startswith("train_gpt.py --config tiny_cpu --run tiny_cpu-s1 ")
+    shutil.copy(ROOT / "configs" / "tiny_cpu.toml", tmp_path / "mine.toml")
+    (call,) = only(start("mine.toml")[2], "train_gpt.py")
+    assert call.startswith("train_gpt.py --config mine.toml --run mine-s1 ")
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_every_node_starts_the_same_and_one_reports(start, tmp_path, node):
+    """Whatever lies in its own logs/; each start meets at a port of its own."""
+    if node == 0:
+        (tmp_path / "logs" / "tiny_cpu-s1").mkdir()
+        (tmp_path / "logs" / "tiny_cpu-s1" / "result.json").write_text("{}")
+    code, said, calls = start("tiny_cpu", SEEDS="1 2", NNODES="2", NODE_RANK=str(node), NPROC="8",
+                              MASTER_ADDR="10.0.0.1", MASTER_PORT="1234", WAIT_SECONDS="60")
+    assert code == 0, said
+    where = f"torchrun --nnodes 2 --node_rank {node} --master_addr 10.0.0.1 --master_port"
+    conf = "--rdzv_conf timeout=60 --nproc_per_node 8 -- train_gpt.py --config tiny_cpu"
+    begun = [call for call in calls if call.startswith("torchrun")]
+    assert begun == [f"{where} {1233 + seed} {conf} --run tiny_cpu-s{seed} --resume --seed {seed}"
+                     for seed in (1, 2)]
+    assert bool(only(calls, "logs/report.py")) == (node == 0)
+
+
+def test_a_study_reads_the_data_and_writes_where_its_flags_say(start):
+    calls = start("depth", "--data", "data/slowrun", "--log_dir", "mine", DEPTH_SEEDS="1")[2]
+    assert only(calls, "data/get.py") == ["data/get.py slowrun"]
+    (report,) = only(calls, "logs/report.py")
+    assert "mine/depth-unique-s1" in report and report.endswith("--out mine/report-depth")
+
+
+EIGHT = "".join(f"GPU {i}: NVIDIA H100 (UUID: GPU-{i}a{i})\n" for i in range(8))
+CUT = "GPU 0: NVIDIA A100 (UUID: GPU-0a0)\n" + "".join(
+    f"  MIG 1g.5gb     Device  {i}: (UUID: MIG-{i})\n" for i in range(7))
+
+
+@pytest.mark.parametrize("listing, visible, count", [
+    ("", None, 0), (EIGHT, None, 8), (EIGHT, "2,3", 2), (EIGHT, "", 0), (EIGHT, "-1", 0), (EIGHT, "0,1,-1,2", 2),
+    (EIGHT, "0,9", 1), (EIGHT, "GPU-3a3", 1), (CUT, None, 1), (CUT, "MIG-1,MIG-2", 1), ("", "0,1", 0),
+    ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", None, 0)])
+def test_as_many_processes_as_gpus_that_they_can_see(listing, visible, count):
+    assert starter.gpus(listing, visible) == count
+
+
+def test_requirements_are_installed_by_one_process_of_those_that_share_the_folder(tmp_path, monkeypatch):
+    """Three nodes start at once: one pip; another file, another pip; one that was killed is no obstacle."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch\n")
+    pip = tmp_path / ".venv" / "bin" / "python"
+    pip.parent.mkdir(parents=True)
+    pip.write_text("#!/bin/bash\nsleep 0.3; echo $* >> pip.txt; [ ! -e fails ]\n")
+    pip.chmod(0o755)
+
+    def nodes(count):
+        begun = [subprocess.Popen([sys.executable, ROOT / "logs" / "start.py", "environment"],
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(count)]
+        said = [process.communicate()[0] for process in begun]
+        pips = (tmp_path / "pip.txt").read_text().splitlines()
+        return [process.returncode for process in begun], "".join(said), len(pips)
+
+    codes, said, pips = nodes(3)
+    assert codes == [0, 0, 0] and pips == 1 and "waiting" in said
+    assert nodes(1) == ([0], "", 1)
+    (tmp_path / "requirements.txt").write_text("torch\nnumpy\n")
+    (tmp_path / "fails").touch()
+    codes, said, pips = nodes(1)
+    assert codes == [2] and pips == 2 and "requirements.txt ended with code 1" in said and "Traceback" not in said
+    (tmp_path / "fails").unlink()
+    assert nodes(1)[::2] == ([0], 3)
+
+
+def test_a_turn_waits_with_a_message_and_a_limit(tmp_path, capsys):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from logs.start import turn\n" \
+           "with turn('lock', ''):\n print(flush=True)\n input()"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(starter.Overdue, match="WAIT_SECONDS"), starter.turn(tmp_path / "lock", "at work", 0.2):
+        raise AssertionError("it was locked")
+    assert "another process is at work: waiting" in capsys.readouterr().out
+    threading.Timer(0.3, other.kill).start()
+    with starter.turn(tmp_path / "lock", "at work", 60):
+        assert other.wait() == -9
