@@ -819,7 +819,7 @@ class Run:
         return answer[0]
 
     def together(self, work):
-        """Call work() on every rank, for what may fail on one alone: what it raises there is raised on all."""
+        """Call work() on every rank, for what may fail on one alone: it is then raised on all."""
         answer, failure = None, None
         try:
             answer = work()
@@ -1727,7 +1727,7 @@ class MuonAdamW:
 ########################################
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # as in llm.c, modded-nanogpt and parameter-golf
-SHARD_NAME = r".+_{}_[0-9]{{6}}\.bin"  # of train or val; data/get.py has the same, it does not import torch for it
+SHARD_NAME = r".+_{}_[0-9]{{6}}\.bin"  # of train or val; data/get.py, without torch, has the same
 
 
 def shard_tokens(path: str | Path) -> int:
@@ -1754,7 +1754,8 @@ def shard_tokens(path: str | Path) -> int:
 
 
 def unreadable(path: str | Path, e: OSError) -> UserError:
-    return UserError(f"{path} cannot be read ({e.strerror or e}); see that it is there and that you may read it")
+    return UserError(f"{path} cannot be read ({e.strerror or e}); see that it is there and that "
+                     "you may read it")
 
 
 def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
@@ -1775,8 +1776,9 @@ def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
 
 def shard_files(folder: str, split: str) -> list[str]:
     """
-    The shards of one side, by name: *_train_NNNNNN.bin or *_val_NNNNNN.bin with six digits, and nothing else. A copy
-    ("x_train_000001 (1).bin") is no shard, and of a name with both words the last one says the side.
+    The shards of one side, by name: *_train_NNNNNN.bin or *_val_NNNNNN.bin with six digits, and
+    nothing else. A copy ("x_train_000001 (1).bin") is no shard, and of a name with both words the
+    last one says the side.
     """
     try:
         names = os.listdir(folder)
@@ -1784,7 +1786,8 @@ def shard_files(folder: str, split: str) -> list[str]:
         return []
     except OSError as e:
         raise unreadable(folder, e) from e
-    return [os.path.join(folder, name) for name in sorted(names) if re.fullmatch(SHARD_NAME.format(split), name)]
+    rule = SHARD_NAME.format(split)
+    return [os.path.join(folder, name) for name in sorted(names) if re.fullmatch(rule, name)]
 
 
 def find_shards(cfg: Config, split: str) -> list[str]:
@@ -1792,7 +1795,8 @@ def find_shards(cfg: Config, split: str) -> list[str]:
     if not files:
         near = sorted(path.name for path in Path(cfg.data).glob(f"*{split}*.bin"))
         but = f" ({near[0]} does not: six digits end the name of a shard)" if near else ""
-        raise UserError(f"no {split} shards: nothing in {cfg.data} matches *_{split}_NNNNNN.bin{but}; run: {get_command(cfg)}")
+        raise UserError(f"no {split} shards: nothing in {cfg.data} matches *_{split}_NNNNNN.bin"
+                        f"{but}; run: {get_command(cfg)}")
     return files
 
 
@@ -1813,11 +1817,12 @@ class Loader:
     is one stretch of one shard, a tail that holds no whole batch is dropped, shards follow in the order of their names.
     Shuffled, the rows of all shards are drawn in a new order each epoch. With documents shuffled (slowrun), the stream is
     put together from its documents in a new order each epoch but the first, and rows share no token. The position is two
-    or three integers, and stays where it was if the next batch cannot be had. Opening a shard may fail on one rank alone:
-    `together` is how all of them hear of it.
+    or three integers, and stays where it was if the next batch cannot be had. Opening a shard may
+    fail on one rank alone: `together` is how all of them hear of it.
     """
 
-    def __init__(self, cfg: Config, plan: Plan, rank: int = 0, world: int = 1, together=lambda work: work()):
+    def __init__(self, cfg: Config, plan: Plan, rank: int = 0, world: int = 1,
+                 together=lambda work: work()):
         self.cfg, self.rank, self.world, self.together = cfg, rank, world, together
         self.files = find_shards(cfg, "train")
         self.counts, left = [], cfg.train_tokens or math.inf
@@ -1858,31 +1863,38 @@ class Loader:
             more = max(len(self.files) + 1, math.ceil(needed / per / cfg.epochs))
             raise UserError(
                 f"too little data for {steps} steps: they need {needed} tokens, that is {needed / per / cfg.epochs:.1f} "
-                f"train shards, found {len(self.files)} in {cfg.data} with {usable // cfg.epochs} usable tokens; run: "
-                f"{get_command(cfg, more)}, or lower --steps, or allow more epochs with --epochs (0: as many as needed)")
+                f"train shards, found {len(self.files)} in {cfg.data} with {usable // cfg.epochs} "
+                f"usable tokens; run: {get_command(cfg, more)}, or lower --steps, or allow more "
+                "epochs with --epochs (0: as many as needed)")
 
     def no_batch(self, batch_tokens: int) -> UserError:
         """Why not one batch can be had."""
-        found = f"the {len(self.files)} train shards in {self.cfg.data} hold {sum(self.counts)} tokens"
-        if sum(self.counts) <= batch_tokens:
-            return UserError(f"{found}, less than one batch of {batch_tokens} and the token behind it; lower --batch_tokens "
-                             f"or run: {get_command(self.cfg)}")
+        held = sum(self.counts)
+        found = f"the {len(self.files)} train shards in {self.cfg.data} hold {held} tokens"
+        if held <= batch_tokens:
+            return UserError(f"{found}, less than one batch of {batch_tokens} and the token behind "
+                             f"it; lower --batch_tokens or run: {get_command(self.cfg)}")
         if self.cfg.shuffle:
             why = " (with shuffle = 1 a row lies in one shard)" if self.cfg.shuffle == 1 else ""
-            return UserError(f"{found}, which make {self.rows()} rows of {self.block} and its last target{why}, too few for "
-                             f"a batch of {batch_tokens}; lower --batch_tokens or --seq_len")
-        return UserError(f"{found}, but none holds a batch of {batch_tokens}: without shuffle a batch is a stretch of one "
-                         f"shard, and the largest has room for {max(self.counts) - 2}; lower --batch_tokens, set --shuffle "
-                         "1, or make larger shards (get.py tokenize --shard_tokens)")
+            return UserError(f"{found}, which make {self.rows()} rows of {self.block} and its last "
+                             f"target{why}, too few for a batch of {batch_tokens}; lower "
+                             "--batch_tokens or --seq_len")
+        return UserError(f"{found}, but none holds a batch of {batch_tokens}: without shuffle a "
+                         "batch is a stretch of one shard, and the largest has room for "
+                         f"{max(self.counts) - 2}; lower --batch_tokens, set --shuffle 1, or make "
+                         "larger shards (get.py tokenize --shard_tokens)")
 
     def tokens_in_order(self, plan: Plan) -> int:
-        """Tokens that the run's batches can have before the epochs end, without shuffle and at most those of all steps."""
+        """Tokens that the run's batches can have, without shuffle, until steps or epochs end."""
         shards, pos, drawn = iter(self.counts * self.cfg.epochs), 0, 0
         count = next(shards)
         for steps, batch_tokens in plan.batches():
             while steps:
-                here = min(steps, max(0, (count - 2 - pos) // batch_tokens))  # pos + batch + 1 stays below count
-                steps, pos, drawn = steps - here, pos + here * batch_tokens, drawn + here * batch_tokens
+                fit = max(0, (count - 2 - pos) // batch_tokens)  # pos + batch + 1 stays below count
+                here = min(steps, fit)
+                steps -= here
+                pos += here * batch_tokens
+                drawn += here * batch_tokens
                 if steps:
                     count, pos = next(shards, None), 0
                     if count is None:
@@ -1902,7 +1914,7 @@ class Loader:
         return sum((n - 1) // self.block for n in self.counts if n)
 
     def open(self) -> None:
-        """Open what the first batch may need. Shuffled, that is every shard, so none is found to be wrong in mid-run."""
+        """Open what the first batch may need; shuffled, every shard, so none is found bad later."""
         for shard in range(len(self.files) if self.cfg.shuffle else 1):
             self.tokens(shard)
 
@@ -1910,11 +1922,12 @@ class Loader:
         if shard not in self.opened:
             if not self.cfg.shuffle:
                 self.opened.clear()  # one at a time
-            self.opened[shard] = self.together(lambda: read_shard(self.files[shard], self.cfg.vocab))
+            path, vocab = self.files[shard], self.cfg.vocab
+            self.opened[shard] = self.together(lambda: read_shard(path, vocab))
         return self.opened[shard]
 
     def ended(self, batch_tokens: int) -> bool:
-        """Whether there is no next batch of this size, because it would begin or end behind the last epoch."""
+        """Whether there is no next batch of this size: it would end behind the last epoch."""
         if not self.cfg.epochs or self.epoch < self.cfg.epochs - 1:
             return False
         if self.cfg.shuffle:
@@ -1974,23 +1987,24 @@ class Loader:
 
     def shuffle_documents(self) -> None:
         """
-        Documents in the order of this epoch; the first keeps the order of the files, as slowrun does. A document that runs
-        across shards is several pieces that stay together: what stands before a shard's first separator belongs to the
-        shard before.
+        Documents in the order of this epoch; the first keeps the order of the files, as slowrun
+        does. A document that runs across shards is several pieces that stay together: what stands
+        before a shard's first separator belongs to the shard before.
         """
         pieces, documents, begun = [], [], 0
         for shard, n in enumerate(self.counts):
             if n:
                 tokens = self.tokens(shard)[:n]
                 starts = np.union1d([0], np.flatnonzero(tokens == self.cfg.doc_token))
-                pieces.append(np.column_stack([np.full(len(starts), shard), starts, np.diff(starts, append=n)]))
+                lengths = np.diff(starts, append=n)
+                pieces.append(np.column_stack([np.full(len(starts), shard), starts, lengths]))
                 documents.append(begun + np.cumsum(tokens[starts] == self.cfg.doc_token))
                 begun = documents[-1][-1]
         pieces, documents = np.concatenate(pieces).astype(np.int64), np.concatenate(documents)
         if self.epoch:
-            documents = documents - documents[0]  # from 0 up, whether or not the first begins with its separator
+            documents = documents - documents[0]  # from 0, also where the first has no separator
             rng = np.random.default_rng([self.cfg.seed, self.epoch, 1])
-            place = np.argsort(rng.permutation(documents[-1] + 1))  # of each document in the new order
+            place = np.argsort(rng.permutation(documents[-1] + 1))  # of a document in the new order
             pieces = pieces[np.argsort(place[documents], kind="stable")]
         self.stream = np.column_stack([pieces, pieces[:, 2].cumsum()])
 
@@ -2011,18 +2025,21 @@ class Loader:
                             f"{get_command(self.cfg, 2 * len(self.files))}, or raise --epochs (now {self.cfg.epochs})")
 
     def identity(self) -> dict:
-        """What a checkpoint keeps of its data: size and a sample of the content of every shard, by side and name."""
+        """What a checkpoint keeps of its data: the mark of every shard, by side and name."""
         if not self.marks:
-            self.marks = {split: {os.path.basename(path): shard_mark(path) for path in find_shards(self.cfg, split)}
-                          for split in ("train", "val")}
+            for split in ("train", "val"):
+                files = find_shards(self.cfg, split)
+                self.marks[split] = {os.path.basename(path): shard_mark(path) for path in files}
         return self.marks
 
     def accept(self, saved: dict, position: dict) -> str:
         """
-        Compare the data of a checkpoint (its identity) with that of now; gives a notice where only shards differ that it
-        had not yet read: in order and in the first epoch, those behind its position.
+        Compare the data of a checkpoint (its identity) with that of now; gives a notice where only
+        shards differ that it had not yet read: in order and in the first epoch, those behind its
+        position.
 
-        Raises UserError if the position would point to other tokens, or losses would be of another validation text.
+        Raises UserError if the position would point to other tokens, or losses would be of another
+        validation text.
         """
         found, wrong, unread = self.identity(), [], []
         old, new = ({**both["train"], **both["val"]} for both in (saved, found))
@@ -2043,9 +2060,11 @@ class Loader:
             (unread if known and in_order and name > last else wrong).append(f"{name} {what}")
         if wrong:
             some = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-            raise UserError(f"the data in {self.cfg.data} is not what this run was trained on: {some}; put the old shards "
-                            "back, or start another --run (--init_from takes over the weights)")
-        return f"shards that this run has not yet read have changed: {'; '.join(unread)}" if unread else ""
+            raise UserError(f"the data in {self.cfg.data} is not what this run was trained on: "
+                            f"{some}; put the old shards back, or start another --run (--init_from "
+                            "takes over the weights)")
+        said = "shards that this run has not yet read have changed: "
+        return said + "; ".join(unread) if unread else ""
 
     def targets(self, batch_tokens: int) -> int:
         """How many tokens of a batch bear a loss."""
@@ -2072,8 +2091,9 @@ def tensors(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def shard_mark(path: str) -> list:
     """
-    Size, and a hash of both ends and of blocks between them, 1 MiB in all: for resuming, where a minute of reading is too
-    much and the question is whether a file was exchanged. What proves content is data_fingerprint.
+    Size, and a hash of both ends and of blocks between them, 1 MiB in all: for resuming, where a
+    minute of reading is too much and the question is whether a file was exchanged. What proves
+    content is data_fingerprint.
     """
     block, digest = 1 << 16, hashlib.sha256()
     try:
@@ -2089,8 +2109,8 @@ def shard_mark(path: str) -> list:
 
 def data_fingerprint(cfg: Config) -> str:
     """
-    SHA-256 of every byte of every shard: of what `sha256sum *_train_*.bin *_val_*.bin` prints in the data's folder. Some
-    GB take seconds, so it is reckoned once, behind the clock.
+    SHA-256 of every byte of every shard: of what `sha256sum *_train_*.bin *_val_*.bin` prints in
+    the data's folder. Some GB take seconds, so it is reckoned once, behind the clock.
     """
     def line(path: str) -> str:
         try:
@@ -2124,14 +2144,17 @@ class Tokenizer:
             if not Path(name).is_file():
                 raise UserError(f"tokenizer = {name!r}: no such file; for the shipped text run: python data/get.py sample")
             try:
-                self.sp = sentencepiece.SentencePieceProcessor(model_file=name)
+                self.sp = sentencepiece.SentencePieceProcessor()
+                # not by its name, which may have bytes that are no UTF-8
+                self.sp.LoadFromSerializedProto(Path(name).read_bytes())
             except (RuntimeError, OSError) as e:
                 raise UserError(f"tokenizer = {name!r} is no SentencePiece model: {e}") from e
-            # Beside a character without a piece, a space needs a piece of its own. Without one it becomes the three bytes
-            # of U+2581, which would count as three and decode to that sign.
+            # Beside a character without a piece, a space needs a piece of its own. Without one it
+            # becomes the three bytes of U+2581, which would count as three and decode to that sign.
             if "\u2581" in self.sp.decode(self.sp.encode("\ue000 \ue001 \ue002")):
-                raise UserError(f"tokenizer = {name!r} has no piece for a space by itself: spaces would count as three bytes, "
-                                "and bits per byte be too low; train one that has (get.py tokenize --tokenizer train:VOCAB)")
+                raise UserError(f"tokenizer = {name!r} has no piece for a space by itself: spaces "
+                                "would count as three bytes, and bits per byte be too low; train "
+                                "one that has (get.py tokenize --tokenizer train:VOCAB)")
 
     def encode(self, text: str) -> list[int]:
         return self.sp.encode(text) if self.sp else self.gpt2.encode_ordinary(text)
@@ -2376,7 +2399,8 @@ def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, l
         for name, named in (("model", weights), ("optimizer", optimizer), ("averages", averages)):
             write_tensors(named, part / f"{name}.safetensors")
         state = {"step": step, "train_seconds": run.clock.seconds(), "wall_seconds": run.wall(), "loader": loader.state_dict(),
-                 "data": loader.identity(), "rng": rng, "world_size": run.world, "torch": torch.__version__}
+                 "data": loader.identity(), "rng": rng, "world_size": run.world,
+                 "torch": torch.__version__}
         (part / "state.json").write_text(json.dumps(state))
         (part / "config.toml").write_text(config_toml(run.cfg))
         sync_folder(part)
@@ -2427,7 +2451,8 @@ def load_checkpoint(path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg:
     except ValueError as e:
         raise UserError(f"{path / 'state.json'} cannot be read ({e}); delete its folder to go back to the one before") from e
     if "data" not in state:
-        run.log(f"notice: {path} does not say what data it was trained on: whether these are the same is not known")
+        run.log(f"notice: {path} does not say what data it was trained on: whether these are the "
+                "same is not known")
     elif notice := run.on_main(lambda: loader.accept(state["data"], state["loader"])):
         run.log(f"notice: {notice}")
     load_weights(model, read_tensors(path / "model.safetensors"), str(path))
@@ -2853,9 +2878,10 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
         took = 0.0 if before is None else (seconds - before) * (2 if run.device.type == "cuda" else 1)
         last = step >= cfg.steps or bool(cfg.max_seconds and seconds + took > plan.seconds)
         if not last and cfg.max_seconds and p.loader.ended(now.batch_tokens):
-            last = True  # nobody could know before how many steps that is: it ends as the cap would have ended it
-            run.log(f"notice: the data ended at step {step}, after {seconds:.1f} of {plan.seconds:.1f} s, and with it "
-                    "training, before the schedules did; more shards or more --epochs would have used the rest")
+            last = True  # nobody could know before when that is: it ends training as the cap does
+            run.log(f"notice: the data ended at step {step}, after {seconds:.1f} of "
+                    f"{plan.seconds:.1f} s, and with it training, before the schedules did; more "
+                    "shards or more --epochs would have used the rest")
         before = seconds
         ending = plan.ends_epoch(step)
         evaluating = last or (step % cfg.eval_every == 0 if cfg.eval_every > 0 else cfg.eval_every < 0 and (ending or not step))
@@ -2893,7 +2919,7 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
 
 @contextlib.contextmanager
 def trained_is_kept(p: Parts, begun: int):
-    """What refuses to go on inside, on all ranks alike, costs no step: they are saved before it is said. Not a divergence."""
+    """A refusal inside, on all ranks and no divergence, costs no step: all are saved first."""
     run = p.run
     try:
         yield
@@ -2904,7 +2930,8 @@ def trained_is_kept(p: Parts, begun: int):
         if run.step == begun:
             raise
         saved = save_checkpoint(run, p.model, p.opt, p.avg, p.loader, run.step)
-        raise UserError(f"{e}; all {run.step} steps are saved in {saved}: mend that and continue with --resume") from e
+        raise UserError(f"{e}; all {run.step} steps are saved in {saved}: mend that and continue "
+                        "with --resume") from e
 
 
 def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
@@ -3073,7 +3100,8 @@ def write_result(p: Parts, result: dict, step: int, size: int) -> None:
            "params": size, "steps": step, "tokens": tokens_seen(p, step), **result, "train_time_s": seconds,
            "wall_time_s": run.wall(),
            "world_size": run.world, "device": device_name(run), "torch": torch.__version__, "git": git_revision(),
-           **({"data_sha256": data_sha256} if data_sha256 else {}), "config_sha256": config_hash(cfg), "resumed": run.resumed,
+           **({"data_sha256": data_sha256} if data_sha256 else {}),
+           "config_sha256": config_hash(cfg), "resumed": run.resumed,
            "peak_memory_bytes": peak}
     bits = " ".join(f"{k}:{v:.8f}" for k, v in result.items() if k.endswith("bpb"))
     run.log(f"final: val_loss:{result['val_loss']:.8f} {bits} train_time:{seconds:.3f}s wall_time:{run.wall():.1f}s")

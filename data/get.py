@@ -14,8 +14,8 @@ leaves a folder of the same shape, which `train_gpt.py --data FOLDER` reads.
 The folder:
     *_val_000000.bin    256 little-endian int32 (20240520, 1, token count, zeros), then uint16 tokens: the
     *_train_000001.bin  format of llm.c, modded-nanogpt and parameter-golf. A document is its separator token,
-    ...                 then its text; documents run across shards. Six digits end the name: what has another
-                        one ("x_train_000001 (1).bin") is no shard, and no run reads it.
+    ...                 then its text; documents run across shards. Six digits end the name: what
+                        has another ("x_train_000001 (1).bin") is no shard, and no run reads it.
     tokenizer.model     the SentencePiece model; absent where the tokenizer is gpt2
     val.txt             the validation text byte for byte as it decodes, without separators: its size is what
                         bits per byte divides by; absent where tokens were downloaded
@@ -83,7 +83,7 @@ def from_trainer(name: str, *args):
 
 
 def side(name: str) -> str:
-    """"train" or "val" for the name of a shard, the last word where it has both; empty for any other name."""
+    """The side of a shard by its name: train or val, the last of them; empty for another name."""
     match = SHARD_NAME.fullmatch(name)
     return match[1] if match else ""
 
@@ -138,7 +138,7 @@ class ZstReader(io.RawIOBase):
                 raise EOFError("the last frame has no end")
             if not self.packed:
                 return 0
-            # --long=31 is what zstd writes at most; it takes as much memory as the file's own window
+            # zstd --long=31 is the most there is; memory is taken for the file's own window only
             unpack = zstandard.ZstdDecompressor(max_window_size=1 << 31)
             self.frame = self.frame or unpack.decompressobj()
             self.content = self.frame.decompress(self.packed)
@@ -159,11 +159,11 @@ def unpacked(raw: BinaryIO, suffix: str) -> BinaryIO:
 
 
 class Reader:
-    """Documents of the user's files, in the order given. A .txt file is one document, or several where the
-    regular expression `split` cuts it; a .jsonl or .ndjson file has one a line, under the key `text_field`.
-    All may be packed as .gz, .xz or .zst. A folder stands for all such files below it, but for hidden ones
-    and for what get.py itself wrote there: its val.txt would put validation text into the training text.
-    Blank documents are passed over.
+    """Documents of the user's files, in the order given. A .txt file is one document, or several
+    where the regular expression `split` cuts it; a .jsonl or .ndjson file has one a line, under the
+    key `text_field`. All may be packed as .gz, .xz or .zst. A folder stands for all such files
+    below it, but for hidden ones and for what get.py itself wrote there: its val.txt would put
+    validation text into the training text. Blank documents are passed over.
 
     Raises UserError for a missing file, an unknown suffix, text that is not UTF-8, a line without JSON or
     without text under that key, and a damaged archive.
@@ -180,8 +180,8 @@ class Reader:
             if not given.exists():
                 raise UserError(f"{given}: no such file or folder")
             if not given.is_file():
-                raise UserError(f"{given}: a pipe or device gives its text once, and it is read several "
-                                "times; write it to a file first")
+                raise UserError(f"{given}: a pipe or device gives its text once, and it is read "
+                                "several times; write it to a file first")
             if not self.kind(given):
                 raise UserError(f"{given}: unknown kind of file; give .txt, .jsonl or .ndjson, "
                                 "or .gz, .xz or .zst of them")
@@ -189,8 +189,8 @@ class Reader:
         if own:
             print(f"passed over, as get.py made it: {', '.join(map(str, own))}")
         if not self.paths:
-            raise UserError("no input: name .txt, .jsonl or .ndjson files, or .gz, .xz or .zst of them, or a "
-                            "folder that holds such files")
+            raise UserError("no input: name .txt, .jsonl or .ndjson files, or .gz, .xz or .zst of "
+                            "them, or a folder that holds such files")
         try:
             self.split = re.compile(split) if split else None
         except (re.error, OverflowError, RecursionError) as error:
@@ -201,7 +201,7 @@ class Reader:
 
     @classmethod
     def below(cls, folder: Path) -> list[Path]:
-        """The files of a known kind below a folder by path, without hidden ones (also a Mac's ._name)."""
+        """The files of a known kind below a folder, without hidden ones (also a Mac's ._name)."""
         def refuse(error: OSError) -> None:
             raise error  # a folder that cannot be read would be left out without a word
 
@@ -250,14 +250,15 @@ class Reader:
 
     def field(self, record: object) -> str:
         if not isinstance(record, dict):
-            raise ValueError(f'no text: a line must be a JSON object such as {{"{self.text_field}": "..."}}')
+            raise ValueError("no text: a line must be a JSON object such as "
+                             f'{{"{self.text_field}": "..."}}')
         if self.text_field not in record:
-            raise ValueError(f'no text under "{self.text_field}"; choose --text_field from its keys: '
-                             f"{', '.join(record)}")
+            raise ValueError(f'no text under "{self.text_field}"; choose --text_field from its '
+                             f"keys: {', '.join(record)}")
         text = record[self.text_field]
         if not isinstance(text, str):
-            raise ValueError(f'"{self.text_field}" is {json.dumps(text)[:40]} and no text; leave such lines '
-                             "out, or choose another --text_field")
+            raise ValueError(f'"{self.text_field}" is {json.dumps(text)[:40]} and no text; leave '
+                             "such lines out, or choose another --text_field")
         # JSON can spell lone surrogates, which no tokenizer takes
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -331,7 +332,9 @@ class Encoder:
             else:
                 import sentencepiece
 
-                self.model = sentencepiece.SentencePieceProcessor(model_file=name)
+                self.model = sentencepiece.SentencePieceProcessor()
+                # not by its name, which may have bytes that are no UTF-8
+                self.model.LoadFromSerializedProto(Path(name).read_bytes())
                 self.vocab, self.separator = self.model.get_piece_size(), self.model.bos_id()
         except (OSError, RuntimeError, ValueError) as error:
             advice = "give gpt2 or the path of a SentencePiece model"
@@ -443,8 +446,8 @@ def describe(path: Path, separator: int) -> dict:
     return entry
 
 
-MANIFEST = {"source": dict, "tokenizer": str, "vocab": int, "separator": int, "train": dict, "val": dict,
-            "files": dict}
+MANIFEST = {"source": dict, "tokenizer": str, "vocab": int, "separator": int, "train": dict,
+            "val": dict, "files": dict}
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -466,13 +469,14 @@ def read_manifest(folder: Path) -> dict | None:
 
 def is_manifest(found: object) -> bool:
     """Whether all is there that this program takes from a manifest."""
-    if not isinstance(found, dict) or not all(isinstance(found.get(k), v) for k, v in MANIFEST.items()):
-        return False
-    entries = found["files"].values()
-    counted = [found["train"], found["val"], *(e for name, e in found["files"].items() if side(name))]
-    return (all(isinstance(e, dict) and isinstance(e.get("size"), int) and isinstance(e.get("sha256"), str)
-                for e in entries)
-            and all(isinstance(c.get(key), int) for c in counted for key in ("tokens", "documents")))
+    def holds(what: object, keys: dict[str, type]) -> bool:
+        return isinstance(what, dict) and all(isinstance(what.get(k), t) for k, t in keys.items())
+
+    counts = {"tokens": int, "documents": int}
+    return (holds(found, MANIFEST)
+            and all(holds(found[split], counts) for split in ("train", "val"))
+            and all(holds(entry, {"size": int, "sha256": str} | (counts if side(name) else {}))
+                    for name, entry in found["files"].items()))
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -513,7 +517,8 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def made_in(folder: Path) -> Container[str]:
-    """Names of the files in a folder that this program made: what a manifest lists, and what a killed process left."""
+    """Names of the files in a folder that this program made: those that a manifest lists, and what
+    a killed process left."""
     if folder.name == "building" and (folder.parent / ".lock").exists():
         return os.listdir(folder)
     try:
@@ -527,8 +532,8 @@ def shards_in(folder: Path) -> list[Path]:
 
 
 def nothing_to_do(out: Path, source: dict, force: bool) -> bool:
-    """Whether `out` holds the data set of this source whole and unaltered. Asked before `out` is locked, and
-    nothing is written: a disk may be read-only, and several processes may ask at once."""
+    """Whether `out` holds the data set of this source whole and unaltered. Asked before `out` is
+    locked, and nothing is written: a disk may be read-only, several processes may ask at once."""
     manifest = None if force else read_manifest(out)
     if manifest is None or manifest["source"] != source or altered_files(out, manifest["files"]):
         return False
@@ -537,8 +542,8 @@ def nothing_to_do(out: Path, source: dict, force: bool) -> bool:
 
 
 def complete(out: Path, source: dict, force: bool) -> bool:
-    """True if `out`, now locked, holds the data set of this source whole and unaltered; False if it is to be
-    made.
+    """True if `out`, now locked, holds the data set of this source whole and unaltered; False if it
+    is to be made.
 
     Raises UserError where making it would replace another one and `force` does not allow that.
     """
@@ -1240,17 +1245,19 @@ def golf(
         wanted = chosen_shards(listing, f"{root}/datasets/fineweb10B_{variant}/", "fineweb", shards, repo)
         small["tokenizer.model"] = listing[f"{root}/{model_path}"]
         fetch(out, repo, commit, small)
-        model = Encoder(str(out / "tokenizer.model"))  # what is wrong with it is said before GBs are fetched
+        model = Encoder(str(out / "tokenizer.model"))  # refused before gigabytes are fetched
         fetch(out, repo, commit, wanted)
         source |= {"commit": commit}
-        finish_download(out, source, wanted | small, "tokenizer.model", model.vocab, model.separator)
+        wanted |= small
+        finish_download(out, source, wanted, "tokenizer.model", model.vocab, model.separator)
 
 
 def golf_tokenizer(path: Path, variant: str) -> str:
-    """Where the challenge's manifest at `path` has the variant's SentencePiece model, relative to its folder.
+    """Where the challenge's manifest at `path` has the variant's SentencePiece model, relative to
+    its folder in the repository.
 
-    Raises UserError for an unknown variant, for one without such a model (the byte tokenizers), and for a
-    manifest in another layout.
+    Raises UserError for an unknown variant, for one without such a model (the byte tokenizers), and
+    for a manifest in another layout.
     """
     try:
         manifest = json.loads(path.read_text("utf-8"))
@@ -1258,8 +1265,9 @@ def golf_tokenizer(path: Path, variant: str) -> str:
         variants = {entry["name"].removeprefix("fineweb10B_"): models.get(entry["tokenizer_name"])
                     for entry in manifest["datasets"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not in parameter-golf's layout ({type(error).__name__}: {error}); see "
-                        "that --repo and --root are right") from None
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not in parameter-golf's layout ({why}); see that --repo "
+                        "and --root are right") from None
     if not variants.get(variant):
         known = ", ".join(name for name, model in variants.items() if model)
         raise UserError(f"--variant {variant}: no such set with a SentencePiece model; there are: {known}")
@@ -1303,10 +1311,12 @@ class Check:
         others = sorted(self.folder.glob("*.bin")) if self.whole else [path]
         others = [other.name for other in others if not side(other.name)]
         if not self.shards:
-            raise UserError(f"{path} holds no *_train_NNNNNN.bin or *_val_NNNNNN.bin"
-                            f"{' (but ' + ', '.join(others) + ')' if others else ''}; give a folder that does")
+            but = f" (but {', '.join(others)})" if others else ""
+            raise UserError(f"{path} holds no *_train_NNNNNN.bin or *_val_NNNNNN.bin{but}; give a "
+                            "folder that does")
         if others:
-            print(f"no run reads: {', '.join(others)}; a shard is *_train_NNNNNN.bin or *_val_NNNNNN.bin")
+            print(f"no run reads: {', '.join(others)}; "
+                  "a shard is *_train_NNNNNN.bin or *_val_NNNNNN.bin")
         self.manifest = read_manifest(self.folder) or {}
         self.listed = self.manifest.get("files", {})
         given = tokenizer or self.manifest.get("tokenizer", "")
@@ -1342,6 +1352,8 @@ class Check:
         """What the manifest says of a shard."""
         if not self.listed:
             return "none"
+        if not side(path.name):
+            return "no shard"
         if path.name not in self.listed:
             self.problems.append(f"{path}: not in manifest.json, and a run would read it; move it away")
             return "NOT LISTED"
@@ -1425,10 +1437,12 @@ def check(
 
 def advice(error: OSError) -> str:
     """What to do about an error of a file or a disk."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "free some space or give another --out"
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return "a file is in the way of a folder: remove it or give another --out"
+    if error.errno == errno.EISDIR:
+        return "a folder is in the way of a file: remove it or give another --out"
     if error.errno == errno.EROFS:
         return "nothing can be written there: give another --out"
     return "see that it exists and you may use it"
@@ -1438,7 +1452,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Returns 0, or 2 after a message about what the user can mend."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files that the console has no letters for
+            stream.reconfigure(errors="backslashreplace")  # a file's name may not fit the console
     commands = [sample, tokenize, fineweb10B, fineweb100B, finewebedu10B, golf, slowrun, from_slowrun, to_slowrun, check]
     try:
         tyro.extras.subcommand_cli_from_dict(
@@ -1450,10 +1464,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or 'disk'}: {error.strerror or error}; {advice(error)}", file=sys.stderr)
+        where = error.filename2 or error.filename or "disk"  # of a copy, where it goes
+        print(f"error: {where}: {error.strerror or error}; {advice(error)}", file=sys.stderr)
         return 2
     except MemoryError as error:
-        print(f"error: not enough memory ({error}); give smaller files, or fewer --shard_tokens", file=sys.stderr)
+        print(f"error: not enough memory ({error}); give smaller files, or fewer --shard_tokens",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again: a download goes on where it stopped", file=sys.stderr)

@@ -232,36 +232,53 @@ def test_a_full_disk_leaves_the_old_data_set(few, tmp_path, monkeypatch, capsys)
 
 
 def test_what_is_complete_needs_no_lock_and_no_writing(few, hub, tmp_path, capsys):
-    """A read-only disk will do, and several processes may ask at once, as `./run.sh` started twice does."""
+    """A read-only disk will do, and several processes may ask at once (two ./run.sh)."""
     (tmp_path / "a.jsonl").write_bytes(LINES)
-    commands = [["sample", "--vocab", 400, "--out", tmp_path / "s"],
-                ["tokenize", tmp_path / "a.jsonl", "--tokenizer", "train:340", "--out", tmp_path / "t"],
-                ["fineweb10B", "--shards", 1, "--out", tmp_path / "f"]]
+    commands = [
+        ["sample", "--vocab", 400, "--out", tmp_path / "s"],
+        ["tokenize", tmp_path / "a.jsonl", "--tokenizer", "train:340", "--out", tmp_path / "t"],
+        ["fineweb10B", "--shards", 1, "--out", tmp_path / "f"],
+    ]
     for command in commands:
         assert run(*command) == 0
         (command[-1] / ".lock").unlink()
         capsys.readouterr()
-        times = {path: path.stat().st_mtime_ns for path in [command[-1], *command[-1].iterdir()]}
+        files = [command[-1], *command[-1].iterdir()]
+        times = [path.stat().st_mtime_ns for path in files]
         assert run(*command) == 0
         assert "complete, nothing to do" in capsys.readouterr().out
-        assert times == {path: path.stat().st_mtime_ns for path in [command[-1], *command[-1].iterdir()]}
+        assert files == [command[-1], *command[-1].iterdir()]
+        assert times == [path.stat().st_mtime_ns for path in files]
         with get.locked(command[-1]):
             assert run(*command) == 0
 
 
-@pytest.mark.parametrize("content", [
-    "", "[]", "{}", "null", '"x"', "[" * 100_000, '{"source": {}, "files": []}', '{"source": 1, "files": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        "null",
+        '"x"',
+        "[" * 100_000,
+        '{"source": {}, "files": []}',
+        '{"source": 1, "files": {"a": 1}}',
+    ],
+)
 def test_a_manifest_that_is_none_is_named(few, tmp_path, capsys, content):
     assert run("sample", "--out", tmp_path, "--vocab", 400) == 0
     whole = manifest_of(tmp_path)
     (tmp_path / "manifest.json").write_text(content)
-    for command in (["check", tmp_path], ["sample", "--out", tmp_path], ["to_slowrun", tmp_path, "--out", tmp_path / "x"],
+    for command in (["check", tmp_path], ["sample", "--out", tmp_path],
+                    ["to_slowrun", tmp_path, "--out", tmp_path / "x"],
                     ["fineweb10B", "--out", tmp_path]):
         assert run(*command) == 2
-        assert "manifest.json is damaged or was not written by data/get.py" in capsys.readouterr().err
+        assert "manifest.json is damaged or was not written by" in capsys.readouterr().err
     for name in whole:
         if name != "published_split":
-            (tmp_path / "manifest.json").write_text(json.dumps({k: v for k, v in whole.items() if k != name}))
+            less = {key: value for key, value in whole.items() if key != name}
+            (tmp_path / "manifest.json").write_text(json.dumps(less))
             assert run("sample", "--out", tmp_path, "--vocab", 400) == 2
     capsys.readouterr()
 
@@ -388,40 +405,68 @@ def spoil(content):
 LINES = "".join(json.dumps({"text": story(seed)}) + "\n" for seed in range(300)).encode()
 
 
-@pytest.mark.parametrize(("name", "content", "options", "message"), [
-    ("a.txt", b" \n\t\n", [], "none of the 0 documents"),
-    ("a.jsonl", b"\n\n", [], "none of the 0 documents"),
-    ("a.txt", b"text", [], "none of the 1 documents is for"),
-    ("a.txt", b"text", ["--val_docs", "1"], "1 different documents"),
-    ("a.jsonl", LINES, ["--val_docs", "300"], "300 different documents"),
-    ("a.jsonl", LINES, ["--val_docs", "0"], "--val_docs 0"),
-    ("a.jsonl", LINES, ["--val_fraction", "1.5"], "--val_fraction 1.5"),
-    ("a.jsonl", LINES, ["--val_fraction", "0.1", "--val_docs", "3"], "exclude each other"),
-    ("a.jsonl", LINES, ["--shard_tokens", "0"], "--shard_tokens 0"),
-    ("a.jsonl", LINES, ["--tokenizer", "train:65537"], "uint16"),
-    ("a.jsonl", LINES, ["--tokenizer", "train:5"], "no tokenizer of 5 pieces"),
-    ("a.jsonl", LINES, ["--tokenizer", "nowhere.model"], "nowhere.model"),
-    ("a.jsonl", LINES, ["--text_field", "body"], "--text_field from its keys: text"),
-    ("a.jsonl", LINES + b"[1, 2]\n", [], "a.jsonl, line 301: no text"),
-    ("a.jsonl", LINES + b'{"text": \n', [], "a.jsonl, line 301: Expecting value"),
-    ("a.jsonl", LINES + b'{"text": null}\n', [], 'a.jsonl, line 301: "text" is null and no text; leave'),
-    ("a.jsonl", LINES + b'{"text": 7.5}\n', [], 'a.jsonl, line 301: "text" is 7.5 and no text; leave'),
-    ("a.jsonl", LINES + b'{"txt": "a"}\n', [], "a.jsonl, line 301: no text under \"text\"; choose"),
-    ("a.jsonl", LINES + b'"text"\n', [], "a.jsonl, line 301: no text: a line must be a JSON object"),
-    ("a.jsonl", LINES + b"[" * 100_000 + b"\n", [], "a.jsonl, line 301: maximum recursion depth"),
-    ("a.txt", b"text", ["--split", "a{99999999999}"], "no regular expression"),
-    ("a.jsonl", LINES, ["--tokenizer", ""], "tokenizer"),
-    ("a.jsonl", LINES, ["--tokenizer", "."], "tokenizer"),
-    ("a.jsonl", LINES + b'{"text": "\xff"}\n', [], "a.jsonl, line 301, byte 10: not UTF-8"),
-    ("a.txt", b"caf\xe9", [], "a.txt, byte 3: not UTF-8"),
-    ("a.txt", b"text", ["--split", "(" ], "no regular expression"),
-    ("a.txt", b"text", ["--split", "(a)" ], "(?:...)"),
-    ("a.pdf", b"text", [], "unknown kind of file"),
-    ("a.jsonl.gz", spoil(gzip.compress(LINES)), [], "damaged or cut short"),
-    ("a.jsonl.xz", spoil(lzma.compress(LINES)), [], "damaged or cut short"),
-    ("a.jsonl.zst", spoil(zstandard.compress(LINES)), [], "damaged or cut short"),
-    ("a.txt.zst", b"no archive", [], "damaged or cut short"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("a.txt", b" \n\t\n", [], "none of the 0 documents"),
+        ("a.jsonl", b"\n\n", [], "none of the 0 documents"),
+        ("a.txt", b"text", [], "none of the 1 documents is for"),
+        ("a.txt", b"text", ["--val_docs", "1"], "1 different documents"),
+        ("a.jsonl", LINES, ["--val_docs", "300"], "300 different documents"),
+        ("a.jsonl", LINES, ["--val_docs", "0"], "--val_docs 0"),
+        ("a.jsonl", LINES, ["--val_fraction", "1.5"], "--val_fraction 1.5"),
+        ("a.jsonl", LINES, ["--val_fraction", "0.1", "--val_docs", "3"], "exclude each other"),
+        ("a.jsonl", LINES, ["--shard_tokens", "0"], "--shard_tokens 0"),
+        ("a.jsonl", LINES, ["--tokenizer", "train:65537"], "uint16"),
+        ("a.jsonl", LINES, ["--tokenizer", "train:5"], "no tokenizer of 5 pieces"),
+        ("a.jsonl", LINES, ["--tokenizer", "nowhere.model"], "nowhere.model"),
+        ("a.jsonl", LINES, ["--text_field", "body"], "--text_field from its keys: text"),
+        ("a.jsonl", LINES + b"[1, 2]\n", [], "a.jsonl, line 301: no text"),
+        ("a.jsonl", LINES + b'{"text": \n', [], "a.jsonl, line 301: Expecting value"),
+        (
+            "a.jsonl",
+            LINES + b'{"text": null}\n',
+            [],
+            'a.jsonl, line 301: "text" is null and no text; leave',
+        ),
+        (
+            "a.jsonl",
+            LINES + b'{"text": 7.5}\n',
+            [],
+            'a.jsonl, line 301: "text" is 7.5 and no text; leave',
+        ),
+        (
+            "a.jsonl",
+            LINES + b'{"txt": "a"}\n',
+            [],
+            'a.jsonl, line 301: no text under "text"; choose',
+        ),
+        (
+            "a.jsonl",
+            LINES + b'"text"\n',
+            [],
+            "a.jsonl, line 301: no text: a line must be a JSON object",
+        ),
+        (
+            "a.jsonl",
+            LINES + b"[" * 100_000 + b"\n",
+            [],
+            "a.jsonl, line 301: maximum recursion depth",
+        ),
+        ("a.txt", b"text", ["--split", "a{99999999999}"], "no regular expression"),
+        ("a.jsonl", LINES, ["--tokenizer", ""], "tokenizer"),
+        ("a.jsonl", LINES, ["--tokenizer", "."], "tokenizer"),
+        ("a.jsonl", LINES + b'{"text": "\xff"}\n', [], "a.jsonl, line 301, byte 10: not UTF-8"),
+        ("a.txt", b"caf\xe9", [], "a.txt, byte 3: not UTF-8"),
+        ("a.txt", b"text", ["--split", "("], "no regular expression"),
+        ("a.txt", b"text", ["--split", "(a)"], "(?:...)"),
+        ("a.pdf", b"text", [], "unknown kind of file"),
+        ("a.jsonl.gz", spoil(gzip.compress(LINES)), [], "damaged or cut short"),
+        ("a.jsonl.xz", spoil(lzma.compress(LINES)), [], "damaged or cut short"),
+        ("a.jsonl.zst", spoil(zstandard.compress(LINES)), [], "damaged or cut short"),
+        ("a.txt.zst", b"no archive", [], "damaged or cut short"),
+    ],
+)
 def test_bad_input_is_refused_and_leaves_no_data(
     gpt2_files, tmp_path, capsys, name, content, options, message
 ):
@@ -441,7 +486,8 @@ def test_missing_input_and_unwritable_output_are_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     for out in (tmp_path / "file" / "out", tmp_path / "file"):
         assert run("sample", "--out", out) == 2
-        assert f"{out}: " in (error := capsys.readouterr().err) and "in the way of a folder" in error
+        error = capsys.readouterr().err
+        assert f"{out}: " in error and "in the way of a folder" in error
     assert run("from_slowrun", tmp_path) == 2
     assert "fineweb_val.pt: No such file" in capsys.readouterr().err
 
@@ -452,7 +498,9 @@ def test_packed_files_of_several_frames_are_read_whole(tmp_path):
     assert list(get.Reader([tmp_path / "a.jsonl.zst"]).read("")) == [story(seed) for seed in range(300)]
 
 
-@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.NDJSON.GZ", "a.Txt", "a.txt.XZ", "a.jsonl.Zst"])
+@pytest.mark.parametrize(
+    "name", ["a.JSONL", "a.ndjson", "a.NDJSON.GZ", "a.Txt", "a.txt.XZ", "a.jsonl.Zst"]
+)
 def test_suffixes_are_read_in_any_case(tmp_path, name):
     content = LINES if "js" in name.lower() else story(1).encode()
     pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}
@@ -470,13 +518,14 @@ def test_zst_with_a_long_window_is_read(tmp_path, window_log):
 
 
 def test_a_folder_stands_for_the_users_own_files_alone(few, tmp_path, capsys):
-    """Not for hidden ones, nor for what get.py wrote: with val.txt, validation text would be trained on."""
+    """Not for hidden ones, nor for what get.py wrote: val.txt would be trained on."""
     folder = tmp_path / "texts"
-    for name in (".git/a.txt", "._a.jsonl", ".hidden.txt", "x/._b.txt", "x/b.txt", "a.jsonl", "set/mine.txt",
-                 "other/val.txt", "left/building/val.txt", "building/c.txt"):
+    for name in (".git/a.txt", "._a.jsonl", ".hidden.txt", "x/._b.txt", "x/b.txt", "a.jsonl",
+                 "set/mine.txt", "other/val.txt", "left/building/val.txt", "building/c.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(LINES if name.endswith("jsonl") else story(7).encode())
-    (folder / "other" / "manifest.json").write_text('{"files": {"val.txt": 1}}')  # of another program
+    foreign = folder / "other" / "manifest.json"  # another program's
+    foreign.write_text('{"files": {"val.txt": 1}}')
     (folder / "left" / ".lock").touch()  # a process was killed here
     assert run("sample", "--out", folder / "set", "--vocab", 400) == 0
     capsys.readouterr()
@@ -505,7 +554,8 @@ def test_tokenize_into_the_folder_of_the_texts_can_be_repeated(gpt2_files, tmp_p
 
 def test_a_pipe_or_an_unreadable_folder_is_no_input(tmp_path, capsys):
     os.mkfifo(tmp_path / "a.jsonl")
-    assert run("tokenize", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer", "gpt2") == 2
+    arguments = ["--out", tmp_path / "out", "--tokenizer", "gpt2"]
+    assert run("tokenize", tmp_path / "a.jsonl", *arguments) == 2
     assert "a.jsonl: a pipe or device gives its text once" in capsys.readouterr().err
     assert run("tokenize", tmp_path, "--out", tmp_path / "out", "--tokenizer", "gpt2") == 2
     assert "no input" in capsys.readouterr().err
@@ -515,11 +565,13 @@ def test_a_pipe_or_an_unreadable_folder_is_no_input(tmp_path, capsys):
 def test_a_model_without_a_piece_for_a_space_is_refused(sample, tmp_path, capsys):
     """Its spaces would count as three bytes. Seen before anything is written, and by check."""
     raw = (sample / "tokenizer.model").read_bytes()
-    spoilt = raw.replace(b"\x0a\x03" + "\u2581".encode() + b"\x15", b"\x0a\x03" + "\uf8ff".encode() + b"\x15")
+    space, other = (b"\x0a\x03" + sign.encode() + b"\x15" for sign in ("\u2581", "\uf8ff"))
+    spoilt = raw.replace(space, other)
     assert spoilt != raw
     (tmp_path / "bare.model").write_bytes(spoilt)
     (tmp_path / "a.jsonl").write_bytes(LINES)
-    assert run("tokenize", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer", tmp_path / "bare.model") == 2
+    arguments = ["--out", tmp_path / "out", "--tokenizer", tmp_path / "bare.model"]
+    assert run("tokenize", tmp_path / "a.jsonl", *arguments) == 2
     assert "bare.model' has no piece for a space" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert run("check", sample, "--tokenizer", tmp_path / "bare.model") == 2
@@ -625,7 +677,7 @@ def test_slowruns_own_files_are_read_or_written_otherwise(gpt2_files, tmp_path, 
 def synthetic_set(folder, **tokens):
     """A data set of GPT-2 tokens with one shard a side, documents of 700 tokens."""
     folder.mkdir()
-    files, counts = {}, {"train": {"tokens": 0, "documents": 0}, "val": {"tokens": 0, "documents": 0}}
+    files, counts = {}, {split: {"tokens": 0, "documents": 0} for split in ("train", "val")}
     for split, count in tokens.items():
         path = folder / f"fineweb_{split}_{int(split == 'train'):06d}.bin"
         stream = np.resize(np.arange(700, dtype=np.uint16), count)
@@ -633,8 +685,8 @@ def synthetic_set(folder, **tokens):
         get.write_shard(path, stream)
         files[path.name] = get.describe(path, 50256)
         counts[split] = {key: files[path.name][key] for key in ("tokens", "documents")}
-    get.write_manifest(folder, {"source": {"command": "slowrun"}, "tokenizer": "gpt2", "vocab": 50257,
-                                "separator": 50256, **counts, "files": files})
+    get.write_manifest(folder, {"source": {"command": "slowrun"}, "tokenizer": "gpt2",
+                                "vocab": 50257, "separator": 50256, **counts, "files": files})
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
@@ -959,7 +1011,9 @@ def test_golf_refuses_a_tokenizer_before_it_fetches_gigabytes(golf_hub, tmp_path
     assert not list(tmp_path.glob("*.bin"))
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"tokenizers": [1], "datasets": []}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"tokenizers": [1], "datasets": []}', b"\xff"]
+)
 def test_golf_names_a_manifest_in_another_layout(golf_hub, tmp_path, capsys, content):
     golf_hub.files["willdepueoai/parameter-golf", "datasets/manifest.json"] = content
     assert run("golf", "--out", tmp_path) == 2
@@ -1046,7 +1100,8 @@ def test_check_finds_a_document_on_both_sides(small, tmp_path, capsys):
 
 def test_check_reads_what_a_run_reads(small, tmp_path, capsys):
     """A name with both words is of the side it ends with; a copy's name is no shard's."""
-    names = {"text_train_000001.bin": "pre_val_x_train_000001.bin", "text_val_000000.bin": "pre_train_x_val_000000.bin"}
+    names = {"text_train_000001.bin": "pre_val_x_train_000001.bin",
+             "text_val_000000.bin": "pre_train_x_val_000000.bin"}
     for old, new in names.items():
         shutil.copy(small / old, tmp_path / new)
         shutil.copy(small / old, tmp_path / f"{old[:-4]} (1).bin")
@@ -1055,14 +1110,24 @@ def test_check_reads_what_a_run_reads(small, tmp_path, capsys):
     assert "no run reads: text_train_000001 (1).bin, text_val_000000 (1).bin;" in out
     counts = manifest_of(small)
     for split in ("train", "val"):
-        assert f"{split}: {counts[split]['tokens']:,} tokens, {counts[split]['documents']:,} documents" in out
+        tokens, documents = (counts[split][key] for key in ("tokens", "documents"))
+        assert f"{split}: {tokens:,} tokens, {documents:,} documents" in out
         assert [os.path.basename(path) for path in trainer.shard_files(str(tmp_path), split)] == [
-            name for name in names.values() if name.endswith(f"{split}_{int(split == 'train'):06d}.bin")]
+            name
+            for name in names.values()
+            if name.endswith(f"{split}_{int(split == 'train'):06d}.bin")
+        ]
 
 
 @settings(max_examples=300)
-@given(parts=st.lists(st.sampled_from(["x", "_", "train", "val", "_train_", "_val_", "000001", "1", ".bin", " (1)", "\n"]),
-                      max_size=7))
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            ["x", "_", "train", "val", "_train_", "_val_", "000001", "1", ".bin", " (1)", "\n"]
+        ),
+        max_size=7,
+    )
+)
 def test_names_of_shards_follow_one_rule(parts):
     name = "".join(parts)
     as_trained = [s for s in ("train", "val") if re.fullmatch(trainer.SHARD_NAME.format(s), name)]
