@@ -982,6 +982,16 @@ class NcaLoader:
         made = json.dumps(facts(self.cfg, rows=True), sort_keys=True).encode()
         return hashlib.sha256(made + self.data.rules.astype("<i8").tobytes()).hexdigest()
 
+    def identity(self) -> dict:
+        """Nothing: all that makes the rows is in the configuration, which a checkpoint holds."""
+        return {}
+
+    def accept(self, saved: dict, position: dict) -> str:
+        return ""
+
+    def ended(self, batch_tokens: int) -> bool:
+        return False  # another epoch can always be made
+
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "pos": self.pos}
 

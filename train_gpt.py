@@ -31,8 +31,8 @@ import dataclasses
 import difflib
 import errno
 import functools
-import glob
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -47,6 +47,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -659,12 +660,17 @@ class Plan:
         moments = [*self.moments(), self.at(self.cfg.steps, 1.0)]  # the last evaluation is behind the last step
         return list(dict.fromkeys(self.eval_shape(n) for n in moments))
 
+    def batches(self) -> list[tuple[int, int]]:
+        """The batches of all steps by count: (how many, of how many tokens), in order of time."""
+        batch = self.sched["batch_tokens"]
+        if len(batch.points) == 1:
+            return [(self.cfg.steps, int(batch.points[0].value))]
+        sizes = (int(batch.at(s, s / self.cfg.steps)) for s in range(self.cfg.steps))
+        return [(len(list(same)), size) for size, same in itertools.groupby(sizes)]
+
     def tokens(self) -> int:
         """Training tokens of all steps."""
-        starts = self.sched["batch_tokens"]
-        if len(starts.points) == 1:
-            return self.cfg.steps * int(starts.points[0].value)
-        return sum(self.at(s, s / self.cfg.steps).batch_tokens for s in range(self.cfg.steps))
+        return sum(steps * batch_tokens for steps, batch_tokens in self.batches())
 
 
 ########################################
@@ -894,6 +900,21 @@ class Run:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         self.lock_file = lock
+
+    def together(self, work):
+        """Call work() on every rank, for what may fail on one alone: it is then raised on all."""
+        answer, failure = None, None
+        try:
+            answer = work()
+        except Exception as e:  # whatever it is, the others would wait for this rank
+            failure = portable(e)
+        if self.world > 1:
+            failures = [None] * self.world
+            dist.all_gather_object(failures, failure)
+            failure = next((e for e in failures if e), None)
+        if failure:
+            raise failure
+        return answer
 
     def wall(self) -> float:
         """Seconds since the first start of this run's processes, compilation and evaluation included."""
@@ -1954,13 +1975,17 @@ class MuonAdamW:
 ########################################
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # as in llm.c, modded-nanogpt and parameter-golf
+SHARD_NAME = r".+_{}_[0-9]{{6}}\.bin"  # of train or val; data/get.py, without torch, has the same
 
 
 def shard_tokens(path: str | Path) -> int:
     """Number of tokens of a shard from its header, checked against the size of the file."""
-    with open(path, "rb") as f:
-        raw = f.read(SHARD_HEADER)
-    size = os.path.getsize(path)
+    try:
+        with open(path, "rb") as f:
+            raw = f.read(SHARD_HEADER)
+        size = os.path.getsize(path)
+    except OSError as e:
+        raise unreadable(path, e) from e
     again = "; delete it and get it again with data/get.py"
     header = np.frombuffer(raw, dtype="<i4") if len(raw) == SHARD_HEADER else ()
     if not len(header):
@@ -1976,10 +2001,20 @@ def shard_tokens(path: str | Path) -> int:
     return int(header[2])
 
 
+def unreadable(path: str | Path, e: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({e.strerror or e}); see that it is there and that "
+                     "you may read it")
+
+
 def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
     """The tokens of one shard, a read-only uint16 memory map; with vocab > 0 every id is checked against it."""
     count = shard_tokens(path)
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER, shape=(count,)) if count else np.zeros(0, "<u2")
+    tokens = np.zeros(0, "<u2")
+    if count:
+        try:
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER, shape=(count,))
+        except OSError as e:
+            raise unreadable(path, e) from e
     if vocab and count and int(tokens.max()) >= vocab:
         where = int(np.argmax(tokens >= vocab))
         raise UserError(f"{path}: token {tokens[where]} at position {where} is not below vocab = {vocab}; the shard was "
@@ -1987,10 +2022,29 @@ def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
     return tokens
 
 
+def shard_files(folder: str, split: str) -> list[str]:
+    """
+    The shards of one side, by name: *_train_NNNNNN.bin or *_val_NNNNNN.bin with six digits, and
+    nothing else. A copy ("x_train_000001 (1).bin") is no shard, and of a name with both words the
+    last one says the side.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as e:
+        raise unreadable(folder, e) from e
+    rule = SHARD_NAME.format(split)
+    return [os.path.join(folder, name) for name in sorted(names) if re.fullmatch(rule, name)]
+
+
 def find_shards(cfg: Config, split: str) -> list[str]:
-    files = sorted(glob.glob(f"{glob.escape(cfg.data)}/*_{split}_*.bin"))
+    files = shard_files(cfg.data, split)
     if not files:
-        raise UserError(f"no {split} shards: nothing matches {cfg.data}/*_{split}_*.bin; run: {get_command(cfg)}")
+        near = sorted(path.name for path in Path(cfg.data).glob(f"*{split}*.bin"))
+        but = f" ({near[0]} does not: six digits end the name of a shard)" if near else ""
+        raise UserError(f"no {split} shards: nothing in {cfg.data} matches *_{split}_NNNNNN.bin"
+                        f"{but}; run: {get_command(cfg)}")
     return files
 
 
@@ -2011,11 +2065,13 @@ class Loader:
     is one stretch of one shard, a tail that holds no whole batch is dropped, shards follow in the order of their names.
     Shuffled, the rows of all shards are drawn in a new order each epoch. With documents shuffled (slowrun), the stream is
     put together from its documents in a new order each epoch but the first, and rows share no token. The position is two
-    or three integers.
+    or three integers, and stays where it was if the next batch cannot be had. Opening a shard may
+    fail on one rank alone: `together` is how all of them hear of it.
     """
 
-    def __init__(self, cfg: Config, plan: Plan, rank: int = 0, world: int = 1):
-        self.cfg, self.rank, self.world = cfg, rank, world
+    def __init__(self, cfg: Config, plan: Plan, rank: int = 0, world: int = 1,
+                 together=lambda work: work()):
+        self.cfg, self.rank, self.world, self.together = cfg, rank, world, together
         self.files = find_shards(cfg, "train")
         self.counts, left = [], cfg.train_tokens or math.inf
         for f in self.files:
@@ -2029,6 +2085,7 @@ class Loader:
         self.stream = None  # shuffle 2: shard, start, length and end in this epoch's stream of each document [n, 4]
         self.epoch = self.shard = self.pos = 0  # shuffled: pos is the index in the epoch's order
         self.order: np.ndarray | None = None
+        self.marks: dict = {}  # see identity()
         self.check_enough(plan)
 
     def check_enough(self, plan: Plan) -> None:
@@ -2039,21 +2096,58 @@ class Loader:
                 raise UserError(f"with shuffle = 1 the largest seq_len = {self.block} must divide batch_tokens = "
                                 f"{now.batch_tokens} and be a multiple of every other seq_len, here {now.seq_len}")
             if not self.per_epoch(now.batch_tokens):
-                raise UserError(f"the {len(self.files)} train shards in {cfg.data} hold {sum(self.counts)} tokens, less "
-                                f"than one batch of {now.batch_tokens}; lower --batch_tokens or run: {get_command(cfg)}")
+                raise self.no_batch(now.batch_tokens)
         needed, first = plan.tokens(), plan.moments()[0].batch_tokens
         held = self.rows() * self.block if cfg.shuffle else self.per_epoch(first) * first
         if (cfg.lr_cycles or cfg.average_epochs or cfg.eval_every < 0) and needed < 0.95 * cfg.epochs * held:
             raise UserError(f"steps = {steps} read {needed} tokens, {needed / held:.2f} epochs of {held}, but lr_cycles, "
                             f"average_epochs and eval_every -1 take them for epochs = {cfg.epochs}: set --epochs "
                             f"{max(1, round(needed / held))}, --steps {int(cfg.epochs * held // first)}, or --train_tokens")
-        if cfg.epochs and not cfg.max_seconds and needed > cfg.epochs * held:
-            per = held / len(self.files)
-            more = math.ceil(needed / per / cfg.epochs)
+        if not cfg.epochs or cfg.max_seconds:
+            return
+        usable = cfg.epochs * held if cfg.shuffle else self.tokens_in_order(plan)
+        if needed > usable:
+            per = usable / len(self.files) / cfg.epochs
+            more = max(len(self.files) + 1, math.ceil(needed / per / cfg.epochs))
             raise UserError(
                 f"too little data for {steps} steps: they need {needed} tokens, that is {needed / per / cfg.epochs:.1f} "
-                f"train shards, found {len(self.files)} in {cfg.data} with {held} usable tokens; run: "
-                f"{get_command(cfg, more)}, or lower --steps, or allow more epochs with --epochs (0: as many as needed)")
+                f"train shards, found {len(self.files)} in {cfg.data} with {usable // cfg.epochs} "
+                f"usable tokens; run: {get_command(cfg, more)}, or lower --steps, or allow more "
+                "epochs with --epochs (0: as many as needed)")
+
+    def no_batch(self, batch_tokens: int) -> UserError:
+        """Why not one batch can be had."""
+        held = sum(self.counts)
+        found = f"the {len(self.files)} train shards in {self.cfg.data} hold {held} tokens"
+        if held <= batch_tokens:
+            return UserError(f"{found}, less than one batch of {batch_tokens} and the token behind "
+                             f"it; lower --batch_tokens or run: {get_command(self.cfg)}")
+        if self.cfg.shuffle:
+            why = " (with shuffle = 1 a row lies in one shard)" if self.cfg.shuffle == 1 else ""
+            return UserError(f"{found}, which make {self.rows()} rows of {self.block} and its last "
+                             f"target{why}, too few for a batch of {batch_tokens}; lower "
+                             "--batch_tokens or --seq_len")
+        return UserError(f"{found}, but none holds a batch of {batch_tokens}: without shuffle a "
+                         "batch is a stretch of one shard, and the largest has room for "
+                         f"{max(self.counts) - 2}; lower --batch_tokens, set --shuffle 1, or make "
+                         "larger shards (get.py tokenize --shard_tokens)")
+
+    def tokens_in_order(self, plan: Plan) -> int:
+        """Tokens that the run's batches can have, without shuffle, until steps or epochs end."""
+        shards, pos, drawn = iter(self.counts * self.cfg.epochs), 0, 0
+        count = next(shards)
+        for steps, batch_tokens in plan.batches():
+            while steps:
+                fit = max(0, (count - 2 - pos) // batch_tokens)  # pos + batch + 1 stays below count
+                here = min(steps, fit)
+                steps -= here
+                pos += here * batch_tokens
+                drawn += here * batch_tokens
+                if steps:
+                    count, pos = next(shards, None), 0
+                    if count is None:
+                        return drawn
+        return drawn
 
     def per_epoch(self, batch_tokens: int) -> int:
         """Batches in one pass."""
@@ -2067,15 +2161,38 @@ class Loader:
             return sum(self.counts) // (self.block + 1)
         return sum((n - 1) // self.block for n in self.counts if n)
 
+    def open(self) -> None:
+        """Open what the first batch may need; shuffled, every shard, so none is found bad later."""
+        for shard in range(len(self.files) if self.cfg.shuffle else 1):
+            self.tokens(shard)
+
     def tokens(self, shard: int) -> np.ndarray:
         if shard not in self.opened:
             if not self.cfg.shuffle:
                 self.opened.clear()  # one at a time
-            self.opened[shard] = read_shard(self.files[shard], self.cfg.vocab)
+            path, vocab = self.files[shard], self.cfg.vocab
+            self.opened[shard] = self.together(lambda: read_shard(path, vocab))
         return self.opened[shard]
+
+    def ended(self, batch_tokens: int) -> bool:
+        """Whether there is no next batch of this size: it would end behind the last epoch."""
+        if not self.cfg.epochs or self.epoch < self.cfg.epochs - 1:
+            return False
+        if self.cfg.shuffle:
+            return self.pos + batch_tokens // self.block > self.rows()
+        pos = [self.pos] + [0] * len(self.files)
+        return all(p + batch_tokens + 1 >= n for p, n in zip(pos, self.counts[self.shard :]))
 
     def batch(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
         """This rank's rows of the next batch, uint16 [batch_tokens / seq_len / world, seq_len + 1]; then move on."""
+        before = self.state_dict()
+        try:
+            return self.next_rows(step, batch_tokens, seq_len)
+        except UserError:
+            self.load_state_dict(before)  # a checkpoint of now goes on with this very batch
+            raise
+
+    def next_rows(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
         share = batch_tokens // self.world
         if self.cfg.shuffle:
             starts = self.shuffled_starts(step, batch_tokens // self.block)
@@ -2117,15 +2234,27 @@ class Loader:
         return starts
 
     def shuffle_documents(self) -> None:
-        """Documents in the order of this epoch; the first keeps the order of the files, as slowrun does."""
-        found = []
+        """
+        Documents in the order of this epoch; the first keeps the order of the files, as slowrun
+        does. A document that runs across shards is several pieces that stay together: what stands
+        before a shard's first separator belongs to the shard before.
+        """
+        pieces, documents, begun = [], [], 0
         for shard, n in enumerate(self.counts):
-            starts = np.union1d([0], np.flatnonzero(self.tokens(shard)[:n] == self.cfg.doc_token)) if n else np.zeros(0, int)
-            found.append(np.stack([np.full(len(starts), shard), starts, np.diff(starts, append=n)], 1).astype(np.int64))
-        documents = np.concatenate(found)
+            if n:
+                tokens = self.tokens(shard)[:n]
+                starts = np.union1d([0], np.flatnonzero(tokens == self.cfg.doc_token))
+                lengths = np.diff(starts, append=n)
+                pieces.append(np.column_stack([np.full(len(starts), shard), starts, lengths]))
+                documents.append(begun + np.cumsum(tokens[starts] == self.cfg.doc_token))
+                begun = documents[-1][-1]
+        pieces, documents = np.concatenate(pieces).astype(np.int64), np.concatenate(documents)
         if self.epoch:
-            documents = documents[np.random.default_rng([self.cfg.seed, self.epoch, 1]).permutation(len(documents))]
-        self.stream = np.column_stack([documents, documents[:, 2].cumsum()])
+            documents = documents - documents[0]  # from 0, also where the first has no separator
+            rng = np.random.default_rng([self.cfg.seed, self.epoch, 1])
+            place = np.argsort(rng.permutation(documents[-1] + 1))  # of a document in the new order
+            pieces = pieces[np.argsort(place[documents], kind="stable")]
+        self.stream = np.column_stack([pieces, pieces[:, 2].cumsum()])
 
     def stretch(self, stream: np.ndarray, low: int, count: int) -> np.ndarray:
         """Tokens low..low+count-1 of a stream of documents."""
@@ -2142,6 +2271,48 @@ class Loader:
         if self.cfg.epochs and self.epoch >= self.cfg.epochs:
             raise UserError(f"ran out of train shards at step {step}: {len(self.files)} found in {self.cfg.data}; run: "
                             f"{get_command(self.cfg, 2 * len(self.files))}, or raise --epochs (now {self.cfg.epochs})")
+
+    def identity(self) -> dict:
+        """What a checkpoint keeps of its data: the mark of every shard, by side and name."""
+        if not self.marks:
+            for split in ("train", "val"):
+                files = find_shards(self.cfg, split)
+                self.marks[split] = {os.path.basename(path): shard_mark(path) for path in files}
+        return self.marks
+
+    def accept(self, saved: dict, position: dict) -> str:
+        """
+        Compare the data of a checkpoint (its identity) with that of now; gives a notice where only
+        shards differ that it had not yet read: in order and in the first epoch, those behind its
+        position.
+
+        Raises UserError if the position would point to other tokens, or losses would be of another
+        validation text.
+        """
+        found, wrong, unread = self.identity(), [], []
+        old, new = ({**both["train"], **both["val"]} for both in (saved, found))
+        in_order = not self.cfg.shuffle and not position["epoch"]
+        last = sorted(saved["train"])[position["shard"]]
+        for name in sorted(old | new):
+            if old.get(name) == new.get(name):
+                continue
+            if name not in new:
+                what = "is gone"
+            elif name not in old:
+                what = "is new"
+            elif old[name][0] != new[name][0]:
+                what = f"has {new[name][0]} bytes instead of {old[name][0]}"
+            else:
+                what = "has other content"
+            known = name in saved["train"] or name in found["train"]
+            (unread if known and in_order and name > last else wrong).append(f"{name} {what}")
+        if wrong:
+            some = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            raise UserError(f"the data in {self.cfg.data} is not what this run was trained on: "
+                            f"{some}; put the old shards back, or start another --run (--init_from "
+                            "takes over the weights)")
+        said = "shards that this run has not yet read have changed: "
+        return said + "; ".join(unread) if unread else ""
 
     def targets(self, batch_tokens: int) -> int:
         """How many tokens of a batch bear a loss."""
@@ -2175,15 +2346,39 @@ def tensors(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def data_fingerprint(cfg: Config) -> str:
-    """sha256 over name, size, first and last MiB of every shard: tells data sets apart without reading them whole."""
-    digest = hashlib.sha256()
-    for path in find_shards(cfg, "train") + find_shards(cfg, "val"):
+def shard_mark(path: str) -> list:
+    """
+    Size, and a hash of both ends and of blocks between them, 1 MiB in all: for resuming, where a
+    minute of reading is too much and the question is whether a file was exchanged. What proves
+    content is data_fingerprint.
+    """
+    block, digest = 1 << 16, hashlib.sha256()
+    try:
         with open(path, "rb") as f:
-            digest.update(f"{Path(path).name} {os.path.getsize(path)}".encode() + f.read(1 << 20))
-            f.seek(max(0, os.path.getsize(path) - (1 << 20)))
-            digest.update(f.read())
-    return digest.hexdigest()
+            size = os.fstat(f.fileno()).st_size
+            for i in range(16):
+                f.seek(max(0, size - block) * i // 15)
+                digest.update(f.read(block))
+    except OSError as e:
+        raise unreadable(path, e) from e
+    return [size, digest.hexdigest()]
+
+
+def data_fingerprint(cfg: Config) -> str:
+    """
+    SHA-256 of every byte of every shard: of what `sha256sum *_train_*.bin *_val_*.bin` prints in
+    the data's folder. Some GB take seconds, so it is reckoned once, behind the clock.
+    """
+    def line(path: str) -> str:
+        try:
+            with open(path, "rb") as f:
+                return f"{hashlib.file_digest(f, 'sha256').hexdigest()}  {os.path.basename(path)}\n"
+        except OSError as e:
+            raise unreadable(path, e) from e
+
+    paths = find_shards(cfg, "train") + find_shards(cfg, "val")
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as threads:
+        return hashlib.sha256("".join(threads.map(line, paths)).encode()).hexdigest()
 
 
 class Tokenizer:
@@ -2206,9 +2401,17 @@ class Tokenizer:
             if not Path(name).is_file():
                 raise UserError(f"tokenizer = {name!r}: no such file; for the shipped text run: python data/get.py sample")
             try:
-                self.sp = sentencepiece.SentencePieceProcessor(model_file=name)
+                self.sp = sentencepiece.SentencePieceProcessor()
+                # not by its name, which may have bytes that are no UTF-8
+                self.sp.LoadFromSerializedProto(Path(name).read_bytes())
             except (RuntimeError, OSError) as e:
                 raise UserError(f"tokenizer = {name!r} is no SentencePiece model: {e}") from e
+            # Beside a character without a piece, a space needs a piece of its own. Without one it
+            # becomes the three bytes of U+2581, which would count as three and decode to that sign.
+            if "\u2581" in self.sp.decode(self.sp.encode("\ue000 \ue001 \ue002")):
+                raise UserError(f"tokenizer = {name!r} has no piece for a space by itself: spaces "
+                                "would count as three bytes, and bits per byte be too low; train "
+                                "one that has (get.py tokenize --tokenizer train:VOCAB)")
 
     def encode(self, text: str) -> list[int]:
         return self.sp.encode(text) if self.sp else self.gpt2.encode_ordinary(text)
@@ -2453,7 +2656,7 @@ def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, l
         for name, named in (("model", weights), ("optimizer", optimizer), ("averages", averages)):
             write_tensors(named, part / f"{name}.safetensors")
         state = {"step": step, "train_seconds": run.clock.seconds(), "wall_seconds": run.wall(), "loader": loader.state_dict(),
-                 "rng": rng, "world_size": run.world, "torch": torch.__version__,
+                 "data": loader.identity(), "rng": rng, "world_size": run.world, "torch": torch.__version__,
                  "paces": run.paces, "over": run.over, "trained": run.trained and run.trained._asdict()}
         (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
         (part / "config.toml").write_text(config_toml(run.cfg), encoding="utf-8")
@@ -2511,6 +2714,11 @@ def load_checkpoint(path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg:
         return run.read_on_main(lambda: (read_tensors(path / f"{part}.safetensors"), None))[0]
 
     state = run.on_main(read_state)
+    if "data" not in state:
+        run.log(f"notice: {path} does not say what data it was trained on: whether these are the "
+                "same is not known")
+    elif notice := run.on_main(lambda: loader.accept(state["data"], state["loader"])):
+        run.log(f"notice: {notice}")
     load_weights(model, tensors_of("model"), str(path))
     opt.load_state_dict(tensors_of("optimizer"))
     avg.load_state_dict(tensors_of("averages"), run.rank)
@@ -2686,14 +2894,15 @@ def build(cfg: Config, run: Run) -> Parts:
     """Make every part; all that can be wrong with config and data is found here, before anything is compiled."""
     plan = Plan(cfg)
     plan.train_shapes(run.world)  # refuses batches that do not divide
-    loader = Loader(cfg, plan, run.rank, run.world)
-    loader.tokens(0)
+    loader = run.together(lambda: Loader(cfg, plan, run.rank, run.world, run.together))
+    loader.open()
     try:
         tokenizer = Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token) if cfg.tokenizer else None
     except UserError as e:
         tokenizer = None
         run.log(f"notice: no bits per byte and no samples: {e}")
-    p = assemble(cfg, run, plan, loader, Validation(cfg, plan, tokenizer), tokenizer)
+    val = run.together(lambda: Validation(cfg, plan, tokenizer))
+    p = assemble(cfg, run, plan, loader, val, tokenizer)
     if cfg.export:
         import golf
 
@@ -2967,6 +3176,11 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
             took *= 2  # it may still be busy with the step before
         capped = bool(cfg.max_seconds and seconds + took > plan.seconds)
         last = run.over or step >= cfg.steps or capped
+        if not last and cfg.max_seconds and p.loader.ended(now.batch_tokens):
+            last = True  # nobody could know before when that is: it ends training as the cap does
+            run.log(f"notice: the data ended at step {step}, after {seconds:.1f} of "
+                    f"{plan.seconds:.1f} s, and with it training, before the schedules did; more "
+                    "shards or more --epochs would have used the rest")
         run.over, before = last, (graph, seconds)
         ending = plan.ends_epoch(step)
         evaluating = last or (step % cfg.eval_every == 0 if cfg.eval_every > 0 else cfg.eval_every < 0 and (ending or not step))
@@ -2985,7 +3199,11 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
                     found = validate_all(p, step, run.trained or now)
         if last:
             break
-        loss, size = train_step(p, step, now)
+        try:
+            loss, size = train_step(p, step, now)
+        except UserError:
+            flush()  # as above
+            raise
         step += 1
         run.step, run.trained = step, now
         p.avg.update(step, plan.fraction(step, seconds))
@@ -2996,6 +3214,23 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
             flush()
     run.clock.stop()
     return step, run.trained or now, found
+
+
+@contextlib.contextmanager
+def trained_is_kept(p: Parts, begun: int):
+    """A refusal inside, on all ranks and no divergence, costs no step: all are saved first."""
+    run = p.run
+    try:
+        yield
+    except Diverged:
+        raise
+    except UserError as e:
+        run.clock.stop()
+        if run.step == begun:
+            raise
+        saved = save_checkpoint(run, p.model, p.opt, p.avg, p.loader, run.step)
+        raise UserError(f"{e}; all {run.step} steps are saved in {saved}: mend that and continue "
+                        "with --resume") from e
 
 
 def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
@@ -3166,10 +3401,12 @@ def train(cfg: Config, run: Run, build=build) -> int:
     size = sum(q.numel() for q in p.model.parameters())
     run.log(f"model_params:{size} ranks:{run.world} device:{run.device} dtype:{run.dtype} "
             f"val_tokens:{p.val.scored}")
+    run.on_main(p.loader.identity)  # of the data as it is now, for the checkpoints
     try:
         warm_up(p)
         before = graphs_compiled()
-        step, now, found = train_loop(p, step)
+        with trained_is_kept(p, step):
+            step, now, found = train_loop(p, step)
         again = graphs_compiled() - before
         run.log(f"recompiles:{again}")
         result = finish(p, step, now, found)
@@ -3190,12 +3427,18 @@ def write_result(p: Parts, result: dict, step: int, size: int) -> None:
     else:
         peak = held = peak_memory()
     run.log(f"peak memory allocated: {peak // 2**20} MiB reserved: {held // 2**20} MiB")
-    seconds = run.clock.seconds()
+    seconds, data_sha256 = run.clock.seconds(), None
+    if run.is_main:
+        try:
+            data_sha256 = p.loader.fingerprint()
+        except UserError as e:  # the data is gone, the run is not
+            run.log(f"notice: no data_sha256: {e}")
     out = {"run": cfg.run, "seed": cfg.seed, "preset": "+".join(Path(c).stem for c in cfg.config), "arm": cfg.arm,
            "params": size, "steps": step, "tokens": tokens_seen(p, step), **result, "train_time_s": seconds,
            "wall_time_s": run.wall(),
            "world_size": run.world, "device": device_name(run), "torch": torch.__version__, "git": git_revision(),
-           "data_sha256": p.loader.fingerprint(), "config_sha256": config_hash(cfg), "resumed": run.resumed,
+           **({"data_sha256": data_sha256} if data_sha256 else {}),
+           "config_sha256": config_hash(cfg), "resumed": run.resumed,
            "peak_memory_bytes": peak}
     bits = " ".join(f"{k}:{v:.8f}" for k, v in result.items() if k.endswith("bpb"))
     run.log(f"final: val_loss:{result['val_loss']:.8f} {bits} train_time:{seconds:.3f}s wall_time:{run.wall():.1f}s")

@@ -14,7 +14,8 @@ leaves a folder of the same shape, which `train_gpt.py --data FOLDER` reads.
 The folder:
     *_val_000000.bin    256 little-endian int32 (20240520, 1, token count, zeros), then uint16 tokens: the
     *_train_000001.bin  format of llm.c, modded-nanogpt and parameter-golf. A document is its separator token,
-    ...                 then its text; documents run across shards.
+    ...                 then its text; documents run across shards. Six digits end the name: what
+                        has another ("x_train_000001 (1).bin") is no shard, and no run reads it.
     tokenizer.model     the SentencePiece model; absent where the tokenizer is gpt2
     val.txt             the validation text byte for byte as it decodes, without separators: its size is what
                         bits per byte divides by; absent where tokens were downloaded
@@ -41,7 +42,7 @@ import time
 import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count, pairwise
 from pathlib import Path
@@ -59,7 +60,7 @@ from logs.start import WAIT_SECONDS, Overdue, turn  # noqa: E402
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 SHARD_TOKENS = 100_000_000  # what every published set uses
-SHARD_NAME = re.compile(r".+_(train|val)_\d{6}\.bin")
+SHARD_NAME = re.compile(r".+_(train|val)_[0-9]{6}\.bin")  # as in train_gpt.py
 THREADS = os.cpu_count() or 1
 BATCH_CHARS = 4_000_000  # text tokenised at once: enough to keep all threads busy, little to hold in memory
 
@@ -80,6 +81,12 @@ def from_trainer(name: str, *args):
         return getattr(train_gpt, name)(*args)
     except train_gpt.UserError as error:
         raise UserError(str(error)) from None
+
+
+def side(name: str) -> str:
+    """The side of a shard by its name: train or val, the last of them; empty for another name."""
+    match = SHARD_NAME.fullmatch(name)
+    return match[1] if match else ""
 
 
 def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
@@ -132,7 +139,9 @@ class ZstReader(io.RawIOBase):
                 raise EOFError("the last frame has no end")
             if not self.packed:
                 return 0
-            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+            # zstd --long=31 is the most there is; memory is taken for the file's own window only
+            unpack = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+            self.frame = self.frame or unpack.decompressobj()
             self.content = self.frame.decompress(self.packed)
             self.packed = self.frame.unused_data
             if self.frame.eof:
@@ -151,40 +160,63 @@ def unpacked(raw: BinaryIO, suffix: str) -> BinaryIO:
 
 
 class Reader:
-    """Documents of the user's files, in the order given. A .txt file is one document, or several where the
-    regular expression `split` cuts it; a .jsonl file has one a line, under the key `text_field`. Both may be
-    packed as .gz, .xz or .zst; a folder stands for all such files below it. Blank documents are passed over.
+    """Documents of the user's files, in the order given. A .txt file is one document, or several
+    where the regular expression `split` cuts it; a .jsonl or .ndjson file has one a line, under the
+    key `text_field`. All may be packed as .gz, .xz or .zst. A folder stands for all such files
+    below it, but for hidden ones and for what get.py itself wrote there: its val.txt would put
+    validation text into the training text. Blank documents are passed over.
 
     Raises UserError for a missing file, an unknown suffix, text that is not UTF-8, a line without JSON or
-    without that key, and a damaged archive.
+    without text under that key, and a damaged archive.
     """
 
     def __init__(self, inputs: Iterable[Path], split: str = "", text_field: str = "text"):
         self.text_field = text_field
-        self.paths = []
+        self.paths, own, made = [], [], functools.cache(made_in)
         for given in inputs:
+            if given.is_dir():
+                for path in self.below(given):
+                    (own if path.name in made(path.parent) else self.paths).append(path)
+                continue
             if not given.exists():
                 raise UserError(f"{given}: no such file or folder")
-            if given.is_file() and not self.kind(given):
-                raise UserError(f"{given}: unknown kind of file; give .txt or .jsonl, "
+            if not given.is_file():
+                raise UserError(f"{given}: a pipe or device gives its text once, and it is read "
+                                "several times; write it to a file first")
+            if not self.kind(given):
+                raise UserError(f"{given}: unknown kind of file; give .txt, .jsonl or .ndjson, "
                                 "or .gz, .xz or .zst of them")
-            below = sorted(path for path in given.rglob("*") if path.is_file() and self.kind(path))
-            self.paths += below if given.is_dir() else [given]
+            self.paths.append(given)
+        if own:
+            print(f"passed over, as get.py made it: {', '.join(map(str, own))}")
         if not self.paths:
-            raise UserError("no input: name .txt or .jsonl files, or .gz, .xz or .zst of them, or a folder")
+            raise UserError("no input: name .txt, .jsonl or .ndjson files, or .gz, .xz or .zst of "
+                            "them, or a folder that holds such files")
         try:
             self.split = re.compile(split) if split else None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"--split {split!r} is no regular expression: {error}; "
                             r"'\n\n+' cuts at blank lines") from None
         if self.split and self.split.groups:
             raise UserError(f"--split {split!r}: a group would return as text; write (?:...) for (...)")
 
+    @classmethod
+    def below(cls, folder: Path) -> list[Path]:
+        """The files of a known kind below a folder, without hidden ones (also a Mac's ._name)."""
+        def refuse(error: OSError) -> None:
+            raise error  # a folder that cannot be read would be left out without a word
+
+        found = []
+        for parent, folders, names in os.walk(folder, onerror=refuse):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [Path(parent, name) for name in names if not name.startswith(".")]
+        return sorted(path for path in found if cls.kind(path) and path.is_file())
+
     @staticmethod
     def kind(path: Path) -> str:
         """txt or jsonl; empty for any other file."""
-        match = re.search(r"\.(txt|jsonl)(\.gz|\.xz|\.zst)?$", path.name)
-        return match[1] if match else ""
+        match = re.search(r"\.(txt|jsonl|ndjson)(\.gz|\.xz|\.zst)?$", path.name.lower())
+        return match[1].replace("ndjson", "jsonl") if match else ""
 
     def read(self, title: str) -> Iterator[str]:
         """All texts, with a bar over the bytes of the files as they are stored."""
@@ -193,7 +225,7 @@ class Reader:
             for path in self.paths:
                 before = bar.n
                 with path.open("rb") as raw:
-                    for text in self.texts(path, unpacked(raw, path.suffix)):
+                    for text in self.texts(path, unpacked(raw, path.suffix.lower())):
                         if text.strip():
                             yield text
                         bar.update(before + raw.tell() - bar.n)
@@ -212,18 +244,24 @@ class Reader:
         except UnicodeDecodeError as error:
             line = f", line {number}" if number else ""
             raise UserError(f"{path}{line}, byte {error.start}: not UTF-8; convert it first") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
         except (gzip.BadGzipFile, zlib.error, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
             raise UserError(f"{path}: damaged or cut short ({error}); fetch it again") from None
 
     def field(self, record: object) -> str:
-        usable = isinstance(record, dict) and isinstance(record.get(self.text_field), str)
-        if not usable:
-            keys = ", ".join(record) if isinstance(record, dict) else "none, it is no JSON object"
-            raise ValueError(f'no text under "{self.text_field}"; choose --text_field from its keys: {keys}')
+        if not isinstance(record, dict):
+            raise ValueError("no text: a line must be a JSON object such as "
+                             f'{{"{self.text_field}": "..."}}')
+        if self.text_field not in record:
+            raise ValueError(f'no text under "{self.text_field}"; choose --text_field from its '
+                             f"keys: {', '.join(record)}")
+        text = record[self.text_field]
+        if not isinstance(text, str):
+            raise ValueError(f'"{self.text_field}" is {json.dumps(text)[:40]} and no text; leave '
+                             "such lines out, or choose another --text_field")
         # JSON can spell lone surrogates, which no tokenizer takes
-        return record[self.text_field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class HashSplit:
@@ -295,7 +333,9 @@ class Encoder:
             else:
                 import sentencepiece
 
-                self.model = sentencepiece.SentencePieceProcessor(model_file=name)
+                self.model = sentencepiece.SentencePieceProcessor()
+                # not by its name, which may have bytes that are no UTF-8
+                self.model.LoadFromSerializedProto(Path(name).read_bytes())
                 self.vocab, self.separator = self.model.get_piece_size(), self.model.bos_id()
         except (OSError, RuntimeError, ValueError) as error:
             advice = "give gpt2 or the path of a SentencePiece model"
@@ -401,24 +441,43 @@ def describe(path: Path, separator: int) -> dict:
     """A file's entry in a manifest: bytes, SHA-256, and of a shard its tokens and documents that start
     there."""
     entry = {"size": path.stat().st_size, "sha256": file_hash(path)}
-    if SHARD_NAME.fullmatch(path.name):
+    if side(path.name):
         tokens = read_shard(path)
         entry |= {"tokens": len(tokens), "documents": int(np.count_nonzero(tokens == separator))}
     return entry
 
 
+MANIFEST = {"source": dict, "tokenizer": str, "vocab": int, "separator": int, "train": dict,
+            "val": dict, "files": dict}
+
+
 def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a data set; None if the folder has none."""
+    """The manifest of a data set; None if the folder has none.
+
+    Raises UserError for a file of that name that is not one.
+    """
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        if manifest["source"] and manifest["files"]:
+        if is_manifest(manifest):
             return manifest
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError):
         pass
     raise UserError(f"{path} is damaged or was not written by data/get.py; remove it and get the data again")
+
+
+def is_manifest(found: object) -> bool:
+    """Whether all is there that this program takes from a manifest."""
+    def holds(what: object, keys: dict[str, type]) -> bool:
+        return isinstance(what, dict) and all(isinstance(what.get(k), t) for k, t in keys.items())
+
+    counts = {"tokens": int, "documents": int}
+    return (holds(found, MANIFEST)
+            and all(holds(found[split], counts) for split in ("train", "val"))
+            and all(holds(entry, {"size": int, "sha256": str} | (counts if side(name) else {}))
+                    for name, entry in found["files"].items()))
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -461,12 +520,34 @@ def locked(out: Path) -> Iterator[None]:
         raise UserError(str(error)) from None
 
 
+def made_in(folder: Path) -> Container[str]:
+    """Names of the files in a folder that this program made: those that a manifest lists, and what
+    a killed process left."""
+    if folder.name == "building" and (folder.parent / ".lock").exists():
+        return os.listdir(folder)
+    try:
+        return (read_manifest(folder) or {"files": {}})["files"]
+    except UserError:  # another program's, of the same name
+        return ()
+
+
 def shards_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.bin") if SHARD_NAME.fullmatch(path.name))
+    return sorted(path for path in folder.glob("*.bin") if side(path.name))
+
+
+def nothing_to_do(out: Path, source: dict, force: bool) -> bool:
+    """Whether `out` holds the data set of this source whole and unaltered. Asked before `out` is
+    locked, and nothing is written: a disk may be read-only, several processes may ask at once."""
+    manifest = None if force else read_manifest(out)
+    if manifest is None or manifest["source"] != source or altered_files(out, manifest["files"]):
+        return False
+    print(f"{out} is complete, nothing to do: {summary(manifest)}")
+    return True
 
 
 def complete(out: Path, source: dict, force: bool) -> bool:
-    """True if `out` holds the data set of this source whole and unaltered; False if it is to be made.
+    """True if `out`, now locked, holds the data set of this source whole and unaltered; False if it
+    is to be made.
 
     Raises UserError where making it would replace another one and `force` does not allow that.
     """
@@ -559,7 +640,7 @@ class DataSet:
 
     def write(self, split: str, tokens: np.ndarray) -> None:
         # val counts from 0 and train from 1, as in every set of modded-nanogpt
-        number = sum(f"_{split}_" in path.name for path in self.files) + (split == "train")
+        number = sum(side(path.name) == split for path in self.files) + (split == "train")
         path = self.building / f"{self.prefix}_{split}_{number:06d}.bin"
         write_shard(path, tokens)
         self.files.append(path)
@@ -619,6 +700,8 @@ def sample(out: Path = Path("data/sample"), vocab: int = 1024, force: bool = Fal
         force: Replace whatever data set is there.
     """
     source = {"command": "sample", "text_sha256": file_hash(SAMPLE), "rule": SAMPLE_RULE, "vocab": vocab}
+    if nothing_to_do(out, source, force):
+        return
     with locked(out):
         if complete(out, source, force):
             return
@@ -665,6 +748,8 @@ def tokenize(
     if not trained and tokenizer != "gpt2":
         Encoder(tokenizer)  # what is wrong with it is said before anything is written
         source["tokenizer"] = file_hash(Path(tokenizer))
+    if nothing_to_do(out, source, force):
+        return
     with locked(out):
         if complete(out, source, force):
             return
@@ -704,6 +789,8 @@ def slowrun(
         raise UserError(f"--train_tokens {train_tokens} --val_tokens {val_tokens}: both must be at least 1")
     source = {"command": "slowrun", "dataset": dataset, "subset": subset, "val_tokens": val_tokens,
               "train_tokens": train_tokens}
+    if nothing_to_do(out, source, force):
+        return
     with locked(out):
         if complete(out, source, force):
             return
@@ -811,6 +898,8 @@ def from_slowrun(
     """
     paths = {split: folder / f"fineweb_{split}.pt" for split in ("val", "train")}
     source = {"command": "from_slowrun", **{split: file_hash(path) for split, path in paths.items()}}
+    if nothing_to_do(out, source, force):
+        return
     with locked(out):
         if complete(out, source, force):
             return
@@ -838,7 +927,7 @@ def to_slowrun(
     if not manifest or manifest["tokenizer"] != "gpt2":
         raise UserError(f"{folder} has no manifest of GPT-2 tokens; run: python data/get.py slowrun")
     sides = {split: {name: entry for name, entry in manifest["files"].items()
-                     if SHARD_NAME.fullmatch(name) and f"_{split}_" in name} for split in ("val", "train")}
+                     if side(name) == split} for split in ("val", "train")}
     for split, shards in sides.items():
         if not sum(entry["tokens"] for entry in shards.values()):
             raise UserError(f"{folder} has no {split} tokens; slowrun reads both sides: get a data set that has them")
@@ -1056,7 +1145,7 @@ def here_already(out: Path, source: dict, shards: int) -> bool:
         return False
     if {key: manifest["source"].get(key) for key in source} != source:
         raise UserError(f"{out} holds another data set ({manifest['source']}); give another --out")
-    train = sorted(name for name in manifest["files"] if "_train_" in name)
+    train = sorted(name for name in manifest["files"] if side(name) == "train")
     needed = {name: entry for name, entry in manifest["files"].items() if name not in train[shards:]}
     if len(train) < shards or altered_files(out, needed):
         return False
@@ -1072,10 +1161,10 @@ def finish_download(
     earlier = read_manifest(out) or {"files": {}}
     entries = {name: entry for name, entry in earlier["files"].items() if (out / name).is_file()}
     for name in tqdm(wanted, desc="checking shards", unit="file", leave=False, delay=1):
-        if SHARD_NAME.fullmatch(name):
+        if side(name):
             read_shard(out / name, vocab)
         entries[name] = describe(out / name, separator)
-    totals = {split: {key: sum(entry[key] for name, entry in entries.items() if f"_{split}_" in name)
+    totals = {split: {key: sum(entry[key] for name, entry in entries.items() if side(name) == split)
                       for key in ("tokens", "documents")} for split in ("train", "val")}
     manifest = {"source": source, "published_split": True, "tokenizer": tokenizer, "vocab": vocab,
                 "separator": separator, **totals, "files": dict(sorted(entries.items()))}
@@ -1086,6 +1175,8 @@ def finish_download(
 def gpt2_shards(repo: str, prefix: str, shards: int, out: Path) -> None:
     """Shards of kjj0's repositories, which modded-nanogpt trains on: GPT-2 tokens, one validation shard."""
     source = {"command": "download", "repo": repo}
+    if here_already(out, source, shards):
+        return
     with locked(out):
         if not here_already(out, source, shards):
             commit, listing = hub_listing(repo, "main")
@@ -1142,33 +1233,45 @@ def golf(
     """
     out = out or Path(f"data/golf_{variant}")
     source = {"command": "download", "repo": repo, "variant": variant}
+    if here_already(out, source, shards):
+        return
     with locked(out):
         if here_already(out, source, shards):
             return
         commit, listing = hub_listing(repo, "main")
         if f"{root}/manifest.json" not in listing:
             raise UserError(f"{repo} has no {root}/manifest.json; see that --repo and --root are right")
-        upstream = {"upstream_manifest.json": listing[f"{root}/manifest.json"]}
-        fetch(out, repo, commit, upstream)
-        model_path = golf_tokenizer(json.loads((out / "upstream_manifest.json").read_text("utf-8")), variant)
+        small = {"upstream_manifest.json": listing[f"{root}/manifest.json"]}
+        fetch(out, repo, commit, small)
+        model_path = golf_tokenizer(out / "upstream_manifest.json", variant)
         if f"{root}/{model_path}" not in listing:
             raise UserError(f"{repo} lacks {root}/{model_path}, which its manifest names; try another --repo")
         wanted = chosen_shards(listing, f"{root}/datasets/fineweb10B_{variant}/", "fineweb", shards, repo)
-        wanted |= upstream | {"tokenizer.model": listing[f"{root}/{model_path}"]}
+        small["tokenizer.model"] = listing[f"{root}/{model_path}"]
+        fetch(out, repo, commit, small)
+        model = Encoder(str(out / "tokenizer.model"))  # refused before gigabytes are fetched
         fetch(out, repo, commit, wanted)
-        model = Encoder(str(out / "tokenizer.model"))
         source |= {"commit": commit}
+        wanted |= small
         finish_download(out, source, wanted, "tokenizer.model", model.vocab, model.separator)
 
 
-def golf_tokenizer(manifest: dict, variant: str) -> str:
-    """Path of the variant's SentencePiece model, relative to the manifest's folder.
+def golf_tokenizer(path: Path, variant: str) -> str:
+    """Where the challenge's manifest at `path` has the variant's SentencePiece model, relative to
+    its folder in the repository.
 
-    Raises UserError for an unknown variant and for one without such a model (the byte tokenizers).
+    Raises UserError for an unknown variant, for one without such a model (the byte tokenizers), and
+    for a manifest in another layout.
     """
-    models = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
-    variants = {entry["name"].removeprefix("fineweb10B_"): models.get(entry["tokenizer_name"])
-                for entry in manifest["datasets"]}
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        models = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
+        variants = {entry["name"].removeprefix("fineweb10B_"): models.get(entry["tokenizer_name"])
+                    for entry in manifest["datasets"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not in parameter-golf's layout ({why}); see that --repo "
+                        "and --root are right") from None
     if not variants.get(variant):
         known = ", ".join(name for name, model in variants.items() if model)
         raise UserError(f"--variant {variant}: no such set with a SentencePiece model; there are: {known}")
@@ -1209,8 +1312,15 @@ class Check:
         self.problems = []
         if not path.exists():
             raise UserError(f"{path} does not exist; give a folder of shards or a shard")
+        others = sorted(self.folder.glob("*.bin")) if self.whole else [path]
+        others = [other.name for other in others if not side(other.name)]
         if not self.shards:
-            raise UserError(f"{path} holds no *_train_*.bin or *_val_*.bin; give a folder that does")
+            but = f" (but {', '.join(others)})" if others else ""
+            raise UserError(f"{path} holds no *_train_NNNNNN.bin or *_val_NNNNNN.bin{but}; give a "
+                            "folder that does")
+        if others:
+            print(f"no run reads: {', '.join(others)}; "
+                  "a shard is *_train_NNNNNN.bin or *_val_NNNNNN.bin")
         self.manifest = read_manifest(self.folder) or {}
         self.listed = self.manifest.get("files", {})
         given = tokenizer or self.manifest.get("tokenizer", "")
@@ -1228,7 +1338,7 @@ class Check:
             tokens, documents, size = "-", "-", f"{path.stat().st_size:,}"
             try:
                 shard = read_shard(path, self.vocab)
-                streams["val" if "_val_" in path.name else "train"].append(shard)
+                streams[side(path.name) or "train"].append(shard)
                 tokens = f"{len(shard):,}"
                 if self.encoder:
                     documents = f"{np.count_nonzero(shard == self.encoder.separator):,}"
@@ -1236,7 +1346,7 @@ class Check:
                 self.problems.append(str(error))
             print(f"{path.name:<34} {tokens:>14} {documents:>11} {size:>14}  {self.standing(path)}")
         if self.whole:
-            others = {name: entry for name, entry in self.listed.items() if not SHARD_NAME.fullmatch(name)
+            others = {name: entry for name, entry in self.listed.items() if not side(name)
                       or self.folder / name not in self.shards}
             self.problems += [f"{self.folder / name}: missing or altered; get the data set again"
                               for name in altered_files(self.folder, others)]
@@ -1246,6 +1356,8 @@ class Check:
         """What the manifest says of a shard."""
         if not self.listed:
             return "none"
+        if not side(path.name):
+            return "no shard"
         if path.name not in self.listed:
             self.problems.append(f"{path}: not in manifest.json, and a run would read it; move it away")
             return "NOT LISTED"
@@ -1314,6 +1426,8 @@ def check(
     """
     if not paths:
         raise UserError("nothing to check; give folders of shards, for example data/sample")
+    if vocab < 0:
+        raise UserError(f"--vocab {vocab}: ids are below a number above 0; 0 takes the manifest's")
     problems = []
     for path in paths:
         task = Check(path, tokenizer, vocab)
@@ -1325,8 +1439,24 @@ def check(
     print("all is well")
 
 
+def advice(error: OSError) -> str:
+    """What to do about an error of a file or a disk."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space or give another --out"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return "a file is in the way of a folder: remove it or give another --out"
+    if error.errno == errno.EISDIR:
+        return "a folder is in the way of a file: remove it or give another --out"
+    if error.errno == errno.EROFS:
+        return "nothing can be written there: give another --out"
+    return "see that it exists and you may use it"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Returns 0, or 2 after a message about what the user can mend."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may not fit the console
     commands = [sample, tokenize, fineweb10B, fineweb100B, finewebedu10B, golf, slowrun, from_slowrun, to_slowrun, check]
     try:
         tyro.extras.subcommand_cli_from_dict(
@@ -1338,9 +1468,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space or give another --out" if full else "see that it exists and you may use it"
-        print(f"error: {error.filename or 'disk'}: {error.strerror or error}; {advice}", file=sys.stderr)
+        where = error.filename2 or error.filename or "disk"  # of a copy, where it goes
+        print(f"error: {where}: {error.strerror or error}; {advice(error)}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"error: not enough memory ({error}); give smaller files, or fewer --shard_tokens",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again: a download goes on where it stopped", file=sys.stderr)

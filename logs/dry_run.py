@@ -4,14 +4,23 @@ What a run will cost, without GPU, data or compiling: parameters by group, FLOPs
     python train_gpt.py --config remix_m --dry_run [--json]        WORLD_SIZE=8 for the memory of one of eight ranks
 """
 
-import glob
 import json
 import os
 import re
 
 import torch
 
-from train_gpt import Config, Plan, block_window, build_model, head_width, hidden_width, layer_order, param_buckets
+from train_gpt import (
+    Config,
+    Plan,
+    block_window,
+    build_model,
+    head_width,
+    hidden_width,
+    layer_order,
+    param_buckets,
+    shard_files,
+)
 
 H100_FLOPS, ASSUMED_MFU = 989e12, 0.40  # dense bf16 peak of one H100, and the share of it that dry_run reckons with
 
@@ -81,7 +90,7 @@ def dry_run(cfg: Config) -> int:
     per_shard = max(1, -(-(100_000_000 - 1) // first.batch_tokens) - 1) * first.batch_tokens
     if cfg.shuffle:  # rows of all shards are one stock, and batches run from one epoch into the next
         per_shard = 100_000_000 // (plan.max_seq_len + (cfg.shuffle == 2)) * plan.max_seq_len
-    present = len(glob.glob(f"{glob.escape(cfg.data)}/*_train_*.bin"))
+    present = len(shard_files(cfg.data, "train"))
     mean_flops = sum(flops_per_token(cfg, n.repeats, n.seq_len, n.window) for n in plan.moments()) / len(plan.moments())
     out = {
         "params": params, "groups": groups, "flops_per_token": flops, "tokens": tokens,

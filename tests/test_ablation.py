@@ -30,8 +30,8 @@ def here(tmp_path, monkeypatch):
     """A folder with a preset and data; trainers are called in this process instead of being started."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
-    write_shard(tmp_path / "x_train_0.bin", rng.integers(0, 64, 2000))
-    write_shard(tmp_path / "x_val_0.bin", rng.integers(0, 64, 300))
+    write_shard(tmp_path / "x_train_000000.bin", rng.integers(0, 64, 2000))
+    write_shard(tmp_path / "x_val_000000.bin", rng.integers(0, 64, 300))
     (tmp_path / "lm.toml").write_text(LM + f"data = {str(tmp_path)!r}\n")
     started = []
 

@@ -461,8 +461,8 @@ def started(folder, data=None, **changes):
     if not data.exists():
         data.mkdir(parents=True)
         rng = np.random.default_rng(0)
-        write_shard(data / "x_train_0.bin", rng.integers(0, 96, 4000))
-        write_shard(data / "x_val_0.bin", rng.integers(0, 96, 300))
+        write_shard(data / "x_train_000000.bin", rng.integers(0, 96, 4000))
+        write_shard(data / "x_val_000000.bin", rng.integers(0, 96, 300))
     cfg = tiny(data=str(data), log_dir=str(folder.parent), run=folder.name, **changes)
     tg.validate(cfg)
     run = tg.Run(cfg)

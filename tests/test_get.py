@@ -37,6 +37,9 @@ spec = importlib.util.spec_from_file_location("get", ROOT / "data" / "get.py")
 get = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(get)
 
+sys.path.insert(0, str(ROOT))
+import train_gpt as trainer  # noqa: E402
+
 UserError, read_shard = get.UserError, get.read_shard
 
 
@@ -228,6 +231,58 @@ def test_a_full_disk_leaves_the_old_data_set(few, tmp_path, monkeypatch, capsys)
     assert contents(out) == before
 
 
+def test_what_is_complete_needs_no_lock_and_no_writing(few, hub, tmp_path, capsys):
+    """A read-only disk will do, and several processes may ask at once (two ./run.sh)."""
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    commands = [
+        ["sample", "--vocab", 400, "--out", tmp_path / "s"],
+        ["tokenize", tmp_path / "a.jsonl", "--tokenizer", "train:340", "--out", tmp_path / "t"],
+        ["fineweb10B", "--shards", 1, "--out", tmp_path / "f"],
+    ]
+    for command in commands:
+        assert run(*command) == 0
+        (command[-1] / ".lock").unlink()
+        capsys.readouterr()
+        files = [command[-1], *command[-1].iterdir()]
+        times = [path.stat().st_mtime_ns for path in files]
+        assert run(*command) == 0
+        assert "complete, nothing to do" in capsys.readouterr().out
+        assert files == [command[-1], *command[-1].iterdir()]
+        assert times == [path.stat().st_mtime_ns for path in files]
+        with get.locked(command[-1]):
+            assert run(*command) == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        "null",
+        '"x"',
+        "[" * 100_000,
+        '{"source": {}, "files": []}',
+        '{"source": 1, "files": {"a": 1}}',
+    ],
+)
+def test_a_manifest_that_is_none_is_named(few, tmp_path, capsys, content):
+    assert run("sample", "--out", tmp_path, "--vocab", 400) == 0
+    whole = manifest_of(tmp_path)
+    (tmp_path / "manifest.json").write_text(content)
+    for command in (["check", tmp_path], ["sample", "--out", tmp_path],
+                    ["to_slowrun", tmp_path, "--out", tmp_path / "x"],
+                    ["fineweb10B", "--out", tmp_path]):
+        assert run(*command) == 2
+        assert "manifest.json is damaged or was not written by" in capsys.readouterr().err
+    for name in whole:
+        if name != "published_split":
+            less = {key: value for key, value in whole.items() if key != name}
+            (tmp_path / "manifest.json").write_text(json.dumps(less))
+            assert run("sample", "--out", tmp_path, "--vocab", 400) == 2
+    capsys.readouterr()
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     """The second waits for the first, but not for ever."""
     code = ("import sys\nfrom logs.start import turn\n"
@@ -361,32 +416,68 @@ def spoil(content):
 LINES = "".join(json.dumps({"text": story(seed)}) + "\n" for seed in range(300)).encode()
 
 
-@pytest.mark.parametrize(("name", "content", "options", "message"), [
-    ("a.txt", b" \n\t\n", [], "none of the 0 documents"),
-    ("a.jsonl", b"\n\n", [], "none of the 0 documents"),
-    ("a.txt", b"text", [], "none of the 1 documents is for"),
-    ("a.txt", b"text", ["--val_docs", "1"], "1 different documents"),
-    ("a.jsonl", LINES, ["--val_docs", "300"], "300 different documents"),
-    ("a.jsonl", LINES, ["--val_docs", "0"], "--val_docs 0"),
-    ("a.jsonl", LINES, ["--val_fraction", "1.5"], "--val_fraction 1.5"),
-    ("a.jsonl", LINES, ["--val_fraction", "0.1", "--val_docs", "3"], "exclude each other"),
-    ("a.jsonl", LINES, ["--shard_tokens", "0"], "--shard_tokens 0"),
-    ("a.jsonl", LINES, ["--tokenizer", "train:65537"], "uint16"),
-    ("a.jsonl", LINES, ["--tokenizer", "train:5"], "no tokenizer of 5 pieces"),
-    ("a.jsonl", LINES, ["--tokenizer", "nowhere.model"], "nowhere.model"),
-    ("a.jsonl", LINES, ["--text_field", "body"], "--text_field from its keys: text"),
-    ("a.jsonl", LINES + b"[1, 2]\n", [], "a.jsonl, line 301: no text"),
-    ("a.jsonl", LINES + b'{"text": \n', [], "a.jsonl, line 301: Expecting value"),
-    ("a.jsonl", LINES + b'{"text": "\xff"}\n', [], "a.jsonl, line 301, byte 10: not UTF-8"),
-    ("a.txt", b"caf\xe9", [], "a.txt, byte 3: not UTF-8"),
-    ("a.txt", b"text", ["--split", "(" ], "no regular expression"),
-    ("a.txt", b"text", ["--split", "(a)" ], "(?:...)"),
-    ("a.pdf", b"text", [], "unknown kind of file"),
-    ("a.jsonl.gz", spoil(gzip.compress(LINES)), [], "damaged or cut short"),
-    ("a.jsonl.xz", spoil(lzma.compress(LINES)), [], "damaged or cut short"),
-    ("a.jsonl.zst", spoil(zstandard.compress(LINES)), [], "damaged or cut short"),
-    ("a.txt.zst", b"no archive", [], "damaged or cut short"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("a.txt", b" \n\t\n", [], "none of the 0 documents"),
+        ("a.jsonl", b"\n\n", [], "none of the 0 documents"),
+        ("a.txt", b"text", [], "none of the 1 documents is for"),
+        ("a.txt", b"text", ["--val_docs", "1"], "1 different documents"),
+        ("a.jsonl", LINES, ["--val_docs", "300"], "300 different documents"),
+        ("a.jsonl", LINES, ["--val_docs", "0"], "--val_docs 0"),
+        ("a.jsonl", LINES, ["--val_fraction", "1.5"], "--val_fraction 1.5"),
+        ("a.jsonl", LINES, ["--val_fraction", "0.1", "--val_docs", "3"], "exclude each other"),
+        ("a.jsonl", LINES, ["--shard_tokens", "0"], "--shard_tokens 0"),
+        ("a.jsonl", LINES, ["--tokenizer", "train:65537"], "uint16"),
+        ("a.jsonl", LINES, ["--tokenizer", "train:5"], "no tokenizer of 5 pieces"),
+        ("a.jsonl", LINES, ["--tokenizer", "nowhere.model"], "nowhere.model"),
+        ("a.jsonl", LINES, ["--text_field", "body"], "--text_field from its keys: text"),
+        ("a.jsonl", LINES + b"[1, 2]\n", [], "a.jsonl, line 301: no text"),
+        ("a.jsonl", LINES + b'{"text": \n', [], "a.jsonl, line 301: Expecting value"),
+        (
+            "a.jsonl",
+            LINES + b'{"text": null}\n',
+            [],
+            'a.jsonl, line 301: "text" is null and no text; leave',
+        ),
+        (
+            "a.jsonl",
+            LINES + b'{"text": 7.5}\n',
+            [],
+            'a.jsonl, line 301: "text" is 7.5 and no text; leave',
+        ),
+        (
+            "a.jsonl",
+            LINES + b'{"txt": "a"}\n',
+            [],
+            'a.jsonl, line 301: no text under "text"; choose',
+        ),
+        (
+            "a.jsonl",
+            LINES + b'"text"\n',
+            [],
+            "a.jsonl, line 301: no text: a line must be a JSON object",
+        ),
+        (
+            "a.jsonl",
+            LINES + b"[" * 100_000 + b"\n",
+            [],
+            "a.jsonl, line 301: maximum recursion depth",
+        ),
+        ("a.txt", b"text", ["--split", "a{99999999999}"], "no regular expression"),
+        ("a.jsonl", LINES, ["--tokenizer", ""], "tokenizer"),
+        ("a.jsonl", LINES, ["--tokenizer", "."], "tokenizer"),
+        ("a.jsonl", LINES + b'{"text": "\xff"}\n', [], "a.jsonl, line 301, byte 10: not UTF-8"),
+        ("a.txt", b"caf\xe9", [], "a.txt, byte 3: not UTF-8"),
+        ("a.txt", b"text", ["--split", "("], "no regular expression"),
+        ("a.txt", b"text", ["--split", "(a)"], "(?:...)"),
+        ("a.pdf", b"text", [], "unknown kind of file"),
+        ("a.jsonl.gz", spoil(gzip.compress(LINES)), [], "damaged or cut short"),
+        ("a.jsonl.xz", spoil(lzma.compress(LINES)), [], "damaged or cut short"),
+        ("a.jsonl.zst", spoil(zstandard.compress(LINES)), [], "damaged or cut short"),
+        ("a.txt.zst", b"no archive", [], "damaged or cut short"),
+    ],
+)
 def test_bad_input_is_refused_and_leaves_no_data(
     gpt2_files, tmp_path, capsys, name, content, options, message
 ):
@@ -404,14 +495,98 @@ def test_missing_input_and_unwritable_output_are_refused(tmp_path, capsys):
     assert run("tokenize", "--out", tmp_path / "out", "--tokenizer", "train:300") == 2
     assert "no input" in capsys.readouterr().err
     (tmp_path / "file").write_text("in the way")
-    assert run("sample", "--out", tmp_path / "file" / "out") == 2
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    for out in (tmp_path / "file" / "out", tmp_path / "file"):
+        assert run("sample", "--out", out) == 2
+        error = capsys.readouterr().err
+        assert f"{out}: " in error and "in the way of a folder" in error
+    assert run("from_slowrun", tmp_path) == 2
+    assert "fineweb_val.pt: No such file" in capsys.readouterr().err
 
 
 def test_packed_files_of_several_frames_are_read_whole(tmp_path):
     parts = [LINES[: len(LINES) // 3], LINES[len(LINES) // 3 :]]
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, parts)))
     assert list(get.Reader([tmp_path / "a.jsonl.zst"]).read("")) == [story(seed) for seed in range(300)]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.JSONL", "a.ndjson", "a.NDJSON.GZ", "a.Txt", "a.txt.XZ", "a.jsonl.Zst"]
+)
+def test_suffixes_are_read_in_any_case(tmp_path, name):
+    content = LINES if "js" in name.lower() else story(1).encode()
+    pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}
+    (tmp_path / name).write_bytes(pack.get(name[-3:].lower().lstrip("."), bytes)(content))
+    found = list(get.Reader([tmp_path]).read(""))
+    assert found == ([story(seed) for seed in range(300)] if "js" in name.lower() else [story(1)])
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_zst_with_a_long_window_is_read(tmp_path, window_log):
+    how = zstandard.ZstdCompressionParameters.from_level(3, window_log=window_log, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=how).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(stream.compress(LINES) + stream.flush())
+    assert list(get.Reader([tmp_path]).read("")) == [story(seed) for seed in range(300)]
+
+
+def test_a_folder_stands_for_the_users_own_files_alone(few, tmp_path, capsys):
+    """Not for hidden ones, nor for what get.py wrote: val.txt would be trained on."""
+    folder = tmp_path / "texts"
+    for name in (".git/a.txt", "._a.jsonl", ".hidden.txt", "x/._b.txt", "x/b.txt", "a.jsonl",
+                 "set/mine.txt", "other/val.txt", "left/building/val.txt", "building/c.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(LINES if name.endswith("jsonl") else story(7).encode())
+    foreign = folder / "other" / "manifest.json"  # another program's
+    foreign.write_text('{"files": {"val.txt": 1}}')
+    (folder / "left" / ".lock").touch()  # a process was killed here
+    assert run("sample", "--out", folder / "set", "--vocab", 400) == 0
+    capsys.readouterr()
+    reader = get.Reader([folder])
+    own = ["a.jsonl", "building/c.txt", "other/val.txt", "set/mine.txt", "x/b.txt"]
+    assert [str(path.relative_to(folder)) for path in reader.paths] == own
+    out = capsys.readouterr().out
+    assert "left/building/val.txt" in out and "set/val.txt" in out and "mine" not in out
+    named = get.Reader([folder / "set" / "val.txt", folder / ".hidden.txt"])
+    assert len(named.paths) == 2, "who names a file means it"
+
+
+def test_tokenize_into_the_folder_of_the_texts_can_be_repeated(gpt2_files, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    for out in (tmp_path, tmp_path / "below"):
+        arguments = ["tokenize", tmp_path, "--out", out, "--tokenizer", "gpt2"]
+        assert run(*arguments) == 0
+        before = contents(out) if out != tmp_path else manifest_of(out)
+        capsys.readouterr()
+        assert run(*arguments) == 0
+        assert "complete, nothing to do" in capsys.readouterr().out
+        assert (contents(out) if out != tmp_path else manifest_of(out)) == before
+    train, val = (documents_of(tmp_path, split, 50256) for split in ("train", "val"))
+    assert len(train) + len(val) == 300
+
+
+def test_a_pipe_or_an_unreadable_folder_is_no_input(tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.jsonl")
+    arguments = ["--out", tmp_path / "out", "--tokenizer", "gpt2"]
+    assert run("tokenize", tmp_path / "a.jsonl", *arguments) == 2
+    assert "a.jsonl: a pipe or device gives its text once" in capsys.readouterr().err
+    assert run("tokenize", tmp_path, "--out", tmp_path / "out", "--tokenizer", "gpt2") == 2
+    assert "no input" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_piece_for_a_space_is_refused(sample, tmp_path, capsys):
+    """Its spaces would count as three bytes. Seen before anything is written, and by check."""
+    raw = (sample / "tokenizer.model").read_bytes()
+    space, other = (b"\x0a\x03" + sign.encode() + b"\x15" for sign in ("\u2581", "\uf8ff"))
+    spoilt = raw.replace(space, other)
+    assert spoilt != raw
+    (tmp_path / "bare.model").write_bytes(spoilt)
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    arguments = ["--out", tmp_path / "out", "--tokenizer", tmp_path / "bare.model"]
+    assert run("tokenize", tmp_path / "a.jsonl", *arguments) == 2
+    assert "bare.model' has no piece for a space" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run("check", sample, "--tokenizer", tmp_path / "bare.model") == 2
+    assert "no piece for a space" in capsys.readouterr().err
 
 
 def test_a_model_that_puts_a_space_before_every_document_counts_right(texts, tmp_path):
@@ -513,14 +688,16 @@ def test_slowruns_own_files_are_read_or_written_otherwise(gpt2_files, tmp_path, 
 def synthetic_set(folder, **tokens):
     """A data set of GPT-2 tokens with one shard a side, documents of 700 tokens."""
     folder.mkdir()
-    files = {}
+    files, counts = {}, {split: {"tokens": 0, "documents": 0} for split in ("train", "val")}
     for split, count in tokens.items():
         path = folder / f"fineweb_{split}_{int(split == 'train'):06d}.bin"
         stream = np.resize(np.arange(700, dtype=np.uint16), count)
         stream[::700] = 50256
         get.write_shard(path, stream)
         files[path.name] = get.describe(path, 50256)
-    get.write_manifest(folder, {"source": {"command": "slowrun"}, "tokenizer": "gpt2", "separator": 50256, "files": files})
+        counts[split] = {key: files[path.name][key] for key in ("tokens", "documents")}
+    get.write_manifest(folder, {"source": {"command": "slowrun"}, "tokenizer": "gpt2",
+                                "vocab": 50257, "separator": 50256, **counts, "files": files})
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
@@ -836,6 +1013,24 @@ def test_golf_brings_shards_and_tokenizer(golf_hub, tmp_path, capsys):
     assert not (tmp_path / "few" / "fineweb_train_000001.bin").exists()
 
 
+def test_golf_refuses_a_tokenizer_before_it_fetches_gigabytes(golf_hub, tmp_path, capsys):
+    key = "willdepueoai/parameter-golf", "datasets/tokenizers/fineweb_1024_bpe.model"
+    space, other = (b"\x0a\x03" + sign.encode() + b"\x15" for sign in ("\u2581", "\uf8ff"))
+    golf_hub.files[key] = golf_hub.files[key].replace(space, other)
+    assert run("golf", "--shards", 2, "--out", tmp_path) == 2
+    assert "no piece for a space" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.bin"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"tokenizers": [1], "datasets": []}', b"\xff"]
+)
+def test_golf_names_a_manifest_in_another_layout(golf_hub, tmp_path, capsys, content):
+    golf_hub.files["willdepueoai/parameter-golf", "datasets/manifest.json"] = content
+    assert run("golf", "--out", tmp_path) == 2
+    assert "upstream_manifest.json is not in parameter-golf's layout" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("variant", ["sp4096", "byte260"])
 def test_golf_names_the_variants_there_are(golf_hub, tmp_path, capsys, variant):
     assert run("golf", "--variant", variant, "--out", tmp_path) == 2
@@ -912,6 +1107,42 @@ def test_check_finds_a_document_on_both_sides(small, tmp_path, capsys):
     get.write_shard(tmp_path / "text_train_000002.bin", np.array(val[: val.index(50256, 1)], np.uint16))
     assert run("check", tmp_path, "--tokenizer", "gpt2") == 2
     assert "1 validation documents are also in train" in capsys.readouterr().err
+
+
+def test_check_reads_what_a_run_reads(small, tmp_path, capsys):
+    """A name with both words is of the side it ends with; a copy's name is no shard's."""
+    names = {"text_train_000001.bin": "pre_val_x_train_000001.bin",
+             "text_val_000000.bin": "pre_train_x_val_000000.bin"}
+    for old, new in names.items():
+        shutil.copy(small / old, tmp_path / new)
+        shutil.copy(small / old, tmp_path / f"{old[:-4]} (1).bin")
+    assert run("check", tmp_path, "--tokenizer", "gpt2") == 0
+    out = capsys.readouterr().out
+    assert "no run reads: text_train_000001 (1).bin, text_val_000000 (1).bin;" in out
+    counts = manifest_of(small)
+    for split in ("train", "val"):
+        tokens, documents = (counts[split][key] for key in ("tokens", "documents"))
+        assert f"{split}: {tokens:,} tokens, {documents:,} documents" in out
+        assert [os.path.basename(path) for path in trainer.shard_files(str(tmp_path), split)] == [
+            name
+            for name in names.values()
+            if name.endswith(f"{split}_{int(split == 'train'):06d}.bin")
+        ]
+
+
+@settings(max_examples=300)
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            ["x", "_", "train", "val", "_train_", "_val_", "000001", "1", ".bin", " (1)", "\n"]
+        ),
+        max_size=7,
+    )
+)
+def test_names_of_shards_follow_one_rule(parts):
+    name = "".join(parts)
+    as_trained = [s for s in ("train", "val") if re.fullmatch(trainer.SHARD_NAME.format(s), name)]
+    assert get.side(name) == (as_trained or [""])[0] and len(as_trained) < 2
 
 
 def test_check_finds_the_wrong_tokenizer(small, sample, capsys):

@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -211,6 +213,121 @@ def test_missing_shards_are_found_in_the_middle_of_training(tmp_path):
     loader(config(tmp_path))
 
 
+@pytest.mark.parametrize("lengths, changes, words", [
+    ((100, 27), {}, "hold 127 tokens, less than one batch of 128"),
+    ((100, 90), {}, "hold 190 .*but none holds a batch of 128: .* has room for 98; .*--shuffle 1"),
+    ((129,), {}, "hold 129 tokens, but none holds a batch of 128: .* has room for 127"),
+    ((30, 30, 30, 30, 30), {"shuffle": 1}, "hold 150 .*which make 0 rows of 32 .*a batch of 128"),
+    ((65, 66), {"shuffle": 2}, "hold 131 .*3 rows of 32 and its last target, too few for"),
+])
+def test_what_is_said_of_too_little_data_is_true(tmp_path, lengths, changes, words):
+    shards(tmp_path, *lengths)
+    with pytest.raises(tg.UserError, match=words):
+        loader(config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_growing_batches_are_counted_shard_by_shard(tmp_path, seed):
+    """check_enough accepts exactly those runs that a plain walk over the shards can serve."""
+    rng = np.random.default_rng(seed)
+    parts = shards(tmp_path, *rng.integers(200, 700, 3))
+    epochs, sizes = int(rng.integers(1, 3)), [int(32 * n) for n in rng.integers(1, 6, 3)]
+    batch = f"0:{sizes[0]} 1/3:{sizes[1]} 0.7:{sizes[2]}"
+
+    def possible(steps: int) -> int:
+        shard, pos, queue = None, 0, list(parts * epochs)
+        for step in range(steps):
+            size = sizes[(3 * step >= steps) + (step / steps >= 0.7)]
+            while shard is None or pos + size + 1 >= len(shard):
+                if not queue:
+                    return step
+                shard, pos = queue.pop(0), 0
+            pos += size
+        return steps
+
+    refused = {}
+    for steps in range(3, 130, 2):
+        cfg = config(tmp_path, epochs=epochs, batch_tokens=batch, micro_tokens=32, steps=steps)
+        try:
+            ours = loader(cfg)
+        except tg.UserError as e:
+            refused[steps] = True
+            assert possible(steps) < steps and f"too little data for {steps} steps" in str(e)
+            continue
+        refused[steps] = False
+        plan = tg.Plan(cfg)
+        for step in range(steps):
+            ours.batch(step, plan.at(step, step / steps).batch_tokens, 32)
+        assert possible(steps) == steps
+    assert set(refused.values()) == {True, False}
+
+
+@pytest.mark.parametrize("shuffle", [0, 1, 2])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_end_is_known_before_the_batch_and_leaves_the_position(tmp_path, shuffle, epochs):
+    shards(tmp_path, 700, 60, 431)
+    ours = loader(config(tmp_path, shuffle=shuffle, epochs=epochs, max_seconds=1.0))
+    step = 0
+    while not ours.ended(128):
+        ours.batch(step, 128, 32)
+        step += 1
+    rows = {0: (5 + 3) * 4, 1: 21 + 1 + 13, 2: 1191 // 33}[shuffle]  # four are a batch
+    assert step == rows * epochs // 4
+    before = ours.state_dict()
+    for _ in range(2):
+        with pytest.raises(tg.UserError, match=f"ran out of train shards at step {step}"):
+            ours.batch(step, 128, 32)
+        assert ours.state_dict() == before
+
+
+def test_a_run_that_came_to_the_end_goes_on_in_a_shard_that_is_added(tmp_path):
+    parts = shards(tmp_path, 400, 300)
+    cfg = config(tmp_path, max_seconds=1.0)
+    ours = loader(cfg)
+    while not ours.ended(128):
+        ours.batch(0, 128, 32)
+    shards(tmp_path, 400, 300, 200)
+    again = loader(cfg)
+    again.load_state_dict(ours.state_dict())
+    assert again.batch(0, 128, 32)[0, 0] == 700 == sum(map(len, parts))
+
+
+def test_shuffled_shards_are_all_read_before_the_first_step(tmp_path):
+    shards(tmp_path, 300, 300)
+    write_shard(tmp_path / "x_train_000001.bin", [*range(300, 500), 59999])
+    cfg = config(tmp_path, vocab=59999)
+    loader(cfg).open()
+    for shuffle in (1, 2):
+        with pytest.raises(tg.UserError, match="x_train_000001.bin: token 59999 at position 200"):
+            loader(tg.dataclasses.replace(cfg, shuffle=shuffle)).open()
+
+
+def test_a_document_across_shards_is_one_document(tmp_path):
+    """However the stream is cut into shards, epochs hold the same documents in the same order."""
+    rng = np.random.default_rng(0)
+    documents = [[0, *rng.integers(1, 60000, n)] for n in (5, 40, 1, 90, 17, 0, 33, 8, 60, 21)]
+    for first in (True, False):
+        flat = np.concatenate(documents)[0 if first else 1 :]
+        streams = []
+        for cuts in ([], [100], [3, 4, 60, 61, 130], [0, 46, 46, 47], [len(flat) - 1]):
+            folder = tmp_path / f"{first}-{len(streams)}"
+            folder.mkdir()
+            for i, part in enumerate(np.split(flat, cuts)):
+                write_shard(folder / f"x_train_{i:06d}.bin", part)
+            ours = loader(config(folder, shuffle=2, doc_token=0, epochs=0))
+            epochs = []
+            for ours.epoch in range(4):
+                ours.shuffle_documents()
+                epochs.append(ours.stretch(ours.stream, 0, len(flat)).tolist())
+            streams.append(epochs)
+        assert all(s == streams[0] for s in streams[1:])
+        assert streams[0][0] == flat.tolist() and len({tuple(e) for e in streams[0]}) == 4
+        for epoch in streams[0] if first else []:
+            starts = [i for i, token in enumerate(epoch) if token == 0]
+            found = [epoch[a:b] for a, b in itertools.pairwise([*starts, len(epoch)])]
+            assert sorted(found) == sorted([int(t) for t in d] for d in documents)
+
+
 @pytest.mark.parametrize("shuffle, steps", [(0, 2), (1, 3)])
 def test_end_of_data_is_not_explained(tmp_path, shuffle, steps):
     shards(tmp_path, 128 * 3 + 1)
@@ -308,12 +425,13 @@ def test_message_about_a_shard_names_no_number(tmp_path, change, words):
 def test_token_over_the_vocabulary_reaches_the_model(tmp_path):
     tokens = np.arange(1000) % 90
     tokens[777] = 96
-    write_shard(tmp_path / "x_train_0.bin", tokens)
+    write_shard(tmp_path / "x_train_000000.bin", tokens)
     ours = loader(config(tmp_path, vocab=96))
-    with pytest.raises(tg.UserError, match=r"x_train_0.bin: token 96 at position 777 .* vocab = 96; .*--vocab"):
+    words = r"x_train_000000.bin: token 96 at position 777 .* vocab = 96; .*--vocab"
+    with pytest.raises(tg.UserError, match=words):
         ours.batch(0, 128, 32)
-    write_shard(tmp_path / "x_val_0.bin", tokens)
-    with pytest.raises(tg.UserError, match=r"x_val_0.bin: token 96 at position 777"):
+    write_shard(tmp_path / "x_val_000000.bin", tokens)
+    with pytest.raises(tg.UserError, match=r"x_val_000000.bin: token 96 at position 777"):
         tg.Validation(config(tmp_path, vocab=96), tg.Plan(config(tmp_path)), None)
     assert loader(config(tmp_path, vocab=97)).batch(0, 128, 32).shape == (4, 33)
 
@@ -323,6 +441,47 @@ def test_targets_are_not_the_next_tokens(tmp_path):
     x, y = tg.tensors(loader(config(tmp_path)).batch(0, 128, 32), torch.device("cpu"))
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (4, 32)
     assert torch.equal(y, x + 1) and x[1, 0] == 32
+
+
+@pytest.mark.parametrize(
+    "name, side",
+    [
+        ("x_train_000001.bin", "train"),
+        ("x_val_000000.bin", "val"),
+        ("pre_train_x_val_000000.bin", "val"),
+        ("a_val_b_train_000012.bin", "train"),
+        ("x_train_000001 (1).bin", ""),
+        ("x_train_1.bin", ""),
+        ("x_train_.bin", ""),
+        ("x_train_0000001.bin", ""),
+        ("_train_000001.bin", ""),
+        ("x_train_000001.bin.part", ""),
+        ("x_train_00000\u0661.bin", ""),
+    ],
+)
+def test_one_rule_says_what_is_a_shard(tmp_path, name, side):
+    write_shard(tmp_path / name, range(9))
+    for split in ("train", "val"):
+        found = [os.path.basename(path) for path in tg.shard_files(str(tmp_path), split)]
+        assert found == [name] * (split == side)
+        if split != side and (".part" not in name and f"{split}" in name):
+            words = rf"no {split} shards.*_NNNNNN.bin .*{re.escape(name)} does not"
+            with pytest.raises(tg.UserError, match=words):
+                tg.find_shards(config(tmp_path), split)
+
+
+def test_shards_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "x_train_000000.bin").mkdir()
+    (tmp_path / "x_val_000000.bin").symlink_to(tmp_path / "nowhere")
+    reasons = {"x_train_000000.bin": "Is a directory", "x_val_000000.bin": "No such file"}
+    for name, why in reasons.items():
+        for read in (tg.shard_tokens, tg.read_shard, tg.shard_mark):
+            with pytest.raises(tg.UserError, match=rf"{name} cannot be read \({why}"):
+                read(tmp_path / name)
+    with pytest.raises(tg.UserError, match="x_train_000000.bin cannot be read"):
+        tg.data_fingerprint(config(tmp_path))
+    with pytest.raises(tg.UserError, match="no train shards"):
+        tg.find_shards(config(tmp_path / "x_train_000000.bin"), "train")
 
 
 # --- validation
@@ -389,6 +548,95 @@ def test_data_sets_have_the_same_fingerprint(tmp_path):
     c = tg.data_fingerprint(config(tmp_path / "b"))
     write_shard(tmp_path / "b" / "x_train_000000.bin", range(500))
     assert len({a, b, c}) == 3 and tg.data_fingerprint(config(tmp_path / "b")) == a
+
+
+def test_fingerprint_is_that_of_every_byte_and_can_be_had_from_sha256sum(tmp_path):
+    shards(tmp_path, 3_000_000, 70)
+    shards(tmp_path, 100, split="val")
+    first = tg.data_fingerprint(config(tmp_path))
+    command = "sha256sum x_train_000000.bin x_train_000001.bin x_val_000000.bin | sha256sum"
+    said = subprocess.check_output(["sh", "-c", command], cwd=tmp_path, text=True)
+    assert said.split()[0] == first
+    tokens = np.array(tg.read_shard(tmp_path / "x_train_000000.bin"))
+    for at in (0, 700_001, 1_555_555, 2_999_999):
+        changed = tokens.copy()
+        changed[at] ^= 1
+        write_shard(tmp_path / "x_train_000000.bin", changed)
+        assert tg.data_fingerprint(config(tmp_path)) != first
+
+
+def save_position(folder, changes=None, batches=2, epoch=0):
+    """Identity and position of a loader, as they come out of a checkpoint's JSON."""
+    cfg = config(folder, epochs=0, **(changes or {}))
+    ours = loader(cfg)
+    for step in range(batches):
+        ours.batch(step, 128, 32)
+    state = ours.state_dict() | ({"epoch": epoch} if epoch else {})
+    return cfg, *tg.json.loads(tg.json.dumps([ours.identity(), state]))
+
+
+CHANGES = {
+    "x_train_000000.bin has 1624 bytes instead of 2024": lambda d: write_shard(
+        d / "x_train_000000.bin", range(300)
+    ),
+    "x_train_000000.bin has other content": lambda d: write_shard(
+        d / "x_train_000000.bin", range(1, 501)
+    ),
+    "x_train_000001.bin has other content": lambda d: write_shard(
+        d / "x_train_000001.bin", range(1, 701)
+    ),
+    "x_train_000001.bin is gone": lambda d: (d / "x_train_000001.bin").unlink(),
+    "x_train_000002.bin is new": lambda d: write_shard(d / "x_train_000002.bin", range(200)),
+    "a_train_000002.bin is new": lambda d: write_shard(d / "a_train_000002.bin", range(200)),
+    "x_val_000000.bin has other content": lambda d: write_shard(
+        d / "x_val_000000.bin", range(1, 101)
+    ),
+    "x_val_000001.bin is new": lambda d: write_shard(d / "x_val_000001.bin", range(100)),
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+@pytest.mark.parametrize(
+    "how", ["in order", "in order, second shard", "in order, second epoch", "rows", "documents"]
+)
+def test_other_data_is_refused_on_resume_by_name(tmp_path, said, how):
+    """In order, what lies behind the position may still change: it was not read, nor counted."""
+    shards(tmp_path, 500, 700)
+    shards(tmp_path, 100, split="val")
+    changes = {"shuffle": ["rows", "documents"].index(how) + 1} if "order" not in how else {}
+    cfg, saved, position = save_position(tmp_path, changes, batches=2 + 3 * ("second shard" in how),
+                                         epoch=int("second epoch" in how))
+    assert loader(cfg).accept(saved, position) == ""
+    CHANGES[said](tmp_path)
+    unread = (
+        {"x_train_000002.bin is new"}
+        if how == "in order, second shard"
+        else {
+            "x_train_000001.bin has other content",
+            "x_train_000001.bin is gone",
+            "x_train_000002.bin is new",
+        }
+    )
+    if how.startswith("in order") and "epoch" not in how and said in unread:
+        assert said in loader(cfg).accept(saved, position)
+    else:
+        with pytest.raises(tg.UserError, match=f"not what this run was trained on: {said}; "):
+            loader(cfg).accept(saved, position)
+
+
+def test_mark_of_a_shard_sees_an_exchange_without_reading_it_whole(tmp_path):
+    """A header, the end, an eighth of the tokens: each changes the mark of 200 MB."""
+    path = tmp_path / "x_train_000001.bin"
+    sparse_shard(path, 100_000_000)
+    size, first = tg.shard_mark(path)
+    marks = {first}
+    with open(path, "r+b") as f:
+        for at, count in ((100, 1), (size - 1, 1), (size // 6, size // 8)):
+            f.seek(at)
+            f.write(b"\1" * count)
+            f.flush()
+            marks.add(tg.shard_mark(path)[1])
+    assert size == 200_001_024 and len(marks) == 4
 
 
 # --- bytes
@@ -513,7 +761,7 @@ def test_validation_counts_no_bytes(tmp_path, sp_models):
     tok = tg.Tokenizer(sp_models["golf"], 512, 1)
     documents = [tok.encode(" ".join(WORDS) * 3), tok.encode("Zahl 1234567890, naïve café")]
     tokens = stream(documents, 1)
-    write_shard(tmp_path / "x_val_0.bin", tokens)
+    write_shard(tmp_path / "x_val_000000.bin", tokens)
     cfg = config(tmp_path, vocab=512, seq_len="8", val_tokens=0)
     val = tg.Validation(cfg, tg.Plan(cfg), tok)
     kept = tokens[: val.rows * 8 + 1]
@@ -522,3 +770,18 @@ def test_validation_counts_no_bytes(tmp_path, sp_models):
         tok.sp.decode(kept[border + 1 :].tolist()).encode()
     )
     assert val.bytes == expected
+
+
+def test_a_model_without_a_piece_for_a_space_is_refused(sp_models, tmp_path):
+    """Its spaces become three bytes each, which decode to U+2581 and would count as three."""
+    raw = open(sp_models["golf"], "rb").read()
+    space, other = (b"\x0a\x03" + sign.encode() + b"\x15" for sign in ("\u2581", "\uf8ff"))
+    assert raw.count(space) == 1  # field 1 of a piece: its three bytes, then the score
+    (tmp_path / "bare.model").write_bytes(raw.replace(space, other))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "bare.model"))
+    ids = model.encode("7 \u2713")
+    assert len(ids) > 6, "the space is bytes"
+    with pytest.raises(tg.UserError, match="bare.model' has no piece for a space by itself"):
+        tg.Tokenizer(str(tmp_path / "bare.model"), 512, 1)
+    for model in sp_models.values():
+        tg.Tokenizer(model, 512, 1)

@@ -636,19 +636,97 @@ def test_resume_with_another_configuration(server, flags, tmp_path):
     assert folder_hash(tmp_path) == before
 
 
-def test_token_over_the_vocabulary_in_a_later_shard(server, flags, data, tmp_path):
-    """Found when the shard is opened, in mid-run: the run stops with the message, and what was saved stays."""
+@pytest.mark.parametrize("world", [1, 2])
+def test_token_over_the_vocabulary_in_a_later_shard(server, flags, data, tmp_path, world):
+    """Found when the shard is opened, in mid-run: all steps are saved, it goes on once mended."""
     given = damaged(data, tmp_path, "train_000002", put(64, 1024, "<u2"))
-    ended = server.run(*flags(steps=30, save_every=10, **given), cwd=tmp_path)
-    assert_refused(ended, ["data/x_train_000002.bin", "token 64", "position 0"])
-    assert newest(tmp_path / "logs/tiny").name == "000020"
+    argv = flags(steps=30, save_every=10, micro_tokens=128, **given)
+    for ended in run_ranks(server, world, argv, tmp_path):
+        assert_refused(ended, ["data/x_train_000002.bin", "token 64", "position 0", "--resume",
+                               "all 23 steps are saved in logs/tiny/ckpt/000023"])
+    assert newest(tmp_path / "logs/tiny").name == "000023"
+    shutil.copy(data / "x_train_000002.bin", tmp_path / "data")
+    ended = run_ranks(server, world, [*argv, "--resume"], tmp_path)
+    succeed(ended)
+    assert "not yet read have changed: x_train_000002.bin has other content" in ended[0].out
+    (tmp_path / "straight").mkdir()
+    shutil.copytree(tmp_path / "data", tmp_path / "straight/data")
+    succeed(run_ranks(server, world, argv, tmp_path / "straight"))
+    ends = [tensors_of(newest(tmp_path / f / "logs/tiny")) for f in (".", "straight")]
+    assert ends[0] == ends[1]
 
 
-def test_running_out_of_shards_on_the_clock(server, flags, tmp_path):
-    """Where the clock alone says how long a run is, data may run out: it stops, names the fix, keeps what it has."""
-    ended = server.run(*flags(steps=10000, max_seconds=500, save_every=10), cwd=tmp_path)
-    assert_refused(ended, ["ran out of train shards at step 38", "2 found", "data/get.py", "--epochs"])
-    assert newest(tmp_path / "logs/tiny").name == "000030"
+def test_a_shard_that_one_rank_alone_cannot_read_ends_all(server, flags, data, tmp_path):
+    """Two ranks that see two disks: the other one hears of it, both save and leave."""
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+        (tmp_path / rank / "logs").symlink_to(tmp_path / "logs")
+        _copy(data, tmp_path / rank / "data")
+    (tmp_path / "logs").mkdir()
+    path = tmp_path / "1/data/x_train_000002.bin"
+    path.write_bytes(put(64, 1024, "<u2")(bytearray(path.read_bytes())))
+    argv = flags(steps=30, micro_tokens=128, data="data")
+
+    def start(*more: str) -> list:
+        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return [server.start(*argv, *more, cwd=tmp_path / rank,
+                             env=env | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+
+    for fork in start():
+        assert_refused(fork.wait(60), ["x_train_000002.bin", "token 64", "all 23 steps are saved"])
+    assert newest(tmp_path / "logs/tiny").name == "000023"
+    path.unlink()
+    (tmp_path / "1/data/x_train_000001.bin").unlink()  # and at the start
+    for fork in start("--run", "other"):
+        assert_refused(fork.wait(60), ["no train shards"])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("shuffle, steps", [(0, 38), (1, 39)])
+def test_the_end_of_the_data_ends_a_run_on_the_clock_as_its_cap_does(
+    server, flags, tmp_path, world, shuffle, steps
+):
+    """Checkpoint, evaluation, artifact and result are those of the last step that the data had."""
+    argv = flags(steps=10000, max_seconds=500, shuffle=shuffle, micro_tokens=128, eval_every=0,
+                 export="int8")
+    ended = run_ranks(server, world, argv, tmp_path)
+    succeed(ended)
+    assert f"the data ended at step {steps}, after" in ended[0].out
+    folder = tmp_path / "logs/tiny"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == steps and result["roundtrip_val_loss"] > 0
+    assert (folder / "model.nrx").exists()
+    assert newest(folder).name == f"{steps:06d}"
+    assert [r["step"] for r in metrics(folder) if r["kind"] == "val"] == [steps]
+
+
+def test_resume_with_other_data_is_refused(server, flags, data, tmp_path):
+    """Another shard of the same name is named, nothing changed; with the old one it goes on."""
+    folder = _copy(data, tmp_path / "data")
+    argv = flags(data="data", steps=12)
+    when = {"phase": "train_step", "send": [[900, signal.SIGTERM]]}
+    assert server.run(*argv, cwd=tmp_path, when=when).code == 143
+    checkpoint, kept = newest(tmp_path / "logs/tiny"), (folder / "x_train_000001.bin").read_bytes()
+    (folder / "x_train_000001.bin").write_bytes(put(9, 2000, "<u2")(bytearray(kept)))
+    (folder / "x_val_000000.bin").rename(folder / "y_val_000000.bin")
+    before = tensors_of(checkpoint)
+    for ended in run_ranks(server, 2, [*argv, "--resume", "--micro_tokens", "128"], tmp_path):
+        assert_refused(ended, ["the data in data is not what this run was trained on",
+                               "x_train_000001.bin has other content",
+                               "x_val_000000.bin is gone; y_val_000000.bin is new", "--run"])
+    assert tensors_of(newest(tmp_path / "logs/tiny")) == before
+    (folder / "x_train_000001.bin").write_bytes(kept)
+    (folder / "y_val_000000.bin").rename(folder / "x_val_000000.bin")
+    state = json.loads((checkpoint / "state.json").read_text())
+    old = _copy(tmp_path, tmp_path.with_name(tmp_path.name + "-old"))
+    old /= checkpoint.relative_to(tmp_path)
+    (old / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k != "data"}))
+    succeed(server.run(*argv, "--resume", cwd=tmp_path))
+    # as it was written before data had an identity
+    ended = server.run(*argv, "--resume", cwd=old.parents[3])
+    succeed(ended)
+    assert "does not say what data it was trained on" in ended.out
+    assert tensors_of(newest(tmp_path / "logs/tiny")) == tensors_of(newest(old.parents[1]))
 
 
 def test_too_few_shards_are_found_on_every_rank(server, flags, tmp_path):

@@ -16,8 +16,8 @@ def started(folder, **changes):
     if not data.exists():
         data.mkdir(parents=True)
         rng = np.random.default_rng(0)
-        write_shard(data / "x_train_0.bin", rng.integers(0, 60, 4000))
-        write_shard(data / "x_val_0.bin", rng.integers(0, 60, 300))
+        write_shard(data / "x_train_000000.bin", rng.integers(0, 60, 4000))
+        write_shard(data / "x_val_000000.bin", rng.integers(0, 60, 300))
     cfg = tiny(data=str(data), log_dir=str(folder.parent), run=folder.name, **changes)
     tg.validate(cfg)
     run = tg.Run(cfg)
@@ -216,7 +216,7 @@ def test_hybrid_leaves_muon_to_what_was_taken():
 
 
 def test_more_tokens_than_allowed_are_trained_on(tmp_path):
-    for name, count in (("train_0", 500), ("train_1", 500), ("val_0", 200)):
+    for name, count in (("train_000000", 500), ("train_000001", 500), ("val_000000", 200)):
         write_shard(tmp_path / f"x_{name}.bin", np.arange(count) % 60 + (1 if "1" in name else 0))
     base = dict(data=str(tmp_path), epochs=0, batch_tokens="64", seq_len="32", train_tokens=600)
     loader = tg.Loader(tiny(**base), tg.Plan(tiny(**base)))
