@@ -2685,7 +2685,11 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
                     found = validate_all(p, step, now)
         if last:
             break
-        loss, size = train_step(p, step, now)
+        try:
+            loss, size = train_step(p, step, now)
+        except Interrupted:  # while the loader made an epoch's rows: this step has not begun
+            flush()
+            raise
         step += 1
         run.step = step
         p.avg.update(step, plan.fraction(step, seconds))
