@@ -1363,32 +1363,13 @@ class Export(Score):
     limit: int = 0  # bytes of the file at most; 0: any
 
 
-def open_weights(where: str, exact: bool = False) -> tuple[Config, dict[str, Tensor], str]:
-    """
-    Config and weights: of an artifact; or of a run folder its artifact; with `exact`, or where there is none, of a
-    checkpoint (the newest), averaged where the run exports an average.
-    """
-    path = Path(where)
-    if path.is_file() or not exact and (path / "model.nrx").exists():
-        if exact:
-            raise UserError(f"{where} is an artifact: quantising needs the exact weights, of a run folder or a checkpoint")
-        cfg, named, found = tg.open_source(where)
-        return cfg, named, str(found)
-    done = [path] if (path / "DONE").exists() else tg.checkpoints(path) if path.is_dir() else []
-    if not done:
-        raise UserError(f"{where} holds no complete checkpoint (ckpt/*/DONE)" + ("" if exact else " and no artifact"))
-    cfg, named, found = tg.open_source(str(done[-1]))
-    if cfg.final_weights != "live":
-        averages = tg.read_tensors(found / "averages.safetensors")
-        named = {name: averages[f"{name}:{cfg.final_weights}"].view_as(w) for name, w in named.items()}
-    return cfg, named, str(found)
-
-
 def opened(flags: Score, exact: bool = False) -> tuple[tg.GPT, tg.Shape, tg.Run, dict[str, Tensor]]:
     """Model, shape of its windows, ranks and device, and its weights as they were stored."""
     if not flags.source:
         raise UserError("say which run folder, checkpoint or artifact: python golf.py score logs/my-run")
-    cfg, named, where = open_weights(flags.source, exact)
+    cfg, named, where = tg.open_source(flags.source, exact)
+    if exact and where.is_file():
+        raise UserError(f"{where} is an artifact: quantising needs the exact weights, of a checkpoint (ckpt/*/DONE)")
     cfg.device, cfg.data = flags.device, flags.data or cfg.data
     cfg.val_tokens = cfg.val_tokens if flags.val_tokens < 0 else flags.val_tokens
     if isinstance(flags, (Prove, Decode)) and tg.choose_device(cfg).type == "cpu":
@@ -1397,7 +1378,7 @@ def opened(flags: Score, exact: bool = False) -> tuple[tg.GPT, tg.Shape, tg.Run,
     if type(flags) is not Score or run.device.type == "cpu":
         cfg.compile = 0  # takes longer than it saves
     model = tg.build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
-    tg.load_weights(model, named, where)
+    tg.load_weights(model, named, str(where))
     shape = plan.eval_shape(plan.at(cfg.steps, 1.0))
     return model, shape._replace(rows=flags.rows or shape.rows), run, named
 

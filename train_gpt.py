@@ -2261,21 +2261,48 @@ def load_checkpoint(path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg:
     return state["step"]
 
 
-def open_source(where: str) -> tuple[Config, dict[str, Tensor], Path]:
-    """Config and weights of a run folder (its artifact, else its newest checkpoint), a checkpoint or an artifact."""
+def notice(line: str) -> None:
+    print(f"notice: {line}", file=sys.stderr, flush=True)
+
+
+def open_source(where: str, exact: bool = False, say=notice) -> tuple[Config, dict[str, Tensor], Path]:
+    """
+    Config and weights to be used of a run folder (its artifact, else its newest checkpoint; the other way round with
+    `exact`), a checkpoint or an artifact. Of a checkpoint those that the run exports, averages too, which `say` is told.
+    """
     path = Path(where)
     if path.is_dir() and not (path / "model.safetensors").exists():
         found = [p for p in (path / "model.nrx", *checkpoints(path)[-1:]) if p.exists()]
         if not found:
             raise UserError(f"{where} holds neither an artifact (model.nrx) nor a complete checkpoint (ckpt/*/DONE)")
-        path = found[0]
+        path = found[-1 if exact else 0]
     if path.is_file():
         import golf
 
         return *golf.load(path), path
     if not (path / "model.safetensors").exists():
         raise UserError(f"{where}: no such run folder, checkpoint or artifact")
-    return Config(**read_toml(path / "config.toml")), read_tensors(path / "model.safetensors"), path
+    cfg, named = checkpoint_config(path), read_tensors(path / "model.safetensors")
+    if (kind := cfg.final_weights) != "live":
+        averages = read_tensors(path / "averages.safetensors")
+        if kind == "swa" and not averages["swa_count"]:
+            say(f"{path}: its live weights, as final_weights = 'swa' has no snapshot yet")
+        else:
+            say(f"{path}: its {kind} average, as final_weights says")
+            named = {name: averages[f"{name}:{kind}"].view_as(w) for name, w in named.items()}
+    return cfg, named, path
+
+
+def checkpoint_config(path: Path) -> Config:
+    """The configuration of a checkpoint, also of one of pre_pre_train.py, which has fields of its own."""
+    file = path / "config.toml"
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file} cannot be read ({e})") from e
+    if "nca_compat" in raw:
+        raw = {key: value for key, value in raw.items() if key in FIELDS}
+    return Config(**checked(raw, str(file)))
 
 
 def parts_of(name: str) -> list[set[str]]:
@@ -2330,13 +2357,7 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
     the log by tensor, and on the console by kind. Of "all", tables of another vocabulary stay fresh. Any other shape that
     differs is an error, as is nothing.
     """
-    path = Path(cfg.init_from)
-    path = (checkpoints(path) or [path])[-1]  # rather exact than quantised
-    if (path / "model.safetensors").exists():
-        named, raw = read_tensors(path / "model.safetensors"), tomllib.loads((path / "config.toml").read_text())
-        theirs = Config(**checked({k: v for k, v in raw.items() if k in FIELDS}, str(path / "config.toml")))
-    else:
-        theirs, named, path = open_source(cfg.init_from)
+    theirs, named, path = open_source(cfg.init_from, exact=True, say=lambda line: run.log(f"notice: {line}"))
     asked, words = set(cfg.transfer.split("+")), {"all", "attn", "qk", "vo", "mlp", "scalars"}
     lines, count, attention = [], 0, False
     kinds: dict[tuple[str, str], list] = {}  # (fate, name without number): tensors, squared norms now and before

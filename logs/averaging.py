@@ -24,7 +24,8 @@ def scores(folder: Path) -> dict[str, float]:
     saved = tg.checkpoints(folder)
     if not saved:
         raise tg.UserError(f"{folder} holds no complete checkpoint (ckpt/*/DONE): it was not kept, or the run is not finished")
-    cfg, live, path = tg.open_source(str(saved[-1]))
+    path = saved[-1]
+    cfg, live = tg.checkpoint_config(path), tg.read_tensors(path / "model.safetensors")
     averages = tg.read_tensors(path / "averages.safetensors")
     kinds = {"live": live}
     for kind in ("ema", "swa"):

@@ -123,8 +123,7 @@ def during_training(p: tg.Parts, now: tg.Now) -> dict[str, float]:
 
 def of_source(where: str, tokens: int) -> tuple[dict, Path]:
     """Statistics of a run folder's newest checkpoint (else its artifact), a checkpoint folder or an artifact; their file."""
-    done = tg.checkpoints(Path(where))
-    cfg, named, path = tg.open_source(str(done[-1]) if done else where)
+    cfg, named, path = tg.open_source(where, exact=True)
     plan = tg.Plan(cfg)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     model = tg.build_model(cfg, device, tg.choose_dtype(cfg, device), plan.eval_seq_len)

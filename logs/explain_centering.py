@@ -234,8 +234,7 @@ def subject(options: ExplainOptions) -> Subject:
         return small_subject()
     if options.tokens < 1:
         raise tg.UserError(f"--tokens {options.tokens}: give one row of text at least")
-    done = tg.checkpoints(Path(options.run))
-    cfg, named, path = tg.open_source(str(done[-1]) if done else options.run)
+    cfg, named, path = tg.open_source(options.run, exact=True)
     if cfg.softcap:
         raise tg.UserError(f"--run {options.run}: its softcap = {cfg.softcap:g} does not let logits shift freely, which (c) is "
                            "about; give a run without one")
