@@ -77,7 +77,7 @@ class PrePreConfig(Config):
     nca_init_steps: int = 10  # steps before recording
     nca_temperature: float = 1e-4  # of the choice of a cell's next colour; 0: always the likeliest
     nca_identity: float = 0.0  # added to the logit of the colour that the cell has
-    nca_rule_init: str = "normal"  # a rule's weights: normal (N(0,1), biases too) or lecun (fan-in with the paper's padding of colours, no biases)
+    nca_rule_init: str = "normal"  # a rule's weights: normal (N(0,1)), or lecun (fan-in, no biases; colours padded around)
     nca_start: str = "uniform"  # start grids: uniform, or skewed (colour frequencies drawn per grid)
     nca_record: str = "after"  # first recorded grid: after nca_dt steps more, or before them
     nca_seq_len: int = 1024  # tokens of a row, at most

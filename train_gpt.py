@@ -821,7 +821,8 @@ class Run:
         if self.is_main:
             metrics = self.folder / "metrics.jsonl"
             if step is not None and metrics.exists():
-                kept = [line for line in metrics.read_text().splitlines() if keep_metric(line, step)]
+                text = metrics.read_text(encoding="utf-8", errors="replace")
+                kept = [line for line in text.splitlines() if keep_metric(line, step)]
                 write_whole(metrics, "".join(line + "\n" for line in kept).encode())
             self.log_file = open(self.folder / "log.txt", "a", buffering=1)
             self.metrics_file = open(metrics, "a", buffering=1)
@@ -874,11 +875,22 @@ class Run:
             self.live_line = False
 
 
-def keep_metric(line: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl belongs to the past of a run that goes on from `step`; a torn line does not."""
+def parse_metric(line: str) -> dict | None:
+    """A line of metrics.jsonl; None for one that is cut short or damaged, as a kill or a full disk leaves it."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or type(record.get("kind")) is not str:
+        return None
+    loss = record.get("val_loss" if record["kind"] == "val" else "step")
+    return record if isinstance(loss, int | float) else None
+
+
+def keep_metric(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl belongs to the past of a run that goes on from `step`; a damaged line does not."""
+    record = parse_metric(line)
+    if record is None:
         return False
     return record["step"] < step or (record["step"] == step and record["kind"] == "train")
 

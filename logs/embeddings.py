@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:  # started as a script, which sees its own folder 
     sys.path.insert(0, str(ROOT))
 
 import train_gpt as tg  # noqa: E402
+from logs.endings import ending  # noqa: E402
 
 ########################################
 #              Statistics              #
@@ -165,8 +166,5 @@ def main(argv: list[str]) -> int:
     if not argv:
         print("usage: report.py embeddings RUN... [--tokens N]: run folders, checkpoint folders or artifacts", file=sys.stderr)
         return 2
-    try:
-        return embeddings(tyro.cli(EmbeddingOptions, args=argv, prog="report.py embeddings"))
-    except tg.UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    options = tyro.cli(EmbeddingOptions, args=argv, prog="report.py embeddings")
+    return ending("error", lambda: embeddings(options), tg.UserError)
