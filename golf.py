@@ -1571,7 +1571,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
     except (UserError, RuntimeError, OSError) as e:
-        message = tg.explain(e) or (str(e) if isinstance(e, OSError) else None)
+        message = tg.explain(e)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -152,8 +152,8 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> int:
-    flags = tyro.cli(Flags, args=argv, description=__doc__, use_underscores=True)
     try:
+        flags = tyro.cli(Flags, args=argv, description=__doc__, use_underscores=True)
         folder = Path(flags.folder)
         if not epochs(folder):
             raise UserError(f"{folder} holds no epochs/*: no run with --average_epochs N, or not yet in its last epochs")

@@ -2928,6 +2928,8 @@ def explain(e: BaseException) -> str | None:
         return f"the disk is full ({e}); complete checkpoints are kept: make room and continue with --resume"
     if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return f"cannot write there ({e}); choose another folder with --log_dir"
+    if isinstance(e, OSError) and e.filename:  # a file that is none, is gone, is a folder, has too long a name, ...
+        return text
     return None
 
 

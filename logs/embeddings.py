@@ -166,5 +166,4 @@ def main(argv: list[str]) -> int:
     if not argv:
         print("usage: report.py embeddings RUN... [--tokens N]: run folders, checkpoint folders or artifacts", file=sys.stderr)
         return 2
-    options = tyro.cli(EmbeddingOptions, args=argv, prog="report.py embeddings")
-    return ending("error", lambda: embeddings(options), tg.UserError)
+    return ending("error", lambda: embeddings(tyro.cli(EmbeddingOptions, args=argv, prog="report.py embeddings")), tg.UserError)

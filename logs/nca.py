@@ -523,8 +523,8 @@ def study(o: Options) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    o = tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)
-    return ending("error", lambda: study(o), train_gpt.UserError, report.ReportError)
+    return ending("error", lambda: study(tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)),
+                  train_gpt.UserError, report.ReportError)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def load_folder(path: Path) -> Run:
     run, events = Run(path.name, *name_parts(path)), []
     log = ""
     if (path / "log.txt").is_file():
-        log = (path / "log.txt").read_text(encoding="utf-8", errors="replace")
+        log = (path / "log.txt").read_bytes().decode(errors="replace")
     try:
         if (path / "config.toml").is_file():
             run.config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
@@ -231,7 +231,7 @@ def load_folder(path: Path) -> Run:
 def load_text(path: Path) -> list[Run]:
     """The runs of an upstream log: one, or several if a script trained trial after trial into one file.
     Upstream trainers cannot resume, so a step that goes back starts a new run. No step lines, no runs."""
-    events, facts = parse_log(path.read_text(encoding="utf-8", errors="replace"))
+    events, facts = parse_log(path.read_bytes().decode(errors="replace"))
     starts = [i for i in range(len(events)) if i == 0 or events[i]["step"] < events[i - 1]["step"]]
     arm, seed = name_parts(path)
     runs = []

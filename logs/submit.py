@@ -235,7 +235,8 @@ def left_out(s: Submission) -> list[Path]:
             continue
         with contextlib.suppress(report.ReportError):  # a damaged folder is not of this experiment
             run = report.load_folder(other)
-            same = not differences(s.runs[0], run) and head_of((other / "log.txt").read_text(errors="replace")) == head_of(s.logs[0])
+            head = head_of((other / "log.txt").read_text(encoding="utf-8", errors="replace"))
+            same = not differences(s.runs[0], run) and head == head_of(s.logs[0])
             found += [other] if same and run.seed not in seeds else []
     return found
 
