@@ -14,6 +14,7 @@ where something differs. Folders of runs that differ are kept, and named.
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -195,19 +196,44 @@ def differences(mine: dict, other: dict) -> list[str]:
 ########################################
 
 
-def until_it_ends(start, stages: list[Stage], folder: Path, rng: random.Random, spans: list[float], kills: int) -> tuple[int, int]:
+def written(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def attempt(start, at: Stage, folder: Path, wait: tuple[float, float] | None):
     """
-    Run the stages in a folder, killed after random times as long as there are kills left; how many were
-    made, and how many resumed runs there were. spans: what each stage took unbroken.
+    Start a stage, to its end or for as long: (seconds, inf) from the start of its process, or
+    (inf, seconds) from its first line in the log. The process, the seconds before that line, and those
+    from it to the result.
+    """
+    log, result = (folder / "logs" / at.run / name for name in ("log.txt", "result.json"))
+    before, began, process = written(log), time.monotonic(), start(at, folder)
+    first, last, (early, late) = None, None, wait or (600, 600)
+    while process.code() is None:
+        now = time.monotonic()
+        if first is None and written(log) != before:
+            first = now
+        if last is None and result.exists():
+            last = now
+        if now > began + early or first is not None and now > first + late:
+            break
+        time.sleep(0.002)
+    now = time.monotonic()
+    return process, ((first or now) - began, (last or now) - (first or now))
+
+
+def until_it_ends(start, stages: list[Stage], folder: Path, rng: random.Random, spans: list, kills: int) -> tuple[int, int]:
+    """
+    Run the stages in a folder, killed at random instants as long as there are kills left: a quarter before the first line
+    in the log. How many were made, and how many resumed runs there were. spans: what each stage took unbroken.
     """
     made = resumes = 0
-    for at, span in zip(stages, spans):
+    for at, (starting, working) in zip(stages, spans):
         while not (folder / "logs" / at.run / "result.json").exists():
             resumes += (folder / "logs" / at.run).exists()
-            process, began = start(at, folder), time.monotonic()
-            end = began + rng.uniform(0, 1.1 * span) if made < kills else began + 600
-            while process.code() is None and time.monotonic() < end:
-                time.sleep(0.002)
+            early = rng.random() < 0.25
+            wait = (rng.uniform(0, starting), math.inf) if early else (math.inf, rng.uniform(0, working))
+            process, _ = attempt(start, at, folder, wait if made < kills else None)
             if process.code() is None:
                 assert made < kills, f"{at.argv} did not end; {process.text()[-2000:]}"
                 process.kill(rng)
@@ -224,9 +250,9 @@ def campaign(name: str, stages: list[Stage], start, work: Path, kills: int, rng:
     whole, spans = work / f"{name}-whole", []
     whole.mkdir()
     for at in stages:
-        began = time.monotonic()
-        until_it_ends(start, [at], whole, rng, [0.0], kills=0)
-        spans.append(time.monotonic() - began)
+        process, span = attempt(start, at, whole, None)
+        assert process.code() == 0, process.text()[-2000:]
+        spans.append(span)
     reference = {at.run: ends(whole / "logs" / at.run) for at in stages}
     made = resumes = runs = 0
     while made < kills:

@@ -95,8 +95,8 @@ def test_a_signal_during_the_proof_saves_the_run_which_then_ends_alike(tmp_path,
     for name, seed in (("train_000001", 0), ("val_000000", 1)):
         write_shard(tmp_path / f"x_{name}.bin", np.random.default_rng(seed).integers(96, size=2000))
     monkeypatch.setattr(golf, "check", lambda *a: None)  # there is no text: the proof is not a real one
-    cfg = tiny(data=str(tmp_path), log_dir=str(tmp_path), dim=64, steps=3, prove_bytes=10, tokenizer="none", val_tokens=160, save_last=0,
-               head_init="0.1")
+    cfg = tiny(data=str(tmp_path), log_dir=str(tmp_path), dim=64, steps=3, prove_bytes=10, tokenizer="none", val_tokens=160,
+               save_last=0, head_init="0.1")
     runs = []
 
     def proof(*arguments, asked_to_stop):
