@@ -287,6 +287,7 @@ def main() -> int:
     if unknown := [name for name in names if name not in known]:
         parser.error(f"{unknown[0]}: no such preset; there are {', '.join(known)}")
     server, right = Server(work), True
+    server.run("--config", "none")  # once it has answered it is warm: spans are of runs alone
     try:
         for i, name in enumerate(names):
             kills = flags.kills // len(names) + (i < flags.kills % len(names))
