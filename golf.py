@@ -30,6 +30,7 @@ import lzma
 import math
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -189,35 +190,53 @@ def swapped(owner, **values):
             setattr(owner, name, value)
 
 
+class OutOfTime(Exception):
+    """The training clock has come to the end of what calibration may take, in the middle of a row."""
+
+
 @torch.compiler.set_stance("force_eager")  # compiled graphs do not call the recording function
 @torch.no_grad()
-def record_hessians(model: tg.GPT, rows: np.ndarray, repeats: int, window: int, run=None) -> dict[str, Tensor]:
+def record_hessians(model: tg.GPT, rows: np.ndarray, repeats: int, window: int, run=None,
+                    until: float = math.inf) -> tuple[dict[str, Tensor], int]:
     """
     Mean of x x^T over the inputs of every matrix that train_gpt.linear multiplies with, by parameter name, from
     calibration rows [n, T+1] of TRAINING tokens (collecting them counts as training time under the rules). All uses of
     a shared matrix add up; a tied table gets the final norm's output. Ranks take turns with rows and share the sums.
+    When the training clock says `until`, it ends for all of them, also within a row. With how many rows were seen whole.
     """
     run = run or alone(model.head.device)
-    plain = tg.linear
+    plain, timed = tg.linear, until < math.inf
+
+    def is_late() -> bool:
+        run.clock.sync()  # the host runs ahead of a GPU
+        return run.clock.seconds() >= until
+
     sums = {name: p.new_zeros(p.size(-1), p.size(-1), dtype=torch.float32)
             for name, p in model.named_parameters() if is_matrix(p)}
     names = {p.data_ptr(): name for name, p in model.named_parameters()}  # flatten() of a stack keeps the address
 
     def recording(x: Tensor, w: Tensor) -> Tensor:
+        if timed and is_late():
+            raise OutOfTime
         flat = x.detach().reshape(-1, x.size(-1)).float()
         name = names.get(w.data_ptr())
         if name in sums:  # IHA's mixture of matrices is none of them: they are rounded plainly
             sums[name] += flat.mT @ flat
         return plain(x, w)
 
+    whole = 0
     with swapped(tg, linear=recording):
         for turn in range(0, len(rows), run.world):  # as many on every rank: each asks the others
-            run.agree()
+            if run.agree(float(timed and is_late())):
+                break
             for row in rows[turn + run.rank :][:1]:
-                model(*tg.tensors(row[None], run.device), repeats, window)
+                with contextlib.suppress(OutOfTime):  # the others end at their next turn
+                    model(*tg.tensors(row[None], run.device), repeats, window)
+                    whole += 1
     # A rank without a row has seen no name: all sums are exchanged, and those without an input are zero on every rank.
-    found = {name: run.sum(h) / (rows.shape[0] * (rows.shape[1] - 1)) for name, h in sums.items()}
-    return {name: h for name, h in found.items() if bool(h.any())}
+    seen = int(run.sum(torch.tensor(whole, device=run.device)))
+    found = {name: run.sum(h) / (seen * (rows.shape[1] - 1)) for name, h in sums.items() if seen}
+    return {name: h for name, h in found.items() if bool(h.any())}, seen
 
 
 def row_scales(w: Tensor, levels: int) -> Tensor:
@@ -545,7 +564,7 @@ class Scores(NamedTuple):
 
 def alone(device: torch.device) -> SimpleNamespace:
     """What scorers ask of a Run, in one process without a run folder."""
-    return SimpleNamespace(rank=0, world=1, device=device, agree=lambda: None, sum=lambda x: x)
+    return SimpleNamespace(rank=0, world=1, device=device, agree=lambda seconds=0.0: seconds, sum=lambda x: x)
 
 
 def window_plan(n: int, length: int, stride: int) -> np.ndarray:
@@ -1217,6 +1236,8 @@ def check(cfg: Config, named: dict[str, Tensor], val: tg.Validation, tokenizer: 
     """Refuse, before training, an artifact or a proof that this model and text could not have behind it."""
     if cfg.export != "fit":
         check_bits(cfg.export, named)
+    if cfg.gptq:
+        calibration(cfg, 1)
     code = sum(f.stat().st_size for f in tg.source_files(cfg))
     if 0 < cfg.artifact_limit <= code:
         raise UserError(f"artifact_limit = {cfg.artifact_limit}: the source alone has {code} bytes; python logs/pack.py makes "
@@ -1228,8 +1249,8 @@ def check(cfg: Config, named: dict[str, Tensor], val: tg.Validation, tokenizer: 
         stretch(val.tokens, tokenizer, cfg.prove_bytes)
 
 
-def calibrate(p: tg.Parts, now: tg.Now, rows: np.ndarray) -> dict[str, Tensor]:
-    return record_hessians(p.model, rows, now.repeats, now.window, p.run)
+def calibrate(p: tg.Parts, now: tg.Now, rows: np.ndarray, until: float) -> tuple[dict[str, Tensor], int]:
+    return record_hessians(p.model, rows, now.repeats, now.window, p.run, until)
 
 
 def gptq_seconds(p: tg.Parts) -> float:
@@ -1239,10 +1260,28 @@ def gptq_seconds(p: tg.Parts) -> float:
     for _ in range(2):  # the first is slower
         p.run.clock.sync()
         began = time.perf_counter()
-        calibrate(p, last, rows)
+        calibrate(p, last, rows, until=sys.float_info.max)  # it looks at the clock as it will then
         p.run.clock.sync()
         seconds = time.perf_counter() - began
     return 1.33 * seconds * p.cfg.gptq / len(rows)
+
+
+def calibrated(p: tg.Parts, now: tg.Now) -> dict[str, Tensor] | None:
+    """
+    Hessians for GPTQ, on the training clock. A clock cap is a cap: on a machine that has become slower than the warm-up
+    foresaw, they are of fewer rows, or there are none. What summing them up takes is kept back from the time foreseen.
+    """
+    cfg, run, rows = p.cfg, p.run, calibration(p.cfg, p.cfg.gptq)
+    kept_back = (cfg.max_seconds - p.plan.seconds) * min(0.1, run.world / len(rows))
+    until = cfg.max_seconds - kept_back if cfg.max_seconds else math.inf
+    before = run.clock.seconds()
+    run.clock.start()
+    hessians, seen = calibrate(p, now, rows, until)
+    run.clock.stop()
+    fewer = "" if seen == len(rows) else f" of {len(rows)} (max_seconds allowed no more)"
+    run.log(f"gptq: {seen} rows{fewer} of training tokens, train_time:{run.clock.seconds() - before:.1f}s of "
+            f"{run.clock.seconds():.1f}s" + ("" if seen else "; weights are rounded to the nearest instead"))
+    return hessians or None
 
 
 def export_and_score(p: tg.Parts, now: tg.Now) -> dict:
@@ -1251,14 +1290,7 @@ def export_and_score(p: tg.Parts, now: tg.Now) -> dict:
     artifact, read it back into the model, score it in every way that was asked for, prove. Entries of result.json.
     """
     cfg, run, path = p.cfg, p.run, p.run.folder / "model.nrx"
-    hessians = None
-    if cfg.gptq:
-        before = run.clock.seconds()
-        run.clock.start()
-        hessians = calibrate(p, now, calibration(cfg, cfg.gptq))
-        run.clock.stop()
-        run.log(f"gptq: {cfg.gptq} rows of training tokens, train_time:{run.clock.seconds() - before:.1f}s of "
-                f"{run.clock.seconds():.1f}s")
+    hessians = calibrated(p, now) if cfg.gptq else None
     named = dict(p.model.named_parameters())
     code = sum(f.stat().st_size for f in tg.source_files(cfg))
     most = max(0, cfg.artifact_limit - code)
@@ -1288,8 +1320,10 @@ def export_and_score(p: tg.Parts, now: tg.Now) -> dict:
         seconds += found["eval_time_s"]
     if cfg.prove_bytes:
         mode = (cfg.score.split() or ["chunked"])[-1]
-        lines = run.on_main(lambda: fresh_process("prove", str(path), "--mode", mode, "--stride", str(cfg.stride), "--bytes",
-                                                  str(cfg.prove_bytes), "--device", run.device.type, "--data", cfg.data))
+        lines = run.on_main(lambda: fresh_process(
+            "prove", str(path), "--mode", mode, "--stride", str(cfg.stride), "--bytes", str(cfg.prove_bytes), "--device",
+            run.device.type, "--data", cfg.data, asked_to_stop=lambda: bool(run.signal)))
+        run.agree()  # a signal that came meanwhile
         run.log(lines.rstrip())
         result |= {"proven_bytes": cfg.prove_bytes, "decoded_bpb": float(re.search(r"decoded_bpb:([\d.]+)", lines)[1])}
     return result | {"eval_time_s": seconds}
@@ -1306,14 +1340,33 @@ def score_and_log(model: tg.GPT, how: How, shape: tg.Shape, run, val: tg.Validat
     return found
 
 
-def fresh_process(*arguments: str) -> str:
-    """What `golf.py ARGUMENTS` prints, in a process that shares nothing with this one; UserError where it fails."""
+def fresh_process(*arguments: str, asked_to_stop: Callable[[], bool] = lambda: False) -> str:
+    """
+    What `golf.py ARGUMENTS` prints, in a process that shares nothing with this one; UserError where it
+    fails. Once asked_to_stop() it is ended as by Ctrl-C, which ends what it has started, and gives "".
+    """
     command = [sys.executable, __file__, *([] if Path(__file__).name == "golf.py" else ["golf"])]  # within a packed file
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise UserError(f"golf.py {arguments[0]} left with {done.returncode}: {done.stderr[-2000:]}")
-    return done.stdout
+    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                out, err = process.communicate(timeout=0.2)
+                break
+            if asked_to_stop():
+                return ""
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=10)
+            process.kill()
+            process.wait()
+    if asked_to_stop():  # the terminal's Ctrl-C reached it as well
+        return ""
+    if process.returncode:
+        raise UserError(f"golf.py {arguments[0]} left with {process.returncode}: {err[-2000:]}")
+    return out
 
 
 ########################################
@@ -1367,32 +1420,13 @@ class Export(Score):
     limit: int = 0  # bytes of the file at most; 0: any
 
 
-def open_weights(where: str, exact: bool = False) -> tuple[Config, dict[str, Tensor], str]:
-    """
-    Config and weights: of an artifact; or of a run folder its artifact; with `exact`, or where there is none, of a
-    checkpoint (the newest), averaged where the run exports an average.
-    """
-    path = Path(where)
-    if path.is_file() or not exact and (path / "model.nrx").exists():
-        if exact:
-            raise UserError(f"{where} is an artifact: quantising needs the exact weights, of a run folder or a checkpoint")
-        cfg, named, found = tg.open_source(where)
-        return cfg, named, str(found)
-    done = [path] if (path / "DONE").exists() else tg.checkpoints(path) if path.is_dir() else []
-    if not done:
-        raise UserError(f"{where} holds no complete checkpoint (ckpt/*/DONE)" + ("" if exact else " and no artifact"))
-    cfg, named, found = tg.open_source(str(done[-1]))
-    if cfg.final_weights != "live":
-        averages = tg.read_tensors(found / "averages.safetensors")
-        named = {name: averages[f"{name}:{cfg.final_weights}"].view_as(w) for name, w in named.items()}
-    return cfg, named, str(found)
-
-
 def opened(flags: Score, exact: bool = False) -> tuple[tg.GPT, tg.Shape, tg.Run, dict[str, Tensor]]:
     """Model, shape of its windows, ranks and device, and its weights as they were stored."""
     if not flags.source:
         raise UserError("say which run folder, checkpoint or artifact: python golf.py score logs/my-run")
-    cfg, named, where = open_weights(flags.source, exact)
+    cfg, named, where = tg.open_source(flags.source, exact)
+    if exact and where.is_file():
+        raise UserError(f"{where} is an artifact: quantising needs the exact weights, of a checkpoint (ckpt/*/DONE)")
     cfg.device, cfg.data = flags.device, flags.data or cfg.data
     cfg.val_tokens = cfg.val_tokens if flags.val_tokens < 0 else flags.val_tokens
     if isinstance(flags, (Prove, Decode)) and tg.choose_device(cfg).type == "cpu":
@@ -1401,7 +1435,7 @@ def opened(flags: Score, exact: bool = False) -> tuple[tg.GPT, tg.Shape, tg.Run,
     if type(flags) is not Score or run.device.type == "cpu":
         cfg.compile = 0  # takes longer than it saves
     model = tg.build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
-    tg.load_weights(model, named, where)
+    tg.load_weights(model, named, str(where))
     shape = plan.eval_shape(plan.at(cfg.steps, 1.0))
     return model, shape._replace(rows=flags.rows or shape.rows), run, named
 
@@ -1423,12 +1457,17 @@ def score_all(scorer: Sliding, val: tg.Validation) -> dict[str, float]:
     return {"loss": loss, "bpb": math.nan if bpb is None else bpb, "eval_time_s": seconds, "tok_s": n / seconds}
 
 
-def score_command(flags: Score) -> None:
+def score_command(flags: Score) -> int:
     model, shape, run, _ = opened(flags)
     val, _ = validation(model)
-    with run:
-        tg.compile_model(model, model.cfg)
-        score_and_log(model, flags, shape, run, val)
+    try:
+        with run:
+            tg.compile_model(model, model.cfg)
+            score_and_log(model, flags, shape, run, val)
+    except tg.Interrupted:
+        run.log(f"interrupted by {signal.Signals(run.signal).name}")
+        return 128 + run.signal
+    return 0
 
 
 def prove_command(flags: Prove) -> None:
@@ -1475,6 +1514,9 @@ def calibration(cfg: Config, count: int) -> np.ndarray:
     tokens = tg.read_shard(tg.find_shards(cfg, "train")[0], cfg.vocab)
     tokens = tokens[: cfg.train_tokens or None]  # others it was not trained on
     count = min(count, (len(tokens) - 1) // plan.eval_seq_len)
+    if count < 1:
+        raise UserError(f"calibration looks at rows of {plan.eval_seq_len} training tokens, but the first shard in {cfg.data} "
+                        f"has {len(tokens)}: lower --eval_seq_len, or leave GPTQ out")
     return np.stack([tokens[i * plan.eval_seq_len :][: plan.eval_seq_len + 1] for i in range(count)])
 
 
@@ -1484,7 +1526,7 @@ def quantise_command(flags: Quantise) -> None:
         check_bits(choice.removesuffix(" gptq"), named)
     val, _ = validation(model)
     rows = calibration(model.cfg, flags.calibration_rows)
-    hessians = record_hessians(model, rows, shape.repeats, shape.window)
+    hessians, _ = record_hessians(model, rows, shape.repeats, shape.window)
     scorer = make_scorer(model, flags, shape)
     exact, base, codecs = score_all(scorer, val), 0, (*CODECS, ENTROPY)
     print(f"exact weights: {exact['loss']:.5f} nats, {exact['bpb']:.5f} bpb; {sum(w.numel() for w in named.values())} "
@@ -1512,7 +1554,7 @@ def export_command(flags: Export) -> None:
         raise UserError(f"codec = {flags.codec!r}: must be one of {', '.join((*CODECS, ENTROPY, 'best'))}")
     model, shape, _, named = opened(flags, exact=True)
     rows = calibration(model.cfg, flags.calibration_rows) if flags.calibration_rows else None
-    hessians = None if rows is None else record_hessians(model, rows, shape.repeats, shape.window)
+    hessians = None if rows is None else record_hessians(model, rows, shape.repeats, shape.window)[0]
     data, _ = smallest(named, model.cfg, flags.bits, (flags.codec,), hessians, flags.limit, log=print)
     if flags.limit and len(data) > flags.limit:
         raise UserError(f"the artifact has {len(data)} bytes, but limit = {flags.limit}: choose a smaller model" +
@@ -1528,9 +1570,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         flags = tyro.extras.subcommand_cli_from_dict(kinds, args=argv, use_underscores=True,
                                                      description=__doc__.split("Read it")[0])
-        work[type(flags)](flags)
-        return 0
-    except tg.Interrupted:
+        return work[type(flags)](flags) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
         return 130
     except (UserError, RuntimeError, OSError) as e:
         message = tg.explain(e)

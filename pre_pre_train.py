@@ -39,13 +39,14 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class PrePreConfig(Config):
     nca_init_steps: int = 10  # steps before recording
     nca_temperature: float = 1e-4  # of the choice of a cell's next colour; 0: always the likeliest
     nca_identity: float = 0.0  # added to the logit of the colour that the cell has
-    nca_rule_init: str = "normal"  # a rule's weights: normal (N(0,1), biases too) or lecun (fan-in, no biases)
+    nca_rule_init: str = "normal"  # a rule's weights: normal (N(0,1)), or lecun (fan-in, no biases; colours padded around)
     nca_start: str = "uniform"  # start grids: uniform, or skewed (colour frequencies drawn per grid)
     nca_record: str = "after"  # first recorded grid: after nca_dt steps more, or before them
     nca_seq_len: int = 1024  # tokens of a row, at most
@@ -100,8 +101,26 @@ class PrePreConfig(Config):
     picture: str = ""  # with generate_only, or alone: draw rules into this PNG file
 
 
-# What a run on these data needs whatever its model: text, documents and an artifact are no part of it.
-DERIVED = {"data": "", "tokenizer": "", "doc_token": 0, "doc_mask": 0, "export": ""}
+# What follows from other flags here, and from which.
+FOLLOWS = {
+    "vocab": "nca_colors, nca_patch and nca_vocab",
+    "seq_len": "nca_seq_len, nca_grid and nca_last",
+    "eval_seq_len": "nca_seq_len, nca_grid and nca_last",
+    "val_tokens": "nca_val_tokens",
+    "epochs": "nca_epochs",
+    "steps": "nca_epochs, nca_tokens and batch_tokens",
+}
+# What is about text, an artifact of it, samples or a leaderboard, and so does nothing here; with the
+# value that it has.
+TEXT = {"data": "", "tokenizer": "", "doc_token": 0, "doc_mask": 0, "train_tokens": 0, "shuffle": 0}
+IDLE = TEXT | {
+    name: t.FIELDS[name].default
+    for name in (
+        *("track", "average_epochs", "export", "export_codec", "artifact_limit", "gptq", "qat"),
+        *("qat_noise", "score", "stride", "prove_bytes", "sample_from", "prompt", "sample_tokens"),
+        *("temperature", "top_k", *(name for name in t.FIELDS if name.startswith("rule_"))),
+    )
+} | {"export": ""}
 # Differences between the two sources, and what they were trained with. Presets and flags win over these.
 COMPAT = {
     "pr63": {
@@ -148,8 +167,53 @@ def like_pr63(model: dict, seq_len: int) -> dict:
     return model | LIKE_PR63
 
 
+def refuse_idle(values: dict, where: str = "") -> None:
+    """UserError where a field is given that follows from others here, or that does nothing here."""
+    for key, value in values.items():
+        if key in FOLLOWS:
+            raise UserError(f"{where}{key} = {value!r}: in pre-pre-training it follows from "
+                            f"{FOLLOWS[key]}: give those instead")
+        if key in IDLE and str(value) != str(IDLE[key]):
+            raise UserError(f"{where}{key} = {value!r}: does nothing in pre-pre-training, which knows "
+                            "no text, no artifact and no leaderboard: leave it out (of a language "
+                            "run's preset --like takes the model alone)")
+
+
+def given_flags(argv: list[str]) -> dict[str, str]:
+    """The fields that a command line names, with the first word of what it says of each."""
+    given = {}
+    for word, after in zip(argv, [*argv[1:], "--"]):
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            name = flag.removeprefix("--").replace("-", "_")
+            given[name] = value if equals else "" if after.startswith("--") else after
+    return given
+
+
+@dataclass
+class Flags(PrePreConfig):
+    """PrePreConfig as --help shows it: without the flags that are refused."""
+
+    __annotations__ = {f.name: Annotated[f.type, tyro.conf.Suppress] for f in t.FIELDS.values()
+                       if f.name in FOLLOWS or f.name in IDLE}
+
+
+def read_preset(name: str) -> dict:
+    """
+    Values of a preset. What follows from others follows anew where the preset is the resolved
+    configuration of a run, which holds every field.
+    """
+    path = t.preset_path(name)
+    values = t.read_toml(path, PrePreConfig)
+    if FOLLOWS.keys() | IDLE.keys() <= values.keys():
+        values = {k: v for k, v in values.items() if k not in FOLLOWS}
+    refuse_idle(values, f"{path}: ")
+    return values
+
+
 def make_config(**values) -> PrePreConfig:
     """A checked configuration in Python: nca_compat's choices, and over them the given values."""
+    refuse_idle(values)
     compat = values.get("nca_compat", PrePreConfig.nca_compat)
     cfg = PrePreConfig(**({"run": "nca"} | compat_values(compat) | values))
     validate(cfg)
@@ -159,7 +223,7 @@ def make_config(**values) -> PrePreConfig:
 def compat_values(compat: str) -> dict:
     if compat not in COMPAT:
         raise UserError(f"nca_compat = {compat!r}: must be one of {', '.join(repr(c) for c in COMPAT)}")
-    return DERIVED | COMPAT[compat] | {"nca_compat": compat}
+    return IDLE | COMPAT[compat] | {"nca_compat": compat}
 
 
 def parse_args(argv: list[str]) -> PrePreConfig:
@@ -169,10 +233,11 @@ def parse_args(argv: list[str]) -> PrePreConfig:
     early.add_argument("--like", nargs="*", action="extend", default=[])
     early.add_argument("--nca_compat", "--nca-compat")
     early.add_argument("--nca_seq_len", "--nca-seq-len")
+    refuse_idle({k: v for k, v in given_flags(argv).items() if k in FOLLOWS.keys() | IDLE.keys()})
     given = early.parse_known_args(argv)[0]
     presets: dict = {}
     for name in given.config:
-        presets |= t.read_toml(t.preset_path(name), PrePreConfig)
+        presets |= read_preset(name)
     presets.pop("config", None)
     model: dict = {}
     for name in given.like or presets.get("like", ()):
@@ -183,8 +248,9 @@ def parse_args(argv: list[str]) -> PrePreConfig:
         seq_len = given.nca_seq_len or ""  # what is no number is refused below
         model = like_pr63(model, int(seq_len) if seq_len.isdecimal() else presets.get("nca_seq_len", PrePreConfig.nca_seq_len))
     merged = compat_values(compat) | model | presets
-    cfg = tyro.cli(PrePreConfig, args=argv, default=PrePreConfig(**merged), use_underscores=True,
+    cfg = tyro.cli(Flags, args=argv, default=PrePreConfig(**merged), use_underscores=True,
                    description=__doc__.split("Read it")[0])
+    cfg = PrePreConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)})
     cfg.config = tuple(given.config)
     cfg.run = cfg.run or "-".join([Path(n).stem for n in given.config] or ["nca"]) + f"-s{cfg.seed}"
     validate(cfg)
@@ -195,7 +261,7 @@ def derive(cfg: PrePreConfig) -> None:
     """What follows from the data: vocabulary, length of a row, number of steps."""
     cfg.vocab = cfg.nca_vocab or vocabulary(cfg)
     cfg.seq_len, cfg.eval_seq_len = str(row_inputs(cfg)), 0
-    cfg.val_tokens = cfg.nca_val_tokens
+    cfg.val_tokens, cfg.epochs = cfg.nca_val_tokens, cfg.nca_epochs
     rows = int(max(t.Schedule("batch_tokens", cfg.batch_tokens).values())) // row_inputs(cfg)
     cfg.steps = max(1, cfg.nca_epochs * (row_count(cfg, "train") // max(1, rows)))
 
@@ -353,20 +419,27 @@ def draw_weights(ids: np.ndarray, cfg: PrePreConfig) -> Weights:
     """
     Weights of the rules with these ids. "normal" (slowrun PR 63): weights and biases N(0,1). "lecun" (the paper, by way
     of Flax's nn.Conv): a normal cut at two standard deviations and widened to variance 1/fan_in again, biases zero.
+    The paper pads all axes of the grid around, the colours' too: its first convolution sees the last colour, all
+    colours, the first colour, 9 * (d + 2) inputs, and has two kernels for the first colour and for the last.
     """
     d = cfg.nca_colors
+    lecun = cfg.nca_rule_init == "lecun"
     shapes = Weights((HIDDEN1, d, 3, 3), (HIDDEN1,), (HIDDEN2, HIDDEN1), (HIDDEN2,), (d, HIDDEN2), (d,))
     sizes = [math.prod(s) for s in shapes]
-    u = uniform(stream(cfg.nca_seed, RULE, ids)[:, None], np.arange(sum(sizes)))
-    if cfg.nca_rule_init == "lecun":
+    again = (HIDDEN1, 2, 3, 3)  # of the paper's padding: the first colour's second kernel, the last colour's
+    u = uniform(stream(cfg.nca_seed, RULE, ids)[:, None], np.arange(sum(sizes) + math.prod(again) * lecun))
+    if lecun:
         # 0.8796...: standard deviation of a normal cut at +-2, as in jax.nn.initializers.variance_scaling
         u = ndtri(ndtr(-2) + u * (ndtr(2) - ndtr(-2))) / 0.87962566103423978
-        scale = [s ** -0.5 for s in (9 * d, math.inf, HIDDEN1, math.inf, HIDDEN2, math.inf)]
-        u *= np.repeat(scale, sizes)
+        scale = [s ** -0.5 for s in (9 * (d + 2), math.inf, HIDDEN1, math.inf, HIDDEN2, math.inf, 9 * (d + 2))]
+        u *= np.repeat(scale, [*sizes, math.prod(again)])
     else:
         u = ndtri(u)
-    parts = np.split(u.astype(np.float32), np.cumsum(sizes)[:-1], axis=1)
-    return Weights(*(p.reshape(len(ids), *s) for p, s in zip(parts, shapes)))
+    parts = np.split(u.astype(np.float32), np.cumsum(sizes), axis=1)
+    w = Weights(*(p.reshape(len(ids), *s) for p, s in zip(parts, shapes)))
+    if lecun:
+        w.conv1[:, :, [0, d - 1]] += parts[-1].reshape(len(ids), *again)
+    return w
 
 
 class Tables(NamedTuple):
@@ -703,7 +776,7 @@ def refuse_band(sizes: np.ndarray, accepted: int, cfg: PrePreConfig) -> None:
 #                Cache                 #
 ########################################
 
-GENERATOR = 1  # counts up whenever the same flags come to mean other data
+GENERATOR = {"normal": 1, "lecun": 2}  # by nca_rule_init: counts up whenever the same flags come to mean other data
 
 
 @functools.lru_cache
@@ -722,7 +795,7 @@ def facts(cfg: PrePreConfig, rows: bool) -> dict:
     names += ["filter", *(["record", "seq_len", "last", "sims_per_rule", "control"] if rows else [])]
     names += ["band"] if rows and cfg.nca_filter != "none" else []
     of = {name: getattr(cfg, f"nca_{name}") for name in names}
-    return {"generator": GENERATOR, "zlib": zlib_mark() if cfg.nca_filter != "none" else None} | of
+    return {"generator": GENERATOR[cfg.nca_rule_init], "zlib": zlib_mark() if cfg.nca_filter != "none" else None} | of
 
 
 class Cache:
@@ -818,10 +891,12 @@ class NcaData:
     """
     Rows of one split, "train" or "val". Row r of an epoch is simulation r % sims_per_rule of rule r // sims_per_rule,
     so it is the same on any number of ranks and in any batch. `gather` stands in for torch.distributed in tests.
+    `poll` is called between rounds of the search for rules, by every rank as often: a signal ends it there.
     """
 
     def __init__(self, cfg: PrePreConfig, split: str, rank: int = 0, world: int = 1, say=print,
-                 gather=gather_from_ranks, read_cache: bool = True):
+                 gather=gather_from_ranks, read_cache: bool = True, poll=lambda: None):
+        self.poll = poll
         self.cfg, self.split, self.rank, self.world, self.say, self.gather = cfg, split, rank, world, say, gather
         self.read_cache = read_cache
         self.rows = row_count(cfg, split)
@@ -840,15 +915,18 @@ class NcaData:
         known = self.size_cache.load(f"sizes-{self.split}") if self.read_cache else None
         # Ranks of other machines may not see this file: all go on from what one of them knows.
         self.sizes = max(self.gather(self.sizes if known is None else known, self.world), key=len)
-        with workers(cfg) as pool, tqdm(total=count, desc=f"{self.split} rules", disable=None, leave=False) as bar:
-            while (accepted := int(passes(self.sizes, cfg).sum())) < count:
-                bar.update(min(accepted, count) - bar.n)
-                tried, size = len(self.sizes), min(ROUND[1], max(ROUND[0], 2 * (count - accepted)))
-                if tried >= 20 * cfg.nca_tries and accepted * cfg.nca_tries < tried:
-                    refuse_band(self.sizes, accepted, cfg)
-                self.score_round(start + np.arange(tried, tried + size), pool)
-        if self.scored and self.rank == 0:
-            self.size_cache.save(f"sizes-{self.split}", self.sizes)
+        try:
+            with workers(cfg) as pool, tqdm(total=count, desc=f"{self.split} rules", disable=None, leave=False) as bar:
+                while (accepted := int(passes(self.sizes, cfg).sum())) < count:
+                    self.poll()
+                    bar.update(min(accepted, count) - bar.n)
+                    tried, size = len(self.sizes), min(ROUND[1], max(ROUND[0], 2 * (count - accepted)))
+                    if tried >= 20 * cfg.nca_tries and accepted * cfg.nca_tries < tried:
+                        refuse_band(self.sizes, accepted, cfg)
+                    self.score_round(start + np.arange(tried, tried + size), pool)
+        finally:  # an interrupted search goes on from here
+            if self.scored and self.rank == 0:
+                self.size_cache.save(f"sizes-{self.split}", self.sizes)
         return start + np.flatnonzero(passes(self.sizes, cfg))[:count]
 
     def score_round(self, ids: np.ndarray, pool: ThreadPoolExecutor) -> None:
@@ -942,7 +1020,7 @@ class NcaLoader:
         if row_count(cfg, "train") < self.rows:
             raise UserError(f"nca_tokens = {cfg.nca_tokens}: an epoch of {row_count(cfg, 'train')} rows is less than one batch "
                             f"of {self.rows}: raise it, or lower --batch_tokens")
-        self.data = NcaData(cfg, "train", run.rank, run.world, say=run.log)
+        self.data = NcaData(cfg, "train", run.rank, run.world, say=run.log, poll=run.agree)
         self.epoch = self.pos = 0  # the next batch is batch `pos` of the epoch
         self.prepared, self.order = -1, np.empty(0, np.int64)
         row = self.data.generate(0, np.arange(1))
@@ -1004,7 +1082,7 @@ class NcaValidation:
 
     def __init__(self, cfg: PrePreConfig, run: t.Run, loader: NcaLoader):
         self.cfg, self.tensors, self.bytes, self.seq_len = cfg, loader.tensors, 0, row_inputs(cfg)
-        data = NcaData(cfg, "val", run.rank, run.world, say=run.log)
+        data = NcaData(cfg, "val", run.rank, run.world, say=run.log, poll=run.agree)
         data.prepare(0)
         if run.world > 1:
             dist.barrier()
@@ -1039,9 +1117,11 @@ class NcaValidation:
 def build(cfg: PrePreConfig, run: t.Run) -> t.Parts:
     """train_gpt's parts around cellular automata: rules are searched and validation rows made here, before the clock."""
     plan = t.Plan(cfg)
-    loader = NcaLoader(cfg, run)
-    plan.train_shapes(run.world)  # refuses micro-batches that do not divide
-    return t.assemble(cfg, run, plan, loader, NcaValidation(cfg, run, loader), None)
+    with run.interruptible():
+        loader = NcaLoader(cfg, run)
+        plan.train_shapes(run.world)  # refuses micro-batches that do not divide
+        val = NcaValidation(cfg, run, loader)
+    return t.assemble(cfg, run, plan, loader, val, None)
 
 
 ########################################
@@ -1133,7 +1213,12 @@ def main(argv: list[str] | None = None) -> int:
 
             return dry_run(cfg)
         with t.Run(cfg) as run:
-            code = t.train(cfg, run, build)
+            try:
+                code = t.train(cfg, run, build)
+            except t.Interrupted:  # while build searched for rules: there is nothing to save yet
+                run.log(f"interrupted by {signal.Signals(run.signal).name} while rules were searched: nothing is "
+                        "changed; the same command goes on, with what the cache holds")
+                return 128 + run.signal
             if code == 0 and run.is_main and not (run.folder / "nca.png").exists():
                 draw_picture(cfg, run.folder / "nca.png", candidates=256)
             return code

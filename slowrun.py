@@ -144,8 +144,8 @@ def best_epoch(folder: Path, plan: tg.Plan) -> tuple[float, int] | None:
     """Least loss among the evaluations at ends of epochs, and its epoch; None where there was none."""
     cfg, losses = plan.cfg, []
     metrics = folder / "metrics.jsonl"
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ():
-        record = json.loads(line)
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
+    for record in filter(None, map(tg.parse_metric, text.splitlines())):
         if record["kind"] == "val" and plan.ends_epoch(record["step"]):
             losses.append((record["val_loss"], record["step"] * cfg.epochs // cfg.steps))
     return min(losses, default=None)
@@ -161,8 +161,8 @@ class Flags:
 
 
 def main(argv: list[str] | None = None) -> int:
-    flags = tyro.cli(Flags, args=argv, description=__doc__, use_underscores=True)
     try:
+        flags = tyro.cli(Flags, args=argv, description=__doc__, use_underscores=True)
         folder = Path(flags.folder)
         if not epochs(folder):
             raise UserError(f"{folder} holds no epochs/*: no run with --average_epochs N, or not yet in its last epochs")
@@ -190,7 +190,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {message}", file=sys.stderr)
         return 2
-    except tg.Interrupted:
+    except (tg.Interrupted, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -925,8 +925,8 @@ class Run:
         if self.is_main:
             metrics = self.folder / "metrics.jsonl"
             if step is not None and metrics.exists():
-                lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-                kept = [line for line in lines if keep_metric(line, step)]
+                text = metrics.read_text(encoding="utf-8", errors="replace")
+                kept = [line for line in text.splitlines() if keep_metric(line, step)]
                 write_whole(metrics, "".join(line + "\n" for line in kept).encode())
             self.log_file = open(self.folder / "log.txt", "a", buffering=1, encoding="utf-8",
                                  errors="backslashreplace")  # of a path that is no text
@@ -989,11 +989,22 @@ def portable(e: BaseException) -> BaseException:
         return RuntimeError(f"rank 0: {type(e).__name__}: {e}")
 
 
-def keep_metric(line: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl belongs to the past of a run that goes on from `step`; a torn line does not."""
+def parse_metric(line: str) -> dict | None:
+    """A line of metrics.jsonl; None for one that is cut short or damaged, as a kill or a full disk leaves it."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or type(record.get("kind")) is not str:
+        return None
+    loss = record.get("val_loss" if record["kind"] == "val" else "step")
+    return record if isinstance(loss, int | float) else None
+
+
+def keep_metric(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl belongs to the past of a run that goes on from `step`; a damaged line does not."""
+    record = parse_metric(line)
+    if record is None:
         return False
     return record["step"] < step or (record["step"] == step and record["kind"] == "train")
 
@@ -2736,21 +2747,48 @@ def load_checkpoint(path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg:
     return state["step"]
 
 
-def open_source(where: str) -> tuple[Config, dict[str, Tensor], Path]:
-    """Config and weights of a run folder (its artifact, else its newest checkpoint), a checkpoint or an artifact."""
+def notice(line: str) -> None:
+    print(f"notice: {line}", file=sys.stderr, flush=True)
+
+
+def open_source(where: str, exact: bool = False, say=notice) -> tuple[Config, dict[str, Tensor], Path]:
+    """
+    Config and weights to be used of a run folder (its artifact, else its newest checkpoint; the other way round with
+    `exact`), a checkpoint or an artifact. Of a checkpoint those that the run exports, averages too, which `say` is told.
+    """
     path = Path(where)
     if path.is_dir() and not (path / "model.safetensors").exists():
         found = [p for p in (path / "model.nrx", *checkpoints(path)[-1:]) if p.exists()]
         if not found:
             raise UserError(f"{where} holds neither an artifact (model.nrx) nor a complete checkpoint (ckpt/*/DONE)")
-        path = found[0]
+        path = found[-1 if exact else 0]
     if path.is_file():
         import golf
 
         return *golf.load(path), path
     if not (path / "model.safetensors").exists():
         raise UserError(f"{where}: no such run folder, checkpoint or artifact")
-    return Config(**read_toml(path / "config.toml")), read_tensors(path / "model.safetensors"), path
+    cfg, named = checkpoint_config(path), read_tensors(path / "model.safetensors")
+    if (kind := cfg.final_weights) != "live":
+        averages = read_tensors(path / "averages.safetensors")
+        if kind == "swa" and not averages["swa_count"]:
+            say(f"{path}: its live weights, as final_weights = 'swa' has no snapshot yet")
+        else:
+            say(f"{path}: its {kind} average, as final_weights says")
+            named = {name: averages[f"{name}:{kind}"].view_as(w) for name, w in named.items()}
+    return cfg, named, path
+
+
+def checkpoint_config(path: Path) -> Config:
+    """The configuration of a checkpoint, also of one of pre_pre_train.py, which has fields of its own."""
+    file = path / "config.toml"
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file} cannot be read ({e})") from e
+    if "nca_compat" in raw:
+        raw = {key: value for key, value in raw.items() if key in FIELDS}
+    return Config(**checked(raw, str(file)))
 
 
 def parts_of(name: str) -> list[set[str]]:
@@ -2799,26 +2837,17 @@ def compare_sources(cfg: Config, theirs: Config, attention: bool, path: Path) ->
                       if theirs.depth != cfg.depth else [])
 
 
-def exact_source(where: str) -> tuple[dict[str, Tensor], tuple[Config, Path]]:
-    """What a run starts from: of a run folder rather its newest checkpoint than its artifact."""
-    path = Path(where)
-    path = (checkpoints(path) or [path])[-1]
-    if not (path / "model.safetensors").exists():
-        theirs, named, path = open_source(where)
-        return named, (theirs, path)
-    raw = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
-    known = {k: v for k, v in raw.items() if k in FIELDS}
-    theirs = Config(**checked(known, str(path / "config.toml")))
-    return read_tensors(path / "model.safetensors"), (theirs, path)
-
-
 def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
     """
     Start from the weights of another run (init_from), of this program or of pre_pre_train.py; what was taken stands in
     the log by tensor, and on the console by kind. Of "all", tables of another vocabulary stay fresh. Any other shape that
     differs is an error, as is nothing.
     """
-    named, (theirs, path) = run.read_on_main(lambda: exact_source(cfg.init_from))
+    def read() -> tuple[dict[str, Tensor], tuple[Config, Path]]:
+        theirs, named, path = open_source(cfg.init_from, exact=True, say=lambda line: run.log(f"notice: {line}"))
+        return named, (theirs, path)
+
+    named, (theirs, path) = run.read_on_main(read)
     asked, words = set(cfg.transfer.split("+")), {"all", "attn", "qk", "vo", "mlp", "scalars"}
     lines, count, attention = [], 0, False
     kinds: dict[tuple[str, str], list] = {}  # (fate, name without number): tensors, squared norms now and before
@@ -3201,8 +3230,8 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
             break
         try:
             loss, size = train_step(p, step, now)
-        except UserError:
-            flush()  # as above
+        except (UserError, Interrupted):  # as above; the loader may be asked to leave while it makes rows
+            flush()
             raise
         step += 1
         run.step, run.trained = step, now
@@ -3487,6 +3516,8 @@ def explain(e: BaseException) -> str | None:
         return f"the disk is full ({e}); complete checkpoints are kept: make room and continue with --resume"
     if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return f"cannot write there ({e}); choose another folder with --log_dir"
+    if isinstance(e, OSError) and e.filename:  # a file that is none, is gone, is a folder, has too long a name, ...
+        return text
     return None
 
 

@@ -8,7 +8,6 @@ scored as it is and as the run's export rounds it, on the same validation prefix
 standard deviation behind. Runs need --ema and --swa_every, or have fewer columns.
 """
 
-import json
 import statistics
 import sys
 from collections import defaultdict
@@ -17,6 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import golf
 import train_gpt as tg
+from logs.endings import ending
+from logs.report import ReportError, load_folder
 
 
 def scores(folder: Path) -> dict[str, float]:
@@ -24,7 +25,8 @@ def scores(folder: Path) -> dict[str, float]:
     saved = tg.checkpoints(folder)
     if not saved:
         raise tg.UserError(f"{folder} holds no complete checkpoint (ckpt/*/DONE): it was not kept, or the run is not finished")
-    cfg, live, path = tg.open_source(str(saved[-1]))
+    path = saved[-1]
+    cfg, live = tg.checkpoint_config(path), tg.read_tensors(path / "model.safetensors")
     averages = tg.read_tensors(path / "averages.safetensors")
     kinds = {"live": live}
     for kind in ("ema", "swa"):
@@ -50,8 +52,7 @@ def main(folders: list[str]) -> int:
     for folder in map(Path, folders):
         if not (folder / "result.json").exists():
             raise tg.UserError(f"{folder} has no result.json: it is not finished")
-        arm = json.loads((folder / "result.json").read_text(encoding="utf-8"))["arm"]
-        arms[arm or folder.name].append(scores(folder))
+        arms[load_folder(folder).result.get("arm") or folder.name].append(scores(folder))
     words = list(dict.fromkeys(word for rows in arms.values() for row in rows for word in row))
     print(f"| arm | n | {' | '.join(words)} |\n|-|-:|" + "-:|" * len(words))
     for arm, rows in arms.items():
@@ -66,8 +67,4 @@ def main(folders: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # of what the console lacks
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except tg.UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(ending("error", lambda: main(sys.argv[1:]), tg.UserError, ReportError))

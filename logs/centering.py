@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, which sees its own folder alone
     sys.path.insert(0, str(ROOT))
 
+from logs.endings import ending  # noqa: E402
 from logs.report import ReportError, load_folder, mean_sd, table  # noqa: E402
 
 PAPER_ROWS = 50304
@@ -153,6 +154,8 @@ def read_run(folder: Path) -> dict | None:
     if not (run.finished or diverged):
         return None
     cfg, last = run.config, run.val[-1] if run.val and not diverged else {}
+    if lost := [key for key in ("vocab", "z_loss", "mu_loss", "adamw_lr") if key not in cfg]:
+        raise ReportError(f"{folder / 'config.toml'}: {lost[0]} is missing; this is no run of a sweep: leave it out")
     first = next((e["val_loss"] for e in run.val if e["step"] == 0), math.log(cfg["vocab"]))
     gamma = {"z_loss": cfg["z_loss"], "mu_loss": cfg["mu_loss"]}.get(re.sub("_1e.*", "", run.arm), 0.0)
     log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace") if (folder / "log.txt").is_file() else ""
@@ -170,8 +173,11 @@ def read_run(folder: Path) -> dict | None:
 def read_overview(path: Path) -> list[dict]:
     """Rows of a CSV, ours or the paper's, whose runs are told by their names alone (an integer N behind lr is N * 1e-4)."""
     rows = []
-    with open(path, newline="", encoding="utf-8") as f:
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
         for raw in csv.DictReader(f):
+            if not isinstance(raw.get("name"), str) or None in raw or None in raw.values():
+                raise ReportError(f"{path}: row {len(rows) + 1} has not the columns of an overview; give an overview.csv "
+                                  "of this program or the paper's")
             row = {k: number(v) for k, v in raw.items()}
             if "method" not in row:
                 m = re.search(r"-(\d+M)-.*-lr(\d+)-([a-z]+?)(wt)?-g([\d.e+-]+)-s(\d+)", row["name"])
@@ -546,15 +552,17 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in verbs:
         print(f"usage: python logs/centering.py {'|'.join(verbs)} [flags]; --help behind a verb lists them", file=sys.stderr)
         return 2
-    try:
-        return verbs[verb][1](tyro.cli(verbs[verb][0], args=argv[1:], use_underscores=True))
-    except Exception as e:
-        tg = sys.modules.get("train_gpt")  # which tables do not import
-        message = str(e) if isinstance(e, ReportError) else tg and tg.explain(e)
-        if not message:
+
+    def work() -> int:
+        try:
+            return verbs[verb][1](tyro.cli(verbs[verb][0], args=argv[1:], use_underscores=True))
+        except Exception as e:
+            tg = sys.modules.get("train_gpt")  # which tables do not import
+            if tg and (message := tg.explain(e)):
+                raise ReportError(message) from e
             raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+
+    return ending("error", work, ReportError)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:  # started as a script, which sees its own folder 
     sys.path.insert(0, str(ROOT))
 
 import train_gpt as tg  # noqa: E402
+from logs.endings import ending  # noqa: E402
 
 ########################################
 #              Statistics              #
@@ -123,8 +124,7 @@ def during_training(p: tg.Parts, now: tg.Now) -> dict[str, float]:
 
 def of_source(where: str, tokens: int) -> tuple[dict, Path]:
     """Statistics of a run folder's newest checkpoint (else its artifact), a checkpoint folder or an artifact; their file."""
-    done = tg.checkpoints(Path(where))
-    cfg, named, path = tg.open_source(str(done[-1]) if done else where)
+    cfg, named, path = tg.open_source(where, exact=True)
     plan = tg.Plan(cfg)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     model = tg.build_model(cfg, device, tg.choose_dtype(cfg, device), plan.eval_seq_len)
@@ -166,8 +166,4 @@ def main(argv: list[str]) -> int:
     if not argv:
         print("usage: report.py embeddings RUN... [--tokens N]: run folders, checkpoint folders or artifacts", file=sys.stderr)
         return 2
-    try:
-        return embeddings(tyro.cli(EmbeddingOptions, args=argv, prog="report.py embeddings"))
-    except tg.UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    return ending("error", lambda: embeddings(tyro.cli(EmbeddingOptions, args=argv, prog="report.py embeddings")), tg.UserError)

@@ -23,6 +23,7 @@ if str(ROOT) not in sys.path:  # started as a script, which sees its own folder 
 
 import train_gpt as tg  # noqa: E402
 from logs.embeddings import row_statistics  # noqa: E402
+from logs.endings import ending  # noqa: E402
 
 SMALL = {"device": "cpu", "dtype": "float32", "compile": 0, "vocab": 128, "doc_token": 0, "head_multiple": 64, "depth": 2,
          "dim": 32, "heads": 2, "seq_len": "32", "batch_tokens": "256", "micro_tokens": 256, "tokenizer": "", "doc_mask": 0,
@@ -234,8 +235,7 @@ def subject(options: ExplainOptions) -> Subject:
         return small_subject()
     if options.tokens < 1:
         raise tg.UserError(f"--tokens {options.tokens}: give one row of text at least")
-    done = tg.checkpoints(Path(options.run))
-    cfg, named, path = tg.open_source(str(done[-1]) if done else options.run)
+    cfg, named, path = tg.open_source(options.run, exact=True)
     if cfg.softcap:
         raise tg.UserError(f"--run {options.run}: its softcap = {cfg.softcap:g} does not let logits shift freely, which (c) is "
                            "about; give a run without one")
@@ -253,11 +253,7 @@ def subject(options: ExplainOptions) -> Subject:
 
 
 def main() -> int:
-    try:
-        return explain(tyro.cli(ExplainOptions))
-    except tg.UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    return ending("error", lambda: explain(tyro.cli(ExplainOptions)), tg.UserError)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import report  # noqa: E402
 
 import pre_pre_train  # noqa: E402
 import train_gpt  # noqa: E402
+from logs.endings import ending  # noqa: E402
 
 ########################################
 #                 Arms                 #
@@ -124,7 +125,17 @@ class Options:
 
 
 def call(command: list[str], **how) -> subprocess.CompletedProcess:
-    return subprocess.run(command, **how)
+    """A trainer, which Ctrl-C reaches as well: it saves its run, and is waited for."""
+    process, interrupted = subprocess.Popen(command, **how), False
+    while True:
+        try:
+            out, _ = process.communicate()
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
+    return subprocess.CompletedProcess(command, process.returncode, out)
 
 
 @dataclass
@@ -227,7 +238,10 @@ class Ablation:
         """What --generate_only says of the data of these runs: measured once, and kept for as long as they are the same."""
         kept, argv = Path(self.o.out) / f"generate-{pre}.json", self.pre_argv(pre, 1)
         made_by = train_gpt.config_hash(pre_pre_train.parse_args(argv))
-        made = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        try:
+            made = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        except ValueError:  # damaged: measured once more
+            made = {}
         if made.get("config_sha256") != made_by:
             done = call([sys.executable, str(ROOT / "pre_pre_train.py"), *argv, "--generate_only", "--json"],
                         stdout=subprocess.PIPE, text=True)
@@ -260,6 +274,9 @@ class Ablation:
         for name, arm in self.arms.items():
             runs = [report.load_folder(self.folder(f"{self.o.name}-{name}-s{seed}")) for seed in self.o.seeds]
             for run in runs:
+                if not run.val:
+                    raise train_gpt.UserError(f"{self.folder(run.name)}/metrics.jsonl holds no evaluation: put the run's own "
+                                              "file back, or delete the folder and run again")
                 run.result["best_val_loss"] = min(event["val_loss"] for event in run.val)
                 run.result["charge_s"] = self.charge(arm.pre, run.seed) if arm.pre else 0.0
             found[name] = runs
@@ -439,8 +456,9 @@ def plot_learning(folders: tuple[str, ...], path: Path) -> None:
     for i, folder in enumerate(folders):
         run, color = report.load_folder(Path(folder)), report.COLORS[i % len(report.COLORS)]
         cfg = pre_pre_train.PrePreConfig(**train_gpt.read_toml(Path(folder) / "config.toml", pre_pre_train.PrePreConfig))
-        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        measured = [line for line in lines if line["kind"] == "nca"]
+        measured = [e for e in report.read_metrics(Path(folder) / "metrics.jsonl") if e["kind"] == "nca"]
+        if not measured or not run.val:
+            raise train_gpt.UserError(f"--learns {folder}: its metrics.jsonl holds no evaluation of pre-pre-training")
         per_step = int(cfg.batch_tokens) / 1e6
         for events, key, style in ((run.train, "train_loss", {"lw": 0.5, "alpha": 0.4}), (run.val, "val_loss", {
                 "lw": 2, "label": f"{run.name}, held-out rules: {run.val[-1]['val_loss']:.3f}"})):
@@ -472,41 +490,41 @@ def plot_learning(folders: tuple[str, ...], path: Path) -> None:
 ########################################
 
 
-def main(argv: list[str] | None = None) -> int:
-    o = tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)
+def study(o: Options) -> int:
     out = Path(o.out)
-    try:
-        if "list" in o.arms:
-            for name, arm in all_arms(o.source).items():
-                print(f"{name:20} {arm.base or '(base)':8} {arm.note}")
-            return 0
-        out.mkdir(parents=True, exist_ok=True)
-        if o.learns:
-            plot_learning(o.learns, out / "learns.png")
-            print(f"wrote {out / 'learns.png'}")
-            return 0
-        ablation = Ablation(o)
-        diff = ablation.check()
-        print("Config: what each arm changes in its base\n" + diff, flush=True)
-        ablation.run()
-        found = ablation.load()
-        rows = rows_of(found, ablation.arms)
-        sections = tables(rows) | ({"Config: what each arm changes in its base": diff} if diff else {})
-        images = ["curves.png", "deltas.png"] if any(row["base"] for row in rows) else []
-        if images:
-            plot_curves(found, ablation.arms, out / images[0])
-            plot_deltas(rows, out / images[1])
-        record = {"options": dataclasses.asdict(o), "git": train_gpt.git_revision(), "arms": rows}
-        train_gpt.write_whole(out / "nca.json", (json.dumps(json_ready(record), indent=1, allow_nan=False) + "\n").encode())
-        body = "".join(f"\n## {title}\n\n```\n{text}\n```\n" for title, text in sections.items())
-        body += "".join(f"\n![{name}]({name})\n" for name in images)
-        train_gpt.write_whole(out / "report.md", ("# Pre-pre-training\n" + body).encode())
-        print("\n\n".join(f"{report.wrap(title)}\n{text}" for title, text in sections.items()))
-        print(f"\nwrote {', '.join(str(out / name) for name in ['report.md', 'nca.json', *images])}")
-    except (train_gpt.UserError, report.ReportError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    if "list" in o.arms:
+        for name, arm in all_arms(o.source).items():
+            print(f"{name:20} {arm.base or '(base)':8} {arm.note}")
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    if o.learns:
+        plot_learning(o.learns, out / "learns.png")
+        print(f"wrote {out / 'learns.png'}")
+        return 0
+    ablation = Ablation(o)
+    diff = ablation.check()
+    print("Config: what each arm changes in its base\n" + diff, flush=True)
+    ablation.run()
+    found = ablation.load()
+    rows = rows_of(found, ablation.arms)
+    sections = tables(rows) | ({"Config: what each arm changes in its base": diff} if diff else {})
+    images = ["curves.png", "deltas.png"] if any(row["base"] for row in rows) else []
+    if images:
+        plot_curves(found, ablation.arms, out / images[0])
+        plot_deltas(rows, out / images[1])
+    record = {"options": dataclasses.asdict(o), "git": train_gpt.git_revision(), "arms": rows}
+    train_gpt.write_whole(out / "nca.json", (json.dumps(json_ready(record), indent=1, allow_nan=False) + "\n").encode())
+    body = "".join(f"\n## {title}\n\n```\n{text}\n```\n" for title, text in sections.items())
+    body += "".join(f"\n![{name}]({name})\n" for name in images)
+    train_gpt.write_whole(out / "report.md", ("# Pre-pre-training\n" + body).encode())
+    print("\n\n".join(f"{report.wrap(title)}\n{text}" for title, text in sections.items()))
+    print(f"\nwrote {', '.join(str(out / name) for name in ['report.md', 'nca.json', *images])}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return ending("error", lambda: study(tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)),
+                  train_gpt.UserError, report.ReportError)
 
 
 if __name__ == "__main__":

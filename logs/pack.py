@@ -27,6 +27,11 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # started as a script, which sees its own folder alone
+    sys.path.insert(0, str(ROOT))
+
+from logs.endings import ending  # noqa: E402
+
 MARK = "#module "  # begins the line before each module in the packed text
 LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]  # pb 0: text has no alignment
 FSTRING_START, FSTRING_END = getattr(tokenize, "FSTRING_START", -1), getattr(tokenize, "FSTRING_END", -1)  # Python 3.12
@@ -194,7 +199,7 @@ class Options:
 def write(options: Options) -> None:
     out = Path(options.out)
     if options.unpack:
-        sources = unpack(Path(options.unpack).read_text(encoding="utf-8"))
+        sources = unpack(Path(options.unpack).read_text(encoding="utf-8", errors="replace"))
         out.mkdir(parents=True)
         for name, source in sources.items():
             (out / f"{name}.py").write_text(source, encoding="utf-8")
@@ -204,7 +209,10 @@ def write(options: Options) -> None:
     for path in paths:
         if not path.is_relative_to(ROOT) or path.suffix != ".py":
             raise PackError(f"{path} is no source of this project; give .py files under {ROOT}")
-    paths = modules_of(paths)
+    try:
+        paths = modules_of(paths)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise PackError(f"{paths[0].name}, or what it imports, is no Python: {error}") from error
     if any((out.parent / path.name).exists() for path in paths if path.name != out.name) or out.resolve() in paths:
         raise PackError(f"--out {out} lies beside sources of the same names, which it would log and count; write to "
                         "a folder of its own, for example packed/")
@@ -218,12 +226,7 @@ def write(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        write(tyro.cli(Options, args=argv, use_underscores=True))
-        return 0
-    except (PackError, OSError) as error:
-        print(f"pack.py: {error}", file=sys.stderr)
-        return 2
+    return ending("pack.py", lambda: write(tyro.cli(Options, args=argv, use_underscores=True)), PackError)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,12 @@ import numpy as np
 import tyro
 from scipy import stats
 
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # started as a script, which sees its own folder alone
+    sys.path.insert(0, str(ROOT))
+
+from logs.endings import ending  # noqa: E402
+
 METRICS = ("val_loss", "val_bpb", "roundtrip_val_bpb", "sliding_val_bpb", "mixed_val_bpb", "ttt_val_bpb")
 # what slowrun.py adds: all but the last step's loss, and the least of them
 EPOCHS = {"val_loss_best_epoch": "best epoch", "val_loss_ema": "ema", "val_loss_prob_equal": "probs", "val_loss_prob_recency":
@@ -111,11 +117,44 @@ def step_event(step: str, steps: str, pairs: str) -> dict:
     return event
 
 
+def plain(text: str) -> str:
+    """
+    A log as it was written, from one that went through a terminal or torchrun: without colours, and
+    without the rank before a line ([rank0]: or [default0]: or rank0: or 0:). Of several ranks rank 0 counts.
+    """
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    prefix, lines = re.compile(r"(?:\[(?:rank|default)(\d+)\]:?|rank ?(\d+):|(\d+): )[ \t]?"), []
+    for line in text.split("\n"):
+        line = line.rstrip("\r").rsplit("\r", 1)[-1]  # a terminal's line was written over
+        m = prefix.match(line)
+        if not m or int(m[1] or m[2] or m[3] or 0) == 0:
+            lines.append(line[m.end() :] if m else line)
+    return "\n".join(lines)
+
+
+def parse_metric(line: str) -> dict | None:
+    """A line of metrics.jsonl; None for one that is cut short or damaged, as a kill or a full disk leaves it."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(event, dict) or type(event.get("step")) is not int or type(event.get("kind")) is not str:
+        return None
+    loss = event.get("val_loss" if event["kind"] == "val" else "step")
+    return event if isinstance(loss, int | float) else None
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl that are whole; none where there is no such file."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return [event for line in text.splitlines() if (event := parse_metric(line))]
+
+
 def parse_log(text: str) -> tuple[list[dict], dict]:
     """Events and final numbers of a text log: ours, modded-nanogpt's or parameter-golf's, with the lines that
     progressive depth added. Patterns are anchored at the start of a line and applied only after the line of
     100 '=' that ends the embedded sources, because those contain the same words."""
-    text = re.split(r"^={100}$", text, maxsplit=1, flags=re.MULTILINE)[-1]
+    text = re.split(r"^={100}$", plain(text), maxsplit=1, flags=re.MULTILINE)[-1]
     finals = {"sliding": "sliding_val_bpb", "ttt": "ttt_val_bpb", "hedge": "mixed_val_bpb", "mixture": "mixed_val_bpb",
               "roundtrip": "roundtrip_val_bpb"}
     counts = {r"(?:seed:|Using seed=)": "seed", "model_params:": "params", "world_size:": "world_size",
@@ -163,21 +202,22 @@ def is_run_folder(path: Path) -> bool:
 def load_folder(path: Path) -> Run:
     """A run folder of ours. Only finished runs have a result.json; metrics.jsonl is exact, log.txt rounds."""
     run, events = Run(path.name, *name_parts(path)), []
-    log = (path / "log.txt").read_text(encoding="utf-8", errors="replace") if (path / "log.txt").is_file() else ""
+    log = ""
+    if (path / "log.txt").is_file():
+        log = (path / "log.txt").read_bytes().decode(errors="replace")
     try:
         if (path / "config.toml").is_file():
             run.config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
         if (path / "result.json").is_file():
             run.result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+            odd = [key for key in (*METRICS, *EPOCHS, *COSTS, "seed")
+                   if not isinstance(run.result.get(key), int | float | None)]
+            if odd:
+                raise ValueError(f"{odd[0]} = {run.result[odd[0]]!r} is no number")
+    except (ValueError, AttributeError) as error:  # AttributeError: JSON, but no object
         raise ReportError(f"{path}: config.toml or result.json is damaged: {error}; leave it out") from error
     if (path / "metrics.jsonl").is_file():
-        for line in (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                event = json.loads(line)
-                events += [event] if event["kind"] in ("val", "train") else []
-            except (ValueError, TypeError, KeyError):
-                continue  # a run that is killed leaves half a line, and its resumption logs that step again
+        events = [event for event in read_metrics(path / "metrics.jsonl") if event["kind"] in ("val", "train")]
     elif log:
         events, facts = parse_log(log)
         run.result = facts | run.result
@@ -191,7 +231,7 @@ def load_folder(path: Path) -> Run:
 def load_text(path: Path) -> list[Run]:
     """The runs of an upstream log: one, or several if a script trained trial after trial into one file.
     Upstream trainers cannot resume, so a step that goes back starts a new run. No step lines, no runs."""
-    events, facts = parse_log(path.read_text(encoding="utf-8", errors="replace"))
+    events, facts = parse_log(path.read_bytes().decode(errors="replace"))
     starts = [i for i in range(len(events)) if i == 0 or events[i]["step"] < events[i - 1]["step"]]
     arm, seed = name_parts(path)
     runs = []
@@ -703,16 +743,17 @@ def report(options: Options):
     print(f"\nwrote {', '.join(str(folder / name) for name in ['report.md', *images])}")
 
 
-def main():
+def program() -> int | None:
     if sys.argv[1:2] == ["embeddings"]:
-        import embeddings  # beside this file
+        from logs import embeddings  # torch, which a report does not need
 
-        raise SystemExit(embeddings.main(sys.argv[2:]))
-    try:
-        report(tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,)))
-    except ReportError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        return embeddings.main(sys.argv[2:])
+    return report(tyro.cli(Options, config=(tyro.conf.FlagCreatePairsOff,)))
+
+
+def main():
+    if code := ending("report.py", program, ReportError):
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

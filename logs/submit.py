@@ -31,6 +31,7 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "data")) if p not in sys.path]
 from get import documents_of, hash64  # noqa: E402
 
 from logs import pack, report  # noqa: E402
+from logs.endings import ending  # noqa: E402
 from train_gpt import (  # noqa: E402
     Config,
     UserError,
@@ -136,7 +137,7 @@ def load(track: Track, arguments: tuple[str, ...]) -> Submission:
                      "continue it with --resume, or run it again")
         else:
             s.folders.append(folder)
-            s.logs.append((folder / "log.txt").read_text(encoding="utf-8"))
+            s.logs.append((folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
             s.runs.append(report.load_folder(folder))
     if not arguments:
         s.object("runs", "none given", "give run folders, one a seed: logs/NAME-s1 logs/NAME-s2 logs/NAME-s3")
@@ -194,6 +195,7 @@ def check_numbers(s: Submission) -> None:
                 s.object(folder / "result.json", "config_sha256 is not that of config.toml", again)
         except UserError as error:
             s.object(path, str(error), again)
+        log = report.plain(log)
         finals = re.findall(r"^final: (.*)$", log, re.MULTILINE)
         if not finals:
             s.object(folder / "log.txt", "no line `final: ...`: it is cut short", again)
@@ -220,12 +222,8 @@ def check_numbers(s: Submission) -> None:
 
 
 def differences(one: report.Run, other: report.Run) -> list[list[str]]:
-    """[field, value, value] where two configs differ beyond the seed; a run may start from its own seed's first phase."""
-    def seedless(run: report.Run) -> dict:
-        start = str(run.config.get("init_from", ""))
-        return run.config | {"init_from": re.sub(rf"\bs{run.config.get('seed')}\b", "s*", start)}
-
-    return report.config_diff(seedless(one), seedless(other))
+    """[field, value, value] where two configs differ beyond the seed."""
+    return report.config_diff(one.config, other.config)
 
 
 def left_out(s: Submission) -> list[Path]:
@@ -237,8 +235,8 @@ def left_out(s: Submission) -> list[Path]:
             continue
         with contextlib.suppress(report.ReportError):  # a damaged folder is not of this experiment
             run = report.load_folder(other)
-            log = (other / "log.txt").read_text(encoding="utf-8")
-            same = not differences(s.runs[0], run) and head_of(log) == head_of(s.logs[0])
+            head = head_of((other / "log.txt").read_text(encoding="utf-8", errors="replace"))
+            same = not differences(s.runs[0], run) and head == head_of(s.logs[0])
             found += [other] if same and run.seed not in seeds else []
     return found
 
@@ -286,15 +284,13 @@ def check_same(s: Submission) -> None:
         s.rule[key] = min(s.rule[key] or cap, cap or s.rule[key])
 
 
-def training_before(start: Path) -> float | None:
-    """Seconds of training in the run that another began from and in those before it; None where they are not known."""
-    folder = next((f for f in (start, *start.parents) if all((f / name).is_file() for name in FILES)), None)
-    if folder is None:
-        return None
-    run = report.load_folder(folder)
-    earlier = training_before(Path(run.config["init_from"])) if run.config.get("init_from") else 0.0
-    spent = run.result.get("train_time_s")
-    return None if spent is None or earlier is None else spent + earlier
+def check_alone(s: Submission) -> None:
+    """A submission is what its folder holds: training that began elsewhere is neither shipped nor counted."""
+    for folder, _, run, _ in s.of_each():
+        if start := run.config.get("init_from"):
+            s.object(folder / "config.toml", f"init_from = {start!r}: the weights that it began from, their training time and "
+                     "the code that made them (pre_pre_train.py, say) would be neither in the folder nor counted",
+                     "submit runs that train from fresh weights (with ./run.sh, NCA=0)")
 
 
 def check_caps(s: Submission) -> None:
@@ -304,12 +300,6 @@ def check_caps(s: Submission) -> None:
     for folder, _, run, result in s.of_each():
         spent, scoring = result.get("train_time_s"), result.get("eval_time_s")
         step = (spent or 0) / max(result.get("steps") or 1, 1)
-        if cap and spent and run.config.get("init_from"):
-            before = training_before(Path(run.config["init_from"]))
-            if before is None:
-                s.object(folder / "config.toml", f"init_from = {run.config['init_from']!r}, whose training time is not known "
-                         "and counts", "put that run's folder back, or train from fresh weights")
-            spent += before or 0.0
         # parameter-golf looks at its clock after a step and accepted 600.038 s: the last step may end behind the cap
         if spent is None or cap and spent - cap > step:
             s.object(folder / "result.json", f"the training clock says {spent} s, {cap:g} s are allowed",
@@ -367,8 +357,12 @@ def check_data(s: Submission, data: str) -> None:
               for split, stream in streams.items()}
     tokens = {split: sum(map(len, stream)) for split, stream in streams.items()}
     shared, documents = int(np.isin(hashes["val"], hashes["train"]).sum()), len(hashes["val"])
-    manifest = Path(cfg.data) / "manifest.json"
-    published = manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("published_split", False)
+    manifest, published = Path(cfg.data) / "manifest.json", False
+    if manifest.is_file():
+        try:
+            published = json.loads(manifest.read_text(encoding="utf-8")).get("published_split", False)
+        except (ValueError, AttributeError) as error:
+            s.object(manifest, f"damaged ({error})", "get the data again (python data/get.py)")
     if shared > (PUBLISHED_SHARE * documents if published else 0):
         s.object(cfg.data, f"{shared} of {documents} validation documents are also in train, so a score on them shows nothing",
                  "make or get the data again (python data/get.py), and train anew")
@@ -542,6 +536,7 @@ def complete(options: Options) -> Track:
 def submit(options: Options) -> Path:
     track = complete(options)
     s = load(track, options.runs)
+    check_alone(s)
     check_same(s)
     check_seeds(s, options.seeds)
     check_sources(s)
@@ -556,17 +551,16 @@ def submit(options: Options) -> Path:
     return write_folder(s, options)
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        options = tyro.cli(Options, args=argv, use_underscores=True)
-        place = submit(options)
-    except (Refusal, UserError, report.ReportError, pack.PackError, OSError) as error:
-        print(f"submit.py: {error}", file=sys.stderr)
-        return 2
+def program(options: Options) -> None:
+    place = submit(options)
     print(f"{place}: " + ", ".join(sorted(p.name for p in place.iterdir())))
     if empty := [key for key in ("author", "github_id", "blurb") if not getattr(options, key)]:
         print(f"empty in submission.json: {', '.join(empty)}; fill in by hand, or give as flags")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return ending("submit.py", lambda: program(tyro.cli(Options, args=argv, use_underscores=True)), Refusal, UserError,
+                  report.ReportError, pack.PackError)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pre_pre_train as nca  # noqa: E402
+import train_gpt as tg  # noqa: E402
 from train_gpt import UserError  # noqa: E402
 
 
@@ -153,10 +154,28 @@ def test_rule_weights_have_the_published_distributions():
         assert abs(part.mean()) < 0.05 and abs(part.std() - 1) < 0.03
     assert sum(part[0].size for part in w) == 614
     w = nca.draw_weights(np.arange(2000), config(nca_compat="paper"))
-    for part, fan_in in ((w.conv1, 90), (w.conv2, 4), (w.conv3, 16)):
+    for part, fan_in in ((w.conv1[:, :, 1:9], 108), (w.conv2, 4), (w.conv3, 16)):
         assert part.std() * fan_in**0.5 == pytest.approx(1, abs=0.02)
         assert abs(part).max() * fan_in**0.5 <= 2 / 0.8796 + 1e-3
     assert not any(b.any() for b in (w.bias1, w.bias2, w.bias3))
+
+
+def test_the_papers_first_and_last_colour_have_two_kernels():
+    """Its grid is padded around on all axes, colours too: 12 channels at 10 colours, of which two are seen twice."""
+    w = nca.draw_weights(np.arange(4000), config(nca_compat="paper"))
+    for colour in range(10):
+        assert w.conv1[:, :, colour].std() == pytest.approx(0.136 if colour in (0, 9) else 0.0962, rel=0.01)
+    wide, rng = np.zeros((1, 4, 12, 3, 3)), np.random.default_rng(0)
+    wide[:] = rng.normal(size=wide.shape)
+    folded = wide[:, :, 1:11].copy()
+    folded[:, :, 9] += wide[:, :, 0]
+    folded[:, :, 0] += wide[:, :, 11]
+    grid = torch.from_numpy(rng.integers(0, 10, (1, 12, 12)))
+    onehot = torch.nn.functional.one_hot(grid, 10).numpy().transpose(0, 3, 1, 2)
+    padded = torch.from_numpy(np.pad(onehot, ((0, 0), (1, 1), (1, 1), (1, 1)), mode="wrap").astype(float))
+    there = torch.nn.functional.conv2d(padded, torch.from_numpy(wide[0]))
+    torus = torch.from_numpy(np.pad(onehot, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="wrap").astype(float))
+    torch.testing.assert_close(torch.nn.functional.conv2d(torus, torch.from_numpy(folded[0])), there)
 
 
 def test_start_grids():
@@ -274,7 +293,7 @@ def test_rows_per_rule():
 
 @pytest.mark.parametrize("compat, digest", [
     ("pr63", "e1519e6138f8364622400db323ff32bcc9b7645fb57d8a9bb111cf327ebce91a"),
-    ("paper", "92e8af48e4b77a37f38da918a323d880ba536ff814426de2f780c8316ad90559")])
+    ("paper", "56a879822405f6d16fd92aeb200f5bb52155ad92ffc8734f5e5eebbe52798c35")])
 def test_data_stays_what_it_is(compat, digest):
     """If this fails on purpose, count nca.GENERATOR up: caches of the old data must not be taken for the new."""
     d = data(nca_compat=compat, nca_filter="none", nca_tokens=30 * 1024)
@@ -355,6 +374,21 @@ def test_a_band_that_accepts_nothing_stops_with_rate_and_hint():
         data(nca_band="0.7:0.9")
     with pytest.raises(UserError, match="fewer than one in nca_tries = 3"):
         data(nca_band="0.3:0.4", nca_tries=3, nca_tokens=10**6)
+
+
+def test_an_interrupted_search_for_rules_goes_on_where_it_was(tmp_path, monkeypatch):
+    cfg = config(nca_band="0.3:0.4", nca_tokens=600 * 988, nca_cache=str(tmp_path))
+    rounds = []
+
+    def poll():
+        rounds.append(1)
+        if len(rounds) == 2:
+            raise tg.Interrupted
+
+    with pytest.raises(tg.Interrupted):
+        nca.NcaData(cfg, "train", say=silent, poll=poll)
+    again, whole = nca.NcaData(cfg, "train", say=silent), data(nca_band="0.3:0.4", nca_tokens=600 * 988)
+    assert (again.rules == whole.rules).all() and 0 < again.scored < whole.scored
 
 
 # --- ranks
@@ -473,6 +507,46 @@ def test_what_cannot_work_is_one_message(flags, message, capsys):
     assert nca.main(["--generate_only", "--nca_cache", "", *flags]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: ") and re.search(message, err)
+
+
+def example(name: str) -> str:
+    """A value of a field, as a flag, that is not its default."""
+    value = getattr(nca.PrePreConfig, name)
+    return f"{value}x" if isinstance(value, str) else str(value + 1)
+
+
+@pytest.mark.parametrize("name", [*nca.FOLLOWS, *nca.IDLE])
+def test_a_flag_that_does_nothing_is_an_error_that_names_it(name, capsys):
+    for flags in ([f"--{name}", example(name)], [f"--{name.replace('_', '-')}={example(name)}"]):
+        assert nca.main(["--generate_only", "--nca_cache", "", *flags]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and err.startswith(f"error: {name} = ")
+        assert ("follows from nca_" if name in nca.FOLLOWS else "does nothing") in err
+    with pytest.raises(UserError, match=f"{name} = "):
+        config(**{name: type(getattr(nca.PrePreConfig, name))(example(name))})
+
+
+def test_what_does_nothing_is_an_error_in_a_preset_too(tmp_path, capsys):
+    (tmp_path / "a.toml").write_text("nca_epochs = 2\nsteps = 10\n")
+    (tmp_path / "b.toml").write_text('score = "sliding"\n')
+    for file, words in (("a", "a.toml: steps = 10: .* nca_epochs"), ("b", "b.toml: score = 'sliding'.*--like")):
+        assert nca.main(["--config", str(tmp_path / f"{file}.toml")]) == 2
+        assert re.search(words, capsys.readouterr().err)
+    assert nca.main(["--config", "remix_m"]) == 2 and "--like" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        nca.parse_args(["--help"])
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--nca_tokens" in told and "--matrix_lr" in told and "cells along one side of the grid" in told
+    assert not [name for name in [*nca.FOLLOWS, *nca.IDLE] if f"--{name} " in told]
+
+
+def test_a_runs_configuration_makes_a_run_of_another_length(tmp_path):
+    """Its resolved file holds what followed from its flags; that follows anew."""
+    cfg = nca.parse_args(["--nca_epochs", "3", "--lr_cycles", "2"])
+    assert cfg.epochs == 3  # which cycles and --eval_every -1 count in
+    (tmp_path / "c.toml").write_text(tg.config_toml(cfg))
+    longer = nca.parse_args(["--config", str(tmp_path / "c.toml"), "--nca_epochs", "6"])
+    assert longer.steps == 2 * cfg.steps and longer.epochs == 6 and longer.lr_cycles == 2
 
 
 def test_compat_is_a_layer_below_flags():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 from pathlib import Path
@@ -161,6 +162,46 @@ def test_killed_and_resumed_it_ends_otherwise(server, straight, tmp_path, phase,
     ended = server.run(*argv, "--resume", cwd=tmp_path, program="pre_pre_train")
     assert ended.code == 0, ended.text
     assert state(tmp_path / "logs/tiny") == state(reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_search_for_rules_that_has_no_end(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    sized = nca.compressed_sizes
+
+    def slowly(ids, cfg):
+        os.kill(os.getpid(), number)
+        return sized(ids, cfg)
+
+    monkeypatch.setattr(nca, "compressed_sizes", slowly)
+    try:
+        assert nca.main(flags(nca_filter="pr63", nca_band="0.9:1", nca_tries=10**9)) == 128 + number
+    finally:
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
+    said = capsys.readouterr()
+    assert not said.err and said.out.count("\n") == 1 and f"interrupted by {number.name}" in said.out
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("loss", [1.0, math.nan])
+def test_the_step_before_an_interrupted_epoch_is_logged_and_checked(loss, monkeypatch):
+    """On a GPU a step's numbers are read one step late; the signal falls while the next epoch's rows are made."""
+    p, calls = parts(), []
+    p.run.device = SimpleNamespace(type="cuda")
+    p.run.metric = lambda kind, step, **k: calls.append((kind, step))
+
+    def train_step(p, step, now):
+        if step == 2:
+            raise tg.Interrupted
+        return torch.tensor([loss if step else 1.0]), torch.tensor(1.0)
+
+    monkeypatch.setattr(tg, "train_step", train_step)
+    monkeypatch.setattr(tg, "validate_all", lambda *a: {})
+    with pytest.raises(tg.Interrupted if loss == 1 else tg.Diverged):  # what diverged is not saved
+        tg.train_loop(p, 0)
+    assert calls == [("train", 1), ("train", 2)][: 2 if loss == 1 else 1]
 
 
 def test_run_folder_lacks_a_part(straight):

@@ -403,22 +403,31 @@ def test_refuses_what_the_rule_refuses(copy, capsys):
     refused(capsys, "fewer than the rule needs", "run more seeds", runs=RUNS[:1])
 
 
-def test_refuses_seconds_of_an_earlier_run_that_the_clock_does_not_count(copy, capsys):
-    """Pre-pre-training is training: its seconds, and those of what it began from, belong to the run that starts from it."""
-    shutil.copytree(RUNS[0], "before")
-    shutil.copytree(RUNS[0], "first")
-    set_config({"init_from": "before"}, RUNS)
-    code, _, err = call(capsys)
-    assert code == 0, err
-    shutil.rmtree("records")
-    edit("before", train_time_s=599.9999)  # a fast machine takes less than a tenth of a second
-    refused(capsys, "the training clock says 6", "600 s are allowed")
-    edit("before", train_time_s=300.0)
-    set_config({"init_from": "first"}, ["before"])
-    edit("first", train_time_s=299.9999)
-    refused(capsys, "the training clock says 6")
-    shutil.rmtree("first")
-    refused(capsys, "whose training time is not known")
+def test_refuses_a_run_that_began_from_another_one(copy, capsys):
+    """Pre-pre-training is training: its code, weights and seconds would be missing from the folder and from its counts."""
+    set_config({"init_from": "logs/tiny-pre-s1", "transfer": "attn"})
+    err = refused(capsys, "logs/tiny-s1/config.toml: init_from = 'logs/tiny-pre-s1'", "neither in the folder nor counted")
+    assert err.count("init_from = ") == 3  # one line a run
+    refused(capsys, "init_from", "fresh weights", track="golf_non_record")
+
+
+def test_files_that_cannot_be_read_are_named(copy, capsys):
+    Path("sample/manifest.json").write_text("[")
+    refused(capsys, "sample/manifest.json: damaged", "get the data again")
+    Path(RUNS[1], "log.txt").write_bytes(Path(RUNS[1], "log.txt").read_bytes().replace(b"final: ", b"\xff\xfefinal: "))
+    refused(capsys, "logs/tiny-s2/log.txt", "cut short")
+    for text, words in (("[1]", "damaged"), ("{", "damaged"), ('{"val_loss": "low"}', "val_loss = 'low' is no number")):
+        Path(RUNS[0], "result.json").write_text(text)
+        code, _, err = call(capsys)
+        assert code == 2 and err.count("\n") == 1 and "logs/tiny-s1" in err and words in err, err
+
+
+def test_a_log_that_went_through_a_terminal_is_read(copy, capsys):
+    """The sources at its top must be those that ran, to the byte; behind them colours do not hide a number."""
+    for run in RUNS:
+        path = Path(run, "log.txt")
+        path.write_text(path.read_text().replace("\nfinal: ", "\n\x1b[32mfinal: "))
+    assert call(capsys)[0] == 0
 
 
 def test_refuses_a_resumed_run_on_a_timed_track(copy, capsys):

@@ -8,6 +8,7 @@ import torch
 from helpers import alone, build, now, tiny, write_shard
 
 import train_gpt as tg
+from logs import embeddings
 
 
 def started(folder, **changes):
@@ -149,6 +150,43 @@ def test_control_keeps_what_it_should_destroy(tmp_path, control):
             same = torch.equal(mine.flatten().sort().values, its.flatten().sort().values)
             assert same == (control == "shuffled")
     assert not torch.equal(a["blocks.0.attn.qkv"][0], a["blocks.0.attn.qkv"][1])
+
+
+# --- exported weights
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_of_a_run_that_exports_an_average_the_average_is_taken(tmp_path, capsys, kind):
+    """By transfer, samples, statistics of embeddings and golf's commands, which all open it in one place; each says so."""
+    run, p = started(tmp_path / "old", ema=0.5, swa_every=1, swa_start=0.0, final_weights=kind)
+    for step in (1, 2):
+        with torch.no_grad():
+            for q in p.model.parameters():
+                q.add_(step)
+        p.avg.update(step, 1.0)
+    tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 3)
+    live = {n: q.detach().clone() for n, q in p.model.named_parameters()}
+    # From w0: w0+1, then w0+3. EMA: decays min(.5, 1/10), min(.5, 2/11); SWA: the mean of both.
+    off = {"ema": 0.9 + (3 - 0.9) * 9 / 11 - 3, "swa": -1.0}[kind]
+    cfg, named, path = tg.open_source(str(tmp_path / "old"))
+    assert capsys.readouterr().err == f"notice: {path}: its {kind} average, as final_weights says\n"
+    assert cfg.final_weights == kind and path.name == "000003"
+    for name, w in live.items():
+        torch.testing.assert_close(named[name], w + off)
+    taken, q = started(tmp_path / "new", init_from=str(tmp_path / "old"))
+    assert any(line == f"notice: {path}: its {kind} average, as final_weights says" for line in taken.early)
+    assert all(torch.equal(w, named[n]) for n, w in q.model.named_parameters())
+    found, _ = embeddings.of_source(str(tmp_path / "old"), 0)
+    assert found["O.mu norm"] == pytest.approx(float(named["head"][:60 + 36].double().mean(0).norm()))
+
+
+def test_an_average_without_a_snapshot_is_not_taken(tmp_path, capsys):
+    run, p = started(tmp_path / "old", swa_every=2, final_weights="swa")
+    with torch.no_grad():
+        p.model.head.add_(1)
+    tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 1)
+    _, named, _ = tg.open_source(str(tmp_path / "old"))
+    assert torch.equal(named["head"], p.model.head) and "its live weights" in capsys.readouterr().err
 
 
 # --- slow: frozen and ramped up

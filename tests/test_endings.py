@@ -1,0 +1,118 @@
+"""How the programs end: Ctrl-C and errors of files are one line and an exit code, and a proof leaves no process behind."""
+
+import importlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, tg, tiny, write_shard
+
+import golf
+from logs.endings import ending
+
+sys.path.append(str(ROOT / "logs"))
+PROGRAMS = {"logs.report": [], "logs.pack": [[]], "logs.submit": [[]], "logs.centering": [["tables", "x"]], "logs.nca": [[]],
+            "logs.embeddings": [["x"]], "logs.explain_centering": [], "golf": [["score", "x"]], "pre_pre_train": [[]],
+            "train_gpt": [["--run", "x"]], "slowrun": [["x"]]}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (IsADirectoryError(21, "Is a directory", "there"), 2)])
+def test_a_program_ends_with_one_line(name, error, code, monkeypatch, capsys):
+    """Whatever it is at, Ctrl-C is exit code 130 and a file that cannot be read is 2: no traceback."""
+    def fail(*args, **how):
+        raise error
+
+    program = importlib.import_module(name)
+    monkeypatch.setattr(program.tyro, "cli", fail)
+    monkeypatch.setattr(program.tyro.extras, "subcommand_cli_from_dict", fail)
+    monkeypatch.setattr(sys, "argv", [name, "x"])
+    try:
+        ended = program.main(*PROGRAMS[name])
+    except SystemExit as stop:
+        ended = stop.code
+    err = capsys.readouterr().err
+    assert ended == code and err.count("\n") == 1, err
+    assert "interrupted" in err if code == 130 else "there" in err
+
+
+def test_who_reads_a_pipe_may_leave(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    pid = os.fork()
+    if not pid:
+        os.dup2(write, 1)
+        code = ending("x", lambda: os.write(1, b"much"))
+        os._exit(code)
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+# --- the proof's processes
+
+ASLEEP = """import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    open(sys.argv[1], "w").close()
+    time.sleep(60)
+except KeyboardInterrupt:
+    os.rename(sys.argv[1], sys.argv[1] + ".ended")
+    sys.exit(130)
+"""
+
+
+@pytest.fixture
+def asleep(tmp_path, monkeypatch):
+    """golf.py is a program that sleeps; gives the mark that it makes when it begins."""
+    (tmp_path / "golf.py").write_text(ASLEEP)
+    monkeypatch.setattr(golf, "__file__", str(tmp_path / "golf.py"))
+    return tmp_path / "mark"
+
+
+def test_a_proof_that_is_asked_to_stop_is_ended_as_by_ctrl_c(asleep):
+    began = time.monotonic()
+    assert golf.fresh_process(str(asleep), asked_to_stop=asleep.exists) == ""
+    assert time.monotonic() - began < 20 and Path(f"{asleep}.ended").exists()
+
+
+def test_ctrl_c_ends_a_proof_and_what_it_started(asleep):
+    def interrupt():
+        if asleep.exists():
+            raise KeyboardInterrupt  # as from the keyboard
+
+    with pytest.raises(KeyboardInterrupt):
+        golf.fresh_process(str(asleep), asked_to_stop=interrupt)
+    assert Path(f"{asleep}.ended").exists()
+
+
+def test_a_signal_during_the_proof_saves_the_run_which_then_ends_alike(tmp_path, monkeypatch, capsys):
+    for name, seed in (("train_000001", 0), ("val_000000", 1)):
+        write_shard(tmp_path / f"x_{name}.bin", np.random.default_rng(seed).integers(96, size=2000))
+    monkeypatch.setattr(golf, "check", lambda *a: None)  # there is no text: the proof is not a real one
+    cfg = tiny(data=str(tmp_path), log_dir=str(tmp_path), dim=64, steps=3, prove_bytes=10, tokenizer="none", val_tokens=160,
+               save_last=0, head_init="0.1")
+    runs = []
+
+    def proof(*arguments, asked_to_stop):
+        if len(runs) == 1:
+            runs[0].signal = signal.SIGTERM
+            return ""
+        return "prove:chunked decoded_bpb:1.5 "
+
+    monkeypatch.setattr(golf, "fresh_process", proof)
+    codes = []
+    for resume in (False, True):
+        cfg.resume = resume
+        runs.append(tg.Run(cfg))
+        codes.append(tg.train(cfg, runs[-1]))
+        for f in (runs[-1].log_file, runs[-1].metrics_file):
+            f.close()
+    assert codes == [143, 0] and "interrupted by SIGTERM" in capsys.readouterr().out
+    result = json.loads((tmp_path / "test/result.json").read_text())
+    assert result["decoded_bpb"] == 1.5 and result["resumed"] and re.fullmatch("0+3", tg.checkpoints(tmp_path / "test")[0].name)
