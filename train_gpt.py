@@ -260,8 +260,9 @@ RANGES = (
     (0, 2, "compile shuffle unet cautious"),
     (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth beta1 beta2 momentum normuon ema"),
     (0, 100, "mtp q_gain resid_lambda embed_init init_std proj_init value_embeds"),
-    (0, 1000, "attn_scale mlp_ratio z_loss temperature lr weight_decay slow_lr matrix_lr adamw_lr embed_lr head_lr "
-              "tied_lr scalar_lr lr_floor matrix_wd embed_wd scalar_wd rule_target rule_margin rule_z"),
+    (0, 1000, "attn_scale mlp_ratio z_loss temperature lr weight_decay slow_lr lr_floor matrix_wd embed_wd scalar_wd "
+              "rule_target rule_margin rule_z"),
+    (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),  # diverged runs are a sweep's business
     (0, 10**6, "softcap mu_loss epochs lr_cycles average_epochs sample_tokens gptq"),
     (0, MANY, "save_every swa_every max_seconds grad_clip window prove_bytes embed_stats rule_max_seconds"),
     (0, TOKENS, "val_tokens train_tokens artifact_limit rule_max_bytes"),
@@ -477,7 +478,9 @@ def check_numbers(cfg: Config, limits: dict[str, tuple[float, float]]) -> None:
                 need(least <= x <= most, f"{f.name} = {value!r}: its values must lie between {least} and {most}")
         elif isinstance(value, (int, float)):
             need(not isinstance(value, float) or math.isfinite(value), f"{f.name} = {value}: must be a finite number")
-            need(least <= value <= most, f"{f.name} = {value}: must lie between {least} and {most}")
+            need(value >= least, f"{f.name} = {value}: must not be negative" if least == 0 else
+                 f"{f.name} = {value}: must be at least {least}")
+            need(value <= most, f"{f.name} = {value}: must be at most {most}")
 
 
 def validate_schedules(cfg: Config) -> None:
@@ -516,6 +519,7 @@ def refuse_idle(cfg: Config) -> None:
         ("window_pattern", "a window, such as --window 1024", max(windows) > 0),
         ("window_pattern", "an S before its last block", any(block_window(cfg, i, 1) for i in range(cfg.depth))),
         ("rope_dims", "rope = 'standard' or 'interleaved'", cfg.rope != "truncated"),
+        ("qat_noise", "qat, such as '0 0.8:1'", 1 in Schedule("qat", cfg.qat).values()),
         ("stoch_depth", "depth > 1, as block 0 always takes part", cfg.depth > 1),
         ("mtp", "rows of 2 tokens or more", min(Schedule("seq_len", cfg.seq_len).values()) > 1),
         *[(k, "init = 'remix', as xavier sets every start", cfg.init == "remix")
@@ -785,9 +789,11 @@ class Plan:
     def tokens(self) -> int:
         """Training tokens of all steps."""
         steps, points = self.cfg.steps, self.sched["batch_tokens"].points
-        starts = [math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points] + [steps]
-        spans = zip(points, starts, starts[1:])
-        return sum((min(end, steps) - min(start, steps)) * int(p.value) for p, start, end in spans)
+        starts, total = [math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points], 0
+        for i, p in enumerate(points):  # a point waits for all before it, in whichever unit they stand
+            begin, end = max(starts[: i + 1]), max(starts[: i + 2]) if i + 1 < len(points) else steps
+            total += (min(end, steps) - min(begin, steps)) * int(p.value)
+        return total
 
 
 ########################################
@@ -2426,9 +2432,9 @@ def open_source(where: str) -> tuple[Config, dict[str, Tensor], Path]:
 def found_near(cfg: Config, source: Path) -> Config:
     """
     A run names its data and its tokenizer as they were seen from where it was started. From elsewhere they are looked
-    for beside this program, and then in the folders above the run's.
+    for in the folders above the run's, and then beside this program.
     """
-    places = [Path(__file__).resolve().parent, *source.resolve().parents]
+    places = [*source.resolve().parents, Path(__file__).resolve().parent]
     for key in ("data", "tokenizer"):
         name = getattr(cfg, key)
         if name and name != "gpt2" and not Path(name).exists():

@@ -650,7 +650,8 @@ SMALL = (
         ("remix_m", ("--adamw_matrices", r"\.attn\."), False, True, True),
         (
             "remix_m",
-            ("--polar", "polar_express", "--normuon", "0.95", "--cautious", "1", "--row_norm", "1"),
+            ("--polar", "polar_express", "--normuon", "0.95", "--cautious", "1", "--row_norm", "1",
+             "--matrix_wd", "0.1"),
             False,
             True,
             True,
