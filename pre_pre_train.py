@@ -107,7 +107,7 @@ NCA_RANGES = (
     (0, 65536, "nca_vocab nca_colors"),
     (0, 10**6, "nca_init_steps nca_temperature"),
     (0, 2**32 - 1, "nca_seed"),
-    (1, 16, "nca_patch"),
+    (1, 128, "nca_patch"),
     (1, 1024, "nca_grid"),
     (1, 10**6, "nca_dt nca_epochs"),
     (1, 2**22, "nca_seq_len nca_min_grid"),

@@ -241,7 +241,7 @@ FREE_ON_RESUME = {
     *("auto_micro", "embed_stats", "nca_cache", "nca_threads", "nca_measured"),
 }
 # What is asked for behind the last step alone: an unfinished run may change it, or its end might be impossible.
-AFTER_TRAINING = {"export", "export_codec", "artifact_limit", "score", "stride", "prove_bytes", "final_weights"}
+AFTER_TRAINING = {"export", "export_codec", "artifact_limit", "gptq", "score", "stride", "prove_bytes", "final_weights"}
 GRAPHS = ("repeats", "seq_len", "window", "batch_tokens")  # schedules that make another graph
 SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", *GRAPHS)
 # Flags that this version lacks: {name: the value at which it did nothing}. What was written with that value is read
@@ -520,6 +520,7 @@ def refuse_idle(cfg: Config) -> None:
         ("window_pattern", "an S before its last block", any(block_window(cfg, i, 1) for i in range(cfg.depth))),
         ("rope_dims", "rope = 'standard' or 'interleaved'", cfg.rope != "truncated"),
         ("qat_noise", "qat, such as '0 0.8:1'", 1 in Schedule("qat", cfg.qat).values()),
+        ("sample_tokens", "a tokenizer", bool(cfg.tokenizer or cfg.sample_from)),
         ("stoch_depth", "depth > 1, as block 0 always takes part", cfg.depth > 1),
         ("mtp", "rows of 2 tokens or more", min(Schedule("seq_len", cfg.seq_len).values()) > 1),
         *[(k, "init = 'remix', as xavier sets every start", cfg.init == "remix")
