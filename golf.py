@@ -466,8 +466,9 @@ def unpack(data: bytes, where: str) -> tuple[Config, dict[str, Tensor], dict]:
         (length,) = struct.unpack("<I", data[start - 4 : start])
         header = json.loads(data[start : start + length])
         size, packed_size = header["payload_bytes"], header["packed_bytes"]
-        total = size + sum(math.prod(kind["shape"]) for kind in header["tensors"].values() if kind["kind"] == "rows")
-        if not all(type(n) is int and n >= 0 for n in (size, packed_size, total)):
+        shapes = [kind["shape"] for kind in header["tensors"].values() if kind["kind"] == "rows"]
+        total = size + sum(math.prod(shape) for shape in shapes)
+        if not all(type(n) is int and n >= 0 for n in (size, packed_size, *(n for shape in shapes for n in shape))):
             raise bad("its sizes are no numbers")
         if total > min(MOST, max(1 << 26, MOST_RATIO * len(data))):
             raise bad(f"its header wants {total} bytes")
@@ -477,7 +478,7 @@ def unpack(data: bytes, where: str) -> tuple[Config, dict[str, Tensor], dict]:
             raise bad("its payload has another size than its header says")
         named = read_tensors(header, load_tensors(payload), np.frombuffer(stream, "<u4"))
         cfg = Config(**tg.checked(tomllib.loads(header["config"]), where))
-        tg.validate(cfg)
+        tg.check_values(cfg)
         fits(cfg, named)
     except UserError as e:
         raise (e if where in str(e) else bad(str(e))) from None
@@ -487,14 +488,16 @@ def unpack(data: bytes, where: str) -> tuple[Config, dict[str, Tensor], dict]:
     return cfg, named, header
 
 
-LONGEST = 1 << 20  # tokens of a row that an artifact may ask for
+LONGEST = 1 << 20  # tokens of a row that an artifact may ask for ...
+ANGLES = 1 << 27  # ... and numbers in its rotary table: 512 MiB
 
 
 def fits(cfg: Config, named: dict[str, Tensor]) -> None:
     """ValueError unless the model of cfg has these tensors: what a header says of sizes must not cost more than the file."""
     plan = tg.Plan(cfg)
-    if cfg.depth > len(named) or max(plan.max_seq_len, plan.eval_seq_len) > LONGEST:
-        raise ValueError(f"its configuration has {cfg.depth} blocks and rows of {plan.max_seq_len} tokens")
+    longest, width = max(plan.max_seq_len, plan.eval_seq_len), tg.head_width(cfg)
+    if cfg.depth > len(named) or longest > LONGEST or longest * width > ANGLES:
+        raise ValueError(f"its configuration has {cfg.depth} blocks, rows of {longest} tokens and heads of {width}")
     model = tg.build_model(cfg, torch.device("meta"), torch.float32, 8)
     if {k: list(w.shape) for k, w in model.named_parameters()} != {k: list(w.shape) for k, w in named.items()}:
         raise ValueError("its tensors are not those of its configuration's model")
@@ -509,6 +512,8 @@ def read_tensors(header: dict, stored: dict[str, Tensor], words: np.ndarray) -> 
             named[name] = w.float() if w.dtype == torch.float16 else w
         elif kind["kind"] == "rows":
             shape, scale, levels = kind["shape"], stored.pop(f"{name}:scale"), kind["levels"]
+            if levels not in map(levels_of, range(4, 9)):
+                raise ValueError(f"{name} has codes up to {levels}")
             if header["codec"] == ENTROPY:
                 tables = {key: stored.pop(f"{name}:{key}").numpy() for key in ("rows", "cols", "counts")}
                 count, step = kind["words"], kind["step"]
@@ -925,7 +930,7 @@ class LoRA(Sliding):
                         if is_matrix(p) and name not in ("embed", "value_embeds")}
         self.calls = self.order_of_calls()
         if not any(self.calls):
-            raise UserError("mode = 'lora' adapts matrices of 64 rows and columns or more, and this model multiplies with none")
+            raise UserError(NO_LORA)
         self.graph = self.whole(self.log_probs_at)
 
     def linear(self, x: Tensor, w: Tensor) -> Tensor:
@@ -1060,6 +1065,7 @@ class LoRA(Sliding):
             self.begin(1)
 
 
+NO_LORA = "mode = 'lora' adapts matrices of 64 rows and columns or more, and this model multiplies with none"
 SCORERS = {"chunked": Sliding, "sliding": Sliding, "mixture": Mixture, "ttt": TestTime, "lora": LoRA}
 
 
@@ -1222,6 +1228,9 @@ def validate(cfg: Config) -> None:
     refuse_dropout(cfg, cfg.score)
     if cfg.score and not 1 <= cfg.stride <= tg.Plan(cfg).eval_seq_len:
         raise UserError(f"stride = {cfg.stride}: must lie between 1 and the row's {tg.Plan(cfg).eval_seq_len} tokens")
+    modes = cfg.score.split()
+    if len(set(modes)) < len(modes):
+        raise UserError(f"score = {cfg.score!r} names one twice")
     if cfg.prove_bytes and not cfg.tokenizer:
         raise UserError(f"prove_bytes = {cfg.prove_bytes} asks for text, but tokenizer is empty")
     qat = tg.Schedule("qat", cfg.qat).values()
@@ -1232,12 +1241,22 @@ def validate(cfg: Config) -> None:
                         "begins it: for example --qat '0 0.8:1'")
 
 
-def check(cfg: Config, named: dict[str, Tensor], val: tg.Validation, tokenizer: tg.Tokenizer | None) -> None:
-    """Refuse, before training, an artifact or a proof that this model and text could not have behind it."""
+def check(cfg: Config, named: dict[str, Tensor], val: tg.Validation, tokenizer: tg.Tokenizer | None) -> list[str]:
+    """
+    Refuse, before training, an artifact, a score or a proof that this model and text could not have behind it. Returns
+    notices of what will be less than was asked for.
+    """
+    notices = []
     if cfg.export != "fit":
         check_bits(cfg.export, named)
-    if cfg.gptq:
-        calibration(cfg, 1)
+    matrices = [name for name, w in named.items() if is_matrix(w)]
+    rounds = [key for key, on in (("qat", cfg.qat != "0"), ("gptq", cfg.gptq)) if on]
+    if rounds and not matrices:
+        raise UserError(f"{' and '.join(rounds)} round matrices of 64 rows and columns or more, and this model has none")
+    if "lora" in cfg.score.split() and not set(matrices) - {"embed", "value_embeds"}:
+        raise UserError(NO_LORA)
+    if cfg.gptq and (rows := calibration_rows(cfg, cfg.gptq)) < cfg.gptq:
+        notices.append(f"gptq = {cfg.gptq} rows, but the first train shard holds {rows}: they are all")
     code = sum(f.stat().st_size for f in tg.source_files(cfg))
     if 0 < cfg.artifact_limit <= code:
         raise UserError(f"artifact_limit = {cfg.artifact_limit}: the source alone has {code} bytes; python logs/pack.py makes "
@@ -1247,6 +1266,7 @@ def check(cfg: Config, named: dict[str, Tensor], val: tg.Validation, tokenizer: 
             raise UserError(f"prove_bytes = {cfg.prove_bytes} asks for text, but the tokenizer {cfg.tokenizer!r} could not be "
                             "loaded (the notice above says why)")
         stretch(val.tokens, tokenizer, cfg.prove_bytes)
+    return notices
 
 
 def calibrate(p: tg.Parts, now: tg.Now, rows: np.ndarray, until: float) -> tuple[dict[str, Tensor], int]:
@@ -1263,7 +1283,7 @@ def gptq_seconds(p: tg.Parts) -> float:
         calibrate(p, last, rows, until=sys.float_info.max)  # it looks at the clock as it will then
         p.run.clock.sync()
         seconds = time.perf_counter() - began
-    return 1.33 * seconds * p.cfg.gptq / len(rows)
+    return 1.33 * seconds * calibration_rows(p.cfg, p.cfg.gptq) / len(rows)
 
 
 def calibrated(p: tg.Parts, now: tg.Now) -> dict[str, Tensor] | None:
@@ -1508,16 +1528,21 @@ def decode_command(flags: Decode) -> None:
     decode(make_scorer(model, flags, shape), Path(flags.code).read_bytes()).astype("<u2").tofile(flags.out)
 
 
+def calibration_rows(cfg: Config, count: int) -> int:
+    """How many of `count` rows the first train shard holds; UserError where it is none."""
+    shard, length = tg.find_shards(cfg, "train")[0], tg.Plan(cfg).eval_seq_len
+    tokens = min(tg.shard_tokens(shard), cfg.train_tokens or math.inf)  # others it was not trained on
+    if tokens <= length:
+        raise UserError(f"GPTQ looks at rows of {length} training tokens, but {shard} has only {tokens}: lower "
+                        "--eval_seq_len, or --gptq 0")
+    return min(count, (tokens - 1) // length)
+
+
 def calibration(cfg: Config, count: int) -> np.ndarray:
     """The first rows [count, T+1] of the training shards."""
-    plan = tg.Plan(cfg)
+    length, count = tg.Plan(cfg).eval_seq_len, calibration_rows(cfg, count)
     tokens = tg.read_shard(tg.find_shards(cfg, "train")[0], cfg.vocab)
-    tokens = tokens[: cfg.train_tokens or None]  # others it was not trained on
-    count = min(count, (len(tokens) - 1) // plan.eval_seq_len)
-    if count < 1:
-        raise UserError(f"calibration looks at rows of {plan.eval_seq_len} training tokens, but the first shard in {cfg.data} "
-                        f"has {len(tokens)}: lower --eval_seq_len, or leave GPTQ out")
-    return np.stack([tokens[i * plan.eval_seq_len :][: plan.eval_seq_len + 1] for i in range(count)])
+    return np.stack([tokens[i * length :][: length + 1] for i in range(count)])
 
 
 def quantise_command(flags: Quantise) -> None:

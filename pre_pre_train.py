@@ -101,6 +101,22 @@ class PrePreConfig(Config):
     picture: str = ""  # with generate_only, or alone: draw rules into this PNG file
 
 
+# As train_gpt's RANGES: least and most of each number.
+NCA_RANGES = (
+    (0, 1, "nca_delimiter_loss nca_regen"),
+    (0, 4096, "nca_threads"),
+    (0, 65536, "nca_vocab nca_colors"),
+    (0, 10**6, "nca_init_steps nca_temperature"),
+    (0, 2**32 - 1, "nca_seed"),
+    (1, 128, "nca_patch"),
+    (1, 1024, "nca_grid"),
+    (1, 10**6, "nca_dt nca_epochs"),
+    (1, 2**22, "nca_seq_len nca_min_grid"),
+    (1, 10**9, "nca_tries nca_sims_per_rule nca_measured"),
+    (1, 10**12, "nca_tokens nca_val_tokens"),
+    (-(10**6), 10**6, "nca_identity"),
+)
+NCA_LIMITS = {name: (least, most) for least, most, names in NCA_RANGES for name in names.split()}
 # What follows from other flags here, and from which.
 FOLLOWS = {
     "vocab": "nca_colors, nca_patch and nca_vocab",
@@ -279,11 +295,7 @@ def validate(cfg: PrePreConfig) -> None:
                          "nca_control": ("", "random", "shuffled", "still")}.items():
         value = getattr(cfg, key)
         need(value in allowed, f"{key} = {value!r}: must be one of {', '.join(repr(a) for a in allowed)}")
-    for key in ("nca_patch", "nca_grid", "nca_dt", "nca_sims_per_rule", "nca_min_grid", "nca_tries", "nca_epochs",
-                "nca_measured"):
-        need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)}: must be at least 1")
-    for key in ("nca_seed", "nca_init_steps", "nca_temperature", "nca_threads"):
-        need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)}: must not be negative")
+    t.check_numbers(cfg, NCA_LIMITS)
     below = cfg.nca_grid - cfg.nca_grid % cfg.nca_patch
     near = f"{below} or {below + cfg.nca_patch}" if below else f"{cfg.nca_patch}"
     need(cfg.nca_grid % cfg.nca_patch == 0, f"nca_grid = {cfg.nca_grid} cannot be cut into patches of nca_patch = "

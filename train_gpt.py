@@ -32,7 +32,6 @@ import difflib
 import errno
 import functools
 import hashlib
-import itertools
 import json
 import lzma
 import math
@@ -184,7 +183,7 @@ class Config:
     head_lr: float = 0.22  # learning rate of the untied head
     tied_lr: float = 0.0021  # learning rate of a tied table
     scalar_lr: float = 0.04  # learning rate of vectors and scalars
-    own_lr: str = ""  # "pattern=rate pattern=rate/beta1": AdamW's rate (and beta1) of names that the pattern finds
+    own_lr: str = ""  # "pattern=rate pattern=rate/beta1/beta2/decay": AdamW's rate (and more) of names that the pattern finds
     lr: str = "0:1 0.6:1 1>0.1"  # [sched] multiplies every learning rate
     lr_cycles: int = 0  # in each of the last n epochs the rate falls from its schedule to lr_floor by half a cosine
     lr_floor: float = 0.05  # lowest multiplier in those epochs
@@ -245,8 +244,49 @@ FREE_ON_RESUME = {
     *("compile", "micro_tokens", "loss_chunk", "dry_run", "json", "prompt", "sample_tokens", "temperature", "top_k"),
     *("auto_micro", "embed_stats", "nca_cache", "nca_threads", "nca_measured"),
 }
+# What is asked for behind the last step alone: an unfinished run may change it, or its end might be impossible.
+AFTER_TRAINING = {"export", "export_codec", "artifact_limit", "gptq", "score", "stride", "prove_bytes", "final_weights"}
 GRAPHS = ("repeats", "seq_len", "window", "batch_tokens")  # schedules that make another graph
 SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", *GRAPHS)
+# Flags that this version lacks: {name: the value at which it did nothing}. What was written with that value is read
+# as if the name were not there; any other value is an error. A flag that is new has such a value as its default, so
+# what was written before it means what it meant.
+REMOVED: dict[str, object] = {}
+
+BELOW_ONE = 1 - 2**-24  # the next number below 1 in fp32
+MANY, TOKENS = 10**9, 10**12
+# Least and most of each number, or of the values of a schedule. What lies beyond would overflow, divide by zero, or
+# need a machine that nobody has; an artifact's configuration has these limits too.
+RANGES = (
+    (0, 1, "save_last auto_micro layer_norm embed_norm qk_norm iha block_scales layer_scale loop_embed "
+           "cross_repeat doc_mask tie_embed pad_vocab mu_centering row_norm decay_by_shape independent_wd "
+           "qat qat_noise swa_start rule_p norm_eps"),
+    (0, 2, "compile shuffle unet cautious"),
+    (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth beta1 beta2 momentum normuon ema"),
+    (0, 100, "mtp q_gain resid_lambda embed_init init_std proj_init value_embeds"),
+    (0, 1000, "attn_scale mlp_ratio z_loss temperature lr weight_decay slow_lr lr_floor matrix_wd embed_wd scalar_wd "
+              "rule_target rule_margin rule_z"),
+    (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),  # diverged runs are a sweep's business
+    (0, 10**6, "softcap mu_loss epochs lr_cycles average_epochs sample_tokens gptq"),
+    (0, MANY, "save_every swa_every max_seconds grad_clip window prove_bytes embed_stats rule_max_seconds"),
+    (0, TOKENS, "val_tokens train_tokens artifact_limit rule_max_bytes"),
+    (0, 65536, "doc_token kv_heads head_dim attn_gate value_proj top_k"),
+    (0, 2**22, "eval_seq_len"),
+    (0, 2**32 - 1, "seed"),
+    (1, 100, "polar_steps"),
+    (1, 1000, "depth repeats"),
+    (1, 65536, "dim heads head_multiple mlp_multiple"),
+    (1, 2**22, "seq_len"),
+    (1, MANY, "steps log_every keep micro_tokens loss_chunk batch_tokens stride"),
+    (1, 10**12, "rope_base"),
+    (2, 65536, "vocab"),
+    (1e-30, 1, "adam_eps"),
+    (-1, MANY, "eval_every"),
+    (-1, 65536, "rope_dims xsa"),
+    (-4, 4, "logit_dim_power"),
+    (-100, 100, "x0_lambda"),
+)
+LIMITS = {name: (least, most) for least, most, names in RANGES for name in names.split()}
 
 
 def preset_path(name: str) -> Path:
@@ -259,11 +299,17 @@ def preset_path(name: str) -> Path:
     raise UserError(f"--config {name}: no such file and no such preset; presets: {', '.join(known)}")
 
 
+def is_layer(path: Path) -> bool:
+    """A layer says so in its first line; alone it would train a model of defaults."""
+    with open(path, "rb") as f:
+        return re.match(rb"# \w+: a layer\b", f.readline(200)) is not None
+
+
 def read_toml(path: Path, kind: type = Config) -> dict:
     """Checked values of one preset file: unknown keys and wrong types are errors that name key, value and fix."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors begin a file with a mark
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise UserError(f"{path} is not TOML: {e}") from e
     return checked(raw, str(path), kind)
 
@@ -272,6 +318,10 @@ def checked(raw: dict, where: str, config: type = Config) -> dict:
     """The same keys and values in the types of Config, or of a class made from it; all else is an error that names it."""
     values, fields = {}, {f.name: f for f in dataclasses.fields(config)}
     for key, value in raw.items():
+        if key in REMOVED and key not in fields:
+            need(value == REMOVED[key], f"{where}: {key} = {value!r}, but this version has no {key}; it reads what was "
+                 f"written with {key} = {REMOVED[key]!r}, the rest needs the version that wrote it")
+            continue
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else "; `python train_gpt.py --help` lists all"
@@ -281,7 +331,7 @@ def checked(raw: dict, where: str, config: type = Config) -> dict:
         if listed and isinstance(value, list) and all(isinstance(v, str) for v in value):
             value = tuple(value)
         elif kind is float and type(value) is int:
-            value = float(value)
+            value = float(max(-(10**300), min(value, 10**300)))  # more than a float holds is too much in any case
         elif key in SCHEDULES and type(value) in (int, float):
             value = str(value)  # a constant schedule
         elif listed or type(value) is not kind:
@@ -305,6 +355,9 @@ def parse_args(argv: list[str]) -> Config:
     merged: dict = {}
     for name in names:
         merged |= read_toml(preset_path(name))
+    if names and is_layer(preset_path(names[0])):
+        raise UserError(f"--config {' '.join(names)}: {names[0]} is a layer, which changes a preset: name that first, for "
+                        f"example --config remix_m {names[0]}")
     merged.pop("config", None)
     cfg = tyro.cli(Config, args=argv, default=Config(**merged), description=__doc__.split("Read it")[0],
                    use_underscores=True)
@@ -312,6 +365,8 @@ def parse_args(argv: list[str]) -> Config:
     if not cfg.run:
         cfg.run = "-".join([Path(n).stem for n in names] or ["run"]) + f"-s{cfg.seed}"
     validate(cfg)
+    if not (cfg.resume and (Path(cfg.log_dir) / cfg.run / "config.toml").is_file()):  # that run has its configuration
+        refuse_idle(cfg)
     return cfg
 
 
@@ -322,12 +377,41 @@ def need(ok: bool, message: str) -> None:
 
 def validate(cfg: Config) -> None:
     """Refuse what cannot work, before anything is created. Each message names the key, the value and the fix."""
+    check_values(cfg)
+    by_epoch = [k for k, on in (("lr_cycles", cfg.lr_cycles), ("average_epochs", cfg.average_epochs),
+                                ("eval_every", cfg.eval_every < 0)) if on]
+    need(not by_epoch or 0 < cfg.epochs <= cfg.steps and not cfg.max_seconds, f"{' and '.join(by_epoch)} count epochs by "
+         f"steps: they need epochs (now {cfg.epochs}) from 1 to steps = {cfg.steps}, and no max_seconds")
+    need(max(cfg.lr_cycles, cfg.average_epochs) <= (cfg.epochs or 1), f"lr_cycles = {cfg.lr_cycles}, average_epochs = "
+         f"{cfg.average_epochs}: at most epochs = {cfg.epochs}")
+    need(cfg.final_weights != "ema" or cfg.ema > 0, "final_weights = 'ema' needs ema > 0, for example --ema 0.997")
+    need(cfg.final_weights != "swa" or cfg.swa_every > 0, "final_weights = 'swa' needs swa_every > 0")
+    last = cfg.swa_every and cfg.steps // cfg.swa_every * cfg.swa_every  # on the clock nobody knows the last step
+    need(not cfg.swa_every or cfg.max_seconds > 0 or last and last / cfg.steps >= cfg.swa_start,
+         f"swa_every = {cfg.swa_every} takes no snapshot in steps = {cfg.steps} from swa_start = {cfg.swa_start:g} of them "
+         "on: lower --swa_every or --swa_start")
+    if cfg.export:
+        import golf
+
+        golf.validate(cfg)
+    need(bool(cfg.export) or not (cfg.score or cfg.prove_bytes or cfg.gptq), "score, prove_bytes and gptq are about an "
+         "artifact, but export is empty: set --export int8")
+    need(Schedule("qat", cfg.qat).values() == [0] or cfg.export not in ("", "fit"), f"qat = {cfg.qat!r} rounds as export "
+         f"does, but export = {cfg.export!r} names no bits: set it, for example --export int6")
+    validate_schedules(cfg)
+
+
+def check_values(cfg: Config) -> None:
+    """What holds for every configuration, whether it is trained or was read from a file: an artifact's may be forged."""
 
     def one_of(key: str, *allowed: str) -> None:
         value = getattr(cfg, key)
         need(value in allowed, f"{key} = {value!r}: must be one of {', '.join(repr(a) for a in allowed)}")
 
+    check_texts(cfg)
+    check_numbers(cfg, LIMITS)
     need(not re.search(r"[\s/\\]|^\.*$", cfg.run), f"run = {cfg.run!r}: a run's name is a folder's name, without / or blanks")
+    need(len(cfg.run.encode()) <= 255, f"run = {cfg.run[:40]!r}...: a folder's name has 255 bytes at most")
     one_of("device", "auto", "cpu", "cuda")
     one_of("dtype", "auto", "float32", "bfloat16")
     one_of("param_dtype", "float32", "bfloat16")
@@ -340,53 +424,25 @@ def validate(cfg: Config) -> None:
     one_of("final_weights", "live", "ema", "swa")
     one_of("export_codec", "zstd", "brotli", "xz", "entropy", "best")
     one_of("transfer_control", "", "shuffled", "random")
-    for key in ("steps", "depth", "dim", "heads", "micro_tokens", "loss_chunk", "vocab", "keep", "polar_steps",
-                "log_every", "head_multiple", "mlp_multiple"):
-        need(getattr(cfg, key) > 0, f"{key} = {getattr(cfg, key)}: must be at least 1")
-    need(cfg.eval_every >= -1, f"eval_every = {cfg.eval_every}: a number of steps, 0 for the end alone, -1 for ends of epochs")
-    by_epoch = [k for k, on in (("lr_cycles", cfg.lr_cycles), ("average_epochs", cfg.average_epochs),
-                                ("eval_every", cfg.eval_every < 0)) if on]
-    need(not by_epoch or 0 < cfg.epochs <= cfg.steps and not cfg.max_seconds, f"{' and '.join(by_epoch)} count epochs by "
-         f"steps: they need epochs (now {cfg.epochs}) from 1 to steps = {cfg.steps}, and no max_seconds")
-    need(max(cfg.lr_cycles, cfg.average_epochs) <= (cfg.epochs or 1), f"lr_cycles = {cfg.lr_cycles}, average_epochs = "
-         f"{cfg.average_epochs}: at most epochs = {cfg.epochs}")
-    need(cfg.shuffle in (0, 1, 2), f"shuffle = {cfg.shuffle}: 0 (none), 1 (rows) or 2 (documents and rows)")
-    for key in ("seed", "save_every", "train_tokens", "lr_cycles", "average_epochs", "lr_floor", "epochs", "val_tokens",
-                "max_seconds", "grad_clip", "softcap", "kv_heads", "head_dim", "eval_seq_len", "swa_every", "sample_tokens",
-                "gptq", "artifact_limit", "prove_bytes", "z_loss", "mu_loss", "embed_stats"):
-        need(getattr(cfg, key) >= 0, f"{key} = {getattr(cfg, key)}: must not be negative")
-    need(cfg.vocab <= 65536, f"vocab = {cfg.vocab}: shards hold uint16 tokens, 65536 is the most")
     need(0 <= cfg.doc_token < cfg.vocab, f"doc_token = {cfg.doc_token}: not below vocab = {cfg.vocab}")
     need(cfg.head_dim > 0 or cfg.dim % cfg.heads == 0, f"dim = {cfg.dim} is no multiple of heads = {cfg.heads}")
     need(head_width(cfg) % 4 == 0, f"head_dim = {head_width(cfg)}: rotary embedding needs a multiple of 4")
-    need(cfg.rope_dims in (-1, *range(0, head_width(cfg) + 1, 2)), f"rope_dims = {cfg.rope_dims}: an even number up to "
-         f"head_dim = {head_width(cfg)}, or -1 for half of it")
+    need(cfg.rope_dims == -1 or cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_width(cfg), f"rope_dims = "
+         f"{cfg.rope_dims}: an even number up to head_dim = {head_width(cfg)}, or -1 for half of it")
     need(cfg.heads % (cfg.kv_heads or cfg.heads) == 0, f"heads = {cfg.heads}: no multiple of kv_heads = {cfg.kv_heads}")
     need(cfg.mlp_ratio * cfg.dim >= 1, f"mlp_ratio = {cfg.mlp_ratio}: leaves the MLP no hidden unit")
-    need(0 <= cfg.ema < 1, f"ema = {cfg.ema}: a decay per step, 0 <= ema < 1")
-    need(cfg.final_weights != "ema" or cfg.ema > 0, "final_weights = 'ema' needs ema > 0, for example --ema 0.997")
-    need(cfg.final_weights != "swa" or cfg.swa_every > 0, "final_weights = 'swa' needs swa_every > 0")
-    need(cfg.head_init in ("zero", "uniform") or is_number(cfg.head_init), f"head_init = {cfg.head_init!r}: zero, "
-         "uniform or a standard deviation such as 0.005")
+    need(cfg.head_init in ("zero", "uniform") or is_number(cfg.head_init) and 0 <= float(cfg.head_init) <= 100,
+         f"head_init = {cfg.head_init!r}: zero, uniform or a standard deviation such as 0.005")
+    for key in ("softcap", "temperature"):
+        need(getattr(cfg, key) == 0 or getattr(cfg, key) >= 1e-3, f"{key} = {getattr(cfg, key)}: 0, or from 0.001 on, as "
+             "logits are divided by it")
     for key in ("adamw_matrices", "slow", "transfer_skip", *(["transfer"] if cfg.init_from else [])):
         try:
             re.compile(getattr(cfg, key))
         except re.error as e:
             raise UserError(f"{key} = {getattr(cfg, key)!r} is no regular expression: {e}") from e
-    if cfg.export:
-        import golf
-
-        golf.validate(cfg)
-    need(bool(cfg.export) or not (cfg.score or cfg.prove_bytes or cfg.gptq), "score, prove_bytes and gptq are about an "
-         "artifact, but export is empty: set --export int8")
-    need(Schedule("qat", cfg.qat).values() == [0] or cfg.export not in ("", "fit"), f"qat = {cfg.qat!r} rounds as export "
-         f"does, but export = {cfg.export!r} names no bits: set it, for example --export int6")
-    validate_schedules(cfg)
-    for key in ("attn_dropout", "mlp_dropout", "stoch_depth"):
-        need(0 <= getattr(cfg, key) < 1, f"{key} = {getattr(cfg, key)}: a chance, 0 <= {key} < 1")
     for key in ("attn_gate", "value_proj"):
         need(0 <= getattr(cfg, key) <= cfg.dim, f"{key} = {getattr(cfg, key)}: a number of input dims, dim = {cfg.dim} at most")
-    need(cfg.mtp >= 0, f"mtp = {cfg.mtp}: a weight in the loss, not negative; 0 for none")
     need(not cfg.iha or cfg.heads == (cfg.kv_heads or cfg.heads), f"iha = 1 mixes the weights of {cfg.heads} heads, but "
          f"keys and values have {cfg.kv_heads}: set --kv_heads 0")
     need(re.fullmatch("[SL]*", cfg.window_pattern) is not None, f"window_pattern = {cfg.window_pattern!r}: letters S (the "
@@ -397,22 +453,87 @@ def validate(cfg: Config) -> None:
     need(0 <= low <= high <= cfg.depth, f"loop = {cfg.loop!r}: must lie within the {cfg.depth} blocks")
     repeats = Schedule("repeats", cfg.repeats).values()
     need(bool(cfg.loop) or repeats == [1], f"repeats = {cfg.repeats!r} without looped blocks: set loop, e.g. --loop 4:6")
+    positions = cfg.depth + (high - low) * (max(repeats) - 1)
+    need(positions <= 10_000, f"loop = {cfg.loop!r}, repeats = {cfg.repeats!r}: {positions:g} applications of a block, "
+         "10000 at most")
+    need(cfg.unet != 1 or positions > 1, "unet = 1 ties the second half of the blocks to the first: one block has no halves")
+    need(not cfg.cross_repeat or max(repeats) > 1, f"cross_repeat = 1 adds a looped block's output one repeat before, but "
+         f"loop = {cfg.loop!r} and repeats = {cfg.repeats!r} repeat nothing: --cross_repeat 0, or --loop 1:3 --repeats 2")
+
+
+def check_texts(cfg: Config) -> None:
+    """Every text can be written to a file: what a console gives need not be UTF-8."""
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                need(not re.search("[\ud800-\udfff]", text), f"{f.name} = {ascii(text)} is no UTF-8 text")
+                need("\0" not in text or f.name == "prompt", f"{f.name} = {text!r} holds a zero byte")
+
+
+def check_numbers(cfg: Config, limits: dict[str, tuple[float, float]]) -> None:
+    """Every number, and every value of a schedule, within `limits` (where it has some), and none infinite or nan."""
+    for f in dataclasses.fields(cfg):
+        value, (least, most) = getattr(cfg, f.name), limits.get(f.name, (-math.inf, math.inf))
+        if f.name in SCHEDULES:
+            sched = Schedule(f.name, value)
+            if f.name in (*GRAPHS, "qat"):
+                sched.require_plateaus()
+            for x in sched.values():
+                need(least <= x <= most, f"{f.name} = {value!r}: its values must lie between {least} and {most}")
+        elif isinstance(value, (int, float)):
+            need(not isinstance(value, float) or math.isfinite(value), f"{f.name} = {value}: must be a finite number")
+            need(value >= least, f"{f.name} = {value}: must not be negative" if least == 0 else
+                 f"{f.name} = {value}: must be at least {least}")
+            need(value <= most, f"{f.name} = {value}: must be at most {most}")
 
 
 def validate_schedules(cfg: Config) -> None:
-    """Refuse schedules that cannot be read, and those that shape graphs where their last value might not be reached."""
-    for key in SCHEDULES:
+    """Refuse schedules that shape graphs, or round, where their last value might not be reached."""
+    for key in (*GRAPHS, "qat"):
         sched = Schedule(key, getattr(cfg, key))
-        if key in GRAPHS:
-            sched.require_plateaus(minimum=0 if key == "window" else 1)
-            need(not cfg.max_seconds or not any(p.at for p in sched.points if p.in_steps), f"{key} = {sched.text!r} counts "
-                 f"steps, but under max_seconds = {cfg.max_seconds:g} nobody knows whether they are reached: give fractions "
-                 "of the time, such as 0.5 for half of it")
-            steps = math.inf if cfg.max_seconds else cfg.steps  # on the clock nobody knows what the last step is
-            late = [p for p in sched.points if p.at and (math.ceil(p.at) >= cfg.steps if p.in_steps else
-                                                         p.at >= 1 or p.at * steps - 1e-9 > steps - 1)]
-            need(not late, f"{key} = {sched.text!r}: its last value is the one that is scored and exported, but the run "
-                 f"of {cfg.steps} steps ends before it is reached")
+        need(not cfg.max_seconds or not any(p.at for p in sched.points if p.in_steps), f"{key} = {sched.text!r} counts "
+             f"steps, but under max_seconds = {cfg.max_seconds:g} nobody knows whether they are reached: give fractions "
+             "of the time, such as 0.5 for half of it")
+        steps = math.inf if cfg.max_seconds else cfg.steps  # on the clock nobody knows what the last step is
+        late = [p for p in sched.points if p.at and (math.ceil(p.at) >= cfg.steps if p.in_steps else
+                                                     p.at >= 1 or p.at * steps - 1e-9 > steps - 1)]
+        need(not late, f"{key} = {sched.text!r}: its last value is the one that is scored and exported, but the run "
+             f"of {cfg.steps} steps ends before it is reached")
+
+
+def refuse_idle(cfg: Config) -> None:
+    """
+    Refuse switches that are on and would do nothing. What only tunes a switch (a rate, a size, a choice) may stand
+    there while that is off: a study turns off the switch alone.
+    """
+    plain = Config()
+    windows = Schedule("window", cfg.window).values()
+    decays = [k for k in ("matrix_wd", "embed_wd", "scalar_wd") if getattr(cfg, k)]
+    muon = ("row_norm", "normuon", "decay_by_shape", "adamw_matrices")
+    rules = [  # switch, what it needs, whether that is there
+        *[(k, "optimizer = 'muon'", cfg.optimizer == "muon") for k in muon],
+        ("cautious", "Muon's matrices: set 1, or optimizer = 'muon'", cfg.optimizer == "muon" or cfg.cautious != 2),
+        ("cautious", "a decay that it acts on, such as --matrix_wd 0.1",
+         bool(decays) if cfg.cautious < 2 else cfg.matrix_wd > 0),
+        ("decay_by_shape", "matrix_wd > 0", cfg.matrix_wd > 0),
+        *[(k, "matrix_wd, embed_wd or scalar_wd", bool(decays)) for k in ("independent_wd", "weight_decay")],
+        ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", Schedule("slow_lr", cfg.slow_lr).values() != [1]),
+        ("slow_lr", "slow, the names of what it slows", bool(cfg.slow)),
+        *[(k, "init_from", bool(cfg.init_from)) for k in ("transfer", "transfer_skip", "transfer_control")],
+        ("window_pattern", "a window, such as --window 1024", max(windows) > 0),
+        ("window_pattern", "an S before its last block", any(block_window(cfg, i, 1) for i in range(cfg.depth))),
+        ("rope_dims", "rope = 'standard' or 'interleaved'", cfg.rope != "truncated"),
+        ("qat_noise", "qat, such as '0 0.8:1'", 1 in Schedule("qat", cfg.qat).values()),
+        ("sample_tokens", "a tokenizer", bool(cfg.tokenizer or cfg.sample_from)),
+        ("stoch_depth", "depth > 1, as block 0 always takes part", cfg.depth > 1),
+        ("mtp", "rows of 2 tokens or more", min(Schedule("seq_len", cfg.seq_len).values()) > 1),
+        *[(k, "init = 'remix', as xavier sets every start", cfg.init == "remix")
+          for k in ("init_std", "proj_init", "head_init", "embed_init")],
+    ]
+    for key, needs, there in rules:
+        need(there or getattr(cfg, key) == getattr(plain, key), f"{key} = {getattr(cfg, key)!r} does nothing here: it "
+             f"needs {needs}; or leave it at {getattr(plain, key)!r}")
 
 
 def is_number(text: str) -> bool:
@@ -446,17 +567,29 @@ def loop_span(cfg: Config) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def own_rates(cfg: Config) -> list[tuple[re.Pattern, float, float]]:
-    """own_lr as (pattern, rate, beta1)."""
+class OwnRate(NamedTuple):
+    """What own_lr says of the names that `pattern` finds; None: as for the others."""
+
+    pattern: re.Pattern
+    rate: float
+    beta1: float | None = None
+    beta2: float | None = None
+    decay: float | None = None
+
+
+def own_rates(cfg: Config) -> list[OwnRate]:
     rates = []
     for word in cfg.own_lr.split():
-        pattern, _, value = word.rpartition("=")
-        rate, _, beta1 = value.partition("/")
+        pattern, _, values = word.rpartition("=")
         try:
-            rates.append((re.compile(pattern), float(rate), float(beta1 or cfg.beta1)))
-        except (re.error, ValueError) as e:
-            raise UserError(f"own_lr = {cfg.own_lr!r}: {word!r} is not pattern=rate or pattern=rate/beta1 ({e}); for example "
-                            "x0_lambda=0.025/0.96") from e
+            rate = OwnRate(re.compile(pattern), *map(float, values.split("/")))
+            for value, key in zip(rate[1:], ("adamw_lr", "beta1", "beta2", "matrix_wd")):
+                if value is not None and not LIMITS[key][0] <= value <= LIMITS[key][1]:  # nan does not either
+                    raise ValueError(f"{value} does not lie between {LIMITS[key][0]} and {LIMITS[key][1]}")
+        except (re.error, ValueError, TypeError) as e:
+            raise UserError(f"own_lr = {cfg.own_lr!r}: {word!r} is not pattern=rate, /beta1, /beta2 and /decay behind it as "
+                            f"far as they are needed ({e}); for example x0_lambda=0.025/0.96") from e
+        rates.append(rate)
     return rates
 
 
@@ -510,7 +643,10 @@ class Schedule:
 
     def __init__(self, name: str, text: str):
         self.name, self.text, self.points = name, text, []
-        for word in text.split():
+        words = text.split()
+        if len(words) > 1000:
+            raise UserError(f"{name} has {len(words)} points: 1000 at most")
+        for word in words:
             match = re.fullmatch(r"(?:([\d./e+-]+)(s?)([:>~]))?([\d./e+-]+)(?:\^([\d.]+))?", word)
             try:
                 at = number(match[1]) if match[1] else 0.0
@@ -554,11 +690,11 @@ class Schedule:
     def values(self) -> list[float]:
         return sorted({p.value for p in self.points})
 
-    def require_plateaus(self, minimum: int) -> None:
-        """For what shapes a graph: whole numbers, no ramps."""
+    def require_plateaus(self) -> None:
+        """For what shapes a graph, and for what is on or off: whole numbers, no ramps."""
         for p in self.points:
-            if p.ramp or p.value != int(p.value) or p.value < minimum:
-                raise self.error(f"needs whole numbers from {minimum} up, set with ':' (each is a graph of its own)")
+            if p.ramp or p.value != int(p.value):
+                raise self.error("needs whole numbers, set with ':' (there is nothing between them)")
 
 
 def number(text: str) -> float:
@@ -662,11 +798,14 @@ class Plan:
 
     def batches(self) -> list[tuple[int, int]]:
         """The batches of all steps by count: (how many, of how many tokens), in order of time."""
-        batch = self.sched["batch_tokens"]
-        if len(batch.points) == 1:
-            return [(self.cfg.steps, int(batch.points[0].value))]
-        sizes = (int(batch.at(s, s / self.cfg.steps)) for s in range(self.cfg.steps))
-        return [(len(list(same)), size) for size, same in itertools.groupby(sizes)]
+        steps, points = self.cfg.steps, self.sched["batch_tokens"].points
+        starts = [math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points]
+        found = []
+        for i, p in enumerate(points):  # a point waits for all before it, in whichever unit they stand
+            begin = min(max(starts[: i + 1]), steps)
+            end = min(max(starts[: i + 2]), steps) if i + 1 < len(points) else steps
+            found.append((end - begin, int(p.value)))
+        return [(count, size) for count, size in found if count]
 
     def tokens(self) -> int:
         """Training tokens of all steps."""
@@ -1860,16 +1999,18 @@ def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
         else:
             key = ("muon", tuple(p.shape[-2:]), cfg.matrix_lr, cfg.matrix_wd)
         slow = bool(cfg.slow and re.search(cfg.slow, name))
-        own = [(rate, beta1) for pattern, rate, beta1 in own_rates(cfg) if key[0] == "adamw" and pattern.search(name)]
-        rate, beta1 = own[0] if own else (key[2], cfg.beta1)
-        groups.setdefault((key[0], key[1], rate, key[3], beta1, slow), {})[name] = p
+        own = [r for r in own_rates(cfg) if key[0] == "adamw" and r.pattern.search(name)]
+        usual = (key[2], cfg.beta1, cfg.beta2, key[3])
+        rate, beta1, beta2, decay = (b if a is None else a for a, b in zip(own[0][1:] if own else [None] * 4, usual))
+        groups.setdefault((key[0], key[1], rate, decay, beta1, beta2, slow), {})[name] = p
     if cfg.slow and not any(k[-1] for k in groups):
         names = [name for group in groups.values() for name in group]
         raise UserError(f"slow = {cfg.slow!r} matches no tensor of this model; names are such as "
                         f"{', '.join(names[:3])}")
     # Big ones first: their communication then runs while the others are computed.
     order = sorted(groups, key=lambda k: -sum(p.numel() for p in groups[k].values()))
-    return [Bucket(k[0], k[2], k[3], groups[k], run, dataclasses.replace(cfg, beta1=k[4]), k[-1]) for k in order]
+    return [Bucket(k[0], k[2], k[3], groups[k], run, dataclasses.replace(cfg, beta1=k[4], beta2=k[5]), k[-1])
+            for k in order]
 
 
 class MuonAdamW:
@@ -2536,6 +2677,15 @@ class Averages:
             for avg, b in zip(self.shards["swa"], self.buckets):
                 avg.lerp_(b.shard.float(), 1 / self.swa_count)
 
+    def close(self) -> None:
+        """
+        At the end of training: where a capped clock left no time for a snapshot, the last weights are the only one.
+        """
+        if "swa" in self.shards and not self.swa_count:
+            self.swa_count = 1
+            for avg, b in zip(self.shards["swa"], self.buckets):
+                avg.copy_(b.shard)
+
     def ready(self) -> list[str]:
         return [n for n in self.shards if n != "swa" or self.swa_count]
 
@@ -2765,7 +2915,8 @@ def open_source(where: str, exact: bool = False, say=notice) -> tuple[Config, di
     if path.is_file():
         import golf
 
-        return *golf.load(path), path
+        cfg, named = golf.load(path)
+        return found_near(cfg, path), named, path
     if not (path / "model.safetensors").exists():
         raise UserError(f"{where}: no such run folder, checkpoint or artifact")
     cfg, named = checkpoint_config(path), read_tensors(path / "model.safetensors")
@@ -2776,7 +2927,7 @@ def open_source(where: str, exact: bool = False, say=notice) -> tuple[Config, di
         else:
             say(f"{path}: its {kind} average, as final_weights says")
             named = {name: averages[f"{name}:{kind}"].view_as(w) for name, w in named.items()}
-    return cfg, named, path
+    return found_near(cfg, path), named, path
 
 
 def checkpoint_config(path: Path) -> Config:
@@ -2789,6 +2940,19 @@ def checkpoint_config(path: Path) -> Config:
     if "nca_compat" in raw:
         raw = {key: value for key, value in raw.items() if key in FIELDS}
     return Config(**checked(raw, str(file)))
+
+
+def found_near(cfg: Config, source: Path) -> Config:
+    """
+    A run names its data and its tokenizer as they were seen from where it was started. From elsewhere they are looked
+    for in the folders above the run's, and then beside this program.
+    """
+    places = [*source.resolve().parents, Path(__file__).resolve().parent]
+    for key in ("data", "tokenizer"):
+        name = getattr(cfg, key)
+        if name and name != "gpt2" and not Path(name).exists():
+            setattr(cfg, key, next((str(p / name) for p in places if (p / name).exists()), name))
+    return cfg
 
 
 def parts_of(name: str) -> list[set[str]]:
@@ -2932,10 +3096,13 @@ def build(cfg: Config, run: Run) -> Parts:
         run.log(f"notice: no bits per byte and no samples: {e}")
     val = run.together(lambda: Validation(cfg, plan, tokenizer))
     p = assemble(cfg, run, plan, loader, val, tokenizer)
+    if tokenizer and cfg.sample_tokens:
+        prompt_tokens(tokenizer, cfg)
     if cfg.export:
         import golf
 
-        golf.check(cfg, dict(p.model.named_parameters()), p.val, tokenizer)
+        for line in golf.check(cfg, dict(p.model.named_parameters()), p.val, tokenizer):
+            run.log(f"notice: {line}")
     return p
 
 
@@ -2946,11 +3113,24 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
         run.log(f"notice: {line}")
     if cfg.tie_embed and cfg.head_init == "zero" and cfg.init == "remix":
         run.log("notice: a tied table cannot start at zero, as it is the input too: it starts uniform in +-1/sqrt(dim)")
+    for line in pattern_notices(cfg, [name for name, _ in model.named_parameters()]):
+        run.log(f"notice: {line}")
     if cfg.init_from:
         transfer_weights(model, cfg, run)
     opt = MuonAdamW(cfg, model, run)
     torch.manual_seed(cfg.seed << 16 | run.rank)  # dropout: each rank its own
     return Parts(cfg, run, plan, model, compile_model(model, cfg), opt, Averages(cfg, opt), loader, val, tokenizer)
+
+
+def pattern_notices(cfg: Config, names: list[str]) -> list[str]:
+    """Refuse a pattern of adamw_matrices that finds nothing. A rate of own_lr may wait, as other rates do, but is told."""
+    matrices = [n for n in names if declared(n).group == "matrix"]
+    adamws = [n for n in names if n not in matrices or cfg.optimizer == "adamw" or
+              cfg.adamw_matrices and re.search(cfg.adamw_matrices, n)]
+    need(not cfg.adamw_matrices or any(n in adamws for n in matrices), f"adamw_matrices = {cfg.adamw_matrices!r} matches no "
+         f"matrix of this model; they are such as {', '.join(matrices[:3])}")
+    return [f"own_lr: {own.pattern.pattern!r} is the name of nothing that AdamW updates here" for own in own_rates(cfg)
+            if not any(own.pattern.search(n) for n in adamws)]
 
 
 def centering_notices(cfg: Config) -> list[str]:
@@ -3215,6 +3395,8 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
         evaluating = last or (step % cfg.eval_every == 0 if cfg.eval_every > 0 else cfg.eval_every < 0 and (ending or not step))
         keeping = ending and step * cfg.epochs // cfg.steps > cfg.epochs - cfg.average_epochs
         saving = last and cfg.save_last or cfg.save_every and step % cfg.save_every == 0 and step > 0
+        if last:
+            p.avg.close()
         if evaluating or saving or keeping:
             flush()
             with run.clock.paused():
@@ -3299,16 +3481,22 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
     return {k: v for k, v in result.items() if v is not None}
 
 
+def prompt_tokens(tokenizer: Tokenizer, cfg: Config) -> list[int]:
+    """A document's start and the prompt, all of them tokens that the model knows."""
+    tokens = [cfg.doc_token, *tokenizer.encode(cfg.prompt)]
+    bad = [t for t in tokens if t >= cfg.vocab]
+    if bad:
+        raise UserError(f"the tokenizer gives token {bad[0]}, which is not below the model's vocab = {cfg.vocab}")
+    return tokens
+
+
 @torch.compiler.set_stance("force_eager")  # every length would be a graph of its own
 @torch.no_grad()
 def generate(model: GPT, tokenizer: Tokenizer, cfg: Config, seq_len: int, now: Now) -> str:
     """Continue cfg.prompt (or a new document) by cfg.sample_tokens tokens; stops where a document ends."""
     device = model.head.device
     rng = torch.Generator(device).manual_seed(cfg.seed)
-    tokens = [cfg.doc_token, *tokenizer.encode(cfg.prompt)]
-    bad = [t for t in tokens if t >= cfg.vocab]
-    if bad:
-        raise UserError(f"the tokenizer gives token {bad[0]}, which is not below the model's vocab = {cfg.vocab}")
+    tokens = prompt_tokens(tokenizer, cfg)
     for _ in range(cfg.sample_tokens):
         context = torch.tensor([tokens[-seq_len:]], device=device)
         logits = model.logits(model.hidden(context, now.repeats, now.window)[0, -1])[: cfg.vocab]
@@ -3343,8 +3531,11 @@ def check_folder(cfg: Config, folder: Path) -> None:
     """Refuse a name that is taken, and to go on with what was begun under another configuration."""
     if folder.exists() and not cfg.resume:
         raise UserError(f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or delete it")
-    if changed := changed_fields(cfg, folder):
-        state = "is finished, but" if is_finished(folder) else "was begun, but"
+    finished = is_finished(folder)  # else what is done behind the last step may still be done otherwise
+    frozen = {"export"} if Schedule("qat", cfg.qat).values() != [0] else set()
+    free = FREE_ON_RESUME if finished else FREE_ON_RESUME | AFTER_TRAINING - frozen
+    if changed := changed_fields(cfg, folder, free):
+        state = "is finished, but" if finished else "was begun, but"
         raise UserError(f"{folder} {state} under another configuration:\n" + "\n".join(changed) +
                         "\nuse the old values, another --run, or delete it")
 
@@ -3436,9 +3627,9 @@ def train(cfg: Config, run: Run, build=build) -> int:
         before = graphs_compiled()
         with trained_is_kept(p, step):
             step, now, found = train_loop(p, step)
-        again = graphs_compiled() - before
-        run.log(f"recompiles:{again}")
-        result = finish(p, step, now, found)
+            again = graphs_compiled() - before
+            run.log(f"recompiles:{again}")
+            result = finish(p, step, now, found)
     except Interrupted:
         run.clock.stop()
         saved = save_checkpoint(run, p.model, p.opt, p.avg, p.loader, run.step)

@@ -214,6 +214,7 @@ def forge(
     raw_header: bytes | None = None,
     packed: bytes | None = None,
     length: int | None = None,
+    to=None,
 ):
     """A file with a valid checksum and whatever else; `header` and `tensors` change what was there."""
     data = path.read_bytes()
@@ -231,7 +232,7 @@ def forge(
         new = header(old) or old
     raw = json.dumps(new).encode() if raw_header is None else raw_header
     body = golf.MAGIC + struct.pack("<I", len(raw) if length is None else length) + raw + packed
-    bad = path.with_name("forged.nrx")
+    bad = to or path.with_name("forged.nrx")
     bad.write_bytes(body + hashlib.sha256(body).digest())
     return bad
 

@@ -192,7 +192,7 @@ def test_cosine_is_not_half_a_cosine():
     assert [sched.at(0, f) for f in (0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([1, 2, 3, 2, 1])
     assert sched.at(0, 0.4) == pytest.approx(2 + math.cos(math.pi / 4))
     with pytest.raises(tg.UserError, match="window"):
-        tg.Schedule("window", "1 1~2").require_plateaus(1)
+        tg.Schedule("window", "1 1~2").require_plateaus()
 
 
 # --- the three methods

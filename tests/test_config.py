@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 PRESETS = sorted((ROOT / "configs").glob("*.toml"))
 NAMES = [p.stem for p in PRESETS]
-LAYERS = {"on_cpu"}  # presets that are meant to lie behind another
+LAYERS = {"on_cpu", "one_gpu"}  # presets that are meant to lie behind another
 
 
 def preset(*names: str, flags: tuple[str, ...] = ()) -> tg.Config:
@@ -108,6 +108,27 @@ def test_on_cpu_changes_the_recipe_of_a_preset(name):
     ):
         assert getattr(plain, key) == getattr(layered, key), key
     assert layered.device == "cpu" and layered.vocab == 1024
+
+
+def test_one_gpu_is_remix_m_with_float32_weights_and_no_rule():
+    """What the layer changes, field by field; all else, sizes and schedules too, is the preset's."""
+    plain, layered = preset("remix_m"), preset("remix_m", "one_gpu", flags=("--device", "cpu"))
+    changed = {k for k in tg.FIELDS if getattr(plain, k) != getattr(layered, k)} - {"config", "run", "device"}
+    assert changed == {"track", "param_dtype", "loss_chunk", "save_every", "rule_target", "rule_p"}
+    assert (plain.param_dtype, layered.param_dtype) == ("bfloat16", "float32")
+    assert int(layered.batch_tokens) == 8 * layered.micro_tokens
+
+
+@pytest.mark.parametrize("layer", sorted(LAYERS))
+def test_layer_without_a_preset_is_refused(layer):
+    with pytest.raises(tg.UserError, match=f"{layer} is a layer.*--config remix_m {layer}"):
+        preset(layer)
+
+
+def test_preset_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbfsteps = 7\r\ndepth = 3\r\n")
+    assert (preset(str(path)).steps, preset(str(path)).depth) == (7, 3)
 
 
 def test_later_layer_or_flag_loses(tmp_path):
@@ -273,7 +294,7 @@ def test_resolved_config_is_not_accepted_again(tmp_path):
         [
             preset("remix_a"),
             preset("tiny_cpu", flags=("--prompt", 'say "hi"\\\n\t\x00\x7f é 🚀 #=[]')),
-            tiny(adam_eps=1e-300, matrix_lr=1e22, adamw_matrices=r"\.attn\.(qkv|proj)$"),
+            tiny(adam_eps=1e-30, matrix_lr=1e3, adamw_matrices=r"\.attn\.(qkv|proj)$"),
         ]
     ):
         path = tmp_path / f"{i}.toml"

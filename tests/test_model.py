@@ -49,14 +49,14 @@ def same_bits(a: tuple, b: tuple) -> bool:
     [
         ("remix_a", (), 123_568_128),
         ("remix_m", (), 162_165_504),
-        ("one_gpu", ("--device", "cpu"), 162_165_504),
+        ("remix_m one_gpu", ("--device", "cpu"), 162_165_504),
         ("remix_a", ("--tie_embed", "0"), 162_165_504),
         ("remix_m", ("--tie_embed", "1"), 123_568_128),
         ("remix_m", ("--optimizer", "adamw"), 162_165_504),
     ],
 )
 def test_parameter_count_is_off(name, flags, golden):
-    model = tg.build_model(preset(name, flags=flags), META, torch.bfloat16, 64)
+    model = tg.build_model(preset(*name.split(), flags=flags), META, torch.bfloat16, 64)
     assert sum(p.numel() for p in model.parameters()) == golden
 
 
@@ -683,7 +683,8 @@ SMALL = (
         ("remix_m", ("--adamw_matrices", r"\.attn\."), False, True, True),
         (
             "remix_m",
-            ("--polar", "polar_express", "--normuon", "0.95", "--cautious", "1", "--row_norm", "1"),
+            ("--polar", "polar_express", "--normuon", "0.95", "--cautious", "1", "--row_norm", "1",
+             "--matrix_wd", "0.1"),
             False,
             True,
             True,
