@@ -508,7 +508,6 @@ def refuse_idle(cfg: Config) -> None:
     there while that is off: a study turns off the switch alone.
     """
     plain = Config()
-    windows = Schedule("window", cfg.window).values()
     decays = [k for k in ("matrix_wd", "embed_wd", "scalar_wd") if getattr(cfg, k)]
     muon = ("row_norm", "normuon", "decay_by_shape", "adamw_matrices")
     rules = [  # switch, what it needs, whether that is there
@@ -521,8 +520,7 @@ def refuse_idle(cfg: Config) -> None:
         ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", Schedule("slow_lr", cfg.slow_lr).values() != [1]),
         ("slow_lr", "slow, the names of what it slows", bool(cfg.slow)),
         *[(k, "init_from", bool(cfg.init_from)) for k in ("transfer", "transfer_skip", "transfer_control")],
-        ("window_pattern", "a window, such as --window 1024", max(windows) > 0),
-        ("window_pattern", "an S before its last block", any(block_window(cfg, i, 1) for i in range(cfg.depth))),
+        ("window", "an S in window_pattern before its last block", any(block_window(cfg, i, 1) for i in range(cfg.depth))),
         ("rope_dims", "rope = 'standard' or 'interleaved'", cfg.rope != "truncated"),
         ("qat_noise", "qat, such as '0 0.8:1'", 1 in Schedule("qat", cfg.qat).values()),
         ("sample_tokens", "a tokenizer", bool(cfg.tokenizer or cfg.sample_from)),

@@ -673,7 +673,7 @@ def test_finished_run_of_other_settings_is_taken_for_this_one(tmp_path, capsys):
 def test_sweep_leaves_some_weights_at_another_rate(tmp_path):
     cfg = tg.parse_args(centering.run_argv(centering.Sweep(), "centering_cpu,optimizer=muon", "baseline", 0.07, 1))
     assert {b.lr for b in tg.param_buckets(cfg, build(cfg), alone())} == {0.07}
-    for other in ("own_lr=head=0.1", "slow=embed", "lr_cycles=1,epochs=1"):
+    for other in ("own_lr=head=0.1", "slow=embed,slow_lr=0.5", "lr_cycles=1,epochs=1"):
         with pytest.raises(ReportError, match=other.partition("=")[0]):
             centering.run_argv(centering.Sweep(), f"centering_cpu,{other}", "baseline", 0.07, 1)
 

@@ -270,7 +270,7 @@ def test_model_without_matrices_to_round_or_adapt_is_refused_at_the_start(change
 
 
 IDLE = [
-    {"window_pattern": "SL"}, {"window_pattern": "L", "window": "8"}, {"window_pattern": "S", "window": "8", "depth": 1},
+    {"window_pattern": "L", "window": "8"}, {"window_pattern": "S", "window": "8", "depth": 1},
     {"sample_tokens": 5}, {"qat_noise": 1}, {"row_norm": 1, "optimizer": "adamw"}, {"normuon": 0.9, "optimizer": "adamw"},
     {"cautious": 1}, {"cautious": 2, "embed_wd": 0.1}, {"cautious": 2, "embed_wd": 0.1, "optimizer": "adamw"},
     {"decay_by_shape": 1}, {"decay_by_shape": 1, "matrix_wd": 0.1, "optimizer": "adamw"}, {"independent_wd": 1},
