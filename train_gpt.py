@@ -36,7 +36,6 @@ import json
 import lzma
 import math
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -1118,12 +1117,10 @@ class Run:
 
 
 def portable(e: BaseException) -> BaseException:
-    """An exception as other processes can be told of it: many of them do not survive the way."""
-    try:
-        pickle.loads(pickle.dumps(e))
+    """An exception as other ranks can be told of it: a library's may not survive the way."""
+    if type(e).__module__ in ("builtins", __name__):
         return e
-    except Exception:
-        return RuntimeError(f"rank 0: {type(e).__name__}: {e}")
+    return RuntimeError(f"{type(e).__name__}: {e}")
 
 
 def parse_metric(line: str) -> dict | None:

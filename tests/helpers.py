@@ -58,7 +58,7 @@ def random_tokens(cfg: tg.Config, rows: int, seq_len: int, seed: int = 0) -> tup
 
 def parts(folder, device: str = "cpu", **changes) -> tg.Parts:
     """All that train_step needs, on a shard of random tokens."""
-    for path in (folder / "x_train_0.bin", folder / "x_val_0.bin"):
+    for path in (folder / "x_train_000000.bin", folder / "x_val_000000.bin"):
         if not path.exists():
             write_shard(path, np.random.default_rng(0).integers(0, 96, 16385))
     cfg = tiny(**({"data": str(folder), "epochs": 0, "export": ""} | changes))

@@ -31,7 +31,7 @@ def parts(tmp_path, **changes) -> tg.Parts:
     if not list(tmp_path.glob("*.bin")):
         rng = np.random.default_rng(0)
         for split in ("train", "val"):
-            write_shard(tmp_path / f"x_{split}_0.bin", rng.integers(1, 80, 4097))
+            write_shard(tmp_path / f"x_{split}_000000.bin", rng.integers(1, 80, 4097))
     cfg = tiny(data=str(tmp_path), epochs=0, **(FAMILY | changes))
     tg.validate(cfg)
     return tg.build(cfg, tg.Run(cfg))

@@ -124,7 +124,7 @@ STEPS = [
 @pytest.mark.parametrize("changes", STEPS, ids=str)
 def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, changes, compiled):
     for split in ("train", "val"):
-        write_shard(tmp_path / f"x_{split}_0.bin", np.random.default_rng(0).integers(0, 96, 16385))
+        write_shard(tmp_path / f"x_{split}_000000.bin", np.random.default_rng(0).integers(0, 96, 16385))
     cfg = tiny(
         data=str(tmp_path),
         device=DEVICE,
@@ -155,7 +155,7 @@ def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, changes, 
 
 def test_the_copy_of_the_warm_up_takes_no_memory_of_the_device(tmp_path):
     for split in ("train", "val"):
-        write_shard(tmp_path / f"x_{split}_0.bin", np.random.default_rng(0).integers(0, 96, 4097))
+        write_shard(tmp_path / f"x_{split}_000000.bin", np.random.default_rng(0).integers(0, 96, 4097))
     cfg = tiny(data=str(tmp_path), device=DEVICE, epochs=0, export="", dim=512, depth=4)
     run = tg.Run(cfg)
     p = tg.build(cfg, run)

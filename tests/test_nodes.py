@@ -171,7 +171,7 @@ def test_whatever_rank_0_raises_is_raised_on_all(server, tmp_path):
         "both: 0",
     ]
     assert first.out.splitlines() == said
-    said[3] = "RuntimeError rank 0: Odd: 1 and 2"
+    said[3] = "RuntimeError Odd: 1 and 2"
     assert second.out.splitlines() == said
 
 
