@@ -168,7 +168,7 @@ def test_run_is_read_from_another_working_directory(tmp_path, monkeypatch):
     run = tg.Run(cfg)
     model = build(cfg)
     opt = tg.MuonAdamW(cfg, model, alone())
-    loader = type("Position", (), {"state_dict": lambda self: {}})()
+    loader = type("Position", (), {"state_dict": lambda self: {}, "identity": lambda self: {}})()
     tg.save_checkpoint(run, model, opt, tg.Averages(cfg, opt), loader, 1)
     assert tg.open_source("logs/test")[0].tokenizer == "data/t.model"
     monkeypatch.chdir(tmp_path)
@@ -223,23 +223,28 @@ def test_clock_that_ends_before_the_first_snapshot_leaves_the_last_weights_as_th
     tg.validate(cfg)
     result = sampler.outcome(sampler.trained(cfg))
     assert result["val_loss"] == result["val_loss_swa"]
-    exact = golf.open_weights(str(tmp_path / "test"), exact=True)[1]
+    exact = tg.open_source(str(tmp_path / "test"), exact=True)[1]
     weights = tg.read_tensors(tg.checkpoints(tmp_path / "test")[-1] / "model.safetensors")
     assert all(torch.equal(exact[name], weights[name].float()) for name in weights)
+
+
+def write_config(cfg: tg.Config, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(tg.config_toml(cfg))
 
 
 def test_flags_of_the_end_may_change_when_an_unfinished_run_goes_on(tmp_path):
     """They stay part of the experiment's hash; with rounding in training, export shapes the steps and stays as it was."""
     folder = tmp_path / "test"
     old = tiny(export="int8", score="sliding", artifact_limit=10, log_dir=str(tmp_path))
-    tg.prepare_folder(old, folder)
+    write_config(old, folder)
     new = dataclasses.replace(old, export="int6 head:8", score="", artifact_limit=0, prove_bytes=0, resume=True)
     tg.check_folder(new, folder)
     assert tg.config_hash(old) != tg.config_hash(new)
     with pytest.raises(tg.UserError, match="matrix_lr"):
         tg.check_folder(dataclasses.replace(new, matrix_lr=0.01), folder)
     shutil.rmtree(folder)
-    tg.prepare_folder(dataclasses.replace(old, qat="1"), folder)
+    write_config(dataclasses.replace(old, qat="1"), folder)
     with pytest.raises(tg.UserError, match="export"):
         tg.check_folder(dataclasses.replace(new, qat="1"), folder)
 
