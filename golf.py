@@ -191,7 +191,7 @@ def swapped(owner, **values):
 
 
 class OutOfTime(Exception):
-    """The training clock has come to the end of what calibration may take, in the middle of a row."""
+    """The training clock has come to the end of what calibration may take, within a row."""
 
 
 @torch.compiler.set_stance("force_eager")  # compiled graphs do not call the recording function
@@ -202,7 +202,8 @@ def record_hessians(model: tg.GPT, rows: np.ndarray, repeats: int, window: int, 
     Mean of x x^T over the inputs of every matrix that train_gpt.linear multiplies with, by parameter name, from
     calibration rows [n, T+1] of TRAINING tokens (collecting them counts as training time under the rules). All uses of
     a shared matrix add up; a tied table gets the final norm's output. Ranks take turns with rows and share the sums.
-    When the training clock says `until`, it ends for all of them, also within a row. With how many rows were seen whole.
+    When the training clock says `until`, it ends for all of them, also within a row. With it goes
+    how many rows were seen whole.
     """
     run = run or alone(model.head.device)
     plain, timed = tg.linear, until < math.inf
@@ -569,7 +570,9 @@ class Scores(NamedTuple):
 
 def alone(device: torch.device) -> SimpleNamespace:
     """What scorers ask of a Run, in one process without a run folder."""
-    return SimpleNamespace(rank=0, world=1, device=device, agree=lambda seconds=0.0: seconds, sum=lambda x: x)
+    return SimpleNamespace(
+        rank=0, world=1, device=device, agree=lambda seconds=0.0: seconds, sum=lambda x: x
+    )
 
 
 def window_plan(n: int, length: int, stride: int) -> np.ndarray:
@@ -1269,7 +1272,9 @@ def check(cfg: Config, named: dict[str, Tensor], val: tg.Validation, tokenizer: 
     return notices
 
 
-def calibrate(p: tg.Parts, now: tg.Now, rows: np.ndarray, until: float) -> tuple[dict[str, Tensor], int]:
+def calibrate(
+    p: tg.Parts, now: tg.Now, rows: np.ndarray, until: float
+) -> tuple[dict[str, Tensor], int]:
     return record_hessians(p.model, rows, now.repeats, now.window, p.run, until)
 
 
@@ -1288,8 +1293,9 @@ def gptq_seconds(p: tg.Parts) -> float:
 
 def calibrated(p: tg.Parts, now: tg.Now) -> dict[str, Tensor] | None:
     """
-    Hessians for GPTQ, on the training clock. A clock cap is a cap: on a machine that has become slower than the warm-up
-    foresaw, they are of fewer rows, or there are none. What summing them up takes is kept back from the time foreseen.
+    Hessians for GPTQ, on the training clock. A clock cap is a cap: on a machine that has become
+    slower than the warm-up foresaw, they are of fewer rows, or there are none. What summing them up
+    takes is kept back from the time foreseen.
     """
     cfg, run, rows = p.cfg, p.run, calibration(p.cfg, p.cfg.gptq)
     kept_back = (cfg.max_seconds - p.plan.seconds) * min(0.1, run.world / len(rows))
@@ -1299,8 +1305,9 @@ def calibrated(p: tg.Parts, now: tg.Now) -> dict[str, Tensor] | None:
     hessians, seen = calibrate(p, now, rows, until)
     run.clock.stop()
     fewer = "" if seen == len(rows) else f" of {len(rows)} (max_seconds allowed no more)"
-    run.log(f"gptq: {seen} rows{fewer} of training tokens, train_time:{run.clock.seconds() - before:.1f}s of "
-            f"{run.clock.seconds():.1f}s" + ("" if seen else "; weights are rounded to the nearest instead"))
+    after = run.clock.seconds()
+    run.log(f"gptq: {seen} rows{fewer} of training tokens, train_time:{after - before:.1f}s of "
+            f"{after:.1f}s" + ("" if seen else "; weights are rounded to the nearest instead"))
     return hessians or None
 
 
@@ -1340,9 +1347,11 @@ def export_and_score(p: tg.Parts, now: tg.Now) -> dict:
         seconds += found["eval_time_s"]
     if cfg.prove_bytes:
         mode = (cfg.score.split() or ["chunked"])[-1]
+        flags = {"mode": mode, "stride": cfg.stride, "bytes": cfg.prove_bytes,
+                 "device": run.device.type, "data": cfg.data}
+        words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
         lines = run.on_main(lambda: fresh_process(
-            "prove", str(path), "--mode", mode, "--stride", str(cfg.stride), "--bytes", str(cfg.prove_bytes), "--device",
-            run.device.type, "--data", cfg.data, asked_to_stop=lambda: bool(run.signal)))
+            "prove", str(path), *words, asked_to_stop=lambda: bool(run.signal)))
         run.agree()  # a signal that came meanwhile
         run.log(lines.rstrip())
         result |= {"proven_bytes": cfg.prove_bytes, "decoded_bpb": float(re.search(r"decoded_bpb:([\d.]+)", lines)[1])}
@@ -1362,12 +1371,14 @@ def score_and_log(model: tg.GPT, how: How, shape: tg.Shape, run, val: tg.Validat
 
 def fresh_process(*arguments: str, asked_to_stop: Callable[[], bool] = lambda: False) -> str:
     """
-    What `golf.py ARGUMENTS` prints, in a process that shares nothing with this one; UserError where it
-    fails. Once asked_to_stop() it is ended as by Ctrl-C, which ends what it has started, and gives "".
+    What `golf.py ARGUMENTS` prints, in a process that shares nothing with this one; UserError where
+    it fails. Once asked_to_stop() it is ended as by Ctrl-C, with what it has started, and gives "".
     """
     command = [sys.executable, __file__, *([] if Path(__file__).name == "golf.py" else ["golf"])]  # within a packed file
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -1446,7 +1457,10 @@ def opened(flags: Score, exact: bool = False) -> tuple[tg.GPT, tg.Shape, tg.Run,
         raise UserError("say which run folder, checkpoint or artifact: python golf.py score logs/my-run")
     cfg, named, where = tg.open_source(flags.source, exact)
     if exact and where.is_file():
-        raise UserError(f"{where} is an artifact: quantising needs the exact weights, of a checkpoint (ckpt/*/DONE)")
+        raise UserError(
+            f"{where} is an artifact: quantising needs the exact weights, of a checkpoint "
+            "(ckpt/*/DONE)"
+        )
     cfg.device, cfg.data = flags.device, flags.data or cfg.data
     cfg.val_tokens = cfg.val_tokens if flags.val_tokens < 0 else flags.val_tokens
     if isinstance(flags, (Prove, Decode)) and tg.choose_device(cfg).type == "cpu":
@@ -1579,7 +1593,9 @@ def export_command(flags: Export) -> None:
         raise UserError(f"codec = {flags.codec!r}: must be one of {', '.join((*CODECS, ENTROPY, 'best'))}")
     model, shape, _, named = opened(flags, exact=True)
     rows = calibration(model.cfg, flags.calibration_rows) if flags.calibration_rows else None
-    hessians = None if rows is None else record_hessians(model, rows, shape.repeats, shape.window)[0]
+    hessians = (
+        None if rows is None else record_hessians(model, rows, shape.repeats, shape.window)[0]
+    )
     data, _ = smallest(named, model.cfg, flags.bits, (flags.codec,), hessians, flags.limit, log=print)
     if flags.limit and len(data) > flags.limit:
         raise UserError(f"the artifact has {len(data)} bytes, but limit = {flags.limit}: choose a smaller model" +

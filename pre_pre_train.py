@@ -77,7 +77,7 @@ class PrePreConfig(Config):
     nca_init_steps: int = 10  # steps before recording
     nca_temperature: float = 1e-4  # of the choice of a cell's next colour; 0: always the likeliest
     nca_identity: float = 0.0  # added to the logit of the colour that the cell has
-    nca_rule_init: str = "normal"  # a rule's weights: normal (N(0,1)), or lecun (fan-in, no biases; colours padded around)
+    nca_rule_init: str = "normal"  # a rule's weights: normal, or lecun (fan-in, colours padded)
     nca_start: str = "uniform"  # start grids: uniform, or skewed (colour frequencies drawn per grid)
     nca_record: str = "after"  # first recorded grid: after nca_dt steps more, or before them
     nca_seq_len: int = 1024  # tokens of a row, at most
@@ -126,8 +126,8 @@ FOLLOWS = {
     "epochs": "nca_epochs",
     "steps": "nca_epochs, nca_tokens and batch_tokens",
 }
-# What is about text, an artifact of it, samples or a leaderboard, and so does nothing here; with the
-# value that it has.
+# What is about text, an artifact of it, samples or a leaderboard, and so does nothing here; with
+# the value that it has.
 TEXT = {"data": "", "tokenizer": "", "doc_token": 0, "doc_mask": 0, "train_tokens": 0, "shuffle": 0}
 IDLE = TEXT | {
     name: t.FIELDS[name].default
@@ -190,9 +190,11 @@ def refuse_idle(values: dict, where: str = "") -> None:
             raise UserError(f"{where}{key} = {value!r}: in pre-pre-training it follows from "
                             f"{FOLLOWS[key]}: give those instead")
         if key in IDLE and str(value) != str(IDLE[key]):
-            raise UserError(f"{where}{key} = {value!r}: does nothing in pre-pre-training, which knows "
-                            "no text, no artifact and no leaderboard: leave it out (of a language "
-                            "run's preset --like takes the model alone)")
+            raise UserError(
+                f"{where}{key} = {value!r}: does nothing in pre-pre-training, which knows "
+                "no text, no artifact and no leaderboard: leave it out (of a language "
+                "run's preset --like takes the model alone)"
+            )
 
 
 def given_flags(argv: list[str]) -> dict[str, str]:
@@ -431,19 +433,22 @@ def draw_weights(ids: np.ndarray, cfg: PrePreConfig) -> Weights:
     """
     Weights of the rules with these ids. "normal" (slowrun PR 63): weights and biases N(0,1). "lecun" (the paper, by way
     of Flax's nn.Conv): a normal cut at two standard deviations and widened to variance 1/fan_in again, biases zero.
-    The paper pads all axes of the grid around, the colours' too: its first convolution sees the last colour, all
-    colours, the first colour, 9 * (d + 2) inputs, and has two kernels for the first colour and for the last.
+    The paper pads all axes of the grid around, the colours' too: its first convolution sees the
+    last colour, all colours, the first colour, 9 * (d + 2) inputs, and has two kernels for the
+    first colour and for the last.
     """
     d = cfg.nca_colors
     lecun = cfg.nca_rule_init == "lecun"
     shapes = Weights((HIDDEN1, d, 3, 3), (HIDDEN1,), (HIDDEN2, HIDDEN1), (HIDDEN2,), (d, HIDDEN2), (d,))
     sizes = [math.prod(s) for s in shapes]
-    again = (HIDDEN1, 2, 3, 3)  # of the paper's padding: the first colour's second kernel, the last colour's
-    u = uniform(stream(cfg.nca_seed, RULE, ids)[:, None], np.arange(sum(sizes) + math.prod(again) * lecun))
+    again = (HIDDEN1, 2, 3, 3)  # the second kernels of the paper's first colour and of its last
+    count = sum(sizes) + math.prod(again) * lecun
+    u = uniform(stream(cfg.nca_seed, RULE, ids)[:, None], np.arange(count))
     if lecun:
         # 0.8796...: standard deviation of a normal cut at +-2, as in jax.nn.initializers.variance_scaling
         u = ndtri(ndtr(-2) + u * (ndtr(2) - ndtr(-2))) / 0.87962566103423978
-        scale = [s ** -0.5 for s in (9 * (d + 2), math.inf, HIDDEN1, math.inf, HIDDEN2, math.inf, 9 * (d + 2))]
+        fan_in = (9 * (d + 2), math.inf, HIDDEN1, math.inf, HIDDEN2, math.inf, 9 * (d + 2))
+        scale = [n**-0.5 for n in fan_in]
         u *= np.repeat(scale, [*sizes, math.prod(again)])
     else:
         u = ndtri(u)
@@ -788,7 +793,8 @@ def refuse_band(sizes: np.ndarray, accepted: int, cfg: PrePreConfig) -> None:
 #                Cache                 #
 ########################################
 
-GENERATOR = {"normal": 1, "lecun": 2}  # by nca_rule_init: counts up whenever the same flags come to mean other data
+# By nca_rule_init: counts up whenever the same flags come to mean other data.
+GENERATOR = {"normal": 1, "lecun": 2}
 
 
 @functools.lru_cache
@@ -807,7 +813,10 @@ def facts(cfg: PrePreConfig, rows: bool) -> dict:
     names += ["filter", *(["record", "seq_len", "last", "sims_per_rule", "control"] if rows else [])]
     names += ["band"] if rows and cfg.nca_filter != "none" else []
     of = {name: getattr(cfg, f"nca_{name}") for name in names}
-    return {"generator": GENERATOR[cfg.nca_rule_init], "zlib": zlib_mark() if cfg.nca_filter != "none" else None} | of
+    return {
+        "generator": GENERATOR[cfg.nca_rule_init],
+        "zlib": zlib_mark() if cfg.nca_filter != "none" else None,
+    } | of
 
 
 class Cache:
@@ -903,7 +912,8 @@ class NcaData:
     """
     Rows of one split, "train" or "val". Row r of an epoch is simulation r % sims_per_rule of rule r // sims_per_rule,
     so it is the same on any number of ranks and in any batch. `gather` stands in for torch.distributed in tests.
-    `poll` is called between rounds of the search for rules, by every rank as often: a signal ends it there.
+    `poll` is called between rounds of the search for rules, by every rank as often: a signal ends
+    it there.
     """
 
     def __init__(self, cfg: PrePreConfig, split: str, rank: int = 0, world: int = 1, say=print,
@@ -928,11 +938,17 @@ class NcaData:
         # Ranks of other machines may not see this file: all go on from what one of them knows.
         self.sizes = max(self.gather(self.sizes if known is None else known, self.world), key=len)
         try:
-            with workers(cfg) as pool, tqdm(total=count, desc=f"{self.split} rules", disable=None, leave=False) as bar:
+            with (
+                workers(cfg) as pool,
+                tqdm(total=count, desc=f"{self.split} rules", disable=None, leave=False) as bar,
+            ):
                 while (accepted := int(passes(self.sizes, cfg).sum())) < count:
                     self.poll()
                     bar.update(min(accepted, count) - bar.n)
-                    tried, size = len(self.sizes), min(ROUND[1], max(ROUND[0], 2 * (count - accepted)))
+                    tried, size = (
+                        len(self.sizes),
+                        min(ROUND[1], max(ROUND[0], 2 * (count - accepted))),
+                    )
                     if tried >= 20 * cfg.nca_tries and accepted * cfg.nca_tries < tried:
                         refuse_band(self.sizes, accepted, cfg)
                     self.score_round(start + np.arange(tried, tried + size), pool)
@@ -1228,8 +1244,11 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 code = t.train(cfg, run, build)
             except t.Interrupted:  # while build searched for rules: there is nothing to save yet
-                run.log(f"interrupted by {signal.Signals(run.signal).name} while rules were searched: nothing is "
-                        "changed; the same command goes on, with what the cache holds")
+                run.log(
+                    f"interrupted by {signal.Signals(run.signal).name} while rules were searched: "
+                    "nothing is "
+                    "changed; the same command goes on, with what the cache holds"
+                )
                 return 128 + run.signal
             if code == 0 and run.is_main and not (run.folder / "nca.png").exists():
                 draw_picture(cfg, run.folder / "nca.png", candidates=256)

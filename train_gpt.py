@@ -1124,19 +1124,19 @@ def portable(e: BaseException) -> BaseException:
 
 
 def parse_metric(line: str) -> dict | None:
-    """A line of metrics.jsonl; None for one that is cut short or damaged, as a kill or a full disk leaves it."""
+    """A line of metrics.jsonl; None for a damaged one, as a kill or a full disk leaves it."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int or type(record.get("kind")) is not str:
+    if not isinstance(record, dict) or [type(record.get(k)) for k in ("kind", "step")] != [str, int]:
         return None
     loss = record.get("val_loss" if record["kind"] == "val" else "step")
     return record if isinstance(loss, int | float) else None
 
 
 def keep_metric(line: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl belongs to the past of a run that goes on from `step`; a damaged line does not."""
+    """Whether a line of metrics.jsonl belongs to the past of a run that goes on from `step`."""
     record = parse_metric(line)
     if record is None:
         return False
@@ -2896,10 +2896,13 @@ def notice(line: str) -> None:
     print(f"notice: {line}", file=sys.stderr, flush=True)
 
 
-def open_source(where: str, exact: bool = False, say=notice) -> tuple[Config, dict[str, Tensor], Path]:
+def open_source(
+    where: str, exact: bool = False, say=notice
+) -> tuple[Config, dict[str, Tensor], Path]:
     """
-    Config and weights to be used of a run folder (its artifact, else its newest checkpoint; the other way round with
-    `exact`), a checkpoint or an artifact. Of a checkpoint those that the run exports, averages too, which `say` is told.
+    Config and weights to be used of a run folder (its artifact, else its newest checkpoint; the
+    other way round with `exact`), a checkpoint or an artifact. Of a checkpoint those that the run
+    exports, averages too, which `say` is told.
     """
     path = Path(where)
     if path.is_dir() and not (path / "model.safetensors").exists():
@@ -2926,7 +2929,7 @@ def open_source(where: str, exact: bool = False, say=notice) -> tuple[Config, di
 
 
 def checkpoint_config(path: Path) -> Config:
-    """The configuration of a checkpoint, also of one of pre_pre_train.py, which has fields of its own."""
+    """The configuration of a checkpoint; those of pre_pre_train.py have fields of their own."""
     file = path / "config.toml"
     try:
         raw = tomllib.loads(file.read_text(encoding="utf-8"))

@@ -155,10 +155,17 @@ def read_run(folder: Path) -> dict | None:
         return None
     cfg, last = run.config, run.val[-1] if run.val and not diverged else {}
     if lost := [key for key in ("vocab", "z_loss", "mu_loss", "adamw_lr") if key not in cfg]:
-        raise ReportError(f"{folder / 'config.toml'}: {lost[0]} is missing; this is no run of a sweep: leave it out")
+        raise ReportError(
+            f"{folder / 'config.toml'}: {lost[0]} is missing; this is no run of a sweep: leave it "
+            "out"
+        )
     first = next((e["val_loss"] for e in run.val if e["step"] == 0), math.log(cfg["vocab"]))
     gamma = {"z_loss": cfg["z_loss"], "mu_loss": cfg["mu_loss"]}.get(re.sub("_1e.*", "", run.arm), 0.0)
-    log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace") if (folder / "log.txt").is_file() else ""
+    log = (
+        (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+        if (folder / "log.txt").is_file()
+        else ""
+    )
     told = re.search(r"^model_params:(\d+)", log, re.MULTILINE)  # what diverged has no result.json
     row = {"name": run.name, "scale": run.name.split(f"-{run.arm}-")[0], "method": run.arm, "lambda": gamma,
            "lr": cfg["adamw_lr"], "seed": run.seed, "params": run.result.get("params") or (int(told[1]) if told else ""),
@@ -176,8 +183,10 @@ def read_overview(path: Path) -> list[dict]:
     with open(path, newline="", encoding="utf-8", errors="replace") as f:
         for raw in csv.DictReader(f):
             if not isinstance(raw.get("name"), str) or None in raw or None in raw.values():
-                raise ReportError(f"{path}: row {len(rows) + 1} has not the columns of an overview; give an overview.csv "
-                                  "of this program or the paper's")
+                raise ReportError(
+                    f"{path}: row {len(rows) + 1} has not the columns of an overview; give an "
+                    "overview.csv of this program or the paper's"
+                )
             row = {k: number(v) for k, v in raw.items()}
             if "method" not in row:
                 m = re.search(r"-(\d+M)-.*-lr(\d+)-([a-z]+?)(wt)?-g([\d.e+-]+)-s(\d+)", row["name"])

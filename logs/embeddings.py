@@ -149,7 +149,9 @@ class EmbeddingOptions:
 def embeddings(options: EmbeddingOptions) -> int:
     for where in options.runs:
         found, folder = of_source(where, options.tokens)
-        (folder / "embeddings.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (folder / "embeddings.json").write_text(
+            json.dumps(found, indent=1) + "\n", encoding="utf-8"
+        )
         print(f"{found.pop('source')} ({found.pop('tokens')} tokens) -> {folder / 'embeddings.json'}")
         groups: dict[str, dict[str, float]] = {}
         for key, value in found.items():
@@ -166,4 +168,8 @@ def main(argv: list[str]) -> int:
     if not argv:
         print("usage: report.py embeddings RUN... [--tokens N]: run folders, checkpoint folders or artifacts", file=sys.stderr)
         return 2
-    return ending("error", lambda: embeddings(tyro.cli(EmbeddingOptions, args=argv, prog="report.py embeddings")), tg.UserError)
+    return ending(
+        "error",
+        lambda: embeddings(tyro.cli(EmbeddingOptions, args=argv, prog="report.py embeddings")),
+        tg.UserError,
+    )

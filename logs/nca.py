@@ -275,8 +275,10 @@ class Ablation:
             runs = [report.load_folder(self.folder(f"{self.o.name}-{name}-s{seed}")) for seed in self.o.seeds]
             for run in runs:
                 if not run.val:
-                    raise train_gpt.UserError(f"{self.folder(run.name)}/metrics.jsonl holds no evaluation: put the run's own "
-                                              "file back, or delete the folder and run again")
+                    raise train_gpt.UserError(
+                        f"{self.folder(run.name)}/metrics.jsonl holds no evaluation: put the run's "
+                        "own file back, or delete the folder and run again"
+                    )
                 run.result["best_val_loss"] = min(event["val_loss"] for event in run.val)
                 run.result["charge_s"] = self.charge(arm.pre, run.seed) if arm.pre else 0.0
             found[name] = runs
@@ -456,9 +458,13 @@ def plot_learning(folders: tuple[str, ...], path: Path) -> None:
     for i, folder in enumerate(folders):
         run, color = report.load_folder(Path(folder)), report.COLORS[i % len(report.COLORS)]
         cfg = pre_pre_train.PrePreConfig(**train_gpt.read_toml(Path(folder) / "config.toml", pre_pre_train.PrePreConfig))
-        measured = [e for e in report.read_metrics(Path(folder) / "metrics.jsonl") if e["kind"] == "nca"]
+        measured = [
+            e for e in report.read_metrics(Path(folder) / "metrics.jsonl") if e["kind"] == "nca"
+        ]
         if not measured or not run.val:
-            raise train_gpt.UserError(f"--learns {folder}: its metrics.jsonl holds no evaluation of pre-pre-training")
+            raise train_gpt.UserError(
+                f"--learns {folder}: its metrics.jsonl holds no evaluation of pre-pre-training"
+            )
         per_step = int(cfg.batch_tokens) / 1e6
         for events, key, style in ((run.train, "train_loss", {"lw": 0.5, "alpha": 0.4}), (run.val, "val_loss", {
                 "lw": 2, "label": f"{run.name}, held-out rules: {run.val[-1]['val_loss']:.3f}"})):
@@ -513,7 +519,10 @@ def study(o: Options) -> int:
         plot_curves(found, ablation.arms, out / images[0])
         plot_deltas(rows, out / images[1])
     record = {"options": dataclasses.asdict(o), "git": train_gpt.git_revision(), "arms": rows}
-    train_gpt.write_whole(out / "nca.json", (json.dumps(json_ready(record), indent=1, allow_nan=False) + "\n").encode())
+    train_gpt.write_whole(
+        out / "nca.json",
+        (json.dumps(json_ready(record), indent=1, allow_nan=False) + "\n").encode(),
+    )
     body = "".join(f"\n## {title}\n\n```\n{text}\n```\n" for title, text in sections.items())
     body += "".join(f"\n![{name}]({name})\n" for name in images)
     train_gpt.write_whole(out / "report.md", ("# Pre-pre-training\n" + body).encode())
@@ -523,8 +532,12 @@ def study(o: Options) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return ending("error", lambda: study(tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)),
-                  train_gpt.UserError, report.ReportError)
+    return ending(
+        "error",
+        lambda: study(tyro.cli(Options, args=argv, description=__doc__, use_underscores=True)),
+        train_gpt.UserError,
+        report.ReportError,
+    )
 
 
 if __name__ == "__main__":

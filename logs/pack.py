@@ -226,7 +226,9 @@ def write(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return ending("pack.py", lambda: write(tyro.cli(Options, args=argv, use_underscores=True)), PackError)
+    return ending(
+        "pack.py", lambda: write(tyro.cli(Options, args=argv, use_underscores=True)), PackError
+    )
 
 
 if __name__ == "__main__":

@@ -120,7 +120,8 @@ def step_event(step: str, steps: str, pairs: str) -> dict:
 def plain(text: str) -> str:
     """
     A log as it was written, from one that went through a terminal or torchrun: without colours, and
-    without the rank before a line ([rank0]: or [default0]: or rank0: or 0:). Of several ranks rank 0 counts.
+    without the rank before a line ([rank0]: or [default0]: or rank0: or 0:). Of several ranks the
+    first counts.
     """
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     prefix, lines = re.compile(r"(?:\[(?:rank|default)(\d+)\]:?|rank ?(\d+):|(\d+): )[ \t]?"), []
@@ -133,12 +134,12 @@ def plain(text: str) -> str:
 
 
 def parse_metric(line: str) -> dict | None:
-    """A line of metrics.jsonl; None for one that is cut short or damaged, as a kill or a full disk leaves it."""
+    """A line of metrics.jsonl; None for a damaged one, as a kill or a full disk leaves it."""
     try:
         event = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(event, dict) or type(event.get("step")) is not int or type(event.get("kind")) is not str:
+    if not isinstance(event, dict) or [type(event.get(k)) for k in ("kind", "step")] != [str, int]:
         return None
     loss = event.get("val_loss" if event["kind"] == "val" else "step")
     return event if isinstance(loss, int | float) else None
@@ -217,7 +218,11 @@ def load_folder(path: Path) -> Run:
     except (ValueError, AttributeError) as error:  # AttributeError: JSON, but no object
         raise ReportError(f"{path}: config.toml or result.json is damaged: {error}; leave it out") from error
     if (path / "metrics.jsonl").is_file():
-        events = [event for event in read_metrics(path / "metrics.jsonl") if event["kind"] in ("val", "train")]
+        events = [
+            event
+            for event in read_metrics(path / "metrics.jsonl")
+            if event["kind"] in ("val", "train")
+        ]
     elif log:
         events, facts = parse_log(log)
         run.result = facts | run.result
@@ -721,7 +726,9 @@ def build(runs: list[Run], baseline: str = "", metric: str = "", fallback: dict 
 def report(options: Options):
     """Read the runs, print the report and write it to a folder."""
     try:
-        fallback = tomllib.loads(Path(options.rule).read_text(encoding="utf-8")) if options.rule else {}
+        fallback = (
+            tomllib.loads(Path(options.rule).read_text(encoding="utf-8")) if options.rule else {}
+        )
     except (OSError, ValueError) as error:
         raise ReportError(f"--rule {options.rule}: {error}; give a preset of configs/") from error
     if not options.runs:

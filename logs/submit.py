@@ -285,12 +285,16 @@ def check_same(s: Submission) -> None:
 
 
 def check_alone(s: Submission) -> None:
-    """A submission is what its folder holds: training that began elsewhere is neither shipped nor counted."""
+    """A submission is what its folder holds: what began elsewhere is not shipped or counted."""
     for folder, _, run, _ in s.of_each():
         if start := run.config.get("init_from"):
-            s.object(folder / "config.toml", f"init_from = {start!r}: the weights that it began from, their training time and "
-                     "the code that made them (pre_pre_train.py, say) would be neither in the folder nor counted",
-                     "submit runs that train from fresh weights (with ./run.sh, NCA=0)")
+            s.object(
+                folder / "config.toml",
+                f"init_from = {start!r}: the weights that it began from, their training time and "
+                "the code that made them (pre_pre_train.py, say) would be neither in the folder "
+                "nor counted",
+                "submit runs that train from fresh weights (with ./run.sh, NCA=0)",
+            )
 
 
 def check_caps(s: Submission) -> None:
@@ -360,7 +364,9 @@ def check_data(s: Submission, data: str) -> None:
     manifest, published = Path(cfg.data) / "manifest.json", False
     if manifest.is_file():
         try:
-            published = json.loads(manifest.read_text(encoding="utf-8")).get("published_split", False)
+            published = json.loads(manifest.read_text(encoding="utf-8")).get(
+                "published_split", False
+            )
         except (ValueError, AttributeError) as error:
             s.object(manifest, f"damaged ({error})", "get the data again (python data/get.py)")
     if shared > (PUBLISHED_SHARE * documents if published else 0):
@@ -559,8 +565,14 @@ def program(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return ending("submit.py", lambda: program(tyro.cli(Options, args=argv, use_underscores=True)), Refusal, UserError,
-                  report.ReportError, pack.PackError)
+    return ending(
+        "submit.py",
+        lambda: program(tyro.cli(Options, args=argv, use_underscores=True)),
+        Refusal,
+        UserError,
+        report.ReportError,
+        pack.PackError,
+    )
 
 
 if __name__ == "__main__":

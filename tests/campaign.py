@@ -1,14 +1,14 @@
 """
-SIGKILLs at random instants over tiny runs of five presets, each resumed until it ends: it must end as
-the unbroken run does, to the bit. Not part of the tests; a preset takes about two minutes for 20 kills.
+SIGKILLs at random instants over tiny runs of five presets, each resumed until it ends: it must end
+as the unbroken run does, to the bit. Not part of the tests; 20 kills take a preset two minutes.
 
     python tests/campaign.py                          # 100 kills, seed 0
     python tests/campaign.py golf nca --kills 10      # 5 of each of these
 
 Prints a line for each preset: kills, resumes, finished runs, and "equal" or what differs. What is
 compared: weights, optimizer, averages, loader and random numbers of the last checkpoint, weights of
-epochs, the artifact, every number of metrics.jsonl and result.json but times and memory. Exit code 1
-where something differs. Folders of runs that differ are kept, and named.
+epochs, the artifact, every number of metrics.jsonl and result.json but times and memory. Exit code
+1 where something differs. Folders of runs that differ are kept, and named.
 """
 
 import argparse
@@ -73,11 +73,17 @@ def presets(data: Path) -> dict[str, list[Stage]]:
     return {
         "golf": [stage("run", "--config", "golf_cpu", **text | GOLF)],
         "slowrun": [stage("run", "--config", "slowrun_cpu", **text | SLOWRUN)],
-        "remix": [stage("run", "--config", "remix_m", "on_cpu", **text | {"param_dtype": "bfloat16"})],
+        "remix": [
+            stage("run", "--config", "remix_m", "on_cpu", **text | {"param_dtype": "bfloat16"})
+        ],
         "nca": [
             stage("pre", "--like", "nca_cpu", program="pre_pre_train", **PRE),
-            stage("run", "--config", "nca_cpu", **text | {
-                "depth": 2, "head_dim": 0, "init_from": "logs/pre", "transfer": "attn"}),
+            stage(
+                "run",
+                "--config",
+                "nca_cpu",
+                **text | {"depth": 2, "head_dim": 0, "init_from": "logs/pre", "transfer": "attn"},
+            ),
         ],
         "ranks": [stage("run", "--config", "tiny_cpu", **text)],  # two, by torchrun
     }
@@ -105,10 +111,14 @@ class Alone:
 
 
 class Ranks:
-    """A stage as two gloo ranks under torchrun. A kill takes all of it, or one rank, whose end torchrun notices."""
+    """
+    A stage as two gloo ranks under torchrun. A kill takes all of it, or one rank, whose end
+    torchrun notices.
+    """
 
     def __init__(self, server: Server, at: Stage, folder: Path):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*torchrun, "--nproc_per_node=2", "--"]
         self.out, env = folder / "torchrun.txt", os.environ | {"OMP_NUM_THREADS": "1"}
         with open(self.out, "wb") as out:
             self.process = subprocess.Popen(
@@ -159,17 +169,25 @@ def alive(pid: int) -> bool:
 
 
 def tensors(path: Path) -> dict[str, bytes]:
-    return {name: t.reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in load_file(path).items()}
+    return {
+        name: t.reshape(-1).view(torch.uint8).numpy().tobytes()
+        for name, t in load_file(path).items()
+    }
 
 
 def ends(folder: Path) -> dict:
-    """All that a finished run leaves, but for what is of one attempt: times, memory, whether it was resumed."""
+    """All that a finished run leaves, but for what is of one attempt, such as times."""
     last = newest(folder)
     saved = json.loads((last / "state.json").read_text())
     result = json.loads((folder / "result.json").read_text())
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found = {part: tensors(last / f"{part}.safetensors") for part in ("model", "optimizer", "averages")}
-    found |= {f"epoch {path.parent.name}": tensors(path) for path in folder.glob("epochs/[0-9]*/model.safetensors")}
+    found = {
+        part: tensors(last / f"{part}.safetensors") for part in ("model", "optimizer", "averages")
+    }
+    found |= {
+        f"epoch {path.parent.name}": tensors(path)
+        for path in folder.glob("epochs/[0-9]*/model.safetensors")
+    }
     found |= {"state": {key: saved[key] for key in ("step", "loader", "rng")}}
     found |= {"metrics": timeless([json.loads(line) for line in lines])}
     found |= {"result": {key: value for key, value in result.items() if key not in OF_ONE_ATTEMPT}}
@@ -185,7 +203,8 @@ def differences(mine: dict, other: dict) -> list[str]:
         if a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            words.append(f"{part}: {', '.join(sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))[:4])}")
+            keys = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
+            words.append(f"{part}: {', '.join(keys[:4])}")
         else:
             words.append(part)
     return sorted(words)
@@ -203,8 +222,8 @@ def written(path: Path) -> int:
 def attempt(start, at: Stage, folder: Path, wait: tuple[float, float] | None):
     """
     Start a stage, to its end or for as long: (seconds, inf) from the start of its process, or
-    (inf, seconds) from its first line in the log. The process, the seconds before that line, and those
-    from it to the result.
+    (inf, seconds) from its first line in the log. The process, the seconds before that line, and
+    those from it to the result.
     """
     log, result = (folder / "logs" / at.run / name for name in ("log.txt", "result.json"))
     before, began, process = written(log), time.monotonic(), start(at, folder)
@@ -222,17 +241,24 @@ def attempt(start, at: Stage, folder: Path, wait: tuple[float, float] | None):
     return process, ((first or now) - began, (last or now) - (first or now))
 
 
-def until_it_ends(start, stages: list[Stage], folder: Path, rng: random.Random, spans: list, kills: int) -> tuple[int, int]:
+def until_it_ends(
+    start, stages: list[Stage], folder: Path, rng: random.Random, spans: list, kills: int
+) -> tuple[int, int]:
     """
-    Run the stages in a folder, killed at random instants as long as there are kills left: a quarter before the first line
-    in the log. How many were made, and how many resumed runs there were. spans: what each stage took unbroken.
+    Run the stages in a folder, killed at random instants as long as there are kills left: a quarter
+    before the first line in the log. How many were made, and how many resumed runs there were.
+    spans: what each stage took unbroken.
     """
     made = resumes = 0
     for at, (starting, working) in zip(stages, spans):
         while not (folder / "logs" / at.run / "result.json").exists():
             resumes += (folder / "logs" / at.run).exists()
             early = rng.random() < 0.25
-            wait = (rng.uniform(0, starting), math.inf) if early else (math.inf, rng.uniform(0, working))
+            wait = (
+                (rng.uniform(0, starting), math.inf)
+                if early
+                else (math.inf, rng.uniform(0, working))
+            )
             process, _ = attempt(start, at, folder, wait if made < kills else None)
             if process.code() is None:
                 assert made < kills, f"{at.argv} did not end; {process.text()[-2000:]}"
@@ -241,11 +267,15 @@ def until_it_ends(start, stages: list[Stage], folder: Path, rng: random.Random, 
                 while process.code() is None:
                     time.sleep(0.002)
             elif process.code():
-                raise AssertionError(f"{at.argv} ended with {process.code()}: {process.text()[-2000:]}")
+                raise AssertionError(
+                    f"{at.argv} ended with {process.code()}: {process.text()[-2000:]}"
+                )
     return made, resumes
 
 
-def campaign(name: str, stages: list[Stage], start, work: Path, kills: int, rng: random.Random) -> tuple[str, bool]:
+def campaign(
+    name: str, stages: list[Stage], start, work: Path, kills: int, rng: random.Random
+) -> tuple[str, bool]:
     """The line about a preset, and whether all of its runs ended alike."""
     whole, spans = work / f"{name}-whole", []
     whole.mkdir()
@@ -258,15 +288,16 @@ def campaign(name: str, stages: list[Stage], start, work: Path, kills: int, rng:
     while made < kills:
         folder = work / f"{name}-{runs}"
         folder.mkdir()
-        some = until_it_ends(start, stages, folder, rng, spans, min(kills - made, rng.randint(1, 8)))
+        some = until_it_ends(
+            start, stages, folder, rng, spans, min(kills - made, rng.randint(1, 8))
+        )
         made, resumes, runs = made + some[0], resumes + some[1], runs + 1
+        told = f"{name}: {made} kills, {resumes} resumes, {runs} runs:"
         for at in stages:
             if words := differences(ends(folder / "logs" / at.run), reference[at.run]):
-                return (f"{name}: {made} kills, {resumes} resumes, {runs} runs: DIFFERENT {folder}/logs/{at.run}: "
-                        f"{'; '.join(words)}"), False
-        parts = [p for p in folder.rglob("*.part")]
-        if parts:
-            return f"{name}: {made} kills, {resumes} resumes, {runs} runs: LEFT BEHIND {parts[0]}", False
+                return f"{told} DIFFERENT {folder}/logs/{at.run}: {'; '.join(words)}", False
+        if parts := list(folder.rglob("*.part")):
+            return f"{told} LEFT BEHIND {parts[0]}", False
         shutil.rmtree(folder)
     return f"{name}: {made} kills, {resumes} resumes, {runs} runs: equal", True
 
@@ -276,12 +307,18 @@ def main() -> int:
     parser.add_argument("presets", nargs="*", help="golf, slowrun, remix, nca, ranks; none: all")
     parser.add_argument("--kills", type=int, default=100, help="over all presets together")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
-    parser.add_argument("--work", default="", help="folder for the runs; empty: a new one below /tmp")
+    parser.add_argument(
+        "--work", default="", help="folder for the runs; empty: a new one below /tmp"
+    )
     flags = parser.parse_args()
     work = Path(flags.work or tempfile.mkdtemp(prefix="campaign-")).resolve()
     work.mkdir(parents=True, exist_ok=True)
     data = work / "sample"
-    subprocess.run([sys.executable, ROOT / "data/get.py", "sample", "--out", data], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, ROOT / "data/get.py", "sample", "--out", data],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     known = presets(data)
     names = flags.presets or list(known)
     if unknown := [name for name in names if name not in known]:
@@ -292,8 +329,14 @@ def main() -> int:
         for i, name in enumerate(names):
             kills = flags.kills // len(names) + (i < flags.kills % len(names))
             kind = Ranks if name == "ranks" else Alone
-            line, alike = campaign(name, known[name], lambda at, folder, kind=kind: kind(server, at, folder), work, kills,
-                                   random.Random(f"{flags.seed} {name}"))
+            line, alike = campaign(
+                name,
+                known[name],
+                lambda at, folder, kind=kind: kind(server, at, folder),
+                work,
+                kills,
+                random.Random(f"{flags.seed} {name}"),
+            )
             print(line, flush=True)
             right = right and alike
     finally:

@@ -1,4 +1,4 @@
-"""How the programs end: Ctrl-C and errors of files are one line and an exit code, and a proof leaves no process behind."""
+"""How programs end: Ctrl-C and errors of files are one line; proofs leave no process behind."""
 
 import importlib
 import json
@@ -17,15 +17,28 @@ import golf
 from logs.endings import ending
 
 sys.path.append(str(ROOT / "logs"))
-PROGRAMS = {"logs.report": [], "logs.pack": [[]], "logs.submit": [[]], "logs.centering": [["tables", "x"]], "logs.nca": [[]],
-            "logs.embeddings": [["x"]], "logs.explain_centering": [], "golf": [["score", "x"]], "pre_pre_train": [[]],
-            "train_gpt": [["--run", "x"]], "slowrun": [["x"]]}
+PROGRAMS = {
+    "logs.report": [],
+    "logs.pack": [[]],
+    "logs.submit": [[]],
+    "logs.centering": [["tables", "x"]],
+    "logs.nca": [[]],
+    "logs.embeddings": [["x"]],
+    "logs.explain_centering": [],
+    "golf": [["score", "x"]],
+    "pre_pre_train": [[]],
+    "train_gpt": [["--run", "x"]],
+    "slowrun": [["x"]],
+}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("error, code", [(KeyboardInterrupt(), 130), (IsADirectoryError(21, "Is a directory", "there"), 2)])
+@pytest.mark.parametrize(
+    "error, code",
+    [(KeyboardInterrupt(), 130), (IsADirectoryError(21, "Is a directory", "there"), 2)],
+)
 def test_a_program_ends_with_one_line(name, error, code, monkeypatch, capsys):
-    """Whatever it is at, Ctrl-C is exit code 130 and a file that cannot be read is 2: no traceback."""
+    """Ctrl-C is exit code 130 and a file that cannot be read is 2, without a traceback."""
     def fail(*args, **how):
         raise error
 
@@ -91,12 +104,23 @@ def test_ctrl_c_ends_a_proof_and_what_it_started(asleep):
     assert Path(f"{asleep}.ended").exists()
 
 
-def test_a_signal_during_the_proof_saves_the_run_which_then_ends_alike(tmp_path, monkeypatch, capsys):
+def test_a_signal_during_the_proof_saves_the_run_which_then_ends_alike(
+    tmp_path, monkeypatch, capsys
+):
     for name, seed in (("train_000001", 0), ("val_000000", 1)):
         write_shard(tmp_path / f"x_{name}.bin", np.random.default_rng(seed).integers(96, size=2000))
-    monkeypatch.setattr(golf, "check", lambda *a: None)  # there is no text: the proof is not a real one
-    cfg = tiny(data=str(tmp_path), log_dir=str(tmp_path), dim=64, steps=3, prove_bytes=10, tokenizer="none", val_tokens=160,
-               save_last=0, head_init="0.1")
+    monkeypatch.setattr(golf, "check", lambda *a: None)  # it would ask for text
+    cfg = tiny(
+        data=str(tmp_path),
+        log_dir=str(tmp_path),
+        dim=64,
+        steps=3,
+        prove_bytes=10,
+        tokenizer="none",
+        val_tokens=160,
+        save_last=0,
+        head_init="0.1",
+    )
     runs = []
 
     def proof(*arguments, asked_to_stop):
@@ -115,4 +139,8 @@ def test_a_signal_during_the_proof_saves_the_run_which_then_ends_alike(tmp_path,
             f.close()
     assert codes == [143, 0] and "interrupted by SIGTERM" in capsys.readouterr().out
     result = json.loads((tmp_path / "test/result.json").read_text())
-    assert result["decoded_bpb"] == 1.5 and result["resumed"] and re.fullmatch("0+3", tg.checkpoints(tmp_path / "test")[0].name)
+    assert (
+        result["decoded_bpb"] == 1.5
+        and result["resumed"]
+        and re.fullmatch("0+3", tg.checkpoints(tmp_path / "test")[0].name)
+    )

@@ -116,15 +116,18 @@ def test_hessians_miss_uses_of_a_shared_matrix():
 
 def clock_of(times: list[float]) -> SimpleNamespace:
     """A clock that shows these times one after another, then the last."""
-    return SimpleNamespace(sync=lambda: None, seconds=lambda: times.pop(0) if len(times) > 1 else times[0])
+    return SimpleNamespace(
+        sync=lambda: None, seconds=lambda: times.pop(0) if len(times) > 1 else times[0]
+    )
 
 
 def test_calibration_ends_by_the_clock_within_a_row_and_on_all_ranks_alike():
-    """Of the rows seen whole the sums are those of a calibration on these rows alone; the row begun adds to some."""
+    """Sums are those of a calibration on the rows seen whole; the row begun adds to some."""
     cfg = small()
     model = model_of(cfg, weights(cfg))
     rows = np.random.default_rng(0).integers(96, size=(6, 17))
-    looks = 1 + sum(golf.is_matrix(p) for p in model.parameters()) - 1  # a turn's, and one for each matrix but embed
+    # A look for the turn, and one for each matrix but the embedding, which multiplies with nothing.
+    looks = 1 + sum(golf.is_matrix(p) for p in model.parameters()) - 1
     alone = golf.alone(torch.device("cpu"))
     run = SimpleNamespace(**vars(alone), clock=clock_of([0.0] * 2 * looks + [9.0]))
     found, seen = golf.record_hessians(model, rows, 1, 0, run, until=5.0)
@@ -139,8 +142,10 @@ def test_calibration_ends_by_the_clock_within_a_row_and_on_all_ranks_alike():
     run.clock = clock_of([9.0])
     assert golf.record_hessians(model, rows, 1, 0, run, until=5.0) == ({}, 0)
     asked = []
-    run = SimpleNamespace(**vars(alone) | {"world": 2, "agree": lambda late: asked.append(late) or len(asked) > 2},
-                          clock=clock_of([0.0]))  # the other rank is late at the third turn
+    run = SimpleNamespace(
+        **vars(alone) | {"world": 2, "agree": lambda late: asked.append(late) or len(asked) > 2},
+        clock=clock_of([0.0]),
+    )  # the other rank is late at the third turn
     assert golf.record_hessians(model, rows, 1, 0, run, until=5.0)[1] == 2 and asked == [0, 0, 0]
 
 
@@ -148,8 +153,19 @@ def test_a_slow_calibration_keeps_the_cap_and_its_artifact(tmp_path, monkeypatch
     """Foreseen were 0.7 s for eight rows; each takes so long that only some fit."""
     for name, seed in (("train_000001", 0), ("val_000000", 1)):
         write_shard(tmp_path / f"x_{name}.bin", np.random.default_rng(seed).integers(96, size=2000))
-    cfg = small(data=str(tmp_path), log_dir=str(tmp_path), gptq=8, max_seconds=1.5, steps=10**6, epochs=0, export="int6",
-                eval_every=0, val_tokens=160, batch_tokens="64", micro_tokens=64)
+    cfg = small(
+        data=str(tmp_path),
+        log_dir=str(tmp_path),
+        gptq=8,
+        max_seconds=1.5,
+        steps=10**6,
+        epochs=0,
+        export="int6",
+        eval_every=0,
+        val_tokens=160,
+        batch_tokens="64",
+        micro_tokens=64,
+    )
     calibrate, linear = golf.calibrate, tg.linear
 
     def slowly(x, w):
@@ -167,11 +183,16 @@ def test_a_slow_calibration_keeps_the_cap_and_its_artifact(tmp_path, monkeypatch
     assert tg.train(cfg, run) == 0
     result = json.loads((run.folder / "result.json").read_text())
     assert 0.8 < result["train_time_s"] <= 1.5
-    said = re.search(r"gptq: (\d) rows of 8 \(max_seconds allowed no more\)", capsys.readouterr().out)
+    said = re.search(
+        r"gptq: (\d) rows of 8 \(max_seconds allowed no more\)", capsys.readouterr().out
+    )
     assert said and 0 < int(said[1]) < 8
     named = golf.load(run.folder / "model.nrx")[1]
     assert result["artifact_bytes"] == (run.folder / "model.nrx").stat().st_size
-    assert math.isfinite(result["roundtrip_val_loss"]) and named.keys() == dict(build(cfg).named_parameters()).keys()
+    assert (
+        math.isfinite(result["roundtrip_val_loss"])
+        and named.keys() == dict(build(cfg).named_parameters()).keys()
+    )
 
 
 def test_rows_for_calibration_that_are_not_there_are_missed_before_training(tmp_path):

@@ -161,10 +161,12 @@ def test_rule_weights_have_the_published_distributions():
 
 
 def test_the_papers_first_and_last_colour_have_two_kernels():
-    """Its grid is padded around on all axes, colours too: 12 channels at 10 colours, of which two are seen twice."""
+    """Its grid is padded around on all axes: 12 channels at 10 colours, two of them seen twice."""
     w = nca.draw_weights(np.arange(4000), config(nca_compat="paper"))
     for colour in range(10):
-        assert w.conv1[:, :, colour].std() == pytest.approx(0.136 if colour in (0, 9) else 0.0962, rel=0.01)
+        assert w.conv1[:, :, colour].std() == pytest.approx(
+            0.136 if colour in (0, 9) else 0.0962, rel=0.01
+        )
     wide, rng = np.zeros((1, 4, 12, 3, 3)), np.random.default_rng(0)
     wide[:] = rng.normal(size=wide.shape)
     folded = wide[:, :, 1:11].copy()
@@ -172,10 +174,16 @@ def test_the_papers_first_and_last_colour_have_two_kernels():
     folded[:, :, 0] += wide[:, :, 11]
     grid = torch.from_numpy(rng.integers(0, 10, (1, 12, 12)))
     onehot = torch.nn.functional.one_hot(grid, 10).numpy().transpose(0, 3, 1, 2)
-    padded = torch.from_numpy(np.pad(onehot, ((0, 0), (1, 1), (1, 1), (1, 1)), mode="wrap").astype(float))
+    padded = torch.from_numpy(
+        np.pad(onehot, ((0, 0), (1, 1), (1, 1), (1, 1)), mode="wrap").astype(float)
+    )
     there = torch.nn.functional.conv2d(padded, torch.from_numpy(wide[0]))
-    torus = torch.from_numpy(np.pad(onehot, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="wrap").astype(float))
-    torch.testing.assert_close(torch.nn.functional.conv2d(torus, torch.from_numpy(folded[0])), there)
+    torus = torch.from_numpy(
+        np.pad(onehot, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="wrap").astype(float)
+    )
+    torch.testing.assert_close(
+        torch.nn.functional.conv2d(torus, torch.from_numpy(folded[0])), there
+    )
 
 
 def test_start_grids():
@@ -387,7 +395,10 @@ def test_an_interrupted_search_for_rules_goes_on_where_it_was(tmp_path, monkeypa
 
     with pytest.raises(tg.Interrupted):
         nca.NcaData(cfg, "train", say=silent, poll=poll)
-    again, whole = nca.NcaData(cfg, "train", say=silent), data(nca_band="0.3:0.4", nca_tokens=600 * 988)
+    again, whole = (
+        nca.NcaData(cfg, "train", say=silent),
+        data(nca_band="0.3:0.4", nca_tokens=600 * 988),
+    )
     assert (again.rules == whole.rules).all() and 0 < again.scored < whole.scored
 
 
@@ -529,14 +540,21 @@ def test_a_flag_that_does_nothing_is_an_error_that_names_it(name, capsys):
 def test_what_does_nothing_is_an_error_in_a_preset_too(tmp_path, capsys):
     (tmp_path / "a.toml").write_text("nca_epochs = 2\nsteps = 10\n")
     (tmp_path / "b.toml").write_text('score = "sliding"\n')
-    for file, words in (("a", "a.toml: steps = 10: .* nca_epochs"), ("b", "b.toml: score = 'sliding'.*--like")):
+    for file, words in (
+        ("a", "a.toml: steps = 10: .* nca_epochs"),
+        ("b", "b.toml: score = 'sliding'.*--like"),
+    ):
         assert nca.main(["--config", str(tmp_path / f"{file}.toml")]) == 2
         assert re.search(words, capsys.readouterr().err)
     assert nca.main(["--config", "remix_m"]) == 2 and "--like" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         nca.parse_args(["--help"])
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--nca_tokens" in told and "--matrix_lr" in told and "cells along one side of the grid" in told
+    assert (
+        "--nca_tokens" in told
+        and "--matrix_lr" in told
+        and "cells along one side of the grid" in told
+    )
     assert not [name for name in [*nca.FOLLOWS, *nca.IDLE] if f"--{name} " in told]
 
 

@@ -181,13 +181,15 @@ def test_a_signal_ends_a_search_for_rules_that_has_no_end(number, tmp_path, monk
         for n, handler in handlers.items():
             signal.signal(n, handler)
     said = capsys.readouterr()
-    assert not said.err and said.out.count("\n") == 1 and f"interrupted by {number.name}" in said.out
+    assert (
+        not said.err and said.out.count("\n") == 1 and f"interrupted by {number.name}" in said.out
+    )
     assert not (tmp_path / "logs").exists()
 
 
 @pytest.mark.parametrize("loss", [1.0, math.nan])
 def test_the_step_before_an_interrupted_epoch_is_logged_and_checked(loss, monkeypatch):
-    """On a GPU a step's numbers are read one step late; the signal falls while the next epoch's rows are made."""
+    """On a GPU numbers are read one step late; the signal falls while the next rows are made."""
     p, calls = parts(), []
     p.run.device = SimpleNamespace(type="cuda")
     p.run.metric = lambda kind, step, **k: calls.append((kind, step))

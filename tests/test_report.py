@@ -338,9 +338,21 @@ step:10/10 val_loss:4.00000 train_time:1000ms step_avg:100.00ms val_bpb:2.00000 
         assert (run.arm, run.seed, run.finished) == ("m", 3, True)
 
 
-DAMAGED = ['{"kind": "val", "step": 10, "val_lo', "", "17", "null", "[]", '{"kind": "val"}', '{"step": 10}', "\0\0\0",
-           '{"kind": "val", "step": "ten", "val_loss": 1.0}', '{"kind": "val", "step": 10}', "\ufffd",
-           '{"kind": 1, "step": 10}', '{"kind": "val", "step": 10, "val_loss": "low"}']
+DAMAGED = [
+    '{"kind": "val", "step": 10, "val_lo',
+    "",
+    "17",
+    "null",
+    "[]",
+    '{"kind": "val"}',
+    '{"step": 10}',
+    "\0\0\0",
+    '{"kind": "val", "step": "ten", "val_loss": 1.0}',
+    '{"kind": "val", "step": 10}',
+    "\ufffd",
+    '{"kind": 1, "step": 10}',
+    '{"kind": "val", "step": 10, "val_loss": "low"}',
+]
 
 
 def test_every_reader_of_metrics_drops_damaged_lines(tmp_path):
@@ -356,25 +368,44 @@ def test_every_reader_of_metrics_drops_damaged_lines(tmp_path):
     cfg = tg.Config(steps=20, epochs=2)
     assert slowrun.best_epoch(folder, tg.Plan(cfg)) == (3.5, 2)
     for line in DAMAGED:
-        assert report.parse_metric(line) is None and tg.parse_metric(line) is None and not tg.keep_metric(line, 99), line
-    assert all(report.parse_metric(json.dumps(event)) == tg.parse_metric(json.dumps(event)) == event for event in good)
+        assert (
+            report.parse_metric(line) is None
+            and tg.parse_metric(line) is None
+            and not tg.keep_metric(line, 99)
+        ), line
+    assert all(
+        report.parse_metric(json.dumps(event)) == tg.parse_metric(json.dumps(event)) == event
+        for event in good
+    )
     run = tg.Run(tg.Config(log_dir=str(tmp_path), run="a_s1", device="cpu"))
     run.open_log(99)
     run.log_file.close(), run.metrics_file.close()
     assert (folder / "metrics.jsonl").read_bytes() == whole
 
 
-@pytest.mark.parametrize("dress", [
-    lambda line: f"\x1b[32m{line}\x1b[0m", lambda line: f"[rank0]: {line}", lambda line: f"[default0]:{line}",
-    lambda line: f"rank0: {line}\n[rank1]: step:99/99 val_loss:1.0", lambda line: f"0: {line}\n1: {line}",
-    lambda line: f"{line}\r", lambda line: f"\rstep:1/9 train_loss:9 12 tok/s\r            \r{line}",
-    lambda line: f"[default0]:\x1b[1m{line}\x1b[0m"])
+@pytest.mark.parametrize(
+    "dress",
+    [
+        lambda line: f"\x1b[32m{line}\x1b[0m",
+        lambda line: f"[rank0]: {line}",
+        lambda line: f"[default0]:{line}",
+        lambda line: f"rank0: {line}\n[rank1]: step:99/99 val_loss:1.0",
+        lambda line: f"0: {line}\n1: {line}",
+        lambda line: f"{line}\r",
+        lambda line: f"\rstep:1/9 train_loss:9 12 tok/s\r            \r{line}",
+        lambda line: f"[default0]:\x1b[1m{line}\x1b[0m",
+    ],
+)
 def test_a_log_that_went_through_a_terminal_or_torchrun_is_read(tmp_path, dress):
     text = upstream_log(M_CURVE, 1.0, 1)
     (tmp_path / "plain.txt").write_text(text)
     (tmp_path / "dressed.txt").write_bytes("\n".join(map(dress, text.split("\n"))).encode())
-    (plain,), (dressed,) = (report.load_text(tmp_path / f"{name}.txt") for name in ("plain", "dressed"))
-    assert plain.val == dressed.val and plain.train == dressed.train and plain.result == dressed.result
+    (plain,), (dressed,) = (
+        report.load_text(tmp_path / f"{name}.txt") for name in ("plain", "dressed")
+    )
+    assert (
+        plain.val == dressed.val and plain.train == dressed.train and plain.result == dressed.result
+    )
     assert len(plain.val) == len(M_CURVE)
 
 
@@ -491,18 +522,31 @@ def test_bad_input_is_named(tmp_path, monkeypatch, capsys):
     folder = make_run(tmp_path / "runs" / "a_s1", "a", 1, {0: 5.0, 10: 4.0})
     (tmp_path / "empty").mkdir()
     (tmp_path / "poem.txt").write_text("step by step\n")
-    for name, data in (("broken", b"{"), ("list", b"[1]"), ("words", b'{"val_loss": "x"}'), ("latin", b'{"arm": "\xe9"}')):
+    for name, data in (
+        ("broken", b"{"),
+        ("list", b"[1]"),
+        ("words", b'{"val_loss": "x"}'),
+        ("latin", b'{"arm": "\xe9"}'),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_bytes(data)
     for arguments, words in (
-            ((), "no runs given"), ((tmp_path / "nowhere",), "nowhere"), ((tmp_path / "no*e",), "no*e"),
-            ((tmp_path / "empty",), "no run in"), ((tmp_path / "poem.txt",), "val_loss:4.6412"),
-            ((tmp_path / "broken",), "damaged"), ((tmp_path / "list",), "damaged"), ((tmp_path / "words",), "val_loss = 'x'"),
-            ((tmp_path / "latin",), "damaged"), (("x" * 5000,), "too long"),
-            ((folder, "--baseline", "b"), "the arms are a"),
-            ((folder, "--metric", "val_lose"), "there is val_loss, val_bpb"),
-            ((folder, "--rule", "nowhere.toml"), "nowhere.toml"),
-            ((folder, "--out", tmp_path / "poem.txt"), "poem.txt"), ((folder, "--basline", "a"), "basline")):
+        ((), "no runs given"),
+        ((tmp_path / "nowhere",), "nowhere"),
+        ((tmp_path / "no*e",), "no*e"),
+        ((tmp_path / "empty",), "no run in"),
+        ((tmp_path / "poem.txt",), "val_loss:4.6412"),
+        ((tmp_path / "broken",), "damaged"),
+        ((tmp_path / "list",), "damaged"),
+        ((tmp_path / "words",), "val_loss = 'x'"),
+        ((tmp_path / "latin",), "damaged"),
+        (("x" * 5000,), "too long"),
+        ((folder, "--baseline", "b"), "the arms are a"),
+        ((folder, "--metric", "val_lose"), "there is val_loss, val_bpb"),
+        ((folder, "--rule", "nowhere.toml"), "nowhere.toml"),
+        ((folder, "--out", tmp_path / "poem.txt"), "poem.txt"),
+        ((folder, "--basline", "a"), "basline"),
+    ):
         code, _, error = call(monkeypatch, capsys, *arguments)
         assert code == 2 and words in error and "Traceback" not in error, arguments
     assert (tmp_path / "poem.txt").read_text() == "step by step\n"

@@ -404,9 +404,13 @@ def test_refuses_what_the_rule_refuses(copy, capsys):
 
 
 def test_refuses_a_run_that_began_from_another_one(copy, capsys):
-    """Pre-pre-training is training: its code, weights and seconds would be missing from the folder and from its counts."""
+    """Pre-pre-training is training: its code and seconds would neither be shipped nor counted."""
     set_config({"init_from": "logs/tiny-pre-s1", "transfer": "attn"})
-    err = refused(capsys, "logs/tiny-s1/config.toml: init_from = 'logs/tiny-pre-s1'", "neither in the folder nor counted")
+    err = refused(
+        capsys,
+        "logs/tiny-s1/config.toml: init_from = 'logs/tiny-pre-s1'",
+        "neither in the folder nor counted",
+    )
     assert err.count("init_from = ") == 3  # one line a run
     refused(capsys, "init_from", "fresh weights", track="golf_non_record")
 
@@ -414,16 +418,22 @@ def test_refuses_a_run_that_began_from_another_one(copy, capsys):
 def test_files_that_cannot_be_read_are_named(copy, capsys):
     Path("sample/manifest.json").write_text("[")
     refused(capsys, "sample/manifest.json: damaged", "get the data again")
-    Path(RUNS[1], "log.txt").write_bytes(Path(RUNS[1], "log.txt").read_bytes().replace(b"final: ", b"\xff\xfefinal: "))
+    Path(RUNS[1], "log.txt").write_bytes(
+        Path(RUNS[1], "log.txt").read_bytes().replace(b"final: ", b"\xff\xfefinal: ")
+    )
     refused(capsys, "logs/tiny-s2/log.txt", "cut short")
-    for text, words in (("[1]", "damaged"), ("{", "damaged"), ('{"val_loss": "low"}', "val_loss = 'low' is no number")):
+    for text, words in (
+        ("[1]", "damaged"),
+        ("{", "damaged"),
+        ('{"val_loss": "low"}', "val_loss = 'low' is no number"),
+    ):
         Path(RUNS[0], "result.json").write_text(text)
         code, _, err = call(capsys)
         assert code == 2 and err.count("\n") == 1 and "logs/tiny-s1" in err and words in err, err
 
 
 def test_a_log_that_went_through_a_terminal_is_read(copy, capsys):
-    """The sources at its top must be those that ran, to the byte; behind them colours do not hide a number."""
+    """The sources at its top must be those that ran; behind them colours do not hide a number."""
     for run in RUNS:
         path = Path(run, "log.txt")
         path.write_text(path.read_text().replace("\nfinal: ", "\n\x1b[32mfinal: "))

@@ -157,7 +157,7 @@ def test_control_keeps_what_it_should_destroy(tmp_path, control):
 
 @pytest.mark.parametrize("kind", ["ema", "swa"])
 def test_of_a_run_that_exports_an_average_the_average_is_taken(tmp_path, capsys, kind):
-    """By transfer, samples, statistics of embeddings and golf's commands, which all open it in one place; each says so."""
+    """By transfer, samples, statistics of embeddings and golf, which all open it in one place."""
     run, p = started(tmp_path / "old", ema=0.5, swa_every=1, swa_start=0.0, final_weights=kind)
     for step in (1, 2):
         with torch.no_grad():
@@ -174,10 +174,14 @@ def test_of_a_run_that_exports_an_average_the_average_is_taken(tmp_path, capsys,
     for name, w in live.items():
         torch.testing.assert_close(named[name], w + off)
     taken, q = started(tmp_path / "new", init_from=str(tmp_path / "old"))
-    assert any(line == f"notice: {path}: its {kind} average, as final_weights says" for line in taken.early)
+    assert any(
+        line == f"notice: {path}: its {kind} average, as final_weights says" for line in taken.early
+    )
     assert all(torch.equal(w, named[n]) for n, w in q.model.named_parameters())
     found, _ = embeddings.of_source(str(tmp_path / "old"), 0)
-    assert found["O.mu norm"] == pytest.approx(float(named["head"][:60 + 36].double().mean(0).norm()))
+    assert found["O.mu norm"] == pytest.approx(
+        float(named["head"][: 60 + 36].double().mean(0).norm())
+    )
 
 
 def test_an_average_without_a_snapshot_is_not_taken(tmp_path, capsys):
@@ -186,7 +190,9 @@ def test_an_average_without_a_snapshot_is_not_taken(tmp_path, capsys):
         p.model.head.add_(1)
     tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 1)
     _, named, _ = tg.open_source(str(tmp_path / "old"))
-    assert torch.equal(named["head"], p.model.head) and "its live weights" in capsys.readouterr().err
+    assert (
+        torch.equal(named["head"], p.model.head) and "its live weights" in capsys.readouterr().err
+    )
 
 
 # --- slow: frozen and ramped up
