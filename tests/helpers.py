@@ -65,6 +65,7 @@ def parts(folder, device: str = "cpu", **changes) -> tg.Parts:
     tg.validate(cfg)
     run = tg.Run(cfg)
     run.device = torch.device(device)
+    run.meet()
     return tg.build(cfg, run)
 
 

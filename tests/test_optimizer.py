@@ -908,7 +908,6 @@ def outcome(folder, changes: dict, kind: str) -> dict[str, torch.Tensor]:
         proj_init=1.0,
         **changes,
     )
-    p.run.meet()
     found = {f"start {name}": w.detach().clone() for name, w in p.model.named_parameters()}
     plain, tg.loss_terms = tg.loss_terms, linear_loss
     try:

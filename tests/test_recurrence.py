@@ -183,8 +183,8 @@ def test_an_evaluation_belongs_to_the_step_behind_it_for_every_graph_schedule(
     tmp_path, monkeypatch, first, seconds
 ):
     """
-    All that shape a graph change at step 4, from steps and on a clock that each step moves by a
-    tenth; also resumed.
+    All that shape a graph change at step 4, from steps and on a clock whose cap ten steps just
+    meet; also resumed.
     """
     p = parts(
         tmp_path,
@@ -200,7 +200,7 @@ def test_an_evaluation_belongs_to_the_step_behind_it_for_every_graph_schedule(
         save_last=0,
     )
     clock = p.run.clock
-    monkeypatch.setattr(clock, "seconds", lambda: seconds / 10 * p.run.step)
+    monkeypatch.setattr(clock, "seconds", lambda: 0.09 * seconds * p.run.step)
     trained, evaluated = {}, {}
     if first:
         p.run.step, p.run.trained = 3, p.plan.at(3, 0.3)
