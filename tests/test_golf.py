@@ -198,7 +198,7 @@ def test_a_slow_calibration_keeps_the_cap_and_its_artifact(tmp_path, monkeypatch
 def test_rows_for_calibration_that_are_not_there_are_missed_before_training(tmp_path):
     write_shard(tmp_path / "x_train_000000.bin", np.zeros(10))
     cfg = small(data=str(tmp_path), gptq=4, export="int6")
-    with pytest.raises(tg.UserError, match="rows of 16 training tokens.* has 10"):
+    with pytest.raises(tg.UserError, match="rows of 16 training tokens.* has only 10"):
         golf.check(cfg, weights(cfg), None, None)
 
 
