@@ -1089,8 +1089,8 @@ class NcaLoader:
         return hashlib.sha256(made + self.data.rules.astype("<i8").tobytes()).hexdigest()
 
     def identity(self) -> dict:
-        """Nothing: all that makes the rows is in the configuration, which a checkpoint holds."""
-        return {}
+        """What makes the rows; a resumed run makes them anew from its configuration."""
+        return {"rows": self.fingerprint()}
 
     def accept(self, saved: dict, position: dict) -> str:
         return ""

@@ -3579,8 +3579,9 @@ def ingredients(p: Parts) -> dict:
     """What must be the same on every node, but for the places of its files."""
     places = {"config", "data", "log_dir", "tokenizer", "init_from", "nca_cache", "nca_threads"}
     sources = b"".join(path.read_bytes() for path in source_files(p.cfg))
+    data = json.dumps(p.loader.identity(), sort_keys=True).encode()  # no rank reads all shards here
     return {**{k: v for k, v in dataclasses.asdict(p.cfg).items() if k not in places},
-            "sources": hashlib.sha256(sources).hexdigest(), "data": p.loader.fingerprint()}
+            "sources": hashlib.sha256(sources).hexdigest(), "data": hashlib.sha256(data).hexdigest()}
 
 
 def log_head(run: Run, step: int | None) -> None:

@@ -668,7 +668,8 @@ def test_a_shard_that_one_rank_alone_cannot_read_ends_all(server, flags, data, t
     argv = flags(steps=30, micro_tokens=128, data="data")
 
     def start(*more: str) -> list:
-        env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(free_port())}  # one node: what nodes see is compared at the start
         return [server.start(*argv, *more, cwd=tmp_path / rank,
                              env=env | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
 
