@@ -2308,7 +2308,7 @@ class Loader:
             return sum(self.counts) // (self.block + 1)
         return sum((n - 1) // self.block for n in self.counts if n)
 
-    def open(self) -> None:
+    def open_shards(self) -> None:
         """Open what the first batch may need; shuffled, every shard, so none is found bad later."""
         for shard in range(len(self.files) if self.cfg.shuffle else 1):
             self.tokens(shard)
@@ -3086,7 +3086,7 @@ def build(cfg: Config, run: Run) -> Parts:
     plan = Plan(cfg)
     plan.train_shapes(run.world)  # refuses batches that do not divide
     loader = run.together(lambda: Loader(cfg, plan, run.rank, run.world, run.together))
-    loader.open()
+    loader.open_shards()
     try:
         tokenizer = Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token) if cfg.tokenizer else None
     except UserError as e:

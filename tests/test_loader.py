@@ -296,10 +296,10 @@ def test_shuffled_shards_are_all_read_before_the_first_step(tmp_path):
     shards(tmp_path, 300, 300)
     write_shard(tmp_path / "x_train_000001.bin", [*range(300, 500), 59999])
     cfg = config(tmp_path, vocab=59999)
-    loader(cfg).open()
+    loader(cfg).open_shards()
     for shuffle in (1, 2):
         with pytest.raises(tg.UserError, match="x_train_000001.bin: token 59999 at position 200"):
-            loader(tg.dataclasses.replace(cfg, shuffle=shuffle)).open()
+            loader(tg.dataclasses.replace(cfg, shuffle=shuffle)).open_shards()
 
 
 def test_a_document_across_shards_is_one_document(tmp_path):
