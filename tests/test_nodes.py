@@ -175,17 +175,28 @@ def test_whatever_rank_0_raises_is_raised_on_all(server, tmp_path):
     assert second.out.splitlines() == said
 
 
-def test_a_rank_that_fails_alone_is_not_waited_for(server, flags, data, tmp_path):
-    """The second node has no data: it says so; the first says that another has left, and leaves."""
-    argv = flags(micro_tokens=64)
-    other = [*argv[:-1], "nowhere"] if argv[-2] == "--data" else None
+def two_ranks(server, tmp_path, commands: tuple, **second) -> list:
+    """How two ranks end that are started with these command lines; `second`: more about rank 1."""
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     forks = [
-        server.start(*words, cwd=tmp_path, env=env | {"RANK": str(rank)}, full_exit=True)
-        for rank, words in enumerate((argv, other))
+        server.start(*words, cwd=tmp_path, env=env | {"RANK": str(rank)}, full_exit=True, **more)
+        for rank, (words, more) in enumerate(zip(commands, ({}, second), strict=True))
     ]
-    first, second = [fork.wait(60) for fork in forks]
-    assert_refused(second, ["no train shards", "nowhere"])
+    return [fork.wait(60) for fork in forks]
+
+
+def test_what_one_rank_alone_cannot_read_is_said_by_all(server, flags, tmp_path):
+    argv = flags(micro_tokens=64)
+    for ended in two_ranks(server, tmp_path, (argv, [*argv, "--data", "nowhere"])):
+        assert_refused(ended, ["no train shards", "nowhere"])
+
+
+def test_a_rank_that_is_killed_is_not_waited_for(server, flags, tmp_path):
+    """The other one says so in one line, and leaves."""
+    argv = flags(micro_tokens=64, steps=500, epochs=0)
+    killed = {"when": {"phase": "train_step", "send": [[40, signal.SIGKILL]]}}
+    first, second = two_ranks(server, tmp_path, (argv, argv), **killed)
+    assert second.code == -signal.SIGKILL
     assert_refused(first, ["another rank has left", "its message"])
 
 
