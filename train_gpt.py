@@ -4,7 +4,7 @@ nanoremix: one GPT trainer for three leaderboards (speedrun, slowrun, golf), in 
     python train_gpt.py --config tiny_cpu                                     # a laptop, minutes
     torchrun --standalone --nproc_per_node=8 -- train_gpt.py --config remix_m # one node
     python train_gpt.py --config remix_m --resume                             # continue a broken run
-    python train_gpt.py --config remix_m --dry_run                            # costs, without GPU or data
+    python logs/dry_run.py --config remix_m                                   # costs, without GPU or data
 
 Read it from top to bottom:
     Config       every flag; the comment behind a field is its --help text
@@ -17,7 +17,7 @@ Read it from top to bottom:
     Evaluation   nats per token and bits per byte of the validation prefix
     Export       weights read strictly; the artifact, its scores and proofs are golf.py's
     Checkpoint   written whole or not at all; transfer between runs
-    Train        dry run, warm-up, the loop, the end of a run, sampling, main
+    Train        warm-up, the loop, the end of a run, sampling, main
 
 Letters: B batch, T time, D width, H heads, K head_dim, V vocabulary, N = B*T tokens. A tensor whose layout is not
 obvious carries it as a suffix (q_BTHK). `steps` are optimizer steps; `repeats` are passes through looped blocks; a
@@ -104,8 +104,6 @@ class Config:
     micro_tokens: int = 65536  # tokens a rank takes at once; fewer save memory, same result
     auto_micro: int = 0  # 1: micro_tokens is a ceiling; the most rows below it that divide the batch are taken
     loss_chunk: int = 16384  # tokens whose logits exist at once
-    dry_run: bool = False  # print parameters, FLOPs, data, memory, sizes and time of this run, then leave
-    json: bool = False  # with dry_run: print one JSON object
     # --- data
     data: str = "data/fineweb10B"  # folder of *_train_*.bin and *_val_*.bin shards
     tokenizer: str = "gpt2"  # gpt2, or the path of a SentencePiece model; needed for bits per byte and samples
@@ -240,7 +238,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What a resumed run may change without becoming another experiment.
 FREE_ON_RESUME = {
     *("config", "resume", "log_dir", "log_every", "eval_every", "save_every", "save_last", "keep", "wandb", "device"),
-    *("compile", "micro_tokens", "loss_chunk", "dry_run", "json", "prompt", "sample_tokens", "temperature", "top_k"),
+    *("compile", "micro_tokens", "loss_chunk", "prompt", "sample_tokens", "temperature", "top_k"),
     *("auto_micro", "embed_stats", "nca_cache", "nca_threads", "nca_measured"),
 }
 # What is asked for behind the last step alone: an unfinished run may change it, or its end might be impossible.
@@ -519,7 +517,7 @@ def refuse_idle(cfg: Config) -> None:
         ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", Schedule("slow_lr", cfg.slow_lr).values() != [1]),
         ("slow_lr", "slow, the names of what it slows", bool(cfg.slow)),
         *[(k, "init_from", bool(cfg.init_from)) for k in ("transfer", "transfer_skip", "transfer_control")],
-        ("window", "an S in window_pattern before its last block", any(block_window(cfg, i, 1) for i in range(cfg.depth))),
+        ("window", "an S in window_pattern before its last block", any(is_windowed(cfg, i) for i in range(cfg.depth))),
         ("rope_dims", "rope = 'standard' or 'interleaved'", cfg.rope != "truncated"),
         ("qat_noise", "qat, such as '0 0.8:1'", 1 in Schedule("qat", cfg.qat).values()),
         ("sample_tokens", "a tokenizer", bool(cfg.tokenizer or cfg.sample_from)),
@@ -590,19 +588,11 @@ def own_rates(cfg: Config) -> list[OwnRate]:
     return rates
 
 
-def block_window(cfg: Config, block: int, window: int) -> int:
-    """The window of one block: window_pattern's letter for it; the last block, and MTP's behind it, see the whole row."""
-    if not cfg.window_pattern:
-        return window
-    letter = cfg.window_pattern[block % len(cfg.window_pattern)]
-    return window if letter == "S" and block < cfg.depth - 1 else 0
-
-
 def config_toml(cfg: Config) -> str:
     """The resolved configuration as TOML that --config accepts again."""
     lines = []
     for name in (f.name for f in dataclasses.fields(cfg)):
-        if name in ("config", "resume", "dry_run", "json"):
+        if name in ("config", "resume"):
             continue
         value = getattr(cfg, name)
         text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # so JSON's values are TOML's
@@ -1510,29 +1500,95 @@ class Seen:
         return compiled_on_gpu(attend_flex, q)(q, k, v, self.docs, self.window, scale, self.mask)
 
 
+def layer_order(cfg: Config, repeats: int) -> list[int]:
+    """The blocks in order of application: the looped span stands `repeats` times, the others once."""
+    low, high = loop_span(cfg)
+    return [*range(low), *list(range(low, high)) * repeats, *range(high, cfg.depth)]
+
+
+class Added(NamedTuple):
+    """An earlier output that a place adds to its input: from where, and the row of its learned scale."""
+
+    source: int
+    row: int | tuple[int, int]
+
+
+class Place(NamedTuple):
+    """One application of a block in the forward pass, and all that is fixed about it."""
+
+    block: int
+    visit: int  # how often the block was applied before
+    row: int  # of what is learned by place: loop_embed, value_scales
+    windowed: bool  # whether a token sees the window; else the whole row
+    skip: Added | None  # of the U-net, by a row of skips
+    again: Added | None  # the block's own last output, by a row of cross_scales
+    xsa: bool  # exclusive self-attention
+    shrink: float  # layer_scale's factor on the normed inputs of both branches
+    drop: float  # the chance of stochastic depth that a training pass leaves it out
+    kept: bool = False  # whether a later place adds its output
+
+
+def wiring(cfg: Config, repeats: int) -> list[Place]:
+    """
+    The forward pass of a configuration as data: its places in order. `python logs/dry_run.py
+    --config PRESET --wiring` prints it.
+    """
+    order = layer_order(cfg, repeats)
+    deepest = len(layer_order(cfg, int(max(Schedule("repeats", cfg.repeats).values()))))
+    last: dict[int, int] = {}  # of each block, the place where it was applied last
+    places = []
+    for at, block in enumerate(order):
+        visit = order[:at].count(block)
+        # What is learned for a place has as many rows as the deepest order: up to the loop's end
+        # they are counted from the front, behind it from the back. So each keeps its row when
+        # depth grows.
+        row = at + deepest - len(order) if block >= loop_span(cfg)[1] else at
+        again = None
+        if cfg.cross_repeat and visit:
+            again = Added(last[block], (block - loop_span(cfg)[0], visit - 1))
+        place = Place(
+            block=block,
+            visit=visit,
+            row=row,
+            windowed=is_windowed(cfg, block),
+            skip=unet_skip(cfg, at, block, len(order), last),
+            again=again,
+            xsa=cfg.xsa < 0 or at >= len(order) - cfg.xsa,
+            shrink=(block + 1) ** -0.5 if cfg.layer_scale else 1.0,
+            drop=drop_chance(cfg, block),
+        )
+        places.append(place)
+        last[block] = at
+    sources = {added.source for p in places for added in (p.skip, p.again) if added}
+    return [p._replace(kept=at in sources) for at, p in enumerate(places)]
+
+
+def unet_skip(cfg: Config, at: int, block: int, places: int, last: dict[int, int]) -> Added | None:
+    """
+    unet = 1 joins the first and the last place, the second and the last but one, and so on, a
+    middle one with none; unet = 2 does so with blocks, of which the last outputs count.
+    """
+    if cfg.unet == 1 and places // 2 <= at < places // 2 * 2:
+        return Added(places // 2 * 2 - 1 - at, at - places // 2)
+    if cfg.unet == 2 and block >= cfg.depth - cfg.depth // 2:
+        return Added(last[cfg.depth - 1 - block], block - cfg.depth + cfg.depth // 2)
+    return None
+
+
+def is_windowed(cfg: Config, block: int) -> bool:
+    """Whether a block has the window: by window_pattern; the last block sees the whole row."""
+    if not cfg.window_pattern:
+        return True
+    letter = cfg.window_pattern[block % len(cfg.window_pattern)]
+    return letter == "S" and block < cfg.depth - 1
+
+
 def drop_chance(cfg: Config, block: int) -> float:
     """
     The chance of stochastic depth that a training pass leaves a block out; MTP's block is the one
     behind the last.
     """
     return cfg.stoch_depth * block / max(1, cfg.depth - 1)
-
-
-def layer_order(cfg: Config, repeats: int) -> list[int]:
-    """The blocks in order of application: the looped span stands `repeats` times, the others once."""
-    low, high = loop_span(cfg)
-    if low == high:
-        return list(range(cfg.depth))
-    return [*range(low), *list(range(low, high)) * repeats, *range(high, cfg.depth)]
-
-
-def row_of(cfg: Config, position: int, block: int, count: int, most: int) -> int:
-    """
-    The row of what is learned for a position out of `count`, where the deepest order has `most`:
-    positions up to the loop's end are counted from the front, those behind it from the back. So
-    each keeps its row when depth grows.
-    """
-    return position + most - count if block >= loop_span(cfg)[1] else position
 
 
 class LossAndLogZ(torch.autograd.Function):
@@ -1580,11 +1636,11 @@ class GPT(nn.Module):
         self.mtp_proj = nn.Parameter(torch.empty(cfg.dim, 2 * cfg.dim)) if cfg.mtp else None
         self.mtp_block = Block(cfg, cfg.depth) if cfg.mtp else None
         self.final_gain = nn.Parameter(torch.empty(cfg.dim)) if cfg.layer_norm else None
-        # What belongs to a position and not to a block is there for the deepest order; see
-        # row_of().
-        repeats = int(max(Schedule("repeats", cfg.repeats).values()))
-        positions, (low, high) = len(layer_order(cfg, repeats)), loop_span(cfg)
-        self.positions = positions
+        depths = [int(repeats) for repeats in Schedule("repeats", cfg.repeats).values()]
+        self.places = {repeats: wiring(cfg, repeats) for repeats in depths}
+        # What is learned by place, and not by block, is there for the deepest order.
+        repeats, (low, high) = max(depths), loop_span(cfg)
+        positions = len(self.places[repeats])
 
         def vectors(on: int, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(*shape, cfg.dim)) if on else None
@@ -1612,43 +1668,38 @@ class GPT(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, repeats: int, window: int, cache=None) -> Tensor:
         """
-        tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: golf.Cache, which holds what
-        attention needs of the tokens before these.
+        tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache:
+        golf.Cache, which holds what attention needs of the tokens before these.
         """
         cfg = self.cfg
         docs, x = self.documents(tokens_BT), self.embedded(tokens_BT)
         first = cache.size if cache else 0
-        # A copy: compiled blocks would guard against meeting one tensor twice, and take a graph for the first position alone.
+        # A copy: compiled blocks would guard against meeting one tensor twice, and take a graph for
+        # the first position alone.
         x0, rope = x.clone(), (self.cos[first:], self.sin[first:])
-        windows = [block_window(cfg, i, window) for i in range(cfg.depth)]
-        seen = dict.fromkeys(windows, cache.seen(docs)) if cache else {w: Seen(docs, w, x) for w in dict.fromkeys(windows)}
+        places = self.places.get(repeats) or wiring(cfg, repeats)
+        windows = [window if place.windowed else 0 for place in places]
+        seen = {w: cache.seen(docs) if cache else Seen(docs, w, x) for w in dict.fromkeys(windows)}
         tables = self.value_embeds if cfg.value_embeds else ()
         values = [rows_of(t, tokens_BT).to(self.dtype) for t in tables]
-        order, one = layer_order(cfg, repeats), torch.ones((), dtype=self.dtype, device=x.device)
-        stack, before = [], {}  # outputs of the U-net's first half; each block's latest output
+        one = torch.ones((), dtype=self.dtype, device=x.device)
         drawn = None
         if cfg.stoch_depth and torch.is_grad_enabled():
-            drawn = torch.rand(len(order), device=x.device)
-        for position, block in enumerate(order):
-            row, added = row_of(cfg, position, block, len(order), self.positions), []
-            if cfg.unet == 2 and block >= cfg.depth - cfg.depth // 2:
-                added.append((self.skips[block - cfg.depth], before[cfg.depth - 1 - block]))
-            if cfg.unet == 1 and position >= len(order) // 2 and stack:
-                added.append((self.skips[position - len(order) // 2], stack.pop()))
-            if cfg.loop_embed:
-                added.append((self.loop_embed[row], one))
-            added += [(self.value_scales[row, e], v) for e, v in enumerate(values)]
-            if cfg.cross_repeat and block in before:
-                passed = order[:position].count(block)
-                added.append((self.cross_scales[block - loop_span(cfg)[0], passed - 1], before[block]))
-            xsa = cfg.xsa < 0 or position >= len(order) - cfg.xsa
-            # parameter-golf's "LN scale"; a tensor, as a number would make a graph of each block
-            shrink = one * (block + 1) ** -0.5 if cfg.layer_scale else None
-            keep = None if drawn is None else drawn[position] >= drop_chance(cfg, block)
-            x = self.blocks[block](x, x0, added, rope, seen[windows[block]], xsa, shrink, keep)
-            before[block] = x
-            if cfg.unet == 1 and position < len(order) // 2:
-                stack.append(x)
+            drawn = torch.rand(len(places), device=x.device)
+        kept: dict[int, Tensor] = {}  # outputs that later places add
+        for at, place in enumerate(places):
+            added = [(self.skips[place.skip.row], kept[place.skip.source])] if place.skip else []
+            added += [(self.loop_embed[place.row], one)] if cfg.loop_embed else []
+            added += [(self.value_scales[place.row, e], v) for e, v in enumerate(values)]
+            if place.again:
+                added.append((self.cross_scales[place.again.row], kept[place.again.source]))
+            # A tensor, as a number would make a graph of each block.
+            shrink = one * place.shrink if cfg.layer_scale else None
+            keep = None if drawn is None else drawn[at] >= place.drop
+            block = self.blocks[place.block]
+            x = block(x, x0, added, rope, seen[windows[at]], place.xsa, shrink, keep)
+            if place.kept:
+                kept[at] = x
         return self.final(x)
 
     @property
@@ -3719,10 +3770,6 @@ def main(argv: list[str] | None = None) -> int:
         return golf.main(argv[1:])
     try:
         cfg = parse_args(argv)
-        if cfg.dry_run:
-            from logs.dry_run import dry_run  # statistics live outside; logs/ is beside this file
-
-            return dry_run(cfg)
         if cfg.sample_from:
             return sample(cfg)
         with Run(cfg) as run:
