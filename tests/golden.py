@@ -42,7 +42,9 @@ FILE, ROOT = Path(__file__).with_suffix(".json"), Path(__file__).resolve().paren
 LAYERS = {"on_cpu", "one_gpu"}  # configurations that are no presets by themselves
 ELSEWHERE = 1e-5  # relative difference that another machine may show in losses and norms of tensors
 GRADIENT_ELSEWHERE = 1e-3  # and in the norm of gradients, small differences of large numbers
-BFLOAT16_ELSEWHERE = 2e-3  # and where weights are bfloat16: they round what differs in fp32's last bit
+BFLOAT16_ELSEWHERE = (
+    2e-3  # and where weights are bfloat16: they round what differs in fp32's last bit
+)
 STEPS = 6
 
 SMALL = {
@@ -274,41 +276,50 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def measure(wanted: dict[str, list], data: Path, places: int = 2) -> dict[str, dict]:
-    """Make these runs, at most `places` ranks at a time; their numbers. What a failing run printed is in the error."""
+def measure(wanted: dict[str, list], data: Path, places: int) -> dict[str, dict]:
+    """
+    Make these runs, about `places` ranks at a time; their numbers. RuntimeError where one fails,
+    with what it printed.
+    """
     waiting, running, found = [(name, 0) for name in wanted], {}, {}
     with tempfile.TemporaryDirectory() as temporary:
-        while waiting or running:
-            name, phase = waiting[0] if waiting else ("", 0)
-            world = 2 if name.endswith("2 ranks") else 1
-            if waiting and len(running) + world <= places:
-                waiting.pop(0)
+        try:
+            while waiting or running:
+                name, phase = waiting[0] if waiting else ("", 0)
+                world = 2 if name.endswith("2 ranks") else 1
+                if waiting and (not running or len(running) + world <= places):
+                    waiting.pop(0)
+                    start(wanted[name], phase, Path(temporary) / name, data, world, running, name)
+                    continue
+                pid, status = os.wait()
+                name, phase = running.pop(pid)
                 folder = Path(temporary) / name
-                if phase == 0:
-                    (folder / "data").mkdir(parents=True)
-                    (folder / "data" / "sample").symlink_to(data)
-                port, last = free_port(), phase + 1 == len(wanted[name])
-                for rank in range(world):
-                    running[fork(*wanted[name][phase], rank, world, port, folder, last)] = (
-                        name,
-                        phase,
-                    )
-                continue
-            pid, status = os.wait()
-            name, phase = running.pop(pid)
-            folder = Path(temporary) / name
-            if status:
-                for other in running:
-                    os.kill(other, signal.SIGKILL)
-                raise RuntimeError(f"{name} failed:\n" + (folder / "rank0.txt").read_text()[-3000:])
-            if (name, phase) in running.values():
-                continue  # its other rank
-            if phase + 1 < len(wanted[name]):
-                waiting.insert(0, (name, phase + 1))
-            else:
-                found[name] = json.loads((folder / "found.json").read_text())
-                shutil.rmtree(folder)
+                if status:
+                    said = (folder / "rank0.txt").read_text()[-3000:]
+                    raise RuntimeError(f"{name} failed:\n{said}")
+                if (name, phase) in running.values():
+                    continue  # its other rank
+                if phase + 1 < len(wanted[name]):
+                    waiting.insert(0, (name, phase + 1))
+                else:
+                    found[name] = json.loads((folder / "found.json").read_text())
+                    shutil.rmtree(folder)
+        finally:
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
     return {name: found[name] for name in wanted}
+
+
+def start(
+    phases: list, phase: int, folder: Path, data: Path, world: int, running: dict, name: str
+) -> None:
+    """Fork the ranks of a phase of a run, and note them in `running`."""
+    if phase == 0:
+        (folder / "data").mkdir(parents=True)
+        (folder / "data" / "sample").symlink_to(data)
+    port, last = free_port(), phase + 1 == len(phases)
+    for rank in range(world):
+        running[fork(*phases[phase], rank, world, port, folder, last)] = name, phase
 
 
 ########################################
@@ -371,6 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--list", action="store_true", help="print the runs and their command lines"
     )
+    parser.add_argument("--places", type=int, default=2, help="ranks at work at a time")
     flags = parser.parse_args(argv)
     wanted = {
         n: how for n, how in runs().items() if not flags.words or any(w in n for w in flags.words)
@@ -379,10 +391,10 @@ def main(argv: list[str] | None = None) -> int:
         for name, phases in wanted.items():
             print(name, *(f"\n    {program}.py {' '.join(words)}" for program, words in phases))
         return 0
-    began, kept = (
-        time.perf_counter(),
-        json.loads(FILE.read_text()) if FILE.exists() else {"machine": {}, "runs": {}},
-    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
+    began, kept = time.perf_counter(), {"machine": {}, "runs": {}}
+    if FILE.exists():
+        kept = json.loads(FILE.read_text())
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary) / "sample"
         subprocess.run(
@@ -396,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
         import train_gpt
 
         train_gpt.parse_args(["--run", "warm"])  # tyro's first parsing is slow
-        found = measure(wanted, data)
+        found = measure(wanted, data, flags.places)
     exact = machine() == kept["machine"]
     moved = [
         line

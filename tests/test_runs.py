@@ -142,7 +142,8 @@ def test_any_number_of_ranks_gives_the_same_losses(server, flags, tmp_path, opti
     """1, 2, 4, 8 ranks and any micro-batch: one sequence of losses to 1e-5, for the live weights and the averages."""
     def losses(world: int, micro: int) -> dict[str, list[float]]:
         run = f"w{world}-{micro}"
-        argv = flags(run=run, micro_tokens=micro, optimizer=optimizer, normuon=0.9, adamw_lr=0.01, **RANKED)
+        own = {"normuon": 0.9} if optimizer == "muon" else {"adamw_lr": 0.01}
+        argv = flags(run=run, micro_tokens=micro, optimizer=optimizer, **own, **RANKED)
         succeed(run_ranks(server, world, argv, tmp_path))
         found = metrics(tmp_path / "logs" / run)
         assert json.loads((tmp_path / "logs" / run / "result.json").read_text())["world_size"] == world
@@ -170,7 +171,8 @@ plain = tg.Clock.seconds
 tg.Clock.seconds = lambda self: plain(self) * (1 + 0.5 * int(os.environ["RANK"]))
 sys.exit(tg.main(sys.argv[1:]))
 """)
-    argv = flags(micro_tokens=64, steps=100000, epochs=1000, max_seconds=1, eval_every=0, gptq=3)
+    argv = flags(micro_tokens=64, steps=100000, epochs=1000, max_seconds=1, eval_every=0, gptq=3,
+                 dim=64)
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     forks = [server.start(*argv, cwd=tmp_path, file=skewed, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
     succeed([fork.wait(60) for fork in forks])
