@@ -595,7 +595,7 @@ class Cache:
 
     def __init__(self, model: tg.GPT, repeats: int, window: int):
         self.model, self.repeats, self.window, self.size, self.docs = model, repeats, window, 0, None
-        self.windows = [tg.block_window(model.cfg, block, window) for block in tg.layer_order(model.cfg, repeats)]
+        self.windows = [window if p.windowed else 0 for p in tg.wiring(model.cfg, repeats)]
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.turn = 0
 

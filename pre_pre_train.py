@@ -98,6 +98,7 @@ class PrePreConfig(Config):
     nca_threads: int = 0  # threads that generate; 0: the cores of this machine over its ranks
     nca_measured: int = 64  # validation rows, each of another rule where there are so many, for next-grid accuracy
     generate_only: bool = False  # generate rules, epoch 0 and validation rows, report speed and hash, then leave
+    json: bool = False  # with generate_only: print one JSON object
     picture: str = ""  # with generate_only, or alone: draw rules into this PNG file
 
 
@@ -1236,10 +1237,6 @@ def main(argv: list[str] | None = None) -> int:
             return generate_only(cfg)
         if cfg.picture:
             return 0
-        if cfg.dry_run:
-            from logs.dry_run import dry_run
-
-            return dry_run(cfg)
         with t.Run(cfg) as run:
             try:
                 code = t.train(cfg, run, build)

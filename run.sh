@@ -13,7 +13,7 @@
 #   ./run.sh sample RUN "text"     continue a text (RUN: a folder in logs/, or an artifact); more flags may follow
 #   ./run.sh report RUN...         tables, statistics and plots of finished or running runs
 #   ./run.sh submit TRACK NAME RUN...   a leaderboard's folder from finished runs, or what speaks against it
-#   ./run.sh dry_run TRACK         parameters, FLOPs, data, memory, time of a preset; needs nothing
+#   ./run.sh dry_run TRACK         parameters, FLOPs, data, memory, time of a preset; --wiring: its forward pass
 #   flags override the preset: ./run.sh remix_m --matrix_lr 0.03; without a track they are the main job's
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -265,5 +265,5 @@ case $verb in
   sample) run=${1:?usage: ./run.sh sample RUN [TEXT] [flags]}; text=${2:-}; shift $(( $# > 1 ? 2 : 1 ))
           $PY train_gpt.py --sample_from "$run" --prompt "$text" "$@" ;;
   dry_run) track=$TRACK; case ${1:-} in "" | -*) ;; *) track=$1; shift ;; esac
-           $PY train_gpt.py --config "$track" --dry_run "$@" ;;
+           $PY logs/dry_run.py --config "$track" "$@" ;;
 esac

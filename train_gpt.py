@@ -4,7 +4,7 @@ nanoremix: one GPT trainer for three leaderboards (speedrun, slowrun, golf), in 
     python train_gpt.py --config tiny_cpu                                     # a laptop, minutes
     torchrun --standalone --nproc_per_node=8 -- train_gpt.py --config remix_m # one node
     python train_gpt.py --config remix_m --resume                             # continue a broken run
-    python train_gpt.py --config remix_m --dry_run                            # costs, without GPU or data
+    python logs/dry_run.py --config remix_m                                   # costs, without GPU or data
 
 Read it from top to bottom:
     Config       every flag; the comment behind a field is its --help text
@@ -17,7 +17,7 @@ Read it from top to bottom:
     Evaluation   nats per token and bits per byte of the validation prefix
     Export       weights read strictly; the artifact, its scores and proofs are golf.py's
     Checkpoint   written whole or not at all; transfer between runs
-    Train        dry run, warm-up, the loop, the end of a run, sampling, main
+    Train        warm-up, the loop, the end of a run, sampling, main
 
 Letters: B batch, T time, D width, H heads, K head_dim, V vocabulary, N = B*T tokens. A tensor whose layout is not
 obvious carries it as a suffix (q_BTHK). `steps` are optimizer steps; `repeats` are passes through looped blocks; a
@@ -45,6 +45,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +105,6 @@ class Config:
     micro_tokens: int = 65536  # tokens a rank takes at once; fewer save memory, same result
     auto_micro: int = 0  # 1: micro_tokens is a ceiling; the most rows below it that divide the batch are taken
     loss_chunk: int = 16384  # tokens whose logits exist at once
-    dry_run: bool = False  # print parameters, FLOPs, data, memory, sizes and time of this run, then leave
-    json: bool = False  # with dry_run: print one JSON object
     # --- data
     data: str = "data/fineweb10B"  # folder of *_train_*.bin and *_val_*.bin shards
     tokenizer: str = "gpt2"  # gpt2, or the path of a SentencePiece model; needed for bits per byte and samples
@@ -240,7 +239,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What a resumed run may change without becoming another experiment.
 FREE_ON_RESUME = {
     *("config", "resume", "log_dir", "log_every", "eval_every", "save_every", "save_last", "keep", "wandb", "device"),
-    *("compile", "micro_tokens", "loss_chunk", "dry_run", "json", "prompt", "sample_tokens", "temperature", "top_k"),
+    *("compile", "micro_tokens", "loss_chunk", "prompt", "sample_tokens", "temperature", "top_k"),
     *("auto_micro", "embed_stats", "nca_cache", "nca_threads", "nca_measured"),
 }
 # What is asked for behind the last step alone: an unfinished run may change it, or its end might be impossible.
@@ -519,7 +518,7 @@ def refuse_idle(cfg: Config) -> None:
         ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", Schedule("slow_lr", cfg.slow_lr).values() != [1]),
         ("slow_lr", "slow, the names of what it slows", bool(cfg.slow)),
         *[(k, "init_from", bool(cfg.init_from)) for k in ("transfer", "transfer_skip", "transfer_control")],
-        ("window", "an S in window_pattern before its last block", any(block_window(cfg, i, 1) for i in range(cfg.depth))),
+        ("window", "an S in window_pattern before its last block", any(is_windowed(cfg, i) for i in range(cfg.depth))),
         ("rope_dims", "rope = 'standard' or 'interleaved'", cfg.rope != "truncated"),
         ("qat_noise", "qat, such as '0 0.8:1'", 1 in Schedule("qat", cfg.qat).values()),
         ("sample_tokens", "a tokenizer", bool(cfg.tokenizer or cfg.sample_from)),
@@ -590,19 +589,11 @@ def own_rates(cfg: Config) -> list[OwnRate]:
     return rates
 
 
-def block_window(cfg: Config, block: int, window: int) -> int:
-    """The window of one block: window_pattern's letter for it; the last block, and MTP's behind it, see the whole row."""
-    if not cfg.window_pattern:
-        return window
-    letter = cfg.window_pattern[block % len(cfg.window_pattern)]
-    return window if letter == "S" and block < cfg.depth - 1 else 0
-
-
 def config_toml(cfg: Config) -> str:
     """The resolved configuration as TOML that --config accepts again."""
     lines = []
     for name in (f.name for f in dataclasses.fields(cfg)):
-        if name in ("config", "resume", "dry_run", "json"):
+        if name in ("config", "resume"):
             continue
         value = getattr(cfg, name)
         text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # so JSON's values are TOML's
@@ -1365,7 +1356,101 @@ def attend_bands(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, docs: Tensor | No
     return out.flatten(2, 3)[:, :, :T]
 
 
-class Attention(nn.Module):
+Start = Callable[[torch.Size, torch.Generator], Tensor]  # draws an initial value in fp32
+
+
+class Declared(NamedTuple):
+    """What is said of a parameter at the line that makes it."""
+
+    group: str  # what updates it: matrix (Muon, unless AdamW is asked for), embed, head or scalar
+    start: float | Start  # its initial value
+
+
+class Declaring(nn.Module):
+    """
+    A module that makes its parameters by declare(), and no others: initial values, groups of the
+    optimizer and what a transfer takes are read from there.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.declared: dict[str, Declared] = {}
+
+    def declare(self, name: str, group: str, start: float | Start, *shape: int, on=True) -> None:
+        """Make the parameter `name`; where it is not `on`, the attribute is None."""
+        assert group in ("matrix", "embed", "head", "scalar"), f"{name}: no group is called {group}"
+        self.register_parameter(name, nn.Parameter(torch.empty(shape)) if on else None)
+        if on:
+            self.declared[name] = Declared(group, start)
+
+
+def declarations(model: nn.Module) -> dict[str, Declared]:
+    """What every parameter of a model is, by name. None has a default: it would get any rate."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, said in getattr(module, "declared", {}).items():
+            found[f"{path}.{name}".lstrip(".")] = said
+    for name, _ in model.named_parameters():
+        assert name in found, f"parameter {name} has neither start nor group: make it by declare()"
+    return found
+
+
+def uniform(bound: float) -> Start:
+    return lambda shape, rng: torch.rand(shape, generator=rng) * (2 * bound) - bound
+
+
+def normal(std: float) -> Start:
+    return lambda shape, rng: torch.randn(shape, generator=rng) * std
+
+
+def xavier(joined: bool = False) -> Start:
+    """
+    Normal with variance 2/(fan in + fan out). Joined: a stack, such as q, k and v, is one map, as in
+    Wortsman et al. 2023.
+    """
+
+    def draw(shape: torch.Size, rng: torch.Generator) -> Tensor:
+        fan_out = math.prod(shape[:-1]) if joined else shape[-2]
+        return torch.randn(shape, generator=rng) * (2 / (shape[-1] + fan_out)) ** 0.5
+
+    return draw
+
+
+def identities(shape: torch.Size, rng: torch.Generator) -> Tensor:
+    return torch.eye(shape[-1]).expand(shape)
+
+
+def one_and_zero(shape: torch.Size, rng: torch.Generator) -> Tensor:
+    """All of x, nothing of the embedding."""
+    return torch.stack([torch.ones(shape[1]), torch.zeros(shape[1])])
+
+
+def plain_map(cfg: Config) -> Start:
+    """Of standard deviation 1/sqrt(dim)."""
+    return uniform(3**0.5 * cfg.dim**-0.5) if cfg.init == "remix" else xavier()
+
+
+def head_start(cfg: Config) -> float | Start:
+    """head_init; a tied table must not start at zero, as it is the input as well."""
+    if cfg.init == "xavier":
+        return xavier()
+    if is_number(cfg.head_init):
+        return normal(float(cfg.head_init))
+    return 0.0 if cfg.head_init == "zero" and not cfg.tie_embed else uniform(cfg.dim**-0.5)
+
+
+def initial_value(name: str, said: Declared, shape: torch.Size, seed: int) -> Tensor:
+    """
+    Initial value of one parameter in fp32, drawn from a generator of its own: a flag that adds a
+    parameter does not change the others.
+    """
+    if isinstance(said.start, (int, float)):
+        return torch.full(shape, float(said.start))
+    own = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1
+    return said.start(shape, torch.Generator().manual_seed(own))
+
+
+class Attention(Declaring):
     def __init__(self, cfg: Config, values: bool):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = cfg.heads, cfg.kv_heads or cfg.heads, head_width(cfg)
@@ -1374,18 +1459,22 @@ class Attention(nn.Module):
         # Normed queries and keys have length sqrt(K) at most, and rotation keeps it (1 %: rounding in bfloat16).
         self.bound = 1.01 * self.head_dim * self.scale if cfg.qk_norm and not (cfg.q_gain or cfg.layer_norm) else math.inf
         inner, inner_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        if inner == inner_kv:
-            self.qkv = nn.Parameter(torch.empty(3, inner, cfg.dim))  # three matrices: Muon treats each by itself
-        else:
-            self.q = nn.Parameter(torch.empty(inner, cfg.dim))
-            self.kv = nn.Parameter(torch.empty(2, inner_kv, cfg.dim))
-        self.proj = nn.Parameter(torch.empty(cfg.dim, inner))
-        self.q_gain = nn.Parameter(torch.empty(cfg.heads)) if cfg.q_gain else None
-        self.qk_gains = nn.Parameter(torch.empty(2, self.head_dim)) if cfg.layer_norm and cfg.qk_norm else None
+        remix, one_map = cfg.init == "remix", inner == inner_kv
+        # Remix (modded-nanogpt): a standard deviation of 0.5/sqrt(dim), and outputs of zero.
+        start = uniform(3**0.5 * (cfg.init_std or 0.5) * cfg.dim**-0.5) if remix else xavier(joined=True)
+        # Three matrices, or one and two: Muon treats each by itself.
+        self.declare("qkv", "matrix", start, 3, inner, cfg.dim, on=one_map)
+        self.declare("q", "matrix", start, inner, cfg.dim, on=not one_map)
+        self.declare("kv", "matrix", start, 2, inner_kv, cfg.dim, on=not one_map)
+        std = cfg.proj_init * cfg.dim**-0.5 if remix else 0.02 / (2 * cfg.depth) ** 0.5
+        self.declare("proj", "matrix", normal(std), cfg.dim, inner)
+        self.declare("q_gain", "scalar", cfg.q_gain, cfg.heads, on=cfg.q_gain)
+        gains = cfg.layer_norm and cfg.qk_norm
+        self.declare("qk_gains", "scalar", 1.0, 2, self.head_dim, on=gains)
         self.neighbours = rotary_dims(cfg) if cfg.rope == "interleaved" else 0
-        self.attn_gate = nn.Parameter(torch.empty(cfg.heads, cfg.attn_gate)) if cfg.attn_gate else None
-        self.value_gate = nn.Parameter(torch.empty(self.kv_heads, cfg.value_proj)) if values else None
-        self.iha = nn.Parameter(torch.empty(3, cfg.heads, cfg.heads)) if cfg.iha else None
+        self.declare("attn_gate", "matrix", 0.0, cfg.heads, cfg.attn_gate, on=cfg.attn_gate)
+        self.declare("value_gate", "matrix", 0.0, self.kv_heads, cfg.value_proj, on=values)
+        self.declare("iha", "scalar", identities, 3, cfg.heads, cfg.heads, on=cfg.iha)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], seen: "Seen", xsa: bool,
                 values: Tensor | None = None) -> Tensor:
@@ -1420,7 +1509,7 @@ class Attention(nn.Module):
         return linear(y.reshape(B, T, -1), self.proj)
 
 
-class MLP(nn.Module):
+class MLP(Declaring):
     """Squared ReLU (So et al. 2021), squared leaky ReLU or SwiGLU (Shazeer 2020), hidden width mlp_ratio * dim."""
 
     def __init__(self, cfg: Config):
@@ -1428,8 +1517,12 @@ class MLP(nn.Module):
         hidden = hidden_width(cfg)
         self.gated = cfg.activation == "swiglu"
         # Gated: the gate's matrix and the other one, a stack of two as q, k, v are one of three.
-        self.fc = nn.Parameter(torch.empty(*([2] if self.gated else []), hidden, cfg.dim))
-        self.proj = nn.Parameter(torch.empty(cfg.dim, hidden))
+        width, remix = cfg.dim**-0.5, cfg.init == "remix"
+        bound = 3**0.5 * cfg.init_std * width if cfg.init_std else width
+        stack = (2, hidden, cfg.dim) if self.gated else (hidden, cfg.dim)
+        self.declare("fc", "matrix", uniform(bound) if remix else xavier(), *stack)
+        start = normal(cfg.proj_init * width) if remix else xavier()
+        self.declare("proj", "matrix", start, cfg.dim, hidden)
         self.slope = 0.5 if cfg.activation == "leaky_relu2" else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1441,7 +1534,7 @@ class MLP(nn.Module):
         return linear(h.square(), self.proj)
 
 
-class Block(nn.Module):
+class Block(Declaring):
     """
     Attention and MLP with the vectors that steer them; a looped block is applied at several positions. Counted from the
     last one, every second block has a value projection; the block of MTP (index = depth) has none, and no lambdas.
@@ -1452,12 +1545,13 @@ class Block(nn.Module):
         self.eps, self.dropout = cfg.norm_eps, (cfg.attn_dropout, cfg.mlp_dropout)
         values = bool(cfg.value_proj) and index < cfg.depth and (cfg.depth - 1 - index) % 2 == 0
         self.attn, self.mlp = Attention(cfg, values), MLP(cfg)
-        self.value_proj = (nn.Parameter(torch.empty(self.attn.kv_heads * self.attn.head_dim, cfg.dim)) if values else None)
-        self.resid_lambda = nn.Parameter(torch.empty(1)) if cfg.resid_lambda and index < cfg.depth else None
-        self.x0_lambda = nn.Parameter(torch.empty(1)) if cfg.x0_lambda and index < cfg.depth else None
-        self.mix = nn.Parameter(torch.empty(2, cfg.dim)) if cfg.block_scales else None
-        self.scales = nn.Parameter(torch.empty(2, cfg.dim)) if cfg.block_scales else None
-        self.gains = nn.Parameter(torch.empty(2, cfg.dim)) if cfg.layer_norm else None
+        inner_kv, counted = self.attn.kv_heads * self.attn.head_dim, index < cfg.depth
+        self.declare("value_proj", "matrix", plain_map(cfg), inner_kv, cfg.dim, on=values)
+        self.declare("resid_lambda", "scalar", cfg.resid_lambda, 1, on=cfg.resid_lambda and counted)
+        self.declare("x0_lambda", "scalar", cfg.x0_lambda, 1, on=cfg.x0_lambda and counted)
+        self.declare("mix", "scalar", one_and_zero, 2, cfg.dim, on=cfg.block_scales)
+        self.declare("scales", "scalar", 1.0, 2, cfg.dim, on=cfg.block_scales)
+        self.declare("gains", "scalar", 1.0, 2, cfg.dim, on=cfg.layer_norm)
 
     def forward(self, x: Tensor, x0: Tensor, added: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor], seen: "Seen",
                 xsa: bool, shrink: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
@@ -1510,29 +1604,95 @@ class Seen:
         return compiled_on_gpu(attend_flex, q)(q, k, v, self.docs, self.window, scale, self.mask)
 
 
+def layer_order(cfg: Config, repeats: int) -> list[int]:
+    """The blocks in order of application: the looped span stands `repeats` times, the others once."""
+    low, high = loop_span(cfg)
+    return [*range(low), *list(range(low, high)) * repeats, *range(high, cfg.depth)]
+
+
+class Added(NamedTuple):
+    """An earlier output that a place adds to its input: from where, and the row of its learned scale."""
+
+    source: int
+    row: int | tuple[int, int]
+
+
+class Place(NamedTuple):
+    """One application of a block in the forward pass, and all that is fixed about it."""
+
+    block: int
+    visit: int  # how often the block was applied before
+    row: int  # of what is learned by place: loop_embed, value_scales
+    windowed: bool  # whether a token sees the window; else the whole row
+    skip: Added | None  # of the U-net, by a row of skips
+    again: Added | None  # the block's own last output, by a row of cross_scales
+    xsa: bool  # exclusive self-attention
+    shrink: float  # layer_scale's factor on the normed inputs of both branches
+    drop: float  # the chance of stochastic depth that a training pass leaves it out
+    kept: bool = False  # whether a later place adds its output
+
+
+def wiring(cfg: Config, repeats: int) -> list[Place]:
+    """
+    The forward pass of a configuration as data: its places in order. `python logs/dry_run.py
+    --config PRESET --wiring` prints it.
+    """
+    order = layer_order(cfg, repeats)
+    deepest = len(layer_order(cfg, int(max(Schedule("repeats", cfg.repeats).values()))))
+    last: dict[int, int] = {}  # of each block, the place where it was applied last
+    places = []
+    for at, block in enumerate(order):
+        visit = order[:at].count(block)
+        # What is learned for a place has as many rows as the deepest order: up to the loop's end
+        # they are counted from the front, behind it from the back. So each keeps its row when
+        # depth grows.
+        row = at + deepest - len(order) if block >= loop_span(cfg)[1] else at
+        again = None
+        if cfg.cross_repeat and visit:
+            again = Added(last[block], (block - loop_span(cfg)[0], visit - 1))
+        place = Place(
+            block=block,
+            visit=visit,
+            row=row,
+            windowed=is_windowed(cfg, block),
+            skip=unet_skip(cfg, at, block, len(order), last),
+            again=again,
+            xsa=cfg.xsa < 0 or at >= len(order) - cfg.xsa,
+            shrink=(block + 1) ** -0.5 if cfg.layer_scale else 1.0,
+            drop=drop_chance(cfg, block),
+        )
+        places.append(place)
+        last[block] = at
+    sources = {added.source for p in places for added in (p.skip, p.again) if added}
+    return [p._replace(kept=at in sources) for at, p in enumerate(places)]
+
+
+def unet_skip(cfg: Config, at: int, block: int, places: int, last: dict[int, int]) -> Added | None:
+    """
+    unet = 1 joins the first and the last place, the second and the last but one, and so on, a
+    middle one with none; unet = 2 does so with blocks, of which the last outputs count.
+    """
+    if cfg.unet == 1 and places // 2 <= at < places // 2 * 2:
+        return Added(places // 2 * 2 - 1 - at, at - places // 2)
+    if cfg.unet == 2 and block >= cfg.depth - cfg.depth // 2:
+        return Added(last[cfg.depth - 1 - block], block - cfg.depth + cfg.depth // 2)
+    return None
+
+
+def is_windowed(cfg: Config, block: int) -> bool:
+    """Whether a block has the window: by window_pattern; the last block sees the whole row."""
+    if not cfg.window_pattern:
+        return True
+    letter = cfg.window_pattern[block % len(cfg.window_pattern)]
+    return letter == "S" and block < cfg.depth - 1
+
+
 def drop_chance(cfg: Config, block: int) -> float:
     """
     The chance of stochastic depth that a training pass leaves a block out; MTP's block is the one
     behind the last.
     """
     return cfg.stoch_depth * block / max(1, cfg.depth - 1)
-
-
-def layer_order(cfg: Config, repeats: int) -> list[int]:
-    """The blocks in order of application: the looped span stands `repeats` times, the others once."""
-    low, high = loop_span(cfg)
-    if low == high:
-        return list(range(cfg.depth))
-    return [*range(low), *list(range(low, high)) * repeats, *range(high, cfg.depth)]
-
-
-def row_of(cfg: Config, position: int, block: int, count: int, most: int) -> int:
-    """
-    The row of what is learned for a position out of `count`, where the deepest order has `most`:
-    positions up to the loop's end are counted from the front, those behind it from the back. So
-    each keeps its row when depth grows.
-    """
-    return position + most - count if block >= loop_span(cfg)[1] else position
 
 
 class LossAndLogZ(torch.autograd.Function):
@@ -1564,7 +1724,7 @@ def plain_loss_and_log_z(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([log_z - logits.gather(-1, targets.clamp_min(0)[:, None])[:, 0], log_z]) * (targets >= 0)
 
 
-class GPT(nn.Module):
+class GPT(Declaring):
     """The language model. forward() gives the loss; hidden() and logits() are its two halves."""
 
     norm = staticmethod(norm)  # of embedding and head; compile_model() puts a compiled one here
@@ -1573,27 +1733,26 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
         self.head_rows = -(-cfg.vocab // cfg.head_multiple) * cfg.head_multiple
-        self.head = nn.Parameter(torch.empty(self.head_rows, cfg.dim))
+        self.declare("head", "head", head_start(cfg), self.head_rows, cfg.dim)
         rows = self.head_rows if cfg.pad_vocab else cfg.vocab
-        self.embed = None if cfg.tie_embed else nn.Parameter(torch.empty(rows, cfg.dim))
+        start = normal(cfg.embed_init if cfg.init == "remix" else cfg.dim**-0.5)
+        self.declare("embed", "embed", start, rows, cfg.dim, on=not cfg.tie_embed)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.depth))
-        self.mtp_proj = nn.Parameter(torch.empty(cfg.dim, 2 * cfg.dim)) if cfg.mtp else None
+        self.declare("mtp_proj", "matrix", plain_map(cfg), cfg.dim, 2 * cfg.dim, on=cfg.mtp)
         self.mtp_block = Block(cfg, cfg.depth) if cfg.mtp else None
-        self.final_gain = nn.Parameter(torch.empty(cfg.dim)) if cfg.layer_norm else None
-        # What belongs to a position and not to a block is there for the deepest order; see
-        # row_of().
-        repeats = int(max(Schedule("repeats", cfg.repeats).values()))
-        positions, (low, high) = len(layer_order(cfg, repeats)), loop_span(cfg)
-        self.positions = positions
-
-        def vectors(on: int, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(*shape, cfg.dim)) if on else None
-
-        self.skips = nn.Parameter(torch.empty(cfg.depth // 2)) if cfg.unet == 2 else vectors(cfg.unet, positions // 2)
-        self.loop_embed = vectors(cfg.loop_embed, positions)
-        self.value_embeds = vectors(cfg.value_embeds, cfg.value_embeds, cfg.vocab)
-        self.value_scales = vectors(cfg.value_embeds, positions, cfg.value_embeds)
-        self.cross_scales = vectors(cfg.cross_repeat, high - low, max(1, repeats - 1))
+        self.declare("final_gain", "scalar", 1.0, cfg.dim, on=cfg.layer_norm)
+        depths = [int(repeats) for repeats in Schedule("repeats", cfg.repeats).values()]
+        self.places = {repeats: wiring(cfg, repeats) for repeats in depths}
+        # What is learned by place, and not by block, is there for the deepest order.
+        repeats, (low, high) = max(depths), loop_span(cfg)
+        places, tables = len(self.places[repeats]), cfg.value_embeds
+        shape = (cfg.depth // 2,) if cfg.unet == 2 else (places // 2, cfg.dim)
+        self.declare("skips", "scalar", 1.0, *shape, on=cfg.unet)
+        self.declare("loop_embed", "scalar", 0.0, places, cfg.dim, on=cfg.loop_embed)
+        self.declare("value_embeds", "embed", normal(1.0), tables, cfg.vocab, cfg.dim, on=tables)
+        self.declare("value_scales", "scalar", 0.0, places, tables, cfg.dim, on=tables)
+        shape = (high - low, max(1, repeats - 1), cfg.dim)
+        self.declare("cross_scales", "scalar", 0.0, *shape, on=cfg.cross_repeat)
         cos, sin = rope_table(cfg, seq_len)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -1612,43 +1771,38 @@ class GPT(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, repeats: int, window: int, cache=None) -> Tensor:
         """
-        tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: golf.Cache, which holds what
-        attention needs of the tokens before these.
+        tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache:
+        golf.Cache, which holds what attention needs of the tokens before these.
         """
         cfg = self.cfg
         docs, x = self.documents(tokens_BT), self.embedded(tokens_BT)
         first = cache.size if cache else 0
-        # A copy: compiled blocks would guard against meeting one tensor twice, and take a graph for the first position alone.
+        # A copy: compiled blocks would guard against meeting one tensor twice, and take a graph for
+        # the first position alone.
         x0, rope = x.clone(), (self.cos[first:], self.sin[first:])
-        windows = [block_window(cfg, i, window) for i in range(cfg.depth)]
-        seen = dict.fromkeys(windows, cache.seen(docs)) if cache else {w: Seen(docs, w, x) for w in dict.fromkeys(windows)}
+        places = self.places.get(repeats) or wiring(cfg, repeats)
+        windows = [window if place.windowed else 0 for place in places]
+        seen = {w: cache.seen(docs) if cache else Seen(docs, w, x) for w in dict.fromkeys(windows)}
         tables = self.value_embeds if cfg.value_embeds else ()
         values = [rows_of(t, tokens_BT).to(self.dtype) for t in tables]
-        order, one = layer_order(cfg, repeats), torch.ones((), dtype=self.dtype, device=x.device)
-        stack, before = [], {}  # outputs of the U-net's first half; each block's latest output
+        one = torch.ones((), dtype=self.dtype, device=x.device)
         drawn = None
         if cfg.stoch_depth and torch.is_grad_enabled():
-            drawn = torch.rand(len(order), device=x.device)
-        for position, block in enumerate(order):
-            row, added = row_of(cfg, position, block, len(order), self.positions), []
-            if cfg.unet == 2 and block >= cfg.depth - cfg.depth // 2:
-                added.append((self.skips[block - cfg.depth], before[cfg.depth - 1 - block]))
-            if cfg.unet == 1 and position >= len(order) // 2 and stack:
-                added.append((self.skips[position - len(order) // 2], stack.pop()))
-            if cfg.loop_embed:
-                added.append((self.loop_embed[row], one))
-            added += [(self.value_scales[row, e], v) for e, v in enumerate(values)]
-            if cfg.cross_repeat and block in before:
-                passed = order[:position].count(block)
-                added.append((self.cross_scales[block - loop_span(cfg)[0], passed - 1], before[block]))
-            xsa = cfg.xsa < 0 or position >= len(order) - cfg.xsa
-            # parameter-golf's "LN scale"; a tensor, as a number would make a graph of each block
-            shrink = one * (block + 1) ** -0.5 if cfg.layer_scale else None
-            keep = None if drawn is None else drawn[position] >= drop_chance(cfg, block)
-            x = self.blocks[block](x, x0, added, rope, seen[windows[block]], xsa, shrink, keep)
-            before[block] = x
-            if cfg.unet == 1 and position < len(order) // 2:
-                stack.append(x)
+            drawn = torch.rand(len(places), device=x.device)
+        kept: dict[int, Tensor] = {}  # outputs that later places add
+        for at, place in enumerate(places):
+            added = [(self.skips[place.skip.row], kept[place.skip.source])] if place.skip else []
+            added += [(self.loop_embed[place.row], one)] if cfg.loop_embed else []
+            added += [(self.value_scales[place.row, e], v) for e, v in enumerate(values)]
+            if place.again:
+                added.append((self.cross_scales[place.again.row], kept[place.again.source]))
+            # A tensor, as a number would make a graph of each block.
+            shrink = one * place.shrink if cfg.layer_scale else None
+            keep = None if drawn is None else drawn[at] >= place.drop
+            block = self.blocks[place.block]
+            x = block(x, x0, added, rope, seen[windows[at]], place.xsa, shrink, keep)
+            if place.kept:
+                kept[at] = x
         return self.final(x)
 
     @property
@@ -1716,96 +1870,6 @@ class GPT(nn.Module):
         return torch.cat(parts, -1)
 
 
-class Declared(NamedTuple):
-    group: str  # what updates it: matrix (Muon, unless AdamW is asked for), embed, head or scalar
-    start: float | str | None = None  # a number, the flag that has it; None: initial_value() draws
-
-
-# Every parameter, by the last word of its name.
-PARAMETERS = {
-    "embed": Declared("embed"),
-    "value_embeds": Declared("embed"),
-    "head": Declared("head"),
-    "qkv": Declared("matrix"),
-    "q": Declared("matrix"),
-    "kv": Declared("matrix"),
-    "proj": Declared("matrix"),
-    "fc": Declared("matrix"),
-    "value_proj": Declared("matrix"),
-    "mtp_proj": Declared("matrix"),
-    "attn_gate": Declared("matrix", 0.0),
-    "value_gate": Declared("matrix", 0.0),
-    "iha": Declared("scalar"),
-    "mix": Declared("scalar"),
-    "scales": Declared("scalar", 1.0),
-    "skips": Declared("scalar", 1.0),
-    "gains": Declared("scalar", 1.0),
-    "qk_gains": Declared("scalar", 1.0),
-    "final_gain": Declared("scalar", 1.0),
-    "q_gain": Declared("scalar", "q_gain"),
-    "resid_lambda": Declared("scalar", "resid_lambda"),
-    "x0_lambda": Declared("scalar", "x0_lambda"),
-    "loop_embed": Declared("scalar", 0.0),
-    "value_scales": Declared("scalar", 0.0),
-    "cross_scales": Declared("scalar", 0.0),
-}
-
-
-def declared(name: str) -> Declared:
-    """No parameter has a default: a new one would land in a group with a rate that nobody chose."""
-    leaf = name.split(".")[-1]
-    if leaf not in PARAMETERS:
-        raise AssertionError(
-            f"parameter {name} has neither start nor group: declare {leaf!r} in PARAMETERS")
-    return PARAMETERS[leaf]
-
-
-def initial_value(name: str, p: Tensor, cfg: Config) -> Tensor:
-    """
-    Initial value of one parameter in fp32, drawn from its own generator: a flag that adds a parameter does not change
-    the others. Remix (modded-nanogpt): q, k, v uniform with std 0.5/sqrt(D), fc uniform +-1/sqrt(D), outputs zero.
-    Xavier: normal with variance 2/(fan in + fan out), q, k and v being one map, as in Wortsman et al. 2023.
-    """
-    seed = int.from_bytes(hashlib.sha256(f"{cfg.seed} {name}".encode()).digest()[:8]) >> 1
-    rng = torch.Generator().manual_seed(seed)
-
-    def uniform(bound: float) -> Tensor:
-        return torch.rand(p.shape, generator=rng) * (2 * bound) - bound
-
-    leaf, width, start = name.split(".")[-1], cfg.dim**-0.5, declared(name).start
-    if start is not None:
-        return torch.full(p.shape, getattr(cfg, start) if isinstance(start, str) else start)
-    if leaf == "mix":
-        return torch.stack([torch.ones(cfg.dim), torch.zeros(cfg.dim)])
-    if leaf == "value_embeds":
-        return torch.randn(p.shape, generator=rng)
-    if cfg.init == "xavier" and (declared(name).group == "matrix" or leaf in ("embed", "head")):
-        fan_out = p.numel() // p.shape[-1] if leaf in ("qkv", "kv") else p.shape[-2]
-        std = (2 / (p.shape[-1] + fan_out)) ** 0.5
-        if leaf == "embed" or name.endswith("attn.proj"):
-            std = cfg.dim**-0.5 if leaf == "embed" else 0.02 / (2 * cfg.depth) ** 0.5
-        return torch.randn(p.shape, generator=rng) * std
-    if leaf in ("qkv", "q", "kv"):
-        return uniform(3**0.5 * (cfg.init_std or 0.5) * width)
-    if leaf == "fc":
-        return uniform(3**0.5 * cfg.init_std * width if cfg.init_std else width)
-    if leaf in ("value_proj", "mtp_proj"):
-        return uniform(3**0.5 * width)
-    if leaf == "proj":
-        return torch.randn(p.shape, generator=rng) * cfg.proj_init * width
-    if leaf == "iha":
-        return torch.eye(cfg.heads).expand(p.shape)
-    if leaf == "embed":
-        return torch.randn(p.shape, generator=rng) * cfg.embed_init
-    if leaf == "head" and is_number(cfg.head_init):
-        return torch.randn(p.shape, generator=rng) * float(cfg.head_init)
-    if leaf == "head" and cfg.head_init == "zero" and not cfg.tie_embed:
-        return torch.zeros(p.shape)
-    if leaf == "head":  # a tied table must not start at zero: it is the input as well
-        return uniform(cfg.dim**-0.5)
-    raise AssertionError(f"parameter {name} is declared without a start, and nothing draws it here")
-
-
 def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: int) -> GPT:
     with torch.device("meta"):
         model = GPT(cfg, dtype, seq_len)
@@ -1814,8 +1878,9 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: 
     model.to_empty(device=device).to(getattr(torch, cfg.param_dtype))
     model.cos, model.sin = (t.to(device) for t in rope_table(cfg, seq_len))
     with torch.no_grad():
+        said = declarations(model)
         for name, p in model.named_parameters():
-            p.copy_(initial_value(name, p, cfg))
+            p.copy_(initial_value(name, said[name], p.shape, cfg.seed))
     return model
 
 
@@ -1981,8 +2046,9 @@ class Bucket:
 def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
     """Every parameter in exactly one bucket: matrices of blocks by shape, embedding, head, and the rest."""
     groups: dict[tuple, dict[str, Tensor]] = {}
+    said = declarations(model)
     for name, p in model.named_parameters():
-        group = declared(name).group
+        group = said[name].group
         if group == "head":
             key = ("adamw", "head", cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd)
         elif group == "embed":
@@ -2953,11 +3019,11 @@ def found_near(cfg: Config, source: Path) -> Config:
     return cfg
 
 
-def parts_of(name: str) -> list[set[str]]:
+def parts_of(name: str, group: str) -> list[set[str]]:
     """The words of `transfer` that take a tensor, or each matrix of a stack: q, k, v are one parameter of three."""
     leaf, words = name.split(".")[-1], {"all"}
     words |= {w for w in ("attn", "mlp") if f".{w}." in name}
-    if declared(name).group == "scalar":
+    if group == "scalar":
         words.add("scalars")
     if "attn" not in words:
         return [words]
@@ -3011,10 +3077,10 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
 
     named, (theirs, path) = run.read_on_main(read)
     asked, words = set(cfg.transfer.split("+")), {"all", "attn", "qk", "vo", "mlp", "scalars"}
-    lines, count, attention = [], 0, False
+    lines, count, attention, said = [], 0, False, declarations(model)
     kinds: dict[tuple[str, str], list] = {}  # (fate, name without number): tensors, squared norms now and before
     for name, p in model.named_parameters():
-        parts = parts_of(name)
+        parts = parts_of(name, said[name].group)
         if not asked <= words:
             taken = range(len(parts)) if re.search(cfg.transfer, name) else []
         else:
@@ -3025,7 +3091,7 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
         if taken and name not in named:
             word = "missing"  # asked for, but the source has none
         elif taken and p.shape != named[name].shape:
-            table = declared(name).group in ("embed", "head")
+            table = said[name].group in ("embed", "head")
             if "all" not in asked or not table or p.shape[-1] != named[name].shape[-1]:
                 raise UserError(f"init_from {path}: {name} is {list(named[name].shape)} there and {list(p.shape)} here; "
                                 "leave it out with --transfer or --transfer_skip, or build the same shape")
@@ -3111,7 +3177,7 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
         run.log(f"notice: {line}")
     if cfg.tie_embed and cfg.head_init == "zero" and cfg.init == "remix":
         run.log("notice: a tied table cannot start at zero, as it is the input too: it starts uniform in +-1/sqrt(dim)")
-    for line in pattern_notices(cfg, [name for name, _ in model.named_parameters()]):
+    for line in pattern_notices(cfg, declarations(model)):
         run.log(f"notice: {line}")
     if cfg.init_from:
         transfer_weights(model, cfg, run)
@@ -3120,9 +3186,9 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
     return Parts(cfg, run, plan, model, compile_model(model, cfg), opt, Averages(cfg, opt), loader, val, tokenizer)
 
 
-def pattern_notices(cfg: Config, names: list[str]) -> list[str]:
+def pattern_notices(cfg: Config, names: dict[str, Declared]) -> list[str]:
     """Refuse a pattern of adamw_matrices that finds nothing. A rate of own_lr may wait, as other rates do, but is told."""
-    matrices = [n for n in names if declared(n).group == "matrix"]
+    matrices = [n for n, said in names.items() if said.group == "matrix"]
     adamws = [n for n in names if n not in matrices or cfg.optimizer == "adamw" or
               cfg.adamw_matrices and re.search(cfg.adamw_matrices, n)]
     need(not cfg.adamw_matrices or any(n in adamws for n in matrices), f"adamw_matrices = {cfg.adamw_matrices!r} matches no "
@@ -3719,10 +3785,6 @@ def main(argv: list[str] | None = None) -> int:
         return golf.main(argv[1:])
     try:
         cfg = parse_args(argv)
-        if cfg.dry_run:
-            from logs.dry_run import dry_run  # statistics live outside; logs/ is beside this file
-
-            return dry_run(cfg)
         if cfg.sample_from:
             return sample(cfg)
         with Run(cfg) as run:

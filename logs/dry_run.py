@@ -1,25 +1,38 @@
 """
-What a run will cost, without GPU, data or compiling: parameters by group, FLOPs, shards, memory, artifact, graphs, time.
+What a run will cost, without GPU, data or compiling: parameters by group, FLOPs, shards, memory,
+artifact, graphs, time; or what its forward pass is.
 
-    python train_gpt.py --config remix_m --dry_run [--json]        WORLD_SIZE=8 for the memory of one of eight ranks
+    python logs/dry_run.py --config remix_m              # WORLD_SIZE=8: the memory of one of eight ranks
+    python logs/dry_run.py --config remix_m --json       # the same as one JSON object
+    python logs/dry_run.py --config golf_loop --wiring   # the places of the forward pass, in order
+
+All other flags are train_gpt.py's.
 """
 
 import json
 import os
 import re
+import sys
+from pathlib import Path
 
 import torch
 
-from train_gpt import (
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from logs.endings import ending  # noqa: E402
+from train_gpt import (  # noqa: E402
     Config,
+    Place,
     Plan,
-    block_window,
+    Schedule,
+    UserError,
     build_model,
     head_width,
     hidden_width,
-    layer_order,
     param_buckets,
+    parse_args,
     shard_files,
+    wiring,
 )
 
 H100_FLOPS, ASSUMED_MFU = 989e12, 0.40  # dense bf16 peak of one H100, and the share of it that dry_run reckons with
@@ -41,8 +54,10 @@ def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int) -> int
     blocks = [*model.blocks, *([model.mtp_block] if cfg.mtp else [])]
     # iha mixes weights, once a step, and is not applied to tokens
     size = [sum(p.numel() for n, p in b.named_parameters() if p.ndim >= 2 and not n.endswith("iha")) for b in blocks]
-    order = layer_order(cfg, repeats) + [cfg.depth] * bool(cfg.mtp)
-    keys = [min(block_window(cfg, i, window) or seq_len, seq_len) for i in order]
+    places = wiring(cfg, repeats)
+    order = [p.block for p in places] + [cfg.depth] * bool(cfg.mtp)
+    windows = [window if p.windowed else 0 for p in places] + [0] * bool(cfg.mtp)
+    keys = [min(w or seq_len, seq_len) for w in windows]
     attention = 12 * cfg.heads * head_width(cfg) * sum(k - k * (k - 1) / (2 * seq_len) for k in keys)
     weights = sum(size[i] for i in order) + model.head.numel() * (2 if cfg.mtp else 1)
     return int(6 * (weights + (model.mtp_proj.numel() if cfg.mtp else 0)) + attention)
@@ -67,13 +82,13 @@ def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: in
     kept += (2 * cfg.dim + 2 * q) * bool(cfg.layer_norm)  # in fp32
     kept += kv / 2 * bool(cfg.value_proj)  # in every second block
     kept += cfg.dim / 2 * ((cfg.attn_dropout > 0) + (cfg.mlp_dropout > 0))  # a byte each
-    depth = max(len(layer_order(cfg, n.repeats)) for n in plan.moments()) + (2 if cfg.mtp else 0)  # its inputs: one more
+    depth = max(len(wiring(cfg, n.repeats)) for n in plan.moments()) + (2 if cfg.mtp else 0)  # its inputs: one more
     tokens = max(s.rows * s.seq_len for s in plan.train_shapes(world))
     logits = 3 * 4 * min(tokens, cfg.loss_chunk) * cfg.vocab
     return fixed + 2 * params * (b == 4) + int(2 * tokens * depth * kept) + logits
 
 
-def dry_run(cfg: Config) -> int:
+def cost(cfg: Config, as_json: bool) -> int:
     """Print what a run would cost, on the meta device: no GPU, no data, nothing written. Ranks come from WORLD_SIZE."""
     plan, world = Plan(cfg), int(os.environ.get("WORLD_SIZE", 1))
     shapes = plan.train_shapes(world)
@@ -100,7 +115,7 @@ def dry_run(cfg: Config) -> int:
         "graphs": {"train": [s._asdict() for s in shapes], "eval": [s._asdict() for s in plan.eval_shapes()]},
         "estimated_seconds": tokens * mean_flops / (8 * H100_FLOPS * ASSUMED_MFU), "world_size": world,
     }
-    if cfg.json:
+    if as_json:
         print(json.dumps(out))
         return 0
     print(f"{'kind':8}{'tensors':>8}{'parameters':>14}{'lr':>10}{'decay':>8}  names")
@@ -118,3 +133,54 @@ def dry_run(cfg: Config) -> int:
     print(f"graphs to compile: {len(shapes)} train, {len(plan.eval_shapes())} eval")
     print(f"time: {out['estimated_seconds']:.0f} s on 8xH100 at {ASSUMED_MFU:.0%} MFU")
     return 0
+
+
+def wiring_table(cfg: Config, repeats: int) -> list[str]:
+    """The places of a forward pass, a line each, under a heading."""
+    places, wide = wiring(cfg, repeats), max(Schedule("window", cfg.window).values()) > 0
+    lines = [f"{'place':>5}{'block':>6}{'visit':>6}  {'sees':8}{'adds':28}also"]
+    for at, place in enumerate(places):
+        sees = "window" if wide and place.windowed else "row"
+        adds = [f"place {place.skip.source}" if place.skip else ""]
+        adds += [f"last visit ({place.again.source})" if place.again else ""]
+        adds, also = ", ".join(filter(None, adds)) or "-", ", ".join(extras(cfg, place)) or "-"
+        lines.append(f"{at:5}{place.block:6}{place.visit:6}  {sees:8}{adds:28}{also}")
+    return lines
+
+
+def extras(cfg: Config, place: Place) -> list[str]:
+    """What else is done at a place, in words."""
+    values = cfg.value_proj and (cfg.depth - 1 - place.block) % 2 == 0
+    return [
+        *([f"loop vector {place.row}"] if cfg.loop_embed else []),
+        *([f"value tables by row {place.row}"] if cfg.value_embeds else []),
+        *(["value projection"] if values else []),
+        *(["exclusive self-attention"] if place.xsa else []),
+        *([f"inputs x {place.shrink:.3f}"] if cfg.layer_scale else []),
+        *([f"left out at {place.drop:.3f}"] if place.drop else []),
+    ]
+
+
+def print_wiring(cfg: Config) -> int:
+    """The table for every number of repeats that the schedule has."""
+    for repeats in Schedule("repeats", cfg.repeats).values():
+        again = f", blocks {cfg.loop} {int(repeats)} times" if cfg.loop else ""
+        print(f"repeats = {int(repeats)}: {len(wiring(cfg, int(repeats)))} places{again}")
+        print("\n".join(wiring_table(cfg, int(repeats))) + "\n")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    own = {"--json", "--wiring"} & set(argv)
+
+    def work() -> int:
+        cfg = parse_args([word for word in argv if word not in own])
+        return print_wiring(cfg) if "--wiring" in own else cost(cfg, "--json" in own)
+
+    return ending("error", work, UserError)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
+    sys.exit(main())

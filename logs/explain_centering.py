@@ -187,7 +187,9 @@ def head_optimizers(steps: int = 100, lr: float = 0.01) -> dict[str, tuple[float
     rules = {"AdamW": None, "SGD": sgd, "Muon": muon(), "Muon, row_norm": muon(row_norm=1), "Muon, normuon": muon(normuon=0.9)}
     models = {name: train_small(steps, lr, rule)[1] for name, rule in rules.items()}
     found = {name: row_statistics(m.head.detach()) for name, m in models.items()}
-    start = row_statistics(tg.initial_value("head", models["AdamW"].head, models["AdamW"].cfg).double())
+    model = models["AdamW"]
+    head = tg.initial_value("head", model.declared["head"], model.head.shape, model.cfg.seed)
+    start = row_statistics(head.double())
     return {name: (s["mu norm"], s["ratio norm"]) for name, s in {"at the start": start, **found}.items()}
 
 

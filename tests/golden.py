@@ -281,7 +281,8 @@ def measure(wanted: dict[str, list], data: Path, places: int) -> dict[str, dict]
     Make these runs, about `places` ranks at a time; their numbers. RuntimeError where one fails,
     with what it printed.
     """
-    waiting, running, found = [(name, 0) for name in wanted], {}, {}
+    waiting = [(name, 0) for name in sorted(wanted, key=lambda name: name.endswith("2 ranks"))]
+    running, found = {}, {}  # one rank before two: so no place is empty while a pair waits for it
     with tempfile.TemporaryDirectory() as temporary:
         try:
             while waiting or running:

@@ -62,8 +62,10 @@ def test_parameter_count_of_a_scale_is_off(name, count, width):
 def test_initial_values_are_not_xavier():
     """At d = 224 with the full head; the specs give the standard deviations of all but the input of the other half."""
     cfg = preset("centering_16m", "--depth", "6")
-    p = {n: tg.initial_value(n, t, cfg) for n, t in
-         tg.build_model(cfg, torch.device("meta"), torch.float32, 8).named_parameters() if ".1." in n or "blocks" not in n}
+    model = tg.build_model(cfg, torch.device("meta"), torch.float32, 8)
+    said = tg.declarations(model)
+    p = {n: tg.initial_value(n, said[n], t.shape, cfg.seed)
+         for n, t in model.named_parameters() if ".1." in n or "blocks" not in n}
     expected = {"head": 0.00629, "embed": 0.0668, "blocks.1.attn.qkv": 0.0472, "blocks.1.mlp.fc": 0.0449,
                 "blocks.1.mlp.proj": 0.0449, "blocks.1.attn.proj": 0.00577}
     for name, std in expected.items():

@@ -505,6 +505,40 @@ def test_deeper_phase_does_not_begin_with_the_shallower_one(depth, data):
         assert set(less) == set(range(depth))
 
 
+@given(st.integers(1, 7), st.integers(1, 4), st.sampled_from([0, 1, 2]), st.booleans(), st.data())
+def test_wiring_joins_the_places_that_a_stack_and_a_memory_of_blocks_join(
+    depth, repeats, unet, cross, data
+):
+    """The U-net as a stack that is filled and emptied; a block's last output as it is remembered."""
+    low = data.draw(st.integers(0, depth - 1))
+    high = data.draw(st.integers(low + 1, depth))
+    most = repeats + data.draw(st.integers(0, 2))
+    cfg = tiny(depth=depth, loop=f"{low}:{high}", repeats=f"0:1 0.5:{most}", unet=unet)
+    cfg.cross_repeat, cfg.xsa = int(cross), data.draw(st.integers(-1, 3))
+    places, order = tg.wiring(cfg, repeats), tg.layer_order(cfg, repeats)
+    assert [place.block for place in places] == order
+    stack, outputs, seen = [], {}, {}
+    for at, (place, block) in enumerate(zip(places, order)):
+        skip = None
+        if unet == 1 and at >= len(order) // 2 and stack:
+            skip = stack.pop(), at - len(order) // 2
+        if unet == 2 and block >= depth - depth // 2:
+            skip = outputs[depth - 1 - block], block - depth + depth // 2
+        assert place.skip == skip
+        passed = seen.get(block, 0)
+        again = (outputs[block], (block - low, passed - 1)) if cross and passed else None
+        assert place.again == again and place.visit == passed
+        assert place.xsa == (cfg.xsa < 0 or len(order) - at <= cfg.xsa)
+        behind = [b for b in order[at:] if b >= high] if block >= high else []
+        deepest = depth + (high - low) * (most - 1)
+        assert place.row == (deepest - len(behind) if behind else at)
+        if unet == 1 and at < len(order) // 2:
+            stack.append(at)
+        outputs[block], seen[block] = at, passed + 1
+    used = {added.source for p in places for added in (p.skip, p.again) if added}
+    assert {at for at, place in enumerate(places) if place.kept} == used
+
+
 def by_hand(p: dict, cfg: tg.Config, x: torch.Tensor, order: list[int], window: int) -> torch.Tensor:
     """Spec 1.2 to 1.5 as plain as it gets: a second model, from a dictionary of weights."""
     rms = lambda z: F.rms_norm(z, (z.size(-1),), eps=cfg.norm_eps)

@@ -406,46 +406,11 @@ def test_a_parameter_that_is_not_declared_has_neither_group_nor_start():
     cfg = tiny()
     model = build(cfg)
     model.blocks[1].mlp.up = torch.nn.Parameter(torch.empty(64, 32))
-    for act in (
-        lambda: tg.param_buckets(cfg, model, alone()),
-        lambda: tg.initial_value("blocks.1.mlp.up", model.blocks[1].mlp.up, cfg),
-    ):
-        with pytest.raises(AssertionError, match=r"blocks\.1\.mlp\.up .*declare 'up'"):
+    for act in (lambda: tg.param_buckets(cfg, model, alone()), lambda: tg.declarations(model)):
+        with pytest.raises(AssertionError, match=r"blocks\.1\.mlp\.up .*make it by declare"):
             act()
-
-
-EVERYTHING = {
-    "activation": "swiglu",
-    "attn_gate": 8,
-    "value_proj": 8,
-    "iha": 1,
-    "resid_lambda": 1.1,
-    "x0_lambda": 0.1,
-    "unet": 1,
-    "block_scales": 1,
-    "q_gain": 1.5,
-    "layer_norm": 1,
-    "loop": "0:1",
-    "repeats": "2",
-    "loop_embed": 1,
-    "value_embeds": 1,
-    "cross_repeat": 1,
-    "mtp": 0.3,
-    "init_std": 1.0,
-    "proj_init": 1.0,
-}
-
-
-def test_a_declaration_without_a_parameter_is_left_over():
-    """
-    Two models have every parameter that there is: with heads of their own for keys and without.
-    """
-    names = {
-        n.split(".")[-1]
-        for cfg in (tiny(**EVERYTHING), tiny(kv_heads=1))
-        for n, _ in build(cfg).named_parameters()
-    }
-    assert names == set(tg.PARAMETERS)
+    with pytest.raises(AssertionError, match="up: no group is called matrices"):
+        model.blocks[1].mlp.declare("up", "matrices", 0.0, 64, 32)
 
 
 def test_bucket_is_a_copy_of_the_weights():
@@ -840,10 +805,8 @@ def test_rounded_weights_in_training_make_no_step_wait(tmp_path, monkeypatch, no
     with traffic:
         tg.train_step(p, 0, p.plan.at(0, 0.0))
     assert not traffic.waits and all(non_blocking for _, _, non_blocking in traffic.copies)
-    matrices = sum(
-        tg.declared(n).group == "matrix" or n in ("embed", "head")
-        for n, _ in p.model.named_parameters()
-    )
+    said = tg.declarations(p.model).values()
+    matrices = sum(each.group == "matrix" or each.group in ("embed", "head") for each in said)
     assert len(traffic.copies) == 2 + noise * matrices
 
 

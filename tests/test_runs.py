@@ -964,7 +964,8 @@ PRESETS += [["remix_m", "on_cpu"], ["remix_m", "one_gpu"]]
 @pytest.mark.parametrize("preset", PRESETS, ids=" ".join)
 def test_dry_run(server, tmp_path, preset):
     """For every preset on eight ranks, without GPU and data: one JSON object, exit code 0, nothing written."""
-    ended = server.run("--config", *preset, "--dry_run", "--json", cwd=tmp_path, env={"WORLD_SIZE": "8"})
+    argv, env = ("--config", *preset, "--json"), {"WORLD_SIZE": "8"}
+    ended = server.run(*argv, cwd=tmp_path, env=env, program="logs.dry_run")
     assert ended.code == 0, ended.text
     found = json.loads(ended.out)
     keys = set("params groups flops_per_token tokens shards_needed memory_bytes artifact_bytes graphs "
@@ -978,10 +979,22 @@ def test_dry_run(server, tmp_path, preset):
 
 def test_dry_run_on_the_command_itself(tmp_path):
     """What a person types, from any folder; the table names the parts."""
-    ended = subprocess.run([sys.executable, TRAINER, "--config", "remix_a", "--dry_run"], cwd=tmp_path,
+    program = ROOT / "logs" / "dry_run.py"
+    ended = subprocess.run([sys.executable, program, "--config", "remix_a"], cwd=tmp_path,
                            capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "123,568,128" in ended.stdout.replace("_", ",") and not list(tmp_path.iterdir())
+
+
+def test_the_wiring_of_a_preset_is_a_table_of_its_places(server, tmp_path):
+    argv = ("--config", "golf_progressive", "--wiring")
+    ended = server.run(*argv, cwd=tmp_path, program="logs.dry_run")
+    assert ended.code == 0, ended.text
+    *_, last = ended.out.strip().split("repeats = ")
+    rows = [line.split() for line in last.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["0", "1", "2"] * 4 and [row[0] for row in rows][-1] == "11"
+    assert "last visit (8)" in last.splitlines()[-1] and "exclusive" in last.splitlines()[-1]
+    assert ended.out.count("repeats = ") == 3
 
 
 @pytest.fixture(scope="session")

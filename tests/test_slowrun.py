@@ -294,8 +294,7 @@ def test_stochastic_depth_leaves_out_the_block_of_mtp_as_one_behind_the_last():
 )
 def test_pattern_gives_a_block_another_window(pattern, depth, windows):
     cfg = tiny(depth=depth, window_pattern=pattern, window="9")
-    assert [tg.block_window(cfg, i, 9) for i in range(depth)] == windows
-    assert tg.block_window(cfg, depth, 9) == (0 if pattern else 9)
+    assert [9 if place.windowed else 0 for place in tg.wiring(cfg, 1)] == windows
 
 
 def test_pattern_of_windows_that_cover_the_row_changes_bits():

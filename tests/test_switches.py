@@ -313,7 +313,7 @@ def test_run_that_was_begun_goes_on_although_one_of_its_switches_does_nothing(tm
 
 
 def test_pattern_that_finds_nothing_is_refused_or_told():
-    names = [name for name, _ in build(tiny(x0_lambda=0.1)).named_parameters()]
+    names = tg.declarations(build(tiny(x0_lambda=0.1)))
     assert "adamw_matrices" in refusal(lambda: tg.pattern_notices(tiny(adamw_matrices="nothing"), names))
     assert "adamw_matrices" in refusal(lambda: tg.pattern_notices(tiny(adamw_matrices="head"), names))
     assert tg.pattern_notices(tiny(adamw_matrices="qkv", own_lr="qkv=0.1 x0_lambda=0.1"), names) == []
