@@ -265,7 +265,7 @@ def g(x) :
 def test_unpacking_runs_nothing_and_gives_every_module(packed_file, tmp_path, capsys):
     assert set(pack.unpack(packed_file.read_text())) >= {"train_gpt", "golf", "slowrun"}
     assert pack.main(["--unpack", str(packed_file), "--out", str(tmp_path / "shown")]) == 0
-    assert "class GPT(nn.Module):" in (tmp_path / "shown/train_gpt.py").read_text()
+    assert "class GPT(Declaring):" in (tmp_path / "shown/train_gpt.py").read_text()
     assert pack.main(["--unpack", str(ROOT / "golf.py"), "--out", str(tmp_path / "no")]) == 2
     assert "no file that logs/pack.py wrote" in capsys.readouterr().err
     assert pack.main(["/etc/hosts", "--out", str(tmp_path / "no.py")]) == 2
