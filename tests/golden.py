@@ -40,11 +40,15 @@ PORTABLE = {
 }
 FILE, ROOT = Path(__file__).with_suffix(".json"), Path(__file__).resolve().parent.parent
 LAYERS = {"on_cpu", "one_gpu"}  # configurations that are no presets by themselves
-ELSEWHERE = 1e-5  # relative difference that another machine may show in losses and norms of tensors
-GRADIENT_ELSEWHERE = 1e-3  # and in the norm of gradients, small differences of large numbers
-BFLOAT16_ELSEWHERE = (
-    2e-3  # and where weights are bfloat16: they round what differs in fp32's last bit
-)
+# Relative differences that another machine may show: in losses, weights and averages ...
+ELSEWHERE = 1e-5
+# ... in what is nearer to zero, or rounded to integers ...
+LOOSER = {"grad_norm": 1e-3, "optimizer": 1e-3, "artifact": 1e-4, "roundtrip": 1e-4}
+# ... and in runs that blow up the last bit: weights in bfloat16, or rounded in training, and a gate
+# whose first steps of AdamW have the signs of gradients that are nearly zero.
+LOOSEST = {"bfloat16": 2e-3, "golf_cpu qat": 2e-3, "slowrun_tiny": 0.1}
+# Set: with the machine's own instructions, as if it were another one. Shows that the bounds hold.
+NATIVE = "GOLDEN_NATIVE" in os.environ
 STEPS = 6
 
 SMALL = {
@@ -352,6 +356,13 @@ def numbers(value) -> list[float]:
     return [float.fromhex(word) for word in ([words] if isinstance(words, str) else words)]
 
 
+def bound_of(name: str, key: str) -> float:
+    """The relative difference that an entry of a run may have on another machine."""
+    looser = [bound for word, bound in LOOSER.items() if word in key]
+    loosest = [bound for word, bound in LOOSEST.items() if word in name]
+    return max([ELSEWHERE, *looser, *loosest])
+
+
 def differences(kept: dict, found: dict, exact: bool, name: str) -> list[str]:
     """One line for each entry of a run that is not what it was."""
     if not kept:
@@ -361,11 +372,13 @@ def differences(kept: dict, found: dict, exact: bool, name: str) -> list[str]:
         for key in sorted(kept.keys() ^ found.keys())
     ]
     for key in (key for key in kept if key in found and kept[key] != found[key]):
-        bound = GRADIENT_ELSEWHERE if key == "grad_norm" else ELSEWHERE
-        bound = BFLOAT16_ELSEWHERE if "bfloat16" in name else bound
         pairs = list(zip(numbers(kept[key]), numbers(found[key]), strict=False))
         far = max((abs(a - b) / max(abs(a), 1e-30) for a, b in pairs), default=math.inf)
-        if exact or far > bound or len(numbers(kept[key])) != len(numbers(found[key])):
+        if (
+            exact
+            or far > bound_of(name, key)
+            or len(numbers(kept[key])) != len(numbers(found[key]))
+        ):
             at = next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
             was, now = pairs[at] if pairs else (math.nan, math.nan)
             lines.append(
@@ -410,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
 
         train_gpt.parse_args(["--run", "warm"])  # tyro's first parsing is slow
         found = measure(wanted, data, flags.places)
-    exact = machine() == kept["machine"]
+    exact = machine() == kept["machine"] and not NATIVE
     moved = [
         line
         for name in wanted
@@ -419,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
     gone = sorted(kept["runs"].keys() - runs().keys())
     for line in [*moved, *(f"{name}: no longer a run" for name in gone)]:
         print(line)
-    how = "to the bit" if exact else f"to {ELSEWHERE:g}: another machine than the file's"
+    how = "to the bit" if exact else "within bounds, on another machine than the file's"
     print(
         f"{len(found)} runs compared {how}, {len(moved)} entries moved, {time.perf_counter() - began:.0f} s"
     )
@@ -441,10 +454,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if (
-        any(os.environ.get(key) != value for key, value in PORTABLE.items())
-        and "GOLDEN_NATIVE" not in os.environ
-    ):
+    if any(os.environ.get(key) != value for key, value in PORTABLE.items()) and not NATIVE:
         os.execve(
             sys.executable, [sys.executable, *sys.argv], os.environ | PORTABLE
         )  # torch reads them when it loads
