@@ -3519,8 +3519,6 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
         run.log(f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, "
                 "and the evaluation is of these; artifact and sample are of the schedules' end, "
                 f"repeats {end.repeats}, window {end.window}")
-    if cfg.final_weights not in ["live", *p.avg.ready()]:
-        raise UserError(f"final_weights = {cfg.final_weights!r}, but no snapshot was taken: lower --swa_start or --swa_every")
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
     result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}
     result |= {k: v for k, v in found.items() if k not in result}
