@@ -1,18 +1,21 @@
 """
-Pre-pre-training: a GPT learns the trajectories of random neural cellular automata (NCA) before it sees any text.
+Pre-pre-training: a GPT learns the trajectories of random neural cellular automata (NCA) before it
+sees any text.
 
     python pre_pre_train.py --like tiny_cpu --run nca            # a model like that preset's; then train_gpt.py can start
-                                                                 # with --init_from logs/nca --transfer attn
+                                                                 # with --init_from logs/nca
+                                                                 --transfer attn
     python pre_pre_train.py --generate_only                      # make rules and tokens, say how fast
     python pre_pre_train.py --generate_only --json               # the same as one JSON object
     python pre_pre_train.py --picture nca.png                    # sample trajectories, accepted and rejected rules
     python pre_pre_train.py --nca_compat paper --generate_only   # the paper's choices instead of the pull request's
 
-A rule is a tiny random convolution that maps a 12x12 grid of 10 colours to the next one. A row of training data shows
-one rule's grids one after another, each cut into patches that are one token each; predicting the next token means
-finding the rule in the context. Model, optimizer, loop, log and checkpoints are train_gpt.py's. After the paper's code
-(danihyunlee/nca-pre-pretraining) and its port to the slowrun (qlabs-eng/slowrun, pull request 63); the two differ in a
-dozen choices, each a flag here: see COMPAT.
+A rule is a tiny random convolution that maps a 12x12 grid of 10 colours to the next one. A row of
+training data shows one rule's grids one after another, each cut into patches that are one token
+each; predicting the next token means finding the rule in the context. Model, optimizer, loop, log
+and checkpoints are train_gpt.py's. After the paper's code (danihyunlee/nca-pre-pretraining) and its
+port to the slowrun (qlabs-eng/slowrun, pull request 63); the two differ in a dozen choices, each a
+flag here: see COMPAT.
 
 Read it from top to bottom:
     Config       flags; the two published sets of choices; what cannot work
@@ -27,8 +30,8 @@ Read it from top to bottom:
     Picture      what rules look like
     Main         the command line
 
-Letters: R rows (one automaton each), N rules, C = grid*grid cells, d colours, W tokens of a row, L inputs of a row.
-Nothing happens at import.
+Letters: R rows (one automaton each), N rules, C = grid*grid cells, d colours, W tokens of a row, L
+inputs of a row. Nothing happens at import.
 """
 
 import argparse
@@ -67,9 +70,12 @@ from train_gpt import Config, UserError
 @dataclass
 class PrePreConfig(Config):
     # --- nca
-    like: tuple[str, ...] = ()  # presets of the language run (or its config.toml): the model is theirs (pr63: see LIKE_PR63)
-    nca_compat: str = "pr63"  # whose choices the flags below start from: pr63 (slowrun pull request 63) or paper
-    nca_seed: int = 0  # seeds rules and start grids; `seed` is for weights, so that arms and seeds share their data
+    # presets of the language run (or its config.toml): the model is theirs (pr63: see LIKE_PR63)
+    like: tuple[str, ...] = ()
+    # whose choices the flags below start from: pr63 (slowrun pull request 63) or paper
+    nca_compat: str = "pr63"
+    # seeds rules and start grids; `seed` is for weights, so that arms and seeds share their data
+    nca_seed: int = 0
     nca_grid: int = 12  # cells along one side of the grid, which is a torus
     nca_patch: int = 2  # cells along one side of the patch that is one token
     nca_colors: int = 10  # states of a cell
@@ -78,26 +84,35 @@ class PrePreConfig(Config):
     nca_temperature: float = 1e-4  # of the choice of a cell's next colour; 0: always the likeliest
     nca_identity: float = 0.0  # added to the logit of the colour that the cell has
     nca_rule_init: str = "normal"  # a rule's weights: normal, or lecun (fan-in, colours padded)
-    nca_start: str = "uniform"  # start grids: uniform, or skewed (colour frequencies drawn per grid)
+    # start grids: uniform, or skewed (colour frequencies drawn per grid)
+    nca_start: str = "uniform"
     nca_record: str = "after"  # first recorded grid: after nca_dt steps more, or before them
     nca_seq_len: int = 1024  # tokens of a row, at most
-    nca_last: str = "whole"  # last grid of a row: whole (the row ends with it) or cut (the row is full)
+    # last grid of a row: whole (the row ends with it) or cut (the row is full)
+    nca_last: str = "whole"
     nca_min_grid: int = 1  # first grids of a row that are context only
     nca_delimiter_loss: int = 0  # 1: the tokens around a grid are predicted too
-    nca_filter: str = "pr63"  # which rollout is compressed to judge a rule: pr63, paper, or none (all rules pass)
-    nca_band: str = "0.5:1"  # accepted gzip size over raw size (int32 tokens; noise reaches 0.67), low:high or low:
-    nca_tries: int = 100  # the search for rules gives up when fewer than one candidate in so many passes
+    # which rollout is compressed to judge a rule: pr63, paper, or none (all rules pass)
+    nca_filter: str = "pr63"
+    # accepted gzip size over raw size (int32 tokens; noise reaches 0.67), low:high or low:
+    nca_band: str = "0.5:1"
+    # the search for rules gives up when fewer than one candidate in so many passes
+    nca_tries: int = 100
     nca_sims_per_rule: int = 10  # rows of an epoch that share a rule
     nca_tokens: int = 50_000_000  # training tokens of an epoch
     nca_val_tokens: int = 16_000_000  # validation tokens, of other rules
     nca_epochs: int = 6  # passes
-    nca_regen: int = 1  # 1: new start grids every epoch, of the same rules; 0: the same rows in another order
+    # 1: new start grids every epoch, of the same rules; 0: the same rows in another order
+    nca_regen: int = 1
     nca_vocab: int = 0  # rows of embedding and head; 0: as many as there are tokens
-    nca_control: str = ""  # what is wrong on purpose: random (cells), shuffled (order of grids), still (no change)
+    # what is wrong on purpose: random (cells), shuffled (order of grids), still (no change)
+    nca_control: str = ""
     nca_cache: str = "data/nca"  # folder where rules and rows are kept; empty: nowhere
     nca_threads: int = 0  # threads that generate; 0: the cores of this machine over its ranks
-    nca_measured: int = 64  # validation rows, each of another rule where there are so many, for next-grid accuracy
-    generate_only: bool = False  # generate rules, epoch 0 and validation rows, report speed and hash, then leave
+    # validation rows, each of another rule where there are so many, for next-grid accuracy
+    nca_measured: int = 64
+    # generate rules, epoch 0 and validation rows, report speed and hash, then leave
+    generate_only: bool = False
     json: bool = False  # with generate_only: print one JSON object
     picture: str = ""  # with generate_only, or alone: draw rules into this PNG file
 
@@ -130,52 +145,114 @@ FOLLOWS = {
 # What is about text, an artifact of it, samples or a leaderboard, and so does nothing here; with
 # the value that it has.
 TEXT = {"data": "", "tokenizer": "", "doc_token": 0, "doc_mask": 0, "train_tokens": 0, "shuffle": 0}
-IDLE = TEXT | {
-    name: t.FIELDS[name].default
-    for name in (
-        *("track", "average_epochs", "export", "export_codec", "artifact_limit", "gptq", "qat"),
-        *("qat_noise", "score", "stride", "prove_bytes", "sample_from", "prompt", "sample_tokens"),
-        *("temperature", "top_k", *(name for name in t.FIELDS if name.startswith("rule_"))),
-    )
-} | {"export": ""}
-# Differences between the two sources, and what they were trained with. Presets and flags win over these.
+IDLE = (
+    TEXT
+    | {
+        name: t.FIELDS[name].default
+        for name in (
+            *("track", "average_epochs", "export", "export_codec", "artifact_limit", "gptq", "qat"),
+            *(
+                "qat_noise",
+                "score",
+                "stride",
+                "prove_bytes",
+                "sample_from",
+                "prompt",
+                "sample_tokens",
+            ),
+            *("temperature", "top_k", *(name for name in t.FIELDS if name.startswith("rule_"))),
+        )
+    }
+    | {"export": ""}
+)
+# Differences between the two sources, and what they were trained with. Presets and flags win over
+# these.
 COMPAT = {
     "pr63": {
-        "nca_rule_init": "normal", "nca_start": "uniform", "nca_record": "after", "nca_last": "whole",
-        "nca_delimiter_loss": 0, "nca_filter": "pr63", "nca_band": "0.5:1", "nca_sims_per_rule": 10, "nca_vocab": 0,
-        "nca_tokens": 50_000_000, "nca_val_tokens": 16_000_000, "nca_epochs": 6,  # 5,061 rules; 300 M tokens
+        "nca_rule_init": "normal",
+        "nca_start": "uniform",
+        "nca_record": "after",
+        "nca_last": "whole",
+        "nca_delimiter_loss": 0,
+        "nca_filter": "pr63",
+        "nca_band": "0.5:1",
+        "nca_sims_per_rule": 10,
+        "nca_vocab": 0,
+        # 5,061 rules; 300 M tokens
+        "nca_tokens": 50_000_000,
+        "nca_val_tokens": 16_000_000,
+        "nca_epochs": 6,
         "eval_every": 790,
-        # (s+1)/237 in its 4,740 steps: the first update already moves, as its log's lr of 2.53e-06 at step 1 says
-        "batch_tokens": "63232", "optimizer": "adamw", "lr": "0:1/237 236/4740>1 0.85:1 1>0", "beta1": 0.9, "beta2": 0.95,
-        "adam_eps": 1e-8, "adamw_lr": 6e-4, "embed_lr": 6e-4, "head_lr": 6e-4, "scalar_lr": 6e-4, "matrix_wd": 0.3,
-        "embed_wd": 0.3, "scalar_wd": 0.3,
+        # (s+1)/237 in its 4,740 steps: the first update already moves, as its log's lr of 2.53e-06
+        # at step 1 says
+        "batch_tokens": "63232",
+        "optimizer": "adamw",
+        "lr": "0:1/237 236/4740>1 0.85:1 1>0",
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "adam_eps": 1e-8,
+        "adamw_lr": 6e-4,
+        "embed_lr": 6e-4,
+        "head_lr": 6e-4,
+        "scalar_lr": 6e-4,
+        "matrix_wd": 0.3,
+        "embed_wd": 0.3,
+        "scalar_wd": 0.3,
     },
     "paper": {
-        "nca_rule_init": "lecun", "nca_start": "skewed", "nca_record": "before", "nca_last": "cut",
-        "nca_delimiter_loss": 1, "nca_filter": "paper", "nca_band": "0.5:", "nca_sims_per_rule": 1, "nca_vocab": 64000,
-        "nca_tokens": 16_384_000, "nca_val_tokens": 3_276_800, "nca_epochs": 10,  # 16,000 rules; 164 M tokens
+        "nca_rule_init": "lecun",
+        "nca_start": "skewed",
+        "nca_record": "before",
+        "nca_last": "cut",
+        "nca_delimiter_loss": 1,
+        "nca_filter": "paper",
+        "nca_band": "0.5:",
+        "nca_sims_per_rule": 1,
+        "nca_vocab": 64000,
+        # 16,000 rules; 164 M tokens
+        "nca_tokens": 16_384_000,
+        "nca_val_tokens": 3_276_800,
+        "nca_epochs": 10,
         "eval_every": 500,
         # Its checkpoint is taken at epoch 10 of 100, exactly where the warm-up ends.
-        "batch_tokens": "32768", "optimizer": "adamw", "lr": "0:0 1>1", "beta1": 0.9, "beta2": 0.999,
-        "adam_eps": 1e-8, "adamw_lr": 1e-4, "embed_lr": 1e-4, "head_lr": 1e-4, "scalar_lr": 1e-4, "matrix_wd": 0.0,
-        "embed_wd": 0.0, "scalar_wd": 0.0,
+        "batch_tokens": "32768",
+        "optimizer": "adamw",
+        "lr": "0:0 1>1",
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "adam_eps": 1e-8,
+        "adamw_lr": 1e-4,
+        "embed_lr": 1e-4,
+        "head_lr": 1e-4,
+        "scalar_lr": 1e-4,
+        "matrix_wd": 0.0,
+        "embed_wd": 0.0,
+        "scalar_wd": 0.0,
     },
 }
 
 
 # Fields that make the model, as they stand in Config; what documents mean is no part of it.
-MODEL = [name for name in t.FIELDS if list(t.FIELDS).index("depth") <= list(t.FIELDS).index(name) <
-         list(t.FIELDS).index("optimizer") and name != "doc_mask"]
+MODEL = [
+    name
+    for name in t.FIELDS
+    if list(t.FIELDS).index("depth")
+    <= list(t.FIELDS).index(name)
+    < list(t.FIELDS).index("optimizer")
+    and name != "doc_mask"
+]
 
 
-# The pull request's model was the language run's without what regularises that run, its projections began at zero, and
-# short windows were half a row.
+# The pull request's model was the language run's without what regularises that run, its projections
+# began at zero, and short windows were half a row.
 LIKE_PR63 = {"mtp": 0.0, "stoch_depth": 0.0, "iha": 0, "proj_init": 0.0}
 
 
 def like_pr63(model: dict, seq_len: int) -> dict:
-    """The model of a language run as the pull request pre-pre-trained it. Replays are left out too, but where parameters
-    belong to positions: those of another number of repeats would fit none of the language run's."""
+    """The model of a language run as the pull request pre-pre-trained it. Replays are left out too,
+    but where parameters belong to positions: those of another number of repeats would fit none of
+    the language run's.
+    """
     cfg = Config(**model)
     if cfg.window_pattern and cfg.window != "0":
         model = model | {"window": str(seq_len // 2 + 1)}
@@ -188,8 +265,10 @@ def refuse_idle(values: dict, where: str = "") -> None:
     """UserError where a field is given that follows from others here, or that does nothing here."""
     for key, value in values.items():
         if key in FOLLOWS:
-            raise UserError(f"{where}{key} = {value!r}: in pre-pre-training it follows from "
-                            f"{FOLLOWS[key]}: give those instead")
+            raise UserError(
+                f"{where}{key} = {value!r}: in pre-pre-training it follows from "
+                f"{FOLLOWS[key]}: give those instead"
+            )
         if key in IDLE and str(value) != str(IDLE[key]):
             raise UserError(
                 f"{where}{key} = {value!r}: does nothing in pre-pre-training, which knows "
@@ -213,8 +292,11 @@ def given_flags(argv: list[str]) -> dict[str, str]:
 class Flags(PrePreConfig):
     """PrePreConfig as --help shows it: without the flags that are refused."""
 
-    __annotations__ = {f.name: Annotated[f.type, tyro.conf.Suppress] for f in t.FIELDS.values()
-                       if f.name in FOLLOWS or f.name in IDLE}
+    __annotations__ = {
+        f.name: Annotated[f.type, tyro.conf.Suppress]
+        for f in t.FIELDS.values()
+        if f.name in FOLLOWS or f.name in IDLE
+    }
 
 
 def read_preset(name: str) -> dict:
@@ -241,12 +323,16 @@ def make_config(**values) -> PrePreConfig:
 
 def compat_values(compat: str) -> dict:
     if compat not in COMPAT:
-        raise UserError(f"nca_compat = {compat!r}: must be one of {', '.join(repr(c) for c in COMPAT)}")
+        raise UserError(
+            f"nca_compat = {compat!r}: must be one of {', '.join(repr(c) for c in COMPAT)}"
+        )
     return IDLE | COMPAT[compat] | {"nca_compat": compat}
 
 
 def parse_args(argv: list[str]) -> PrePreConfig:
-    """Defaults < choices of nca_compat < the model of `like` < presets from left to right < flags."""
+    """
+    Defaults < choices of nca_compat < the model of `like` < presets from left to right < flags.
+    """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", nargs="*", action="extend", default=[])
     early.add_argument("--like", nargs="*", action="extend", default=[])
@@ -265,10 +351,20 @@ def parse_args(argv: list[str]) -> PrePreConfig:
     compat = given.nca_compat or presets.get("nca_compat", PrePreConfig.nca_compat)
     if model and compat == "pr63":
         seq_len = given.nca_seq_len or ""  # what is no number is refused below
-        model = like_pr63(model, int(seq_len) if seq_len.isdecimal() else presets.get("nca_seq_len", PrePreConfig.nca_seq_len))
+        model = like_pr63(
+            model,
+            int(seq_len)
+            if seq_len.isdecimal()
+            else presets.get("nca_seq_len", PrePreConfig.nca_seq_len),
+        )
     merged = compat_values(compat) | model | presets
-    cfg = tyro.cli(Flags, args=argv, default=PrePreConfig(**merged), use_underscores=True,
-                   description=__doc__.split("Read it")[0])
+    cfg = tyro.cli(
+        Flags,
+        args=argv,
+        default=PrePreConfig(**merged),
+        use_underscores=True,
+        description=__doc__.split("Read it")[0],
+    )
     cfg = PrePreConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)})
     cfg.config = tuple(given.config)
     cfg.run = cfg.run or "-".join([Path(n).stem for n in given.config] or ["nca"]) + f"-s{cfg.seed}"
@@ -292,36 +388,71 @@ def validate(cfg: PrePreConfig) -> None:
         if not ok:
             raise UserError(message)
 
-    for key, allowed in {"nca_compat": COMPAT, "nca_rule_init": ("normal", "lecun"), "nca_start": ("uniform", "skewed"),
-                         "nca_record": ("after", "before"), "nca_last": ("whole", "cut"),
-                         "nca_filter": ("pr63", "paper", "none"),
-                         "nca_control": ("", "random", "shuffled", "still")}.items():
+    for key, allowed in {
+        "nca_compat": COMPAT,
+        "nca_rule_init": ("normal", "lecun"),
+        "nca_start": ("uniform", "skewed"),
+        "nca_record": ("after", "before"),
+        "nca_last": ("whole", "cut"),
+        "nca_filter": ("pr63", "paper", "none"),
+        "nca_control": ("", "random", "shuffled", "still"),
+    }.items():
         value = getattr(cfg, key)
-        need(value in allowed, f"{key} = {value!r}: must be one of {', '.join(repr(a) for a in allowed)}")
+        need(
+            value in allowed,
+            f"{key} = {value!r}: must be one of {', '.join(repr(a) for a in allowed)}",
+        )
     t.check_numbers(cfg, NCA_LIMITS)
     below = cfg.nca_grid - cfg.nca_grid % cfg.nca_patch
     near = f"{below} or {below + cfg.nca_patch}" if below else f"{cfg.nca_patch}"
-    need(cfg.nca_grid % cfg.nca_patch == 0, f"nca_grid = {cfg.nca_grid} cannot be cut into patches of nca_patch = "
-         f"{cfg.nca_patch} cells: choose --nca_grid {near}")
+    need(
+        cfg.nca_grid % cfg.nca_patch == 0,
+        f"nca_grid = {cfg.nca_grid} cannot be cut into patches of nca_patch = "
+        f"{cfg.nca_patch} cells: choose --nca_grid {near}",
+    )
     need(2 <= cfg.nca_colors <= 16, f"nca_colors = {cfg.nca_colors}: 2 to 16 colours are possible")
     # told as a power: the number itself may have more digits than Python prints
-    fits = max((p for p in range(1, 5) if cfg.nca_colors ** (p * p) + 2 <= 65536 and cfg.nca_grid % p == 0), default=1)
-    need(cfg.nca_patch < 5 and vocabulary(cfg) <= 65536, f"nca_colors = {cfg.nca_colors} and nca_patch = {cfg.nca_patch} make "
-         f"{cfg.nca_colors}^{cfg.nca_patch**2} tokens, but rows hold uint16: choose fewer colours or --nca_patch {fits}")
-    need(cfg.nca_vocab == 0 or cfg.nca_vocab >= vocabulary(cfg), f"nca_vocab = {cfg.nca_vocab}: there are "
-         f"{vocabulary(cfg)} tokens; 0 takes just these")
+    fits = max(
+        (
+            p
+            for p in range(1, 5)
+            if cfg.nca_colors ** (p * p) + 2 <= 65536 and cfg.nca_grid % p == 0
+        ),
+        default=1,
+    )
+    need(
+        cfg.nca_patch < 5 and vocabulary(cfg) <= 65536,
+        f"nca_colors = {cfg.nca_colors} and nca_patch = {cfg.nca_patch} make "
+        f"{cfg.nca_colors}^{cfg.nca_patch**2} tokens, but rows hold uint16: choose fewer "
+        f"colours or --nca_patch {fits}",
+    )
+    need(
+        cfg.nca_vocab == 0 or cfg.nca_vocab >= vocabulary(cfg),
+        f"nca_vocab = {cfg.nca_vocab}: there are {vocabulary(cfg)} tokens; 0 takes just these",
+    )
     grids = cfg.nca_min_grid + 1
-    need(row_width(cfg) >= grids * grid_tokens(cfg), f"nca_seq_len = {cfg.nca_seq_len}: a row needs {grids} grids of "
-         f"{grid_tokens(cfg)} tokens, the first {cfg.nca_min_grid} of them as context: at least "
-         f"{grids * grid_tokens(cfg)}")
+    need(
+        row_width(cfg) >= grids * grid_tokens(cfg),
+        f"nca_seq_len = {cfg.nca_seq_len}: a row needs {grids} grids of "
+        f"{grid_tokens(cfg)} tokens, the first {cfg.nca_min_grid} of them as context: at least "
+        f"{grids * grid_tokens(cfg)}",
+    )
     for key in ("nca_tokens", "nca_val_tokens"):
-        need(getattr(cfg, key) >= row_inputs(cfg), f"{key} = {getattr(cfg, key)}: less than one row of "
-             f"{row_inputs(cfg)} tokens")
+        need(
+            getattr(cfg, key) >= row_inputs(cfg),
+            f"{key} = {getattr(cfg, key)}: less than one row of {row_inputs(cfg)} tokens",
+        )
     band(cfg)
-    need(cfg.param_dtype == "float32", f"param_dtype = {cfg.param_dtype!r}: an embedding in bfloat16 cannot move by steps "
-         "as small as these (the pull request's did not): pre-pre-training keeps float32 masters")
-    need(len(t.Schedule("batch_tokens", cfg.batch_tokens).points) == 1, f"batch_tokens = {cfg.batch_tokens!r}: the steps of "
-         "an epoch are counted in batches of one size: give one number")
+    need(
+        cfg.param_dtype == "float32",
+        f"param_dtype = {cfg.param_dtype!r}: an embedding in bfloat16 cannot move by steps "
+        "as small as these (the pull request's did not): pre-pre-training keeps float32 masters",
+    )
+    need(
+        len(t.Schedule("batch_tokens", cfg.batch_tokens).points) == 1,
+        f"batch_tokens = {cfg.batch_tokens!r}: the steps of "
+        "an epoch are counted in batches of one size: give one number",
+    )
     derive(cfg)
     t.validate(cfg)
 
@@ -334,7 +465,10 @@ def band(cfg: PrePreConfig) -> tuple[float, float]:
     except ValueError:
         limits = 1.0, 0.0
     if not colon or not limits[0] < limits[1]:
-        raise UserError(f"nca_band = {cfg.nca_band!r}: must read low:high with low < high, such as 0.3:0.4 or 0.5:")
+        raise UserError(
+            f"nca_band = {cfg.nca_band!r}: must read low:high with low < high, such as 0.3:0.4 "
+            "or 0.5:"
+        )
     return limits
 
 
@@ -354,7 +488,9 @@ def grids_per_row(cfg: PrePreConfig) -> int:
 
 
 def row_width(cfg: PrePreConfig) -> int:
-    """Tokens that a row holds: whole grids, or one more than the inputs so that each has a label."""
+    """
+    Tokens that a row holds: whole grids, or one more than the inputs so that each has a label.
+    """
     tokens = grids_per_row(cfg) * grid_tokens(cfg)
     return tokens if cfg.nca_last == "whole" else min(tokens, cfg.nca_seq_len + 1)
 
@@ -375,18 +511,26 @@ def row_count(cfg: PrePreConfig, split: str) -> int:
 
 # What a stream of random numbers is for: its first key.
 RULE, START, STEP, FILTER_START, FILTER_STEP, ORDER, CONTROL = range(1, 8)
-GOLDEN, MIX1, MIX2 = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+GOLDEN, MIX1, MIX2 = (
+    np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 
 
 def mix(z: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele, Lea, Flood 2014; constants of Vigna's splitmix64.c). uint64."""
+    """
+    The output function of SplitMix64 (Steele, Lea, Flood 2014; constants of Vigna's splitmix64.c).
+    uint64.
+    """
     z = (z ^ (z >> np.uint64(30))) * MIX1
     z = (z ^ (z >> np.uint64(27))) * MIX2
     return z ^ (z >> np.uint64(31))
 
 
 def stream(*parts) -> np.ndarray:
-    """Keys (uint64) of the private streams named by `parts`: whole numbers, or arrays of them that broadcast."""
+    """
+    Keys (uint64) of the private streams named by `parts`: whole numbers, or arrays of them that
+    broadcast.
+    """
     with np.errstate(over="ignore"):
         key = np.zeros(1, np.uint64)
         for part in parts:
@@ -395,18 +539,29 @@ def stream(*parts) -> np.ndarray:
 
 
 def bits(keys: np.ndarray, counter: np.ndarray) -> np.ndarray:
-    """Output number `counter` of the SplitMix64 generators that start at `keys`; uint64, any order, any subset."""
+    """
+    Output number `counter` of the SplitMix64 generators that start at `keys`; uint64, any order,
+    any subset.
+    """
     with np.errstate(over="ignore"):
         return mix(keys + GOLDEN * (np.asarray(counter).astype(np.uint64) + np.uint64(1)))
 
 
 def uniform(keys: np.ndarray, counter: np.ndarray, resolution: int = 52) -> np.ndarray:
-    """float64 in (0, 1): midpoints of 2^resolution equal intervals, so never nearer to 0 or 1 than half of one."""
-    return ((bits(keys, counter) >> np.uint64(64 - resolution)).astype(np.float64) + 0.5) * 2.0**-resolution
+    """
+    float64 in (0, 1): midpoints of 2^resolution equal intervals, so never nearer to 0 or 1 than
+    half of one.
+    """
+    return (
+        (bits(keys, counter) >> np.uint64(64 - resolution)).astype(np.float64) + 0.5
+    ) * 2.0**-resolution
 
 
 def choose(p: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Sample from weights p [..., d] by u [...] in (0, 1): the first index whose cumulative share exceeds u. uint8."""
+    """
+    Sample from weights p [..., d] by u [...] in (0, 1): the first index whose cumulative share
+    exceeds u. uint8.
+    """
     total = p.cumsum(-1)
     return (total[..., :-1] <= u[..., None] * total[..., -1:]).sum(-1).astype(np.uint8)
 
@@ -416,11 +571,15 @@ def choose(p: np.ndarray, u: np.ndarray) -> np.ndarray:
 ########################################
 
 HIDDEN1, HIDDEN2 = 4, 16  # channels behind the 3x3 convolution and behind the first 1x1
-SPLIT_START = {"train": 0, "val": 1 << 31}  # rule ids from here on, 2^31 of each: no rule can be in both
+# rule ids from here on, 2^31 of each: no rule can be in both
+SPLIT_START = {"train": 0, "val": 1 << 31}
 
 
 class Weights(NamedTuple):
-    """Weights of N rules, float32, shaped as torch's convolutions have them; a rule is 614 numbers at 10 colours."""
+    """
+    Weights of N rules, float32, shaped as torch's convolutions have them; a rule is 614 numbers at
+    10 colours.
+    """
 
     conv1: np.ndarray  # [N, 4, d, 3, 3], circular padding, no activation behind it
     bias1: np.ndarray  # [N, 4]
@@ -432,21 +591,24 @@ class Weights(NamedTuple):
 
 def draw_weights(ids: np.ndarray, cfg: PrePreConfig) -> Weights:
     """
-    Weights of the rules with these ids. "normal" (slowrun PR 63): weights and biases N(0,1). "lecun" (the paper, by way
-    of Flax's nn.Conv): a normal cut at two standard deviations and widened to variance 1/fan_in again, biases zero.
-    The paper pads all axes of the grid around, the colours' too: its first convolution sees the
-    last colour, all colours, the first colour, 9 * (d + 2) inputs, and has two kernels for the
-    first colour and for the last.
+    Weights of the rules with these ids. "normal" (slowrun PR 63): weights and biases N(0,1).
+    "lecun" (the paper, by way of Flax's nn.Conv): a normal cut at two standard deviations and
+    widened to variance 1/fan_in again, biases zero. The paper pads all axes of the grid around, the
+    colours' too: its first convolution sees the last colour, all colours, the first colour, 9 * (d
+    + 2) inputs, and has two kernels for the first colour and for the last.
     """
     d = cfg.nca_colors
     lecun = cfg.nca_rule_init == "lecun"
-    shapes = Weights((HIDDEN1, d, 3, 3), (HIDDEN1,), (HIDDEN2, HIDDEN1), (HIDDEN2,), (d, HIDDEN2), (d,))
+    shapes = Weights(
+        (HIDDEN1, d, 3, 3), (HIDDEN1,), (HIDDEN2, HIDDEN1), (HIDDEN2,), (d, HIDDEN2), (d,)
+    )
     sizes = [math.prod(s) for s in shapes]
     again = (HIDDEN1, 2, 3, 3)  # the second kernels of the paper's first colour and of its last
     count = sum(sizes) + math.prod(again) * lecun
     u = uniform(stream(cfg.nca_seed, RULE, ids)[:, None], np.arange(count))
     if lecun:
-        # 0.8796...: standard deviation of a normal cut at +-2, as in jax.nn.initializers.variance_scaling
+        # 0.8796...: standard deviation of a normal cut at +-2, as in
+        # jax.nn.initializers.variance_scaling
         u = ndtri(ndtr(-2) + u * (ndtr(2) - ndtr(-2))) / 0.87962566103423978
         fan_in = (9 * (d + 2), math.inf, HIDDEN1, math.inf, HIDDEN2, math.inf, 9 * (d + 2))
         scale = [n**-0.5 for n in fan_in]
@@ -462,14 +624,18 @@ def draw_weights(ids: np.ndarray, cfg: PrePreConfig) -> Weights:
 
 class Tables(NamedTuple):
     """
-    N rules made ready to run. Behind the first convolution there is no activation and its input is one-hot, so the 16
-    hidden numbers of a cell are a sum of nine table rows, one for the colour of each neighbour. With width = 2, pairs
-    of cells side by side are looked up: larger tables with longer rows, but 6 lookups serve 2 cells.
+    N rules made ready to run. Behind the first convolution there is no activation and its input is
+    one-hot, so the 16 hidden numbers of a cell are a sum of nine table rows, one for the colour of
+    each neighbour. With width = 2, pairs of cells side by side are looked up: larger tables with
+    longer rows, but 6 lookups serve 2 cells.
     """
 
-    exact: np.ndarray  # [N*9*d, 16] float64, row (rule*9 + neighbour)*d + colour, biases in the middle neighbour's rows
+    # [N*9*d, 16] float64, row (rule*9 + neighbour)*d + colour, biases in the middle neighbour's
+    # rows
+    exact: np.ndarray
     exact_head: np.ndarray  # [N, 16, d] float64
-    fast: torch.Tensor  # [N*symbols*d^width, width*16] float32, row (rule*symbols + symbol)*d^width + its cells' digits
+    # [N*symbols*d^width, width*16] float32, row (rule*symbols + symbol)*d^width + its cells' digits
+    fast: torch.Tensor
     head: torch.Tensor  # [N, d, 16] float32
     bias: np.ndarray  # [N, d] float32
     doubt: np.ndarray  # [N] float32: how much a lead in float32 may differ from the true one
@@ -478,20 +644,25 @@ class Tables(NamedTuple):
 
 def make_tables(w: Weights, cfg: PrePreConfig, width: int = 1) -> Tables:
     """
-    Tables, and a bound on float32's error. Let S be the largest sum of |terms| of a logit, in units of 2^-24. Nine
-    rounded table entries added in any order err by 10 S at most, 16 products and a bias by 17 S more, and the
-    comparison of `rollout` by 2 S: 32 S covers them, for each of the two logits of a lead.
+    Tables, and a bound on float32's error. Let S be the largest sum of |terms| of a logit, in units
+    of 2^-24. Nine rounded table entries added in any order err by 10 S at most, 16 products and a
+    bias by 17 S more, and the comparison of `rollout` by 2 S: 32 S covers them, for each of the two
+    logits of a lead.
     """
     N, d = len(w.conv1), cfg.nca_colors
-    near = w.conv1.astype(np.float64).reshape(N, HIDDEN1, d, 9).transpose(0, 3, 2, 1)  # [N, 9, d, 4]
+    # [N, 9, d, 4]
+    near = w.conv1.astype(np.float64).reshape(N, HIDDEN1, d, 9).transpose(0, 3, 2, 1)
     second = w.conv2.astype(np.float64)
     exact, middle = np.zeros((N, 9, d, HIDDEN2)), w.bias2.astype(np.float64)
-    for j in range(HIDDEN1):  # one product at a time: the order of the sum is part of the definition
+    # one product at a time: the order of the sum is part of the definition
+    for j in range(HIDDEN1):
         exact += near[..., j, None] * second[:, None, None, :, j]
         middle = middle + w.bias1[:, j, None] * second[:, :, j]
     exact[:, 4] += middle[:, None]
     largest = np.abs(exact).max(axis=2).sum(axis=1)  # [N, 16], of the hidden numbers' terms
-    size = ((np.abs(w.conv3) * largest[:, None]).sum(-1) + np.abs(w.bias3)).max(-1) + abs(cfg.nca_identity)
+    size = ((np.abs(w.conv3) * largest[:, None]).sum(-1) + np.abs(w.bias3)).max(-1) + abs(
+        cfg.nca_identity
+    )
     doubt = (2 * 32 * 2.0**-24 * size).astype(np.float32)
     fast = exact.astype(np.float32)
     if width > 1:
@@ -501,28 +672,39 @@ def make_tables(w: Weights, cfg: PrePreConfig, width: int = 1) -> Tables:
             for dx in range(3):
                 symbol, digit = divmod(cell + dx, width)
                 fast[:, :, symbol, :, cell] += single[:, :, dx, code // d**digit % d]
-    return Tables(exact.reshape(-1, HIDDEN2), w.conv3.transpose(0, 2, 1).astype(np.float64, order="C"),
-                  torch.from_numpy(fast.reshape(-1, width * HIDDEN2)), torch.from_numpy(w.conv3), w.bias3, doubt, width)
+    return Tables(
+        exact.reshape(-1, HIDDEN2),
+        w.conv3.transpose(0, 2, 1).astype(np.float64, order="C"),
+        torch.from_numpy(fast.reshape(-1, width * HIDDEN2)),
+        torch.from_numpy(w.conv3),
+        w.bias3,
+        doubt,
+        width,
+    )
 
 
 ########################################
 #              Simulation              #
 ########################################
 
-ROWS_AT_ONCE = 384  # automata per piece of work: enough to drown Python's overhead, few enough for the caches
+# automata per piece of work: enough to drown Python's overhead, few enough for the caches
+ROWS_AT_ONCE = 384
 
 
 def symbols(width: int) -> int:
-    """Symbols of `width` cells in a block of `width` cells and its neighbours: three lines of width + 2 cells."""
+    """
+    Symbols of `width` cells in a block of `width` cells and its neighbours: three lines of width +
+    2 cells.
+    """
     return 3 * ((width + 2) // width)
 
 
 @functools.lru_cache
 def neighbours(grid: int, width: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """
-    Where neighbours are on the torus. First [width, C/width]: the cells of each symbol. A symbol is a cell; or a pair,
-    the cell left of a block of two and the block's first. Then [C/width, symbols]: the symbols around each block, line
-    by line as in a 3x3 kernel.
+    Where neighbours are on the torus. First [width, C/width]: the cells of each symbol. A symbol is
+    a cell; or a pair, the cell left of a block of two and the block's first. Then [C/width,
+    symbols]: the symbols around each block, line by line as in a 3x3 kernel.
     """
     blocks = grid // width
     y, j = np.divmod(np.arange(grid * blocks), blocks)
@@ -533,27 +715,42 @@ def neighbours(grid: int, width: int = 1) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def rollout(rules: Tables, slot: np.ndarray, start: np.ndarray, keys: np.ndarray, times: range,
-            cfg: PrePreConfig) -> np.ndarray:
+def rollout(
+    rules: Tables,
+    slot: np.ndarray,
+    start: np.ndarray,
+    keys: np.ndarray,
+    times: range,
+    cfg: PrePreConfig,
+) -> np.ndarray:
     """
     States of R automata at `times` (0 is the start): uint8 [R, len(times), C].
 
-    Row r runs rule slot[r] from the colours start[r, C]; keys[r] is the stream of its choices. A cell's next colour is
-    drawn from softmax((logits + identity*[own colour])/T) by u, number step*C + cell of that stream. A colour that
-    leads by T*ln((d-1)/v) leaves less than v to all others, so u chooses it if v <= u <= 1-v. Float32, summed in any
-    order, thus settles nearly all cells, most of them whatever u is (a 24-bit midpoint: v = 2^-25); the others are
-    computed as defined, in float64 and in one order. So the result does not depend on what else is in the batch.
+    Row r runs rule slot[r] from the colours start[r, C]; keys[r] is the stream of its choices. A
+    cell's next colour is drawn from softmax((logits + identity*[own colour])/T) by u, number step*C
+    + cell of that stream. A colour that leads by T*ln((d-1)/v) leaves less than v to all others, so
+    u chooses it if v <= u <= 1-v. Float32, summed in any order, thus settles nearly all cells, most
+    of them whatever u is (a 24-bit midpoint: v = 2^-25); the others are computed as defined, in
+    float64 and in one order. So the result does not depend on what else is in the batch.
     """
     R, C, d, width = *start.shape, cfg.nca_colors, rules.width
     cells, near = neighbours(cfg.nca_grid, width)
     codes, size, group = d**width, near.size, rows_per_rule(slot)
     U, Q = R // group, group * C  # rows of one rule side by side are one matrix product
     recorded, state = np.empty((R, len(times), C), np.uint8), start.astype(np.int32)
-    index, bags = np.empty((R, size), np.int32), torch.arange(0, R * size, symbols(width), dtype=torch.int32)
+    index, bags = (
+        np.empty((R, size), np.int32),
+        torch.arange(0, R * size, symbols(width), dtype=torch.int32),
+    )
     table_of = (slot[:, None] * (symbols(width) * codes)).astype(np.int32)
     row_of = np.tile(np.arange(symbols(width), dtype=np.int32) * codes, len(near))
-    head, bias = rules.head[torch.from_numpy(slot[::group])], torch.from_numpy(rules.bias[slot[::group]])[:, :, None]
-    margin = torch.from_numpy(rules.doubt[slot[::group]] + np.float32(lead_for(2.0**-25, cfg)))[:, None]
+    head, bias = (
+        rules.head[torch.from_numpy(slot[::group])],
+        torch.from_numpy(rules.bias[slot[::group]])[:, :, None],
+    )
+    margin = torch.from_numpy(rules.doubt[slot[::group]] + np.float32(lead_for(2.0**-25, cfg)))[
+        :, None
+    ]
     close, logits_np = np.empty((U, d, Q), np.bool_), np.empty((U, d, Q), np.float32)
     logits = torch.from_numpy(logits_np)
     marks = np.arange(16, 16 + d, dtype=np.uint16 if d > 11 else np.uint8)
@@ -562,17 +759,24 @@ def rollout(rules: Tables, slot: np.ndarray, start: np.ndarray, keys: np.ndarray
             recorded[:, times.index(step)] = state
         if step == times[-1]:
             return recorded
-        code = state + table_of if width == 1 else state[:, cells[0]] + state[:, cells[1]] * np.int32(d) + table_of
+        code = (
+            state + table_of
+            if width == 1
+            else state[:, cells[0]] + state[:, cells[1]] * np.int32(d) + table_of
+        )
         np.take(code, near.ravel(), axis=1, out=index, mode="clip")
         index += row_of
-        hidden = F.embedding_bag(torch.from_numpy(index).view(-1), rules.fast, bags, mode="sum").relu_()
+        hidden = F.embedding_bag(
+            torch.from_numpy(index).view(-1), rules.fast, bags, mode="sum"
+        ).relu_()
         torch.baddbmm(bias, head, hidden.view(U, Q, HIDDEN2).transpose(1, 2), out=logits)
         if cfg.nca_identity:
             own = torch.from_numpy(state).long().view(U, 1, Q)
             logits.scatter_add_(1, own, torch.full(own.shape, cfg.nca_identity))
         least = logits.amax(1).sub_(margin)
         np.greater_equal(logits_np, least.numpy()[:, None], out=close)
-        # Colour c marks 16 + c: a sum below 32 is the only colour close to the best, and says which it is.
+        # Colour c marks 16 + c: a sum below 32 is the only colour close to the best, and says which
+        # it is.
         marked = np.einsum("udq,d->uq", close.view(np.uint8), marks).reshape(R, C)
         after = marked.astype(np.int32) - 16
         open_ = np.flatnonzero(marked >= 32)
@@ -582,7 +786,9 @@ def rollout(rules: Tables, slot: np.ndarray, start: np.ndarray, keys: np.ndarray
                 some = logits_np[open_ // Q, :, open_ % Q]
                 second, first = np.partition(some, d - 2)[:, d - 2 :].T
                 after.ravel()[open_] = some.argmax(1)
-                still = first - second <= rules.doubt[slot[open_ // C]] + lead_for(np.minimum(u, 1 - u), cfg)
+                still = first - second <= rules.doubt[slot[open_ // C]] + lead_for(
+                    np.minimum(u, 1 - u), cfg
+                )
                 open_, u = open_[still], u[still]
             after.ravel()[open_] = decide(rules, slot, state, open_, u, cfg)
         state = after
@@ -594,9 +800,18 @@ def lead_for(v: float | np.ndarray, cfg: PrePreConfig) -> float | np.ndarray:
     return cfg.nca_temperature * np.log((cfg.nca_colors - 1) / v)
 
 
-def decide(rules: Tables, slot: np.ndarray, state: np.ndarray, where: np.ndarray, u: np.ndarray,
-           cfg: PrePreConfig) -> np.ndarray:
-    """The definition of a cell's next colour, for the n cells row*C + cell of states [R, C] with numbers u [n]."""
+def decide(
+    rules: Tables,
+    slot: np.ndarray,
+    state: np.ndarray,
+    where: np.ndarray,
+    u: np.ndarray,
+    cfg: PrePreConfig,
+) -> np.ndarray:
+    """
+    The definition of a cell's next colour, for the n cells row*C + cell of states [R, C] with
+    numbers u [n].
+    """
     d = cfg.nca_colors
     row, cell = np.divmod(where, state.shape[1])
     slot, around = slot[row], state[row[:, None], neighbours(cfg.nca_grid)[1][cell]]  # [n], [n, 9]
@@ -605,11 +820,18 @@ def decide(rules: Tables, slot: np.ndarray, state: np.ndarray, where: np.ndarray
     logits = (rules.exact_head[slot] * hidden[:, :, None]).sum(axis=1) + rules.bias[slot]
     logits[np.arange(len(row)), state[row, cell]] += cfg.nca_identity
     logits -= logits.max(-1, keepdims=True)
-    return choose(np.exp(logits / cfg.nca_temperature), u) if cfg.nca_temperature else logits.argmax(-1)
+    return (
+        choose(np.exp(logits / cfg.nca_temperature), u)
+        if cfg.nca_temperature
+        else logits.argmax(-1)
+    )
 
 
 def rows_per_rule(slot: np.ndarray) -> int:
-    """How many rows stand side by side for each rule in turn; 1 if they do not, or not as many for each."""
+    """
+    How many rows stand side by side for each rule in turn; 1 if they do not, or not as many for
+    each.
+    """
     group = int(np.argmax(slot != slot[0])) or len(slot)
     alike = len(slot) % group == 0 and (slot.reshape(-1, group) == slot[::group, None]).all()
     return group if alike else 1
@@ -617,8 +839,8 @@ def rows_per_rule(slot: np.ndarray) -> int:
 
 def start_grids(keys: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
     """
-    [R, C] uint8 start grids, one per key. "uniform" (PR 63): each cell any colour. "skewed" (the paper): the colours'
-    frequencies in a grid are the softmax of N(0,1) draws.
+    [R, C] uint8 start grids, one per key. "uniform" (PR 63): each cell any colour. "skewed" (the
+    paper): the colours' frequencies in a grid are the softmax of N(0,1) draws.
     """
     C, d = cfg.nca_grid**2, cfg.nca_colors
     u = uniform(keys[:, None], np.arange(C), 24)
@@ -629,13 +851,18 @@ def start_grids(keys: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
 
 
 def recorded_times(cfg: PrePreConfig) -> range:
-    """Steps whose grids make a row. The paper records before stepping; PR 63 steps first and never shows the start."""
+    """
+    Steps whose grids make a row. The paper records before stepping; PR 63 steps first and never
+    shows the start.
+    """
     first = cfg.nca_init_steps + (cfg.nca_dt if cfg.nca_record == "after" else 0)
     return range(first, first + grids_per_row(cfg) * cfg.nca_dt, cfg.nca_dt)
 
 
 def simulate(ids: np.ndarray, sims: np.ndarray, epoch: int, cfg: PrePreConfig) -> np.ndarray:
-    """Recorded grids [R, n, C] of rules `ids` [R] in their simulations number `sims` [R] of an epoch."""
+    """
+    Recorded grids [R, n, C] of rules `ids` [R] in their simulations number `sims` [R] of an epoch.
+    """
     distinct, slot = np.unique(ids, return_inverse=True)
     C, times = cfg.nca_grid**2, recorded_times(cfg)
     start = start_grids(stream(cfg.nca_seed, START, ids, sims, epoch), cfg)
@@ -645,7 +872,8 @@ def simulate(ids: np.ndarray, sims: np.ndarray, epoch: int, cfg: PrePreConfig) -
     if cfg.nca_control == "random":
         cells = uniform(keys[:, None], np.arange(len(times) * C), 24) * cfg.nca_colors
         return cells.astype(np.uint8).reshape(len(ids), len(times), C)
-    pays = len(ids) >= 4 * len(distinct) and cfg.nca_grid % 2 == 0  # making tables of pairs takes as long as two rows
+    # making tables of pairs takes as long as two rows
+    pays = len(ids) >= 4 * len(distinct) and cfg.nca_grid % 2 == 0
     tables = make_tables(draw_weights(distinct, cfg), cfg, width=2 if pays else 1)
     grids = rollout(tables, slot, start, stream(cfg.nca_seed, STEP, ids, sims, epoch), times, cfg)
     if cfg.nca_control == "shuffled":
@@ -663,17 +891,24 @@ IGNORE = -1  # the label without a loss, as in train_gpt.GPT.losses
 
 def tokenize(grids: np.ndarray, cfg: PrePreConfig, delimiters: bool = True) -> np.ndarray:
     """
-    Grids [R, n, C] -> tokens uint16 [R, n * tokens of a grid]. Patches go row by row; a patch's token is the number
-    whose digits in base d are its cells, row by row, the first being the least. Start is d^(p*p), end the one behind.
+    Grids [R, n, C] -> tokens uint16 [R, n * tokens of a grid]. Patches go row by row; a patch's
+    token is the number whose digits in base d are its cells, row by row, the first being the least.
+    Start is d^(p*p), end the one behind.
     """
     R, n, C = grids.shape
     d, p, side = cfg.nca_colors, cfg.nca_patch, cfg.nca_grid // cfg.nca_patch
     cells = grids.reshape(R, n, side, p, side, p).astype(np.uint16)
-    patches = sum(cells[:, :, :, k // p, :, k % p] * np.uint16(d**k) for k in range(p * p)).reshape(R, n, side**2)
+    patches = sum(cells[:, :, :, k // p, :, k % p] * np.uint16(d**k) for k in range(p * p)).reshape(
+        R, n, side**2
+    )
     if not delimiters:
         return patches.reshape(R, -1)
     tokens = np.empty((R, n, side**2 + 2), np.uint16)
-    tokens[..., 0], tokens[..., 1:-1], tokens[..., -1] = vocabulary(cfg) - 2, patches, vocabulary(cfg) - 1
+    tokens[..., 0], tokens[..., 1:-1], tokens[..., -1] = (
+        vocabulary(cfg) - 2,
+        patches,
+        vocabulary(cfg) - 1,
+    )
     return tokens.reshape(R, -1)
 
 
@@ -681,14 +916,17 @@ def digits(tokens: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
     """Colours [..., p*p] of patch tokens; 255 where the token is no patch."""
     tokens, d = np.asarray(tokens).astype(np.int64)[..., None], cfg.nca_colors
     power = d ** np.arange(cfg.nca_patch**2)
-    return np.where((0 <= tokens) & (tokens < vocabulary(cfg) - 2), tokens // power % d, 255).astype(np.uint8)
+    return np.where(
+        (0 <= tokens) & (tokens < vocabulary(cfg) - 2), tokens // power % d, 255
+    ).astype(np.uint8)
 
 
 def inputs_and_labels(rows: np.ndarray, cfg: PrePreConfig) -> tuple[np.ndarray, np.ndarray]:
     """
-    Rows [R, W] -> inputs and next-token labels, int64 [R, L], with labels IGNORE where there is no loss: the first
-    nca_min_grid grids, and start and end tokens unless nca_delimiter_loss. Where the last grid is whole, the row ends
-    in one padding input (token 0, no label), which makes L = W as PR 63 has it; else L = W - 1.
+    Rows [R, W] -> inputs and next-token labels, int64 [R, L], with labels IGNORE where there is no
+    loss: the first nca_min_grid grids, and start and end tokens unless nca_delimiter_loss. Where
+    the last grid is whole, the row ends in one padding input (token 0, no label), which makes L = W
+    as PR 63 has it; else L = W - 1.
     """
     inputs, labels = rows.astype(np.int64), rows.astype(np.int64)
     labels[:, : cfg.nca_min_grid * grid_tokens(cfg)] = IGNORE
@@ -704,10 +942,12 @@ def inputs_and_labels(rows: np.ndarray, cfg: PrePreConfig) -> tuple[np.ndarray, 
 
 def next_grid_accuracy(predicted: np.ndarray, rows: np.ndarray, cfg: PrePreConfig) -> dict:
     """
-    How well tokens predicted [R, at least W-1], where predicted[:, i] stands for rows[:, i+1], give the next grids.
+    How well tokens predicted [R, at least W-1], where predicted[:, i] stands for rows[:, i+1], give
+    the next grids.
 
-    Returns shares: cell_accuracy (chance is 1/d), token_accuracy (chance 1/d^(p*p)), grid_accuracy (all cells right),
-    and lists of cell and grid accuracy by the number of grids in the context, from 1 up. A grid cut short is left out.
+    Returns shares: cell_accuracy (chance is 1/d), token_accuracy (chance 1/d^(p*p)), grid_accuracy
+    (all cells right), and lists of cell and grid accuracy by the number of grids in the context,
+    from 1 up. A grid cut short is left out.
     """
     size, whole = grid_tokens(cfg), rows.shape[1] // grid_tokens(cfg)
     if rows.shape[1] % size == size - 1:  # only the end token is missing
@@ -716,17 +956,30 @@ def next_grid_accuracy(predicted: np.ndarray, rows: np.ndarray, cfg: PrePreConfi
     def patches(tokens: np.ndarray) -> np.ndarray:  # [R, grids, patches, p*p]
         return digits(tokens[:, : whole * size].reshape(len(rows), whole, size)[:, 1:, 1:-1], cfg)
 
-    shifted = np.zeros((len(rows), whole * size), np.int64)  # made to stand at the places of what they predict
+    # made to stand at the places of what they predict
+    shifted = np.zeros((len(rows), whole * size), np.int64)
     n = min(whole * size - 1, predicted.shape[1])
     shifted[:, 1 : n + 1] = predicted[:, :n]
     right = patches(shifted) == patches(rows)
-    cells, tokens, grids = right.mean((0, 2, 3)), right.all(-1).mean((0, 2)), right.all((2, 3)).mean(0)
-    return {"cell_accuracy": float(cells.mean()), "token_accuracy": float(tokens.mean()),
-            "grid_accuracy": float(grids.mean()), "cell_by_context": cells.tolist(), "grid_by_context": grids.tolist()}
+    cells, tokens, grids = (
+        right.mean((0, 2, 3)),
+        right.all(-1).mean((0, 2)),
+        right.all((2, 3)).mean(0),
+    )
+    return {
+        "cell_accuracy": float(cells.mean()),
+        "token_accuracy": float(tokens.mean()),
+        "grid_accuracy": float(grids.mean()),
+        "cell_by_context": cells.tolist(),
+        "grid_by_context": grids.tolist(),
+    }
 
 
 def copy_accuracy(rows: np.ndarray, cfg: PrePreConfig) -> float:
-    """Share of the cells of the next grid that are right if it is taken for the last one again; a model must go above."""
+    """
+    Share of the cells of the next grid that are right if it is taken for the last one again; a
+    model must go above.
+    """
     behind = grid_tokens(cfg) - 1
     guess = np.zeros_like(rows)
     guess[:, behind:] = rows[:, : rows.shape[1] - behind]
@@ -734,7 +987,10 @@ def copy_accuracy(rows: np.ndarray, cfg: PrePreConfig) -> float:
 
 
 def unigram_loss(rows: np.ndarray, cfg: PrePreConfig) -> float:
-    """Nats per label of the best constant guess: the entropy of the tokens that bear a loss. A model must go below."""
+    """
+    Nats per label of the best constant guess: the entropy of the tokens that bear a loss. A model
+    must go below.
+    """
     labels = inputs_and_labels(rows, cfg)[1]
     count = np.bincount(labels[labels != IGNORE])
     p = count[count > 0] / count.sum()
@@ -745,25 +1001,38 @@ def unigram_loss(rows: np.ndarray, cfg: PrePreConfig) -> float:
 #                Filter                #
 ########################################
 
-ROUND = 256, 8192  # least and most candidates scored at once; between them, twice the rules that are missing
+# least and most candidates scored at once; between them, twice the rules that are missing
+ROUND = 256, 8192
 
 
 def raw_size(cfg: PrePreConfig) -> int:
-    """Bytes that a rule's ten grids have before compression: int32 tokens, with delimiters in PR 63 only."""
+    """
+    Bytes that a rule's ten grids have before compression: int32 tokens, with delimiters in PR 63
+    only.
+    """
     return 4 * 10 * (grid_tokens(cfg) - (0 if cfg.nca_filter == "pr63" else 2))
 
 
 def compressed_sizes(ids: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
     """
-    gzip sizes (level 9) in bytes of ten grids of each rule, as little-endian int32 tokens: the tokens' width is part of
-    the measure, noise scores 0.67 in int32 and 0.35 in int64. PR 63 runs every rule from one and the same start grid
-    and takes steps 1 to 10; the paper takes the run's own time steps behind its initial ones.
+    gzip sizes (level 9) in bytes of ten grids of each rule, as little-endian int32 tokens: the
+    tokens' width is part of the measure, noise scores 0.67 in int32 and 0.35 in int64. PR 63 runs
+    every rule from one and the same start grid and takes steps 1 to 10; the paper takes the run's
+    own time steps behind its initial ones.
     """
     alike = cfg.nca_filter == "pr63"
     first, dt = (1, 1) if alike else (cfg.nca_init_steps, cfg.nca_dt)
-    start = start_grids(stream(cfg.nca_seed, FILTER_START, np.zeros_like(ids) if alike else ids), cfg)
-    grids = rollout(make_tables(draw_weights(ids, cfg), cfg), np.arange(len(ids)), start,
-                    stream(cfg.nca_seed, FILTER_STEP, ids), range(first, first + 10 * dt, dt), cfg)
+    start = start_grids(
+        stream(cfg.nca_seed, FILTER_START, np.zeros_like(ids) if alike else ids), cfg
+    )
+    grids = rollout(
+        make_tables(draw_weights(ids, cfg), cfg),
+        np.arange(len(ids)),
+        start,
+        stream(cfg.nca_seed, FILTER_STEP, ids),
+        range(first, first + 10 * dt, dt),
+        cfg,
+    )
     tokens = tokenize(grids, cfg, delimiters=alike).astype("<i4")
     return np.array([gzip_size(row.tobytes()) for row in tokens], np.int32)
 
@@ -776,18 +1045,25 @@ def gzip_size(data: bytes) -> int:
 def passes(sizes: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
     """Which compressed sizes lie in the band; its ends belong to it in PR 63, not in the paper."""
     score, (low, high) = sizes / raw_size(cfg), band(cfg)
-    return (low <= score) & (score <= high) if cfg.nca_filter == "pr63" else (low < score) & (score < high)
+    return (
+        (low <= score) & (score <= high)
+        if cfg.nca_filter == "pr63"
+        else (low < score) & (score < high)
+    )
 
 
 def refuse_band(sizes: np.ndarray, accepted: int, cfg: PrePreConfig) -> None:
     """Stop a search that would not end, and say what the candidates were like."""
     low, *middle, high = np.quantile(sizes / raw_size(cfg), [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
     raise UserError(
-        f"nca_band = {cfg.nca_band!r}: {accepted} of {len(sizes)} candidate rules passed, an acceptance rate of "
-        f"{accepted / len(sizes):.2%}, and fewer than one in nca_tries = {cfg.nca_tries} ends the search. Compressed "
+        f"nca_band = {cfg.nca_band!r}: {accepted} of {len(sizes)} candidate rules passed, an "
+        "acceptance rate of "
+        f"{accepted / len(sizes):.2%}, and fewer than one in nca_tries = {cfg.nca_tries} ends "
+        "the search. Compressed "
         f"sizes go from {low:.3f} to {high:.3f}; 5, 25, 50, 75 and 95 % of them lie below "
         f"{', '.join(f'{q:.3f}' for q in middle)}: choose a band among these, for example "
-        f"--nca_band {middle[1]:.2f}:{middle[3]:.2f}, or raise --nca_tries")
+        f"--nca_band {middle[1]:.2f}:{middle[3]:.2f}, or raise --nca_tries"
+    )
 
 
 ########################################
@@ -805,13 +1081,31 @@ def zlib_mark() -> list:
     for _ in range(360):
         s = (1103515245 * s + 12345) % 2**31
         noise.append((s >> 8) % 10000)
-    return [zlib.ZLIB_RUNTIME_VERSION, gzip_size(np.array(noise, "<i4").tobytes()), gzip_size(bytes(1440))]
+    return [
+        zlib.ZLIB_RUNTIME_VERSION,
+        gzip_size(np.array(noise, "<i4").tobytes()),
+        gzip_size(bytes(1440)),
+    ]
 
 
 def facts(cfg: PrePreConfig, rows: bool) -> dict:
     """All that rows, or else only rules' compressed sizes, depend on."""
-    names = ["seed", "grid", "patch", "colors", "dt", "init_steps", "temperature", "identity", "rule_init", "start"]
-    names += ["filter", *(["record", "seq_len", "last", "sims_per_rule", "control"] if rows else [])]
+    names = [
+        "seed",
+        "grid",
+        "patch",
+        "colors",
+        "dt",
+        "init_steps",
+        "temperature",
+        "identity",
+        "rule_init",
+        "start",
+    ]
+    names += [
+        "filter",
+        *(["record", "seq_len", "last", "sims_per_rule", "control"] if rows else []),
+    ]
     names += ["band"] if rows and cfg.nca_filter != "none" else []
     of = {name: getattr(cfg, f"nca_{name}") for name in names}
     return {
@@ -822,8 +1116,9 @@ def facts(cfg: PrePreConfig, rows: bool) -> dict:
 
 class Cache:
     """
-    Arrays in files under <folder>/<hash of facts>/. A file is one line of JSON and the bytes that it describes; it
-    appears whole or not at all, and one that does not match its sha256 is reported and taken for missing.
+    Arrays in files under <folder>/<hash of facts>/. A file is one line of JSON and the bytes that
+    it describes; it appears whole or not at all, and one that does not match its sha256 is reported
+    and taken for missing.
     """
 
     def __init__(self, folder: str, facts: dict, say=print):
@@ -839,7 +1134,9 @@ class Cache:
         try:
             meta = json.loads(head)
             array = np.frombuffer(data, np.dtype(meta["dtype"])).reshape(meta["shape"])
-            right = meta["sha256"] == hashlib.sha256(data).hexdigest() and meta["facts"] == self.facts
+            right = (
+                meta["sha256"] == hashlib.sha256(data).hexdigest() and meta["facts"] == self.facts
+            )
         except (ValueError, KeyError, TypeError):
             right = False
         if right:
@@ -851,16 +1148,23 @@ class Cache:
         if self.folder is None:
             return
         data = array.astype(array.dtype.newbyteorder("<")).tobytes()
-        meta = {"dtype": array.dtype.newbyteorder("<").str, "shape": array.shape, "facts": self.facts,
-                "sha256": hashlib.sha256(data).hexdigest()}
+        meta = {
+            "dtype": array.dtype.newbyteorder("<").str,
+            "shape": array.shape,
+            "facts": self.facts,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
         part = self.folder / f"{name}.{os.getpid()}"  # ranks may make the same file at once
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             t.write_whole(part, json.dumps(meta).encode() + b"\n" + data)
             os.replace(part, self.folder / name)
         except OSError as e:
-            raise UserError(f"nca_cache = {self.root!r}: cannot write {self.folder / name} ({e.strerror}); choose "
-                            "another folder, or --nca_cache '' for none") from e
+            raise UserError(
+                f"nca_cache = {self.root!r}: cannot write {self.folder / name} ({e.strerror}); "
+                "choose "
+                "another folder, or --nca_cache '' for none"
+            ) from e
 
 
 ########################################
@@ -877,7 +1181,10 @@ def thread_count(cfg: PrePreConfig) -> int:
 
 
 def pieces(n: int, cfg: PrePreConfig) -> list[slice]:
-    """n rows cut for the threads: one piece each or, of many rows, pieces of ROWS_AT_ONCE, all of whole rules."""
+    """
+    n rows cut for the threads: one piece each or, of many rows, pieces of ROWS_AT_ONCE, all of
+    whole rules.
+    """
     size = min(ROWS_AT_ONCE, max(32, -(-n // thread_count(cfg))))
     size = max(1, size // cfg.nca_sims_per_rule) * cfg.nca_sims_per_rule
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
@@ -886,11 +1193,13 @@ def pieces(n: int, cfg: PrePreConfig) -> list[slice]:
 @contextlib.contextmanager
 def workers(cfg: PrePreConfig):
     """
-    Threads, each computing alone: many small operations would spend their time waiting for each other. Torch's number
-    of threads is one setting for the process, so nothing else should compute on the CPU meanwhile; it is restored.
+    Threads, each computing alone: many small operations would spend their time waiting for each
+    other. Torch's number of threads is one setting for the process, so nothing else should compute
+    on the CPU meanwhile; it is restored.
     """
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # the margin of make_tables counts on float32 proper
+    # the margin of make_tables counts on float32 proper
+    torch.set_float32_matmul_precision("highest")
     pool = ThreadPoolExecutor(thread_count(cfg), initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
@@ -911,27 +1220,47 @@ def gather_from_ranks(mine: np.ndarray, world: int) -> list[np.ndarray]:
 
 class NcaData:
     """
-    Rows of one split, "train" or "val". Row r of an epoch is simulation r % sims_per_rule of rule r // sims_per_rule,
-    so it is the same on any number of ranks and in any batch. `gather` stands in for torch.distributed in tests.
-    `poll` is called between rounds of the search for rules, by every rank as often: a signal ends
-    it there.
+    Rows of one split, "train" or "val". Row r of an epoch is simulation r % sims_per_rule of rule r
+    // sims_per_rule, so it is the same on any number of ranks and in any batch. `gather` stands in
+    for torch.distributed in tests. `poll` is called between rounds of the search for rules, by
+    every rank as often: a signal ends it there.
     """
 
-    def __init__(self, cfg: PrePreConfig, split: str, rank: int = 0, world: int = 1, say=print,
-                 gather=gather_from_ranks, read_cache: bool = True, poll=lambda: None):
+    def __init__(
+        self,
+        cfg: PrePreConfig,
+        split: str,
+        rank: int = 0,
+        world: int = 1,
+        say=print,
+        gather=gather_from_ranks,
+        read_cache: bool = True,
+        poll=lambda: None,
+    ):
         self.poll = poll
-        self.cfg, self.split, self.rank, self.world, self.say, self.gather = cfg, split, rank, world, say, gather
+        self.cfg, self.split, self.rank, self.world, self.say, self.gather = (
+            cfg,
+            split,
+            rank,
+            world,
+            say,
+            gather,
+        )
         self.read_cache = read_cache
         self.rows = row_count(cfg, split)
         self.scored, self.score_seconds, self.made, self.make_seconds = 0, 0.0, 0, 0.0
         self.size_cache = Cache(cfg.nca_cache, facts(cfg, rows=False), say)
         self.row_cache = Cache(cfg.nca_cache, facts(cfg, rows=True), say)
         self.kept: dict[tuple, np.ndarray] = {}
-        self.sizes = np.empty(0, np.int32)  # compressed size of every candidate rule so far, in order of the ids
+        # compressed size of every candidate rule so far, in order of the ids
+        self.sizes = np.empty(0, np.int32)
         self.rules = self.find_rules(-(-self.rows // cfg.nca_sims_per_rule))
 
     def find_rules(self, count: int) -> np.ndarray:
-        """Ids of the first `count` rules of this split that pass the filter, in order. Bounded: see refuse_band."""
+        """
+        Ids of the first `count` rules of this split that pass the filter, in order. Bounded: see
+        refuse_band.
+        """
         cfg, start = self.cfg, SPLIT_START[self.split]
         if cfg.nca_filter == "none":
             return start + np.arange(count)
@@ -962,9 +1291,16 @@ class NcaData:
         """Compressed sizes of these candidates; each rank makes its share and all get all."""
         began = time.perf_counter()
         mine = np.array_split(ids, self.world)[self.rank]
-        sizes = list(pool.map(lambda some: compressed_sizes(mine[some], self.cfg), pieces(len(mine), self.cfg)))
+        sizes = list(
+            pool.map(
+                lambda some: compressed_sizes(mine[some], self.cfg), pieces(len(mine), self.cfg)
+            )
+        )
         self.sizes = np.concatenate([self.sizes, *self.gather(np.concatenate(sizes), self.world)])
-        self.scored, self.score_seconds = self.scored + len(ids), self.score_seconds + time.perf_counter() - began
+        self.scored, self.score_seconds = (
+            self.scored + len(ids),
+            self.score_seconds + time.perf_counter() - began,
+        )
 
     @property
     def accept_rate(self) -> float:
@@ -978,7 +1314,9 @@ class NcaData:
         out = np.empty((len(rows), row_width(cfg)), np.uint16)
 
         def make(some: slice) -> None:
-            out[some] = tokenize(simulate(ids[some], sims[some], epoch, cfg), cfg)[:, : out.shape[1]]
+            out[some] = tokenize(simulate(ids[some], sims[some], epoch, cfg), cfg)[
+                :, : out.shape[1]
+            ]
 
         with workers(cfg) as pool:
             list(pool.map(make, pieces(len(rows), cfg)))
@@ -1000,9 +1338,14 @@ class NcaData:
         return rows
 
     def prepare(self, epoch: int) -> None:
-        """Make this rank's share of an epoch's cache files. A barrier behind it, and every rank finds all of them."""
+        """
+        Make this rank's share of an epoch's cache files. A barrier behind it, and every rank finds
+        all of them.
+        """
         if self.cfg.nca_cache:
-            for span in tqdm(self.chunks()[self.rank :: self.world], desc="rows", disable=None, leave=False):
+            for span in tqdm(
+                self.chunks()[self.rank :: self.world], desc="rows", disable=None, leave=False
+            ):
                 self.chunk(epoch, span)
 
     def take(self, epoch: int, rows: np.ndarray) -> np.ndarray:
@@ -1020,7 +1363,10 @@ class NcaData:
         return out
 
     def order(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch in their order of training: step s of batch B takes [s*B, (s+1)*B), ranks split that."""
+        """
+        The rows of an epoch in their order of training: step s of batch B takes [s*B, (s+1)*B),
+        ranks split that.
+        """
         keys = bits(stream(self.cfg.nca_seed, ORDER, epoch), np.arange(self.rows))
         return keys.argsort(kind="stable")
 
@@ -1038,35 +1384,55 @@ class NcaData:
 
 
 class NcaLoader:
-    """Batches for train_gpt's loop: row s*B + i of an epoch's order is row i of its batch s, whatever the ranks."""
+    """
+    Batches for train_gpt's loop: row s*B + i of an epoch's order is row i of its batch s, whatever
+    the ranks.
+    """
 
     def __init__(self, cfg: PrePreConfig, run: t.Run):
         self.cfg, self.run, self.rows = cfg, run, int(cfg.batch_tokens) // row_inputs(cfg)
         need = row_inputs(cfg) * run.world
         if int(cfg.batch_tokens) % need or not self.rows:
-            raise UserError(f"batch_tokens = {cfg.batch_tokens} on {run.world} ranks: must be a multiple of {need}, a row of "
-                            f"{row_inputs(cfg)} tokens for each: choose {max(1, round(int(cfg.batch_tokens) / need)) * need}")
+            raise UserError(
+                f"batch_tokens = {cfg.batch_tokens} on {run.world} ranks: must be a multiple "
+                f"of {need}, a row of "
+                f"{row_inputs(cfg)} tokens for each: choose "
+                f"{max(1, round(int(cfg.batch_tokens) / need)) * need}"
+            )
         if row_count(cfg, "train") < self.rows:
-            raise UserError(f"nca_tokens = {cfg.nca_tokens}: an epoch of {row_count(cfg, 'train')} rows is less than one batch "
-                            f"of {self.rows}: raise it, or lower --batch_tokens")
+            raise UserError(
+                f"nca_tokens = {cfg.nca_tokens}: an epoch of {row_count(cfg, 'train')} rows is "
+                "less than one batch "
+                f"of {self.rows}: raise it, or lower --batch_tokens"
+            )
         self.data = NcaData(cfg, "train", run.rank, run.world, say=run.log, poll=run.agree)
         self.epoch = self.pos = 0  # the next batch is batch `pos` of the epoch
         self.prepared, self.order = -1, np.empty(0, np.int64)
         row = self.data.generate(0, np.arange(1))
-        self.scored = int((inputs_and_labels(row, cfg)[1] != IGNORE).sum())  # labels of a row; all rows have as many
+        # labels of a row; all rows have as many
+        self.scored = int((inputs_and_labels(row, cfg)[1] != IGNORE).sum())
 
     def prepare(self) -> None:
-        """Make an epoch's rows, while the training clock stands still: what that took is told beside it."""
+        """
+        Make an epoch's rows, while the training clock stands still: what that took is told beside
+        it.
+        """
         began = time.perf_counter()
         with self.run.clock.paused(), self.run.interruptible():
             self.data.prepare(self.epoch)
             if self.run.world > 1:
                 dist.barrier()
         self.prepared, self.order = self.epoch, self.data.order(self.epoch)
-        self.run.log(f"nca epoch:{self.epoch} rows:{self.data.rows} generated in {time.perf_counter() - began:.1f}s")
+        self.run.log(
+            f"nca epoch:{self.epoch} rows:{self.data.rows} generated in "
+            f"{time.perf_counter() - began:.1f}s"
+        )
 
     def batch(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
-        """This rank's rows of the next batch, uint16 [B/world, W]; then move on. The last part of a batch is dropped."""
+        """
+        This rank's rows of the next batch, uint16 [B/world, W]; then move on. The last part of a
+        batch is dropped.
+        """
         if (self.pos + 1) * self.rows > self.data.rows:
             self.epoch, self.pos = self.epoch + 1, 0
         if self.prepared != self.epoch:
@@ -1121,22 +1487,33 @@ class NcaValidation:
         self.measured = self.data[np.unique(spread.round().astype(int))]
         self.unigram = unigram_loss(self.data[:1024], cfg)
 
-    def batch(self, rows: range, device: torch.device, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The given rows as inputs and labels [size, L]; rows that are missing to size have no labels."""
+    def batch(
+        self, rows: range, device: torch.device, size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The given rows as inputs and labels [size, L]; rows that are missing to size have no labels.
+        """
         x, y = self.tensors(self.data[np.minimum(rows, self.rows - 1)], device)
         y[[i for i, r in enumerate(rows) if r >= self.rows]] = IGNORE
         return x, y
 
     @torch.no_grad()
     def measure(self, p: t.Parts, step: int, shape: t.Shape) -> dict:
-        """Greedy next-grid accuracy on held-out rules, each token given the true ones before it; every rank does all."""
+        """
+        Greedy next-grid accuracy on held-out rules, each token given the true ones before it; every
+        rank does all.
+        """
         guesses = []
         for low in range(0, len(self.measured), shape.rows):
             rows = self.measured[low : low + shape.rows]
-            full = np.concatenate([rows, rows[np.zeros(shape.rows - len(rows), int)]])  # one shape, one graph
+            # one shape, one graph
+            full = np.concatenate([rows, rows[np.zeros(shape.rows - len(rows), int)]])
             x, _ = self.tensors(full, p.run.device)
             hidden = p.model.hidden(x, shape.repeats, shape.window)[: len(rows)]
-            guesses += [p.model.logits(row)[:, : vocabulary(self.cfg) - 2].argmax(-1).cpu().numpy() for row in hidden]
+            guesses += [
+                p.model.logits(row)[:, : vocabulary(self.cfg) - 2].argmax(-1).cpu().numpy()
+                for row in hidden
+            ]
         score = next_grid_accuracy(np.stack(guesses), self.measured, self.cfg)
         by_context = {k: score.pop(k) for k in ("cell_by_context", "grid_by_context")}
         p.run.metric("nca", step, **by_context, unigram_loss=self.unigram)
@@ -1144,7 +1521,10 @@ class NcaValidation:
 
 
 def build(cfg: PrePreConfig, run: t.Run) -> t.Parts:
-    """train_gpt's parts around cellular automata: rules are searched and validation rows made here, before the clock."""
+    """
+    train_gpt's parts around cellular automata: rules are searched and validation rows made here,
+    before the clock.
+    """
     plan = t.Plan(cfg)
     with run.interruptible():
         loader = NcaLoader(cfg, run)
@@ -1158,8 +1538,13 @@ def build(cfg: PrePreConfig, run: t.Run) -> t.Parts:
 ########################################
 
 
-def draw_picture(cfg: PrePreConfig, path: str | Path, candidates: int = 1024, shown: int = 6, frames: int = 10) -> None:
-    """PNG: trajectories of accepted and of rejected rules side by side, and all candidates' scores with the band."""
+def draw_picture(
+    cfg: PrePreConfig, path: str | Path, candidates: int = 1024, shown: int = 6, frames: int = 10
+) -> None:
+    """
+    PNG: trajectories of accepted and of rejected rules side by side, and all candidates' scores
+    with the band.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1168,14 +1553,18 @@ def draw_picture(cfg: PrePreConfig, path: str | Path, candidates: int = 1024, sh
     judged = cfg if cfg.nca_filter != "none" else dataclasses.replace(cfg, nca_filter="pr63")
     ids = np.arange(candidates)
     with workers(cfg) as pool:
-        sizes = np.concatenate(list(pool.map(lambda p: compressed_sizes(ids[p], judged), pieces(candidates, cfg))))
+        sizes = np.concatenate(
+            list(pool.map(lambda p: compressed_sizes(ids[p], judged), pieces(candidates, cfg)))
+        )
     ok, score = passes(sizes, judged), sizes / raw_size(judged)
     fig = plt.figure(figsize=(15, 8.5))
     top, bottom = fig.subfigures(2, 1, height_ratios=[3, 1])
     for side, kind, title in zip(top.subfigures(1, 2), (ok, ~ok), ("accepted", "rejected")):
         side.suptitle(f"{title}: {kind.sum()} of {candidates} rules", y=0.99)
         some = ids[kind][np.argsort(score[kind])]  # spread over the scores
-        some = some[np.unique(np.linspace(0, len(some) - 1, min(shown, len(some))).round().astype(int))]
+        some = some[
+            np.unique(np.linspace(0, len(some) - 1, min(shown, len(some))).round().astype(int))
+        ]
         axes = side.subplots(shown, frames, squeeze=False)
         side.subplots_adjust(left=0.12, right=0.99, top=0.9, bottom=0.02, wspace=0.06, hspace=0.06)
         grids = simulate(some, np.zeros_like(some), 0, cfg)[:, :frames] if len(some) else []
@@ -1184,15 +1573,33 @@ def draw_picture(cfg: PrePreConfig, path: str | Path, candidates: int = 1024, sh
         for ax, at in zip(axes[0], recorded_times(cfg)):
             ax.set_title(f"step {at}", fontsize=7)
         for row, rule, states in zip(axes, some, grids):
-            row[0].text(-0.1, 0.5, f"rule {rule}\n{score[rule]:.3f}", fontsize=8, ha="right", va="center",
-                        transform=row[0].transAxes)
+            row[0].text(
+                -0.1,
+                0.5,
+                f"rule {rule}\n{score[rule]:.3f}",
+                fontsize=8,
+                ha="right",
+                va="center",
+                transform=row[0].transAxes,
+            )
             for ax, state in zip(row, states):
-                ax.imshow(state.reshape(cfg.nca_grid, -1), cmap="tab10" if cfg.nca_colors <= 10 else "tab20", vmin=0,
-                          vmax=max(9, cfg.nca_colors - 1), interpolation="nearest")
+                ax.imshow(
+                    state.reshape(cfg.nca_grid, -1),
+                    cmap="tab10" if cfg.nca_colors <= 10 else "tab20",
+                    vmin=0,
+                    vmax=max(9, cfg.nca_colors - 1),
+                    interpolation="nearest",
+                )
     ax, (low, high) = bottom.subplots(), band(judged)
     bottom.subplots_adjust(bottom=0.25, top=0.95, left=0.05, right=0.99)
     ax.hist(score, bins=80, color="0.5")
-    ax.axvspan(low, min(high, score.max() + 0.02), color="tab:green", alpha=0.2, label=f"accepted: {cfg.nca_band}")
+    ax.axvspan(
+        low,
+        min(high, score.max() + 0.02),
+        color="tab:green",
+        alpha=0.2,
+        label=f"accepted: {cfg.nca_band}",
+    )
     ax.set_xlabel("score: compressed size / raw size (gzip -9, int32 tokens of ten grids)")
     ax.set_ylabel("rules")
     ax.legend(loc="upper center")
@@ -1207,18 +1614,30 @@ def draw_picture(cfg: PrePreConfig, path: str | Path, candidates: int = 1024, sh
 
 
 def generate_only(cfg: PrePreConfig) -> int:
-    """Rules, epoch 0 and validation rows, generated whatever the cache holds and then kept there; speed and hashes."""
+    """
+    Rules, epoch 0 and validation rows, generated whatever the cache holds and then kept there;
+    speed and hashes.
+    """
     say = functools.partial(print, file=sys.stderr)
     train, val = (NcaData(cfg, split, say=say, read_cache=False) for split in ("train", "val"))
     out = {"sha256": train.sha256(0), "val_sha256": val.sha256(0)}
     scored, seconds = train.scored + val.scored, train.score_seconds + val.score_seconds
-    out |= {"tokens_per_s": (train.made + val.made) / (train.make_seconds + val.make_seconds),
-            **({"rules_per_s": scored / seconds} if scored else {}), "accept_rate": train.accept_rate,
-            "rules": len(train.rules), "val_rules": len(val.rules), "candidates": scored,
-            "rows": train.rows, "val_rows": val.rows, "tokens": train.rows * row_inputs(cfg),
-            "val_tokens": val.rows * row_inputs(cfg), "seconds": seconds + train.make_seconds + val.make_seconds,
-            "unigram_loss": unigram_loss(train.generate(0, np.arange(min(train.rows, 1024))), cfg),
-            "compat": cfg.nca_compat, "zlib": zlib.ZLIB_RUNTIME_VERSION}
+    out |= {
+        "tokens_per_s": (train.made + val.made) / (train.make_seconds + val.make_seconds),
+        **({"rules_per_s": scored / seconds} if scored else {}),
+        "accept_rate": train.accept_rate,
+        "rules": len(train.rules),
+        "val_rules": len(val.rules),
+        "candidates": scored,
+        "rows": train.rows,
+        "val_rows": val.rows,
+        "tokens": train.rows * row_inputs(cfg),
+        "val_tokens": val.rows * row_inputs(cfg),
+        "seconds": seconds + train.make_seconds + val.make_seconds,
+        "unigram_loss": unigram_loss(train.generate(0, np.arange(min(train.rows, 1024))), cfg),
+        "compat": cfg.nca_compat,
+        "zlib": zlib.ZLIB_RUNTIME_VERSION,
+    }
     if cfg.json:
         print(json.dumps(out))
         return 0

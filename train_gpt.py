@@ -19,10 +19,10 @@ Read it from top to bottom:
     Checkpoint   written whole or not at all; transfer between runs
     Train        warm-up, the loop, the end of a run, sampling, main
 
-Letters: B batch, T time, D width, H heads, K head_dim, V vocabulary, N = B*T tokens. A tensor whose layout is not
-obvious carries it as a suffix (q_BTHK). `steps` are optimizer steps; `repeats` are passes through looped blocks; a
-`block` owns matrices; a `position` is one application of a block. Losses are nats per token, sizes decimal bytes.
-Nothing happens at import.
+Letters: B batch, T time, D width, H heads, K head_dim, V vocabulary, N = B*T tokens. A tensor whose
+layout is not obvious carries it as a suffix (q_BTHK). `steps` are optimizer steps; `repeats` are
+passes through looped blocks; a `block` owns matrices; a `position` is one application of a block.
+Losses are nats per token, sizes decimal bytes. Nothing happens at import.
 """
 
 import contextlib
@@ -69,7 +69,10 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something that the user can mend: what was given, why it cannot work, what to do. Exit code 2, no traceback."""
+    """
+    Something that the user can mend: what was given, why it cannot work, what to do. Exit code 2,
+    no traceback.
+    """
 
 
 class Diverged(UserError):
@@ -79,7 +82,9 @@ class Diverged(UserError):
 @dataclass
 class Config:
     # --- run
-    config: tuple[str, ...] = ()  # presets (a path, or a name in configs/), layered left to right; flags win over all
+
+    # presets (a path, or a name in configs/), layered left to right; flags win over all
+    config: tuple[str, ...] = ()
     run: str = ""  # name of the run and of its folder under log_dir; empty: preset and seed
     arm: str = ""  # which arm of an ablation this is; the report groups runs by it
     track: str = ""  # leaderboard: speedrun, slowrun or golf
@@ -87,40 +92,59 @@ class Config:
     log_dir: str = "logs"  # where run folders live
     resume: bool = False  # continue the run of this name from its newest complete checkpoint
     init_from: str = ""  # run folder, checkpoint folder or artifact whose weights start this run
-    transfer: str = "all"  # what init_from gives: all, attn, qk, vo, mlp, scalars joined by +, or a regular expression
+    # what init_from gives: all, attn, qk, vo, mlp, scalars joined by +, or a regular expression
+    transfer: str = "all"
     transfer_skip: str = ""  # regular expression: tensors that are left out of it
-    transfer_control: str = ""  # wrong on purpose: shuffled (entries within each matrix) or random (normal, same norm)
-    eval_every: int = 125  # steps between evaluations; 0: only at the end; -1: at the end of each epoch
+    # wrong on purpose: shuffled (entries within each matrix) or random (normal, same norm)
+    transfer_control: str = ""
+    # steps between evaluations; 0: only at the end; -1: at the end of each epoch
+    eval_every: int = 125
     log_every: int = 1  # steps between training lines in log.txt and metrics.jsonl
-    embed_stats: int = 0  # tokens on which each evaluation takes statistics of logits and embeddings; 0: none
+    # tokens on which each evaluation takes statistics of logits and embeddings; 0: none
+    embed_stats: int = 0
     save_every: int = 0  # steps between checkpoints; 0: only when interrupted
     save_last: int = 1  # 1: keep a checkpoint of the end of training
     keep: int = 2  # newest checkpoints kept
     wandb: str = ""  # Weights & Biases project to log to as well; empty: none
+
     # --- machine
+
     device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # compute type: bfloat16, float32, or auto (bfloat16 where the machine is fast at it)
+    # compute type: bfloat16, float32, or auto (bfloat16 where the machine is fast at it)
+    dtype: str = "auto"
     param_dtype: str = "float32"  # type of weights, gradients, optimizer's state; remix: bfloat16
-    compile: int = 1  # torch.compile before the clock starts: 1: one block, for all; 2: the whole model; 0: eager
+    # torch.compile before the clock starts: 1: one block, for all; 2: the whole model; 0: eager
+    compile: int = 1
     micro_tokens: int = 65536  # tokens a rank takes at once; fewer save memory, same result
-    auto_micro: int = 0  # 1: micro_tokens is a ceiling; the most rows below it that divide the batch are taken
+    # 1: micro_tokens is a ceiling; the most rows below it that divide the batch are taken
+    auto_micro: int = 0
     loss_chunk: int = 16384  # tokens whose logits exist at once
+
     # --- data
+
     data: str = "data/fineweb10B"  # folder of *_train_*.bin and *_val_*.bin shards
-    tokenizer: str = "gpt2"  # gpt2, or the path of a SentencePiece model; needed for bits per byte and samples
+    # gpt2, or the path of a SentencePiece model; needed for bits per byte and samples
+    tokenizer: str = "gpt2"
     vocab: int = 50257  # token ids in use
     doc_token: int = 50256  # the token that starts every document
     val_tokens: int = 10485760  # scored prefix of the validation stream; 0: all of it
-    train_tokens: int = 0  # only so many tokens of the training shards are used, from their start; 0: all
+    # only so many tokens of the training shards are used, from their start; 0: all
+    train_tokens: int = 0
     epochs: int = 1  # passes over the training shards that the run may make; 0: as many as it needs
-    shuffle: int = 0  # 0: shards in the order of their names; each epoch anew 1: rows, 2: documents and rows (slowrun)
+    # 0: shards in the order of their names; each epoch anew 1: rows, 2: documents and rows
+    # (slowrun)
+    shuffle: int = 0
+
     # --- length
+
     steps: int = 2500  # optimizer steps at most
     max_seconds: float = 0.0  # cap of the training clock; schedules then run on time; 0: none
     batch_tokens: str = "524288"  # [sched] tokens per step over all ranks
     seq_len: str = "65536"  # [sched] tokens per row
     eval_seq_len: int = 0  # tokens per row in evaluation; 0: the largest seq_len
+
     # --- model
+
     depth: int = 12  # blocks
     dim: int = 768  # width
     heads: int = 6  # query heads
@@ -129,30 +153,44 @@ class Config:
     mlp_ratio: float = 4.0  # hidden width of the MLP over dim
     mlp_multiple: int = 1  # that width is rounded up to a multiple of this
     norm_eps: float = 1e-6  # epsilon of every norm; remix ran at bfloat16's 2^-7 and depends on it
-    layer_norm: int = 0  # 1: every norm is a LayerNorm with a learned gain (no bias); 0: RMS norm without gain
+    # 1: every norm is a LayerNorm with a learned gain (no bias); 0: RMS norm without gain
+    layer_norm: int = 0
     embed_norm: int = 1  # 1: norm behind the embedding
     qk_norm: int = 1  # 1: norm on queries and keys
     attn_scale: float = 0.0  # factor on attention scores; 0: 1/sqrt(head_dim)
-    rope: str = "truncated"  # truncated (half of the dims, base^-linspace), standard (base^-(2k/dims)) or interleaved
+    # truncated (half of the dims, base^-linspace), standard (base^-(2k/dims)) or interleaved
+    rope: str = "truncated"
     rope_base: float = 1024.0  # longest period over 2 pi of the rotary frequencies
-    rope_dims: int = 0  # standard, interleaved (pairs are neighbours): so many first dims turn; 0: all, -1: half
-    activation: str = "relu2"  # of the MLP: relu2, leaky_relu2 (slope 0.5, then squared) or swiglu (two maps in)
+    # standard, interleaved (pairs are neighbours): so many first dims turn; 0: all, -1: half
+    rope_dims: int = 0
+    # of the MLP: relu2, leaky_relu2 (slope 0.5, then squared) or swiglu (two maps in)
+    activation: str = "relu2"
     q_gain: float = 0.0  # start of a learned factor per query head, behind the rotation; 0: none
-    attn_gate: int = 0  # each head's output times sigmoid of a learned map of the input's first n dims; 0: none
-    value_proj: int = 0  # every 2nd block adds to its values a map of the embedding, gated by n input dims; 0: none
-    iha: int = 0  # 1: learned mixing of the heads' weights of queries, keys and values (slowrun's IHA)
-    xsa: int = 0  # exclusive self-attention (no component along the own value) in the last n positions; -1: in all
-    block_scales: int = 0  # 1: blocks learn vectors that mix in the embedding and scale both branches
+    # each head's output times sigmoid of a learned map of the input's first n dims; 0: none
+    attn_gate: int = 0
+    # every 2nd block adds to its values a map of the embedding, gated by n input dims; 0: none
+    value_proj: int = 0
+    # 1: learned mixing of the heads' weights of queries, keys and values (slowrun's IHA)
+    iha: int = 0
+    # exclusive self-attention (no component along the own value) in the last n positions; -1: in
+    # all
+    xsa: int = 0
+    # 1: blocks learn vectors that mix in the embedding and scale both branches
+    block_scales: int = 0
     resid_lambda: float = 0.0  # start of a learned factor per block on the residual stream; 0: none
     x0_lambda: float = 0.0  # start of a learned share of the embedding per block; 0: none
-    unet: int = 0  # learned skips from the first half to the second: 1: a vector per position; 2: a number per block
+    # learned skips from the first half to the second: 1: a vector per position; 2: a number per
+    # block
+    unet: int = 0
     layer_scale: int = 0  # 1: normed inputs of block l's branches are divided by sqrt(l + 1)
     loop_embed: int = 0  # 1: each position adds a learned vector
     value_embeds: int = 0  # token tables of which each position adds a learned share; 0: none
-    cross_repeat: int = 0  # 1: a looped block adds a learned share of its own output one repeat before
+    # 1: a looped block adds a learned share of its own output one repeat before
+    cross_repeat: int = 0
     doc_mask: int = 1  # 1: a token sees its own document only
     window: str = "0"  # [sched] keys a token sees, itself included; 0: the whole row
-    window_pattern: str = ""  # such as SSSL, repeated over blocks: S has the window, L (and the last) the row; empty: all S
+    # such as SSSL, repeated over blocks: S has the window, L (and the last) the row; empty: all S
+    window_pattern: str = ""
     loop: str = ""  # "a:b": blocks a..b-1 are applied `repeats` times; empty: none
     repeats: str = "1"  # [sched] passes through the looped blocks
     tie_embed: int = 0  # 1: one table is input embedding and head
@@ -161,32 +199,46 @@ class Config:
     stoch_depth: float = 0.0  # chance that training skips the last block, linear from 0 at block 0
     mtp: float = 0.0  # weight of the loss of the token after next, by one more block; 0: none
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
-    pad_vocab: int = 0  # 1: the embedding has those rows too, and rows beyond vocab give no logits (slowrun)
+    # 1: the embedding has those rows too, and rows beyond vocab give no logits (slowrun)
+    pad_vocab: int = 0
     embed_init: float = 1.0  # standard deviation of the untied input embedding
-    head_init: str = "zero"  # head (or tied table) at the start: zero, uniform (1/sqrt(dim)) or a standard deviation
-    init_std: float = 0.0  # std of q, k, v and the MLP's input, times sqrt(dim); 0: remix's 0.5 and 1/sqrt(3)
+    # head (or tied table) at the start: zero, uniform (1/sqrt(dim)) or a standard deviation
+    head_init: str = "zero"
+    # std of q, k, v and the MLP's input, times sqrt(dim); 0: remix's 0.5 and 1/sqrt(3)
+    init_std: float = 0.0
     proj_init: float = 0.0  # std of both output projections, times sqrt(dim); 0: they start at zero
     logit_dim_power: float = 0.0  # logits are multiplied by dim to this power; remix M has -0.5
     softcap: float = 0.0  # logits become cap*tanh(logits/cap); 0: none
-    init: str = "remix"  # initial values: remix, or xavier (normal; embedding 1/sqrt(dim), attn.proj .02/sqrt(2*depth))
-    z_loss: float = 0.0  # weight in the training loss of the mean of log(Z)^2, Z being the sum of softmax; 0: none
-    mu_loss: float = 0.0  # weight in the training loss of |mu|^2, mu being the mean row of the head; 0: none
+    # initial values: remix, or xavier (normal; embedding 1/sqrt(dim), attn.proj .02/sqrt(2*depth))
+    init: str = "remix"
+    # weight in the training loss of the mean of log(Z)^2, Z being the sum of softmax; 0: none
+    z_loss: float = 0.0
+    # weight in the training loss of |mu|^2, mu being the mean row of the head; 0: none
+    mu_loss: float = 0.0
     mu_centering: int = 0  # 1: after every step mu is subtracted from every row of the head
+
     # --- optimizer
+
     optimizer: str = "muon"  # what updates the matrices of the blocks: muon or adamw
-    adamw_matrices: str = ""  # regular expression: these matrices get AdamW although optimizer is muon
+    # regular expression: these matrices get AdamW although optimizer is muon
+    adamw_matrices: str = ""
     matrix_lr: float = 0.05  # learning rate of Muon
     adamw_lr: float = 0.0021  # learning rate of AdamW on matrices
     embed_lr: float = 0.6  # learning rate of the untied input embedding
     head_lr: float = 0.22  # learning rate of the untied head
     tied_lr: float = 0.0021  # learning rate of a tied table
     scalar_lr: float = 0.04  # learning rate of vectors and scalars
-    own_lr: str = ""  # "pattern=rate pattern=rate/beta1/beta2/decay": AdamW's rate (and more) of names that the pattern finds
+    # "pattern=rate pattern=rate/beta1/beta2/decay": AdamW's rate (and more) of names that the
+    # pattern finds
+    own_lr: str = ""
     lr: str = "0:1 0.6:1 1>0.1"  # [sched] multiplies every learning rate
-    lr_cycles: int = 0  # in each of the last n epochs the rate falls from its schedule to lr_floor by half a cosine
+    # in each of the last n epochs the rate falls from its schedule to lr_floor by half a cosine
+    lr_cycles: int = 0
     lr_floor: float = 0.05  # lowest multiplier in those epochs
-    slow: str = ""  # regular expression: tensors whose learning rate is multiplied by slow_lr as well
-    slow_lr: str = "1"  # [sched] e.g. "0 250s:0 450s>1": frozen to the bit for 250 steps, then ramped up over 200
+    # regular expression: tensors whose learning rate is multiplied by slow_lr as well
+    slow: str = ""
+    # [sched] e.g. "0 250s:0 450s>1": frozen to the bit for 250 steps, then ramped up over 200
+    slow_lr: str = "1"
     beta1: float = 0.8  # AdamW: decay of the first moment
     beta2: float = 0.95  # AdamW: decay of the second moment
     adam_eps: float = 1e-10  # AdamW: epsilon
@@ -196,36 +248,55 @@ class Config:
     polar_steps: int = 5  # Muon: iterations towards the polar factor
     row_norm: int = 0  # Muon: 1 divides each row of the update by its norm first (MuonEq-R)
     normuon: float = 0.0  # Muon: decay of NorMuon's second moment per neuron; 0: off
-    cautious: int = 0  # weight decay only where it agrees with the update: 1: of all weights, 2: of Muon's matrices
-    decay_by_shape: int = 0  # 1: Muon's decay has the factor sqrt(max(1, rows/cols)) of its step as well (slowrun)
+    # weight decay only where it agrees with the update: 1: of all weights, 2: of Muon's matrices
+    cautious: int = 0
+    # 1: Muon's decay has the factor sqrt(max(1, rows/cols)) of its step as well (slowrun)
+    decay_by_shape: int = 0
     matrix_wd: float = 0.0  # decoupled weight decay of matrices (weights shrink by lr*wd a step)
     embed_wd: float = 0.0  # decoupled weight decay of embedding, head and tied table
     scalar_wd: float = 0.0  # decoupled weight decay of vectors and scalars
     weight_decay: str = "1"  # [sched] multiplies every weight decay
-    independent_wd: int = 0  # 1: weights shrink by wd a step whatever the learning rate; 0: by lr*wd
+    # 1: weights shrink by wd a step whatever the learning rate; 0: by lr*wd
+    independent_wd: int = 0
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
+
     # --- averaging
+
     ema: float = 0.0  # decay per step of an exponential moving average of the weights; 0: none
     swa_every: int = 0  # steps between the snapshots of a plain average of the weights; 0: none
     swa_start: float = 0.75  # fraction of training from which those snapshots are taken
-    average_epochs: int = 0  # keep the weights of the last n epochs in the run's folder, and score averages of them at the end
+    # keep the weights of the last n epochs in the run's folder, and score averages of them at the
+    # end
+    average_epochs: int = 0
     final_weights: str = "live"  # which weights are exported and sampled: live, ema or swa
+
     # --- artifact and sample
-    export: str = "int8"  # bits of the artifact's weights, e.g. "int6 mlp:5 head:8"; fit: by artifact_limit; empty: none
-    export_codec: str = "zstd"  # of the artifact: zstd, brotli, xz, entropy, or best: the smallest of these
+
+    # bits of the artifact's weights, e.g. "int6 mlp:5 head:8"; fit: by artifact_limit; empty: none
+    export: str = "int8"
+    # of the artifact: zstd, brotli, xz, entropy, or best: the smallest of these
+    export_codec: str = "zstd"
     artifact_limit: int = 0  # bytes that source and artifact may have together; 0: no limit
-    gptq: int = 0  # rows of training tokens on which GPTQ looks at activations, inside the clock; 0: plain rounding
-    qat: str = "0"  # [sched] 1: forward and backward see the weights as export would round them; 0: as they are
-    qat_noise: int = 0  # 1: qat adds noise of a rounding step instead of rounding, to looped blocks alone if there are any
+    # rows of training tokens on which GPTQ looks at activations, inside the clock; 0: plain
+    # rounding
+    gptq: int = 0
+    # [sched] 1: forward and backward see the weights as export would round them; 0: as they are
+    qat: str = "0"
+    # 1: qat adds noise of a rounding step instead of rounding, to looped blocks alone if there are
+    # any
+    qat_noise: int = 0
     score: str = ""  # further scores of the artifact, any of: sliding mixture ttt lora (golf.py)
     stride: int = 64  # tokens that such a score takes from each window
-    prove_bytes: int = 0  # validation text that is encoded and decoded from the artifact, by the last of those scores
+    # validation text that is encoded and decoded from the artifact, by the last of those scores
+    prove_bytes: int = 0
     sample_from: str = ""  # run folder, checkpoint folder or artifact: print a sample and leave
     prompt: str = ""  # text that a sample continues; empty: the start of a document
     sample_tokens: int = 0  # length of a sample; at the end of training 0 prints none
     temperature: float = 0.8  # of sampling; 0: always the likeliest token
     top_k: int = 50  # sample among so many likeliest tokens; 0: all
+
     # --- rule of the track, read by logs/report.py
+
     rule_metric: str = "val_loss"  # metric of result.json that the rule is about
     rule_target: float = 0.0  # the mean over seeds must be below this; 0: no rule
     rule_margin: float = 0.0  # by at least this much
@@ -238,35 +309,74 @@ class Config:
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What a resumed run may change without becoming another experiment.
 FREE_ON_RESUME = {
-    *("config", "resume", "log_dir", "log_every", "eval_every", "save_every", "save_last", "keep", "wandb", "device"),
+    *(
+        "config",
+        "resume",
+        "log_dir",
+        "log_every",
+        "eval_every",
+        "save_every",
+        "save_last",
+        "keep",
+        "wandb",
+        "device",
+    ),
     *("compile", "micro_tokens", "loss_chunk", "prompt", "sample_tokens", "temperature", "top_k"),
     *("auto_micro", "embed_stats", "nca_cache", "nca_threads", "nca_measured"),
 }
-# What is asked for behind the last step alone: an unfinished run may change it, or its end might be impossible.
-AFTER_TRAINING = {"export", "export_codec", "artifact_limit", "gptq", "score", "stride", "prove_bytes", "final_weights"}
+# What is asked for behind the last step alone: an unfinished run may change it, or its end might be
+# impossible.
+AFTER_TRAINING = {
+    "export",
+    "export_codec",
+    "artifact_limit",
+    "gptq",
+    "score",
+    "stride",
+    "prove_bytes",
+    "final_weights",
+}
 GRAPHS = ("repeats", "seq_len", "window", "batch_tokens")  # schedules that make another graph
 SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", *GRAPHS)
-# Flags that this version lacks: {name: the value at which it did nothing}. What was written with that value is read
-# as if the name were not there; any other value is an error. A flag that is new has such a value as its default, so
-# what was written before it means what it meant.
+# Flags that this version lacks: {name: the value at which it did nothing}. What was written with
+# that value is read as if the name were not there; any other value is an error. A flag that is new
+# has such a value as its default, so what was written before it means what it meant.
 REMOVED: dict[str, object] = {}
 
 BELOW_ONE = 1 - 2**-24  # the next number below 1 in fp32
 MANY, TOKENS = 10**9, 10**12
-# Least and most of each number, or of the values of a schedule. What lies beyond would overflow, divide by zero, or
-# need a machine that nobody has; an artifact's configuration has these limits too.
+# Least and most of each number, or of the values of a schedule. What lies beyond would overflow,
+# divide by zero, or need a machine that nobody has; an artifact's configuration has these limits
+# too.
 RANGES = (
-    (0, 1, "save_last auto_micro layer_norm embed_norm qk_norm iha block_scales layer_scale loop_embed "
-           "cross_repeat doc_mask tie_embed pad_vocab mu_centering row_norm decay_by_shape independent_wd "
-           "qat qat_noise swa_start rule_p norm_eps"),
+    (
+        0,
+        1,
+        "save_last auto_micro layer_norm embed_norm qk_norm iha block_scales layer_scale "
+        "loop_embed "
+        "cross_repeat doc_mask tie_embed pad_vocab mu_centering row_norm decay_by_shape "
+        "independent_wd "
+        "qat qat_noise swa_start rule_p norm_eps",
+    ),
     (0, 2, "compile shuffle unet cautious"),
     (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth beta1 beta2 momentum normuon ema"),
     (0, 100, "mtp q_gain resid_lambda embed_init init_std proj_init value_embeds"),
-    (0, 1000, "attn_scale mlp_ratio z_loss temperature lr weight_decay slow_lr lr_floor matrix_wd embed_wd scalar_wd "
-              "rule_target rule_margin rule_z"),
-    (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),  # diverged runs are a sweep's business
+    (
+        0,
+        1000,
+        "attn_scale mlp_ratio z_loss temperature lr weight_decay slow_lr lr_floor matrix_wd "
+        "embed_wd scalar_wd "
+        "rule_target rule_margin rule_z",
+    ),
+    # diverged runs are a sweep's business
+    (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),
     (0, 10**6, "softcap mu_loss epochs lr_cycles average_epochs sample_tokens gptq"),
-    (0, MANY, "save_every swa_every max_seconds grad_clip window prove_bytes embed_stats rule_max_seconds"),
+    (
+        0,
+        MANY,
+        "save_every swa_every max_seconds grad_clip window prove_bytes embed_stats "
+        "rule_max_seconds",
+    ),
     (0, TOKENS, "val_tokens train_tokens artifact_limit rule_max_bytes"),
     (0, 65536, "doc_token kv_heads head_dim attn_gate value_proj top_k"),
     (0, 2**22, "eval_seq_len"),
@@ -288,13 +398,18 @@ LIMITS = {name: (least, most) for least, most, names in RANGES for name in names
 
 
 def preset_path(name: str) -> Path:
-    """A preset is a path, or the name of a file in configs/, beside this file or in the working directory."""
+    """
+    A preset is a path, or the name of a file in configs/, beside this file or in the working
+    directory.
+    """
     folders = [Path(__file__).resolve().parent / "configs", Path("configs")]
     for path in (Path(name), *(folder / f"{name}.toml" for folder in folders)):
         if path.is_file():
             return path
     known = sorted({p.stem for folder in folders for p in folder.glob("*.toml")})
-    raise UserError(f"--config {name}: no such file and no such preset; presets: {', '.join(known)}")
+    raise UserError(
+        f"--config {name}: no such file and no such preset; presets: {', '.join(known)}"
+    )
 
 
 def is_layer(path: Path) -> bool:
@@ -304,43 +419,63 @@ def is_layer(path: Path) -> bool:
 
 
 def read_toml(path: Path, kind: type = Config) -> dict:
-    """Checked values of one preset file: unknown keys and wrong types are errors that name key, value and fix."""
+    """
+    Checked values of one preset file: unknown keys and wrong types are errors that name key, value
+    and fix.
+    """
     try:
-        raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors begin a file with a mark
+        # some editors begin a file with a mark
+        raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise UserError(f"{path} is not TOML: {e}") from e
     return checked(raw, str(path), kind)
 
 
 def checked(raw: dict, where: str, config: type = Config) -> dict:
-    """The same keys and values in the types of Config, or of a class made from it; all else is an error that names it."""
+    """
+    The same keys and values in the types of Config, or of a class made from it; all else is an
+    error that names it.
+    """
     values, fields = {}, {f.name: f for f in dataclasses.fields(config)}
     for key, value in raw.items():
         if key in REMOVED and key not in fields:
-            need(value == REMOVED[key], f"{where}: {key} = {value!r}, but this version has no {key}; it reads what was "
-                 f"written with {key} = {REMOVED[key]!r}, the rest needs the version that wrote it")
+            need(
+                value == REMOVED[key],
+                f"{where}: {key} = {value!r}, but this version has no {key}; it reads what was "
+                f"written with {key} = {REMOVED[key]!r}, the rest needs the version that wrote it",
+            )
             continue
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else "; `python train_gpt.py --help` lists all"
+            hint = (
+                f"; did you mean {' or '.join(close)}?"
+                if close
+                else "; `python train_gpt.py --help` lists all"
+            )
             raise UserError(f"{where}: unknown key {key} = {value!r}{hint}")
         kind = fields[key].type
         listed = kind == tuple[str, ...]
         if listed and isinstance(value, list) and all(isinstance(v, str) for v in value):
             value = tuple(value)
         elif kind is float and type(value) is int:
-            value = float(max(-(10**300), min(value, 10**300)))  # more than a float holds is too much in any case
+            # more than a float holds is too much in any case
+            value = float(max(-(10**300), min(value, 10**300)))
         elif key in SCHEDULES and type(value) in (int, float):
             value = str(value)  # a constant schedule
         elif listed or type(value) is not kind:
             word = "a list of strings" if listed else getattr(kind, "__name__", kind)
-            raise UserError(f"{where}: {key} = {value!r} is a {type(value).__name__}, but {key} must be {word}")
+            raise UserError(
+                f"{where}: {key} = {value!r} is a {type(value).__name__}, but {key} must be {word}"
+            )
         values[key] = value
     return values
 
 
 def parse_args(argv: list[str]) -> Config:
-    """Defaults < presets from left to right < flags. `--config a b` and `--config=a` are both understood."""
+    """
+    Defaults < presets from left to right < flags. `--config a b` and `--config=a` are both
+    understood.
+    """
     names, i = [], 0
     while i < len(argv):
         if argv[i] == "--config":
@@ -354,16 +489,25 @@ def parse_args(argv: list[str]) -> Config:
     for name in names:
         merged |= read_toml(preset_path(name))
     if names and is_layer(preset_path(names[0])):
-        raise UserError(f"--config {' '.join(names)}: {names[0]} is a layer, which changes a preset: name that first, for "
-                        f"example --config remix_m {names[0]}")
+        raise UserError(
+            f"--config {' '.join(names)}: {names[0]} is a layer, which changes a preset: name "
+            "that first, for "
+            f"example --config remix_m {names[0]}"
+        )
     merged.pop("config", None)
-    cfg = tyro.cli(Config, args=argv, default=Config(**merged), description=__doc__.split("Read it")[0],
-                   use_underscores=True)
+    cfg = tyro.cli(
+        Config,
+        args=argv,
+        default=Config(**merged),
+        description=__doc__.split("Read it")[0],
+        use_underscores=True,
+    )
     cfg.config = tuple(names)
     if not cfg.run:
         cfg.run = "-".join([Path(n).stem for n in names] or ["run"]) + f"-s{cfg.seed}"
     validate(cfg)
-    if not (cfg.resume and (Path(cfg.log_dir) / cfg.run / "config.toml").is_file()):  # that run has its configuration
+    # that run has its configuration
+    if not (cfg.resume and (Path(cfg.log_dir) / cfg.run / "config.toml").is_file()):
         refuse_idle(cfg)
     return cfg
 
@@ -374,42 +518,85 @@ def need(ok: bool, message: str) -> None:
 
 
 def validate(cfg: Config) -> None:
-    """Refuse what cannot work, before anything is created. Each message names the key, the value and the fix."""
+    """
+    Refuse what cannot work, before anything is created. Each message names the key, the value and
+    the fix.
+    """
     check_values(cfg)
-    by_epoch = [k for k, on in (("lr_cycles", cfg.lr_cycles), ("average_epochs", cfg.average_epochs),
-                                ("eval_every", cfg.eval_every < 0)) if on]
-    need(not by_epoch or 0 < cfg.epochs <= cfg.steps and not cfg.max_seconds, f"{' and '.join(by_epoch)} count epochs by "
-         f"steps: they need epochs (now {cfg.epochs}) from 1 to steps = {cfg.steps}, and no max_seconds")
-    need(max(cfg.lr_cycles, cfg.average_epochs) <= (cfg.epochs or 1), f"lr_cycles = {cfg.lr_cycles}, average_epochs = "
-         f"{cfg.average_epochs}: at most epochs = {cfg.epochs}")
-    need(cfg.final_weights != "ema" or cfg.ema > 0, "final_weights = 'ema' needs ema > 0, for example --ema 0.997")
-    need(cfg.final_weights != "swa" or cfg.swa_every > 0, "final_weights = 'swa' needs swa_every > 0")
-    last = cfg.swa_every and cfg.steps // cfg.swa_every * cfg.swa_every  # on the clock nobody knows the last step
-    need(not cfg.swa_every or cfg.max_seconds > 0 or last and last / cfg.steps >= cfg.swa_start,
-         f"swa_every = {cfg.swa_every} takes no snapshot in steps = {cfg.steps} from swa_start = {cfg.swa_start:g} of them "
-         "on: lower --swa_every or --swa_start")
+    by_epoch = [
+        k
+        for k, on in (
+            ("lr_cycles", cfg.lr_cycles),
+            ("average_epochs", cfg.average_epochs),
+            ("eval_every", cfg.eval_every < 0),
+        )
+        if on
+    ]
+    need(
+        not by_epoch or 0 < cfg.epochs <= cfg.steps and not cfg.max_seconds,
+        f"{' and '.join(by_epoch)} count epochs by "
+        f"steps: they need epochs (now {cfg.epochs}) from 1 to steps = {cfg.steps}, and no "
+        "max_seconds",
+    )
+    need(
+        max(cfg.lr_cycles, cfg.average_epochs) <= (cfg.epochs or 1),
+        f"lr_cycles = {cfg.lr_cycles}, average_epochs = "
+        f"{cfg.average_epochs}: at most epochs = {cfg.epochs}",
+    )
+    need(
+        cfg.final_weights != "ema" or cfg.ema > 0,
+        "final_weights = 'ema' needs ema > 0, for example --ema 0.997",
+    )
+    need(
+        cfg.final_weights != "swa" or cfg.swa_every > 0, "final_weights = 'swa' needs swa_every > 0"
+    )
+    # on the clock nobody knows the last step
+    last = cfg.swa_every and cfg.steps // cfg.swa_every * cfg.swa_every
+    need(
+        not cfg.swa_every or cfg.max_seconds > 0 or last and last / cfg.steps >= cfg.swa_start,
+        f"swa_every = {cfg.swa_every} takes no snapshot in steps = {cfg.steps} from swa_start "
+        f"= {cfg.swa_start:g} of them "
+        "on: lower --swa_every or --swa_start",
+    )
     if cfg.export:
         import golf
 
         golf.validate(cfg)
-    need(bool(cfg.export) or not (cfg.score or cfg.prove_bytes or cfg.gptq), "score, prove_bytes and gptq are about an "
-         "artifact, but export is empty: set --export int8")
-    need(Schedule("qat", cfg.qat).values() == [0] or cfg.export not in ("", "fit"), f"qat = {cfg.qat!r} rounds as export "
-         f"does, but export = {cfg.export!r} names no bits: set it, for example --export int6")
+    need(
+        bool(cfg.export) or not (cfg.score or cfg.prove_bytes or cfg.gptq),
+        "score, prove_bytes and gptq are about an artifact, but export is empty: set --export int8",
+    )
+    need(
+        Schedule("qat", cfg.qat).values() == [0] or cfg.export not in ("", "fit"),
+        f"qat = {cfg.qat!r} rounds as export "
+        f"does, but export = {cfg.export!r} names no bits: set it, for example --export int6",
+    )
     validate_schedules(cfg)
 
 
 def check_values(cfg: Config) -> None:
-    """What holds for every configuration, whether it is trained or was read from a file: an artifact's may be forged."""
+    """
+    What holds for every configuration, whether it is trained or was read from a file: an artifact's
+    may be forged.
+    """
 
     def one_of(key: str, *allowed: str) -> None:
         value = getattr(cfg, key)
-        need(value in allowed, f"{key} = {value!r}: must be one of {', '.join(repr(a) for a in allowed)}")
+        need(
+            value in allowed,
+            f"{key} = {value!r}: must be one of {', '.join(repr(a) for a in allowed)}",
+        )
 
     check_texts(cfg)
     check_numbers(cfg, LIMITS)
-    need(not re.search(r"[\s/\\]|^\.*$", cfg.run), f"run = {cfg.run!r}: a run's name is a folder's name, without / or blanks")
-    need(len(cfg.run.encode()) <= 255, f"run = {cfg.run[:40]!r}...: a folder's name has 255 bytes at most")
+    need(
+        not re.search(r"[\s/\\]|^\.*$", cfg.run),
+        f"run = {cfg.run!r}: a run's name is a folder's name, without / or blanks",
+    )
+    need(
+        len(cfg.run.encode()) <= 255,
+        f"run = {cfg.run[:40]!r}...: a folder's name has 255 bytes at most",
+    )
     one_of("device", "auto", "cpu", "cuda")
     one_of("dtype", "auto", "float32", "bfloat16")
     one_of("param_dtype", "float32", "bfloat16")
@@ -422,41 +609,97 @@ def check_values(cfg: Config) -> None:
     one_of("final_weights", "live", "ema", "swa")
     one_of("export_codec", "zstd", "brotli", "xz", "entropy", "best")
     one_of("transfer_control", "", "shuffled", "random")
-    need(0 <= cfg.doc_token < cfg.vocab, f"doc_token = {cfg.doc_token}: not below vocab = {cfg.vocab}")
-    need(cfg.head_dim > 0 or cfg.dim % cfg.heads == 0, f"dim = {cfg.dim} is no multiple of heads = {cfg.heads}")
-    need(head_width(cfg) % 4 == 0, f"head_dim = {head_width(cfg)}: rotary embedding needs a multiple of 4")
-    need(cfg.rope_dims == -1 or cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_width(cfg), f"rope_dims = "
-         f"{cfg.rope_dims}: an even number up to head_dim = {head_width(cfg)}, or -1 for half of it")
-    need(cfg.heads % (cfg.kv_heads or cfg.heads) == 0, f"heads = {cfg.heads}: no multiple of kv_heads = {cfg.kv_heads}")
-    need(cfg.mlp_ratio * cfg.dim >= 1, f"mlp_ratio = {cfg.mlp_ratio}: leaves the MLP no hidden unit")
-    need(cfg.head_init in ("zero", "uniform") or is_number(cfg.head_init) and 0 <= float(cfg.head_init) <= 100,
-         f"head_init = {cfg.head_init!r}: zero, uniform or a standard deviation such as 0.005")
+    need(
+        0 <= cfg.doc_token < cfg.vocab,
+        f"doc_token = {cfg.doc_token}: not below vocab = {cfg.vocab}",
+    )
+    need(
+        cfg.head_dim > 0 or cfg.dim % cfg.heads == 0,
+        f"dim = {cfg.dim} is no multiple of heads = {cfg.heads}",
+    )
+    need(
+        head_width(cfg) % 4 == 0,
+        f"head_dim = {head_width(cfg)}: rotary embedding needs a multiple of 4",
+    )
+    need(
+        cfg.rope_dims == -1 or cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_width(cfg),
+        f"rope_dims = "
+        f"{cfg.rope_dims}: an even number up to head_dim = {head_width(cfg)}, or -1 for half of it",
+    )
+    need(
+        cfg.heads % (cfg.kv_heads or cfg.heads) == 0,
+        f"heads = {cfg.heads}: no multiple of kv_heads = {cfg.kv_heads}",
+    )
+    need(
+        cfg.mlp_ratio * cfg.dim >= 1, f"mlp_ratio = {cfg.mlp_ratio}: leaves the MLP no hidden unit"
+    )
+    need(
+        cfg.head_init in ("zero", "uniform")
+        or is_number(cfg.head_init)
+        and 0 <= float(cfg.head_init) <= 100,
+        f"head_init = {cfg.head_init!r}: zero, uniform or a standard deviation such as 0.005",
+    )
     for key in ("softcap", "temperature"):
-        need(getattr(cfg, key) == 0 or getattr(cfg, key) >= 1e-3, f"{key} = {getattr(cfg, key)}: 0, or from 0.001 on, as "
-             "logits are divided by it")
-    for key in ("adamw_matrices", "slow", "transfer_skip", *(["transfer"] if cfg.init_from else [])):
+        need(
+            getattr(cfg, key) == 0 or getattr(cfg, key) >= 1e-3,
+            f"{key} = {getattr(cfg, key)}: 0, or from 0.001 on, as logits are divided by it",
+        )
+    for key in (
+        "adamw_matrices",
+        "slow",
+        "transfer_skip",
+        *(["transfer"] if cfg.init_from else []),
+    ):
         try:
             re.compile(getattr(cfg, key))
         except re.error as e:
             raise UserError(f"{key} = {getattr(cfg, key)!r} is no regular expression: {e}") from e
     for key in ("attn_gate", "value_proj"):
-        need(0 <= getattr(cfg, key) <= cfg.dim, f"{key} = {getattr(cfg, key)}: a number of input dims, dim = {cfg.dim} at most")
-    need(not cfg.iha or cfg.heads == (cfg.kv_heads or cfg.heads), f"iha = 1 mixes the weights of {cfg.heads} heads, but "
-         f"keys and values have {cfg.kv_heads}: set --kv_heads 0")
-    need(re.fullmatch("[SL]*", cfg.window_pattern) is not None, f"window_pattern = {cfg.window_pattern!r}: letters S (the "
-         "window) and L (the whole row), for example SSSL")
-    need(cfg.unet != 2 or cfg.depth > 1, "unet = 2 ties the second half of the blocks to the first: depth = 1 has no halves")
+        need(
+            0 <= getattr(cfg, key) <= cfg.dim,
+            f"{key} = {getattr(cfg, key)}: a number of input dims, dim = {cfg.dim} at most",
+        )
+    need(
+        not cfg.iha or cfg.heads == (cfg.kv_heads or cfg.heads),
+        f"iha = 1 mixes the weights of {cfg.heads} heads, but "
+        f"keys and values have {cfg.kv_heads}: set --kv_heads 0",
+    )
+    need(
+        re.fullmatch("[SL]*", cfg.window_pattern) is not None,
+        f"window_pattern = {cfg.window_pattern!r}: letters S (the "
+        "window) and L (the whole row), for example SSSL",
+    )
+    need(
+        cfg.unet != 2 or cfg.depth > 1,
+        "unet = 2 ties the second half of the blocks to the first: depth = 1 has no halves",
+    )
     own_rates(cfg)
     low, high = loop_span(cfg)
-    need(0 <= low <= high <= cfg.depth, f"loop = {cfg.loop!r}: must lie within the {cfg.depth} blocks")
+    need(
+        0 <= low <= high <= cfg.depth,
+        f"loop = {cfg.loop!r}: must lie within the {cfg.depth} blocks",
+    )
     repeats = Schedule("repeats", cfg.repeats).values()
-    need(bool(cfg.loop) or repeats == [1], f"repeats = {cfg.repeats!r} without looped blocks: set loop, e.g. --loop 4:6")
+    need(
+        bool(cfg.loop) or repeats == [1],
+        f"repeats = {cfg.repeats!r} without looped blocks: set loop, e.g. --loop 4:6",
+    )
     positions = cfg.depth + (high - low) * (max(repeats) - 1)
-    need(positions <= 10_000, f"loop = {cfg.loop!r}, repeats = {cfg.repeats!r}: {positions:g} applications of a block, "
-         "10000 at most")
-    need(cfg.unet != 1 or positions > 1, "unet = 1 ties the second half of the blocks to the first: one block has no halves")
-    need(not cfg.cross_repeat or max(repeats) > 1, f"cross_repeat = 1 adds a looped block's output one repeat before, but "
-         f"loop = {cfg.loop!r} and repeats = {cfg.repeats!r} repeat nothing: --cross_repeat 0, or --loop 1:3 --repeats 2")
+    need(
+        positions <= 10_000,
+        f"loop = {cfg.loop!r}, repeats = {cfg.repeats!r}: {positions:g} applications of a block, "
+        "10000 at most",
+    )
+    need(
+        cfg.unet != 1 or positions > 1,
+        "unet = 1 ties the second half of the blocks to the first: one block has no halves",
+    )
+    need(
+        not cfg.cross_repeat or max(repeats) > 1,
+        f"cross_repeat = 1 adds a looped block's output one repeat before, but "
+        f"loop = {cfg.loop!r} and repeats = {cfg.repeats!r} repeat nothing: --cross_repeat 0, "
+        "or --loop 1:3 --repeats 2",
+    )
 
 
 def check_texts(cfg: Config) -> None:
@@ -465,12 +708,20 @@ def check_texts(cfg: Config) -> None:
         value = getattr(cfg, f.name)
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str):
-                need(not re.search("[\ud800-\udfff]", text), f"{f.name} = {ascii(text)} is no UTF-8 text")
-                need("\0" not in text or f.name == "prompt", f"{f.name} = {text!r} holds a zero byte")
+                need(
+                    not re.search("[\ud800-\udfff]", text),
+                    f"{f.name} = {ascii(text)} is no UTF-8 text",
+                )
+                need(
+                    "\0" not in text or f.name == "prompt", f"{f.name} = {text!r} holds a zero byte"
+                )
 
 
 def check_numbers(cfg: Config, limits: dict[str, tuple[float, float]]) -> None:
-    """Every number, and every value of a schedule, within `limits` (where it has some), and none infinite or nan."""
+    """
+    Every number, and every value of a schedule, within `limits` (where it has some), and none
+    infinite or nan.
+    """
     for f in dataclasses.fields(cfg):
         value, (least, most) = getattr(cfg, f.name), limits.get(f.name, (-math.inf, math.inf))
         if f.name in SCHEDULES:
@@ -478,11 +729,21 @@ def check_numbers(cfg: Config, limits: dict[str, tuple[float, float]]) -> None:
             if f.name in (*GRAPHS, "qat"):
                 sched.require_plateaus()
             for x in sched.values():
-                need(least <= x <= most, f"{f.name} = {value!r}: its values must lie between {least} and {most}")
+                need(
+                    least <= x <= most,
+                    f"{f.name} = {value!r}: its values must lie between {least} and {most}",
+                )
         elif isinstance(value, (int, float)):
-            need(not isinstance(value, float) or math.isfinite(value), f"{f.name} = {value}: must be a finite number")
-            need(value >= least, f"{f.name} = {value}: must not be negative" if least == 0 else
-                 f"{f.name} = {value}: must be at least {least}")
+            need(
+                not isinstance(value, float) or math.isfinite(value),
+                f"{f.name} = {value}: must be a finite number",
+            )
+            need(
+                value >= least,
+                f"{f.name} = {value}: must not be negative"
+                if least == 0
+                else f"{f.name} = {value}: must be at least {least}",
+            )
             need(value <= most, f"{f.name} = {value}: must be at most {most}")
 
 
@@ -490,46 +751,89 @@ def validate_schedules(cfg: Config) -> None:
     """Refuse schedules that shape graphs, or round, where their last value might not be reached."""
     for key in (*GRAPHS, "qat"):
         sched = Schedule(key, getattr(cfg, key))
-        need(not cfg.max_seconds or not any(p.at for p in sched.points if p.in_steps), f"{key} = {sched.text!r} counts "
-             f"steps, but under max_seconds = {cfg.max_seconds:g} nobody knows whether they are reached: give fractions "
-             "of the time, such as 0.5 for half of it")
-        steps = math.inf if cfg.max_seconds else cfg.steps  # on the clock nobody knows what the last step is
-        late = [p for p in sched.points if p.at and (math.ceil(p.at) >= cfg.steps if p.in_steps else
-                                                     p.at >= 1 or p.at * steps - 1e-9 > steps - 1)]
-        need(not late, f"{key} = {sched.text!r}: its last value is the one that is scored and exported, but the run "
-             f"of {cfg.steps} steps ends before it is reached")
+        need(
+            not cfg.max_seconds or not any(p.at for p in sched.points if p.in_steps),
+            f"{key} = {sched.text!r} counts "
+            f"steps, but under max_seconds = {cfg.max_seconds:g} nobody knows whether they are "
+            "reached: give fractions "
+            "of the time, such as 0.5 for half of it",
+        )
+        # on the clock nobody knows what the last step is
+        steps = math.inf if cfg.max_seconds else cfg.steps
+        late = [
+            p
+            for p in sched.points
+            if p.at
+            and (
+                math.ceil(p.at) >= cfg.steps
+                if p.in_steps
+                else p.at >= 1 or p.at * steps - 1e-9 > steps - 1
+            )
+        ]
+        need(
+            not late,
+            f"{key} = {sched.text!r}: its last value is the one that is scored and exported, "
+            "but the run "
+            f"of {cfg.steps} steps ends before it is reached",
+        )
 
 
 def refuse_idle(cfg: Config) -> None:
     """
-    Refuse switches that are on and would do nothing. What only tunes a switch (a rate, a size, a choice) may stand
-    there while that is off: a study turns off the switch alone.
+    Refuse switches that are on and would do nothing. What only tunes a switch (a rate, a size, a
+    choice) may stand there while that is off: a study turns off the switch alone.
     """
     plain = Config()
     decays = [k for k in ("matrix_wd", "embed_wd", "scalar_wd") if getattr(cfg, k)]
     muon = ("row_norm", "normuon", "decay_by_shape", "adamw_matrices")
     rules = [  # switch, what it needs, whether that is there
         *[(k, "optimizer = 'muon'", cfg.optimizer == "muon") for k in muon],
-        ("cautious", "Muon's matrices: set 1, or optimizer = 'muon'", cfg.optimizer == "muon" or cfg.cautious != 2),
-        ("cautious", "a decay that it acts on, such as --matrix_wd 0.1",
-         bool(decays) if cfg.cautious < 2 else cfg.matrix_wd > 0),
+        (
+            "cautious",
+            "Muon's matrices: set 1, or optimizer = 'muon'",
+            cfg.optimizer == "muon" or cfg.cautious != 2,
+        ),
+        (
+            "cautious",
+            "a decay that it acts on, such as --matrix_wd 0.1",
+            bool(decays) if cfg.cautious < 2 else cfg.matrix_wd > 0,
+        ),
         ("decay_by_shape", "matrix_wd > 0", cfg.matrix_wd > 0),
-        *[(k, "matrix_wd, embed_wd or scalar_wd", bool(decays)) for k in ("independent_wd", "weight_decay")],
-        ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", Schedule("slow_lr", cfg.slow_lr).values() != [1]),
+        *[
+            (k, "matrix_wd, embed_wd or scalar_wd", bool(decays))
+            for k in ("independent_wd", "weight_decay")
+        ],
+        (
+            "slow",
+            "a slow_lr other than 1, such as '0 250s:0 450s>1'",
+            Schedule("slow_lr", cfg.slow_lr).values() != [1],
+        ),
         ("slow_lr", "slow, the names of what it slows", bool(cfg.slow)),
-        *[(k, "init_from", bool(cfg.init_from)) for k in ("transfer", "transfer_skip", "transfer_control")],
-        ("window", "an S in window_pattern before its last block", any(is_windowed(cfg, i) for i in range(cfg.depth))),
+        *[
+            (k, "init_from", bool(cfg.init_from))
+            for k in ("transfer", "transfer_skip", "transfer_control")
+        ],
+        (
+            "window",
+            "an S in window_pattern before its last block",
+            any(is_windowed(cfg, i) for i in range(cfg.depth)),
+        ),
         ("rope_dims", "rope = 'standard' or 'interleaved'", cfg.rope != "truncated"),
         ("qat_noise", "qat, such as '0 0.8:1'", 1 in Schedule("qat", cfg.qat).values()),
         ("sample_tokens", "a tokenizer", bool(cfg.tokenizer or cfg.sample_from)),
         ("stoch_depth", "depth > 1, as block 0 always takes part", cfg.depth > 1),
         ("mtp", "rows of 2 tokens or more", min(Schedule("seq_len", cfg.seq_len).values()) > 1),
-        *[(k, "init = 'remix', as xavier sets every start", cfg.init == "remix")
-          for k in ("init_std", "proj_init", "head_init", "embed_init")],
+        *[
+            (k, "init = 'remix', as xavier sets every start", cfg.init == "remix")
+            for k in ("init_std", "proj_init", "head_init", "embed_init")
+        ],
     ]
     for key, needs, there in rules:
-        need(there or getattr(cfg, key) == getattr(plain, key), f"{key} = {getattr(cfg, key)!r} does nothing here: it "
-             f"needs {needs}; or leave it at {getattr(plain, key)!r}")
+        need(
+            there or getattr(cfg, key) == getattr(plain, key),
+            f"{key} = {getattr(cfg, key)!r} does nothing here: it "
+            f"needs {needs}; or leave it at {getattr(plain, key)!r}",
+        )
 
 
 def is_number(text: str) -> bool:
@@ -559,7 +863,9 @@ def loop_span(cfg: Config) -> tuple[int, int]:
         return 0, 0
     match = re.fullmatch(r"(\d+):(\d+)", cfg.loop)
     if not match or int(match[1]) >= int(match[2]):
-        raise UserError(f"loop = {cfg.loop!r}: must read 'first:end', for example 4:6 for blocks 4 and 5")
+        raise UserError(
+            f"loop = {cfg.loop!r}: must read 'first:end', for example 4:6 for blocks 4 and 5"
+        )
     return int(match[1]), int(match[2])
 
 
@@ -580,11 +886,17 @@ def own_rates(cfg: Config) -> list[OwnRate]:
         try:
             rate = OwnRate(re.compile(pattern), *map(float, values.split("/")))
             for value, key in zip(rate[1:], ("adamw_lr", "beta1", "beta2", "matrix_wd")):
-                if value is not None and not LIMITS[key][0] <= value <= LIMITS[key][1]:  # nan does not either
-                    raise ValueError(f"{value} does not lie between {LIMITS[key][0]} and {LIMITS[key][1]}")
+                # nan does not either
+                if value is not None and not LIMITS[key][0] <= value <= LIMITS[key][1]:
+                    raise ValueError(
+                        f"{value} does not lie between {LIMITS[key][0]} and {LIMITS[key][1]}"
+                    )
         except (re.error, ValueError, TypeError) as e:
-            raise UserError(f"own_lr = {cfg.own_lr!r}: {word!r} is not pattern=rate, /beta1, /beta2 and /decay behind it as "
-                            f"far as they are needed ({e}); for example x0_lambda=0.025/0.96") from e
+            raise UserError(
+                f"own_lr = {cfg.own_lr!r}: {word!r} is not pattern=rate, /beta1, /beta2 and "
+                "/decay behind it as "
+                f"far as they are needed ({e}); for example x0_lambda=0.025/0.96"
+            ) from e
         rates.append(rate)
     return rates
 
@@ -596,14 +908,17 @@ def config_toml(cfg: Config) -> str:
         if name in ("config", "resume"):
             continue
         value = getattr(cfg, name)
-        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # so JSON's values are TOML's
+        # so JSON's values are TOML's
+        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         lines.append(f"{name} = {text}")
     return "\n".join(lines) + "\n"
 
 
 def config_hash(cfg: Config) -> str:
     """sha256 over everything that makes two runs different experiments, the seed included."""
-    keep = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_ON_RESUME | {"run", "arm"}}
+    keep = {
+        k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_ON_RESUME | {"run", "arm"}
+    }
     return hashlib.sha256(json.dumps(keep, sort_keys=True).encode()).hexdigest()
 
 
@@ -623,10 +938,11 @@ class Point(NamedTuple):
 
 class Schedule:
     """
-    A value over training. "3" is constant; "0:1 0.5:2" sets 2 from the middle on; "0.6:1 1>0.1" falls linearly from
-    60 % to the end, "0.6:1 1~0.1" along half a cosine, "0.6:1 1>0.1^0.5" as the root of what is left of the way; "300s>0.95"
-    counts steps; a value set where a ramp ends is a jump ("0.5>2 0.5:1"). Positions may be fractions such as 1/3. A
-    fraction is step/steps, or elapsed/max_seconds where the clock is capped, whichever is further.
+    A value over training. "3" is constant; "0:1 0.5:2" sets 2 from the middle on; "0.6:1 1>0.1"
+    falls linearly from 60 % to the end, "0.6:1 1~0.1" along half a cosine, "0.6:1 1>0.1^0.5" as the
+    root of what is left of the way; "300s>0.95" counts steps; a value set where a ramp ends is a
+    jump ("0.5>2 0.5:1"). Positions may be fractions such as 1/3. A fraction is step/steps, or
+    elapsed/max_seconds where the clock is capped, whichever is further.
     """
 
     def __init__(self, name: str, text: str):
@@ -639,9 +955,18 @@ class Schedule:
             try:
                 at = number(match[1]) if match[1] else 0.0
                 power = number(match[5] or "1")
-                point = Point(at, match[2] == "s", match[3] in (">", "~"), number(match[4]), match[3] == "~", power)
+                point = Point(
+                    at,
+                    match[2] == "s",
+                    match[3] in (">", "~"),
+                    number(match[4]),
+                    match[3] == "~",
+                    power,
+                )
             except (TypeError, ValueError, ZeroDivisionError):
-                raise self.error(f"{word!r} is neither value, at:value, at>value nor at~value") from None
+                raise self.error(
+                    f"{word!r} is neither value, at:value, at>value nor at~value"
+                ) from None
             self.points.append(point)
         if not self.points or self.points[0].at != 0 or self.points[0].ramp:
             raise self.error("must start with a value, or with 0:value")
@@ -649,15 +974,19 @@ class Schedule:
         for a, b in zip(self.points, self.points[1:]):
             jump = a.ramp and not b.ramp and (a.at, a.in_steps) == (b.at, b.in_steps)
             if b.at <= reached[b.in_steps] and not jump:
-                raise self.error(f"its points must stand in order, but {b.at:g} follows {reached[b.in_steps]:g}")
+                raise self.error(
+                    f"its points must stand in order, but {b.at:g} follows {reached[b.in_steps]:g}"
+                )
             reached[b.in_steps] = b.at
             if b.ramp and a.at != 0 and a.in_steps != b.in_steps:
                 raise self.error("a ramp must begin and end in the same unit, steps or fractions")
             if not b.in_steps and b.at > 1:
-                raise self.error(f"{b.at:g} is no fraction of training; write {b.at:g}s to count steps")
+                raise self.error(
+                    f"{b.at:g} is no fraction of training; write {b.at:g}s to count steps"
+                )
 
     def error(self, why: str) -> UserError:
-        return UserError(f"{self.name} = {self.text!r}: {why} (example: \"0:1 0.5:2 1>0\")")
+        return UserError(f'{self.name} = {self.text!r}: {why} (example: "0:1 0.5:2 1>0")')
 
     def at(self, step: int, fraction: float) -> float:
         value, last = self.points[0].value, self.points[0]
@@ -671,7 +1000,9 @@ class Schedule:
                 share = (x - start) / (point.at - start)
                 if point.power != 1:
                     share = 1 - (1 - share) ** point.power
-                value += (point.value - value) * ((1 - math.cos(math.pi * share)) / 2 if point.cosine else share)
+                value += (point.value - value) * (
+                    (1 - math.cos(math.pi * share)) / 2 if point.cosine else share
+                )
             break
         return value
 
@@ -682,7 +1013,9 @@ class Schedule:
         """For what shapes a graph, and for what is on or off: whole numbers, no ramps."""
         for p in self.points:
             if p.ramp or p.value != int(p.value):
-                raise self.error("needs whole numbers, set with ':' (there is nothing between them)")
+                raise self.error(
+                    "needs whole numbers, set with ':' (there is nothing between them)"
+                )
 
 
 def number(text: str) -> float:
@@ -724,7 +1057,8 @@ class Plan:
         self.sched = {name: Schedule(name, getattr(cfg, name)) for name in SCHEDULES}
         self.max_seq_len = int(max(self.sched["seq_len"].values()))
         self.eval_seq_len = cfg.eval_seq_len or self.max_seq_len
-        self.seconds = cfg.max_seconds  # for steps; the warm-up subtracts what GPTQ will take behind them
+        # for steps; the warm-up subtracts what GPTQ will take behind them
+        self.seconds = cfg.max_seconds
 
     def fraction(self, step: int, seconds: float) -> float:
         by_time = seconds / self.seconds if self.seconds else 0.0
@@ -733,11 +1067,16 @@ class Plan:
     def at(self, step: int, fraction: float) -> Now:
         v = {name: s.at(step, fraction) for name, s in self.sched.items()}
         ints = {k: int(v[k]) for k in GRAPHS}
-        cycle = fraction * self.cfg.epochs - (self.cfg.epochs - self.cfg.lr_cycles)  # epochs since the cycles began
+        # epochs since the cycles began
+        cycle = fraction * self.cfg.epochs - (self.cfg.epochs - self.cfg.lr_cycles)
         if self.cfg.lr_cycles and cycle >= 0:
             floor = self.cfg.lr_floor
-            v["lr"] = floor + (max(v["lr"], floor) - floor) * (1 + math.cos(math.pi * (cycle % 1))) / 2
-        return Now(v["lr"], v["momentum"], v["weight_decay"], v["qat"], **ints, slow_lr=v["slow_lr"])
+            v["lr"] = (
+                floor + (max(v["lr"], floor) - floor) * (1 + math.cos(math.pi * (cycle % 1))) / 2
+            )
+        return Now(
+            v["lr"], v["momentum"], v["weight_decay"], v["qat"], **ints, slow_lr=v["slow_lr"]
+        )
 
     def ends_epoch(self, step: int) -> bool:
         """Whether step `step` (from 1) is the last of an epoch, by the count of steps."""
@@ -750,12 +1089,17 @@ class Plan:
         points = [p for s in shaping for p in s.points]
         steps = self.cfg.steps
         if not self.cfg.max_seconds:
-            starts = sorted({math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points})
+            starts = sorted(
+                {math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points}
+            )
             return [self.at(s, s / steps) for s in starts if s < steps or s == 0]
-        return [self.at(0, f) for f in sorted({p.at for p in points} | {0.0})]  # on the clock they have no marks in steps
+        # on the clock they have no marks in steps
+        return [self.at(0, f) for f in sorted({p.at for p in points} | {0.0})]
 
     def micro_rows(self, now: Now, world: int) -> int:
-        """Rows of one forward pass. The batch must divide evenly, or ranks would weigh differently."""
+        """
+        Rows of one forward pass. The batch must divide evenly, or ranks would weigh differently.
+        """
         share = now.batch_tokens // world
         micro = min(self.cfg.micro_tokens, share)
         if self.cfg.auto_micro:
@@ -763,9 +1107,12 @@ class Plan:
             micro = now.seq_len * next((m for m in range(most, 0, -1) if rows % m == 0), 0)
         if not micro or now.batch_tokens % (world * micro) or micro % now.seq_len:
             raise UserError(
-                f"batch_tokens = {now.batch_tokens} on {world} ranks does not divide into micro-batches of "
-                f"micro_tokens = {self.cfg.micro_tokens} made of rows of seq_len = {now.seq_len}: choose batch_tokens = "
-                "ranks * micro_tokens * a whole number, and micro_tokens = seq_len * a whole number")
+                f"batch_tokens = {now.batch_tokens} on {world} ranks does not divide into "
+                "micro-batches of "
+                f"micro_tokens = {self.cfg.micro_tokens} made of rows of seq_len = "
+                f"{now.seq_len}: choose batch_tokens = "
+                "ranks * micro_tokens * a whole number, and micro_tokens = seq_len * a whole number"
+            )
         return micro // now.seq_len
 
     def micro_batches(self, now: Now, world: int) -> int:
@@ -773,7 +1120,9 @@ class Plan:
         return now.batch_tokens // world // (self.micro_rows(now, world) * now.seq_len)
 
     def train_shapes(self, world: int) -> list[Shape]:
-        shapes = [Shape(self.micro_rows(n, world), n.seq_len, n.repeats, n.window) for n in self.moments()]
+        shapes = [
+            Shape(self.micro_rows(n, world), n.seq_len, n.repeats, n.window) for n in self.moments()
+        ]
         return list(dict.fromkeys(shapes))
 
     def eval_shape(self, now: Now) -> Shape:
@@ -781,7 +1130,8 @@ class Plan:
         return Shape(rows, self.eval_seq_len, now.repeats, now.window)
 
     def eval_shapes(self) -> list[Shape]:
-        moments = [*self.moments(), self.at(self.cfg.steps, 1.0)]  # the last evaluation is behind the last step
+        # the last evaluation is behind the last step
+        moments = [*self.moments(), self.at(self.cfg.steps, 1.0)]
         return list(dict.fromkeys(self.eval_shape(n) for n in moments))
 
     def batches(self) -> list[tuple[int, int]]:
@@ -789,7 +1139,8 @@ class Plan:
         steps, points = self.cfg.steps, self.sched["batch_tokens"].points
         starts = [math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points]
         found = []
-        for i, p in enumerate(points):  # a point waits for all before it, in whichever unit they stand
+        # a point waits for all before it, in whichever unit they stand
+        for i, p in enumerate(points):
             begin = min(max(starts[: i + 1]), steps)
             end = min(max(starts[: i + 2]), steps) if i + 1 < len(points) else steps
             found.append((end - begin, int(p.value)))
@@ -806,11 +1157,17 @@ class Plan:
 
 
 class Interrupted(BaseException):
-    """SIGTERM or Ctrl-C, raised at a place where every rank can leave together. Not an Exception: nobody swallows it."""
+    """
+    SIGTERM or Ctrl-C, raised at a place where every rank can leave together. Not an Exception:
+    nobody swallows it.
+    """
 
 
 class Clock:
-    """The track's timed clock: seconds of training. Warm-up, evaluation and saving happen while it stands still."""
+    """
+    The track's timed clock: seconds of training. Warm-up, evaluation and saving happen while it
+    stands still.
+    """
 
     def __init__(self, sync):
         self.sync, self.total, self.started = sync, 0.0, None
@@ -826,7 +1183,9 @@ class Clock:
         self.started = None
 
     def seconds(self) -> float:
-        return self.total + (time.perf_counter() - self.started if self.started is not None else 0.0)
+        return self.total + (
+            time.perf_counter() - self.started if self.started is not None else 0.0
+        )
 
     @contextlib.contextmanager
     def paused(self):
@@ -836,7 +1195,10 @@ class Clock:
 
 
 class Run:
-    """Ranks, device, the run's folder and log, signals. The only code beside the optimizer that knows of ranks."""
+    """
+    Ranks, device, the run's folder and log, signals. The only code beside the optimizer that knows
+    of ranks.
+    """
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
@@ -864,9 +1226,9 @@ class Run:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         elif sys.platform == "linux":
-            # glibc hands large blocks back to the kernel at every free and faults them in anew, which a CPU
-            # training step feels (tests/bench_textbook.py --against faulting). Keep them (M_MMAP_THRESHOLD -3,
-            # M_TRIM_THRESHOLD -1 of malloc.h).
+            # glibc hands large blocks back to the kernel at every free and faults them in anew,
+            # which a CPU training step feels (tests/bench_textbook.py --against faulting). Keep
+            # them (M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1 of malloc.h).
             with contextlib.suppress(OSError, AttributeError):
                 libc = ctypes.CDLL(None)
                 libc.mallopt(-3, 1 << 30)
@@ -880,7 +1242,10 @@ class Run:
         return self
 
     def meet(self) -> None:
-        """Join the process group, unless a sweep has already done so for all of its runs: one per process works, two hang."""
+        """
+        Join the process group, unless a sweep has already done so for all of its runs: one per
+        process works, two hang.
+        """
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
@@ -888,8 +1253,10 @@ class Run:
             except (RuntimeError, ValueError) as e:
                 raise UserError(
                     f"{self.world} ranks could not meet at {os.environ.get('MASTER_ADDR')}:"
-                    f"{os.environ.get('MASTER_PORT')}: {str(e).splitlines()[0]}; is the port in use? set MASTER_PORT "
-                    "to a free one, or use torchrun --standalone") from e
+                    f"{os.environ.get('MASTER_PORT')}: {str(e).splitlines()[0]}; is the port "
+                    "in use? set MASTER_PORT "
+                    "to a free one, or use torchrun --standalone"
+                ) from e
             self.owns_group = True
 
     def part(self) -> None:
@@ -919,8 +1286,9 @@ class Run:
     @contextlib.contextmanager
     def interruptible(self):
         """
-        Inside, a signal takes effect at once: for compiling, which can take minutes between two polls. Several ranks
-        cannot leave so: one of them would save while the others still wait for its part of a sum.
+        Inside, a signal takes effect at once: for compiling, which can take minutes between two
+        polls. Several ranks cannot leave so: one of them would save while the others still wait for
+        its part of a sum.
         """
         self.leave_at_once = self.world == 1
         try:
@@ -929,7 +1297,10 @@ class Run:
             self.leave_at_once = False
 
     def agree(self, seconds: float = 0.0) -> float:
-        """Once a step and an evaluation batch: all ranks leave together if one was asked to, and share one clock."""
+        """
+        Once a step and an evaluation batch: all ranks leave together if one was asked to, and share
+        one clock.
+        """
         stop = self.signal
         if self.world > 1:
             both = torch.tensor([float(stop), seconds], dtype=torch.float64)
@@ -995,8 +1366,11 @@ class Run:
         first, right = found[0]
         for rank, (host, theirs) in enumerate(found):
             other = [f"{k} = {v!r}" for k, v in theirs.items() if right[k] != v]
-            need(not other, f"rank {rank} on {host} has {', '.join(other)}, which is not what rank 0 "
-                 f"on {first} has: give every node the same flags, sources and data")
+            need(
+                not other,
+                f"rank {rank} on {host} has {', '.join(other)}, which is not what rank 0 "
+                f"on {first} has: give every node the same flags, sources and data",
+            )
 
     def lock_folder(self) -> None:
         """
@@ -1019,9 +1393,13 @@ class Run:
             holder = lock.read().strip() or "another process"
             lock.close()
             if e.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(f"{self.folder} is in use by {holder}: wait until it has ended, or "
-                                "choose another --run") from e
-            self.log(f"notice: {path}: {e.strerror}: see that nobody else starts this run meanwhile")
+                raise UserError(
+                    f"{self.folder} is in use by {holder}: wait until it has ended, or "
+                    "choose another --run"
+                ) from e
+            self.log(
+                f"notice: {path}: {e.strerror}: see that nobody else starts this run meanwhile"
+            )
             return
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -1044,30 +1422,48 @@ class Run:
         return answer
 
     def wall(self) -> float:
-        """Seconds since the first start of this run's processes, compilation and evaluation included."""
+        """
+        Seconds since the first start of this run's processes, compilation and evaluation included.
+        """
         return self.earlier_wall + time.perf_counter() - self.began
 
     def open_log(self, step: int | None) -> None:
-        """Start log.txt and metrics.jsonl, or go on with them; on resuming, metrics behind `step` are forgotten."""
+        """
+        Start log.txt and metrics.jsonl, or go on with them; on resuming, metrics behind `step` are
+        forgotten.
+        """
         if self.is_main:
             metrics = self.folder / "metrics.jsonl"
             if step is not None and metrics.exists():
                 text = metrics.read_text(encoding="utf-8", errors="replace")
                 kept = [line for line in text.splitlines() if keep_metric(line, step)]
                 write_whole(metrics, "".join(line + "\n" for line in kept).encode())
-            self.log_file = open(self.folder / "log.txt", "a", buffering=1, encoding="utf-8",
-                                 errors="backslashreplace")  # of a path that is no text
+            self.log_file = open(
+                self.folder / "log.txt",
+                "a",
+                buffering=1,
+                encoding="utf-8",
+                errors="backslashreplace",
+            )  # of a path that is no text
             self.metrics_file = open(metrics, "a", buffering=1, encoding="utf-8")
         if self.is_main and self.cfg.wandb:
             try:
                 import wandb
 
-                self.wandb = wandb.init(project=self.cfg.wandb, name=self.cfg.run, dir=self.folder, resume="allow",
-                                        id=hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:12],
-                                        config=dataclasses.asdict(self.cfg))
+                self.wandb = wandb.init(
+                    project=self.cfg.wandb,
+                    name=self.cfg.run,
+                    dir=self.folder,
+                    resume="allow",
+                    id=hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:12],
+                    config=dataclasses.asdict(self.cfg),
+                )
             except Exception as e:  # whatever its login, its server or its files raise
-                raise UserError(f"--wandb {self.cfg.wandb}: {e}; log in with `wandb login`, or set WANDB_MODE=offline, and "
-                                "continue with --resume") from e
+                raise UserError(
+                    f"--wandb {self.cfg.wandb}: {e}; log in with `wandb login`, or set "
+                    "WANDB_MODE=offline, and "
+                    "continue with --resume"
+                ) from e
 
     def log(self, line: str, console: bool = True) -> None:
         if not self.is_main:
@@ -1081,7 +1477,10 @@ class Run:
             print(line, flush=True)
 
     def metric(self, kind: str, step: int, **values) -> None:
-        """One line of metrics.jsonl (and of wandb); values that are None were not measured and are left out."""
+        """
+        One line of metrics.jsonl (and of wandb); values that are None were not measured and are
+        left out.
+        """
         if not self.is_main:
             return
         values = {k: v for k, v in values.items() if v is not None}
@@ -1090,7 +1489,10 @@ class Run:
             self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
 
     def live(self, line: str) -> None:
-        """The console's training line: rewritten in place on a terminal, else printed every few seconds."""
+        """
+        The console's training line: rewritten in place on a terminal, else printed every few
+        seconds.
+        """
         if not self.is_main:
             return
         if sys.stdout.isatty():
@@ -1120,7 +1522,10 @@ def parse_metric(line: str) -> dict | None:
         record = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(record, dict) or [type(record.get(k)) for k in ("kind", "step")] != [str, int]:
+    if not isinstance(record, dict) or [type(record.get(k)) for k in ("kind", "step")] != [
+        str,
+        int,
+    ]:
         return None
     loss = record.get("val_loss" if record["kind"] == "val" else "step")
     return record if isinstance(loss, int | float) else None
@@ -1150,31 +1555,41 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def choose_device(cfg: Config) -> torch.device:
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = 'cuda', but torch sees no CUDA device here; on a laptop layer on_cpu over the preset: "
-                        f"--config {' '.join(cfg.config) or 'PRESET'} on_cpu")
+        raise UserError(
+            "device = 'cuda', but torch sees no CUDA device here; on a laptop layer on_cpu "
+            "over the preset: "
+            f"--config {' '.join(cfg.config) or 'PRESET'} on_cpu"
+        )
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def choose_dtype(cfg: Config, device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs from Ampere on and on CPUs with AMX or AVX512-BF16; elsewhere it would be slower than fp32."""
+    """
+    bfloat16 on GPUs from Ampere on and on CPUs with AMX or AVX512-BF16; elsewhere it would be
+    slower than fp32.
+    """
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device)[0] >= 8
     else:
         capability = torch.backends.cpu.get_cpu_capability()
-        fast = capability.startswith("AVX512") and bool(torch.cpu._is_amx_tile_supported() or
-                                                         torch.cpu._is_avx512_bf16_supported())
+        fast = capability.startswith("AVX512") and bool(
+            torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        )
     return torch.bfloat16 if fast else torch.float32
 
 
 def environment(run: Run) -> list[str]:
     """What the numbers depend on beside the code: for the head of log.txt."""
-    lines = [f"Running Python {sys.version}", f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
-             f"host: {platform.platform()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
-             f"ranks: {run.world} on {run.device.type}, compute {run.dtype}".replace("torch.", "")]
+    lines = [
+        f"Running Python {sys.version}",
+        f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
+        f"host: {platform.platform()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        f"ranks: {run.world} on {run.device.type}, compute {run.dtype}".replace("torch.", ""),
+    ]
     if run.device.type == "cuda":
         lines.append(f"gpu: {torch.cuda.get_device_name(run.device)}")
         if shutil.which("nvidia-smi"):
@@ -1183,11 +1598,17 @@ def environment(run: Run) -> list[str]:
 
 
 def git_revision() -> str:
-    """Commit of the source, with + behind it when files differ from it; empty outside a checkout."""
+    """
+    Commit of the source, with + behind it when files differ from it; empty outside a checkout.
+    """
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        ).stdout.strip()
     except OSError:
         return ""
     return head + ("+" if head and dirty else "")
@@ -1217,15 +1638,23 @@ def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
 
 
 def normed(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
-    """LayerNorm (Ba et al. 2016) with its gain but no bias, in fp32; the RMS norm where there is no gain."""
-    return norm(x, eps) if gain is None else F.layer_norm(x.float(), x.shape[-1:], gain.float(), None, eps).to(x.dtype)
+    """
+    LayerNorm (Ba et al. 2016) with its gain but no bias, in fp32; the RMS norm where there is no
+    gain.
+    """
+    return (
+        norm(x, eps)
+        if gain is None
+        else F.layer_norm(x.float(), x.shape[-1:], gain.float(), None, eps).to(x.dtype)
+    )
 
 
 def rope_table(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
     """
     cos and sin [T, K/2] in fp32 for the half-split layout (dim k turns with dim k + K/2).
-    truncated: the first K/4 frequencies run base^-linspace(0, 1), the others stand still (modded-nanogpt, @YouJiacheng).
-    standard, interleaved: base^(-2k/R) on the first R = rope_dims (Su et al. 2021); rotate() leaves the others alone.
+    truncated: the first K/4 frequencies run base^-linspace(0, 1), the others stand still
+    (modded-nanogpt, @YouJiacheng). standard, interleaved: base^(-2k/R) on the first R = rope_dims
+    (Su et al. 2021); rotate() leaves the others alone.
     """
     k = head_width(cfg) if cfg.rope == "truncated" else rotary_dims(cfg)
     if cfg.rope == "truncated":
@@ -1240,19 +1669,30 @@ def rope_table(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (k, k + R/2) of the first R dims by its position's angle; in fp32."""
     half = cos.size(-1)
-    a, b, still = x_BTHK[..., :half].float(), x_BTHK[..., half : 2 * half].float(), x_BTHK[..., 2 * half :]
+    a, b, still = (
+        x_BTHK[..., :half].float(),
+        x_BTHK[..., half : 2 * half].float(),
+        x_BTHK[..., 2 * half :],
+    )
     cos, sin = cos[: x_BTHK.size(1), None], sin[: x_BTHK.size(1), None]
     turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x_BTHK.dtype)
     return torch.cat([turned, still], dim=-1) if still.size(-1) else turned
 
 
 def half_split(x_BTHK: Tensor, dims: int) -> Tensor:
-    """Neighbours (2k, 2k + 1) of the first dims -> rotate()'s pairs. Of q and k alike: their products see no order."""
+    """
+    Neighbours (2k, 2k + 1) of the first dims -> rotate()'s pairs. Of q and k alike: their products
+    see no order.
+    """
     return torch.cat([x_BTHK[..., 1:dims:2], x_BTHK[..., 0:dims:2], x_BTHK[..., dims:]], dim=-1)
 
 
-def visible(q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | None, window: int) -> Tensor:
-    """The mask rule of every attention path: no future, the last `window` keys, the own document."""
+def visible(
+    q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | None, window: int
+) -> Tensor:
+    """
+    The mask rule of every attention path: no future, the last `window` keys, the own document.
+    """
     ok = q_pos >= k_pos
     if window:
         ok = ok & (q_pos - k_pos < window)
@@ -1277,10 +1717,12 @@ def compiled_on_gpu(function, like: Tensor):
     return compiled(function) if like.is_cuda and not torch.compiler.is_compiling() else function
 
 
-def attend_flex(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float, mask=None) -> Tensor:
+def attend_flex(
+    q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float, mask=None
+) -> Tensor:
     """
-    Attention [B, H, T, K] through flex_attention, which skips blocks without a visible pair. k and v may have fewer
-    heads. `mask` is flex_mask's, to be shared by all layers of one window.
+    Attention [B, H, T, K] through flex_attention, which skips blocks without a visible pair. k and
+    v may have fewer heads. `mask` is flex_mask's, to be shared by all layers of one window.
     """
     mask = flex_mask(q, docs, window) if mask is None else mask
     if mask is None or (q.is_cuda and not torch.compiler.is_compiling()):
@@ -1290,8 +1732,15 @@ def attend_flex(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: in
 
 def flex_mask(q: Tensor, docs: Tensor | None, window: int):
     """The mask rule as flex_attention wants it; None where nothing may be compiled."""
+
     def rule(b, h, i, j):
-        return visible(i, j, docs[b, i] if docs is not None else None, docs[b, j] if docs is not None else None, window)
+        return visible(
+            i,
+            j,
+            docs[b, i] if docs is not None else None,
+            docs[b, j] if docs is not None else None,
+            window,
+        )
 
     return compiled_on_gpu(block_mask, q)(rule, q, docs is not None)
 
@@ -1303,14 +1752,22 @@ def block_mask(rule, q: Tensor, by_row: bool):
     return create_block_mask(rule, rows, None, length, length, device=q.device)
 
 
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float,
-                  bound: float = math.inf) -> Tensor:
+def attend_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    docs: Tensor | None,
+    window: int,
+    scale: float,
+    bound: float = math.inf,
+) -> Tensor:
     """
-    The same support with plain matmuls: queries in blocks, each against the keys that it may see. Exact, runs
-    everywhere, differentiable; compiled it trains faster on a CPU than SDPA, whose backward is slow there
-    (tests/bench_textbook.py --attention). No score is beyond +-bound: where that is small, as it is behind QK norm,
-    exp cannot overflow and the pass for each row's maximum is saved.
-    Long rows with a window become bands (a block of queries against its own block of keys and the one before).
+    The same support with plain matmuls: queries in blocks, each against the keys that it may see.
+    Exact, runs everywhere, differentiable; compiled it trains faster on a CPU than SDPA, whose
+    backward is slow there (tests/bench_textbook.py --attention). No score is beyond +-bound: where
+    that is small, as it is behind QK norm, exp cannot overflow and the pass for each row's maximum
+    is saved. Long rows with a window become bands (a block of queries against its own block of keys
+    and the one before).
     """
     B, H, T, K = q.shape
     if k.size(1) != H:
@@ -1323,35 +1780,54 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: 
         end = min(start + size, T)
         first = max(0, start - window + 1) // size * size if window else 0
         rows, cols = slice(start, end), slice(first, end)
-        d = (docs[:, None, rows, None], docs[:, None, None, cols]) if docs is not None else (None, None)
+        d = (
+            (docs[:, None, rows, None], docs[:, None, None, cols])
+            if docs is not None
+            else (None, None)
+        )
         ok = visible(pos[rows, None], pos[cols], *d, window)
         scores = ((q[:, :, rows] * scale) @ k[:, :, cols].mT).float()
         if bound <= 40:
             p = torch.where(ok, scores.exp(), 0.0)
-            outs.append(((p.to(v.dtype) @ v[:, :, cols]).float() / p.sum(-1, keepdim=True)).to(v.dtype))
+            outs.append(
+                ((p.to(v.dtype) @ v[:, :, cols]).float() / p.sum(-1, keepdim=True)).to(v.dtype)
+            )
         else:
             outs.append(scores.masked_fill(~ok, -torch.inf).softmax(-1).to(v.dtype) @ v[:, :, cols])
     return torch.cat(outs, dim=2)
 
 
-def attend_bands(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, docs: Tensor | None, window: int, scale: float) -> Tensor:
-    """Bands of `window` queries against 2*window keys: memory grows with T*window instead of T*T."""
+def attend_bands(
+    q: Tensor, k: Tensor, v: Tensor, pos: Tensor, docs: Tensor | None, window: int, scale: float
+) -> Tensor:
+    """
+    Bands of `window` queries against 2*window keys: memory grows with T*window instead of T*T.
+    """
     B, H, T, K = q.shape
     pad = -T % window
     n = (T + pad) // window
 
-    def keys(x: Tensor, fill: int = 0) -> Tensor:  # [..., T, K] -> [..., n, 2*window, K], a band before the first
+    # [..., T, K] -> [..., n, 2*window, K], a band before the first
+    def keys(x: Tensor, fill: int = 0) -> Tensor:
         x = F.pad(x, (0, 0, window, pad), value=fill)
-        return torch.cat([x[..., :-window, :].unflatten(-2, (n, window)), x[..., window:, :].unflatten(-2, (n, window))], -2)
+        return torch.cat(
+            [
+                x[..., :-window, :].unflatten(-2, (n, window)),
+                x[..., window:, :].unflatten(-2, (n, window)),
+            ],
+            -2,
+        )
 
     q_bands = F.pad(q, (0, 0, 0, pad)).unflatten(2, (n, window))
     q_pos = torch.arange(T + pad, device=q.device).view(1, 1, n, window, 1)
-    k_pos = keys(pos.view(1, 1, T, 1), fill=-(4 * window + T)).mT  # padding lies before every window
+    # padding lies before every window
+    k_pos = keys(pos.view(1, 1, T, 1), fill=-(4 * window + T)).mT
     d = (None, None)
     if docs is not None:
         d = F.pad(docs, (0, pad)).view(B, 1, n, window, 1), keys(docs.view(B, 1, T, 1), fill=-1).mT
     ok = visible(q_pos, k_pos, *d, window)
-    scores = ((q_bands * scale) @ keys(k).mT).float().masked_fill(~ok, -1e30)  # finite: padded queries may see nothing
+    # finite: padded queries may see nothing
+    scores = ((q_bands * scale) @ keys(k).mT).float().masked_fill(~ok, -1e30)
     out = scores.softmax(-1).to(v.dtype) @ keys(v)
     return out.flatten(2, 3)[:, :, :T]
 
@@ -1405,8 +1881,8 @@ def normal(std: float) -> Start:
 
 def xavier(joined: bool = False) -> Start:
     """
-    Normal with variance 2/(fan in + fan out). Joined: a stack, such as q, k and v, is one map, as in
-    Wortsman et al. 2023.
+    Normal with variance 2/(fan in + fan out). Joined: a stack, such as q, k and v, is one map, as
+    in Wortsman et al. 2023.
     """
 
     def draw(shape: torch.Size, rng: torch.Generator) -> Tensor:
@@ -1453,15 +1929,28 @@ def initial_value(name: str, said: Declared, shape: torch.Size, seed: int) -> Te
 class Attention(Declaring):
     def __init__(self, cfg: Config, values: bool):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = cfg.heads, cfg.kv_heads or cfg.heads, head_width(cfg)
+        self.heads, self.kv_heads, self.head_dim = (
+            cfg.heads,
+            cfg.kv_heads or cfg.heads,
+            head_width(cfg),
+        )
         self.eps, self.qk_norm = cfg.norm_eps, bool(cfg.qk_norm)
         self.scale = cfg.attn_scale or self.head_dim**-0.5
-        # Normed queries and keys have length sqrt(K) at most, and rotation keeps it (1 %: rounding in bfloat16).
-        self.bound = 1.01 * self.head_dim * self.scale if cfg.qk_norm and not (cfg.q_gain or cfg.layer_norm) else math.inf
+        # Normed queries and keys have length sqrt(K) at most, and rotation keeps it (1 %: rounding
+        # in bfloat16).
+        self.bound = (
+            1.01 * self.head_dim * self.scale
+            if cfg.qk_norm and not (cfg.q_gain or cfg.layer_norm)
+            else math.inf
+        )
         inner, inner_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         remix, one_map = cfg.init == "remix", inner == inner_kv
         # Remix (modded-nanogpt): a standard deviation of 0.5/sqrt(dim), and outputs of zero.
-        start = uniform(3**0.5 * (cfg.init_std or 0.5) * cfg.dim**-0.5) if remix else xavier(joined=True)
+        start = (
+            uniform(3**0.5 * (cfg.init_std or 0.5) * cfg.dim**-0.5)
+            if remix
+            else xavier(joined=True)
+        )
         # Three matrices, or one and two: Muon treats each by itself.
         self.declare("qkv", "matrix", start, 3, inner, cfg.dim, on=one_map)
         self.declare("q", "matrix", start, inner, cfg.dim, on=not one_map)
@@ -1476,13 +1965,24 @@ class Attention(Declaring):
         self.declare("value_gate", "matrix", 0.0, self.kv_heads, cfg.value_proj, on=values)
         self.declare("iha", "scalar", identities, 3, cfg.heads, cfg.heads, on=cfg.iha)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], seen: "Seen", xsa: bool,
-                values: Tensor | None = None) -> Tensor:
-        """`values` [B, T, kv_heads*K] are added to the own values, times 2*sigmoid of each head's gate."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        seen: "Seen",
+        xsa: bool,
+        values: Tensor | None = None,
+    ) -> Tensor:
+        """
+        `values` [B, T, kv_heads*K] are added to the own values, times 2*sigmoid of each head's
+        gate.
+        """
         B, T, _ = x_BTD.shape
         if self.heads == self.kv_heads:
             w = self.qkv if self.iha is None else self.iha @ self.qkv.view(3, self.heads, -1)
-            qkv = linear(x_BTD, w.view(-1, x_BTD.size(-1))).view(B, T, 3 * self.heads, self.head_dim)
+            qkv = linear(x_BTD, w.view(-1, x_BTD.size(-1))).view(
+                B, T, 3 * self.heads, self.head_dim
+            )
         else:
             q, kv = linear(x_BTD, self.q), linear(x_BTD, self.kv.flatten(0, 1))
             qkv = torch.cat([q, kv], dim=-1).view(B, T, -1, self.head_dim)
@@ -1498,19 +1998,26 @@ class Attention(Declaring):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if self.q_gain is not None:
             q = q * self.q_gain[:, None].to(q.dtype)
-        y = seen.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale,
-                        self.bound).transpose(1, 2)
-        if xsa:  # arXiv 2603.09078: each head's output loses its component along the token's own value
+        y = seen.attend(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, self.bound
+        ).transpose(1, 2)
+        # arXiv 2603.09078: each head's output loses its component along the token's own value
+        if xsa:
             v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
             y = y.float().unflatten(2, (self.kv_heads, -1))
             y = (y - (y * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3).to(v.dtype)
         if self.attn_gate is not None:
-            y = y * torch.sigmoid(linear(x_BTD[..., : self.attn_gate.size(1)], self.attn_gate)).unsqueeze(-1)
+            y = y * torch.sigmoid(
+                linear(x_BTD[..., : self.attn_gate.size(1)], self.attn_gate)
+            ).unsqueeze(-1)
         return linear(y.reshape(B, T, -1), self.proj)
 
 
 class MLP(Declaring):
-    """Squared ReLU (So et al. 2021), squared leaky ReLU or SwiGLU (Shazeer 2020), hidden width mlp_ratio * dim."""
+    """
+    Squared ReLU (So et al. 2021), squared leaky ReLU or SwiGLU (Shazeer 2020), hidden width
+    mlp_ratio * dim.
+    """
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -1536,8 +2043,9 @@ class MLP(Declaring):
 
 class Block(Declaring):
     """
-    Attention and MLP with the vectors that steer them; a looped block is applied at several positions. Counted from the
-    last one, every second block has a value projection; the block of MTP (index = depth) has none, and no lambdas.
+    Attention and MLP with the vectors that steer them; a looped block is applied at several
+    positions. Counted from the last one, every second block has a value projection; the block of
+    MTP (index = depth) has none, and no lambdas.
     """
 
     def __init__(self, cfg: Config, index: int):
@@ -1553,13 +2061,23 @@ class Block(Declaring):
         self.declare("scales", "scalar", 1.0, 2, cfg.dim, on=cfg.block_scales)
         self.declare("gains", "scalar", 1.0, 2, cfg.dim, on=cfg.layer_norm)
 
-    def forward(self, x: Tensor, x0: Tensor, added: list[tuple[Tensor, Tensor]], rope: tuple[Tensor, Tensor], seen: "Seen",
-                xsa: bool, shrink: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        added: list[tuple[Tensor, Tensor]],
+        rope: tuple[Tensor, Tensor],
+        seen: "Seen",
+        xsa: bool,
+        shrink: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
         """
-        x and the embedding x0 [B, T, D]; `added`: pairs of a learned vector [D] and what it scales; shrink: what the
-        normed inputs of both branches are multiplied with; keep: a truth value [], whether the block takes part
-        (stochastic depth, Huang et al. 2016, here without rescaling).
+        x and the embedding x0 [B, T, D]; `added`: pairs of a learned vector [D] and what it scales;
+        shrink: what the normed inputs of both branches are multiplied with; keep: a truth value [],
+        whether the block takes part (stochastic depth, Huang et al. 2016, here without rescaling).
         """
+
         def branch(x: Tensor, gain: Tensor | None) -> Tensor:
             x = normed(x, self.eps, gain)
             return x if shrink is None else x * shrink.to(x.dtype)
@@ -1588,30 +2106,43 @@ class Block(Declaring):
 
 
 class Seen:
-    """What the tokens of a batch may see, made once for all layers of one window: documents, window, flex mask."""
+    """
+    What the tokens of a batch may see, made once for all layers of one window: documents, window,
+    flex mask.
+    """
 
     def __init__(self, docs_BT: Tensor | None, window: int, like: Tensor):
         self.docs, self.window = docs_BT, 0 if window >= like.size(1) else window
         self.plain = docs_BT is None and not self.window
         self.on_gpu = like.is_cuda
-        self.mask = flex_mask(like, docs_BT, self.window) if self.on_gpu and not self.plain else None
+        self.mask = (
+            flex_mask(like, docs_BT, self.window) if self.on_gpu and not self.plain else None
+        )
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bound: float = math.inf) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, bound: float = math.inf
+    ) -> Tensor:
         if not self.on_gpu:
             return attend_blocks(q, k, v, self.docs, self.window, scale, bound)
         if self.plain:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1)
+            )
         return compiled_on_gpu(attend_flex, q)(q, k, v, self.docs, self.window, scale, self.mask)
 
 
 def layer_order(cfg: Config, repeats: int) -> list[int]:
-    """The blocks in order of application: the looped span stands `repeats` times, the others once."""
+    """
+    The blocks in order of application: the looped span stands `repeats` times, the others once.
+    """
     low, high = loop_span(cfg)
     return [*range(low), *list(range(low, high)) * repeats, *range(high, cfg.depth)]
 
 
 class Added(NamedTuple):
-    """An earlier output that a place adds to its input: from where, and the row of its learned scale."""
+    """
+    An earlier output that a place adds to its input: from where, and the row of its learned scale.
+    """
 
     source: int
     row: int | tuple[int, int]
@@ -1697,9 +2228,10 @@ def drop_chance(cfg: Config, block: int) -> float:
 
 class LossAndLogZ(torch.autograd.Function):
     """
-    Cross-entropy and log Z [2, N] of logits [N, V], both 0 where the target is -1, for little more than the first alone:
-    log Z = loss + the target's logit, and the gradient is (dloss + dlogZ) * softmax - dloss at the target, for which
-    log_softmax has a kernel of one pass: it gives sum * softmax - what is given, that is - sum at the target.
+    Cross-entropy and log Z [2, N] of logits [N, V], both 0 where the target is -1, for little more
+    than the first alone: log Z = loss + the target's logit, and the gradient is (dloss + dlogZ) *
+    softmax - dloss at the target, for which log_softmax has a kernel of one pass: it gives sum *
+    softmax - what is given, that is - sum at the target.
     """
 
     @staticmethod
@@ -1719,9 +2251,14 @@ class LossAndLogZ(torch.autograd.Function):
 
 
 def plain_loss_and_log_z(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same by autograd alone. On a GPU the compiler fuses it, which the above it does not: 2 % of a step against 11 %."""
+    """
+    The same by autograd alone. On a GPU the compiler fuses it, which the above it does not: 2 % of
+    a step against 11 %.
+    """
     log_z = logits.logsumexp(-1)
-    return torch.stack([log_z - logits.gather(-1, targets.clamp_min(0)[:, None])[:, 0], log_z]) * (targets >= 0)
+    return torch.stack([log_z - logits.gather(-1, targets.clamp_min(0)[:, None])[:, 0], log_z]) * (
+        targets >= 0
+    )
 
 
 class GPT(Declaring):
@@ -1758,8 +2295,14 @@ class GPT(Declaring):
         self.register_buffer("sin", sin, persistent=False)
 
     def documents(self, tokens_BT: Tensor) -> Tensor | None:
-        """The document of each token, counted within its row; None where documents see each other."""
-        return (tokens_BT == self.cfg.doc_token).cumsum(1, dtype=torch.int32) if self.cfg.doc_mask else None
+        """
+        The document of each token, counted within its row; None where documents see each other.
+        """
+        return (
+            (tokens_BT == self.cfg.doc_token).cumsum(1, dtype=torch.int32)
+            if self.cfg.doc_mask
+            else None
+        )
 
     def embedded(self, tokens_BT: Tensor) -> Tensor:
         x = rows_of(self.head if self.embed is None else self.embed, tokens_BT).to(self.dtype)
@@ -1819,34 +2362,53 @@ class GPT(Declaring):
         z = (z[..., : self.cfg.vocab] if self.cfg.pad_vocab else z).float()
         if self.cfg.logit_dim_power:
             z = z * self.cfg.dim**self.cfg.logit_dim_power
-        # Remix M's 30*sigmoid(z/7.5) is 15 + 15*tanh(z/15): a cap of 15, and softmax does not see the shift.
+        # Remix M's 30*sigmoid(z/7.5) is 15 + 15*tanh(z/15): a cap of 15, and softmax does not see
+        # the shift.
         return self.cfg.softcap * torch.tanh(z / self.cfg.softcap) if self.cfg.softcap else z
 
-    def losses(self, x: Tensor, targets: Tensor, log_z: bool = False,
-               head: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats of each target; 0 where the target is -1. With log_z [2, N]: and each log(sum(exp(logits)))."""
+    def losses(
+        self, x: Tensor, targets: Tensor, log_z: bool = False, head: Tensor | None = None
+    ) -> Tensor:
+        """
+        Cross-entropy in nats of each target; 0 where the target is -1. With log_z [2, N]: and each
+        log(sum(exp(logits))).
+        """
         if log_z:
             both = plain_loss_and_log_z if x.is_cuda else LossAndLogZ.apply
             return both(self.logits(x, head), targets)
         return F.cross_entropy(self.logits(x, head), targets, ignore_index=-1, reduction="none")
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, repeats: int = 1, window: int = 0, log_z: bool = False,
-                ahead: bool = False) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        repeats: int = 1,
+        window: int = 0,
+        log_z: bool = False,
+        ahead: bool = False,
+    ) -> Tensor:
         """
-        Losses [B*T] of all targets, in nats; with log_z a row more, as losses() has it, with ahead one more, of ahead().
+        Losses [B*T] of all targets, in nats; with log_z a row more, as losses() has it, with ahead
+        one more, of ahead().
         """
         x = self.hidden(tokens_BT, repeats, window)
         losses = self.chunked(x, targets_BT, log_z)
-        return torch.cat([losses.view(1 + log_z, -1), self.ahead(x, targets_BT).view(1, -1)]) if ahead else losses
+        return (
+            torch.cat([losses.view(1 + log_z, -1), self.ahead(x, targets_BT).view(1, -1)])
+            if ahead
+            else losses
+        )
 
     def ahead(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """
-        Multi-token prediction as in DeepSeek-V3 (2024): activations and the embedding of the target go through one more
-        block, with the row in full, and the same head. Losses [B*T] of the token behind the target, times T/(T-1), as a
-        row's last target has none behind it.
+        Multi-token prediction as in DeepSeek-V3 (2024): activations and the embedding of the target
+        go through one more block, with the row in full, and the same head. Losses [B*T] of the
+        token behind the target, times T/(T-1), as a row's last target has none behind it.
         """
         T = targets_BT.size(1)
-        h = linear(torch.cat([x_BTD, self.embedded(targets_BT.clamp_min(0))], dim=-1), self.mtp_proj)
+        h = linear(
+            torch.cat([x_BTD, self.embedded(targets_BT.clamp_min(0))], dim=-1), self.mtp_proj
+        )
         keep = None
         if self.cfg.stoch_depth and torch.is_grad_enabled():
             keep = torch.rand((), device=h.device) >= drop_chance(self.cfg, self.cfg.depth)
@@ -1857,8 +2419,8 @@ class GPT(Declaring):
 
     def chunked(self, x_BTD: Tensor, targets_BT: Tensor, log_z: bool) -> Tensor:
         """
-        losses() with logits of loss_chunk tokens at a time; with more than one chunk they are computed again in the
-        backward pass instead of being kept.
+        losses() with logits of loss_chunk tokens at a time; with more than one chunk they are
+        computed again in the backward pass instead of being kept.
         """
         x, targets = x_BTD.flatten(0, 1), targets_BT.flatten()
         if len(targets) <= self.cfg.loss_chunk:
@@ -1890,7 +2452,8 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: 
 
 # Keller Jordan's quintic, the same every iteration (Muon, 2024).
 NS5 = ((3.4445, -4.7750, 2.0315),)
-# Polar Express (Amsel et al. 2025), for 5 iterations, safety 2e-2, cushion 2, as in modded-nanogpt; the last repeats.
+# Polar Express (Amsel et al. 2025), for 5 iterations, safety 2e-2, cushion 2, as in modded-nanogpt;
+# the last repeats.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1901,7 +2464,9 @@ POLAR_EXPRESS = (
 
 
 def polar_factor(g: Tensor, method: str, steps: int, dtype: torch.dtype) -> Tensor:
-    """Roughly U V^T of each matrix U S V^T in a stack [n, rows, cols], by matmuls in `dtype` alone."""
+    """
+    Roughly U V^T of each matrix U S V^T in a stack [n, rows, cols], by matmuls in `dtype` alone.
+    """
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
@@ -1916,12 +2481,22 @@ def polar_factor(g: Tensor, method: str, steps: int, dtype: torch.dtype) -> Tens
     return x.mT if tall else x
 
 
-def muon_update(w: Tensor, g: Tensor, buf: Tensor, second: Tensor | None, lr: Tensor, momentum: Tensor, decay: Tensor,
-                cfg: Config, dtype: torch.dtype) -> None:
+def muon_update(
+    w: Tensor,
+    g: Tensor,
+    buf: Tensor,
+    second: Tensor | None,
+    lr: Tensor,
+    momentum: Tensor,
+    decay: Tensor,
+    cfg: Config,
+    dtype: torch.dtype,
+) -> None:
     """
-    One step of Muon on a stack w [n, rows, cols], in place: Nesterov momentum, polar factor, step of
-    lr*sqrt(max(1, rows/cols)) (Jordan et al. 2024). lr, momentum and decay (= lr*wd) are tensors, so that a schedule
-    does not recompile. row_norm: MuonEq-R. second: NorMuon's moment [n, rows, 1] or [n, 1, cols] (Li et al. 2025).
+    One step of Muon on a stack w [n, rows, cols], in place: Nesterov momentum, polar factor, step
+    of lr*sqrt(max(1, rows/cols)) (Jordan et al. 2024). lr, momentum and decay (= lr*wd) are
+    tensors, so that a schedule does not recompile. row_norm: MuonEq-R. second: NorMuon's moment [n,
+    rows, 1] or [n, 1, cols] (Li et al. 2025).
     """
     if cfg.muon_buffer == "sum":
         buf.mul_(momentum.to(buf.dtype)).add_(g)
@@ -1935,18 +2510,29 @@ def muon_update(w: Tensor, g: Tensor, buf: Tensor, second: Tensor | None, lr: Te
     if second is not None:
         u = u.float()
         size = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
-        second.lerp_(u.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True), 1 - cfg.normuon)
+        second.lerp_(
+            u.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True), 1 - cfg.normuon
+        )
         u = u * second.clamp_min(1e-10).rsqrt()
         u = u * (size / torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True).clamp_min(1e-10))
     ratio = max(1.0, w.size(-2) / w.size(-1)) ** 0.5
     descend(w, u, lr * ratio, decay * ratio if cfg.decay_by_shape else decay, cfg.cautious)
 
 
-def adamw_update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, decay: Tensor, correct1: Tensor, correct2: Tensor,
-                 cfg: Config) -> None:
+def adamw_update(
+    w: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    decay: Tensor,
+    correct1: Tensor,
+    correct2: Tensor,
+    cfg: Config,
+) -> None:
     """
-    One step of AdamW (Loshchilov & Hutter 2019) in place; decay = lr*wd, correct1/2 = 1 - beta^t. The arithmetic and
-    its order are torch.optim.AdamW's.
+    One step of AdamW (Loshchilov & Hutter 2019) in place; decay = lr*wd, correct1/2 = 1 - beta^t.
+    The arithmetic and its order are torch.optim.AdamW's.
     """
     m.lerp_(g, 1 - cfg.beta1)
     v.mul_(cfg.beta2).addcmul_(g, g, value=1 - cfg.beta2)
@@ -1956,8 +2542,9 @@ def adamw_update(w: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, decay: 
 
 def descend(w: Tensor, u: Tensor, lr: Tensor, decay: Tensor, cautious: int) -> None:
     """
-    w -= lr*wd*w + lr*u, rounded once: decay by itself is too small a change for a weight in bfloat16. cautious: decay
-    only entries that the update shrinks too (Liang et al. 2024, Chen et al. 2025).
+    w -= lr*wd*w + lr*u, rounded once: decay by itself is too small a change for a weight in
+    bfloat16. cautious: decay only entries that the update shrinks too (Liang et al. 2024, Chen et
+    al. 2025).
     """
     x = w.float()
     shrink = decay * (u * x >= 0) if cautious else decay
@@ -1966,12 +2553,22 @@ def descend(w: Tensor, u: Tensor, lr: Tensor, decay: Tensor, cautious: int) -> N
 
 class Bucket:
     """
-    Parameters of one kind that are updated together. Weights and gradients are views into one flat buffer each, so
-    matrices of one shape are one stack, small vectors one vector, and a rank owns the same slice of weights,
-    gradients and states: `shard`. Muon's units are matrices, AdamW's are numbers; both are padded to the ranks.
+    Parameters of one kind that are updated together. Weights and gradients are views into one flat
+    buffer each, so matrices of one shape are one stack, small vectors one vector, and a rank owns
+    the same slice of weights, gradients and states: `shard`. Muon's units are matrices, AdamW's are
+    numbers; both are padded to the ranks.
     """
 
-    def __init__(self, kind: str, lr: float, wd: float, params: dict[str, Tensor], run: Run, cfg: Config, slow: bool = False):
+    def __init__(
+        self,
+        kind: str,
+        lr: float,
+        wd: float,
+        params: dict[str, Tensor],
+        run: Run,
+        cfg: Config,
+        slow: bool = False,
+    ):
         self.kind, self.lr, self.wd, self.params, self.slow = kind, lr, wd, params, slow
         self.cfg = cfg  # beta1 may be its own
         first = next(iter(params.values()))
@@ -1993,7 +2590,10 @@ class Bucket:
         own = slice(run.rank * self.share, (run.rank + 1) * self.share)
         self.shard = self.weights[own]
         self.grad_shard = self.grads if run.world == 1 else torch.zeros_like(self.shard)
-        self.state = {k: torch.zeros_like(self.shard) for k in (("momentum",) if kind == "muon" else ("exp_avg", "exp_avg_sq"))}
+        self.state = {
+            k: torch.zeros_like(self.shard)
+            for k in (("momentum",) if kind == "muon" else ("exp_avg", "exp_avg_sq"))
+        }
         if kind == "muon" and cfg.normuon:
             one = (1, self.unit[1]) if self.unit[0] < self.unit[1] else (self.unit[0], 1)
             # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of
@@ -2031,7 +2631,10 @@ class Bucket:
         return whole
 
     def by_name(self, shard: Tensor) -> dict[str, Tensor]:
-        """CPU copies of a sharded tensor, cut by parameter; independent of the number of ranks. Collective."""
+        """
+        CPU copies of a sharded tensor, cut by parameter; independent of the number of ranks.
+        Collective.
+        """
         whole = self.gather(shard).cpu()
         return {name: whole[low:high].clone() for name, (low, high) in self.spans.items()}
 
@@ -2044,7 +2647,10 @@ class Bucket:
 
 
 def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
-    """Every parameter in exactly one bucket: matrices of blocks by shape, embedding, head, and the rest."""
+    """
+    Every parameter in exactly one bucket: matrices of blocks by shape, embedding, head, and the
+    rest.
+    """
     groups: dict[tuple, dict[str, Tensor]] = {}
     said = declarations(model)
     for name, p in model.named_parameters():
@@ -2055,29 +2661,46 @@ def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
             key = ("adamw", "embed", cfg.embed_lr, cfg.embed_wd)
         elif group == "scalar":
             key = ("adamw", "scalar", cfg.scalar_lr, cfg.scalar_wd)
-        elif cfg.optimizer == "adamw" or (cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)):
+        elif cfg.optimizer == "adamw" or (
+            cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)
+        ):
             key = ("adamw", "matrix", cfg.adamw_lr, cfg.matrix_wd)
         else:
             key = ("muon", tuple(p.shape[-2:]), cfg.matrix_lr, cfg.matrix_wd)
         slow = bool(cfg.slow and re.search(cfg.slow, name))
         own = [r for r in own_rates(cfg) if key[0] == "adamw" and r.pattern.search(name)]
         usual = (key[2], cfg.beta1, cfg.beta2, key[3])
-        rate, beta1, beta2, decay = (b if a is None else a for a, b in zip(own[0][1:] if own else [None] * 4, usual))
+        rate, beta1, beta2, decay = (
+            b if a is None else a for a, b in zip(own[0][1:] if own else [None] * 4, usual)
+        )
         groups.setdefault((key[0], key[1], rate, decay, beta1, beta2, slow), {})[name] = p
     if cfg.slow and not any(k[-1] for k in groups):
         names = [name for group in groups.values() for name in group]
-        raise UserError(f"slow = {cfg.slow!r} matches no tensor of this model; names are such as "
-                        f"{', '.join(names[:3])}")
+        raise UserError(
+            f"slow = {cfg.slow!r} matches no tensor of this model; names are such as "
+            f"{', '.join(names[:3])}"
+        )
     # Big ones first: their communication then runs while the others are computed.
     order = sorted(groups, key=lambda k: -sum(p.numel() for p in groups[k].values()))
-    return [Bucket(k[0], k[2], k[3], groups[k], run, dataclasses.replace(cfg, beta1=k[4], beta2=k[5]), k[-1])
-            for k in order]
+    return [
+        Bucket(
+            k[0],
+            k[2],
+            k[3],
+            groups[k],
+            run,
+            dataclasses.replace(cfg, beta1=k[4], beta2=k[5]),
+            k[-1],
+        )
+        for k in order
+    ]
 
 
 class MuonAdamW:
     """
-    Muon and AdamW over 1..N ranks. A step has three phases: start summing every bucket's gradients to their owners;
-    as each arrives, update the own shard and start gathering it; wait for the rest. One rank communicates nothing.
+    Muon and AdamW over 1..N ranks. A step has three phases: start summing every bucket's gradients
+    to their owners; as each arrives, update the own shard and start gathering it; wait for the
+    rest. One rank communicates nothing.
     """
 
     def __init__(self, cfg: Config, model: nn.Module, run: Run):
@@ -2094,10 +2717,15 @@ class MuonAdamW:
             b.collect(last)
 
     def step(self, now: Now) -> Tensor:
-        """Update the weights from the summed gradients, clear those; the global gradient norm [1]."""
+        """
+        Update the weights from the summed gradients, clear those; the global gradient norm [1].
+        """
         run, world = self.run, self.run.world
         if world > 1:
-            pending = [dist.reduce_scatter_single(b.grad_shard, b.grads, async_op=True) for b in self.buckets]
+            pending = [
+                dist.reduce_scatter_single(b.grad_shard, b.grads, async_op=True)
+                for b in self.buckets
+            ]
         squares = []
         for i, b in enumerate(self.buckets):
             if world > 1:
@@ -2108,7 +2736,9 @@ class MuonAdamW:
         rates, gathers = self.rates(now), []
         for i, b in enumerate(self.buckets):
             if self.cfg.grad_clip:
-                b.grad_shard.mul_((self.cfg.grad_clip / (size + 1e-6)).clamp(max=1.0).to(b.grads.dtype))
+                b.grad_shard.mul_(
+                    (self.cfg.grad_clip / (size + 1e-6)).clamp(max=1.0).to(b.grads.dtype)
+                )
             self.update(b, now, rates[i])
             b.grads.zero_()
             if world > 1:
@@ -2143,11 +2773,29 @@ class MuonAdamW:
         shard = b.shard.clone() if b.frozen(now) else b.shard  # its moments go on
         if b.kind == "muon":
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
-            self.muon(shard, b.grad_shard, b.state["momentum"], b.state.get("second"), lr, momentum,
-                      decay, self.cfg, dtype)
+            self.muon(
+                shard,
+                b.grad_shard,
+                b.state["momentum"],
+                b.state.get("second"),
+                lr,
+                momentum,
+                decay,
+                self.cfg,
+                dtype,
+            )
         else:
-            self.adamw(shard, b.grad_shard, b.state["exp_avg"], b.state["exp_avg_sq"], lr, decay,
-                       correct1, correct2, b.cfg)
+            self.adamw(
+                shard,
+                b.grad_shard,
+                b.state["exp_avg"],
+                b.state["exp_avg_sq"],
+                lr,
+                decay,
+                correct1,
+                correct2,
+                b.cfg,
+            )
 
     def frozen(self, name: str, now: Now) -> bool:
         """Whether a parameter keeps every bit in this step."""
@@ -2165,7 +2813,9 @@ class MuonAdamW:
         self.count = int(named["step_count"])
         for b in self.buckets:
             for key, shard in b.state.items():
-                b.from_names(shard, {name: named[f"{name}:{key}"] for name in b.params}, self.run.rank)
+                b.from_names(
+                    shard, {name: named[f"{name}:{key}"] for name in b.params}, self.run.rank
+                )
 
     def snapshot(self) -> tuple[int, list[Tensor]]:
         """
@@ -2187,7 +2837,8 @@ class MuonAdamW:
 #                 Data                 #
 ########################################
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # as in llm.c, modded-nanogpt and parameter-golf
+# as in llm.c, modded-nanogpt and parameter-golf
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024
 SHARD_NAME = r".+_{}_[0-9]{{6}}\.bin"  # of train or val; data/get.py, without torch, has the same
 
 
@@ -2202,25 +2853,39 @@ def shard_tokens(path: str | Path) -> int:
     again = "; delete it and get it again with data/get.py"
     header = np.frombuffer(raw, dtype="<i4") if len(raw) == SHARD_HEADER else ()
     if not len(header):
-        raise UserError(f"{path} is truncated: {size} bytes do not even hold the header of {SHARD_HEADER}{again}")
+        raise UserError(
+            f"{path} is truncated: {size} bytes do not even hold the header of "
+            f"{SHARD_HEADER}{again}"
+        )
     if header[0] != SHARD_MAGIC:
-        raise UserError(f"{path} is no token shard: its magic number is {header[0]} instead of {SHARD_MAGIC} "
-                        "(nanoGPT's raw .bin files need `python data/get.py tokenize`)")
+        raise UserError(
+            f"{path} is no token shard: its magic number is {header[0]} instead of {SHARD_MAGIC} "
+            "(nanoGPT's raw .bin files need `python data/get.py tokenize`)"
+        )
     if header[1] != SHARD_VERSION:
-        raise UserError(f"{path} has shard version {header[1]}; only version {SHARD_VERSION} (uint16 tokens) is read")
+        raise UserError(
+            f"{path} has shard version {header[1]}; only version {SHARD_VERSION} (uint16 "
+            "tokens) is read"
+        )
     if size != SHARD_HEADER + 2 * int(header[2]):
-        raise UserError(f"{path} is truncated or damaged: its header promises {header[2]} tokens, that is "
-                        f"{SHARD_HEADER + 2 * int(header[2])} bytes, but it has {size}{again}")
+        raise UserError(
+            f"{path} is truncated or damaged: its header promises {header[2]} tokens, that is "
+            f"{SHARD_HEADER + 2 * int(header[2])} bytes, but it has {size}{again}"
+        )
     return int(header[2])
 
 
 def unreadable(path: str | Path, e: OSError) -> UserError:
-    return UserError(f"{path} cannot be read ({e.strerror or e}); see that it is there and that "
-                     "you may read it")
+    return UserError(
+        f"{path} cannot be read ({e.strerror or e}); see that it is there and that you may read it"
+    )
 
 
 def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
-    """The tokens of one shard, a read-only uint16 memory map; with vocab > 0 every id is checked against it."""
+    """
+    The tokens of one shard, a read-only uint16 memory map; with vocab > 0 every id is checked
+    against it.
+    """
     count = shard_tokens(path)
     tokens = np.zeros(0, "<u2")
     if count:
@@ -2230,8 +2895,11 @@ def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
             raise unreadable(path, e) from e
     if vocab and count and int(tokens.max()) >= vocab:
         where = int(np.argmax(tokens >= vocab))
-        raise UserError(f"{path}: token {tokens[where]} at position {where} is not below vocab = {vocab}; the shard was "
-                        "made with another tokenizer: set --vocab, or get the data that belongs to this preset")
+        raise UserError(
+            f"{path}: token {tokens[where]} at position {where} is not below vocab = {vocab}; "
+            "the shard was "
+            "made with another tokenizer: set --vocab, or get the data that belongs to this preset"
+        )
     return tokens
 
 
@@ -2256,8 +2924,10 @@ def find_shards(cfg: Config, split: str) -> list[str]:
     if not files:
         near = sorted(path.name for path in Path(cfg.data).glob(f"*{split}*.bin"))
         but = f" ({near[0]} does not: six digits end the name of a shard)" if near else ""
-        raise UserError(f"no {split} shards: nothing in {cfg.data} matches *_{split}_NNNNNN.bin"
-                        f"{but}; run: {get_command(cfg)}")
+        raise UserError(
+            f"no {split} shards: nothing in {cfg.data} matches *_{split}_NNNNNN.bin"
+            f"{but}; run: {get_command(cfg)}"
+        )
     return files
 
 
@@ -2269,21 +2939,25 @@ def get_command(cfg: Config, shards: int = 0) -> str:
         name = f"sample --vocab {name.removeprefix('sample')} --out {cfg.data}"
     elif name not in ("sample", "fineweb10B", "fineweb100B", "finewebedu10B", "slowrun"):
         return f"python data/get.py tokenize YOUR_TEXT --out {cfg.data}"
-    return f"python data/get.py {name}" + (f" --shards {shards}" if shards and name not in ("sample", "slowrun") else "")
+    return f"python data/get.py {name}" + (
+        f" --shards {shards}" if shards and name not in ("sample", "slowrun") else ""
+    )
 
 
 class Loader:
     """
-    Batches of rows, the same tokens at any number of ranks. In order (shuffle 0) it follows the speedrun's rule: a batch
-    is one stretch of one shard, a tail that holds no whole batch is dropped, shards follow in the order of their names.
-    Shuffled, the rows of all shards are drawn in a new order each epoch. With documents shuffled (slowrun), the stream is
-    put together from its documents in a new order each epoch but the first, and rows share no token. The position is two
-    or three integers, and stays where it was if the next batch cannot be had. Opening a shard may
-    fail on one rank alone: `together` is how all of them hear of it.
+    Batches of rows, the same tokens at any number of ranks. In order (shuffle 0) it follows the
+    speedrun's rule: a batch is one stretch of one shard, a tail that holds no whole batch is
+    dropped, shards follow in the order of their names. Shuffled, the rows of all shards are drawn
+    in a new order each epoch. With documents shuffled (slowrun), the stream is put together from
+    its documents in a new order each epoch but the first, and rows share no token. The position is
+    two or three integers, and stays where it was if the next batch cannot be had. Opening a shard
+    may fail on one rank alone: `together` is how all of them hear of it.
     """
 
-    def __init__(self, cfg: Config, plan: Plan, rank: int = 0, world: int = 1,
-                 together=lambda work: work()):
+    def __init__(
+        self, cfg: Config, plan: Plan, rank: int = 0, world: int = 1, together=lambda work: work()
+    ):
         self.cfg, self.rank, self.world, self.together = cfg, rank, world, together
         self.files = find_shards(cfg, "train")
         self.counts, left = [], cfg.train_tokens or math.inf
@@ -2291,31 +2965,48 @@ class Loader:
             self.counts.append(int(min(shard_tokens(f), left)))
             left -= self.counts[-1]
         if cfg.train_tokens and left:
-            raise UserError(f"train_tokens = {cfg.train_tokens}, but the train shards in {cfg.data} hold {sum(self.counts)}; "
-                            f"lower it, or run: {get_command(cfg, 2 * len(self.files))}")
+            raise UserError(
+                f"train_tokens = {cfg.train_tokens}, but the train shards in {cfg.data} hold "
+                f"{sum(self.counts)}; "
+                f"lower it, or run: {get_command(cfg, 2 * len(self.files))}"
+            )
         self.block = plan.max_seq_len
         self.opened: dict[int, np.ndarray] = {}
-        self.stream = None  # shuffle 2: shard, start, length and end in this epoch's stream of each document [n, 4]
+        # shuffle 2: shard, start, length and end in this epoch's stream of each document [n, 4]
+        self.stream = None
         self.epoch = self.shard = self.pos = 0  # shuffled: pos is the index in the epoch's order
         self.order: np.ndarray | None = None
         self.marks: dict = {}  # see identity()
         self.check_enough(plan)
 
     def check_enough(self, plan: Plan) -> None:
-        """Before the first step: one batch fits, and the epochs allowed hold the tokens of all steps."""
+        """
+        Before the first step: one batch fits, and the epochs allowed hold the tokens of all steps.
+        """
         cfg, steps = self.cfg, plan.cfg.steps
         for now in plan.moments():
             if cfg.shuffle and (now.batch_tokens % self.block or self.block % now.seq_len):
-                raise UserError(f"with shuffle = 1 the largest seq_len = {self.block} must divide batch_tokens = "
-                                f"{now.batch_tokens} and be a multiple of every other seq_len, here {now.seq_len}")
+                raise UserError(
+                    f"with shuffle = 1 the largest seq_len = {self.block} must divide "
+                    "batch_tokens = "
+                    f"{now.batch_tokens} and be a multiple of every other seq_len, here "
+                    f"{now.seq_len}"
+                )
             if not self.per_epoch(now.batch_tokens):
                 raise self.no_batch(now.batch_tokens)
         needed, first = plan.tokens(), plan.moments()[0].batch_tokens
         held = self.rows() * self.block if cfg.shuffle else self.per_epoch(first) * first
-        if (cfg.lr_cycles or cfg.average_epochs or cfg.eval_every < 0) and needed < 0.95 * cfg.epochs * held:
-            raise UserError(f"steps = {steps} read {needed} tokens, {needed / held:.2f} epochs of {held}, but lr_cycles, "
-                            f"average_epochs and eval_every -1 take them for epochs = {cfg.epochs}: set --epochs "
-                            f"{max(1, round(needed / held))}, --steps {int(cfg.epochs * held // first)}, or --train_tokens")
+        if (
+            cfg.lr_cycles or cfg.average_epochs or cfg.eval_every < 0
+        ) and needed < 0.95 * cfg.epochs * held:
+            raise UserError(
+                f"steps = {steps} read {needed} tokens, {needed / held:.2f} epochs of {held}, "
+                "but lr_cycles, "
+                f"average_epochs and eval_every -1 take them for epochs = {cfg.epochs}: set "
+                "--epochs "
+                f"{max(1, round(needed / held))}, --steps {int(cfg.epochs * held // first)}, "
+                "or --train_tokens"
+            )
         if not cfg.epochs or cfg.max_seconds:
             return
         usable = cfg.epochs * held if cfg.shuffle else self.tokens_in_order(plan)
@@ -2323,27 +3014,35 @@ class Loader:
             per = usable / len(self.files) / cfg.epochs
             more = max(len(self.files) + 1, math.ceil(needed / per / cfg.epochs))
             raise UserError(
-                f"too little data for {steps} steps: they need {needed} tokens, that is {needed / per / cfg.epochs:.1f} "
+                f"too little data for {steps} steps: they need {needed} tokens, that is "
+                f"{needed / per / cfg.epochs:.1f} "
                 f"train shards, found {len(self.files)} in {cfg.data} with {usable // cfg.epochs} "
                 f"usable tokens; run: {get_command(cfg, more)}, or lower --steps, or allow more "
-                "epochs with --epochs (0: as many as needed)")
+                "epochs with --epochs (0: as many as needed)"
+            )
 
     def no_batch(self, batch_tokens: int) -> UserError:
         """Why not one batch can be had."""
         held = sum(self.counts)
         found = f"the {len(self.files)} train shards in {self.cfg.data} hold {held} tokens"
         if held <= batch_tokens:
-            return UserError(f"{found}, less than one batch of {batch_tokens} and the token behind "
-                             f"it; lower --batch_tokens or run: {get_command(self.cfg)}")
+            return UserError(
+                f"{found}, less than one batch of {batch_tokens} and the token behind "
+                f"it; lower --batch_tokens or run: {get_command(self.cfg)}"
+            )
         if self.cfg.shuffle:
             why = " (with shuffle = 1 a row lies in one shard)" if self.cfg.shuffle == 1 else ""
-            return UserError(f"{found}, which make {self.rows()} rows of {self.block} and its last "
-                             f"target{why}, too few for a batch of {batch_tokens}; lower "
-                             "--batch_tokens or --seq_len")
-        return UserError(f"{found}, but none holds a batch of {batch_tokens}: without shuffle a "
-                         "batch is a stretch of one shard, and the largest has room for "
-                         f"{max(self.counts) - 2}; lower --batch_tokens, set --shuffle 1, or make "
-                         "larger shards (get.py tokenize --shard_tokens)")
+            return UserError(
+                f"{found}, which make {self.rows()} rows of {self.block} and its last "
+                f"target{why}, too few for a batch of {batch_tokens}; lower "
+                "--batch_tokens or --seq_len"
+            )
+        return UserError(
+            f"{found}, but none holds a batch of {batch_tokens}: without shuffle a "
+            "batch is a stretch of one shard, and the largest has room for "
+            f"{max(self.counts) - 2}; lower --batch_tokens, set --shuffle 1, or make "
+            "larger shards (get.py tokenize --shard_tokens)"
+        )
 
     def tokens_in_order(self, plan: Plan) -> int:
         """Tokens that the run's batches can have, without shuffle, until steps or epochs end."""
@@ -2397,7 +3096,10 @@ class Loader:
         return all(p + batch_tokens + 1 >= n for p, n in zip(pos, self.counts[self.shard :]))
 
     def batch(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
-        """This rank's rows of the next batch, uint16 [batch_tokens / seq_len / world, seq_len + 1]; then move on."""
+        """
+        This rank's rows of the next batch, uint16 [batch_tokens / seq_len / world, seq_len + 1];
+        then move on.
+        """
         before = self.state_dict()
         try:
             return self.next_rows(step, batch_tokens, seq_len)
@@ -2415,7 +3117,11 @@ class Loader:
             for i in range(first, first + count):
                 stream, shard, block = starts[i // per]
                 low = block * (self.block + (stream is not None)) + i % per * seq_len
-                row = self.tokens(shard)[low : low + seq_len + 1] if stream is None else self.stretch(stream, low, seq_len + 1)
+                row = (
+                    self.tokens(shard)[low : low + seq_len + 1]
+                    if stream is None
+                    else self.stretch(stream, low, seq_len + 1)
+                )
                 rows.append(row)
             return np.stack(rows)
         while self.pos + batch_tokens + 1 >= self.counts[self.shard]:
@@ -2437,12 +3143,17 @@ class Loader:
                     self.shuffle_documents()
                     blocks = [(0, b) for b in range(self.rows())]
                 else:
-                    blocks = [(s, b) for s, n in enumerate(self.counts) for b in range(max(0, n - 1) // self.block)]
+                    blocks = [
+                        (s, b)
+                        for s, n in enumerate(self.counts)
+                        for b in range(max(0, n - 1) // self.block)
+                    ]
                 self.order = np.array(blocks)[rng.permutation(len(blocks))]
             if self.pos == len(self.order):
                 self.next_epoch(step)
                 continue
-            starts.append((self.stream, *self.order[self.pos]))  # a batch may run from one epoch into the next
+            # a batch may run from one epoch into the next
+            starts.append((self.stream, *self.order[self.pos]))
             self.pos += 1
         return starts
 
@@ -2482,8 +3193,12 @@ class Loader:
     def next_epoch(self, step: int) -> None:
         self.epoch, self.shard, self.pos, self.order = self.epoch + 1, 0, 0, None
         if self.cfg.epochs and self.epoch >= self.cfg.epochs:
-            raise UserError(f"ran out of train shards at step {step}: {len(self.files)} found in {self.cfg.data}; run: "
-                            f"{get_command(self.cfg, 2 * len(self.files))}, or raise --epochs (now {self.cfg.epochs})")
+            raise UserError(
+                f"ran out of train shards at step {step}: {len(self.files)} found in "
+                f"{self.cfg.data}; run: "
+                f"{get_command(self.cfg, 2 * len(self.files))}, or raise --epochs (now "
+                f"{self.cfg.epochs})"
+            )
 
     def identity(self) -> dict:
         """What a checkpoint keeps of its data: the mark of every shard, by side and name."""
@@ -2521,9 +3236,11 @@ class Loader:
             (unread if known and in_order and name > last else wrong).append(f"{name} {what}")
         if wrong:
             some = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-            raise UserError(f"the data in {self.cfg.data} is not what this run was trained on: "
-                            f"{some}; put the old shards back, or start another --run (--init_from "
-                            "takes over the weights)")
+            raise UserError(
+                f"the data in {self.cfg.data} is not what this run was trained on: "
+                f"{some}; put the old shards back, or start another --run (--init_from "
+                "takes over the weights)"
+            )
         said = "shards that this run has not yet read have changed: "
         return said + "; ".join(unread) if unread else ""
 
@@ -2541,7 +3258,12 @@ class Loader:
         return {"epoch": self.epoch, "shard": self.shard, "pos": self.pos}
 
     def load_state_dict(self, state: dict) -> None:
-        self.epoch, self.shard, self.pos, self.order = state["epoch"], state["shard"], state["pos"], None
+        self.epoch, self.shard, self.pos, self.order = (
+            state["epoch"],
+            state["shard"],
+            state["pos"],
+            None,
+        )
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -2582,6 +3304,7 @@ def data_fingerprint(cfg: Config) -> str:
     SHA-256 of every byte of every shard: of what `sha256sum *_train_*.bin *_val_*.bin` prints in
     the data's folder. Some GB take seconds, so it is reckoned once, behind the clock.
     """
+
     def line(path: str) -> str:
         try:
             with open(path, "rb") as f:
@@ -2605,14 +3328,20 @@ class Tokenizer:
             try:
                 self.gpt2 = tiktoken.get_encoding("gpt2")
             except Exception as e:  # tiktoken raises whatever its download raises
-                raise UserError(f"tokenizer gpt2: tiktoken could not load its files ({type(e).__name__}); they are "
-                                "fetched once over the network and then cached in TIKTOKEN_CACHE_DIR") from e
+                raise UserError(
+                    f"tokenizer gpt2: tiktoken could not load its files ({type(e).__name__}); "
+                    "they are "
+                    "fetched once over the network and then cached in TIKTOKEN_CACHE_DIR"
+                ) from e
             self.sp = None
         else:
             import sentencepiece
 
             if not Path(name).is_file():
-                raise UserError(f"tokenizer = {name!r}: no such file; for the shipped text run: python data/get.py sample")
+                raise UserError(
+                    f"tokenizer = {name!r}: no such file; for the shipped text run: python "
+                    "data/get.py sample"
+                )
             try:
                 self.sp = sentencepiece.SentencePieceProcessor()
                 # not by its name, which may have bytes that are no UTF-8
@@ -2622,9 +3351,11 @@ class Tokenizer:
             # Beside a character without a piece, a space needs a piece of its own. Without one it
             # becomes the three bytes of U+2581, which would count as three and decode to that sign.
             if "\u2581" in self.sp.decode(self.sp.encode("\ue000 \ue001 \ue002")):
-                raise UserError(f"tokenizer = {name!r} has no piece for a space by itself: spaces "
-                                "would count as three bytes, and bits per byte be too low; train "
-                                "one that has (get.py tokenize --tokenizer train:VOCAB)")
+                raise UserError(
+                    f"tokenizer = {name!r} has no piece for a space by itself: spaces "
+                    "would count as three bytes, and bits per byte be too low; train "
+                    "one that has (get.py tokenize --tokenizer train:VOCAB)"
+                )
 
     def encode(self, text: str) -> list[int]:
         return self.sp.encode(text) if self.sp else self.gpt2.encode_ordinary(text)
@@ -2636,8 +3367,9 @@ class Tokenizer:
 
     def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
-        For every token: its bytes, whether a space stands before it, whether it swallows a space that follows. The rule
-        is parameter-golf's: a leading space counts unless the token before is a control token (a document's start).
+        For every token: its bytes, whether a space stands before it, whether it swallows a space
+        that follows. The rule is parameter-golf's: a leading space counts unless the token before
+        is a control token (a document's start).
         """
         size = max(self.vocab, self.sp.get_piece_size() if self.sp else self.gpt2.n_vocab)
         base, space, edge = np.zeros(size, np.int64), np.zeros(size, bool), np.ones(size, bool)
@@ -2674,18 +3406,27 @@ class Validation:
                 parts.append(tokens[: int(min(want - have, len(tokens)))])
                 have += len(parts[-1])
         if cfg.val_tokens and have < want:
-            raise UserError(f"val_tokens = {cfg.val_tokens}, but the val shards in {cfg.data} hold {have} (one more than "
-                            f"scored is needed); lower --val_tokens, or 0 for all, or run: {get_command(cfg)}")
+            raise UserError(
+                f"val_tokens = {cfg.val_tokens}, but the val shards in {cfg.data} hold {have} "
+                "(one more than "
+                f"scored is needed); lower --val_tokens, or 0 for all, or run: {get_command(cfg)}"
+            )
         self.rows = (have - 1) // self.seq_len
         if self.rows < 1:
-            raise UserError(f"the val shards in {cfg.data} hold {have} tokens, less than one row of {self.seq_len}; lower "
-                            "--eval_seq_len")
+            raise UserError(
+                f"the val shards in {cfg.data} hold {have} tokens, less than one row of "
+                f"{self.seq_len}; lower "
+                "--eval_seq_len"
+            )
         self.tokens = np.concatenate(parts)[: self.rows * self.seq_len + 1]
         self.scored = self.rows * self.seq_len  # targets
         self.bytes = tokenizer.count_bytes(self.tokens) if tokenizer else 0
 
     def batch(self, rows: range, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
-        """The given rows as inputs and targets [size, T]; rows that are missing to size have targets -1."""
+        """
+        The given rows as inputs and targets [size, T]; rows that are missing to size have targets
+        -1.
+        """
         T = self.seq_len
         data = np.stack([self.tokens[min(r, self.rows - 1) * T :][: T + 1] for r in rows])
         x, y = tensors(data, device)
@@ -2705,7 +3446,10 @@ class Validation:
 
 @contextlib.contextmanager
 def weights_kept(buckets: list[Bucket]):
-    """Inside, the model may be given other weights; behind it, it has its own again, also after an interruption."""
+    """
+    Inside, the model may be given other weights; behind it, it has its own again, also after an
+    interruption.
+    """
     kept = [b.weights.clone() for b in buckets]
     try:
         yield
@@ -2717,8 +3461,8 @@ def weights_kept(buckets: list[Bucket]):
 
 class Averages:
     """
-    EMA and plain average (SWA) of the weights, each rank keeping its own shards. They are evaluated beside the live
-    weights, so that what averaging gains is in the log and not taken on trust.
+    EMA and plain average (SWA) of the weights, each rank keeping its own shards. They are evaluated
+    beside the live weights, so that what averaging gains is in the log and not taken on trust.
     """
 
     def __init__(self, cfg: Config, opt: MuonAdamW):
@@ -2728,19 +3472,27 @@ class Averages:
 
     @torch.no_grad()
     def update(self, step: int, fraction: float) -> None:
-        """After step `step` (counted from 1). The EMA starts as a plain mean: its decay is at most step/(step+9)."""
+        """
+        After step `step` (counted from 1). The EMA starts as a plain mean: its decay is at most
+        step/(step+9).
+        """
         if "ema" in self.shards:
             keep = min(self.cfg.ema, step / (step + 9))
             for avg, b in zip(self.shards["ema"], self.buckets):
                 avg.lerp_(b.shard.float(), 1 - keep)
-        if "swa" in self.shards and step % self.cfg.swa_every == 0 and fraction >= self.cfg.swa_start:
+        if (
+            "swa" in self.shards
+            and step % self.cfg.swa_every == 0
+            and fraction >= self.cfg.swa_start
+        ):
             self.swa_count += 1
             for avg, b in zip(self.shards["swa"], self.buckets):
                 avg.lerp_(b.shard.float(), 1 / self.swa_count)
 
     def close(self) -> None:
         """
-        At the end of training: where a capped clock left no time for a snapshot, the last weights are the only one.
+        At the end of training: where a capped clock left no time for a snapshot, the last weights
+        are the only one.
         """
         if "swa" in self.shards and not self.swa_count:
             self.swa_count = 1
@@ -2789,12 +3541,18 @@ def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float | None:
 @torch.no_grad()
 def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, float | None]:
     """
-    Mean loss in nats per token over the validation prefix, and bits per byte. Rows do not overlap; ranks take turns
-    with batches of one shape (the last is filled up with ignored rows); sums are in float64. Polls for signals.
+    Mean loss in nats per token over the validation prefix, and bits per byte. Rows do not overlap;
+    ranks take turns with batches of one shape (the last is filled up with ignored rows); sums are
+    in float64. Polls for signals.
     """
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     stride = shape.rows * run.world
-    bar = tqdm(range(0, val.rows, stride), desc="evaluate", leave=False, disable=not (run.is_main and sys.stderr.isatty()))
+    bar = tqdm(
+        range(0, val.rows, stride),
+        desc="evaluate",
+        leave=False,
+        disable=not (run.is_main and sys.stderr.isatty()),
+    )
     for low in bar:
         run.agree()
         first = low + run.rank * shape.rows
@@ -2805,7 +3563,10 @@ def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, flo
 
 
 def compressors_bpb(val: Validation, tokenizer: Tokenizer) -> dict[str, float]:
-    """Bits per byte of xz -9e and zstd -19 on the scored text itself, to compare with: they need no training."""
+    """
+    Bits per byte of xz -9e and zstd -19 on the scored text itself, to compare with: they need no
+    training.
+    """
     text = tokenizer.decode(val.tokens[1:]).encode()
     xz = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
     zstd = len(zstandard.ZstdCompressor(level=19).compress(text))
@@ -2816,25 +3577,39 @@ def compressors_bpb(val: Validation, tokenizer: Tokenizer) -> dict[str, float]:
 #         Export (see golf.py)         #
 ########################################
 
+
 def load_weights(model: nn.Module, named: dict[str, Tensor], where: str) -> None:
     """Strictly: the same names, the same shapes."""
     own = dict(model.named_parameters())
     missing, extra = sorted(own.keys() - named.keys()), sorted(named.keys() - own.keys())
     if missing or extra:
-        raise UserError(f"{where} does not fit this model: missing {missing[:5]}, unknown {extra[:5]}")
+        raise UserError(
+            f"{where} does not fit this model: missing {missing[:5]}, unknown {extra[:5]}"
+        )
     with torch.no_grad():
         for name, p in own.items():
             if p.shape != named[name].shape:
-                raise UserError(f"{where}: {name} is {list(named[name].shape)} there and {list(p.shape)} here")
+                raise UserError(
+                    f"{where}: {name} is {list(named[name].shape)} there and {list(p.shape)} here"
+                )
             p.copy_(named[name])
 
 
 def source_files(cfg: Config) -> list[Path]:
-    """The project's sources that a run executes, the started script first: they go into the log and are counted."""
+    """
+    The project's sources that a run executes, the started script first: they go into the log and
+    are counted.
+    """
     here = Path(__file__).resolve()
     started = Path(sys.argv[0]).resolve()
-    found = [started, here, here.with_name("golf.py")] + [here.with_name("slowrun.py")] * bool(cfg.average_epochs)
-    return list(dict.fromkeys(p for p in found if p.suffix == ".py" and p.parent == here.parent and p.is_file()))
+    found = [started, here, here.with_name("golf.py")] + [here.with_name("slowrun.py")] * bool(
+        cfg.average_epochs
+    )
+    return list(
+        dict.fromkeys(
+            p for p in found if p.suffix == ".py" and p.parent == here.parent and p.is_file()
+        )
+    )
 
 
 ########################################
@@ -2843,7 +3618,9 @@ def source_files(cfg: Config) -> list[Path]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first: those with their final name and a DONE marker."""
+    """
+    Complete checkpoints of a run, oldest first: those with their final name and a DONE marker.
+    """
     done = (p.parent for p in folder.glob("ckpt/*/DONE"))
     return sorted((p for p in done if re.fullmatch("[0-9]+", p.name)), key=lambda p: int(p.name))
 
@@ -2855,10 +3632,13 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, loader: Loader, step: int) -> Path:
+def save_checkpoint(
+    run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, loader: Loader, step: int
+) -> Path:
     """
-    Weights, optimizer, averages, loader position, RNG of every rank, clocks and config in log_dir/run/ckpt/<step>.
-    Written beside, synced, marked DONE, then renamed: a crash at any instant leaves the older one whole. Collective.
+    Weights, optimizer, averages, loader position, RNG of every rank, clocks and config in
+    log_dir/run/ckpt/<step>. Written beside, synced, marked DONE, then renamed: a crash at any
+    instant leaves the older one whole. Collective.
     """
     final = run.folder / "ckpt" / f"{step:06d}"
     part = final.with_name(f".{final.name}.part")
@@ -2874,12 +3654,24 @@ def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, l
 
     def write() -> None:
         part.mkdir(parents=True)
-        weights = {name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters()}
+        weights = {
+            name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters()
+        }
         for name, named in (("model", weights), ("optimizer", optimizer), ("averages", averages)):
             write_tensors(named, part / f"{name}.safetensors")
-        state = {"step": step, "train_seconds": run.clock.seconds(), "wall_seconds": run.wall(), "loader": loader.state_dict(),
-                 "data": loader.identity(), "rng": rng, "world_size": run.world, "torch": torch.__version__,
-                 "paces": run.paces, "over": run.over, "trained": run.trained and run.trained._asdict()}
+        state = {
+            "step": step,
+            "train_seconds": run.clock.seconds(),
+            "wall_seconds": run.wall(),
+            "loader": loader.state_dict(),
+            "data": loader.identity(),
+            "rng": rng,
+            "world_size": run.world,
+            "torch": torch.__version__,
+            "paces": run.paces,
+            "over": run.over,
+            "trained": run.trained and run.trained._asdict(),
+        }
         (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
         (part / "config.toml").write_text(config_toml(run.cfg), encoding="utf-8")
         sync_folder(part)
@@ -2891,16 +3683,20 @@ def save_checkpoint(run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, l
 
     def save() -> None:
         shutil.rmtree(part, ignore_errors=True)
-        if final not in checkpoints(run.folder):  # of one step there is one state: what is whole is never replaced
+        # of one step there is one state: what is whole is never replaced
+        if final not in checkpoints(run.folder):
             try:
                 write()
             except OSError:
-                shutil.rmtree(part, ignore_errors=True)  # on a full disk it would take the room of the next attempt
+                # on a full disk it would take the room of the next attempt
+                shutil.rmtree(part, ignore_errors=True)
                 raise
         kept = checkpoints(run.folder)[-run.cfg.keep :]
-        own = {p for p in final.parent.iterdir() if re.fullmatch(r"[0-9]+|\.[0-9]+\.part", p.name)}  # no copies of the user
+        # no copies of the user
+        own = {p for p in final.parent.iterdir() if re.fullmatch(r"[0-9]+|\.[0-9]+\.part", p.name)}
         for old in own - set(kept):
-            (old / "DONE").unlink(missing_ok=True)  # first, so that half a checkpoint is never taken for a whole one
+            # first, so that half a checkpoint is never taken for a whole one
+            (old / "DONE").unlink(missing_ok=True)
             shutil.rmtree(old)
 
     run.on_main(save)
@@ -2920,25 +3716,35 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} cannot be read ({e}); delete its checkpoint folder to go back to the one before") from e
+        raise UserError(
+            f"{path} cannot be read ({e}); delete its checkpoint folder to go back to the one "
+            "before"
+        ) from e
 
 
-def load_checkpoint(path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, loader: Loader) -> int:
+def load_checkpoint(
+    path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, loader: Loader
+) -> int:
     """Everything that save_checkpoint wrote, at any number of ranks; the step to go on from."""
+
     def read_state() -> dict:
         try:
             return json.loads((path / "state.json").read_text(encoding="utf-8"))
         except ValueError as e:
-            raise UserError(f"{path / 'state.json'} cannot be read ({e}); delete its folder to go "
-                            "back to the one before") from e
+            raise UserError(
+                f"{path / 'state.json'} cannot be read ({e}); delete its folder to go "
+                "back to the one before"
+            ) from e
 
     def tensors_of(part: str) -> dict[str, Tensor]:
         return run.read_on_main(lambda: (read_tensors(path / f"{part}.safetensors"), None))[0]
 
     state = run.on_main(read_state)
     if "data" not in state:
-        run.log(f"notice: {path} does not say what data it was trained on: whether these are the "
-                "same is not known")
+        run.log(
+            f"notice: {path} does not say what data it was trained on: whether these are the "
+            "same is not known"
+        )
     elif notice := run.on_main(lambda: loader.accept(state["data"], state["loader"])):
         run.log(f"notice: {notice}")
     load_weights(model, tensors_of("model"), str(path))
@@ -2974,7 +3780,10 @@ def open_source(
     if path.is_dir() and not (path / "model.safetensors").exists():
         found = [p for p in (path / "model.nrx", *checkpoints(path)[-1:]) if p.exists()]
         if not found:
-            raise UserError(f"{where} holds neither an artifact (model.nrx) nor a complete checkpoint (ckpt/*/DONE)")
+            raise UserError(
+                f"{where} holds neither an artifact (model.nrx) nor a complete checkpoint "
+                "(ckpt/*/DONE)"
+            )
         path = found[-1 if exact else 0]
     if path.is_file():
         import golf
@@ -3008,8 +3817,8 @@ def checkpoint_config(path: Path) -> Config:
 
 def found_near(cfg: Config, source: Path) -> Config:
     """
-    A run names its data and its tokenizer as they were seen from where it was started. From elsewhere they are looked
-    for in the folders above the run's, and then beside this program.
+    A run names its data and its tokenizer as they were seen from where it was started. From
+    elsewhere they are looked for in the folders above the run's, and then beside this program.
     """
     places = [*source.resolve().parents, Path(__file__).resolve().parent]
     for key in ("data", "tokenizer"):
@@ -3020,26 +3829,47 @@ def found_near(cfg: Config, source: Path) -> Config:
 
 
 def parts_of(name: str, group: str) -> list[set[str]]:
-    """The words of `transfer` that take a tensor, or each matrix of a stack: q, k, v are one parameter of three."""
+    """
+    The words of `transfer` that take a tensor, or each matrix of a stack: q, k, v are one parameter
+    of three.
+    """
     leaf, words = name.split(".")[-1], {"all"}
     words |= {w for w in ("attn", "mlp") if f".{w}." in name}
     if group == "scalar":
         words.add("scalars")
     if "attn" not in words:
         return [words]
-    return [words | {w} for w in {"qkv": ("qk", "qk", "vo"), "kv": ("qk", "vo"), "q": ("qk",), "q_gain": ("qk",),
-                                  "proj": ("vo",)}.get(leaf, ("attn",))]
+    return [
+        words | {w}
+        for w in {
+            "qkv": ("qk", "qk", "vo"),
+            "kv": ("qk", "vo"),
+            "q": ("qk",),
+            "q_gain": ("qk",),
+            "proj": ("vo",),
+        }.get(leaf, ("attn",))
+    ]
 
 
 def transferred(w: Tensor, name: str, cfg: Config) -> Tensor:
-    """The weights as they are or, as a control, shuffled within each matrix, or normal numbers of its norm."""
+    """
+    The weights as they are or, as a control, shuffled within each matrix, or normal numbers of its
+    norm.
+    """
     if not cfg.transfer_control:
         return w
-    seed = int.from_bytes(hashlib.sha256(f"{cfg.seed} {cfg.transfer_control} {name}".encode()).digest()[:8]) >> 1
+    seed = (
+        int.from_bytes(
+            hashlib.sha256(f"{cfg.seed} {cfg.transfer_control} {name}".encode()).digest()[:8]
+        )
+        >> 1
+    )
     rng, out = torch.Generator().manual_seed(seed), w.float().clone()
     for matrix in out if out.ndim > 2 else [out]:
         if cfg.transfer_control == "shuffled":
-            matrix.copy_(matrix.flatten()[torch.randperm(matrix.numel(), generator=rng)].view_as(matrix))
+            matrix.copy_(
+                matrix.flatten()[torch.randperm(matrix.numel(), generator=rng)].view_as(matrix)
+            )
         else:
             noise = torch.randn(matrix.shape, generator=rng)
             matrix.copy_(noise * (matrix.norm() / noise.norm()))
@@ -3048,37 +3878,61 @@ def transferred(w: Tensor, name: str, cfg: Config) -> Tensor:
 
 def compare_sources(cfg: Config, theirs: Config, attention: bool, path: Path) -> list[str]:
     """
-    What no shape tells: attention that was cut into other heads is an error where its weights are taken. Returns notices
-    of what may be meant.
+    What no shape tells: attention that was cut into other heads is an error where its weights are
+    taken. Returns notices of what may be meant.
     """
+
     def heads(c: Config) -> dict[str, int]:
         return {"heads": c.heads, "head_dim": head_width(c), "kv_heads": c.kv_heads or c.heads}
 
-    other = [f"{key} = {a} there and {b} here" for (key, a), b in zip(heads(theirs).items(), heads(cfg).values()) if a != b]
+    other = [
+        f"{key} = {a} there and {b} here"
+        for (key, a), b in zip(heads(theirs).items(), heads(cfg).values())
+        if a != b
+    ]
     if attention and other:
-        raise UserError(f"init_from {path}: {', '.join(other)}: the same numbers would make other heads; build both alike, or "
-                        "leave attention out with --transfer")
-    turning = [f"{key} = {a!r} there and {b!r} here" for key, a, b in
-               [(k, getattr(theirs, k), getattr(cfg, k)) for k in ("rope", "rope_base", "rope_dims")] if a != b]
-    notices = [f"{', '.join(turning)}: queries and keys were learned with other rotations"] if attention and turning else []
-    return notices + ([f"depth = {theirs.depth} there and {cfg.depth} here: blocks are taken by their number"]
-                      if theirs.depth != cfg.depth else [])
+        raise UserError(
+            f"init_from {path}: {', '.join(other)}: the same numbers would make other heads; "
+            "build both alike, or "
+            "leave attention out with --transfer"
+        )
+    turning = [
+        f"{key} = {a!r} there and {b!r} here"
+        for key, a, b in [
+            (k, getattr(theirs, k), getattr(cfg, k)) for k in ("rope", "rope_base", "rope_dims")
+        ]
+        if a != b
+    ]
+    notices = (
+        [f"{', '.join(turning)}: queries and keys were learned with other rotations"]
+        if attention and turning
+        else []
+    )
+    return notices + (
+        [f"depth = {theirs.depth} there and {cfg.depth} here: blocks are taken by their number"]
+        if theirs.depth != cfg.depth
+        else []
+    )
 
 
 def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
     """
-    Start from the weights of another run (init_from), of this program or of pre_pre_train.py; what was taken stands in
-    the log by tensor, and on the console by kind. Of "all", tables of another vocabulary stay fresh. Any other shape that
-    differs is an error, as is nothing.
+    Start from the weights of another run (init_from), of this program or of pre_pre_train.py; what
+    was taken stands in the log by tensor, and on the console by kind. Of "all", tables of another
+    vocabulary stay fresh. Any other shape that differs is an error, as is nothing.
     """
+
     def read() -> tuple[dict[str, Tensor], tuple[Config, Path]]:
-        theirs, named, path = open_source(cfg.init_from, exact=True, say=lambda line: run.log(f"notice: {line}"))
+        theirs, named, path = open_source(
+            cfg.init_from, exact=True, say=lambda line: run.log(f"notice: {line}")
+        )
         return named, (theirs, path)
 
     named, (theirs, path) = run.read_on_main(read)
     asked, words = set(cfg.transfer.split("+")), {"all", "attn", "qk", "vo", "mlp", "scalars"}
     lines, count, attention, said = [], 0, False, declarations(model)
-    kinds: dict[tuple[str, str], list] = {}  # (fate, name without number): tensors, squared norms now and before
+    # (fate, name without number): tensors, squared norms now and before
+    kinds: dict[tuple[str, str], list] = {}
     for name, p in model.named_parameters():
         parts = parts_of(name, said[name].group)
         if not asked <= words:
@@ -3093,8 +3947,11 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
         elif taken and p.shape != named[name].shape:
             table = said[name].group in ("embed", "head")
             if "all" not in asked or not table or p.shape[-1] != named[name].shape[-1]:
-                raise UserError(f"init_from {path}: {name} is {list(named[name].shape)} there and {list(p.shape)} here; "
-                                "leave it out with --transfer or --transfer_skip, or build the same shape")
+                raise UserError(
+                    f"init_from {path}: {name} is {list(named[name].shape)} there and "
+                    f"{list(p.shape)} here; "
+                    "leave it out with --transfer or --transfer_skip, or build the same shape"
+                )
             word = "fresh (another vocabulary)"
         elif taken:
             whole, source = len(taken) == len(parts), transferred(named[name], name, cfg)
@@ -3104,31 +3961,43 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
                 for i in [...] if whole else taken:
                     p[i] = source[i]
         size = float(p.detach().float().norm())
-        lines.append(f"transfer:{word} {name} {list(p.shape)} norm {size:.4g}" +
-                     (f" (was {was:.4g})" if word.startswith("loaded") else ""))
+        lines.append(
+            f"transfer:{word} {name} {list(p.shape)} norm {size:.4g}"
+            + (f" (was {was:.4g})" if word.startswith("loaded") else "")
+        )
         kind = kinds.setdefault((word, re.sub(r"\.\d+\.", ".*.", name)), [0, 0.0, 0.0])
         kind[:] = kind[0] + 1, kind[1] + size**2, kind[2] + was**2
     notices = compare_sources(cfg, theirs, attention, path)
     unused = sorted(named.keys() - {name for name, _ in model.named_parameters()})
     lines += [f"transfer:unused {name} {list(named[name].shape)}" for name in unused]
     if not count:
-        raise UserError(f"transfer = {cfg.transfer!r} takes nothing from {path}: no name of this model matches it there")
+        raise UserError(
+            f"transfer = {cfg.transfer!r} takes nothing from {path}: no name of this model "
+            "matches it there"
+        )
     for line in lines:
         run.log(line, console=False)
     for (word, name), (n, now, before) in kinds.items():
         was = f" (was {math.sqrt(before):.4g})" if word.startswith("loaded") else ""
         run.log(f"  {word:14} {name:24} x{n:<3} norm {math.sqrt(now):.4g}{was}")
     if unused:
-        run.log(f"  in the source only: {', '.join(dict.fromkeys(re.sub(r'[.][0-9]+[.]', '.*.', name) for name in unused))}")
+        run.log(
+            "  in the source only: "
+            f"{', '.join(dict.fromkeys(re.sub(r'[.][0-9]+[.]', '.*.', name) for name in unused))}"
+        )
     for line in notices:
         run.log(f"notice: init_from {path}: {line}")
     kind = f", {cfg.transfer_control} on purpose" * bool(cfg.transfer_control)
-    run.log(f"transfer:{count} of {len(list(model.parameters()))} tensors loaded from {path}{kind}; each one: log.txt")
+    run.log(
+        f"transfer:{count} of {len(list(model.parameters()))} tensors loaded from "
+        f"{path}{kind}; each one: log.txt"
+    )
 
 
 ########################################
 #                Train                 #
 ########################################
+
 
 @dataclass
 class Parts:
@@ -3144,11 +4013,15 @@ class Parts:
     loader: Loader
     val: Validation
     tokenizer: Tokenizer | None
-    paces: list[tuple[Now, float]] = dataclasses.field(default_factory=list)  # seconds of the last three steps
+    # seconds of the last three steps
+    paces: list[tuple[Now, float]] = dataclasses.field(default_factory=list)
 
 
 def build(cfg: Config, run: Run) -> Parts:
-    """Make every part; all that can be wrong with config and data is found here, before anything is compiled."""
+    """
+    Make every part; all that can be wrong with config and data is found here, before anything is
+    compiled.
+    """
     plan = Plan(cfg)
     plan.train_shapes(run.world)  # refuses batches that do not divide
     loader = run.together(lambda: Loader(cfg, plan, run.rank, run.world, run.together))
@@ -3176,41 +4049,82 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
     for line in centering_notices(cfg):
         run.log(f"notice: {line}")
     if cfg.tie_embed and cfg.head_init == "zero" and cfg.init == "remix":
-        run.log("notice: a tied table cannot start at zero, as it is the input too: it starts uniform in +-1/sqrt(dim)")
+        run.log(
+            "notice: a tied table cannot start at zero, as it is the input too: it starts "
+            "uniform in +-1/sqrt(dim)"
+        )
     for line in pattern_notices(cfg, declarations(model)):
         run.log(f"notice: {line}")
     if cfg.init_from:
         transfer_weights(model, cfg, run)
     opt = MuonAdamW(cfg, model, run)
     torch.manual_seed(cfg.seed << 16 | run.rank)  # dropout: each rank its own
-    return Parts(cfg, run, plan, model, compile_model(model, cfg), opt, Averages(cfg, opt), loader, val, tokenizer)
+    return Parts(
+        cfg,
+        run,
+        plan,
+        model,
+        compile_model(model, cfg),
+        opt,
+        Averages(cfg, opt),
+        loader,
+        val,
+        tokenizer,
+    )
 
 
 def pattern_notices(cfg: Config, names: dict[str, Declared]) -> list[str]:
-    """Refuse a pattern of adamw_matrices that finds nothing. A rate of own_lr may wait, as other rates do, but is told."""
+    """
+    Refuse a pattern of adamw_matrices that finds nothing. A rate of own_lr may wait, as other rates
+    do, but is told.
+    """
     matrices = [n for n, said in names.items() if said.group == "matrix"]
-    adamws = [n for n in names if n not in matrices or cfg.optimizer == "adamw" or
-              cfg.adamw_matrices and re.search(cfg.adamw_matrices, n)]
-    need(not cfg.adamw_matrices or any(n in adamws for n in matrices), f"adamw_matrices = {cfg.adamw_matrices!r} matches no "
-         f"matrix of this model; they are such as {', '.join(matrices[:3])}")
-    return [f"own_lr: {own.pattern.pattern!r} is the name of nothing that AdamW updates here" for own in own_rates(cfg)
-            if not any(own.pattern.search(n) for n in adamws)]
+    adamws = [
+        n
+        for n in names
+        if n not in matrices
+        or cfg.optimizer == "adamw"
+        or cfg.adamw_matrices
+        and re.search(cfg.adamw_matrices, n)
+    ]
+    need(
+        not cfg.adamw_matrices or any(n in adamws for n in matrices),
+        f"adamw_matrices = {cfg.adamw_matrices!r} matches no "
+        f"matrix of this model; they are such as {', '.join(matrices[:3])}",
+    )
+    return [
+        f"own_lr: {own.pattern.pattern!r} is the name of nothing that AdamW updates here"
+        for own in own_rates(cfg)
+        if not any(own.pattern.search(n) for n in adamws)
+    ]
 
 
 def centering_notices(cfg: Config) -> list[str]:
-    """What theory says of centering's assumptions under this configuration; logs/explain_centering.py shows each."""
+    """
+    What theory says of centering's assumptions under this configuration; logs/explain_centering.py
+    shows each.
+    """
     on = [k for k in ("mu_centering", "mu_loss", "z_loss") if getattr(cfg, k)]
     lines, names = [], " and ".join(on)
     moved = [k for k in on if k != "z_loss"]
     if moved and cfg.tie_embed:
-        lines.append(f"{' and '.join(moved)} with a tied table: the input embeddings are shifted as well, so the loss is "
-                     "changed and not only the mean logit")
+        lines.append(
+            f"{' and '.join(moved)} with a tied table: the input embeddings are shifted as "
+            "well, so the loss is "
+            "changed and not only the mean logit"
+        )
     if on and cfg.softcap:
-        lines.append(f"{names} with softcap = {cfg.softcap:g}: capped logits are not free to shift, so a common offset costs "
-                     "loss and centering changes it; log(Z) is at most softcap + ln(vocab) anyway")
+        lines.append(
+            f"{names} with softcap = {cfg.softcap:g}: capped logits are not free to shift, so "
+            "a common offset costs "
+            "loss and centering changes it; log(Z) is at most softcap + ln(vocab) anyway"
+        )
     if moved and cfg.optimizer == "muon":
-        lines.append(f"{' and '.join(moved)} with Muon on the blocks: they do not see mu; the head stays AdamW's, whose steps "
-                     "move mu (a polar factor has column sums of zero and would not)")
+        lines.append(
+            f"{' and '.join(moved)} with Muon on the blocks: they do not see mu; the head "
+            "stays AdamW's, whose steps "
+            "move mu (a polar factor has column sums of zero and would not)"
+        )
     return lines
 
 
@@ -3218,7 +4132,8 @@ def compile_model(model: GPT, cfg: Config):
     """The model as train and evaluation call it."""
     if cfg.compile == 0:
         return model
-    torch._dynamo.config.recompile_limit = 64  # one graph per shape of the schedule; the default of 8 is for accidents
+    # one graph per shape of the schedule; the default of 8 is for accidents
+    torch._dynamo.config.recompile_limit = 64
     if cfg.compile == 2:
         return torch.compile(model, dynamic=False)
     for block in [*model.blocks, *([model.mtp_block] if cfg.mtp else [])]:
@@ -3234,20 +4149,32 @@ def graphs_compiled() -> int:
 
 def warm_up(p: Parts) -> None:
     """
-    Run every graph that the schedules will need once, on random tokens: compilation and the allocator's first growth
-    lie before the clock. Then weights, gradients, optimizer state and RNG are put back.
+    Run every graph that the schedules will need once, on random tokens: compilation and the
+    allocator's first growth lie before the clock. Then weights, gradients, optimizer state and RNG
+    are put back.
     """
     run, plan, began = p.run, p.plan, time.perf_counter()
     kept = p.opt.snapshot()
     several = any(plan.micro_batches(n, run.world) > 1 for n in plan.moments())
-    todo = [(True, s) for s in plan.train_shapes(run.world)] + [(False, s) for s in plan.eval_shapes()]
-    bar = tqdm(todo, desc="compile" if p.cfg.compile else "warm up", leave=False,
-               disable=not (run.is_main and sys.stderr.isatty()))
+    todo = [(True, s) for s in plan.train_shapes(run.world)] + [
+        (False, s) for s in plan.eval_shapes()
+    ]
+    bar = tqdm(
+        todo,
+        desc="compile" if p.cfg.compile else "warm up",
+        leave=False,
+        disable=not (run.is_main and sys.stderr.isatty()),
+    )
     try:
-        with run.interruptible(), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        with (
+            run.interruptible(),
+            torch.random.fork_rng([run.device] if run.device.type == "cuda" else []),
+        ):
             for training, shape in bar:
                 run.agree()
-                rows = torch.randint(p.cfg.vocab, (shape.rows, shape.seq_len + 1), device=run.device)
+                rows = torch.randint(
+                    p.cfg.vocab, (shape.rows, shape.seq_len + 1), device=run.device
+                )
                 x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
                 if training:
                     loss_terms(p, x, y, shape.repeats, shape.window).sum().backward()
@@ -3262,8 +4189,12 @@ def warm_up(p: Parts) -> None:
 
             plan.seconds = p.cfg.max_seconds - run.agree(golf.gptq_seconds(p))
             if plan.seconds < p.cfg.max_seconds / 2:
-                raise UserError(f"gptq = {p.cfg.gptq} rows would take {p.cfg.max_seconds - plan.seconds:.1f} of max_seconds = "
-                                f"{p.cfg.max_seconds:g}, more than half: fewer rows, such as --gptq {max(1, p.cfg.gptq // 4)}")
+                raise UserError(
+                    f"gptq = {p.cfg.gptq} rows would take "
+                    f"{p.cfg.max_seconds - plan.seconds:.1f} of max_seconds = "
+                    f"{p.cfg.max_seconds:g}, more than half: fewer rows, such as --gptq "
+                    f"{max(1, p.cfg.gptq // 4)}"
+                )
             run.log(f"gptq: {plan.seconds:.1f} of {p.cfg.max_seconds:.0f} s are left for steps")
     finally:
         with torch.no_grad():
@@ -3272,7 +4203,10 @@ def warm_up(p: Parts) -> None:
 
 
 def rounded_weights(p: Parts, step: int, now: Now):
-    """Quantisation-aware training: inside, the model has rounded weights; their gradients are taken for the true ones'."""
+    """
+    Quantisation-aware training: inside, the model has rounded weights; their gradients are taken
+    for the true ones'.
+    """
     if not now.qat:
         return contextlib.nullcontext()
     import golf
@@ -3286,21 +4220,26 @@ def extra_terms(cfg: Config) -> list[str]:
 
 
 def loss_terms(p: Parts, x: Tensor, y: Tensor, repeats: int, window: int) -> Tensor:
-    """Sums over the tokens of a micro-batch: cross-entropy and, where they are on, weighted z-loss and MTP; [1] to [3]."""
+    """
+    Sums over the tokens of a micro-batch: cross-entropy and, where they are on, weighted z-loss and
+    MTP; [1] to [3].
+    """
     cfg = p.cfg
     if not (cfg.z_loss or cfg.mtp):
         return p.graph(x, y, repeats, window).sum().view(1)
     rows = p.graph(x, y, repeats, window, bool(cfg.z_loss), bool(cfg.mtp))
-    extra = ([cfg.z_loss * rows[1].square().sum()] if cfg.z_loss else []) + ([cfg.mtp * rows[-1].sum()] if cfg.mtp else [])
+    extra = ([cfg.z_loss * rows[1].square().sum()] if cfg.z_loss else []) + (
+        [cfg.mtp * rows[-1].sum()] if cfg.mtp else []
+    )
     return torch.stack([rows[0].sum(), *extra])
 
 
 @torch.no_grad()
 def add_mu_loss(head: nn.Parameter, weight: float, world: int, rows: int | None = None) -> Tensor:
     """
-    weight * |mu|^2 [1], mu being the mean of the head's first V rows [V, D] (all but those without logits), and its
-    gradient: 2 * weight * mu / V in every row. Once a step on every rank, whose gradients are summed, and not in every
-    micro-batch.
+    weight * |mu|^2 [1], mu being the mean of the head's first V rows [V, D] (all but those without
+    logits), and its gradient: 2 * weight * mu / V in every row. Once a step on every rank, whose
+    gradients are summed, and not in every micro-batch.
     """
     mu, grad = head[:rows].float().mean(0), head.grad[:rows]
     grad.add_((2 * weight / (len(grad) * world) * mu).to(grad.dtype))
@@ -3309,14 +4248,17 @@ def add_mu_loss(head: nn.Parameter, weight: float, world: int, rows: int | None 
 
 @torch.no_grad()
 def center(head: Tensor) -> None:
-    """Subtract the mean row: logits of a token then have the mean 0. Every rank does the same on its own copy."""
+    """
+    Subtract the mean row: logits of a token then have the mean 0. Every rank does the same on its
+    own copy.
+    """
     head.sub_(head.float().mean(0).to(head.dtype))
 
 
 def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
     """
-    One optimizer step; on the device: the mean cross-entropy over the global batch, behind it the extra_terms that were
-    added to it, and the gradient norm.
+    One optimizer step; on the device: the mean cross-entropy over the global batch, behind it the
+    extra_terms that were added to it, and the gradient norm.
     """
     rows = p.loader.batch(step, now.batch_tokens, now.seq_len)
     size = p.plan.micro_rows(now, p.run.world)
@@ -3324,15 +4266,20 @@ def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
     with rounded_weights(p, step, now):
         for low in range(0, len(rows), size):
             x, y = p.loader.tensors(rows[low : low + size], p.run.device)
-            # Summed over tokens and divided by the global count: ranks and micro-batches change the float order alone.
-            terms = loss_terms(p, x, y, now.repeats, now.window) / p.loader.targets(now.batch_tokens)
+            # Summed over tokens and divided by the global count: ranks and micro-batches change the
+            # float order alone.
+            terms = loss_terms(p, x, y, now.repeats, now.window) / p.loader.targets(
+                now.batch_tokens
+            )
             terms.sum().backward()
             total += terms.detach()
             if size < len(rows):
                 p.opt.collect(last=low + size >= len(rows))
     total = p.run.sum(total)
     if p.cfg.mu_loss:
-        total = torch.cat([total, add_mu_loss(p.model.head, p.cfg.mu_loss, p.run.world, p.model.logit_rows)])
+        total = torch.cat(
+            [total, add_mu_loss(p.model.head, p.cfg.mu_loss, p.run.world, p.model.logit_rows)]
+        )
     size = p.opt.step(now)
     if p.cfg.mu_centering and not p.opt.frozen("head", now):
         center(p.model.head[: p.model.logit_rows])
@@ -3340,7 +4287,10 @@ def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
 
 
 def validate_all(p: Parts, step: int, now: Now) -> dict:
-    """Evaluate the live weights and the averages beside them; log a line in the speedrun's format and a second with more."""
+    """
+    Evaluate the live weights and the averages beside them; log a line in the speedrun's format and
+    a second with more.
+    """
     run, ms = p.run, p.run.clock.seconds() * 1000
     began, found = time.perf_counter(), {}
     for name in ["live", *p.avg.ready()]:
@@ -3349,26 +4299,36 @@ def validate_all(p: Parts, step: int, now: Now) -> dict:
         tail = "" if name == "live" else f"_{name}"
         found |= {f"val_loss{tail}": loss} | ({f"val_bpb{tail}": bpb} if bpb else {})
     found |= p.val.measure(p, step, p.plan.eval_shape(now))
-    run.log(f"step:{step}/{p.cfg.steps} val_loss:{found['val_loss']:.5f} train_time:{ms:.0f}ms "
-            f"step_avg:{ms / max(step, 1):.2f}ms")
+    run.log(
+        f"step:{step}/{p.cfg.steps} val_loss:{found['val_loss']:.5f} train_time:{ms:.0f}ms "
+        f"step_avg:{ms / max(step, 1):.2f}ms"
+    )
     more = {k: v for k, v in found.items() if k != "val_loss"}
     if more:
         run.log(f"  at:{step} " + " ".join(f"{k}:{v:.5f}" for k, v in more.items()))
     found["eval_time_s"] = time.perf_counter() - began
     if p.cfg.embed_stats and math.isfinite(found["val_loss"]):
-        from logs.embeddings import during_training  # statistics live outside; logs/ is beside this file
+        # statistics live outside; logs/ is beside this file
+        from logs.embeddings import during_training
 
         found |= run.on_main(lambda: during_training(p, now))
     run.metric("val", step, steps=p.cfg.steps, **found, train_time_ms=ms, wall_time_s=run.wall())
     if not math.isfinite(found["val_loss"]):
-        raise Diverged(f"step {step}: the validation loss is {found['val_loss']} although the training loss was finite a step "
-                       "ago: lower the learning rates; if they are low, compare with --compile 0 and report which graph went "
-                       "wrong")
+        raise Diverged(
+            f"step {step}: the validation loss is {found['val_loss']} although the training "
+            "loss was finite a step "
+            "ago: lower the learning rates; if they are low, compare with --compile 0 and "
+            "report which graph went "
+            "wrong"
+        )
     return found
 
 
 def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds: float) -> None:
-    """Read the numbers of a finished step (this waits for the device), stop if they are not finite, write the lines."""
+    """
+    Read the numbers of a finished step (this waits for the device), stop if they are not finite,
+    write the lines.
+    """
     (loss, *extra), size, run, cfg = loss.tolist(), float(size), p.run, p.cfg
     terms = dict(zip(extra_terms(cfg), extra))
     if not (math.isfinite(loss) and math.isfinite(size)):
@@ -3378,29 +4338,50 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
             kept = f"Last good checkpoint: {good[-1]}; it is kept"
         start = ", which may start from those weights with --init_from" if good else ""
         raise Diverged(
-            f"step {step}: loss {loss}, gradient norm {size}: not finite, stopped (lr multiplier {now.lr:.4g}, repeats "
+            f"step {step}: loss {loss}, gradient norm {size}: not finite, stopped (lr "
+            f"multiplier {now.lr:.4g}, repeats "
             f"{now.repeats}). {kept}. Lower the learning rates or set --grad_clip 1 in another "
-            f"--run{start}")
+            f"--run{start}"
+        )
     log_switch(p, step, now, seconds)
     if step % cfg.log_every == 0 or step == cfg.steps:
         elapsed = run.clock.seconds()
-        run.log(f"step:{step}/{cfg.steps} train_time:{elapsed * 1000:.0f}ms step_avg:{elapsed * 1000 / step:.2f}ms",
-                console=False)
-        run.metric("train", step, train_loss=loss, **terms, grad_norm=size, tok_s=now.batch_tokens / seconds, **now._asdict(),
-                   train_time_ms=elapsed * 1000)
+        run.log(
+            f"step:{step}/{cfg.steps} train_time:{elapsed * 1000:.0f}ms "
+            f"step_avg:{elapsed * 1000 / step:.2f}ms",
+            console=False,
+        )
+        run.metric(
+            "train",
+            step,
+            train_loss=loss,
+            **terms,
+            grad_norm=size,
+            tok_s=now.batch_tokens / seconds,
+            **now._asdict(),
+            train_time_ms=elapsed * 1000,
+        )
         fraction = p.plan.fraction(step, elapsed)
         eta = elapsed * (1 - fraction) / max(fraction, 1e-9)
         more = "".join(f"{k}:{v:.4g} " for k, v in terms.items())
-        run.live(f"step:{step}/{cfg.steps} train_loss:{loss:.4f} {more}lr:{now.lr:.3g} {now.batch_tokens / seconds:,.0f} tok/s "
-                 f"{100 * fraction:.1f}% eta:{int(eta // 60)}m{int(eta % 60):02d}s")
+        run.live(
+            f"step:{step}/{cfg.steps} train_loss:{loss:.4f} {more}lr:{now.lr:.3g} "
+            f"{now.batch_tokens / seconds:,.0f} tok/s "
+            f"{100 * fraction:.1f}% eta:{int(eta // 60)}m{int(eta % 60):02d}s"
+        )
 
 
 def log_switch(p: Parts, step: int, now: Now, seconds: float) -> None:
-    """Where the graph changed a step ago: the time of the step before, of that one and of this one. A stall would show."""
+    """
+    Where the graph changed a step ago: the time of the step before, of that one and of this one. A
+    stall would show.
+    """
     p.paces = [*p.paces[-2:], (now, seconds)]
     if len(p.paces) == 3:
         (old, before), (new, at), (_, after) = p.paces
-        changed = " ".join(f"{k}:{getattr(new, k)}" for k in GRAPHS if getattr(new, k) != getattr(old, k))
+        changed = " ".join(
+            f"{k}:{getattr(new, k)}" for k in GRAPHS if getattr(new, k) != getattr(old, k)
+        )
         if changed:
             ms = f"before:{1000 * before:.0f}ms at:{1000 * at:.0f}ms after:{1000 * after:.0f}ms"
             p.run.log(f"switch:{step - 1} {changed} {ms}")
@@ -3418,8 +4399,8 @@ def next_step_seconds(paces: list[tuple[list, float]], graph: list) -> float:
 
 def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
     """
-    From `step` to the end of training; gives the last step, its schedules and its evaluation. The state is whole
-    wherever a signal can raise Interrupted.
+    From `step` to the end of training; gives the last step, its schedules and its evaluation. The
+    state is whole wherever a signal can raise Interrupted.
     """
     cfg, run, plan = p.cfg, p.run, p.plan
     before, pending = None, None
@@ -3439,8 +4420,8 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
             flush()  # the last step's line, and no checkpoint if it was not finite
             raise
         now = plan.at(step, plan.fraction(step, seconds))
-        # A clock cap is a cap: no step is begun that would end behind it. The clocks that all ranks agreed on decide, or
-        # one rank would leave alone.
+        # A clock cap is a cap: no step is begun that would end behind it. The clocks that all ranks
+        # agreed on decide, or one rank would leave alone.
         graph = [getattr(now, key) for key in GRAPHS]
         if before:
             run.paces = [*run.paces[-19:], (before[0], seconds - before[1])]
@@ -3451,14 +4432,22 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
         last = run.over or step >= cfg.steps or capped
         if not last and cfg.max_seconds and p.loader.ended(now.batch_tokens):
             last = True  # nobody could know before when that is: it ends training as the cap does
-            run.log(f"notice: the data ended at step {step}, after {seconds:.1f} of "
-                    f"{plan.seconds:.1f} s, and with it training, before the schedules did; more "
-                    "shards or more --epochs would have used the rest")
+            run.log(
+                f"notice: the data ended at step {step}, after {seconds:.1f} of "
+                f"{plan.seconds:.1f} s, and with it training, before the schedules did; more "
+                "shards or more --epochs would have used the rest"
+            )
         run.over, before = last, (graph, seconds)
         ending = plan.ends_epoch(step)
-        evaluating = last or (step % cfg.eval_every == 0 if cfg.eval_every > 0 else cfg.eval_every < 0 and (ending or not step))
+        evaluating = last or (
+            step % cfg.eval_every == 0
+            if cfg.eval_every > 0
+            else cfg.eval_every < 0 and (ending or not step)
+        )
         keeping = ending and step * cfg.epochs // cfg.steps > cfg.epochs - cfg.average_epochs
-        saving = last and cfg.save_last or cfg.save_every and step % cfg.save_every == 0 and step > 0
+        saving = (
+            last and cfg.save_last or cfg.save_every and step % cfg.save_every == 0 and step > 0
+        )
         if last:
             p.avg.close()
         if evaluating or saving or keeping:
@@ -3476,15 +4465,20 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
             break
         try:
             loss, size = train_step(p, step, now)
-        except (UserError, Interrupted):  # as above; the loader may be asked to leave while it makes rows
+        # as above; the loader may be asked to leave while it makes rows
+        except (UserError, Interrupted):
             flush()
             raise
         step += 1
         run.step, run.trained = step, now
         p.avg.update(step, plan.fraction(step, seconds))
-        previous, pending = pending, (step, now, loss, size, max(1e-9, run.clock.seconds() - seconds))
+        previous, pending = (
+            pending,
+            (step, now, loss, size, max(1e-9, run.clock.seconds() - seconds)),
+        )
         if previous:
-            log_step(p, *previous)  # one step late: the device is not kept waiting for the host to read a number
+            # one step late: the device is not kept waiting for the host to read a number
+            log_step(p, *previous)
         if run.device.type == "cpu":
             flush()
     run.clock.stop()
@@ -3504,8 +4498,9 @@ def trained_is_kept(p: Parts, begun: int):
         if run.step == begun:
             raise
         saved = save_checkpoint(run, p.model, p.opt, p.avg, p.loader, run.step)
-        raise UserError(f"{e}; all {run.step} steps are saved in {saved}: mend that and continue "
-                        "with --resume") from e
+        raise UserError(
+            f"{e}; all {run.step} steps are saved in {saved}: mend that and continue with --resume"
+        ) from e
 
 
 def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
@@ -3516,9 +4511,11 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
     cfg, run, plan = p.cfg, p.run, p.plan
     end = plan.at(cfg.steps, 1.0)  # as all who read the artifact apply it
     if (now.repeats, now.window) != (end.repeats, end.window):
-        run.log(f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, "
-                "and the evaluation is of these; artifact and sample are of the schedules' end, "
-                f"repeats {end.repeats}, window {end.window}")
+        run.log(
+            f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, "
+            "and the evaluation is of these; artifact and sample are of the schedules' end, "
+            f"repeats {end.repeats}, window {end.window}"
+        )
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
     result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}
     result |= {k: v for k, v in found.items() if k not in result}
@@ -3530,10 +4527,14 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
         short = p.tokenizer and p.val.bytes and p.val.bytes < 8e6
         if more := run.on_main(lambda: compressors_bpb(p.val, p.tokenizer) if short else {}):
             result |= more
-            run.log(f"same text: xz -9e {result['xz_bpb']:.4f} bpb, zstd -19 {result['zstd_bpb']:.4f} bpb")
+            run.log(
+                f"same text: xz -9e {result['xz_bpb']:.4f} bpb, zstd -19 "
+                f"{result['zstd_bpb']:.4f} bpb"
+            )
         wanted = p.tokenizer and cfg.sample_tokens
-        text = run.on_main(lambda: generate(p.model, p.tokenizer, cfg, plan.max_seq_len, end)
-                           if wanted else None)
+        text = run.on_main(
+            lambda: generate(p.model, p.tokenizer, cfg, plan.max_seq_len, end) if wanted else None
+        )
         if text is not None:
             run.log(f"sample from the {'artifact' if cfg.export else 'weights'}:\n{text}")
         if cfg.average_epochs:
@@ -3548,14 +4549,20 @@ def prompt_tokens(tokenizer: Tokenizer, cfg: Config) -> list[int]:
     tokens = [cfg.doc_token, *tokenizer.encode(cfg.prompt)]
     bad = [t for t in tokens if t >= cfg.vocab]
     if bad:
-        raise UserError(f"the tokenizer gives token {bad[0]}, which is not below the model's vocab = {cfg.vocab}")
+        raise UserError(
+            f"the tokenizer gives token {bad[0]}, which is not below the model's vocab = "
+            f"{cfg.vocab}"
+        )
     return tokens
 
 
 @torch.compiler.set_stance("force_eager")  # every length would be a graph of its own
 @torch.no_grad()
 def generate(model: GPT, tokenizer: Tokenizer, cfg: Config, seq_len: int, now: Now) -> str:
-    """Continue cfg.prompt (or a new document) by cfg.sample_tokens tokens; stops where a document ends."""
+    """
+    Continue cfg.prompt (or a new document) by cfg.sample_tokens tokens; stops where a document
+    ends.
+    """
     device = model.head.device
     rng = torch.Generator(device).manual_seed(cfg.seed)
     tokens = prompt_tokens(tokenizer, cfg)
@@ -3566,7 +4573,9 @@ def generate(model: GPT, tokenizer: Tokenizer, cfg: Config, seq_len: int, now: N
             least = logits.topk(min(cfg.top_k, cfg.vocab)).values[-1]
             logits = logits.masked_fill(logits < least, -torch.inf)
         if cfg.temperature > 0:
-            tokens.append(int(torch.multinomial((logits / cfg.temperature).softmax(-1), 1, generator=rng)))
+            tokens.append(
+                int(torch.multinomial((logits / cfg.temperature).softmax(-1), 1, generator=rng))
+            )
         else:
             tokens.append(int(logits.argmax()))
         if tokens[-1] == cfg.doc_token:
@@ -3575,7 +4584,10 @@ def generate(model: GPT, tokenizer: Tokenizer, cfg: Config, seq_len: int, now: N
 
 
 def sample(flags: Config) -> int:
-    """Print a sample from flags.sample_from; what is sampled comes from there, how it is sampled from the flags."""
+    """
+    Print a sample from flags.sample_from; what is sampled comes from there, how it is sampled from
+    the flags.
+    """
     cfg, named, path = open_source(flags.sample_from)
     for key in ("prompt", "temperature", "top_k", "seed"):
         setattr(cfg, key, getattr(flags, key))
@@ -3584,22 +4596,39 @@ def sample(flags: Config) -> int:
     model = build_model(cfg, device, choose_dtype(flags, device), plan.max_seq_len)
     load_weights(model, named, str(path))
     if not cfg.tokenizer:
-        raise UserError(f"{path} was trained without a tokenizer: there is nothing to turn text into tokens")
-    print(generate(model, Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token), cfg, plan.max_seq_len, plan.at(cfg.steps, 1.0)))
+        raise UserError(
+            f"{path} was trained without a tokenizer: there is nothing to turn text into tokens"
+        )
+    print(
+        generate(
+            model,
+            Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token),
+            cfg,
+            plan.max_seq_len,
+            plan.at(cfg.steps, 1.0),
+        )
+    )
     return 0
 
 
 def check_folder(cfg: Config, folder: Path) -> None:
     """Refuse a name that is taken, and to go on with what was begun under another configuration."""
     if folder.exists() and not cfg.resume:
-        raise UserError(f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or delete it")
-    finished = is_finished(folder)  # else what is done behind the last step may still be done otherwise
+        raise UserError(
+            f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with "
+            "--resume, or delete it"
+        )
+    # else what is done behind the last step may still be done otherwise
+    finished = is_finished(folder)
     frozen = {"export"} if Schedule("qat", cfg.qat).values() != [0] else set()
     free = FREE_ON_RESUME if finished else FREE_ON_RESUME | AFTER_TRAINING - frozen
     if changed := changed_fields(cfg, folder, free):
         state = "is finished, but" if finished else "was begun, but"
-        raise UserError(f"{folder} {state} under another configuration:\n" + "\n".join(changed) +
-                        "\nuse the old values, another --run, or delete it")
+        raise UserError(
+            f"{folder} {state} under another configuration:\n"
+            + "\n".join(changed)
+            + "\nuse the old values, another --run, or delete it"
+        )
 
 
 def is_finished(folder: Path) -> bool:
@@ -3607,11 +4636,17 @@ def is_finished(folder: Path) -> bool:
 
 
 def changed_fields(cfg: Config, folder: Path, free: set[str] = FREE_ON_RESUME) -> list[str]:
-    """Lines about the fields that a run folder's configuration has other values for; none where there is no folder."""
+    """
+    Lines about the fields that a run folder's configuration has other values for; none where there
+    is no folder.
+    """
     saved = folder / "config.toml"
     old = type(cfg)(**read_toml(saved, type(cfg))) if saved.exists() else cfg
-    return [f"  {k}: {getattr(old, k)!r} -> {getattr(cfg, k)!r}" for k in (f.name for f in dataclasses.fields(cfg))
-            if k not in free and getattr(old, k) != getattr(cfg, k)]
+    return [
+        f"  {k}: {getattr(old, k)!r} -> {getattr(cfg, k)!r}"
+        for k in (f.name for f in dataclasses.fields(cfg))
+        if k not in free and getattr(old, k) != getattr(cfg, k)
+    ]
 
 
 def enter_folder(run: Run) -> bool:
@@ -3635,7 +4670,9 @@ def prepare_folder(run: Run) -> Path | None:
     except FileExistsError:
         check_folder(cfg, folder)
     except FileNotFoundError as e:  # so /proc and the like say that nothing can be made in them
-        raise UserError(f"cannot create {folder} ({e}); choose another folder with --log_dir") from e
+        raise UserError(
+            f"cannot create {folder} ({e}); choose another folder with --log_dir"
+        ) from e
     return (checkpoints(folder) or [None])[-1]
 
 
@@ -3644,8 +4681,11 @@ def ingredients(p: Parts) -> dict:
     places = {"config", "data", "log_dir", "tokenizer", "init_from", "nca_cache", "nca_threads"}
     sources = b"".join(path.read_bytes() for path in source_files(p.cfg))
     data = json.dumps(p.loader.identity(), sort_keys=True).encode()  # no rank reads all shards here
-    return {**{k: v for k, v in dataclasses.asdict(p.cfg).items() if k not in places},
-            "sources": hashlib.sha256(sources).hexdigest(), "data": hashlib.sha256(data).hexdigest()}
+    return {
+        **{k: v for k, v in dataclasses.asdict(p.cfg).items() if k not in places},
+        "sources": hashlib.sha256(sources).hexdigest(),
+        "data": hashlib.sha256(data).hexdigest(),
+    }
 
 
 def log_head(run: Run, step: int | None) -> None:
@@ -3663,7 +4703,10 @@ def log_head(run: Run, step: int | None) -> None:
 
 
 def train(cfg: Config, run: Run, build=build) -> int:
-    """A whole run, from folder to result.json; the exit code. `build` makes its parts, from other data where it is told."""
+    """
+    A whole run, from folder to result.json; the exit code. `build` makes its parts, from other data
+    where it is told.
+    """
     if run.on_main(lambda: enter_folder(run)):
         run.log(f"{run.folder} is finished: nothing to resume")
         return 0
@@ -3682,8 +4725,10 @@ def train(cfg: Config, run: Run, build=build) -> int:
     if start:
         run.log(f"resumed:{start} at step {step}")
     size = sum(q.numel() for q in p.model.parameters())
-    run.log(f"model_params:{size} ranks:{run.world} device:{run.device} dtype:{run.dtype} "
-            f"val_tokens:{p.val.scored}")
+    run.log(
+        f"model_params:{size} ranks:{run.world} device:{run.device} dtype:{run.dtype} "
+        f"val_tokens:{p.val.scored}"
+    )
     run.on_main(p.loader.identity)  # of the data as it is now, for the checkpoints
     try:
         warm_up(p)
@@ -3696,7 +4741,10 @@ def train(cfg: Config, run: Run, build=build) -> int:
     except Interrupted:
         run.clock.stop()
         saved = save_checkpoint(run, p.model, p.opt, p.avg, p.loader, run.step)
-        run.log(f"interrupted by {signal.Signals(run.signal).name}: saved {saved}; continue with --resume")
+        run.log(
+            f"interrupted by {signal.Signals(run.signal).name}: saved {saved}; continue with "
+            "--resume"
+        )
         return 128 + run.signal
     write_result(p, result, step, size)
     run.complete = True
@@ -3716,15 +4764,31 @@ def write_result(p: Parts, result: dict, step: int, size: int) -> None:
             data_sha256 = p.loader.fingerprint()
         except UserError as e:  # the data is gone, the run is not
             run.log(f"notice: no data_sha256: {e}")
-    out = {"run": cfg.run, "seed": cfg.seed, "preset": "+".join(Path(c).stem for c in cfg.config), "arm": cfg.arm,
-           "params": size, "steps": step, "tokens": tokens_seen(p, step), **result, "train_time_s": seconds,
-           "wall_time_s": run.wall(),
-           "world_size": run.world, "device": device_name(run), "torch": torch.__version__, "git": git_revision(),
-           **({"data_sha256": data_sha256} if data_sha256 else {}),
-           "config_sha256": config_hash(cfg), "resumed": run.resumed,
-           "peak_memory_bytes": peak}
+    out = {
+        "run": cfg.run,
+        "seed": cfg.seed,
+        "preset": "+".join(Path(c).stem for c in cfg.config),
+        "arm": cfg.arm,
+        "params": size,
+        "steps": step,
+        "tokens": tokens_seen(p, step),
+        **result,
+        "train_time_s": seconds,
+        "wall_time_s": run.wall(),
+        "world_size": run.world,
+        "device": device_name(run),
+        "torch": torch.__version__,
+        "git": git_revision(),
+        **({"data_sha256": data_sha256} if data_sha256 else {}),
+        "config_sha256": config_hash(cfg),
+        "resumed": run.resumed,
+        "peak_memory_bytes": peak,
+    }
     bits = " ".join(f"{k}:{v:.8f}" for k, v in result.items() if k.endswith("bpb"))
-    run.log(f"final: val_loss:{result['val_loss']:.8f} {bits} train_time:{seconds:.3f}s wall_time:{run.wall():.1f}s")
+    run.log(
+        f"final: val_loss:{result['val_loss']:.8f} {bits} train_time:{seconds:.3f}s "
+        f"wall_time:{run.wall():.1f}s"
+    )
     text = json.dumps(out, indent=1) + "\n"
     run.on_main(lambda: write_whole(run.folder / "result.json", text.encode()))
     if run.wandb:
@@ -3761,16 +4825,29 @@ def explain(e: BaseException) -> str | None:
         return text
     lost = "(closed|reset) by peer|remote process exited"
     if isinstance(e, RuntimeError) and re.search(lost, text):
-        return ("another rank has left, so this one leaves, too: its message stands above, or on "
-                f"its node; complete checkpoints are kept. ({text.splitlines()[0][:200]})")
+        return (
+            "another rank has left, so this one leaves, too: its message stands above, or on "
+            f"its node; complete checkpoints are kept. ({text.splitlines()[0][:200]})"
+        )
     if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return ("out of memory: halve --micro_tokens or --loss_chunk; the result stays the same but "
-                f"for rounding. ({text.splitlines()[0]})")
+        return (
+            "out of memory: halve --micro_tokens or --loss_chunk; the result stays the same but "
+            f"for rounding. ({text.splitlines()[0]})"
+        )
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the disk is full ({e}); complete checkpoints are kept: make room and continue with --resume"
-    if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        return (
+            f"the disk is full ({e}); complete checkpoints are kept: make room and continue "
+            "with --resume"
+        )
+    if isinstance(e, OSError) and e.errno in (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+    ):
         return f"cannot write there ({e}); choose another folder with --log_dir"
-    if isinstance(e, OSError) and e.filename:  # a file that is none, is gone, is a folder, has too long a name, ...
+    # a file that is none, is gone, is a folder, has too long a name, ...
+    if isinstance(e, OSError) and e.filename:
         return text
     return None
 
@@ -3800,5 +4877,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # of what the console lacks
-    sys.modules["train_gpt"] = sys.modules["__main__"]  # what imports train_gpt from here on gets this very module
+    # what imports train_gpt from here on gets this very module
+    sys.modules["train_gpt"] = sys.modules["__main__"]
     sys.exit(main())

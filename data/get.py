@@ -1,6 +1,6 @@
 """
-Get a data set: make one from the shipped text or from own text, or download a published one. Every command
-leaves a folder of the same shape, which `train_gpt.py --data FOLDER` reads.
+Get a data set: make one from the shipped text or from own text, or download a published one. Every
+command leaves a folder of the same shape, which `train_gpt.py --data FOLDER` reads.
 
     python data/get.py sample                              # offline: shipped English, 1024-piece tokenizer
     python data/get.py tokenize a.txt b.jsonl.zst --out data/mine --tokenizer gpt2
@@ -21,8 +21,9 @@ The folder:
                         bits per byte divides by; absent where tokens were downloaded
     manifest.json       where all came from; counts, sizes and SHA-256 of every file
 
-Nothing passes for complete that is not: files get their name when they are whole, a download continues in
-`NAME.part` and must match the hub's SHA-256, and a data set is finished when it has a manifest.
+Nothing passes for complete that is not: files get their name when they are whole, a download
+continues in `NAME.part` and must match the hub's SHA-256, and a data set is finished when it has a
+manifest.
 """
 
 import errno
@@ -62,19 +63,24 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 SHARD_TOKENS = 100_000_000  # what every published set uses
 SHARD_NAME = re.compile(r".+_(train|val)_[0-9]{6}\.bin")  # as in train_gpt.py
 THREADS = os.cpu_count() or 1
-BATCH_CHARS = 4_000_000  # text tokenised at once: enough to keep all threads busy, little to hold in memory
+# text tokenised at once: enough to keep all threads busy, little to hold in memory
+BATCH_CHARS = 4_000_000
 
 SAMPLE = Path(__file__).with_name("sample.jsonl.xz")
 SAMPLE_RULE = "within each source, in order, every 20th document from the third on is validation"
 
 
 class UserError(Exception):
-    """Something that the user can mend: what was given, why it cannot work, what to do. Exit code 2, no traceback."""
+    """
+    Something that the user can mend: what was given, why it cannot work, what to do. Exit code 2,
+    no traceback.
+    """
 
 
 def from_trainer(name: str, *args):
-    """What train_gpt.py's function or class of this name returns. Imported late: its torch alone takes 200 MB, and the
-    command that promises to need little memory has no use for it."""
+    """What train_gpt.py's function or class of this name returns. Imported late: its torch alone
+    takes 200 MB, and the command that promises to need little memory has no use for it.
+    """
     import train_gpt
 
     try:
@@ -90,7 +96,10 @@ def side(name: str) -> str:
 
 
 def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
-    """The tokens of one shard, a read-only uint16 memory map; with vocab > 0 every id is checked against it."""
+    """
+    The tokens of one shard, a read-only uint16 memory map; with vocab > 0 every id is checked
+    against it.
+    """
     return from_trainer("read_shard", path, vocab)
 
 
@@ -105,23 +114,28 @@ class Document(NamedTuple):
 
 
 def sample_documents() -> list[Document]:
-    """The shipped text in its order: State of the Union messages by year, then Moby-Dick by chapter, split by
-    SAMPLE_RULE. That gives 5.2 % of the bytes from all of both sources to validation. The third, because of
-    the twenty choices it is among those that leak least: presidents quote their earlier messages, and 0.2 %
-    of the 80-character windows of these documents also occur in a training document."""
+    """The shipped text in its order: State of the Union messages by year, then Moby-Dick by
+    chapter, split by SAMPLE_RULE. That gives 5.2 % of the bytes from all of both sources to
+    validation. The third, because of the twenty choices it is among those that leak least:
+    presidents quote their earlier messages, and 0.2 % of the 80-character windows of these
+    documents also occur in a training document.
+    """
     seen = {}  # documents so far, by source
     documents = []
     for line in lzma.decompress(SAMPLE.read_bytes()).decode().splitlines():
         record = json.loads(line)
         source = record["id"].partition("/")[0]
-        documents.append(Document(record["text"], "val" if seen.get(source, 0) % 20 == 2 else "train"))
+        documents.append(
+            Document(record["text"], "val" if seen.get(source, 0) % 20 == 2 else "train")
+        )
         seen[source] = seen.get(source, 0) + 1
     return documents
 
 
 class ZstReader(io.RawIOBase):
-    """The content of a .zst file. zstandard's own reader takes a file that was cut short for a complete
-    one."""
+    """The content of a .zst file. zstandard's own reader takes a file that was cut short for a
+    complete one.
+    """
 
     def __init__(self, raw: BinaryIO):
         self.raw = raw
@@ -166,8 +180,8 @@ class Reader:
     below it, but for hidden ones and for what get.py itself wrote there: its val.txt would put
     validation text into the training text. Blank documents are passed over.
 
-    Raises UserError for a missing file, an unknown suffix, text that is not UTF-8, a line without JSON or
-    without text under that key, and a damaged archive.
+    Raises UserError for a missing file, an unknown suffix, text that is not UTF-8, a line without
+    JSON or without text under that key, and a damaged archive.
     """
 
     def __init__(self, inputs: Iterable[Path], split: str = "", text_field: str = "text"):
@@ -181,28 +195,39 @@ class Reader:
             if not given.exists():
                 raise UserError(f"{given}: no such file or folder")
             if not given.is_file():
-                raise UserError(f"{given}: a pipe or device gives its text once, and it is read "
-                                "several times; write it to a file first")
+                raise UserError(
+                    f"{given}: a pipe or device gives its text once, and it is read "
+                    "several times; write it to a file first"
+                )
             if not self.kind(given):
-                raise UserError(f"{given}: unknown kind of file; give .txt, .jsonl or .ndjson, "
-                                "or .gz, .xz or .zst of them")
+                raise UserError(
+                    f"{given}: unknown kind of file; give .txt, .jsonl or .ndjson, "
+                    "or .gz, .xz or .zst of them"
+                )
             self.paths.append(given)
         if own:
             print(f"passed over, as get.py made it: {', '.join(map(str, own))}")
         if not self.paths:
-            raise UserError("no input: name .txt, .jsonl or .ndjson files, or .gz, .xz or .zst of "
-                            "them, or a folder that holds such files")
+            raise UserError(
+                "no input: name .txt, .jsonl or .ndjson files, or .gz, .xz or .zst of "
+                "them, or a folder that holds such files"
+            )
         try:
             self.split = re.compile(split) if split else None
         except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"--split {split!r} is no regular expression: {error}; "
-                            r"'\n\n+' cuts at blank lines") from None
+            raise UserError(
+                f"--split {split!r} is no regular expression: {error}; "
+                r"'\n\n+' cuts at blank lines"
+            ) from None
         if self.split and self.split.groups:
-            raise UserError(f"--split {split!r}: a group would return as text; write (?:...) for (...)")
+            raise UserError(
+                f"--split {split!r}: a group would return as text; write (?:...) for (...)"
+            )
 
     @classmethod
     def below(cls, folder: Path) -> list[Path]:
         """The files of a known kind below a folder, without hidden ones (also a Mac's ._name)."""
+
         def refuse(error: OSError) -> None:
             raise error  # a folder that cannot be read would be left out without a word
 
@@ -243,36 +268,50 @@ class Reader:
                 yield from self.split.split(text) if self.split else [text]
         except UnicodeDecodeError as error:
             line = f", line {number}" if number else ""
-            raise UserError(f"{path}{line}, byte {error.start}: not UTF-8; convert it first") from None
+            raise UserError(
+                f"{path}{line}, byte {error.start}: not UTF-8; convert it first"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
-        except (gzip.BadGzipFile, zlib.error, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+        except (
+            gzip.BadGzipFile,
+            zlib.error,
+            EOFError,
+            lzma.LZMAError,
+            zstandard.ZstdError,
+        ) as error:
             raise UserError(f"{path}: damaged or cut short ({error}); fetch it again") from None
 
     def field(self, record: object) -> str:
         if not isinstance(record, dict):
-            raise ValueError("no text: a line must be a JSON object such as "
-                             f'{{"{self.text_field}": "..."}}')
+            raise ValueError(
+                f'no text: a line must be a JSON object such as {{"{self.text_field}": "..."}}'
+            )
         if self.text_field not in record:
-            raise ValueError(f'no text under "{self.text_field}"; choose --text_field from its '
-                             f"keys: {', '.join(record)}")
+            raise ValueError(
+                f'no text under "{self.text_field}"; choose --text_field from its '
+                f"keys: {', '.join(record)}"
+            )
         text = record[self.text_field]
         if not isinstance(text, str):
-            raise ValueError(f'"{self.text_field}" is {json.dumps(text)[:40]} and no text; leave '
-                             "such lines out, or choose another --text_field")
+            raise ValueError(
+                f'"{self.text_field}" is {json.dumps(text)[:40]} and no text; leave '
+                "such lines out, or choose another --text_field"
+            )
         # JSON can spell lone surrogates, which no tokenizer takes
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class HashSplit:
-    """The side of a document, by a hash of what it says and nothing else: adding documents moves no other
-    one, and a document that comes twice is on one side. Texts count as the same when they differ only in what
-    SentencePiece's nmt_nfkc drops (runs of white space, compatibility forms, control characters), for then
-    their tokens are the same.
+    """The side of a document, by a hash of what it says and nothing else: adding documents moves no
+    other one, and a document that comes twice is on one side. Texts count as the same when they
+    differ only in what SentencePiece's nmt_nfkc drops (runs of white space, compatibility forms,
+    control characters), for then their tokens are the same.
     """
 
     def __init__(self, threshold: int):
-        self.threshold = threshold  # hashes lie below 2**64; those below the threshold are validation
+        # hashes lie below 2**64; those below the threshold are validation
+        self.threshold = threshold
 
     def __call__(self, text: str) -> str:
         return "val" if self.key(text) < self.threshold else "train"
@@ -283,18 +322,24 @@ class HashSplit:
 
     @classmethod
     def of(cls, reader: Reader, val_fraction: float | None, val_docs: int | None) -> Self:
-        """About `val_fraction` of the documents, or the `val_docs` documents with the smallest hashes."""
+        """
+        About `val_fraction` of the documents, or the `val_docs` documents with the smallest hashes.
+        """
         if val_fraction is not None and val_docs is not None:
             raise UserError("--val_fraction and --val_docs exclude each other; keep one")
         if val_docs is None:
             fraction = 0.05 if val_fraction is None else val_fraction
             if not 0 < fraction < 1:
-                raise UserError(f"--val_fraction {fraction:g}: give a share of the documents between 0 and 1")
+                raise UserError(
+                    f"--val_fraction {fraction:g}: give a share of the documents between 0 and 1"
+                )
             return cls(int(fraction * 2**64))
         keys = sorted({cls.key(text) for text in reader.read("counting documents")})
         if not 0 < val_docs < len(keys):
-            raise UserError(f"--val_docs {val_docs}: the input has {len(keys)} different documents, and each "
-                            r"side needs one; a .txt file can be cut, at blank lines by --split '\n\n+'")
+            raise UserError(
+                f"--val_docs {val_docs}: the input has {len(keys)} different documents, and each "
+                r"side needs one; a .txt file can be cut, at blank lines by --split '\n\n+'"
+            )
         return cls(keys[val_docs])
 
 
@@ -319,7 +364,8 @@ def hash64(data: bytes) -> int:
 class Encoder:
     """gpt2 (tiktoken) or a SentencePiece model by path, with what counts its bytes.
 
-    Raises UserError if it cannot be loaded, has more ids than uint16 holds, or has no separator token.
+    Raises UserError if it cannot be loaded, has more ids than uint16 holds, or has no separator
+    token.
     """
 
     def __init__(self, name: str):
@@ -340,17 +386,27 @@ class Encoder:
         except (OSError, RuntimeError, ValueError) as error:
             advice = "give gpt2 or the path of a SentencePiece model"
             if name == "gpt2":
-                advice = "tiktoken downloads two files once; without a network put them in TIKTOKEN_CACHE_DIR"
+                advice = (
+                    "tiktoken downloads two files once; without a network put them in "
+                    "TIKTOKEN_CACHE_DIR"
+                )
             raise UserError(f"tokenizer {name} cannot be loaded: {error}; {advice}") from None
         if self.vocab > 65536:
-            raise UserError(f"tokenizer {name} has {self.vocab} ids and shards hold uint16: at most 65536")
+            raise UserError(
+                f"tokenizer {name} has {self.vocab} ids and shards hold uint16: at most 65536"
+            )
         if self.separator < 0:
-            raise UserError(f"tokenizer {name} has no BOS piece to start documents with; train one that has")
+            raise UserError(
+                f"tokenizer {name} has no BOS piece to start documents with; train one that has"
+            )
         tokenizer = from_trainer("Tokenizer", name, self.vocab, self.separator)
         self.base_bytes, self.leading_space, self.boundary = tokenizer.tables()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Documents as uint16: the separator, then the text, of which nothing is read as a special token."""
+        """
+        Documents as uint16: the separator, then the text, of which nothing is read as a special
+        token.
+        """
         if self.name == "gpt2":
             ids = self.model.encode_ordinary_batch(texts, num_threads=THREADS)
         else:
@@ -358,19 +414,29 @@ class Encoder:
         return [np.array([self.separator, *document], np.uint16) for document in ids]
 
     def decode(self, document: np.ndarray) -> bytes:
-        """The text of one document with its separator in front, as bytes: it may end within a character."""
+        """
+        The text of one document with its separator in front, as bytes: it may end within a
+        character.
+        """
         ids = document[1:].tolist()
-        return self.model.decode_bytes(ids) if self.name == "gpt2" else self.model.decode(ids, out_type=bytes)
+        return (
+            self.model.decode_bytes(ids)
+            if self.name == "gpt2"
+            else self.model.decode(ids, out_type=bytes)
+        )
 
     def count_bytes(self, document: np.ndarray) -> int:
-        """Bytes of text by the pieces alone, as parameter-golf counts them: a leading space counts unless the
-        token before is a boundary (a control token)."""
+        """Bytes of text by the pieces alone, as parameter-golf counts them: a leading space counts
+        unless the token before is a boundary (a control token).
+        """
         spaces = self.leading_space[document[1:]] & ~self.boundary[document[:-1]]
         return int(self.base_bytes[document].sum(dtype=np.int64)) + int(spaces.sum())
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Lines for the SentencePiece trainer, which passes over those above 4,192 bytes and stops at NUL."""
+    """
+    Lines for the SentencePiece trainer, which passes over those above 4,192 bytes and stops at NUL.
+    """
     for text in texts:
         for sentence in re.split(r"(?<=[.!?;:])\s+|\n+", text.replace("\0", " ")):
             for start in range(0, len(sentence), 1000):  # 1,000 characters are at most 4,000 bytes
@@ -378,8 +444,9 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_tokenizer(path: Path, texts: Iterable[str], vocab: int) -> None:
-    """A SentencePiece BPE model with parameter-golf's arguments (its data/download_hf_docs_and_tokenize.py).
-    Above 2 million sentences, trains on a seeded sample of that many. The same texts give the same file.
+    """A SentencePiece BPE model with parameter-golf's arguments (its
+    data/download_hf_docs_and_tokenize.py). Above 2 million sentences, trains on a seeded sample of
+    that many. The same texts give the same file.
 
     Raises UserError if the texts allow no such vocabulary.
     """
@@ -391,14 +458,30 @@ def train_tokenizer(path: Path, texts: Iterable[str], vocab: int) -> None:
     sentencepiece.set_random_generator_seed(0)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(texts), model_writer=model, model_type="bpe", vocab_size=vocab,
-            hard_vocab_limit=False, character_coverage=0.999, byte_fallback=True, split_digits=True,
-            normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2,
-            unk_id=3, input_sentence_size=2_000_000, shuffle_input_sentence=True, minloglevel=2,
-            num_threads=4,  # not THREADS: it is stored in the model, whose hash would depend on the machine
+            sentence_iterator=sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab,
+            hard_vocab_limit=False,
+            character_coverage=0.999,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            input_sentence_size=2_000_000,
+            shuffle_input_sentence=True,
+            minloglevel=2,
+            # not THREADS: it is stored in the model, whose hash would depend on the machine
+            num_threads=4,
         )
     except RuntimeError as error:
-        raise UserError(f"no tokenizer of {vocab} pieces can be trained on this text: {error}") from None
+        raise UserError(
+            f"no tokenizer of {vocab} pieces can be trained on this text: {error}"
+        ) from None
     with written_whole(path) as file:
         file.write(model.getvalue())
 
@@ -410,7 +493,10 @@ def train_tokenizer(path: Path, texts: Iterable[str], vocab: int) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when all of it is on disk; until then, and after an error, there is none."""
+    """
+    A file that gets its name when all of it is on disk; until then, and after an error, there is
+    none.
+    """
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -438,8 +524,9 @@ def file_hash(path: Path) -> str:
 
 
 def describe(path: Path, separator: int) -> dict:
-    """A file's entry in a manifest: bytes, SHA-256, and of a shard its tokens and documents that start
-    there."""
+    """A file's entry in a manifest: bytes, SHA-256, and of a shard its tokens and documents that
+    start there.
+    """
     entry = {"size": path.stat().st_size, "sha256": file_hash(path)}
     if side(path.name):
         tokens = read_shard(path)
@@ -447,8 +534,15 @@ def describe(path: Path, separator: int) -> dict:
     return entry
 
 
-MANIFEST = {"source": dict, "tokenizer": str, "vocab": int, "separator": int, "train": dict,
-            "val": dict, "files": dict}
+MANIFEST = {
+    "source": dict,
+    "tokenizer": str,
+    "vocab": int,
+    "separator": int,
+    "train": dict,
+    "val": dict,
+    "files": dict,
+}
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -465,19 +559,26 @@ def read_manifest(folder: Path) -> dict | None:
         return None
     except (ValueError, RecursionError):
         pass
-    raise UserError(f"{path} is damaged or was not written by data/get.py; remove it and get the data again")
+    raise UserError(
+        f"{path} is damaged or was not written by data/get.py; remove it and get the data again"
+    )
 
 
 def is_manifest(found: object) -> bool:
     """Whether all is there that this program takes from a manifest."""
+
     def holds(what: object, keys: dict[str, type]) -> bool:
         return isinstance(what, dict) and all(isinstance(what.get(k), t) for k, t in keys.items())
 
     counts = {"tokens": int, "documents": int}
-    return (holds(found, MANIFEST)
-            and all(holds(found[split], counts) for split in ("train", "val"))
-            and all(holds(entry, {"size": int, "sha256": str} | (counts if side(name) else {}))
-                    for name, entry in found["files"].items()))
+    return (
+        holds(found, MANIFEST)
+        and all(holds(found[split], counts) for split in ("train", "val"))
+        and all(
+            holds(entry, {"size": int, "sha256": str} | (counts if side(name) else {}))
+            for name, entry in found["files"].items()
+        )
+    )
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -488,9 +589,15 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 def altered_files(folder: Path, entries: dict) -> list[str]:
     """Names among a manifest's entries whose file is missing or has another content."""
     altered = []
-    for name, entry in tqdm(entries.items(), desc="checking hashes", unit="file", leave=False, delay=1):
+    for name, entry in tqdm(
+        entries.items(), desc="checking hashes", unit="file", leave=False, delay=1
+    ):
         path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["size"] or file_hash(path) != entry["sha256"]:
+        if (
+            not path.is_file()
+            or path.stat().st_size != entry["size"]
+            or file_hash(path) != entry["sha256"]
+        ):
             altered.append(name)
     return altered
 
@@ -501,7 +608,9 @@ def summary(manifest: dict) -> str:
     for split in ("train", "val"):
         counts = manifest[split]
         size = f", {counts['bytes']:,} bytes" if "bytes" in counts else ""
-        parts.append(f"{split} {counts['tokens']:,} tokens, {counts['documents']:,} documents{size}")
+        parts.append(
+            f"{split} {counts['tokens']:,} tokens, {counts['documents']:,} documents{size}"
+        )
     return "; ".join(parts) + f"; vocabulary {manifest['vocab']:,}"
 
 
@@ -560,8 +669,11 @@ def complete(out: Path, source: dict, force: bool) -> bool:
             raise UserError(f"{out} holds shards without a manifest; {remedy}")
         return False
     old = manifest["source"]
-    change = [f"{key} was {old.get(key)}, now {source.get(key)}"
-              for key in old | source if old.get(key) != source.get(key)]
+    change = [
+        f"{key} was {old.get(key)}, now {source.get(key)}"
+        for key in old | source
+        if old.get(key) != source.get(key)
+    ]
     if change:
         raise UserError(f"{out} holds another data set ({'; '.join(change)}); {remedy}")
     altered = altered_files(out, manifest["files"])
@@ -573,22 +685,27 @@ def complete(out: Path, source: dict, force: bool) -> bool:
 
 
 class DataSet:
-    """A data set being made: documents go in, shards of `shard_tokens` come out, the last with the rest.
+    """A data set being made: documents go in, shards of `shard_tokens` come out, the last with the
+    rest.
 
-    Everything is written in `out/building` and moved into place at the end, so that nobody reads half a data
-    set and an error leaves the one that is to be replaced as it was.
+    Everything is written in `out/building` and moved into place at the end, so that nobody reads
+    half a data set and an error leaves the one that is to be replaced as it was.
     """
 
     def __init__(self, out: Path, prefix: str, shard_tokens: int):
         if not 0 < shard_tokens < 2**31:
-            raise UserError(f"--shard_tokens {shard_tokens}: the count is an int32, so give 1 to 2147483647")
+            raise UserError(
+                f"--shard_tokens {shard_tokens}: the count is an int32, so give 1 to 2147483647"
+            )
         self.out, self.prefix = out, prefix
         self.building = out / "building"
         shutil.rmtree(self.building, ignore_errors=True)
         self.building.mkdir()
         self.model = self.building / "tokenizer.model"
         self.buffers = {split: np.empty(shard_tokens, np.uint16) for split in ("train", "val")}
-        self.counts = {split: {"tokens": 0, "documents": 0, "bytes": 0} for split in ("train", "val")}
+        self.counts = {
+            split: {"tokens": 0, "documents": 0, "bytes": 0} for split in ("train", "val")
+        }
         self.hashes = {"train": array("Q"), "val": array("Q")}  # of the documents' tokens
         self.files = []
 
@@ -601,7 +718,8 @@ class DataSet:
     def fill(self, tokenizer: Encoder, documents: Iterable[tuple[Document, np.ndarray]]) -> None:
         """Takes all documents, tokenised.
 
-        Raises UserError if a side gets none, or if the tokenizer's pieces do not count the bytes of the text.
+        Raises UserError if a side gets none, or if the tokenizer's pieces do not count the bytes of
+        the text.
         """
         self.tokenizer = tokenizer
         with (self.building / "val.txt").open("wb") as val_text:
@@ -611,15 +729,19 @@ class DataSet:
                     text = tokenizer.decode(tokens)
                     val_text.write(text)
                     if len(text) != size:
-                        raise UserError(f"tokenizer {tokenizer.name}: a document has {size} bytes by pieces, "
-                                        f"{len(text)} as it decodes, so bits per byte would be wrong; use a "
-                                        f"byte_fallback model (the document starts {document.text[:40]!r})")
+                        raise UserError(
+                            f"tokenizer {tokenizer.name}: a document has {size} bytes by pieces, "
+                            f"{len(text)} as it decodes, so bits per byte would be wrong; use a "
+                            f"byte_fallback model (the document starts {document.text[:40]!r})"
+                        )
                 self.add(document.split, tokens, size)
         for split, counts in self.counts.items():
             if not counts["documents"]:
                 total = sum(counts["documents"] for counts in self.counts.values())
-                raise UserError(f"none of the {total} documents is for {split}; give more text, cut it by "
-                                "--split, or set the share: --val_docs 1 keeps one document for validation")
+                raise UserError(
+                    f"none of the {total} documents is for {split}; give more text, cut it by "
+                    "--split, or set the share: --val_docs 1 keeps one document for validation"
+                )
             rest = counts["tokens"] % len(self.buffers[split])
             if rest:
                 self.write(split, self.buffers[split][:rest])
@@ -652,16 +774,25 @@ class DataSet:
         """
         shared = len(np.intersect1d(self.hashes["train"], self.hashes["val"]))
         if shared and not published_split:
-            raise UserError(f"{shared} validation documents equal a training document in tokens; drop them")
+            raise UserError(
+                f"{shared} validation documents equal a training document in tokens; drop them"
+            )
         own_model = [self.model] if self.model.exists() else []
         files = [*sorted(self.files), self.building / "val.txt", *own_model]
         manifest = {
-            "source": source, "published_split": published_split,
+            "source": source,
+            "published_split": published_split,
             "tokenizer": "tokenizer.model" if own_model else "gpt2",
-            "vocab": self.tokenizer.vocab, "separator": self.tokenizer.separator, **self.counts,
+            "vocab": self.tokenizer.vocab,
+            "separator": self.tokenizer.separator,
+            **self.counts,
             "files": {path.name: describe(path, self.tokenizer.separator) for path in files},
         }
-        for path in [self.out / "manifest.json", *shards_in(self.out), self.out / "tokenizer.model"]:
+        for path in [
+            self.out / "manifest.json",
+            *shards_in(self.out),
+            self.out / "tokenizer.model",
+        ]:
             path.unlink(missing_ok=True)
         for path in files:
             os.replace(path, self.out / path.name)
@@ -670,8 +801,12 @@ class DataSet:
         return manifest
 
 
-def encoded(documents: Iterable[Document], tokenizer: Encoder) -> Iterator[tuple[Document, np.ndarray]]:
-    """Documents with their tokens. Batches of about BATCH_CHARS go to the libraries' own threads."""
+def encoded(
+    documents: Iterable[Document], tokenizer: Encoder
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """
+    Documents with their tokens. Batches of about BATCH_CHARS go to the libraries' own threads.
+    """
     batch, chars = [], 0
 
     def flush():
@@ -699,7 +834,12 @@ def sample(out: Path = Path("data/sample"), vocab: int = 1024, force: bool = Fal
         vocab: Pieces of the SentencePiece model.
         force: Replace whatever data set is there.
     """
-    source = {"command": "sample", "text_sha256": file_hash(SAMPLE), "rule": SAMPLE_RULE, "vocab": vocab}
+    source = {
+        "command": "sample",
+        "text_sha256": file_hash(SAMPLE),
+        "rule": SAMPLE_RULE,
+        "vocab": vocab,
+    }
     if nothing_to_do(out, source, force):
         return
     with locked(out):
@@ -709,7 +849,9 @@ def sample(out: Path = Path("data/sample"), vocab: int = 1024, force: bool = Fal
         with DataSet(out, "sample", SHARD_TOKENS) as data:
             train_tokenizer(data.model, (d.text for d in documents if d.split == "train"), vocab)
             tokenizer = Encoder(str(data.model))
-            data.fill(tokenizer, encoded(tqdm(documents, desc="tokenising", unit="document"), tokenizer))
+            data.fill(
+                tokenizer, encoded(tqdm(documents, desc="tokenising", unit="document"), tokenizer)
+            )
             data.finish(source)
 
 
@@ -725,25 +867,35 @@ def tokenize(
     shard_tokens: int = SHARD_TOKENS,
     force: bool = False,
 ) -> None:
-    r"""Make a data set from own text: .txt (a document) and .jsonl (one a line), also as .gz, .xz or .zst.
+    r"""Make a data set from own text: .txt (a document) and .jsonl (one a line), also as .gz, .xz
+    or .zst.
 
     Args:
-        inputs: Files, or folders that hold such files.
-        out: Folder of the data set.
-        tokenizer: gpt2, the path of a SentencePiece model, or train:VOCAB: one trained on the train part.
-        val_fraction: Share of the documents for validation, picked by hash of their text; 0.05 if not given.
-        val_docs: Number of different documents for validation, instead of a share.
+        inputs: Files, or folders that hold such files. out: Folder of the data set. tokenizer:
+        gpt2, the path of a SentencePiece model, or train:VOCAB: one trained on the train part.
+        val_fraction: Share of the documents for validation, picked by hash of their text; 0.05 if
+        not given. val_docs: Number of different documents for validation, instead of a share.
         split: Regular expression that cuts .txt files into documents; '\n\n+' cuts at blank lines.
-        text_field: Key of the text in .jsonl lines.
-        shard_tokens: Tokens in a shard.
-        force: Replace whatever data set is there.
+        text_field: Key of the text in .jsonl lines. shard_tokens: Tokens in a shard. force: Replace
+        whatever data set is there.
     """
     reader = Reader(inputs, split, text_field)
     sides = HashSplit.of(reader, val_fraction, val_docs)
-    # the source is what the files hold, not their names or dates: a copy of them gives the same data set
-    hashes = [file_hash(path) for path in tqdm(reader.paths, desc="hashing input", unit="file", leave=False)]
-    source = {"command": "tokenize", "input_sha256": hashes, "split": split, "text_field": text_field,
-              "val_below": sides.threshold, "tokenizer": tokenizer, "shard_tokens": shard_tokens}
+    # the source is what the files hold, not their names or dates: a copy of them gives the same
+    # data set
+    hashes = [
+        file_hash(path)
+        for path in tqdm(reader.paths, desc="hashing input", unit="file", leave=False)
+    ]
+    source = {
+        "command": "tokenize",
+        "input_sha256": hashes,
+        "split": split,
+        "text_field": text_field,
+        "val_below": sides.threshold,
+        "tokenizer": tokenizer,
+        "shard_tokens": shard_tokens,
+    }
     trained = re.fullmatch(r"train:(\d+)", tokenizer)
     if not trained and tokenizer != "gpt2":
         Encoder(tokenizer)  # what is wrong with it is said before anything is written
@@ -755,7 +907,9 @@ def tokenize(
             return
         with DataSet(out, "text", shard_tokens) as data:
             if trained:
-                texts = (text for text in reader.read("training the tokenizer") if sides(text) == "train")
+                texts = (
+                    text for text in reader.read("training the tokenizer") if sides(text) == "train"
+                )
                 train_tokenizer(data.model, texts, int(trained[1]))
             elif tokenizer != "gpt2":
                 shutil.copyfile(tokenizer, data.model)
@@ -773,7 +927,8 @@ def slowrun(
     subset: str = "sample-10BT",
     force: bool = False,
 ) -> None:
-    """Make the slowrun's data: FineWeb in its published order as GPT-2 tokens, validation first, then train.
+    """Make the slowrun's data: FineWeb in its published order as GPT-2 tokens, validation first,
+    then train.
 
     Args:
         out: Folder of the data set.
@@ -786,9 +941,16 @@ def slowrun(
     import datasets
 
     if train_tokens < 1 or val_tokens < 1:
-        raise UserError(f"--train_tokens {train_tokens} --val_tokens {val_tokens}: both must be at least 1")
-    source = {"command": "slowrun", "dataset": dataset, "subset": subset, "val_tokens": val_tokens,
-              "train_tokens": train_tokens}
+        raise UserError(
+            f"--train_tokens {train_tokens} --val_tokens {val_tokens}: both must be at least 1"
+        )
+    source = {
+        "command": "slowrun",
+        "dataset": dataset,
+        "subset": subset,
+        "val_tokens": val_tokens,
+        "train_tokens": train_tokens,
+    }
     if nothing_to_do(out, source, force):
         return
     with locked(out):
@@ -797,32 +959,47 @@ def slowrun(
         tokenizer = Encoder("gpt2")
         with DataSet(out, "fineweb", SHARD_TOKENS) as data:
             try:
-                rows = datasets.load_dataset(dataset, name=subset or None, split="train", streaming=True)
+                rows = datasets.load_dataset(
+                    dataset, name=subset or None, split="train", streaming=True
+                )
                 documents = encoded((Document(row["text"], "") for row in rows), tokenizer)
-                data.fill(tokenizer, cut_to_budgets(documents, {"val": val_tokens, "train": train_tokens}))
+                data.fill(
+                    tokenizer, cut_to_budgets(documents, {"val": val_tokens, "train": train_tokens})
+                )
             except UserError:
                 raise
             except Exception as error:  # of datasets or of an HTTP client, after their own retries
                 if isinstance(error, OSError) and error.errno in OWN_FAULTS:
                     raise
-                raise UserError(f"{dataset} cannot be read ({type(error).__name__}: {error}); see that the "
-                                "name is right and the network is up, then run the command again") from error
+                raise UserError(
+                    f"{dataset} cannot be read ({type(error).__name__}: {error}); see that the "
+                    "name is right and the network is up, then run the command again"
+                ) from error
             documents = data.finish(source, published_split=True)["train"]["documents"]
-    # slowrun publishes SHA-256 of files by torch.save, whose bytes change with torch's version: no such hash
-    # can be had from token streams. The number of training documents in its files can be compared.
-    published = {"command": "slowrun", "dataset": "HuggingFaceFW/fineweb", "subset": "sample-10BT",
-                 "val_tokens": 10_000_000, "train_tokens": 100_000_000}
+    # slowrun publishes SHA-256 of files by torch.save, whose bytes change with torch's version: no
+    # such hash can be had from token streams. The number of training documents in its files can be
+    # compared.
+    published = {
+        "command": "slowrun",
+        "dataset": "HuggingFaceFW/fineweb",
+        "subset": "sample-10BT",
+        "val_tokens": 10_000_000,
+        "train_tokens": 100_000_000,
+    }
     if source == published and documents != 143_651:
-        print(f"warning: {documents:,} training documents, and slowrun's files have 143,651: FineWeb has "
-              "changed, so losses cannot be compared with the leaderboard")
+        print(
+            f"warning: {documents:,} training documents, and slowrun's files have 143,651: "
+            "FineWeb has "
+            "changed, so losses cannot be compared with the leaderboard"
+        )
 
 
 def cut_to_budgets(
     documents: Iterable[tuple[Document, np.ndarray]], budgets: dict[str, int]
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """The first budgets["val"] tokens for validation, those of the documents after for train, as slowrun's
-    prepare_data.py cuts them: the last document of each side ends at the budget, and the rest of it is
-    dropped.
+    """The first budgets["val"] tokens for validation, those of the documents after for train, as
+    slowrun's prepare_data.py cuts them: the last document of each side ends at the budget, and the
+    rest of it is dropped.
 
     Raises UserError if the documents end first.
     """
@@ -833,8 +1010,10 @@ def cut_to_budgets(
             while left:
                 document, tokens = next(stream, (None, None))
                 if document is None:
-                    raise UserError(f"the data set ended {left:,} tokens short of the {budget:,} for "
-                                    f"{split}; lower --{split}_tokens or name a larger --subset")
+                    raise UserError(
+                        f"the data set ended {left:,} tokens short of the {budget:,} for "
+                        f"{split}; lower --{split}_tokens or name a larger --subset"
+                    )
                 tokens = tokens[:left]
                 left -= len(tokens)
                 bar.update(len(tokens))
@@ -842,9 +1021,11 @@ def cut_to_budgets(
 
 
 def slowrun_stream(path: Path, vocab: int) -> np.ndarray:
-    """The tokens of one of the track's own files, checked and as uint16, mapped from the disk where it can be: `tokens` in
-    one piece (since April 2026), or before that `chunks` of batch_size rows of sequence_size tokens, of which valid_counts
-    are rows and the rest is filling. Read with weights_only, so that no code in the file is run."""
+    """The tokens of one of the track's own files, checked and as uint16, mapped from the disk where
+    it can be: `tokens` in one piece (since April 2026), or before that `chunks` of batch_size rows
+    of sequence_size tokens, of which valid_counts are rows and the rest is filling. Read with
+    weights_only, so that no code in the file is run.
+    """
     import torch
 
     try:
@@ -855,15 +1036,23 @@ def slowrun_stream(path: Path, vocab: int) -> np.ndarray:
         chunks = [chunk.numpy().reshape(rows, length) for chunk in found["chunks"]]
         counts = [int(n) for n in found["valid_counts"]]
         if len(counts) != len(chunks) or not all(0 <= n <= rows for n in counts):
-            raise UserError(f"{path}: {len(chunks)} chunks of {rows} rows, but valid_counts says {counts[:5]}...")
-        return as_uint16(np.concatenate([chunk[:n].ravel() for chunk, n in zip(chunks, counts)]), vocab, path)
+            raise UserError(
+                f"{path}: {len(chunks)} chunks of {rows} rows, but valid_counts says "
+                f"{counts[:5]}..."
+            )
+        return as_uint16(
+            np.concatenate([chunk[:n].ravel() for chunk, n in zip(chunks, counts)]), vocab, path
+        )
     except (OSError, EOFError):
         raise
     except UserError:
         raise
     except Exception as error:  # torch's unpickler and zip reader have half a dozen of their own
-        raise UserError(f"{path} is none of slowrun's files ({type(error).__name__}: {str(error)[:200]}): it must hold "
-                        "tokens, or chunks, valid_counts, batch_size and sequence_size") from error
+        raise UserError(
+            f"{path} is none of slowrun's files ({type(error).__name__}: {str(error)[:200]}): "
+            "it must hold "
+            "tokens, or chunks, valid_counts, batch_size and sequence_size"
+        ) from error
 
 
 def as_uint16(tokens: np.ndarray, vocab: int, path: Path) -> np.ndarray:
@@ -872,24 +1061,28 @@ def as_uint16(tokens: np.ndarray, vocab: int, path: Path) -> np.ndarray:
     Raises UserError where they are no such stream.
     """
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise UserError(f"{path}: its tokens are {tokens.dtype} of shape {tokens.shape}, and must be whole numbers in one row; "
-                        "make the file again with slowrun's prepare_data.py")
+        raise UserError(
+            f"{path}: its tokens are {tokens.dtype} of shape {tokens.shape}, and must be whole "
+            "numbers in one row; "
+            "make the file again with slowrun's prepare_data.py"
+        )
     for low in range(0, len(tokens), 1 << 22):
         piece = tokens[low : low + (1 << 22)]
         wrong = np.flatnonzero((piece < 0) | (piece >= vocab))
         if len(wrong):
-            raise UserError(f"{path}: token {piece[wrong[0]]} at position {low + wrong[0]} is none of GPT-2's {vocab}; "
-                            "make the file again with slowrun's prepare_data.py")
+            raise UserError(
+                f"{path}: token {piece[wrong[0]]} at position {low + wrong[0]} is none of "
+                f"GPT-2's {vocab}; "
+                "make the file again with slowrun's prepare_data.py"
+            )
     return tokens.astype(np.uint16, copy=False)
 
 
 def from_slowrun(
-    folder: tyro.conf.Positional[Path],
-    /,
-    out: Path = Path("data/slowrun"),
-    force: bool = False,
+    folder: tyro.conf.Positional[Path], /, out: Path = Path("data/slowrun"), force: bool = False
 ) -> None:
-    """Make a data set from slowrun's own fineweb_train.pt and fineweb_val.pt, in either of its two formats.
+    """Make a data set from slowrun's own fineweb_train.pt and fineweb_val.pt, in either of its two
+    formats.
 
     Args:
         folder: Where the two files are.
@@ -897,7 +1090,10 @@ def from_slowrun(
         force: Replace whatever data set is there.
     """
     paths = {split: folder / f"fineweb_{split}.pt" for split in ("val", "train")}
-    source = {"command": "from_slowrun", **{split: file_hash(path) for split, path in paths.items()}}
+    source = {
+        "command": "from_slowrun",
+        **{split: file_hash(path) for split, path in paths.items()},
+    }
     if nothing_to_do(out, source, force):
         return
     with locked(out):
@@ -905,19 +1101,25 @@ def from_slowrun(
             return
         tokenizer = Encoder("gpt2")
         with DataSet(out, "fineweb", SHARD_TOKENS) as data:
-            data.fill(tokenizer, ((Document("", split), np.ascontiguousarray(tokens)) for split, path in paths.items()
-                                  for tokens in documents_of([slowrun_stream(path, tokenizer.vocab)],
-                                                              tokenizer.separator)))
+            data.fill(
+                tokenizer,
+                (
+                    (Document("", split), np.ascontiguousarray(tokens))
+                    for split, path in paths.items()
+                    for tokens in documents_of(
+                        [slowrun_stream(path, tokenizer.vocab)], tokenizer.separator
+                    )
+                ),
+            )
             data.finish(source, published_split=True)
 
 
 def to_slowrun(
-    folder: tyro.conf.Positional[Path] = Path("data/slowrun"),
-    /,
-    out: Path = Path("fineweb_data"),
+    folder: tyro.conf.Positional[Path] = Path("data/slowrun"), /, out: Path = Path("fineweb_data")
 ) -> None:
-    """Write slowrun's own fineweb_train.pt and fineweb_val.pt (the format in one piece) from a data set of GPT-2 tokens.
-    The tokens are copied in pieces and torch is not imported: 100M tokens pass in 61 MB of memory.
+    """Write slowrun's own fineweb_train.pt and fineweb_val.pt (the format in one piece) from a data
+    set of GPT-2 tokens. The tokens are copied in pieces and torch is not imported: 100M tokens pass
+    in 61 MB of memory.
 
     Args:
         folder: Folder of the data set.
@@ -925,34 +1127,54 @@ def to_slowrun(
     """
     manifest = read_manifest(folder)
     if not manifest or manifest["tokenizer"] != "gpt2":
-        raise UserError(f"{folder} has no manifest of GPT-2 tokens; run: python data/get.py slowrun")
-    sides = {split: {name: entry for name, entry in manifest["files"].items()
-                     if side(name) == split} for split in ("val", "train")}
+        raise UserError(
+            f"{folder} has no manifest of GPT-2 tokens; run: python data/get.py slowrun"
+        )
+    sides = {
+        split: {name: entry for name, entry in manifest["files"].items() if side(name) == split}
+        for split in ("val", "train")
+    }
     for split, shards in sides.items():
         if not sum(entry["tokens"] for entry in shards.values()):
-            raise UserError(f"{folder} has no {split} tokens; slowrun reads both sides: get a data set that has them")
+            raise UserError(
+                f"{folder} has no {split} tokens; slowrun reads both sides: get a data set "
+                "that has them"
+            )
         if altered := altered_files(folder, shards):
-            raise UserError(f"{folder}: {', '.join(altered)} missing or altered; get the data set again")
+            raise UserError(
+                f"{folder}: {', '.join(altered)} missing or altered; get the data set again"
+            )
     out.mkdir(parents=True, exist_ok=True)
     for (split, shards), seed in zip(sides.items(), (42, 43)):
         path, total = out / f"fineweb_{split}.pt", sum(entry["tokens"] for entry in shards.values())
         starts = array("q")
         for low, piece in token_pieces(folder, shards):
             starts.extend((low + np.flatnonzero(piece == manifest["separator"])).tolist())
-        content = {"tokens": FlatTensor("0", "uint16", total), "doc_starts": FlatTensor("1", "int64", len(starts)),
-                   "bos_id": manifest["separator"], "seq_shuffle_seed": seed, "seq_size": 2049}
+        content = {
+            "tokens": FlatTensor("0", "uint16", total),
+            "doc_starts": FlatTensor("1", "int64", len(starts)),
+            "bos_id": manifest["separator"],
+            "seq_shuffle_seed": seed,
+            "seq_size": 2049,
+        }
         with written_whole(path) as file, zipfile.ZipFile(file, "w") as archive:
             add_record(archive, "archive/data.pkl", [torch_pickle(content)])
             add_record(archive, "archive/byteorder", [b"little"])
-            add_record(archive, "archive/data/0", (piece for _, piece in token_pieces(folder, shards)), 2 * total)
+            add_record(
+                archive,
+                "archive/data/0",
+                (piece for _, piece in token_pieces(folder, shards)),
+                2 * total,
+            )
             add_record(archive, "archive/data/1", [np.array(starts, "<i8")])
             add_record(archive, "archive/version", [b"3\n"])
         print(f"{path}: {total:,} tokens, {len(starts):,} documents")
 
 
 def token_pieces(folder: Path, shards: Iterable[str]) -> Iterator[tuple[int, np.ndarray]]:
-    """The tokens of these shards in pieces of at most 4 MB, each with its place in the stream. They are read, not mapped:
-    pages of a map count as memory of the process for as long as it stands."""
+    """The tokens of these shards in pieces of at most 4 MB, each with its place in the stream. They
+    are read, not mapped: pages of a map count as memory of the process for as long as it stands.
+    """
     at = 0
     for name in shards:
         with (folder / name).open("rb") as file:
@@ -971,26 +1193,53 @@ class FlatTensor(NamedTuple):
 
 
 def torch_pickle(content: dict) -> bytes:
-    """data.pkl as torch.save writes it, of numbers and FlatTensors by name. Made without torch: its functions are only
-    named, never called."""
+    """data.pkl as torch.save writes it, of numbers and FlatTensors by name. Made without torch: its
+    functions are only named, never called.
+    """
+
     def plain(value) -> bytes:
         return pickle.dumps(value, 2)[2:-1]  # without the mark of the protocol and the stop
 
     def tensor(t: FlatTensor) -> bytes:
-        # a dtype from before torch 2.3 has a storage class of its own, one from after it is named behind an untyped storage
+        # a dtype from before torch 2.3 has a storage class of its own, one from after it is named
+        # behind an untyped storage
         typed = t.dtype == "int64"
-        storage, count = (b"ctorch\nLongStorage\n", t.size) if typed else (b"ctorch.storage\nUntypedStorage\n", 2 * t.size)
-        return (b"ctorch._utils\n" + (b"_rebuild_tensor_v2\n" if typed else b"_rebuild_tensor_v3\n") + b"(("
-                + plain("storage") + storage + plain(t.key) + plain("cpu") + plain(count) + b"tQ"
-                + plain(0) + plain((t.size,)) + plain((1,)) + plain(False) + b"ccollections\nOrderedDict\n)R"
-                + (b"" if typed else b"ctorch\nuint16\n") + b"tR")
+        storage, count = (
+            (b"ctorch\nLongStorage\n", t.size)
+            if typed
+            else (b"ctorch.storage\nUntypedStorage\n", 2 * t.size)
+        )
+        return (
+            b"ctorch._utils\n"
+            + (b"_rebuild_tensor_v2\n" if typed else b"_rebuild_tensor_v3\n")
+            + b"(("
+            + plain("storage")
+            + storage
+            + plain(t.key)
+            + plain("cpu")
+            + plain(count)
+            + b"tQ"
+            + plain(0)
+            + plain((t.size,))
+            + plain((1,))
+            + plain(False)
+            + b"ccollections\nOrderedDict\n)R"
+            + (b"" if typed else b"ctorch\nuint16\n")
+            + b"tR"
+        )
 
-    items = (plain(k) + (tensor(v) if isinstance(v, FlatTensor) else plain(v)) for k, v in content.items())
+    items = (
+        plain(k) + (tensor(v) if isinstance(v, FlatTensor) else plain(v))
+        for k, v in content.items()
+    )
     return b"\x80\x02}(" + b"".join(items) + b"u."
 
 
 def add_record(archive: zipfile.ZipFile, name: str, pieces: Iterable, size: int = 0) -> None:
-    """One stored record, its content at a multiple of 64 bytes as torch.save has it, so that a map of it is aligned."""
+    """
+    One stored record, its content at a multiple of 64 bytes as torch.save has it, so that a map of
+    it is aligned.
+    """
     info, large = zipfile.ZipInfo(name), size > (1 << 30)
     content = archive.fp.tell() + 30 + len(name) + (20 if large else 0) + 4
     padding = -content % 64
@@ -1006,7 +1255,8 @@ def add_record(archive: zipfile.ZipFile, name: str, pieces: Iterable, size: int 
 
 ATTEMPTS = 5
 RETRY_WAIT_S = 1.0  # before the second attempt; doubles with each
-OWN_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # a retry mends none
+# a retry mends none
+OWN_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class HubFile(NamedTuple):
@@ -1018,7 +1268,8 @@ class HubFile(NamedTuple):
 def with_retries(what: str, action: Callable[[], object]) -> object:
     """The action's result, tried up to ATTEMPTS times while the network or the hub fails.
 
-    Raises UserError if it goes on failing, or at once where the hub refuses (no such repository, no access).
+    Raises UserError if it goes on failing, or at once where the hub refuses (no such repository, no
+    access).
     """
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -1027,7 +1278,8 @@ def with_retries(what: str, action: Callable[[], object]) -> object:
             return action()
         except UserError:
             raise
-        except Exception as error:  # the errors are those of the HTTP client, which has changed twice
+        # the errors are those of the HTTP client, which has changed twice
+        except Exception as error:
             if isinstance(error, OSError) and error.errno in OWN_FAULTS:
                 raise
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -1035,11 +1287,15 @@ def with_retries(what: str, action: Callable[[], object]) -> object:
             if isinstance(error, OfflineModeIsEnabled):
                 raise UserError(f"{what}: HF_HUB_OFFLINE forbids the network; unset it") from error
             if 400 <= status < 500 and status not in (408, 429):
-                raise UserError(f"{what}: the hub refuses ({reason}); see that the name is right, and that "
-                                "HF_TOKEN is set if the repository is private") from error
+                raise UserError(
+                    f"{what}: the hub refuses ({reason}); see that the name is right, and that "
+                    "HF_TOKEN is set if the repository is private"
+                ) from error
             if attempt == ATTEMPTS:
-                raise UserError(f"{what}: {reason}; gave up after {ATTEMPTS} attempts; run the same command "
-                                "again to go on from what is here (HF_ENDPOINT chooses a mirror)") from error
+                raise UserError(
+                    f"{what}: {reason}; gave up after {ATTEMPTS} attempts; run the same command "
+                    "again to go on from what is here (HF_ENDPOINT chooses a mirror)"
+                ) from error
             wait = RETRY_WAIT_S * 2 ** (attempt - 1)
             print(f"{what}: {reason}; trying again in {wait:g} s", file=sys.stderr)
             time.sleep(wait)
@@ -1052,10 +1308,16 @@ def hub_listing(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
     api = HfApi()
     what = f"the list of files of {repo}"
     commit = with_retries(what, lambda: api.dataset_info(repo, revision=revision).sha)
-    tree = with_retries(what, lambda: list(api.list_repo_tree(repo, repo_type="dataset", revision=commit,
-                                                              recursive=True)))
+    tree = with_retries(
+        what,
+        lambda: list(
+            api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
+        ),
+    )
     files = [entry for entry in tree if isinstance(entry, RepoFile)]
-    return commit, {f.path: HubFile(f.path, f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in files}
+    return commit, {
+        f.path: HubFile(f.path, f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in files
+    }
 
 
 def is_published(path: Path, file: HubFile) -> bool:
@@ -1068,11 +1330,12 @@ def is_published(path: Path, file: HubFile) -> bool:
 
 
 def download(repo: str, commit: str, file: HubFile, path: Path) -> None:
-    """One file, through `path.part`, which a broken or killed download leaves and the next one continues.
+    """One file, through `path.part`, which a broken or killed download leaves and the next one
+    continues.
 
-    huggingface_hub reads the stream, continues it where the connection breaks and draws the bar. What
-    hf_hub_download lacks is added here: it begins anew in a new process, checks no hash and gives up at a
-    503.
+    huggingface_hub reads the stream, continues it where the connection breaks and draws the bar.
+    What hf_hub_download lacks is added here: it begins anew in a new process, checks no hash and
+    gives up at a 503.
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -1080,15 +1343,22 @@ def download(repo: str, commit: str, file: HubFile, path: Path) -> None:
 
     part = path.with_name(path.name + ".part")
     url = hf_hub_url(repo, file.path, repo_type="dataset", revision=commit)
-    headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # packed bytes could not be continued
+    # packed bytes could not be continued
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}
 
     def attempt() -> None:
         with part.open("ab") as stream:
             if stream.tell() > file.size:
                 stream.truncate(0)
                 stream.seek(0)
-            http_get(url, stream, resume_size=stream.tell(), headers=headers, expected_size=file.size,
-                     displayed_filename=path.name)
+            http_get(
+                url,
+                stream,
+                resume_size=stream.tell(),
+                headers=headers,
+                expected_size=file.size,
+                displayed_filename=path.name,
+            )
             stream.flush()
             os.fsync(stream.fileno())
         if not is_published(part, file):
@@ -1100,20 +1370,29 @@ def download(repo: str, commit: str, file: HubFile, path: Path) -> None:
 
 
 def fetch(out: Path, repo: str, commit: str, wanted: dict[str, HubFile]) -> None:
-    """Downloads those of the files (by local name) that `out` does not hold as published, if the disk has
-    room."""
+    """Downloads those of the files (by local name) that `out` does not hold as published, if the
+    disk has room.
+    """
     missing = {}
-    for name, file in tqdm(wanted.items(), desc="checking what is here", unit="file", leave=False, delay=1):
+    for name, file in tqdm(
+        wanted.items(), desc="checking what is here", unit="file", leave=False, delay=1
+    ):
         if not is_published(out / name, file):
             missing[name] = file
             if (out / name).exists():
-                print(f"{out / name} is not the published file (size or hash); downloading it again")
+                print(
+                    f"{out / name} is not the published file (size or hash); downloading it again"
+                )
     needed = sum(file.size for file in missing.values())
-    needed -= sum(part.stat().st_size for name in missing if (part := out / f"{name}.part").exists())
+    needed -= sum(
+        part.stat().st_size for name in missing if (part := out / f"{name}.part").exists()
+    )
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise UserError(f"{out}: {needed / 1e9:.1f} GB are to be downloaded and {free / 1e9:.1f} GB free; "
-                        "ask for fewer --shards or give an --out on a larger disk")
+        raise UserError(
+            f"{out}: {needed / 1e9:.1f} GB are to be downloaded and {free / 1e9:.1f} GB free; "
+            "ask for fewer --shards or give an --out on a larger disk"
+        )
     for number, (name, file) in enumerate(missing.items(), 1):
         print(f"[{number}/{len(missing)}] {name}", flush=True)
         download(repo, commit, file, out / name)
@@ -1122,22 +1401,30 @@ def fetch(out: Path, repo: str, commit: str, wanted: dict[str, HubFile]) -> None
 def chosen_shards(
     listing: dict[str, HubFile], folder: str, prefix: str, shards: int, repo: str
 ) -> dict[str, HubFile]:
-    """All validation shards and the first `shards` training shards under a folder of the repository, by
-    name."""
-    val, train = (sorted(fnmatch.filter(listing, f"{folder}{prefix}_{split}_{'[0-9]' * 6}.bin"))
-                  for split in ("val", "train"))
+    """All validation shards and the first `shards` training shards under a folder of the
+    repository, by name.
+    """
+    val, train = (
+        sorted(fnmatch.filter(listing, f"{folder}{prefix}_{split}_{'[0-9]' * 6}.bin"))
+        for split in ("val", "train")
+    )
     if not val or not train:
-        raise UserError(f"{repo} has no {folder}{prefix}_train_*.bin with a {prefix}_val_*.bin; the "
-                        "repository has changed, or another one is meant")
+        raise UserError(
+            f"{repo} has no {folder}{prefix}_train_*.bin with a {prefix}_val_*.bin; the "
+            "repository has changed, or another one is meant"
+        )
     if shards > len(train):
-        raise UserError(f"--shards {shards}: {repo} has {len(train)} training shards of this set, so ask for "
-                        "at most that many")
+        raise UserError(
+            f"--shards {shards}: {repo} has {len(train)} training shards of this set, so ask for "
+            "at most that many"
+        )
     return {path.rpartition("/")[2]: listing[path] for path in val + train[:shards]}
 
 
 def here_already(out: Path, source: dict, shards: int) -> bool:
-    """Whether the folder's manifest has that many training shards and the files are unaltered: then no
-    network is needed. Raises UserError if the folder holds another data set."""
+    """Whether the folder's manifest has that many training shards and the files are unaltered: then
+    no network is needed. Raises UserError if the folder holds another data set.
+    """
     manifest = read_manifest(out)
     if shards < 0:
         raise UserError(f"--shards {shards}: give 0 or more")
@@ -1146,7 +1433,9 @@ def here_already(out: Path, source: dict, shards: int) -> bool:
     if {key: manifest["source"].get(key) for key in source} != source:
         raise UserError(f"{out} holds another data set ({manifest['source']}); give another --out")
     train = sorted(name for name in manifest["files"] if side(name) == "train")
-    needed = {name: entry for name, entry in manifest["files"].items() if name not in train[shards:]}
+    needed = {
+        name: entry for name, entry in manifest["files"].items() if name not in train[shards:]
+    }
     if len(train) < shards or altered_files(out, needed):
         return False
     print(f"{out} is complete, nothing to do: {summary(manifest)}")
@@ -1164,16 +1453,31 @@ def finish_download(
         if side(name):
             read_shard(out / name, vocab)
         entries[name] = describe(out / name, separator)
-    totals = {split: {key: sum(entry[key] for name, entry in entries.items() if side(name) == split)
-                      for key in ("tokens", "documents")} for split in ("train", "val")}
-    manifest = {"source": source, "published_split": True, "tokenizer": tokenizer, "vocab": vocab,
-                "separator": separator, **totals, "files": dict(sorted(entries.items()))}
+    totals = {
+        split: {
+            key: sum(entry[key] for name, entry in entries.items() if side(name) == split)
+            for key in ("tokens", "documents")
+        }
+        for split in ("train", "val")
+    }
+    manifest = {
+        "source": source,
+        "published_split": True,
+        "tokenizer": tokenizer,
+        "vocab": vocab,
+        "separator": separator,
+        **totals,
+        "files": dict(sorted(entries.items())),
+    }
     write_manifest(out, manifest)
     print(f"{out}: {summary(manifest)}")
 
 
 def gpt2_shards(repo: str, prefix: str, shards: int, out: Path) -> None:
-    """Shards of kjj0's repositories, which modded-nanogpt trains on: GPT-2 tokens, one validation shard."""
+    """
+    Shards of kjj0's repositories, which modded-nanogpt trains on: GPT-2 tokens, one validation
+    shard.
+    """
     source = {"command": "download", "repo": repo}
     if here_already(out, source, shards):
         return
@@ -1225,11 +1529,11 @@ def golf(
     """Download parameter-golf's shards of FineWeb and their SentencePiece tokenizer.
 
     Args:
-        variant: Tokenizer of the challenge: sp1024 and others; a wrong name prints those that exist.
-        shards: Training shards of 100M tokens (200 MB each); all validation shards always come along.
-        out: Folder of the data set; data/golf_VARIANT if not given.
-        repo: Data set repository on the hub; others have published more tokenizers in the same layout.
-        root: Folder in the repository that holds manifest.json.
+        variant: Tokenizer of the challenge: sp1024 and others; a wrong name prints those that
+        exist. shards: Training shards of 100M tokens (200 MB each); all validation shards always
+        come along. out: Folder of the data set; data/golf_VARIANT if not given. repo: Data set
+        repository on the hub; others have published more tokenizers in the same layout. root:
+        Folder in the repository that holds manifest.json.
     """
     out = out or Path(f"data/golf_{variant}")
     source = {"command": "download", "repo": repo, "variant": variant}
@@ -1240,13 +1544,19 @@ def golf(
             return
         commit, listing = hub_listing(repo, "main")
         if f"{root}/manifest.json" not in listing:
-            raise UserError(f"{repo} has no {root}/manifest.json; see that --repo and --root are right")
+            raise UserError(
+                f"{repo} has no {root}/manifest.json; see that --repo and --root are right"
+            )
         small = {"upstream_manifest.json": listing[f"{root}/manifest.json"]}
         fetch(out, repo, commit, small)
         model_path = golf_tokenizer(out / "upstream_manifest.json", variant)
         if f"{root}/{model_path}" not in listing:
-            raise UserError(f"{repo} lacks {root}/{model_path}, which its manifest names; try another --repo")
-        wanted = chosen_shards(listing, f"{root}/datasets/fineweb10B_{variant}/", "fineweb", shards, repo)
+            raise UserError(
+                f"{repo} lacks {root}/{model_path}, which its manifest names; try another --repo"
+            )
+        wanted = chosen_shards(
+            listing, f"{root}/datasets/fineweb10B_{variant}/", "fineweb", shards, repo
+        )
         small["tokenizer.model"] = listing[f"{root}/{model_path}"]
         fetch(out, repo, commit, small)
         model = Encoder(str(out / "tokenizer.model"))  # refused before gigabytes are fetched
@@ -1266,15 +1576,21 @@ def golf_tokenizer(path: Path, variant: str) -> str:
     try:
         manifest = json.loads(path.read_text("utf-8"))
         models = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
-        variants = {entry["name"].removeprefix("fineweb10B_"): models.get(entry["tokenizer_name"])
-                    for entry in manifest["datasets"]}
+        variants = {
+            entry["name"].removeprefix("fineweb10B_"): models.get(entry["tokenizer_name"])
+            for entry in manifest["datasets"]
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is not in parameter-golf's layout ({why}); see that --repo "
-                        "and --root are right") from None
+        raise UserError(
+            f"{path} is not in parameter-golf's layout ({why}); see that --repo "
+            "and --root are right"
+        ) from None
     if not variants.get(variant):
         known = ", ".join(name for name, model in variants.items() if model)
-        raise UserError(f"--variant {variant}: no such set with a SentencePiece model; there are: {known}")
+        raise UserError(
+            f"--variant {variant}: no such set with a SentencePiece model; there are: {known}"
+        )
     return variants[variant]
 
 
@@ -1284,8 +1600,9 @@ def golf_tokenizer(path: Path, variant: str) -> str:
 
 
 def documents_of(shards: Iterable[np.ndarray], separator: int) -> Iterator[np.ndarray]:
-    """The documents of a stream, each from its separator to the next, whole where they run across shards.
-    Tokens before the first separator come as a piece without one."""
+    """The documents of a stream, each from its separator to the next, whole where they run across
+    shards. Tokens before the first separator come as a piece without one.
+    """
     rest = np.empty(0, np.uint16)
     for tokens in shards:
         starts = np.flatnonzero(tokens == separator)
@@ -1316,11 +1633,15 @@ class Check:
         others = [other.name for other in others if not side(other.name)]
         if not self.shards:
             but = f" (but {', '.join(others)})" if others else ""
-            raise UserError(f"{path} holds no *_train_NNNNNN.bin or *_val_NNNNNN.bin{but}; give a "
-                            "folder that does")
+            raise UserError(
+                f"{path} holds no *_train_NNNNNN.bin or *_val_NNNNNN.bin{but}; give a "
+                "folder that does"
+            )
         if others:
-            print(f"no run reads: {', '.join(others)}; "
-                  "a shard is *_train_NNNNNN.bin or *_val_NNNNNN.bin")
+            print(
+                f"no run reads: {', '.join(others)}; "
+                "a shard is *_train_NNNNNN.bin or *_val_NNNNNN.bin"
+            )
         self.manifest = read_manifest(self.folder) or {}
         self.listed = self.manifest.get("files", {})
         given = tokenizer or self.manifest.get("tokenizer", "")
@@ -1346,10 +1667,15 @@ class Check:
                 self.problems.append(str(error))
             print(f"{path.name:<34} {tokens:>14} {documents:>11} {size:>14}  {self.standing(path)}")
         if self.whole:
-            others = {name: entry for name, entry in self.listed.items() if not side(name)
-                      or self.folder / name not in self.shards}
-            self.problems += [f"{self.folder / name}: missing or altered; get the data set again"
-                              for name in altered_files(self.folder, others)]
+            others = {
+                name: entry
+                for name, entry in self.listed.items()
+                if not side(name) or self.folder / name not in self.shards
+            }
+            self.problems += [
+                f"{self.folder / name}: missing or altered; get the data set again"
+                for name in altered_files(self.folder, others)
+            ]
         return streams
 
     def standing(self, path: Path) -> str:
@@ -1359,10 +1685,14 @@ class Check:
         if not side(path.name):
             return "no shard"
         if path.name not in self.listed:
-            self.problems.append(f"{path}: not in manifest.json, and a run would read it; move it away")
+            self.problems.append(
+                f"{path}: not in manifest.json, and a run would read it; move it away"
+            )
             return "NOT LISTED"
         if altered_files(self.folder, {path.name: self.listed[path.name]}):
-            self.problems.append(f"{path}: not the content that manifest.json says; get the data again")
+            self.problems.append(
+                f"{path}: not the content that manifest.json says; get the data again"
+            )
             return "ALTERED"
         return "same"
 
@@ -1370,41 +1700,59 @@ class Check:
         """Prints a line of counts for one side and returns the hashes of its documents."""
         hashes, size, decoded = array("Q"), 0, 0
         tokens = sum(map(len, shards))
-        with tqdm(total=tokens, unit="token", unit_scale=True, desc=split, leave=False, delay=1) as bar:
+        with tqdm(
+            total=tokens, unit="token", unit_scale=True, desc=split, leave=False, delay=1
+        ) as bar:
             for document in documents_of(shards, self.encoder.separator):
                 bar.update(len(document))
                 count = self.encoder.count_bytes(document)
                 size += count
                 if document[0] != self.encoder.separator:
-                    continue  # begins before the first shard: its first space and its hash are unknown
+                    # begins before the first shard: its first space and its hash are unknown
+                    continue
                 if decoded < decode_tokens:
                     decoded += len(document)
                     length = len(self.encoder.decode(document))
                     if length != count:
-                        self.problems.append(f"{split} document {len(hashes)}: {count} bytes by pieces, "
-                                             f"{length} as it decodes; is {self.encoder.name} its tokenizer?")
+                        self.problems.append(
+                            f"{split} document {len(hashes)}: {count} bytes by pieces, "
+                            f"{length} as it decodes; is {self.encoder.name} its tokenizer?"
+                        )
                 hashes.append(hash64(document.tobytes()))
-        print(f"{split}: {tokens:,} tokens, {len(hashes):,} documents, {size:,} bytes, "
-              f"{size / max(tokens, 1):.4f} bytes per token; text of {decoded:,} tokens compared")
+        print(
+            f"{split}: {tokens:,} tokens, {len(hashes):,} documents, {size:,} bytes, "
+            f"{size / max(tokens, 1):.4f} bytes per token; text of {decoded:,} tokens compared"
+        )
         found = {"tokens": tokens, "documents": len(hashes), "bytes": size}
         expected = self.manifest.get(split, {}) if self.whole else {}
         for key, value in found.items():
             if value != expected.get(key, value):
-                self.problems.append(f"{split}: {value:,} {key}, and manifest.json says {expected[key]:,}; "
-                                     "get the data again")
+                self.problems.append(
+                    f"{split}: {value:,} {key}, and manifest.json says {expected[key]:,}; "
+                    "get the data again"
+                )
         return hashes
 
     def both_sides(self, decode_tokens: int, streams: dict[str, list[np.ndarray]]) -> None:
         """Checks the documents of each side, and that none is on both."""
         if not self.encoder:
-            print("documents, bytes and split not checked: no manifest names a tokenizer; give --tokenizer")
+            print(
+                "documents, bytes and split not checked: no manifest names a tokenizer; give "
+                "--tokenizer"
+            )
             return
-        hashes = [self.documents(split, shards, decode_tokens) for split, shards in streams.items() if shards]
+        hashes = [
+            self.documents(split, shards, decode_tokens)
+            for split, shards in streams.items()
+            if shards
+        ]
         if len(hashes) == 2:
             shared = len(np.intersect1d(*hashes))
             print(f"documents on both sides: {shared:,}")
             if shared and not self.manifest.get("published_split"):
-                self.problems.append(f"{self.folder}: {shared:,} validation documents are also in train")
+                self.problems.append(
+                    f"{self.folder}: {shared:,} validation documents are also in train"
+                )
 
 
 def check(
@@ -1414,9 +1762,9 @@ def check(
     vocab: int = 0,
     decode_tokens: int = 10_000_000,
 ) -> None:
-    """Verify data sets: header, size and ids of every shard, hashes and counts of the manifest, bytes by the
-    tokenizer's pieces against the decoded text, and that no document is on both sides of the split. Exit code
-    2 if anything is wrong.
+    """Verify data sets: header, size and ids of every shard, hashes and counts of the manifest,
+    bytes by the tokenizer's pieces against the decoded text, and that no document is on both sides
+    of the split. Exit code 2 if anything is wrong.
 
     Args:
         paths: Folders of shards, or single shards.
@@ -1457,11 +1805,25 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may not fit the console
-    commands = [sample, tokenize, fineweb10B, fineweb100B, finewebedu10B, golf, slowrun, from_slowrun, to_slowrun, check]
+    commands = [
+        sample,
+        tokenize,
+        fineweb10B,
+        fineweb100B,
+        finewebedu10B,
+        golf,
+        slowrun,
+        from_slowrun,
+        to_slowrun,
+        check,
+    ]
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {command.__name__: command for command in commands}, args=argv, prog="get.py",
-            description="Make a data set from shipped or own text, download a published one, or check one.",
+            {command.__name__: command for command in commands},
+            args=argv,
+            prog="get.py",
+            description="Make a data set from shipped or own text, download a published one, "
+            "or check one.",
             use_underscores=True,
         )
     except UserError as error:
@@ -1472,11 +1834,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {where}: {error.strerror or error}; {advice(error)}", file=sys.stderr)
         return 2
     except MemoryError as error:
-        print(f"error: not enough memory ({error}); give smaller files, or fewer --shard_tokens",
-              file=sys.stderr)
+        print(
+            f"error: not enough memory ({error}); give smaller files, or fewer --shard_tokens",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
-        print("interrupted; run the same command again: a download goes on where it stopped", file=sys.stderr)
+        print(
+            "interrupted; run the same command again: a download goes on where it stopped",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -3,9 +3,10 @@ What averaging the weights is worth, apart from what the falling learning rate i
 
     python logs/averaging.py logs/run-a logs/run-b ...
 
-For every run that kept a checkpoint of its end: the live weights, their moving average and their plain average, each
-scored as it is and as the run's export rounds it, on the same validation prefix. One row per arm, mean over its seeds,
-standard deviation behind. Runs need --ema and --swa_every, or have fewer columns.
+For every run that kept a checkpoint of its end: the live weights, their moving average and their
+plain average, each scored as it is and as the run's export rounds it, on the same validation
+prefix. One row per arm, mean over its seeds, standard deviation behind. Runs need --ema and
+--swa_every, or have fewer columns.
 """
 
 import statistics
@@ -21,10 +22,15 @@ from logs.report import ReportError, load_folder
 
 
 def scores(folder: Path) -> dict[str, float]:
-    """Bits per byte (nats per token where bytes are unknown) by "live", "live rounded", "ema", ..."""
+    """
+    Bits per byte (nats per token where bytes are unknown) by "live", "live rounded", "ema", ...
+    """
     saved = tg.checkpoints(folder)
     if not saved:
-        raise tg.UserError(f"{folder} holds no complete checkpoint (ckpt/*/DONE): it was not kept, or the run is not finished")
+        raise tg.UserError(
+            f"{folder} holds no complete checkpoint (ckpt/*/DONE): it was not kept, or the run "
+            "is not finished"
+        )
     path = saved[-1]
     cfg, live = tg.checkpoint_config(path), tg.read_tensors(path / "model.safetensors")
     averages = tg.read_tensors(path / "averages.safetensors")
@@ -34,9 +40,13 @@ def scores(folder: Path) -> dict[str, float]:
             kinds[kind] = {name: averages[f"{name}:{kind}"].view_as(w) for name, w in live.items()}
     cfg.compile, plan = 0, tg.Plan(cfg)
     device = tg.choose_device(cfg)
-    model = tg.build_model(cfg, device, tg.choose_dtype(cfg, device), max(plan.max_seq_len, plan.eval_seq_len))
+    model = tg.build_model(
+        cfg, device, tg.choose_dtype(cfg, device), max(plan.max_seq_len, plan.eval_seq_len)
+    )
     val, _ = golf.validation(model)
-    scorer = golf.make_scorer(model, golf.How(mode="chunked"), plan.eval_shape(plan.at(cfg.steps, 1.0)))
+    scorer = golf.make_scorer(
+        model, golf.How(mode="chunked"), plan.eval_shape(plan.at(cfg.steps, 1.0))
+    )
     found = {}
     for kind, named in kinds.items():
         data = golf.pack(named, golf.quantise(named, golf.parse_bits(cfg.export)), cfg, "zstd")

@@ -1,4 +1,5 @@
-"""Sweep of output-embedding centering's methods over learning rates, scales and seeds, with tables and figures.
+"""Sweep of output-embedding centering's methods over learning rates, scales and seeds, with tables
+and figures.
 
     ./run.sh centering                                   # the sweep (skips what is finished), then the tables
     python logs/centering.py sweep --scales centering_cpu centering_cpu,dim=32 --lrs 1e-3 1e-2 --seeds 1 2
@@ -6,10 +7,12 @@
     python logs/centering.py tables loss_overview.csv    # the same of the paper's own overview
     python logs/centering.py overhead --config centering_cpu   # step time of each method against the baseline, paired
 
-A scale is a preset, with flags behind commas. Methods are interleaved within each seed and learning rate, so that a machine
-that drifts does so for all of them, and with one seed all see the same data in the same order. mu-loss's weight is given for
-the paper's 50,304 rows and scaled to the vocabulary: its pull on a row is 2 * weight * mu / rows.
+A scale is a preset, with flags behind commas. Methods are interleaved within each seed and learning
+rate, so that a machine that drifts does so for all of them, and with one seed all see the same data
+in the same order. mu-loss's weight is given for the paper's 50,304 rows and scaled to the
+vocabulary: its pull on a row is 2 * weight * mu / rows.
 """
+
 import contextlib
 import csv
 import io
@@ -33,11 +36,27 @@ from logs.report import ReportError, load_folder, mean_sd, table  # noqa: E402
 
 PAPER_ROWS = 50304
 # name -> flags; `mu_loss` is the weight that the paper's vocabulary would have
-METHODS = {"baseline": {}, "z_loss": {"z_loss": 1e-4}, "mu_loss": {"mu_loss": 1e-4}, "mu_loss_1e-1": {"mu_loss": 1e-1},
-           "mu_centering": {"mu_centering": 1}}
-PAPER_METHODS = {"baseline": "baseline", "zloss": "z_loss", "muloss": "mu_loss", "mucentering": "mu_centering"}
-COLORS = {"baseline": "#D55E00", "mu_loss": "#E69F00", "mu_centering": "#009E73", "z_loss": "#0072B2"}
-PAPER_LOSS = {"221M": 10.85}  # loss at initialisation, 10.83 for the other scales; what a diverged run counts as
+METHODS = {
+    "baseline": {},
+    "z_loss": {"z_loss": 1e-4},
+    "mu_loss": {"mu_loss": 1e-4},
+    "mu_loss_1e-1": {"mu_loss": 1e-1},
+    "mu_centering": {"mu_centering": 1},
+}
+PAPER_METHODS = {
+    "baseline": "baseline",
+    "zloss": "z_loss",
+    "muloss": "mu_loss",
+    "mucentering": "mu_centering",
+}
+COLORS = {
+    "baseline": "#D55E00",
+    "mu_loss": "#E69F00",
+    "mu_centering": "#009E73",
+    "z_loss": "#0072B2",
+}
+# loss at initialisation, 10.83 for the other scales; what a diverged run counts as
+PAPER_LOSS = {"221M": 10.85}
 
 ########################################
 #                Sweep                 #
@@ -46,8 +65,13 @@ PAPER_LOSS = {"221M": 10.85}  # loss at initialisation, 10.83 for the other scal
 
 @dataclass
 class Sweep:
-    """Train every method at every learning rate, scale and seed. Finished runs are skipped, broken ones continued."""
-    scales: tuple[str, ...] = ("centering_cpu", "centering_cpu,dim=32,depth=1")  # presets, with flags behind commas
+    """
+    Train every method at every learning rate, scale and seed. Finished runs are skipped, broken
+    ones continued.
+    """
+
+    # presets, with flags behind commas
+    scales: tuple[str, ...] = ("centering_cpu", "centering_cpu,dim=32,depth=1")
     methods: tuple[str, ...] = tuple(METHODS)  # of the table METHODS
     lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # peak learning rates of all weights
     seeds: tuple[int, ...] = (1, 2, 3)  # of initial weights and data order
@@ -56,7 +80,10 @@ class Sweep:
 
 
 def lr_flags(lr: float, steps: int) -> dict[str, str]:
-    """One peak for all weights: warm-up over the first 5 % as lr*(step+1)/(warm-up+1), then half a cosine down to 1e-5."""
+    """
+    One peak for all weights: warm-up over the first 5 % as lr*(step+1)/(warm-up+1), then half a
+    cosine down to 1e-5.
+    """
     rates = {k: f"{lr:g}" for k in ("adamw_lr", "embed_lr", "head_lr", "scalar_lr", "tied_lr")}
     return rates | {"lr": f"0:1/{round(0.05 * steps) + 1} 0.05>1 1~{1e-5 / lr:.8g}"}
 
@@ -66,34 +93,59 @@ def run_argv(sweep: Sweep, scale: str, method: str, lr: float, seed: int) -> lis
     import train_gpt as tg  # here and below: tables need no torch
 
     preset, *changes = scale.split(",")
-    flags = {k: v for k, _, v in (c.partition("=") for c in changes)} | ({"steps": sweep.steps} if sweep.steps else {})
-    plain = tg.parse_args(["--config", preset, *(x for k, v in flags.items() for x in (f"--{k}", str(v)))])
+    flags = {k: v for k, _, v in (c.partition("=") for c in changes)} | (
+        {"steps": sweep.steps} if sweep.steps else {}
+    )
+    plain = tg.parse_args(
+        ["--config", preset, *(x for k, v in flags.items() for x in (f"--{k}", str(v)))]
+    )
     if other := [k for k in ("own_lr", "slow", "lr_cycles") if getattr(plain, k)]:
-        raise ReportError(f"--scales {scale}: {other[0]} = {getattr(plain, other[0])!r} gives some weights or epochs another "
-                          "rate than the sweep's; unset it")
-    rows = plain.vocab if plain.pad_vocab else -(-plain.vocab // plain.head_multiple) * plain.head_multiple
+        raise ReportError(
+            f"--scales {scale}: {other[0]} = {getattr(plain, other[0])!r} gives some weights "
+            "or epochs another "
+            "rate than the sweep's; unset it"
+        )
+    rows = (
+        plain.vocab
+        if plain.pad_vocab
+        else -(-plain.vocab // plain.head_multiple) * plain.head_multiple
+    )
     flags |= {k: v * rows / PAPER_ROWS if k == "mu_loss" else v for k, v in METHODS[method].items()}
     flags |= lr_flags(lr, plain.steps) | {"seed": seed, "log_dir": sweep.log_dir, "arm": method}
     if plain.optimizer == "muon":
         flags["matrix_lr"] = f"{lr:g}"
     name = re.sub(r"[^\w.-]+", "_", scale)
     flags["run"] = f"{name}-{method}-lr{lr:g}-s{seed}"
-    return ["--config", preset, "--resume", *(x for k, v in flags.items() for x in (f"--{k}", str(v)))]
+    return [
+        "--config",
+        preset,
+        "--resume",
+        *(x for k, v in flags.items() for x in (f"--{k}", str(v))),
+    ]
 
 
 def is_over(cfg, folder: Path) -> bool:
-    """Whether a run is finished or has diverged; one under other settings is refused, not taken for this one."""
+    """
+    Whether a run is finished or has diverged; one under other settings is refused, not taken for
+    this one.
+    """
     import train_gpt as tg
 
     over = (folder / "result.json").exists() or (folder / "diverged").exists()
     if over and (changed := tg.changed_fields(cfg, folder, tg.FREE_ON_RESUME - {"embed_stats"})):
-        raise tg.UserError(f"{folder} is over, but under other settings than this sweep's:\n" + "\n".join(changed) +
-                           "\nuse the old values, another --log_dir, or delete it")
+        raise tg.UserError(
+            f"{folder} is over, but under other settings than this sweep's:\n"
+            + "\n".join(changed)
+            + "\nuse the old values, another --log_dir, or delete it"
+        )
     return over
 
 
 def train(argv: list[str], ranks) -> str:
-    """One run; what became of it. A run whose loss or gradient was not finite is marked, and counts as diverged."""
+    """
+    One run; what became of it. A run whose loss or gradient was not finite is marked, and counts as
+    diverged.
+    """
     import train_gpt as tg
 
     cfg = tg.parse_args(argv)
@@ -101,7 +153,8 @@ def train(argv: list[str], ranks) -> str:
     if ranks.on_main(lambda: is_over(cfg, folder)):
         return "was there"
     if cfg.compile:
-        tg.torch._dynamo.reset()  # graphs of the runs before would count against the limit of recompilations
+        # graphs of the runs before would count against the limit of recompilations
+        tg.torch._dynamo.reset()
     with contextlib.redirect_stdout(io.StringIO()), tg.Run(cfg) as run:
         try:
             code = tg.train(cfg, run)
@@ -120,11 +173,20 @@ def train(argv: list[str], ranks) -> str:
 def sweep(options: Sweep) -> int:
     unknown = [m for m in options.methods if m not in METHODS]
     if unknown:
-        raise ReportError(f"--methods {' '.join(unknown)}: no such method; there are {', '.join(METHODS)}")
-    jobs = [(scale, method, lr, seed) for seed in options.seeds for lr in options.lrs for scale in options.scales
-            for method in options.methods]
+        raise ReportError(
+            f"--methods {' '.join(unknown)}: no such method; there are {', '.join(METHODS)}"
+        )
+    jobs = [
+        (scale, method, lr, seed)
+        for seed in options.seeds
+        for lr in options.lrs
+        for scale in options.scales
+        for method in options.methods
+    ]
     if not jobs:
-        raise ReportError("nothing to train: --scales, --methods, --lrs and --seeds each need a value")
+        raise ReportError(
+            "nothing to train: --scales, --methods, --lrs and --seeds each need a value"
+        )
     import train_gpt as tg
 
     argvs = [run_argv(options, *job) for job in jobs]
@@ -134,7 +196,11 @@ def sweep(options: Sweep) -> int:
     for i, (job, argv) in enumerate(zip(jobs, argvs)):
         said = train(argv, ranks)
         if ranks.is_main:
-            print(f"{i + 1}/{len(jobs)} {time.perf_counter() - began:.0f}s {' '.join(map(str, job))}: {said}", flush=True)
+            print(
+                f"{i + 1}/{len(jobs)} {time.perf_counter() - began:.0f}s "
+                f"{' '.join(map(str, job))}: {said}",
+                flush=True,
+            )
     ranks.part()
     return 0
 
@@ -146,8 +212,9 @@ def sweep(options: Sweep) -> int:
 
 def read_run(folder: Path) -> dict | None:
     """
-    One row of the overview; None for a run that is not over. Losses are the last evaluation's, pure cross-entropy; a run that
-    diverged has an infinite one and no statistics. Columns have the paper's names where they mean the same.
+    One row of the overview; None for a run that is not over. Losses are the last evaluation's, pure
+    cross-entropy; a run that diverged has an infinite one and no statistics. Columns have the
+    paper's names where they mean the same.
     """
     diverged = (folder / "diverged").exists()
     run = load_folder(folder)
@@ -160,25 +227,46 @@ def read_run(folder: Path) -> dict | None:
             "out"
         )
     first = next((e["val_loss"] for e in run.val if e["step"] == 0), math.log(cfg["vocab"]))
-    gamma = {"z_loss": cfg["z_loss"], "mu_loss": cfg["mu_loss"]}.get(re.sub("_1e.*", "", run.arm), 0.0)
+    gamma = {"z_loss": cfg["z_loss"], "mu_loss": cfg["mu_loss"]}.get(
+        re.sub("_1e.*", "", run.arm), 0.0
+    )
     log = (
         (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
         if (folder / "log.txt").is_file()
         else ""
     )
     told = re.search(r"^model_params:(\d+)", log, re.MULTILINE)  # what diverged has no result.json
-    row = {"name": run.name, "scale": run.name.split(f"-{run.arm}-")[0], "method": run.arm, "lambda": gamma,
-           "lr": cfg["adamw_lr"], "seed": run.seed, "params": run.result.get("params") or (int(told[1]) if told else ""),
-           "initial_loss": first, "test_loss": last.get("val_loss", math.inf), "diverged": int(diverged)}
-    row["test_perplexity"] = math.exp(row["test_loss"]) if math.isfinite(row["test_loss"]) else math.inf
-    ours = {"isotropy": "isotropy of both signs", "Smin/Smax": "Smin over Smax"}  # as older runs called them
-    row |= {f"{p}.{ours.get(name, name)}": v for k, v in last.items() for p, _, name in [k.partition(".")]
-            if p in ("I", "O", "OC", "H")}
+    row = {
+        "name": run.name,
+        "scale": run.name.split(f"-{run.arm}-")[0],
+        "method": run.arm,
+        "lambda": gamma,
+        "lr": cfg["adamw_lr"],
+        "seed": run.seed,
+        "params": run.result.get("params") or (int(told[1]) if told else ""),
+        "initial_loss": first,
+        "test_loss": last.get("val_loss", math.inf),
+        "diverged": int(diverged),
+    }
+    row["test_perplexity"] = (
+        math.exp(row["test_loss"]) if math.isfinite(row["test_loss"]) else math.inf
+    )
+    # as older runs called them
+    ours = {"isotropy": "isotropy of both signs", "Smin/Smax": "Smin over Smax"}
+    row |= {
+        f"{p}.{ours.get(name, name)}": v
+        for k, v in last.items()
+        for p, _, name in [k.partition(".")]
+        if p in ("I", "O", "OC", "H")
+    }
     return row | {"time": run.result.get("train_time_s", "")}
 
 
 def read_overview(path: Path) -> list[dict]:
-    """Rows of a CSV, ours or the paper's, whose runs are told by their names alone (an integer N behind lr is N * 1e-4)."""
+    """
+    Rows of a CSV, ours or the paper's, whose runs are told by their names alone (an integer N
+    behind lr is N * 1e-4).
+    """
     rows = []
     with open(path, newline="", encoding="utf-8", errors="replace") as f:
         for raw in csv.DictReader(f):
@@ -191,12 +279,29 @@ def read_overview(path: Path) -> list[dict]:
             if "method" not in row:
                 m = re.search(r"-(\d+M)-.*-lr(\d+)-([a-z]+?)(wt)?-g([\d.e+-]+)-s(\d+)", row["name"])
                 if not m or m[3] not in PAPER_METHODS:
-                    raise ReportError(f"{path}: {row['name']!r} is no name such as wor40A-16M-13p1B-100k-bs64-lr10-baseline-"
-                                      "g0e+00-s1; give an overview.csv of this program or the paper's")
-                method = PAPER_METHODS[m[3]] + ("" if float(m[5]) in (0, 1e-4) else f"_{float(m[5]):.0e}".replace("e-0", "e-")
-                                                .replace("e+0", "e+")) + ("_tied" if m[4] else "")
-                row |= {"scale": m[1], "method": method, "lambda": float(m[5]), "lr": int(m[2]) * 1e-4, "seed": int(m[6]),
-                        "initial_loss": PAPER_LOSS.get(m[1], 10.83), "params": float(m[1][:-1]) * 1e6}
+                    raise ReportError(
+                        f"{path}: {row['name']!r} is no name such as "
+                        "wor40A-16M-13p1B-100k-bs64-lr10-baseline-"
+                        "g0e+00-s1; give an overview.csv of this program or the paper's"
+                    )
+                method = (
+                    PAPER_METHODS[m[3]]
+                    + (
+                        ""
+                        if float(m[5]) in (0, 1e-4)
+                        else f"_{float(m[5]):.0e}".replace("e-0", "e-").replace("e+0", "e+")
+                    )
+                    + ("_tied" if m[4] else "")
+                )
+                row |= {
+                    "scale": m[1],
+                    "method": method,
+                    "lambda": float(m[5]),
+                    "lr": int(m[2]) * 1e-4,
+                    "seed": int(m[6]),
+                    "initial_loss": PAPER_LOSS.get(m[1], 10.83),
+                    "params": float(m[1][:-1]) * 1e6,
+                }
             rows.append(row)
     return rows
 
@@ -223,8 +328,9 @@ def write_overview(rows: list[dict], path: Path) -> None:
 
 def lr_sensitivity(losses: list[float], initial: float, intervals: int | None = None) -> float:
     """
-    Mean over learning rates of min(loss, initial loss) - least loss (Wortsman et al. 2023). The paper divides by
-    intervals = n - 1 and not by n, the default. What is not a number counts as diverged; nan where no rate trains at all.
+    Mean over learning rates of min(loss, initial loss) - least loss (Wortsman et al. 2023). The
+    paper divides by intervals = n - 1 and not by n, the default. What is not a number counts as
+    diverged; nan where no rate trains at all.
     """
     capped = [min(x, initial) if math.isfinite(x) else initial for x in losses]
     if not capped or min(capped) >= initial:
@@ -233,7 +339,9 @@ def lr_sensitivity(losses: list[float], initial: float, intervals: int | None = 
 
 
 def optimum(losses: dict[float, float]) -> tuple[float, float]:
-    """(least loss, its learning rate), the smaller rate of two with one loss; nan where all diverged."""
+    """
+    (least loss, its learning rate), the smaller rate of two with one loss; nan where all diverged.
+    """
     finite = {lr: x for lr, x in losses.items() if math.isfinite(x)}
     if not finite:
         return math.nan, math.nan
@@ -252,10 +360,17 @@ def size(rows: list[dict]) -> float:
 
 def grouped(rows: list[dict]) -> dict[tuple[str, str], dict[int, dict[float, dict]]]:
     """(scale, method) -> seed -> learning rate -> row; scales by size."""
-    sizes = {scale: size([r for r in rows if r["scale"] == scale]) for scale in dict.fromkeys(r["scale"] for r in rows)}
+    sizes = {
+        scale: size([r for r in rows if r["scale"] == scale])
+        for scale in dict.fromkeys(r["scale"] for r in rows)
+    }
     out: dict = {}
-    for row in sorted(rows, key=lambda r: (0 if math.isnan(sizes[r["scale"]]) else sizes[r["scale"]], r["lr"])):
-        out.setdefault((row["scale"], row["method"]), {}).setdefault(int(row["seed"]), {})[row["lr"]] = row
+    for row in sorted(
+        rows, key=lambda r: (0 if math.isnan(sizes[r["scale"]]) else sizes[r["scale"]], r["lr"])
+    ):
+        out.setdefault((row["scale"], row["method"]), {}).setdefault(int(row["seed"]), {})[
+            row["lr"]
+        ] = row
     return out
 
 
@@ -266,19 +381,27 @@ def spread(values: list[float], digits: int = 3) -> str:
     if not finite:
         return lost or "-"
     mean, sd = mean_sd(finite)
-    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ({sd:.{digits}f})") + f" {lost}" * bool(lost)
+    return (
+        f"{mean:.{digits}f}"
+        + ("" if math.isnan(sd) else f" ({sd:.{digits}f})")
+        + f" {lost}" * bool(lost)
+    )
 
 
 def all_rates(groups: dict, scale: str) -> set[float]:
     """Every learning rate that some method of this scale was trained at."""
-    return set().union(*(by_lr for (of, _), seeds in groups.items() if of == scale for by_lr in seeds.values()))
+    return set().union(
+        *(by_lr for (of, _), seeds in groups.items() if of == scale for by_lr in seeds.values())
+    )
 
 
-def summary(seeds: dict[int, dict[float, dict]], rates: set[float] | None = None) -> dict[str, list[float]]:
+def summary(
+    seeds: dict[int, dict[float, dict]], rates: set[float] | None = None
+) -> dict[str, list[float]]:
     """
-    Per seed: least loss, its learning rate, sensitivity by both conventions; of the seeds that have all of these rates (all
-    that the method has). Where none has, of those with most, and `rates` has their number, as sensitivities over different
-    rates do not compare.
+    Per seed: least loss, its learning rate, sensitivity by both conventions; of the seeds that have
+    all of these rates (all that the method has). Where none has, of those with most, and `rates`
+    has their number, as sensitivities over different rates do not compare.
     """
     rates = rates or set().union(*seeds.values())
     most = max(map(len, seeds.values()))
@@ -295,32 +418,66 @@ def summary(seeds: dict[int, dict[float, dict]], rates: set[float] | None = None
 
 
 def paired(rows: list[dict], key: str) -> dict[tuple[str, str], dict[float, list[float]]]:
-    """(scale, method) -> learning rate -> differences of this column to the baseline of the same scale, rate and seed."""
+    """
+    (scale, method) -> learning rate -> differences of this column to the baseline of the same
+    scale, rate and seed.
+    """
     base = {(r["scale"], r["lr"], r["seed"]): r for r in rows if r["method"] == "baseline"}
     out: dict = {}
     for r in sorted(rows, key=lambda r: r["lr"]):
         other = base.get((r["scale"], r["lr"], r["seed"]), {})
         if r["method"] != "baseline" and measured(r, key) and measured(other, key):
-            out.setdefault((r["scale"], r["method"]), {}).setdefault(r["lr"], []).append(r[key] - other[key])
+            out.setdefault((r["scale"], r["method"]), {}).setdefault(r["lr"], []).append(
+                r[key] - other[key]
+            )
     return out
 
 
 def pairs(rows: list[dict]) -> str:
-    """Differences of loss and anisotropy to the baseline, over all pairs of runs; empty where there is none."""
+    """
+    Differences of loss and anisotropy to the baseline, over all pairs of runs; empty where there is
+    none.
+    """
     body, found = [], {key: paired(rows, key) for key in ("test_loss", "O.ratio norm")}
     for method in dict.fromkeys(r["method"] for r in rows if r["method"] != "baseline"):
-        loss, ratio = ([x for (_, of), by_lr in found[key].items() if of == method for v in by_lr.values() for x in v]
-                       for key in ("test_loss", "O.ratio norm"))
+        loss, ratio = (
+            [
+                x
+                for (_, of), by_lr in found[key].items()
+                if of == method
+                for v in by_lr.values()
+                for x in v
+            ]
+            for key in ("test_loss", "O.ratio norm")
+        )
         if loss:
             above = f"{sum(x > 0 for x in ratio)} of {len(ratio)}" if ratio else "-"
             body.append([method, str(len(loss)), spread(loss, 4), spread(ratio, 4), above])
-    return table(["method", "n", "test loss", "ratio norm", "ratio above the baseline's"], body) if body else ""
+    return (
+        table(["method", "n", "test loss", "ratio norm", "ratio above the baseline's"], body)
+        if body
+        else ""
+    )
 
 
 def sections(rows: list[dict]) -> dict[str, str]:
-    """Tables by title. Numbers are means over seeds, behind them in brackets the sample standard deviation."""
+    """
+    Tables by title. Numbers are means over seeds, behind them in brackets the sample standard
+    deviation.
+    """
     groups = grouped(rows)
-    heads = ["scale", "method", "n", "rates", "diverged", "optimal loss", "optimal lr", "LRS /(n-1)", "LRS /n", "train s"]
+    heads = [
+        "scale",
+        "method",
+        "n",
+        "rates",
+        "diverged",
+        "optimal loss",
+        "optimal lr",
+        "LRS /(n-1)",
+        "LRS /n",
+        "train s",
+    ]
     main = []
     for (scale, method), seeds in groups.items():
         rates = all_rates(groups, scale)
@@ -329,20 +486,45 @@ def sections(rows: list[dict]) -> dict[str, str]:
         best = " ".join(f"{lr:g}" for lr in sorted(set(s["lr"])) if math.isfinite(lr))
         few = f"{s['rates'][0]} of {len(rates)}!" if s["rates"] else str(len(rates))
         lost = sum(not math.isfinite(r["test_loss"]) for r in runs)
-        loss, n1, n = (spread(s[k]) if any(map(math.isfinite, s[k])) else "nan" for k in ("loss", "lrs_n1", "lrs_n"))
-        main.append([scale, method, str(len(s["loss"])), few, str(lost), loss, best or "-", n1, n, spread(times, 1)])
+        loss, n1, n = (
+            spread(s[k]) if any(map(math.isfinite, s[k])) else "nan"
+            for k in ("loss", "lrs_n1", "lrs_n")
+        )
+        main.append(
+            [
+                scale,
+                method,
+                str(len(s["loss"])),
+                few,
+                str(lost),
+                loss,
+                best or "-",
+                n1,
+                n,
+                spread(times, 1),
+            ]
+        )
     out = {"Optimal loss and sensitivity to the learning rate": table(heads, main)}
     if differences := pairs(rows):
         out["Paired with the baseline of the same scale, rate and seed"] = differences
     rates = sorted({row["lr"] for row in rows})
-    for key, title, digits in (("test_loss", "Test loss", 3), ("O.ratio norm", "Anisotropy: |mu| over the mean row norm", 3),
-                               ("O.mu norm", "|mu| of the output embedding", 3), ("O.logits_mean_mean", "Mean logit", 2),
-                               ("O.logits_mean_absmax", "Largest logit", 2), ("O.centering_ratio", "B_ratio", 2)):
+    for key, title, digits in (
+        ("test_loss", "Test loss", 3),
+        ("O.ratio norm", "Anisotropy: |mu| over the mean row norm", 3),
+        ("O.mu norm", "|mu| of the output embedding", 3),
+        ("O.logits_mean_mean", "Mean logit", 2),
+        ("O.logits_mean_absmax", "Largest logit", 2),
+        ("O.centering_ratio", "B_ratio", 2),
+    ):
         body = []
         for (scale, method), seeds in groups.items():
             cells = []
             for lr in rates:
-                values = [by_lr[lr][key] for by_lr in seeds.values() if lr in by_lr and isinstance(by_lr[lr].get(key), float)]
+                values = [
+                    by_lr[lr][key]
+                    for by_lr in seeds.values()
+                    if lr in by_lr and isinstance(by_lr[lr].get(key), float)
+                ]
                 cells.append(spread(values, digits))
             body.append([scale, method, *cells])
         if any(cell != "-" for line in body for cell in line[2:]):
@@ -358,70 +540,140 @@ def sections(rows: list[dict]) -> dict[str, str]:
 def look(method: str) -> dict:
     """The paper's colour of a method; other weights of it are broken in other ways."""
     base = next((m for m in sorted(COLORS, key=len, reverse=True) if method.startswith(m)), "")
-    line, marker = {"": ("-", "o"), "_1e-7": (":", "v"), "_1e+2": ("-.", "^")}.get(method.removeprefix(base), ("--", "s"))
-    return {"color": COLORS.get(base, "0.3"), "ls": line, "marker": marker,
-            "lw": 3.6 if method == "baseline" else 1.6, "ms": 6 if method == "baseline" else 3.5}  # wide: others lie on it
+    line, marker = {"": ("-", "o"), "_1e-7": (":", "v"), "_1e+2": ("-.", "^")}.get(
+        method.removeprefix(base), ("--", "s")
+    )
+    return {
+        "color": COLORS.get(base, "0.3"),
+        "ls": line,
+        "marker": marker,
+        # wide: others lie on it
+        "lw": 3.6 if method == "baseline" else 1.6,
+        "ms": 6 if method == "baseline" else 3.5,
+    }
 
 
-# column, label, and where a symmetric logarithm, which shows 0 and both signs, stops being one; 0: a linear axis
-PANELS = (("test_loss", "test loss (nats)", 0), ("to the baseline", "test loss less the baseline's", 1e-3),
-          ("O.ratio norm", "|mu| / mean row norm", 0), ("O.mu norm", "|mu|", 0.1),
-          ("O.logits_mean_mean", "mean logit", 1), ("O.logits_mean_absmax", "largest |logit|", 1))
+# column, label, and where a symmetric logarithm, which shows 0 and both signs, stops being one; 0:
+# a linear axis
+PANELS = (
+    ("test_loss", "test loss (nats)", 0),
+    ("to the baseline", "test loss less the baseline's", 1e-3),
+    ("O.ratio norm", "|mu| / mean row norm", 0),
+    ("O.mu norm", "|mu|", 0.1),
+    ("O.logits_mean_mean", "mean logit", 1),
+    ("O.logits_mean_absmax", "largest |logit|", 1),
+)
 
 
 def draw(rows: list[dict], path: Path):
-    """Per scale panels over the learning rate; once the sensitivity against size. The figure, which is saved."""
+    """
+    Per scale panels over the learning rate; once the sensitivity against size. The figure, which is
+    saved.
+    """
     from matplotlib.figure import Figure  # pyplot would look for a display
 
     groups, scales = grouped(rows), list(dict.fromkeys(scale for scale, _ in grouped(rows)))
-    of_key = {key: {group: {lr: [by_lr[lr][key] for by_lr in seeds.values() if lr in by_lr and measured(by_lr[lr], key)]
-                            for lr in sorted(set().union(*seeds.values()))} for group, seeds in groups.items()}
-              for key, _, _ in PANELS} | {"to the baseline": paired(rows, "test_loss")}
-    panels = [p for p in PANELS if any(v for by_lr in of_key[p[0]].values() for v in by_lr.values())]
+    of_key = {
+        key: {
+            group: {
+                lr: [
+                    by_lr[lr][key]
+                    for by_lr in seeds.values()
+                    if lr in by_lr and measured(by_lr[lr], key)
+                ]
+                for lr in sorted(set().union(*seeds.values()))
+            }
+            for group, seeds in groups.items()
+        }
+        for key, _, _ in PANELS
+    } | {"to the baseline": paired(rows, "test_loss")}
+    panels = [
+        p for p in PANELS if any(v for by_lr in of_key[p[0]].values() for v in by_lr.values())
+    ]
     columns = min(4, len(panels) + 1)
     lines = -(-(len(panels) + 1) // columns)  # of panels, for each scale
     figure = Figure(figsize=(3.7 * columns, 3.1 * lines * len(scales) + 0.5), layout="constrained")
-    axes = figure.subplots(len(scales), lines * columns, squeeze=False) if lines == 1 else \
-        figure.subplots(len(scales) * lines, columns, squeeze=False).reshape(len(scales), lines * columns)
+    axes = (
+        figure.subplots(len(scales), lines * columns, squeeze=False)
+        if lines == 1
+        else figure.subplots(len(scales) * lines, columns, squeeze=False).reshape(
+            len(scales), lines * columns
+        )
+    )
     for row, scale in zip(axes, scales):
         for ax, (key, label, linear) in zip(row, panels):
-            draw_panel(ax, {method: v for (of, method), v in of_key[key].items() if of == scale}, linear)
+            draw_panel(
+                ax, {method: v for (of, method), v in of_key[key].items() if of == scale}, linear
+            )
             ax.set(xscale="log", xlabel="learning rate", ylabel=label)
         row[0].set_title(scale, loc="left", fontsize=10)
-        for ax in row[len(panels):]:
+        for ax in row[len(panels) :]:
             ax.axis("off")
     ax = axes[0][len(panels)]
     ax.axis("on")
     draw_sensitivity(ax, groups, scales)
     for ax in axes.flat:
         ax.grid(alpha=0.25, lw=0.6)
-    shown = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    shown = {
+        label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())
+    }
     figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=6, frameon=False)
     figure.savefig(path, dpi=110)
     return figure
 
 
 def draw_panel(ax, values: dict[str, dict[float, list[float]]], linear: float) -> None:
-    """One line per method: means, and the range over seeds; linear up to there, from where the values are far beyond."""
+    """
+    One line per method: means, and the range over seeds; linear up to there, from where the values
+    are far beyond.
+    """
     for method, by_lr in values.items():
         keep = {lr: v for lr, v in by_lr.items() if v}
         if keep:
-            ax.plot(list(keep), [float(np.mean(v)) for v in keep.values()], label=method, **look(method))
-            ax.fill_between(list(keep), [min(v) for v in keep.values()], [max(v) for v in keep.values()],
-                            color=look(method)["color"], alpha=0.15, lw=0)
+            ax.plot(
+                list(keep), [float(np.mean(v)) for v in keep.values()], label=method, **look(method)
+            )
+            ax.fill_between(
+                list(keep),
+                [min(v) for v in keep.values()],
+                [max(v) for v in keep.values()],
+                color=look(method)["color"],
+                alpha=0.15,
+                lw=0,
+            )
     if "baseline" not in values:  # differences to it
-        ax.axhline(0, lw=2.5, **{k: v for k, v in look("baseline").items() if k == "color"}, zorder=1)
+        ax.axhline(
+            0, lw=2.5, **{k: v for k, v in look("baseline").items() if k == "color"}, zorder=1
+        )
     every = [x for by_lr in values.values() for v in by_lr.values() for x in v]
     if linear and max(map(abs, every), default=0) > 30 * linear:
         ax.set_yscale("symlog", linthresh=linear)
         low, high = min(0, *every), max(0, *every)
-        ax.set_ylim(2 * low - linear / 4, 2 * high + linear / 4)  # its own margins are those of a linear axis
+        # its own margins are those of a linear axis
+        ax.set_ylim(2 * low - linear / 4, 2 * high + linear / 4)
 
 
 def draw_sensitivity(ax, groups: dict, scales: list[str]) -> None:
-    """Against the number of parameters, with the standard deviation over seeds; only over all rates of a scale."""
-    sizes, told = {scale: size([r for (of, _), seeds in groups.items() if of == scale for by_lr in seeds.values()
-                                for r in by_lr.values()]) / 1e6 for scale in scales}, []
+    """
+    Against the number of parameters, with the standard deviation over seeds; only over all rates of
+    a scale.
+    """
+    sizes, told = (
+        {
+            scale: size(
+                [
+                    r
+                    for (of, _), seeds in groups.items()
+                    if of == scale
+                    for by_lr in seeds.values()
+                    for r in by_lr.values()
+                ]
+            )
+            / 1e6
+            for scale in scales
+        },
+        [],
+    )
     methods = list(dict.fromkeys(m for _, m in groups))
     for i, method in enumerate(methods):
         points = []
@@ -429,10 +681,19 @@ def draw_sensitivity(ax, groups: dict, scales: list[str]) -> None:
             s = summary(seeds, all_rates(groups, scale))
             values = [x for x in s["lrs_n1"] if math.isfinite(x)]
             if of == method and values and not s["rates"] and math.isfinite(sizes[scale]):
-                points.append((sizes[scale] * 1.03 ** (i - len(methods) / 2), *mean_sd(values)))  # beside each other
+                # beside each other
+                points.append((sizes[scale] * 1.03 ** (i - len(methods) / 2), *mean_sd(values)))
         if points:
             x, y, sd = zip(*points)
-            ax.errorbar(x, y, [0.0 if math.isnan(v) else v for v in sd], label=method, capsize=2, elinewidth=1, **look(method))
+            ax.errorbar(
+                x,
+                y,
+                [0.0 if math.isnan(v) else v for v in sd],
+                label=method,
+                capsize=2,
+                elinewidth=1,
+                **look(method),
+            )
             told += y
     ax.set(xlabel="parameters (millions)", ylabel="sensitivity to the learning rate")
     ticks = sorted(v for v in sizes.values() if math.isfinite(v))
@@ -449,7 +710,9 @@ def draw_sensitivity(ax, groups: dict, scales: list[str]) -> None:
 @dataclass
 class Tables:
     """overview.csv, report.md and centering.png of a sweep, or of the paper's loss_overview.csv."""
-    source: tyro.conf.Positional[str] = "logs/centering"  # folder of run folders, or an overview in CSV
+
+    # folder of run folders, or an overview in CSV
+    source: tyro.conf.Positional[str] = "logs/centering"
     out: str = "logs/report-centering"  # folder for what is written
 
 
@@ -460,15 +723,21 @@ def tables(options: Tables) -> int:
     else:
         rows = [row for p in sorted(source.glob("*/config.toml")) if (row := read_run(p.parent))]
     if not rows:
-        raise ReportError(f"{source}: no finished run and no overview; train with ./run.sh centering")
+        raise ReportError(
+            f"{source}: no finished run and no overview; train with ./run.sh centering"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_overview(rows, out / "overview.csv")
     found = sections(rows)
     draw(rows, out / "centering.png")
     body = "".join(f"\n## {title}\n\n```\n{text}\n```\n" for title, text in found.items())
-    notes = ("Means over seeds (sample standard deviation); !k: k runs more diverged. LRS: mean over the rates of\n"
-             "min(loss, initial loss) - best loss; `3 of 5!`: over 3 rates, when others have 5. In the figure bands are\n"
-             "ranges over seeds, bars standard deviations.")
+    notes = (
+        "Means over seeds (sample standard deviation); !k: k runs more diverged. LRS: mean "
+        "over the rates of\n"
+        "min(loss, initial loss) - best loss; `3 of 5!`: over 3 rates, when others have 5. In "
+        "the figure bands are\n"
+        "ranges over seeds, bars standard deviations."
+    )
     body = f"# Centering\n\n{notes}\n{body}\n![figures](centering.png)\n"
     (out / "report.md").write_text(body, encoding="utf-8")
     print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in found.items()))
@@ -483,7 +752,11 @@ def tables(options: Tables) -> int:
 
 @dataclass
 class Overhead:
-    """Time of a training step with each method over the baseline's: one model, its flags switched from step to step."""
+    """
+    Time of a training step with each method over the baseline's: one model, its flags switched from
+    step to step.
+    """
+
     config: tuple[str, ...] = ("centering_cpu",)  # presets
     flags: str = ""  # further flags of train_gpt.py, as in --flags="--compile 1 --dim 224"
     rounds: int = 500  # steps of every method; two minutes at centering_cpu
@@ -491,7 +764,10 @@ class Overhead:
 
 
 def switched_step(p, method: str, step: int):
-    """A training step of one method by a model that is made for any: what train_step asks for are fields of its Config."""
+    """
+    A training step of one method by a model that is made for any: what train_step asks for are
+    fields of its Config.
+    """
     import train_gpt as tg
 
     for k, v in (dict.fromkeys(("z_loss", "mu_loss", "mu_centering"), 0) | METHODS[method]).items():
@@ -499,10 +775,13 @@ def switched_step(p, method: str, step: int):
     return tg.train_step(p, step, p.plan.at(step, min(1.0, step / p.cfg.steps)))
 
 
-def step_times(p, methods: tuple[str, ...], rounds: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def step_times(
+    p, methods: tuple[str, ...], rounds: int, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     """
-    Seconds [rounds] of a step of each method; in every round they come in another order. On a CPU it is the time of this
-    process, which others lengthen little; on a GPU the time between two of its events.
+    Seconds [rounds] of a step of each method; in every round they come in another order. On a CPU
+    it is the time of this process, which others lengthen little; on a GPU the time between two of
+    its events.
     """
     import train_gpt as tg
 
@@ -527,8 +806,13 @@ def step_times(p, methods: tuple[str, ...], rounds: int, rng: np.random.Generato
     return took
 
 
-def median_ratio(values: np.ndarray, base: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Median of the paired differences in percent of the baseline's median, and its 95 % interval by bootstrap over rounds."""
+def median_ratio(
+    values: np.ndarray, base: np.ndarray, rng: np.random.Generator
+) -> tuple[float, float, float]:
+    """
+    Median of the paired differences in percent of the baseline's median, and its 95 % interval by
+    bootstrap over rounds.
+    """
     gap = 100 * (values - base) / np.median(base)
     resampled = np.median(rng.choice(gap, (2000, len(gap))), axis=1)
     return float(np.median(gap)), *map(float, np.quantile(resampled, (0.025, 0.975)))
@@ -537,7 +821,10 @@ def median_ratio(values: np.ndarray, base: np.ndarray, rng: np.random.Generator)
 def overhead(options: Overhead) -> int:
     import train_gpt as tg
 
-    methods, rng = ("baseline", "mu_centering", "mu_loss", "z_loss"), np.random.default_rng(options.seed)
+    methods, rng = (
+        ("baseline", "mu_centering", "mu_loss", "z_loss"),
+        np.random.default_rng(options.seed),
+    )
     cfg = tg.parse_args(["--config", *options.config, *options.flags.split(), "--epochs", "0"])
     if options.rounds < 10:
         raise ReportError(f"--rounds {options.rounds}: an interval needs 10 or more")
@@ -545,9 +832,14 @@ def overhead(options: Overhead) -> int:
         p = tg.build(cfg, run)
         took = step_times(p, methods, options.rounds, rng)
     clock = "between CUDA events" if run.device.type == "cuda" else "of the process"
-    print(f"{' '.join(options.config)} {options.flags}: {sum(q.numel() for q in p.model.parameters()):,} parameters, head of "
-          f"{p.model.logit_rows} x {cfg.dim}, {cfg.batch_tokens} tokens a step, {tg.device_name(run)}\nbaseline "
-          f"{1000 * np.median(took['baseline']):.2f} ms a step (time {clock}); {options.rounds} steps of each method, in turns")
+    print(
+        f"{' '.join(options.config)} {options.flags}: "
+        f"{sum(q.numel() for q in p.model.parameters()):,} parameters, head of "
+        f"{p.model.logit_rows} x {cfg.dim}, {cfg.batch_tokens} tokens a step, "
+        f"{tg.device_name(run)}\nbaseline "
+        f"{1000 * np.median(took['baseline']):.2f} ms a step (time {clock}); {options.rounds} "
+        "steps of each method, in turns"
+    )
     for method in methods[1:]:
         mid, low, high = median_ratio(took[method], took["baseline"], rng)
         print(f"{method:14} {mid:+.2f} % (95 %: {low:+.2f} to {high:+.2f})")
@@ -559,7 +851,11 @@ def main(argv: list[str] | None = None) -> int:
     verbs = {"sweep": (Sweep, sweep), "tables": (Tables, tables), "overhead": (Overhead, overhead)}
     verb = argv[0] if argv else ""
     if verb not in verbs:
-        print(f"usage: python logs/centering.py {'|'.join(verbs)} [flags]; --help behind a verb lists them", file=sys.stderr)
+        print(
+            f"usage: python logs/centering.py {'|'.join(verbs)} [flags]; --help behind a verb "
+            "lists them",
+            file=sys.stderr,
+        )
         return 2
 
     def work() -> int:

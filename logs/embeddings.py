@@ -1,12 +1,15 @@
-"""Statistics of embeddings and logits, as output-embedding centering is judged by (arXiv 2601.02031).
+"""Statistics of embeddings and logits, as output-embedding centering is judged by (arXiv
+2601.02031).
 
     python logs/report.py embeddings logs/RUN            # of its newest checkpoint, written beside it
     python logs/report.py embeddings logs/RUN/model.nrx  # or of an artifact, or of any checkpoint folder
 
-Keys are the columns of the paper's loss_overview.csv: `I.` is the input embedding, `O.` the output embedding (the head),
-`OC.` the head after subtracting its mean row mu, `H.` of hidden states. `O.ratio norm`, |mu| over the mean row norm, tells
-how anisotropic the rows are: 0 if they are centred, 1 if all are equal. Standard deviations have n - 1 below.
+Keys are the columns of the paper's loss_overview.csv: `I.` is the input embedding, `O.` the output
+embedding (the head), `OC.` the head after subtracting its mean row mu, `H.` of hidden states.
+`O.ratio norm`, |mu| over the mean row norm, tells how anisotropic the rows are: 0 if they are
+centred, 1 if all are equal. Standard deviations have n - 1 below.
 """
+
 import json
 import math
 import sys
@@ -30,30 +33,45 @@ from logs.endings import ending  # noqa: E402
 
 
 class LogitStatistics:
-    """Of any number of tokens, fed in pieces: what stays of a piece is five numbers a token, never its logits."""
+    """
+    Of any number of tokens, fed in pieces: what stays of a piece is five numbers a token, never its
+    logits.
+    """
 
     def __init__(self):
         self.columns, self.hidden_sum = [], 0.0
 
     def add(self, logits: Tensor, hidden: Tensor) -> None:
         """Logits [n, V] and the activations [n, D] that they were made of."""
-        columns = (logits.mean(-1), logits.std(-1), logits.abs().mean(-1), logits.abs().amax(-1), logits.logsumexp(-1))
+        columns = (
+            logits.mean(-1),
+            logits.std(-1),
+            logits.abs().mean(-1),
+            logits.abs().amax(-1),
+            logits.logsumexp(-1),
+        )
         self.columns.append(torch.stack(columns).double().cpu())
         self.hidden_sum = self.hidden_sum + hidden.double().sum(0).cpu()
 
     def result(self) -> tuple[dict[str, float], Tensor]:
         """The statistics by name, and the mean activation [D]."""
         mean, std, absmean, absmax, log_z = torch.cat(self.columns, dim=1)
-        return {"O.logits_mean_mean": mean.mean().item(), "O.logits_mean_std": std.mean().item(),
-                "O.logits_std_mean": mean.std().item(), "O.logits_std_std": std.std().item(),
-                "O.logits_mean_absmean": absmean.mean().item(), "O.logits_mean_absmax": absmax.mean().item(),
-                "H.mean_logsqZ": log_z.square().mean().item()}, self.hidden_sum / mean.numel()
+        return {
+            "O.logits_mean_mean": mean.mean().item(),
+            "O.logits_mean_std": std.mean().item(),
+            "O.logits_std_mean": mean.std().item(),
+            "O.logits_std_std": std.std().item(),
+            "O.logits_mean_absmean": absmean.mean().item(),
+            "O.logits_mean_absmax": absmax.mean().item(),
+            "H.mean_logsqZ": log_z.square().mean().item(),
+        }, self.hidden_sum / mean.numel()
 
 
 def row_statistics(e: Tensor, mu: Tensor | None = None) -> dict[str, float]:
     """
-    Norms of the rows e [V, D], the norm of their mean, their products and cosines with mu (their own mean, unless given).
-    centering_ratio is the paper's B_ratio: the largest |projection on mu| behind centering over the one before.
+    Norms of the rows e [V, D], the norm of their mean, their products and cosines with mu (their
+    own mean, unless given). centering_ratio is the paper's B_ratio: the largest |projection on mu|
+    behind centering over the one before.
     """
     norms, own = e.norm(dim=1), e.mean(0)
     mu = own if mu is None else mu
@@ -64,12 +82,18 @@ def row_statistics(e: Tensor, mu: Tensor | None = None) -> dict[str, float]:
     out |= {"mu norm": own.norm(), "ratio norm": own.norm() / norms.mean().clamp_min(1e-300)}
     out |= {f"{word} aligndot": f(dots) for word, f in words.items()}
     out |= {f"{word} aligncos": f(cosines) for word, f in words.items()}
-    return {k: v.item() for k, v in out.items()} | {"centering_ratio": b_ratio(*(x.item() for x in (
-        own.square().sum(), dots.amin(), dots.amax())), norms.mean().item())}
+    return {k: v.item() for k, v in out.items()} | {
+        "centering_ratio": b_ratio(
+            *(x.item() for x in (own.square().sum(), dots.amin(), dots.amax())), norms.mean().item()
+        )
+    }
 
 
 def b_ratio(square: float, low: float, high: float, mean_norm: float = 1.0) -> float:
-    """From |mu|^2 and the least and largest e_i.mu; 1 where there is no mean to speak of (0/0 up to rounding)."""
+    """
+    From |mu|^2 and the least and largest e_i.mu; 1 where there is no mean to speak of (0/0 up to
+    rounding).
+    """
     if square <= (1e-6 * mean_norm) ** 2:
         return 1.0
     below, above = square - low, high - square
@@ -78,9 +102,10 @@ def b_ratio(square: float, low: float, high: float, mean_norm: float = 1.0) -> f
 
 def spectrum(e: Tensor) -> dict[str, float]:
     """
-    Least and largest singular value of e [V, D], and isotropy: the least over the largest Z(c) = sum_i exp(e_i.c) for c
-    any eigenvector of e^T e, of either sign (Mu & Viswanath 2018). Named otherwise than the published `isotropy`, which
-    takes one sign, as the eigensolver leaves it; so is the ratio of the two, published in percent.
+    Least and largest singular value of e [V, D], and isotropy: the least over the largest Z(c) =
+    sum_i exp(e_i.c) for c any eigenvector of e^T e, of either sign (Mu & Viswanath 2018). Named
+    otherwise than the published `isotropy`, which takes one sign, as the eigensolver leaves it; so
+    is the ratio of the two, published in percent.
     """
     if not e.isfinite().all():
         return dict.fromkeys(("isotropy of both signs", "Smin", "Smax", "Smin over Smax"), math.nan)
@@ -88,24 +113,44 @@ def spectrum(e: Tensor) -> dict[str, float]:
     singular = values.clamp_min(0).sqrt()
     projections = e @ vectors
     log_z = torch.cat([projections.logsumexp(0), (-projections).logsumexp(0)])
-    return {"isotropy of both signs": (log_z.min() - log_z.max()).exp().item(), "Smin": singular[0].item(),
-            "Smax": singular[-1].item(), "Smin over Smax": (singular[0] / singular[-1]).item()}
+    return {
+        "isotropy of both signs": (log_z.min() - log_z.max()).exp().item(),
+        "Smin": singular[0].item(),
+        "Smax": singular[-1].item(),
+        "Smin over Smax": (singular[0] / singular[-1]).item(),
+    }
 
 
 @torch.no_grad()
-def statistics(model: tg.GPT, val: tg.Validation | None, shape: tg.Shape, tokens: int) -> tuple[dict[str, float], int]:
-    """Everything about the embeddings, and about logits on the first tokens of validation text; and on how many there were."""
+def statistics(
+    model: tg.GPT, val: tg.Validation | None, shape: tg.Shape, tokens: int
+) -> tuple[dict[str, float], int]:
+    """
+    Everything about the embeddings, and about logits on the first tokens of validation text; and on
+    how many there were.
+    """
     head = model.head[: model.logit_rows].detach().double()  # rows without logits are no part of it
-    tables = {"I": head if model.embed is None else model.embed[: model.logit_rows].detach().double(), "O": head}
-    out = {f"{k}.{name}": x for k, e in tables.items() for name, x in (row_statistics(e) | spectrum(e)).items()}
-    out |= {f"OC.{name}": x for name, x in row_statistics(head - head.mean(0), head.mean(0)).items()}
+    tables = {
+        "I": head if model.embed is None else model.embed[: model.logit_rows].detach().double(),
+        "O": head,
+    }
+    out = {
+        f"{k}.{name}": x
+        for k, e in tables.items()
+        for name, x in (row_statistics(e) | spectrum(e)).items()
+    }
+    out |= {
+        f"OC.{name}": x for name, x in row_statistics(head - head.mean(0), head.mean(0)).items()
+    }
     tokens = min(tokens, val.scored if val else 0)
     if not tokens:
         return out, 0
     seen = LogitStatistics()
     for low in range(0, -(-tokens // val.seq_len), shape.rows):
         x, _ = val.batch(range(low, low + shape.rows), head.device, shape.rows)
-        hidden = model.hidden(x, shape.repeats, shape.window).flatten(0, 1)[: tokens - low * val.seq_len]
+        hidden = model.hidden(x, shape.repeats, shape.window).flatten(0, 1)[
+            : tokens - low * val.seq_len
+        ]
         for piece in hidden.split(model.cfg.loss_chunk):
             seen.add(model.logits(piece), piece)
     logits, mean = seen.result()
@@ -123,7 +168,10 @@ def during_training(p: tg.Parts, now: tg.Now) -> dict[str, float]:
 
 
 def of_source(where: str, tokens: int) -> tuple[dict, Path]:
-    """Statistics of a run folder's newest checkpoint (else its artifact), a checkpoint folder or an artifact; their file."""
+    """
+    Statistics of a run folder's newest checkpoint (else its artifact), a checkpoint folder or an
+    artifact; their file.
+    """
     cfg, named, path = tg.open_source(where, exact=True)
     plan = tg.Plan(cfg)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
@@ -136,12 +184,18 @@ def of_source(where: str, tokens: int) -> tuple[dict, Path]:
         val = None
     shape = plan.eval_shape(plan.at(cfg.steps, 1.0))
     values, tokens = statistics(model, val, shape, tokens)
-    return {"source": str(path), "tokens": tokens, **values}, (path if path.is_dir() else path.parent)
+    return {"source": str(path), "tokens": tokens, **values}, (
+        path if path.is_dir() else path.parent
+    )
 
 
 @dataclass
 class EmbeddingOptions:
-    """Statistics of embeddings and logits of checkpoints and artifacts, written as embeddings.json beside each."""
+    """
+    Statistics of embeddings and logits of checkpoints and artifacts, written as embeddings.json
+    beside each.
+    """
+
     runs: tyro.conf.Positional[tuple[str, ...]]  # run folders, checkpoint folders or artifacts
     tokens: int = 131072  # tokens of validation text that the statistics of logits are about
 
@@ -152,7 +206,9 @@ def embeddings(options: EmbeddingOptions) -> int:
         (folder / "embeddings.json").write_text(
             json.dumps(found, indent=1) + "\n", encoding="utf-8"
         )
-        print(f"{found.pop('source')} ({found.pop('tokens')} tokens) -> {folder / 'embeddings.json'}")
+        print(
+            f"{found.pop('source')} ({found.pop('tokens')} tokens) -> {folder / 'embeddings.json'}"
+        )
         groups: dict[str, dict[str, float]] = {}
         for key, value in found.items():
             prefix, name = key.split(".", 1)
@@ -160,13 +216,20 @@ def embeddings(options: EmbeddingOptions) -> int:
         columns = [c for c in ("I", "O", "OC", "H") if any(c in g for g in groups.values())]
         print(f"{'':18}" + "".join(f"{c:>14}" for c in columns))
         for name, values in groups.items():
-            print(f"{name:18}" + "".join(f"{values[c]:14.6g}" if c in values else " " * 14 for c in columns))
+            print(
+                f"{name:18}"
+                + "".join(f"{values[c]:14.6g}" if c in values else " " * 14 for c in columns)
+            )
     return 0
 
 
 def main(argv: list[str]) -> int:
     if not argv:
-        print("usage: report.py embeddings RUN... [--tokens N]: run folders, checkpoint folders or artifacts", file=sys.stderr)
+        print(
+            "usage: report.py embeddings RUN... [--tokens N]: run folders, checkpoint folders "
+            "or artifacts",
+            file=sys.stderr,
+        )
         return 2
     return ending(
         "error",

@@ -1,4 +1,5 @@
-"""The project's sources as one file that runs alone, for leaderboards that count the bytes of the code.
+"""The project's sources as one file that runs alone, for leaderboards that count the bytes of the
+code.
 
     python logs/pack.py --out packed/train_gpt.py              # train_gpt.py with all that it imports of the project
     python logs/pack.py golf.py --out packed/golf.py            # the same with golf.py as the program
@@ -7,10 +8,11 @@
     torchrun --standalone --nproc_per_node=8 -- packed/train_gpt.py --config golf_progressive
     python packed/train_gpt.py golf score logs/RUN             # a module's name first: that one is the program
 
-A packed file behaves as the program it was made of: the same flags and help, the same numbers. It logs and counts itself
-as its source. Comments, docstrings and spaces are left out, except for those that --help prints; the code that remains
-is the same to the last node of its syntax tree (checked here at every packing). One file is read for each module:
-LZMA, base 85, and a loader that registers the modules.
+A packed file behaves as the program it was made of: the same flags and help, the same numbers. It
+logs and counts itself as its source. Comments, docstrings and spaces are left out, except for those
+that --help prints; the code that remains is the same to the last node of its syntax tree (checked
+here at every packing). One file is read for each module: LZMA, base 85, and a loader that registers
+the modules.
 """
 
 import ast
@@ -33,13 +35,19 @@ if str(ROOT) not in sys.path:  # started as a script, which sees its own folder 
 from logs.endings import ending  # noqa: E402
 
 MARK = "#module "  # begins the line before each module in the packed text
-LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]  # pb 0: text has no alignment
-FSTRING_START, FSTRING_END = getattr(tokenize, "FSTRING_START", -1), getattr(tokenize, "FSTRING_END", -1)  # Python 3.12
+# pb 0: text has no alignment
+LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]
+# Python 3.12
+FSTRING_START, FSTRING_END = (
+    getattr(tokenize, "FSTRING_START", -1),
+    getattr(tokenize, "FSTRING_END", -1),
+)
 
-# Every module keeps its place in the whole text as line numbers, and linecache holds that text under the name of the
-# packed file: so inspect, tyro's --help and tracebacks find the source (the interpreter's own printer of tracebacks asks
-# no linecache, hence the hook). The program runs as the file itself.
-LOADER = '''\
+# Every module keeps its place in the whole text as line numbers, and linecache holds that text
+# under the name of the packed file: so inspect, tyro's --help and tracebacks find the source (the
+# interpreter's own printer of tracebacks asks no linecache, hence the hook). The program runs as
+# the file itself.
+LOADER = """\
 # {names}, packed by logs/pack.py; `python logs/pack.py --unpack` shows what is inside
 def packed(data):
  import base64,linecache,lzma,sys,traceback
@@ -65,7 +73,7 @@ def packed(data):
  return program(sys.argv.pop(1) if __name__=="__main__" and sys.argv[1:2] and sys.argv[1] in parts else "{entry}")
 packed=packed("{data}")
 exec(packed)
-'''
+"""
 
 
 class PackError(Exception):
@@ -99,26 +107,48 @@ def modules_of(paths: list[Path], root: Path = ROOT) -> list[Path]:
 
 
 def is_dataclass(node: ast.AST) -> bool:
-    return isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list)
+    return isinstance(node, ast.ClassDef) and any(
+        "dataclass" in ast.unparse(d) for d in node.decorator_list
+    )
 
 
 def docstrings(tree: ast.Module, source: str) -> list[tuple[ast.AST, ast.Expr]]:
-    """Docstrings that nothing prints, each with its owner: not a dataclass's, and not that of a module that uses its own."""
+    """
+    Docstrings that nothing prints, each with its owner: not a dataclass's, and not that of a module
+    that uses its own.
+    """
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    owners = [node for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None]
-    return [(node, node.body[0]) for node in owners
-            if not (is_dataclass(node) or (isinstance(node, ast.Module) and "__doc__" in source))]
+    owners = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None
+    ]
+    return [
+        (node, node.body[0])
+        for node in owners
+        if not (is_dataclass(node) or (isinstance(node, ast.Module) and "__doc__" in source))
+    ]
 
 
 def minify(source: str) -> str:
-    """The source without comments, docstrings, blank lines and needless spaces. Help texts stay: comments behind the
-    fields of dataclasses, their docstrings, and that of a module that uses `__doc__`."""
+    """The source without comments, docstrings, blank lines and needless spaces. Help texts stay:
+    comments above and behind the fields of dataclasses, their docstrings, and that of a module that
+    uses `__doc__`.
+    """
     tree, lines = ast.parse(source), source.splitlines(keepends=True)
     unread = docstrings(tree, source)
     skip = {text.lineno: "" if len(node.body) > 1 else "pass" for node, text in unread}
-    help_lines = {field.end_lineno for node in ast.walk(tree) if is_dataclass(node)
-                  for field in node.body if isinstance(field, ast.AnnAssign)}
-    out, depth, fresh, f_strings = [], 0, True, []  # fresh: at the start of a line; f_strings: where open ones began
+    help_lines = set()
+    for node in filter(is_dataclass, ast.walk(tree)):
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign):
+                help_lines.add(field.end_lineno)
+                above = field.lineno - 1
+                while lines[above - 1].lstrip().startswith("#"):
+                    help_lines.add(above)
+                    above -= 1
+    # fresh: at the start of a line; f_strings: where open ones began
+    out, depth, fresh, f_strings = [], 0, True, []
 
     def word(character: str) -> bool:
         return character.isalnum() or character == "_"
@@ -127,7 +157,9 @@ def minify(source: str) -> str:
         kind, text, begin, end, _ = token
         if kind == FSTRING_START:
             f_strings.append(begin)
-        if f_strings:  # Python 3.12 cuts f-strings into tokens that do not give the text back: take it from the source
+        # Python 3.12 cuts f-strings into tokens that do not give the text back: take it from the
+        # source
+        if f_strings:
             if kind != FSTRING_END:
                 continue
             begin = f_strings.pop()
@@ -137,19 +169,27 @@ def minify(source: str) -> str:
             rows[-1] = rows[-1][: end[1]]
             text = "".join(rows)[begin[1] :]
         depth += (kind == tokenize.INDENT) - (kind == tokenize.DEDENT)
-        if kind == tokenize.COMMENT and begin[0] in help_lines and not fresh:
-            out.append(" " + text)
+        if kind == tokenize.COMMENT and begin[0] in help_lines:
+            out.append(f"{text}\n" if fresh else f" {text}")
         elif kind == tokenize.NEWLINE:
             out += [] if fresh else ["\n"]
             fresh = True
-        elif kind not in (tokenize.INDENT, tokenize.DEDENT, tokenize.NL, tokenize.COMMENT, tokenize.ENDMARKER):
+        elif kind not in (
+            tokenize.INDENT,
+            tokenize.DEDENT,
+            tokenize.NL,
+            tokenize.COMMENT,
+            tokenize.ENDMARKER,
+        ):
             if fresh and begin[0] in skip:
                 text = skip[begin[0]]
             if not text:
                 continue
             if fresh:
                 out.append(" " * depth)
-            elif (word(out[-1][-1]) or out[-1][-1] in "'\"") and (word(text[0]) or text[0] in "'\""):
+            elif (word(out[-1][-1]) or out[-1][-1] in "'\"") and (
+                word(text[0]) or text[0] in "'\""
+            ):
                 out.append(" ")
             out.append(text)
             fresh = False
@@ -162,16 +202,22 @@ def minify(source: str) -> str:
 
 def pack(paths: list[Path], root: Path = ROOT) -> str:
     """The text of one Python file that runs as paths[0] does, with the other modules inside."""
-    texts = [f"{MARK}{module_name(path, root)}\n{minify(path.read_text(encoding='utf-8'))}"
-             for path in paths]
+    texts = [
+        f"{MARK}{module_name(path, root)}\n{minify(path.read_text(encoding='utf-8'))}"
+        for path in paths
+    ]
     assert all(text.count(MARK) == 1 for text in texts), f"a module contains {MARK!r}"
-    data = base64.b85encode(lzma.compress("".join(texts).encode(), format=lzma.FORMAT_ALONE, filters=LZMA)).decode()
+    data = base64.b85encode(
+        lzma.compress("".join(texts).encode(), format=lzma.FORMAT_ALONE, filters=LZMA)
+    ).decode()
     names = ", ".join(path.relative_to(root).as_posix() for path in paths)
     return LOADER.format(names=names, mark=MARK, data=data, entry=module_name(paths[0], root))
 
 
 def unpack(text: str) -> dict[str, str]:
-    """Name of a module -> its minified source, from the text of a packed file; nothing of it is run."""
+    """
+    Name of a module -> its minified source, from the text of a packed file; nothing of it is run.
+    """
     found = re.search(r'^packed=packed\("([^"]+)"\)', text, re.MULTILINE)
     if not found:
         raise PackError("this is no file that logs/pack.py wrote; give one that it did")
@@ -191,8 +237,10 @@ def unpack(text: str) -> dict[str, str]:
 class Options:
     """One self-contained file out of the project's sources."""
 
-    sources: tyro.conf.Positional[tuple[str, ...]] = ("train_gpt.py",)  # the program first; what they import follows by itself
-    out: str = "packed/train_gpt.py"  # the file to write; with --unpack, a folder that is not there yet
+    # the program first; what they import follows by itself
+    sources: tyro.conf.Positional[tuple[str, ...]] = ("train_gpt.py",)
+    # the file to write; with --unpack, a folder that is not there yet
+    out: str = "packed/train_gpt.py"
     unpack: str = ""  # a packed file to take apart
 
 
@@ -203,7 +251,10 @@ def write(options: Options) -> None:
         out.mkdir(parents=True)
         for name, source in sources.items():
             (out / f"{name}.py").write_text(source, encoding="utf-8")
-        print(f"{out}: {', '.join(f'{name}.py' for name in sources)}, without comments as they were packed")
+        print(
+            f"{out}: {', '.join(f'{name}.py' for name in sources)}, without comments as they "
+            "were packed"
+        )
         return
     paths = [Path(source).resolve() for source in options.sources]
     for path in paths:
@@ -213,16 +264,25 @@ def write(options: Options) -> None:
         paths = modules_of(paths)
     except (SyntaxError, UnicodeDecodeError) as error:
         raise PackError(f"{paths[0].name}, or what it imports, is no Python: {error}") from error
-    if any((out.parent / path.name).exists() for path in paths if path.name != out.name) or out.resolve() in paths:
-        raise PackError(f"--out {out} lies beside sources of the same names, which it would log and count; write to "
-                        "a folder of its own, for example packed/")
+    if (
+        any((out.parent / path.name).exists() for path in paths if path.name != out.name)
+        or out.resolve() in paths
+    ):
+        raise PackError(
+            f"--out {out} lies beside sources of the same names, which it would log and count; "
+            "write to "
+            "a folder of its own, for example packed/"
+        )
     text = pack(paths)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, out)
     before = sum(path.stat().st_size for path in paths)
-    print(f"{out}: {len(text.encode())} bytes from {before} ({', '.join(path.name for path in paths)})")
+    print(
+        f"{out}: {len(text.encode())} bytes from {before} "
+        f"({', '.join(path.name for path in paths)})"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,16 +1,19 @@
-"""Tables, statistics, verdicts and plots over training logs: ours, modded-nanogpt's and parameter-golf's.
+"""Tables, statistics, verdicts and plots over training logs: ours, modded-nanogpt's and
+parameter-golf's.
 
     python logs/report.py logs/remix_*                      # run folders of one experiment
     python logs/report.py logs --baseline A                 # every run below a folder
     python logs/report.py records/2025-01-04_SoftCap --rule configs/remix_m.toml       # upstream .txt logs
     python logs/report.py embeddings logs/RUN               # statistics of embeddings and logits (logs/embeddings.py)
 
-Runs are grouped by `arm`, and arms are paired by seed where both have it. Losses are nats per token, bpb is
-bits per byte, lower is better everywhere. `+-` is the sample standard deviation over seeds (n - 1 in the
-denominator), never the error of the mean. All p-values are one-sided. OUT/report.md gets what is printed.
+Runs are grouped by `arm`, and arms are paired by seed where both have it. Losses are nats per
+token, bpb is bits per byte, lower is better everywhere. `+-` is the sample standard deviation over
+seeds (n - 1 in the denominator), never the error of the mean. All p-values are one-sided.
+OUT/report.md gets what is printed.
 
 Contents: reading logs | statistics | verdict of a track's rule | tables | plots | command line
 """
+
 import glob
 import json
 import math
@@ -31,38 +34,91 @@ if str(ROOT) not in sys.path:  # started as a script, which sees its own folder 
 
 from logs.endings import ending  # noqa: E402
 
-METRICS = ("val_loss", "val_bpb", "roundtrip_val_bpb", "sliding_val_bpb", "mixed_val_bpb", "ttt_val_bpb")
+METRICS = (
+    "val_loss",
+    "val_bpb",
+    "roundtrip_val_bpb",
+    "sliding_val_bpb",
+    "mixed_val_bpb",
+    "ttt_val_bpb",
+)
 # what slowrun.py adds: all but the last step's loss, and the least of them
-EPOCHS = {"val_loss_best_epoch": "best epoch", "val_loss_ema": "ema", "val_loss_prob_equal": "probs", "val_loss_prob_recency":
-          "by recency", "val_loss_weights_equal": "weights", "val_loss_weights_recency": "by recency",
-          "slowrun_val_loss": "least"}
-COSTS = ("steps", "tokens", "train_time_s", "wall_time_s", "eval_time_s", "artifact_bytes", "total_bytes",
-         "peak_memory_bytes")
+EPOCHS = {
+    "val_loss_best_epoch": "best epoch",
+    "val_loss_ema": "ema",
+    "val_loss_prob_equal": "probs",
+    "val_loss_prob_recency": "by recency",
+    "val_loss_weights_equal": "weights",
+    "val_loss_weights_recency": "by recency",
+    "slowrun_val_loss": "least",
+}
+COSTS = (
+    "steps",
+    "tokens",
+    "train_time_s",
+    "wall_time_s",
+    "eval_time_s",
+    "artifact_bytes",
+    "total_bytes",
+    "peak_memory_bytes",
+)
 # the config fields that hold a track's rule, with the values that ask for nothing
-RULE = {"rule_metric": "val_loss", "rule_target": 0.0, "rule_margin": 0.0, "rule_p": 0.0, "rule_z": 0.0,
-        "rule_max_seconds": 0.0, "rule_max_bytes": 0}
+RULE = {
+    "rule_metric": "val_loss",
+    "rule_target": 0.0,
+    "rule_margin": 0.0,
+    "rule_p": 0.0,
+    "rule_z": 0.0,
+    "rule_max_seconds": 0.0,
+    "rule_max_bytes": 0,
+}
 # config fields that name a run or say where it is kept, not how it is trained
-NAMES = {"config", "preset", "run", "arm", "seed", "log_dir", "resume", "wandb", "keep", "save_every",
-         "save_last", "log_every"}
-SCHEDULES = {"lr": "lr", "momentum": "momentum", "weight_decay": "weight decay", "repeats": "repeats",
-             "seq_len": "row length (tokens)", "window": "window (tokens)", "batch_tokens": "batch (tokens)"}
+NAMES = {
+    "config",
+    "preset",
+    "run",
+    "arm",
+    "seed",
+    "log_dir",
+    "resume",
+    "wandb",
+    "keep",
+    "save_every",
+    "save_last",
+    "log_every",
+}
+SCHEDULES = {
+    "lr": "lr",
+    "momentum": "momentum",
+    "weight_decay": "weight decay",
+    "repeats": "repeats",
+    "seq_len": "row length (tokens)",
+    "window": "window (tokens)",
+    "batch_tokens": "batch (tokens)",
+}
 # the colour-blind safe palette of Okabe and Ito, without its yellow
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 WIDTH = 110  # columns of the console
 
 
 class ReportError(Exception):
-    """Bad input: what was given, why it cannot work, what to do. Ends the program with exit code 2."""
+    """
+    Bad input: what was given, why it cannot work, what to do. Ends the program with exit code 2.
+    """
 
 
 ########################################
 #             Reading logs             #
 ########################################
 
+
 @dataclass
 class Run:
-    """One training run, whoever logged it. `result` has the keys of result.json, with times in seconds; `val`
-    and `train` hold what was logged, by rising step, as dicts with the keys of metrics.jsonl."""
+    """One training run, whoever logged it. `result` has the keys of result.json, with times in
+    seconds; `val` and `train` hold what was logged, by rising step, as dicts with the keys of
+    metrics.jsonl.
+    """
+
     name: str
     arm: str
     seed: int | None = None
@@ -83,13 +139,17 @@ class Run:
         of = self.val[-1].get("steps", "?") if self.val else self.config.get("steps", "?")
         marks = [] if self.finished else [f"unfinished {at}/{of}"]
         marks += ["resumed"] * self.resumed
-        marks += ["diverged"] * any(not math.isfinite(event.get("val_loss", 0.0)) for event in self.val[-1:])
+        marks += ["diverged"] * any(
+            not math.isfinite(event.get("val_loss", 0.0)) for event in self.val[-1:]
+        )
         return ", ".join(marks) or "ok"
 
 
 def settle(run: Run, events: list[dict]) -> Run:
-    """Sort events into run.val and run.train. A step smaller than the one before means that the run went back
-    to a checkpoint: what it had logged beyond that step is no longer part of it, and later lines win."""
+    """Sort events into run.val and run.train. A step smaller than the one before means that the run
+    went back to a checkpoint: what it had logged beyond that step is no longer part of it, and
+    later lines win.
+    """
     kept, before = {}, -1
     for event in events:
         step = event["step"]
@@ -106,7 +166,10 @@ def settle(run: Run, events: list[dict]) -> Run:
 
 
 def step_event(step: str, steps: str, pairs: str) -> dict:
-    """One `step:125/2500 key:value ...` line. Upstream writes times as `12345ms`, or `12.345s` in track 3."""
+    """
+    One `step:125/2500 key:value ...` line. Upstream writes times as `12345ms`, or `12.345s` in
+    track 3.
+    """
     kind = "val" if re.search(r"\bval_loss:", pairs) else "train"
     event = {"kind": kind, "step": int(step), "steps": int(steps)}
     pair = r"\b([a-z]\w*):([-+]?[\d.]+(?:e[-+]?\d+)?|nan|inf)(ms|s)?(?!\S)"
@@ -152,22 +215,36 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def parse_log(text: str) -> tuple[list[dict], dict]:
-    """Events and final numbers of a text log: ours, modded-nanogpt's or parameter-golf's, with the lines that
-    progressive depth added. Patterns are anchored at the start of a line and applied only after the line of
-    100 '=' that ends the embedded sources, because those contain the same words."""
+    """Events and final numbers of a text log: ours, modded-nanogpt's or parameter-golf's, with the
+    lines that progressive depth added. Patterns are anchored at the start of a line and applied
+    only after the line of 100 '=' that ends the embedded sources, because those contain the same
+    words.
+    """
     text = re.split(r"^={100}$", plain(text), maxsplit=1, flags=re.MULTILINE)[-1]
-    finals = {"sliding": "sliding_val_bpb", "ttt": "ttt_val_bpb", "hedge": "mixed_val_bpb", "mixture": "mixed_val_bpb",
-              "roundtrip": "roundtrip_val_bpb"}
-    counts = {r"(?:seed:|Using seed=)": "seed", "model_params:": "params", "world_size:": "world_size",
-              "Code size: ": "code_bytes", "peak memory allocated: ": "peak_memory_bytes",
-              # a line without the codec's name is about the raw model, not the artifact
-              r"Serialized model [^\s:]+: ": "artifact_bytes",
-              r"Total submission size [^\s:]+: ": "total_bytes"}
+    finals = {
+        "sliding": "sliding_val_bpb",
+        "ttt": "ttt_val_bpb",
+        "hedge": "mixed_val_bpb",
+        "mixture": "mixed_val_bpb",
+        "roundtrip": "roundtrip_val_bpb",
+    }
+    counts = {
+        r"(?:seed:|Using seed=)": "seed",
+        "model_params:": "params",
+        "world_size:": "world_size",
+        "Code size: ": "code_bytes",
+        "peak memory allocated: ": "peak_memory_bytes",
+        # a line without the codec's name is about the raw model, not the artifact
+        r"Serialized model [^\s:]+: ": "artifact_bytes",
+        r"Total submission size [^\s:]+: ": "total_bytes",
+    }
     events, facts, exact, phase = [], {}, set(), {}
     for line in text.splitlines():
         if m := re.match(r"step:(\d+)/(\d+) (.*)", line):
             events.append(phase | step_event(*m.groups()))
-        elif m := re.match(r"final_(\w+?)(_exact)? val_loss:\S+ val_bpb:(\S+)(?:.*eval_time:(\d+)ms)?", line):
+        elif m := re.match(
+            r"final_(\w+?)(_exact)? val_loss:\S+ val_bpb:(\S+)(?:.*eval_time:(\d+)ms)?", line
+        ):
             metric = next((name for word, name in finals.items() if word in m[1]), m[1])
             if m[2] or metric not in exact:  # eight digits beat four, whichever come first
                 facts[metric] = float(m[3])
@@ -186,12 +263,16 @@ def parse_log(text: str) -> tuple[list[dict], dict]:
 
 
 def name_parts(path: Path) -> tuple[str, int | None]:
-    """(arm, seed) from a log's name: `m_s3` and `m_seed3.txt` are seed 3 of m. A run id says nothing, so then
-    the folder is the arm, as in the record folders (`baseline/<uuid>.txt`, `this_pr/<uuid>.txt`)."""
+    """(arm, seed) from a log's name: `m_s3` and `m_seed3.txt` are seed 3 of m. A run id says
+    nothing, so then the folder is the arm, as in the record folders (`baseline/<uuid>.txt`,
+    `this_pr/<uuid>.txt`).
+    """
     stem = path.stem if path.suffix in (".txt", ".log") else path.name
     m = re.search(r"(?:^|[_.-])s(?:eed)?[_-]?(\d+)$", stem)
-    arm, seed = (stem[:m.start()], int(m[1])) if m else (stem, None)
-    if arm in ("", "train", "log") or re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", arm):
+    arm, seed = (stem[: m.start()], int(m[1])) if m else (stem, None)
+    if arm in ("", "train", "log") or re.fullmatch(
+        r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", arm
+    ):
         arm = path.resolve().parent.name
     return arm, seed
 
@@ -201,7 +282,10 @@ def is_run_folder(path: Path) -> bool:
 
 
 def load_folder(path: Path) -> Run:
-    """A run folder of ours. Only finished runs have a result.json; metrics.jsonl is exact, log.txt rounds."""
+    """
+    A run folder of ours. Only finished runs have a result.json; metrics.jsonl is exact, log.txt
+    rounds.
+    """
     run, events = Run(path.name, *name_parts(path)), []
     log = ""
     if (path / "log.txt").is_file():
@@ -211,12 +295,17 @@ def load_folder(path: Path) -> Run:
             run.config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
         if (path / "result.json").is_file():
             run.result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-            odd = [key for key in (*METRICS, *EPOCHS, *COSTS, "seed")
-                   if not isinstance(run.result.get(key), int | float | None)]
+            odd = [
+                key
+                for key in (*METRICS, *EPOCHS, *COSTS, "seed")
+                if not isinstance(run.result.get(key), int | float | None)
+            ]
             if odd:
                 raise ValueError(f"{odd[0]} = {run.result[odd[0]]!r} is no number")
     except (ValueError, AttributeError) as error:  # AttributeError: JSON, but no object
-        raise ReportError(f"{path}: config.toml or result.json is damaged: {error}; leave it out") from error
+        raise ReportError(
+            f"{path}: config.toml or result.json is damaged: {error}; leave it out"
+        ) from error
     if (path / "metrics.jsonl").is_file():
         events = [
             event
@@ -227,15 +316,20 @@ def load_folder(path: Path) -> Run:
         events, facts = parse_log(log)
         run.result = facts | run.result
     known = run.config | run.result
-    run.arm, run.seed = known.get("arm") or known.get("preset") or run.arm, known.get("seed", run.seed)
+    run.arm, run.seed = (
+        known.get("arm") or known.get("preset") or run.arm,
+        known.get("seed", run.seed),
+    )
     run.finished = (path / "result.json").is_file()
     run.resumed = bool(run.result.get("resumed") or re.search(r"^resumed:", log, re.MULTILINE))
     return settle(run, events)
 
 
 def load_text(path: Path) -> list[Run]:
-    """The runs of an upstream log: one, or several if a script trained trial after trial into one file.
-    Upstream trainers cannot resume, so a step that goes back starts a new run. No step lines, no runs."""
+    """The runs of an upstream log: one, or several if a script trained trial after trial into one
+    file. Upstream trainers cannot resume, so a step that goes back starts a new run. No step lines,
+    no runs.
+    """
     events, facts = parse_log(path.read_bytes().decode(errors="replace"))
     starts = [i for i in range(len(events)) if i == 0 or events[i]["step"] < events[i - 1]["step"]]
     arm, seed = name_parts(path)
@@ -244,7 +338,7 @@ def load_text(path: Path) -> list[Run]:
         run = Run(path.stem, arm, facts.get("seed", seed), result=dict(facts))
         if len(starts) > 1:
             run.name, run.seed = f"{path.stem}#{i + 1}", None
-        settle(run, events[start:[*starts, len(events)][i + 1]])
+        settle(run, events[start : [*starts, len(events)][i + 1]])
         if run.val:
             run.finished = run.val[-1]["step"] == run.val[-1]["steps"] or "stopped_by_cap" in facts
             runs.append(run)
@@ -252,13 +346,21 @@ def load_text(path: Path) -> list[Run]:
 
 
 def find_runs(arguments: list[str]) -> list[Run]:
-    """Runs given by run folders, folders of runs or logs, globs and log files; in that order, each once."""
+    """
+    Runs given by run folders, folders of runs or logs, globs and log files; in that order, each
+    once.
+    """
     found: dict[Path, list[Run]] = {}
     for argument in arguments:
-        paths = [Path(p) for p in ([argument] if Path(argument).exists() else sorted(glob.glob(argument)))]
+        paths = [
+            Path(p)
+            for p in ([argument] if Path(argument).exists() else sorted(glob.glob(argument)))
+        ]
         if not paths:
-            raise ReportError(f"no run {argument}: no such folder or file and nothing that it matches; runs "
-                              "are the folders in logs/, try `python logs/report.py logs`")
+            raise ReportError(
+                f"no run {argument}: no such folder or file and nothing that it matches; runs "
+                "are the folders in logs/, try `python logs/report.py logs`"
+            )
         here = []
         for path in paths:
             if path.is_file() and is_run_folder(path.parent):
@@ -273,9 +375,11 @@ def find_runs(arguments: list[str]) -> list[Run]:
                     found[p.resolve()] = load_text(p)
                 here += found.get(p.resolve(), [])
         if not here:
-            raise ReportError(f"no run in {argument}: a run folder has config.toml, metrics.jsonl or "
-                              "result.json, an upstream log is a .txt or .log file with lines such as "
-                              "`step:125/2500 val_loss:4.6412 train_time:18311ms`")
+            raise ReportError(
+                f"no run in {argument}: a run folder has config.toml, metrics.jsonl or "
+                "result.json, an upstream log is a .txt or .log file with lines such as "
+                "`step:125/2500 val_loss:4.6412 train_time:18311ms`"
+            )
     return [run for runs in found.values() for run in runs]
 
 
@@ -283,16 +387,21 @@ def find_runs(arguments: list[str]) -> list[Run]:
 #              Statistics              #
 ########################################
 
+
 def mean_sd(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation: nan where there are too few values, exactly 0 for equal ones."""
+    """
+    Mean and sample standard deviation: nan where there are too few values, exactly 0 for equal
+    ones.
+    """
     if len(values) < 2 or min(values) == max(values):
         return (values[0] if values else math.nan), (0.0 if len(values) > 1 else math.nan)
     return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
 def t_below(values: list[float], threshold: float) -> tuple[float, float]:
-    """One-sample one-sided t-test that the mean lies below `threshold`, as the speedrun's and golf's record
-    rules ask: t = (threshold - mean) / (sd / sqrt(n)) and p = P(T_{n-1} > t)."""
+    """One-sample one-sided t-test that the mean lies below `threshold`, as the speedrun's and
+    golf's record rules ask: t = (threshold - mean) / (sd / sqrt(n)) and p = P(T_{n-1} > t).
+    """
     test = stats.ttest_1samp(values, threshold, alternative="less")
     return -float(test.statistic), float(test.pvalue)
 
@@ -303,8 +412,9 @@ def margin_needed(n: int, sd: float, p: float) -> float:
 
 
 def seeds_needed(gap: float, sd: float, p: float) -> int:
-    """Smallest n whose t-test passes if the mean (`gap` > 0 below the threshold) and the sd stay as they are.
-    The search starts from the same question for a normal distribution, which needs fewer."""
+    """Smallest n whose t-test passes if the mean (`gap` > 0 below the threshold) and the sd stay as
+    they are. The search starts from the same question for a normal distribution, which needs fewer.
+    """
     n = max(2, math.floor((float(stats.norm.isf(p)) * sd / gap) ** 2))
     while gap <= margin_needed(n, sd, p):
         n += 1
@@ -312,12 +422,17 @@ def seeds_needed(gap: float, sd: float, p: float) -> int:
 
 
 def bytes_per_token(val_loss: float, val_bpb: float) -> float:
-    """What one evaluation's numbers imply: val_bpb = val_loss / ln 2 * tokens / bytes (golf spec 1.3)."""
+    """
+    What one evaluation's numbers imply: val_bpb = val_loss / ln 2 * tokens / bytes (golf spec 1.3).
+    """
     return val_loss / (math.log(2) * val_bpb)
 
 
 def pair_up(runs: list[Run], base: list[Run]) -> list[tuple[Run, Run]]:
-    """(run, baseline run) for each seed that both arms have; empty if a seed is unknown or was run twice."""
+    """
+    (run, baseline run) for each seed that both arms have; empty if a seed is unknown or was run
+    twice.
+    """
     mine, theirs = ({run.seed: run for run in group} for group in (runs, base))
     if None in mine or None in theirs or len(mine) < len(runs) or len(theirs) < len(base):
         return []
@@ -325,8 +440,10 @@ def pair_up(runs: list[Run], base: list[Run]) -> list[tuple[Run, Run]]:
 
 
 def compare(runs: list[Run], base: list[Run], metric: str) -> tuple[str, str, float, float, float]:
-    """(test, n, difference to the baseline, its sd, p of "lower"): a paired t-test over common seeds, Welch's
-    where no seed is common. sd and p are nan where there are too few runs, or copies of one, for a test."""
+    """(test, n, difference to the baseline, its sd, p of "lower"): a paired t-test over common
+    seeds, Welch's where no seed is common. sd and p are nan where there are too few runs, or copies
+    of one, for a test.
+    """
     runs, base = ([run for run in group if run.value(metric) is not None] for group in (runs, base))
     if pairs := pair_up(runs, base):
         diffs = [run.value(metric) - twin.value(metric) for run, twin in pairs]
@@ -334,13 +451,19 @@ def compare(runs: list[Run], base: list[Run], metric: str) -> tuple[str, str, fl
         return "paired", str(len(pairs)), mean, sd, t_below(diffs, 0.0)[1] if sd > 0 else math.nan
     x, y = ([run.value(metric) for run in group] for group in (runs, base))
     (mean_x, sd_x), (mean_y, sd_y) = mean_sd(x), mean_sd(y)
-    p = stats.ttest_ind(x, y, equal_var=False, alternative="less").pvalue if sd_x + sd_y > 0 else math.nan
+    p = (
+        stats.ttest_ind(x, y, equal_var=False, alternative="less").pvalue
+        if sd_x + sd_y > 0
+        else math.nan
+    )
     return "Welch", f"{len(x)}, {len(y)}", mean_x - mean_y, math.hypot(sd_x, sd_y), float(p)
 
 
 def time_to_loss(val: list[dict], target: float, metric: str, clock: str) -> float | None:
-    """The value of `clock` (train_time_ms or step) where a validation curve first reaches `target`, linear
-    between the two evaluations around it; None if it never does. The error is below their distance."""
+    """The value of `clock` (train_time_ms or step) where a validation curve first reaches `target`,
+    linear between the two evaluations around it; None if it never does. The error is below their
+    distance.
+    """
     points = [(event[clock], event[metric]) for event in val if metric in event and clock in event]
     for i, (x, y) in enumerate(points):
         if y <= target:
@@ -349,10 +472,13 @@ def time_to_loss(val: list[dict], target: float, metric: str, clock: str) -> flo
     return None
 
 
-def time_ratios(runs: list[Run], base: list[Run], metric: str, clock: str) -> dict[str, float | None]:
-    """Seed -> the part of the baseline's whole training that the run took to the baseline's final loss, None
-    if it never got there. Without common seeds: name of the run -> the same against the baseline's mean loss
-    and mean time."""
+def time_ratios(
+    runs: list[Run], base: list[Run], metric: str, clock: str
+) -> dict[str, float | None]:
+    """Seed -> the part of the baseline's whole training that the run took to the baseline's final
+    loss, None if it never got there. Without common seeds: name of the run -> the same against the
+    baseline's mean loss and mean time.
+    """
     mean_end = {key: mean_sd([run.val[-1][key] for run in base])[0] for key in (metric, clock)}
     goals = [(f"seed {run.seed}", run, twin.val[-1]) for run, twin in pair_up(runs, base)]
     ratios = {}
@@ -366,9 +492,14 @@ def time_ratios(runs: list[Run], base: list[Run], metric: str, clock: str) -> di
 #     Verdict of a track's rule        #
 ########################################
 
+
 def judge_mean(values: list[float], rule: dict) -> tuple[str, list[str]]:
     """(passes | fails | undecided, why) for the mean over seeds against target - margin."""
-    n, (mean, sd), threshold = len(values), mean_sd(values), rule["rule_target"] - rule["rule_margin"]
+    n, (mean, sd), threshold = (
+        len(values),
+        mean_sd(values),
+        rule["rule_target"] - rule["rule_margin"],
+    )
     gap, level, z = threshold - mean, rule["rule_p"], rule["rule_z"]
     spread = "" if n < 2 else f", sd {sd:.5f}"
     why = [f"mean {rule['rule_metric']} {mean:.5f} (n={n}{spread}) against {threshold:.5f}"]
@@ -383,12 +514,17 @@ def judge_mean(values: list[float], rule: dict) -> tuple[str, list[str]]:
             why.append(f"seeds missing at this mean: {math.ceil((z / gap) ** 2 - 1e-6) - n}")
     if level and not sd > 0:
         verdict = "fails" if verdict == "fails" else "undecided"
-        why.append("a t-test needs two seeds at least" if n < 2 else
-                   "all runs gave one number: they are no independent sample")
+        why.append(
+            "a t-test needs two seeds at least"
+            if n < 2
+            else "all runs gave one number: they are no independent sample"
+        )
     elif level:
         t, p = t_below(values, threshold)
-        why.append(f"t = {t:.2f}, p = {p:.2g}, below {level:g} needed; that takes a gap of "
-                   f"{margin_needed(n, sd, level):.5f} at this n and sd, there is {gap:.5f}")
+        why.append(
+            f"t = {t:.2f}, p = {p:.2g}, below {level:g} needed; that takes a gap of "
+            f"{margin_needed(n, sd, level):.5f} at this n and sd, there is {gap:.5f}"
+        )
         if not p < level:
             verdict = "fails"
             why.append(f"seeds missing at this mean and sd: {seeds_needed(gap, sd, level) - n}")
@@ -396,16 +532,24 @@ def judge_mean(values: list[float], rule: dict) -> tuple[str, list[str]]:
 
 
 def judge(runs: list[Run], rule: dict, track: str = "") -> tuple[str, list[str]]:
-    """Verdict of a rule on an arm's finished runs, and why. Where time is judged, no resumed run passes."""
+    """
+    Verdict of a rule on an arm's finished runs, and why. Where time is judged, no resumed run
+    passes.
+    """
     if not runs:
         return "undecided", ["no finished run"]
     metric, cap, limit = rule["rule_metric"], rule["rule_max_seconds"], rule["rule_max_bytes"]
     why = []
     for run in runs:
         seconds, size = run.value("train_time_s"), run.value("total_bytes")
-        # the cap is looked at after each step, so the last one may pass it (golf 2.8: 600.038 s was accepted)
-        if cap and not (seconds is not None and seconds - cap <= seconds / max(run.value("steps") or 1, 1)):
-            why.append(f"{run.name}: train clock {number(seconds, 'train_time_s')} s, {cap:g} s allowed")
+        # the cap is looked at after each step, so the last one may pass it (golf 2.8: 600.038 s was
+        # accepted)
+        if cap and not (
+            seconds is not None and seconds - cap <= seconds / max(run.value("steps") or 1, 1)
+        ):
+            why.append(
+                f"{run.name}: train clock {number(seconds, 'train_time_s')} s, {cap:g} s allowed"
+            )
         if limit and not (size is not None and size <= limit):
             why.append(f"{run.name}: total_bytes {number(size, 'total_bytes')}, {limit:,} allowed")
         if run.resumed and (cap or "speedrun" in track):
@@ -414,20 +558,26 @@ def judge(runs: list[Run], rule: dict, track: str = "") -> tuple[str, list[str]]
     if not rule["rule_target"]:
         return verdict, why
     if missing := [run.name for run in runs if run.value(metric) is None]:
-        return ("fails" if why else "undecided"), [*why, f"{metric} was not measured in {', '.join(missing)}"]
+        return ("fails" if why else "undecided"), [
+            *why,
+            f"{metric} was not measured in {', '.join(missing)}",
+        ]
     mean_verdict, mean_why = judge_mean([run.value(metric) for run in runs], rule)
     loss, bpb = runs[0].value("val_loss"), runs[0].value("val_bpb")
     if rule["rule_margin"] and metric.endswith("bpb") and loss and bpb:
         size = bytes_per_token(loss, bpb)
         nats = rule["rule_margin"] * math.log(2) * size
-        mean_why.append(f"the margin of {rule['rule_margin']:g} bits per byte is {nats:.5f} nats per token "
-                        f"at {size:.4f} bytes per token")
+        mean_why.append(
+            f"the margin of {rule['rule_margin']:g} bits per byte is {nats:.5f} nats per token "
+            f"at {size:.4f} bytes per token"
+        )
     return ("fails" if verdict == "fails" else mean_verdict), why + mean_why
 
 
 ########################################
 #                Tables                #
 ########################################
+
 
 def number(x: float | None, metric: str = "") -> str:
     """One cell: `-` for what was not measured; the metric's name tells the unit."""
@@ -445,7 +595,10 @@ def wrap(text: str) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Aligned columns, empty ones left out; the first is cut at its front where a line would pass WIDTH."""
+    """
+    Aligned columns, empty ones left out; the first is cut at its front where a line would pass
+    WIDTH.
+    """
     keep = [i for i in range(len(header)) if any(row[i] not in ("", "-", "nan") for row in rows)]
     lines = [[row[i] for i in keep] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -453,55 +606,100 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     left = {i for i in keep if header[i] in ("run", "arm", "metric", "state", "test", "field")}
     out = []
     for line in lines:
-        line[0] = line[0] if len(line[0]) <= widths[0] else ".." + line[0][2 - widths[0]:]
-        out.append("  ".join(cell.ljust(width) if i in left else cell.rjust(width)
-                             for cell, width, i in zip(line, widths, keep, strict=True)).rstrip())
+        line[0] = line[0] if len(line[0]) <= widths[0] else ".." + line[0][2 - widths[0] :]
+        out.append(
+            "  ".join(
+                cell.ljust(width) if i in left else cell.rjust(width)
+                for cell, width, i in zip(line, widths, keep, strict=True)
+            ).rstrip()
+        )
     return "\n".join(out)
 
 
 def run_section(runs: list[Run], metrics: list[str]) -> str:
     shown = [metric for metric in metrics if metric in METRICS]
     columns = ("steps", *shown, "train_time_s", "wall_time_s")
-    rows = [[run.name, run.arm, "-" if run.seed is None else str(run.seed),
-             *(number(run.value(key), key) for key in columns), run.state()] for run in runs]
-    short = [metric if metric in METRICS[:2] else metric.removesuffix("_val_bpb") for metric in shown]
-    notes = {"unfinished, so not counted below": [run.name for run in runs if not run.finished],
-             "resumed, so not valid for timed tracks": [run.name for run in runs if run.resumed],
-             "mixed is upstream's hedge line: no distribution, so no code length":
-                 [run.name for run in runs if "mixed_val_bpb" in run.result and not run.config]}
+    rows = [
+        [
+            run.name,
+            run.arm,
+            "-" if run.seed is None else str(run.seed),
+            *(number(run.value(key), key) for key in columns),
+            run.state(),
+        ]
+        for run in runs
+    ]
+    short = [
+        metric if metric in METRICS[:2] else metric.removesuffix("_val_bpb") for metric in shown
+    ]
+    notes = {
+        "unfinished, so not counted below": [run.name for run in runs if not run.finished],
+        "resumed, so not valid for timed tracks": [run.name for run in runs if run.resumed],
+        "mixed is upstream's hedge line: no distribution, so no code length": [
+            run.name for run in runs if "mixed_val_bpb" in run.result and not run.config
+        ],
+    }
     for key, command in (("xz_bpb", "xz -9e"), ("zstd_bpb", "zstd -19")):
         notes[f"{command} on the same text, bits per byte"] = sorted(
-            {f"{run.result[key]:.5f}" for run in runs if key in run.result})
+            {f"{run.result[key]:.5f}" for run in runs if key in run.result}
+        )
     for key in ("data_sha256", "device", "world_size"):
         values = sorted({str(run.result[key]) for run in runs if key in run.result})
-        notes[f"not all alike in {key}, so mind what you compare"] = values if len(values) > 1 else []
+        notes[f"not all alike in {key}, so mind what you compare"] = (
+            values if len(values) > 1 else []
+        )
     text = [wrap(f"{what}: {', '.join(names)}") for what, names in notes.items() if names]
     heads = ["run", "arm", "seed", "steps", *short, "train s", "wall s", "state"]
     if averaged := [run for run in runs if "slowrun_val_loss" in run.result]:
-        cells = [[run.name, *(number(run.value(key)) for key in ("val_loss", *EPOCHS))] for run in averaged]
-        text += ["", wrap("Losses of the last step, of the best epoch, of averages over the last epochs (probabilities, "
-                          "weights), and the least of all; best epoch and least are chosen on the validation set:"),
-                 table(["run", "last step", *EPOCHS.values()], cells)]
+        cells = [
+            [run.name, *(number(run.value(key)) for key in ("val_loss", *EPOCHS))]
+            for run in averaged
+        ]
+        text += [
+            "",
+            wrap(
+                "Losses of the last step, of the best epoch, of averages over the last epochs "
+                "(probabilities, "
+                "weights), and the least of all; best epoch and least are chosen on the "
+                "validation set:"
+            ),
+            table(["run", "last step", *EPOCHS.values()], cells),
+        ]
     return "\n".join([table(heads, rows), *text])
 
 
 def arm_section(arms: dict[str, list[Run]], metrics: list[str]) -> str:
     scores, costs, notes = [], [], []
     for arm, runs in arms.items():
-        known = {key: [run.value(key) for run in runs if run.value(key) is not None]
-                 for key in (*metrics, *COSTS)}
+        known = {
+            key: [run.value(key) for run in runs if run.value(key) is not None]
+            for key in (*metrics, *COSTS)
+        }
         for key in metrics:
             if values := known[key]:
                 cells = (*mean_sd(values), min(values), max(values))
                 scores.append([arm, key, str(len(values)), *map(number, cells)])
         seeds = [run.seed for run in runs if run.seed is not None]
         if len(set(seeds)) < len(seeds):
-            notes.append(f"{arm} ran a seed twice: repeats are no independent sample, so nothing is paired")
+            notes.append(
+                f"{arm} ran a seed twice: repeats are no independent sample, so nothing is paired"
+            )
         cells = [number(mean_sd(known[key])[0], key) for key in COSTS]
         spread = number(mean_sd(known["train_time_s"])[1], "train_time_s")
         costs.append([arm, str(len(runs)), *cells[:3], spread, *cells[3:]])
-    heads = ["arm", "n", "steps", "tokens", "train s", "sd", "wall s", "eval s", "artifact B", "total B",
-             "peak GB"]
+    heads = [
+        "arm",
+        "n",
+        "steps",
+        "tokens",
+        "train s",
+        "sd",
+        "wall s",
+        "eval s",
+        "artifact B",
+        "total B",
+        "peak GB",
+    ]
     parts = [table(["arm", "metric", "n", "mean", "sd", "min", "max"], scores)] if scores else []
     return "\n\n".join([*parts, "\n".join([table(heads, costs), *notes])])
 
@@ -510,10 +708,22 @@ def compare_section(arms: dict[str, list[Run]], baseline: str, metrics: list[str
     rows = []
     for arm, runs in arms.items():
         for metric in [*metrics, "train_time_s"] if arm != baseline else []:
-            if all(any(run.value(metric) is not None for run in group) for group in (runs, arms[baseline])):
+            if all(
+                any(run.value(metric) is not None for run in group)
+                for group in (runs, arms[baseline])
+            ):
                 test, n, diff, sd, p = compare(runs, arms[baseline], metric)
-                rows.append([arm, metric, test, n, number(diff, metric), number(sd, metric),
-                             "-" if math.isnan(p) else f"{p:.2g}"])
+                rows.append(
+                    [
+                        arm,
+                        metric,
+                        test,
+                        n,
+                        number(diff, metric),
+                        number(sd, metric),
+                        "-" if math.isnan(p) else f"{p:.2g}",
+                    ]
+                )
     text = table(["arm", "metric", "test", "n", "difference", "sd", "p"], rows) if rows else ""
     if any(row[-1] == "-" for row in rows):
         text += "\nno p: a test needs two seeds at least, and not copies of each other"
@@ -522,7 +732,10 @@ def compare_section(arms: dict[str, list[Run]], baseline: str, metrics: list[str
 
 def time_section(arms: dict[str, list[Run]], baseline: str, metric: str) -> str:
     """How much of the baseline's training each arm needs to reach the baseline's final loss."""
-    usable = {arm: [run for run in runs if run.val and metric in run.val[-1]] for arm, runs in arms.items()}
+    usable = {
+        arm: [run for run in runs if run.val and metric in run.val[-1]]
+        for arm, runs in arms.items()
+    }
     base, lines = usable.pop(baseline), []
     for arm, runs in usable.items():
         for clock, what in (("train_time_ms", "time"), ("step", "steps")):
@@ -530,7 +743,9 @@ def time_section(arms: dict[str, list[Run]], baseline: str, metric: str) -> str:
                 continue
             ratios = time_ratios(runs, base, metric, clock)
             reached = [ratio for ratio in ratios.values() if ratio is not None]
-            parts = {name: "never" if ratio is None else f"{ratio:.3f}" for name, ratio in ratios.items()}
+            parts = {
+                name: "never" if ratio is None else f"{ratio:.3f}" for name, ratio in ratios.items()
+            }
             each = ", ".join(f"{name[-12:]} {part}" for name, part in parts.items())
             if len(reached) < len(ratios):
                 counts = f"{len(reached)} of {len(ratios)} runs"
@@ -539,21 +754,29 @@ def time_section(arms: dict[str, list[Run]], baseline: str, metric: str) -> str:
             mean, sd = mean_sd(reached)
             spread = "" if math.isnan(sd) else f" +- {sd:.3f}"
             factor = f"{1 / mean:.2f} times less" if mean < 1 else f"{mean:.2f} times as much"
-            lines.append(f"{arm} needs {mean:.3f}{spread} of {baseline}'s training {what} "
-                         f"(n={len(reached)}), {factor}: {each}")
+            lines.append(
+                f"{arm} needs {mean:.3f}{spread} of {baseline}'s training {what} "
+                f"(n={len(reached)}), {factor}: {each}"
+            )
         if runs and base and not pair_up(runs, base):
-            lines.append(f"({arm} shares no seeds with {baseline}: against its mean loss and mean time)")
+            lines.append(
+                f"({arm} shares no seeds with {baseline}: against its mean loss and mean time)"
+            )
     return "\n".join(map(wrap, lines))
 
 
 def rule_section(arms: dict[str, list[Run]], fallback: dict) -> str:
-    """Verdicts on finished runs; those without a config (upstream logs) are judged by --rule's preset."""
+    """
+    Verdicts on finished runs; those without a config (upstream logs) are judged by --rule's preset.
+    """
     lines = []
     for arm, runs in arms.items():
         config = runs[0].config or fallback
         rule = {key: config.get(key, neutral) for key, neutral in RULE.items()}
         if rule["rule_target"] or rule["rule_max_seconds"] or rule["rule_max_bytes"]:
-            verdict, why = judge([run for run in runs if run.finished], rule, config.get("track", ""))
+            verdict, why = judge(
+                [run for run in runs if run.finished], rule, config.get("track", "")
+            )
             lines += [f"{arm} {verdict}", *(wrap(f"    {reason}") for reason in why)]
     return "\n".join(lines)
 
@@ -561,7 +784,11 @@ def rule_section(arms: dict[str, list[Run]], fallback: dict) -> str:
 def config_diff(a: dict, b: dict) -> list[list[str]]:
     """[field, value in a, value in b] where two resolved configs differ in how they train."""
     keys = [key for key in {**a, **b} if key not in NAMES]
-    return [[key, str(a.get(key, "-")), str(b.get(key, "-"))] for key in keys if a.get(key) != b.get(key)]
+    return [
+        [key, str(a.get(key, "-")), str(b.get(key, "-"))]
+        for key in keys
+        if a.get(key) != b.get(key)
+    ]
 
 
 def config_section(arms: dict[str, list[Run]], baseline: str) -> str:
@@ -569,8 +796,10 @@ def config_section(arms: dict[str, list[Run]], baseline: str) -> str:
     for arm, runs in arms.items():
         for run in runs[1:]:
             if odd := config_diff(runs[0].config, run.config):
-                parts.append(f"warning: runs of one arm ({arm}) should not differ\n"
-                             + table(["field", runs[0].name, run.name], odd))
+                parts.append(
+                    f"warning: runs of one arm ({arm}) should not differ\n"
+                    + table(["field", runs[0].name, run.name], odd)
+                )
         if arm != baseline and runs[0].config and arms[baseline][0].config:
             rows = config_diff(arms[baseline][0].config, runs[0].config)
             same = f"{arm} has the config of {baseline}"
@@ -582,8 +811,12 @@ def config_section(arms: dict[str, list[Run]], baseline: str) -> str:
 #                Plots                 #
 ########################################
 
+
 def y_limits(runs: list[Run], metric: str, target: float) -> tuple[float, float]:
-    """From the best loss to the worst at a fifth of training: step 0 would squash what matters, unless there is little else."""
+    """
+    From the best loss to the worst at a fifth of training: step 0 would squash what matters, unless
+    there is little else.
+    """
     lows, highs = [], []
     for run in runs:
         points = [(e["step"], e[metric]) for e in run.val if math.isfinite(e.get(metric, math.nan))]
@@ -591,14 +824,18 @@ def y_limits(runs: list[Run], metric: str, target: float) -> tuple[float, float]
         begin = 0.2 * points[-1][0] if len(points) > 4 else 0
         highs.append(next(y for step, y in points if step >= begin))
     low, high = min(lows), max(highs)
-    if target and target >= low - 0.5 * (high - low):  # a target far below would squash the curves as well
+    # a target far below would squash the curves as well
+    if target and target >= low - 0.5 * (high - low):
         low, high = min(low, target), max(high, target)
     pad = 0.05 * (high - low) or 0.05
     return low - pad, high + pad
 
 
 def draw_arm(ax, runs: list[Run], metric: str, clock: str, scale: float, arm: str, style: dict):
-    """Each seed thin, dotted if unfinished; bold the mean of the finished ones, over the stretch of all."""
+    """
+    Each seed thin, dotted if unfinished; bold the mean of the finished ones, over the stretch of
+    all.
+    """
     curves = []
     for run in runs:
         if points := [(e[clock] / scale, e[metric]) for e in run.val if metric in e and clock in e]:
@@ -608,57 +845,82 @@ def draw_arm(ax, runs: list[Run], metric: str, clock: str, scale: float, arm: st
             curves += [(x, y)] if run.finished else []
     if curves:
         grid = np.unique(np.concatenate([x for x, _ in curves]))
-        grid = grid[(grid >= max(x[0] for x, _ in curves)) & (grid <= min(x[-1] for x, _ in curves))]
+        grid = grid[
+            (grid >= max(x[0] for x, _ in curves)) & (grid <= min(x[-1] for x, _ in curves))
+        ]
         mean = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
         final = mean_sd([y[-1] for _, y in curves])[0]
         ax.plot(grid, mean, lw=2.4, label=f"{arm}: {final:.4f} (n={len(curves)})", **style)
 
 
-def plot_curves(arms: dict[str, list[Run]], metric: str, target: float, baseline: str, path: Path) -> bool:
-    """Validation curves against the train clock and against steps; False if there is nothing to draw."""
+def plot_curves(
+    arms: dict[str, list[Run]], metric: str, target: float, baseline: str, path: Path
+) -> bool:
+    """
+    Validation curves against the train clock and against steps; False if there is nothing to draw.
+    """
     from matplotlib.figure import Figure  # pyplot would look for a display
 
-    arms = {arm: [run for run in group if any(math.isfinite(e.get(metric, math.nan)) for e in run.val)]
-            for arm, group in arms.items()}
+    arms = {
+        arm: [run for run in group if any(math.isfinite(e.get(metric, math.nan)) for e in run.val)]
+        for arm, group in arms.items()
+    }
     runs = [run for group in arms.values() for run in group]
     if not runs:
         return False
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     long = max(run.val[-1].get("train_time_ms", 0) for run in runs) > 6e5
-    kinds = (("train_time_ms", 6e4 if long else 1e3, f"training time ({'minutes' if long else 's'})"),
-             ("step", 1, "optimizer steps"))
+    kinds = (
+        ("train_time_ms", 6e4 if long else 1e3, f"training time ({'minutes' if long else 's'})"),
+        ("step", 1, "optimizer steps"),
+    )
     for ax, (clock, scale, label) in zip(axes, kinds, strict=True):
         for i, (arm, group) in enumerate(arms.items()):
-            style = {"color": COLORS[i % len(COLORS)], "ls": ("-", "--", "-.")[i // len(COLORS) % 3]}
+            style = {
+                "color": COLORS[i % len(COLORS)],
+                "ls": ("-", "--", "-.")[i // len(COLORS) % 3],
+            }
             draw_arm(ax, group, metric, clock, scale, arm, style)
-        ends = [run.val[-1][metric] for run in arms[baseline] if run.finished and metric in run.val[-1]]
+        ends = [
+            run.val[-1][metric] for run in arms[baseline] if run.finished and metric in run.val[-1]
+        ]
         if ends and len(arms) > 1:
             ax.axhline(mean_sd(ends)[0], color="0.4", lw=1, ls=":", label=f"end of {baseline}")
         if target:
             ax.axhline(target, color="0.4", lw=1, ls="--", label=f"target {target:g}")
         ax.set(xlabel=label, xlim=(0, None))
         ax.grid(alpha=0.25, lw=0.6)
-    axes[0].set(ylim=y_limits(runs, metric, target),
-                ylabel=f"{metric} ({'bits per byte' if 'bpb' in metric else 'nats per token'})")
+    axes[0].set(
+        ylim=y_limits(runs, metric, target),
+        ylabel=f"{metric} ({'bits per byte' if 'bpb' in metric else 'nats per token'})",
+    )
     axes[1].legend(title="arm: mean of the last evaluations", frameon=False)
     figure.savefig(path, dpi=130)
     return True
 
 
 def plot_schedules(arms: dict[str, list[Run]], path: Path) -> bool:
-    """What varied in training, as logged, one run per arm; False if nothing did. Earlier arms are drawn
-    wider, so that equal schedules show."""
+    """What varied in training, as logged, one run per arm; False if nothing did. Earlier arms are
+    drawn wider, so that equal schedules show.
+    """
     from matplotlib.figure import Figure
 
     series = {}  # field -> arm -> [(step, value)]
     for arm, group in arms.items():
-        logged = sorted(max((run.train + run.val for run in group), key=len), key=lambda e: e["step"])
+        logged = sorted(
+            max((run.train + run.val for run in group), key=len), key=lambda e: e["step"]
+        )
         for key in SCHEDULES:
-            if points := [(e["step"], e[key]) for e in logged if isinstance(e.get(key), int | float)]:
+            if points := [
+                (e["step"], e[key]) for e in logged if isinstance(e.get(key), int | float)
+            ]:
                 series.setdefault(key, {})[arm] = points
-    series = {key: lines for key, lines in series.items()
-              if len({value for points in lines.values() for _, value in points}) > 1}
+    series = {
+        key: lines
+        for key, lines in series.items()
+        if len({value for points in lines.values() for _, value in points}) > 1
+    }
     if not series:
         return False
     columns = min(len(series), 3)
@@ -669,8 +931,13 @@ def plot_schedules(arms: dict[str, list[Run]], path: Path) -> bool:
         levels = sorted({value for points in lines.values() for _, value in points})
         whole = all(level == round(level) for level in levels)  # repeats, lengths and batches jump
         for i, (arm, points) in enumerate(lines.items()):
-            ax.plot(*zip(*points, strict=True), color=COLORS[i % len(COLORS)], lw=2 * (len(lines) - i),
-                    drawstyle="steps-post" if whole else "default", label=arm)
+            ax.plot(
+                *zip(*points, strict=True),
+                color=COLORS[i % len(COLORS)],
+                lw=2 * (len(lines) - i),
+                drawstyle="steps-post" if whole else "default",
+                label=arm,
+            )
         if whole and len(levels) < 8:
             ax.set_yticks(levels)
         ax.set(xlabel="optimizer steps", ylabel=SCHEDULES[key], xlim=(0, None))
@@ -684,41 +951,67 @@ def plot_schedules(arms: dict[str, list[Run]], path: Path) -> bool:
 #             Command line             #
 ########################################
 
+
 @dataclass
 class Options:
     """Tables, statistics, verdicts and plots over training runs."""
-    runs: tyro.conf.Positional[tuple[str, ...]]  # run folders, folders of runs or logs, globs, log files
+
+    # run folders, folders of runs or logs, globs, log files
+    runs: tyro.conf.Positional[tuple[str, ...]]
     out: str = "logs/report"  # folder for report.md and the PNGs
-    baseline: str = ""  # arm that the others are compared with; empty: one called `baseline`, else the first
+    # arm that the others are compared with; empty: one called `baseline`, else the first
+    baseline: str = ""
     metric: str = ""  # what plots and time to loss are about; empty: the rule's metric
-    rule: str = ""  # preset (TOML) whose rule_* fields judge runs without a config, such as upstream logs
+    # preset (TOML) whose rule_* fields judge runs without a config, such as upstream logs
+    rule: str = ""
     no_plots: bool = False  # text only
 
 
 def build(runs: list[Run], baseline: str = "", metric: str = "", fallback: dict | None = None):
-    """Everything that the report says: ({title: text}, arms, baseline, metric of the curves, target)."""
+    """
+    Everything that the report says: ({title: text}, arms, baseline, metric of the curves, target).
+    """
     arms = {}
     for run in runs:
         arms.setdefault(str(run.arm), []).append(run)
     if baseline and baseline not in arms:
-        raise ReportError(f"--baseline {baseline}: no run is of that arm; the arms are {', '.join(arms)}")
+        raise ReportError(
+            f"--baseline {baseline}: no run is of that arm; the arms are {', '.join(arms)}"
+        )
     baseline = baseline or ("baseline" if "baseline" in arms else next(iter(arms)))
     rule = RULE | next((run.config for run in runs if run.config), fallback or {})
     metric = metric or rule["rule_metric"]
-    logged = [key for run in runs for event in run.val for key in event if re.match(r"val_(loss|bpb)_", key)]
-    metrics = [key for key in dict.fromkeys([*METRICS, *EPOCHS, *logged, metric])
-               if any(run.value(key) is not None for run in runs)]
-    wanted = (metric, "val_bpb") if "bpb" in metric else (metric,)  # final scorers have no curve of their own
-    curve = next((key for key in wanted for run in runs for event in run.val if key in event), "val_loss")
+    logged = [
+        key
+        for run in runs
+        for event in run.val
+        for key in event
+        if re.match(r"val_(loss|bpb)_", key)
+    ]
+    metrics = [
+        key
+        for key in dict.fromkeys([*METRICS, *EPOCHS, *logged, metric])
+        if any(run.value(key) is not None for run in runs)
+    ]
+    # final scorers have no curve of their own
+    wanted = (metric, "val_bpb") if "bpb" in metric else (metric,)
+    curve = next(
+        (key for key in wanted for run in runs for event in run.val if key in event), "val_loss"
+    )
     if metric not in (*metrics, rule["rule_metric"]):
-        raise ReportError(f"--metric {metric}: no run has it; there is {', '.join(metrics) or 'nothing yet'}")
+        raise ReportError(
+            f"--metric {metric}: no run has it; there is {', '.join(metrics) or 'nothing yet'}"
+        )
     finished = {arm: [run for run in group if run.finished] for arm, group in arms.items()}
     differences = compare_section(finished, baseline, metrics)
-    sections = {"Runs": run_section(runs, metrics), "Arms (finished runs)": arm_section(finished, metrics),
-                f"Difference to {baseline} (p: lower, one-sided)": differences,
-                f"Training to {baseline}'s final {curve}": time_section(finished, baseline, curve),
-                "Rule of the track": rule_section(arms, fallback or {}),
-                "Config": config_section(arms, baseline)}
+    sections = {
+        "Runs": run_section(runs, metrics),
+        "Arms (finished runs)": arm_section(finished, metrics),
+        f"Difference to {baseline} (p: lower, one-sided)": differences,
+        f"Training to {baseline}'s final {curve}": time_section(finished, baseline, curve),
+        "Rule of the track": rule_section(arms, fallback or {}),
+        "Config": config_section(arms, baseline),
+    }
     target = rule["rule_target"] if rule["rule_metric"] == curve else 0.0
     return {title: text for title, text in sections.items() if text}, arms, baseline, curve, target
 
@@ -734,18 +1027,24 @@ def report(options: Options):
     if not options.runs:
         raise ReportError("no runs given; try `python logs/report.py logs`")
     runs = find_runs(options.runs)
-    sections, arms, baseline, curve, target = build(runs, options.baseline, options.metric, fallback)
+    sections, arms, baseline, curve, target = build(
+        runs, options.baseline, options.metric, fallback
+    )
     folder, images = Path(options.out), []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not options.no_plots:
-            images += ["curves.png"] * plot_curves(arms, curve, target, baseline, folder / "curves.png")
+            images += ["curves.png"] * plot_curves(
+                arms, curve, target, baseline, folder / "curves.png"
+            )
             images += ["schedules.png"] * plot_schedules(arms, folder / "schedules.png")
         body = "".join(f"\n## {title}\n\n```\n{text}\n```\n" for title, text in sections.items())
         body += "".join(f"\n![{name}]({name})\n" for name in images)
         (folder / "report.md").write_text("# Report\n" + body, encoding="utf-8")
     except OSError as error:
-        raise ReportError(f"--out {options.out}: {error}; give a folder that can be written") from error
+        raise ReportError(
+            f"--out {options.out}: {error}; give a folder that can be written"
+        ) from error
     print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items()))
     print(f"\nwrote {', '.join(str(folder / name) for name in ['report.md', *images])}")
 

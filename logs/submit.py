@@ -1,12 +1,14 @@
-"""From finished runs to the folder that a leaderboard asks for, or a list of what a reviewer would object to.
+"""From finished runs to the folder that a leaderboard asks for, or a list of what a reviewer would
+object to.
 
     python logs/submit.py golf MyIdea logs/golf_baseline-s*     # -> records/track_10min_16mb/<date>_MyIdea/
     python logs/submit.py speedrun MyIdea logs/remix_m-s*       # -> records/track_1_short/<date>_MyIdea/
 
-Reads what a run leaves in its folder (result.json, log.txt, config.toml, model.nrx), this project's sources, and the
-shards that were trained on. What it writes: a README with tables and the statistics of logs/report.py, submission.json,
-a log for each seed, and train_gpt.py with config.toml, which run from inside the folder. It is written whole or not at
-all: everything that speaks against it is said in one go, and the exit code is then 2.
+Reads what a run leaves in its folder (result.json, log.txt, config.toml, model.nrx), this project's
+sources, and the shards that were trained on. What it writes: a README with tables and the
+statistics of logs/report.py, submission.json, a log for each seed, and train_gpt.py with
+config.toml, which run from inside the folder. It is written whole or not at all: everything that
+speaks against it is said in one go, and the exit code is then 2.
 """
 
 import contextlib
@@ -45,7 +47,10 @@ from train_gpt import (  # noqa: E402
 
 @dataclass(frozen=True)
 class Track:
-    """What a leaderboard asks for beside the rule_* fields of a run's config; 0 or empty asks for nothing."""
+    """
+    What a leaderboard asks for beside the rule_* fields of a run's config; 0 or empty asks for
+    nothing.
+    """
 
     folder: str  # under records/
     kind: str  # Config.track
@@ -54,43 +59,63 @@ class Track:
     max_eval_seconds: float = 0.0
     max_bytes: int = 0  # of artifact and code together
     max_train_tokens: int = 0  # in the train shards
-    val_tokens: int | None = None  # scored prefix that the score is defined on; 0: the whole validation split
+    # scored prefix that the score is defined on; 0: the whole validation split
+    val_tokens: int | None = None
     packed: bool = False  # code is counted, so it is shipped packed
     log_name: str = "train_seed{seed}.log"
 
 
 TRACKS = {
-    "golf": Track("track_10min_16mb", "golf", True, 600, 600, 16_000_000, val_tokens=0, packed=True),
-    "golf_non_record": Track("track_non_record_16mb", "golf", max_bytes=16_000_000, val_tokens=0, packed=True),
-    "speedrun": Track("track_1_short", "speedrun", True, val_tokens=10_485_760, log_name="{run}.txt"),
+    "golf": Track(
+        "track_10min_16mb", "golf", True, 600, 600, 16_000_000, val_tokens=0, packed=True
+    ),
+    "golf_non_record": Track(
+        "track_non_record_16mb", "golf", max_bytes=16_000_000, val_tokens=0, packed=True
+    ),
+    "speedrun": Track(
+        "track_1_short", "speedrun", True, val_tokens=10_485_760, log_name="{run}.txt"
+    ),
     # the slowrun's repository keeps no record folders: these names are chosen here
     "slowrun": Track("slowrun_limited", "slowrun", max_seconds=3600, max_train_tokens=100_000_000),
     "slowrun_tiny": Track("slowrun_tiny", "slowrun", max_seconds=900, max_train_tokens=100_000_000),
-    "slowrun_two_hour": Track("slowrun_two_hour", "slowrun", max_seconds=7200, max_train_tokens=100_000_000),
+    "slowrun_two_hour": Track(
+        "slowrun_two_hour", "slowrun", max_seconds=7200, max_train_tokens=100_000_000
+    ),
     "slowrun_unlimited": Track("slowrun_unlimited", "slowrun", max_train_tokens=100_000_000),
 }
 FILES = ("config.toml", "log.txt", "result.json")
-PUBLISHED_SHARE = 0.01  # of a published split's validation documents that may be in train too: web text repeats itself
-SAME = ("world_size", "device", "torch", "params", "data_sha256")  # of result.json: what all runs must have in common
-STORED = ("roundtrip_val_bpb", "sliding_val_bpb", "mixed_val_bpb", "ttt_val_bpb", "lora_val_bpb")  # scores of the artifact
+# of a published split's validation documents that may be in train too: web text repeats itself
+PUBLISHED_SHARE = 0.01
+# of result.json: what all runs must have in common
+SAME = ("world_size", "device", "torch", "params", "data_sha256")
+# scores of the artifact
+STORED = ("roundtrip_val_bpb", "sliding_val_bpb", "mixed_val_bpb", "ttt_val_bpb", "lora_val_bpb")
 OF_ONE_RUN = report.NAMES - {"arm"}  # config fields that are not shipped, as they belong to one run
 
 
 class Refusal(Exception):
-    """Everything that stands against the submission, one message a line. Ends the program with exit code 2."""
+    """
+    Everything that stands against the submission, one message a line. Ends the program with exit
+    code 2.
+    """
 
     def __init__(self, problems: list[str]):
-        super().__init__(f"refused, nothing was written; {len(problems)} found:\n" + "".join(f"  - {p}\n" for p in problems))
+        super().__init__(
+            f"refused, nothing was written; {len(problems)} found:\n"
+            + "".join(f"  - {p}\n" for p in problems)
+        )
 
 
 @dataclass
 class Options:
     """A submission folder from finished runs."""
 
-    track: tyro.conf.Positional[str]  # golf, golf_non_record, speedrun, slowrun, slowrun_tiny, slowrun_two_hour, ...
+    # golf, golf_non_record, speedrun, slowrun, slowrun_tiny, slowrun_two_hour, ...
+    track: tyro.conf.Positional[str]
     name: tyro.conf.Positional[str]  # of the submission: letters, digits, dot, dash, underscore
     runs: tyro.conf.Positional[tuple[str, ...]]  # run folders, one a seed
-    seeds: tuple[int, ...] = ()  # the seeds that were planned; empty: all from the smallest given to the largest
+    # the seeds that were planned; empty: all from the smallest given to the largest
+    seeds: tuple[int, ...] = ()
     data: str = ""  # where the shards of the runs are now; empty: where they were
     author: str = ""  # who submits; empty: git's user.name
     github_id: str = ""  # account that the submission is made from
@@ -108,8 +133,10 @@ class Submission:
     folders: list[Path]
     logs: list[str]
     problems: list[str] = field(default_factory=list)
-    sources: dict[str, str] = field(default_factory=dict)  # name -> text of the code that is shipped
-    readable: dict[str, str] = field(default_factory=dict)  # what that was packed from; empty where nothing is packed
+    # name -> text of the code that is shipped
+    sources: dict[str, str] = field(default_factory=dict)
+    # what that was packed from; empty where nothing is packed
+    readable: dict[str, str] = field(default_factory=dict)
     rule: dict = field(default_factory=dict)
     documents: dict = field(default_factory=dict)  # counts of the data
 
@@ -126,35 +153,57 @@ class Submission:
 
 
 def load(track: Track, arguments: tuple[str, ...]) -> Submission:
-    """Read the run folders; what is not finished, or no run folder, cannot be looked at any further."""
+    """
+    Read the run folders; what is not finished, or no run folder, cannot be looked at any further.
+    """
     s = Submission(track, [], [], [])
     for folder in map(Path, arguments):
         missing = [name for name in FILES if not (folder / name).is_file()]
         if not folder.is_dir():
             s.object(folder, "no such run folder", "give those in logs/")
         elif missing:
-            s.object(folder, f"{', '.join(missing)} missing, so the run is not finished",
-                     "continue it with --resume, or run it again")
+            s.object(
+                folder,
+                f"{', '.join(missing)} missing, so the run is not finished",
+                "continue it with --resume, or run it again",
+            )
         else:
             s.folders.append(folder)
             s.logs.append((folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
             s.runs.append(report.load_folder(folder))
     if not arguments:
-        s.object("runs", "none given", "give run folders, one a seed: logs/NAME-s1 logs/NAME-s2 logs/NAME-s3")
+        s.object(
+            "runs",
+            "none given",
+            "give run folders, one a seed: logs/NAME-s1 logs/NAME-s2 logs/NAME-s3",
+        )
     if s.problems:
         raise Refusal(s.problems)
     return s
 
 
 def head_of(log: str) -> str:
-    """The sources at the top of a log, as log_head of train_gpt.py writes them: up to the first line of 100 '='."""
+    """
+    The sources at the top of a log, as log_head of train_gpt.py writes them: up to the first line
+    of 100 '='.
+    """
     return re.split(r"^={100}$", log, maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def sources_in(head: str, texts: dict[str, str]) -> dict[str, str]:
-    """Those of the files `texts` of which the head of a log consists, each followed by a newline; {} if of anything else."""
+    """
+    Those of the files `texts` of which the head of a log consists, each followed by a newline; {}
+    if of anything else.
+    """
     found = {}
-    while name := next((name for name, text in texts.items() if name not in found and head.startswith(text + "\n")), ""):
+    while name := next(
+        (
+            name
+            for name, text in texts.items()
+            if name not in found and head.startswith(text + "\n")
+        ),
+        "",
+    ):
         found[name], head = texts[name], head[len(texts[name]) + 1 :]
     return {} if head else found
 
@@ -168,17 +217,28 @@ def check_sources(s: Submission) -> None:
         head = head_of(log)
         found = sources_in(head, packed) or sources_in(head, texts)
         if "train_gpt.py" not in found:
-            s.object(folder / "log.txt", f"its source ({len(head.encode())} bytes) differs from that shipped, {ROOT}'s",
-                     f"check out the revision of the run ({result.get('git') or 'unknown'}), or run again with this source")
+            s.object(
+                folder / "log.txt",
+                f"its source ({len(head.encode())} bytes) differs from that shipped, {ROOT}'s",
+                f"check out the revision of the run ({result.get('git') or 'unknown'}), or run "
+                "again with this source",
+            )
             continue
         s.sources = s.sources or found
         size = sum(len(text.encode()) for text in found.values())
         if found != s.sources:
-            s.object(folder / "log.txt", "not the source of the other logs, though both could be shipped (packed and not, say)",
-                     "a submission is of one source: run again what differs")
+            s.object(
+                folder / "log.txt",
+                "not the source of the other logs, though both could be shipped (packed and "
+                "not, say)",
+                "a submission is of one source: run again what differs",
+            )
         if result.get("code_bytes", size) != size:
-            s.object(folder / "result.json", f"code_bytes {result['code_bytes']}, but the source in log.txt has {size}",
-                     "one of the files was changed: put the run's own back, or run again")
+            s.object(
+                folder / "result.json",
+                f"code_bytes {result['code_bytes']}, but the source in log.txt has {size}",
+                "one of the files was changed: put the run's own back, or run again",
+            )
     if s.track.packed or s.sources == packed:
         s.sources, s.readable = packed, texts
 
@@ -199,24 +259,39 @@ def check_numbers(s: Submission) -> None:
         finals = re.findall(r"^final: (.*)$", log, re.MULTILINE)
         if not finals:
             s.object(folder / "log.txt", "no line `final: ...`: it is cut short", again)
-        for key, value in re.findall(r"(\w+):([-+.\de]+|nan|inf)s?(?= |$)", finals[-1] if finals else ""):
-            key, slack = ("train_time_s", 1e-3) if key == "train_time" else (key, 1e-7)  # the log rounds
+        for key, value in re.findall(
+            r"(\w+):([-+.\de]+|nan|inf)s?(?= |$)", finals[-1] if finals else ""
+        ):
+            # the log rounds
+            key, slack = ("train_time_s", 1e-3) if key == "train_time" else (key, 1e-7)
             known = result.get(key)
             if known is not None and not abs(float(value) - known) <= slack:
-                s.object(folder / "result.json", f"{key} {known}, but log.txt ends with {value}", again)
+                s.object(
+                    folder / "result.json", f"{key} {known}, but log.txt ends with {value}", again
+                )
         steps = re.findall(r"^step:(\d+)/\d+ val_loss:", log, re.MULTILINE)
         if steps and int(steps[-1]) != result.get("steps"):
-            s.object(folder / "result.json", f"{result.get('steps')} steps, but log.txt was last evaluated at {steps[-1]}",
-                     again)
+            s.object(
+                folder / "result.json",
+                f"{result.get('steps')} steps, but log.txt was last evaluated at {steps[-1]}",
+                again,
+            )
         timed = re.findall(r"^final_\S+ .*\beval_time:(\d+)ms", log, re.MULTILINE)
         scoring = sum(map(int, timed)) / 1000
         if timed and not abs((result.get("eval_time_s") or 0) - scoring) <= 1e-3 * len(timed):
             known = result.get("eval_time_s")
-            s.object(folder / "result.json", f"eval_time_s {known}, but the scores in log.txt took {scoring}", again)
+            s.object(
+                folder / "result.json",
+                f"eval_time_s {known}, but the scores in log.txt took {scoring}",
+                again,
+            )
         path, size = folder / "model.nrx", result.get("artifact_bytes")
         if s.track.max_bytes and not (path.is_file() and size):
-            s.object(path, "missing, or result.json does not know its size, and the track counts it",
-                     "run with --export int8, or put the run's own file back")
+            s.object(
+                path,
+                "missing, or result.json does not know its size, and the track counts it",
+                "run with --export int8, or put the run's own file back",
+            )
         elif size and path.is_file() and path.stat().st_size != size:
             s.object(path, f"{path.stat().st_size} bytes, but result.json says {size}", again)
 
@@ -243,44 +318,81 @@ def left_out(s: Submission) -> list[Path]:
 
 def check_seeds(s: Submission, planned: tuple[int, ...]) -> None:
     """Each planned seed once, and no run of the same experiment left out."""
-    seeds = sorted(result["seed"] for *_, result in s.of_each() if isinstance(result.get("seed"), int))
+    seeds = sorted(
+        result["seed"] for *_, result in s.of_each() if isinstance(result.get("seed"), int)
+    )
     for folder, _, run, result in s.of_each():
         if not isinstance(result.get("seed"), int) or result["seed"] != run.config.get("seed"):
-            s.object(folder, f"seed {result.get('seed')} in result.json, {run.config.get('seed')} in config.toml",
-                     "put the run's own files back, or run again")
+            s.object(
+                folder,
+                f"seed {result.get('seed')} in result.json, {run.config.get('seed')} in "
+                "config.toml",
+                "put the run's own files back, or run again",
+            )
         elif (count := seeds.count(result["seed"])) > 1:
-            s.object(folder, f"seed {result['seed']} is given {count} times, and repeats are no independent sample",
-                     "give one run for each seed")
+            s.object(
+                folder,
+                f"seed {result['seed']} is given {count} times, and repeats are no independent "
+                "sample",
+                "give one run for each seed",
+            )
     wanted = planned or range(seeds[0], seeds[-1] + 1) if seeds else ()
     if missing := sorted(set(wanted) - set(seeds)):
-        s.object("seeds", f"{', '.join(map(str, missing))} missing beside {', '.join(map(str, seeds))}; a mean is of all seeds",
-                 "add those runs, or name the seeds that were planned with --seeds")
+        s.object(
+            "seeds",
+            f"{', '.join(map(str, missing))} missing beside {', '.join(map(str, seeds))}; a "
+            "mean is of all seeds",
+            "add those runs, or name the seeds that were planned with --seeds",
+        )
     if extra := sorted(set(seeds) - set(wanted)):
-        s.object("seeds", f"{', '.join(map(str, extra))} given, but not in --seeds",
-                 "name all seeds that were planned, or leave --seeds out")
+        s.object(
+            "seeds",
+            f"{', '.join(map(str, extra))} given, but not in --seeds",
+            "name all seeds that were planned, or leave --seeds out",
+        )
     for other in left_out(s):
-        s.object(other, "a run of the same experiment with another seed, left out; a mean is of all seeds that were run",
-                 "give it too (finished), or move it elsewhere if it does not belong here")
+        s.object(
+            other,
+            "a run of the same experiment with another seed, left out; a mean is of all seeds "
+            "that were run",
+            "give it too (finished), or move it elsewhere if it does not belong here",
+        )
 
 
 def check_same(s: Submission) -> None:
-    """All runs are of one experiment on one kind of machine, and of this track. Sets the rule, the stricter of both."""
+    """
+    All runs are of one experiment on one kind of machine, and of this track. Sets the rule, the
+    stricter of both.
+    """
     first, config = s.runs[0], s.runs[0].config
     for folder, _, run, result in s.of_each():
         odd = differences(first, run) + [[k, first.result.get(k), result.get(k)] for k in SAME]
         odd = [f"{key} = {here} instead of {there}" for key, there, here in odd if here != there]
         if odd:
-            s.object(folder, f"not the same experiment as {s.folders[0]}: {', '.join(odd)}",
-                     "runs of a submission differ in their seeds alone: run again what differs")
+            s.object(
+                folder,
+                f"not the same experiment as {s.folders[0]}: {', '.join(odd)}",
+                "runs of a submission differ in their seeds alone: run again what differs",
+            )
     path = s.folders[0] / "config.toml"
     if config.get("track") != s.track.kind:
-        s.object(path, f"track = {config.get('track')!r}, but this is a submission to {s.track.kind!r}",
-                 f"give runs of that track, or run with --track {s.track.kind}")
+        s.object(
+            path,
+            f"track = {config.get('track')!r}, but this is a submission to {s.track.kind!r}",
+            f"give runs of that track, or run with --track {s.track.kind}",
+        )
     if s.track.val_tokens is not None and config.get("val_tokens") != s.track.val_tokens:
-        s.object(path, f"val_tokens = {config.get('val_tokens')}, but the track scores {s.track.val_tokens or 'all (0)'}",
-                 f"run with --val_tokens {s.track.val_tokens}")
+        s.object(
+            path,
+            f"val_tokens = {config.get('val_tokens')}, but the track scores "
+            f"{s.track.val_tokens or 'all (0)'}",
+            f"run with --val_tokens {s.track.val_tokens}",
+        )
     s.rule = {key: config.get(key, neutral) for key, neutral in report.RULE.items()}
-    for key, cap in (("rule_max_seconds", s.track.max_seconds), ("rule_max_bytes", s.track.max_bytes)):
+    for key, cap in (
+        ("rule_max_seconds", s.track.max_seconds),
+        ("rule_max_bytes", s.track.max_bytes),
+    ):
         s.rule[key] = min(s.rule[key] or cap, cap or s.rule[key])
 
 
@@ -304,61 +416,119 @@ def check_caps(s: Submission) -> None:
     for folder, _, run, result in s.of_each():
         spent, scoring = result.get("train_time_s"), result.get("eval_time_s")
         step = (spent or 0) / max(result.get("steps") or 1, 1)
-        # parameter-golf looks at its clock after a step and accepted 600.038 s: the last step may end behind the cap
+        # parameter-golf looks at its clock after a step and accepted 600.038 s: the last step may
+        # end behind the cap
         if spent is None or cap and spent - cap > step:
-            s.object(folder / "result.json", f"the training clock says {spent} s, {cap:g} s are allowed",
-                     f"run with --max_seconds {cap:g}")
-        if s.track.max_eval_seconds and not (scoring is not None and scoring <= s.track.max_eval_seconds):
-            s.object(folder / "result.json", f"eval_time_s {scoring}, {s.track.max_eval_seconds:g} s are allowed for the score",
-                     "choose a cheaper way of scoring")
+            s.object(
+                folder / "result.json",
+                f"the training clock says {spent} s, {cap:g} s are allowed",
+                f"run with --max_seconds {cap:g}",
+            )
+        if s.track.max_eval_seconds and not (
+            scoring is not None and scoring <= s.track.max_eval_seconds
+        ):
+            s.object(
+                folder / "result.json",
+                f"eval_time_s {scoring}, {s.track.max_eval_seconds:g} s are allowed for the score",
+                "choose a cheaper way of scoring",
+            )
         if run.resumed and (cap or s.track.kind == "speedrun"):
-            s.object(folder, "resumed, and a timed track takes runs in one piece", "run that seed again under another name")
+            s.object(
+                folder,
+                "resumed, and a timed track takes runs in one piece",
+                "run that seed again under another name",
+            )
         if limit and result.get("artifact_bytes"):
             total = result["artifact_bytes"] + code
             result |= {"total_bytes": total, "code_bytes": code}
             if total > limit:
-                s.object(folder / "model.nrx", f"{total - code} bytes + code {code} bytes = {total}, {limit} are allowed",
-                         "make the model smaller, or give its weights fewer bits")
+                s.object(
+                    folder / "model.nrx",
+                    f"{total - code} bytes + code {code} bytes = {total}, {limit} are allowed",
+                    "make the model smaller, or give its weights fewer bits",
+                )
 
 
 def check_rule(s: Submission) -> None:
-    """The mean over seeds lies as far below the target as the rule asks, where the track asks for a proof."""
+    """
+    The mean over seeds lies as far below the target as the rule asks, where the track asks for a
+    proof.
+    """
     metric, path = s.rule["rule_metric"], s.folders[0] / "config.toml"
     if missing := [str(f) for f, *_, result in s.of_each() if result.get(metric) is None]:
-        s.object(path, f"rule_metric = {metric}, which was not measured in {', '.join(missing)}",
-                 "run so that it is, or set --rule_metric")
+        s.object(
+            path,
+            f"rule_metric = {metric}, which was not measured in {', '.join(missing)}",
+            "run so that it is, or set --rule_metric",
+        )
     elif s.track.kind == "golf" and metric not in STORED:
-        s.object(path, f"rule_metric = {metric} is not a score of the artifact, which is what golf takes",
-                 f"run with --rule_metric set to one of {', '.join(STORED)}")
+        s.object(
+            path,
+            f"rule_metric = {metric} is not a score of the artifact, which is what golf takes",
+            f"run with --rule_metric set to one of {', '.join(STORED)}",
+        )
     elif s.track.tested and not (s.rule["rule_target"] and (s.rule["rule_p"] or s.rule["rule_z"])):
-        s.object(path, "no rule_target with rule_p (or rule_z), but the track wants a mean shown to beat the record",
-                 "run with --rule_target LOSS --rule_p 0.01")
+        s.object(
+            path,
+            "no rule_target with rule_p (or rule_z), but the track wants a mean shown to beat "
+            "the record",
+            "run with --rule_target LOSS --rule_p 0.01",
+        )
     elif s.track.tested and s.rule["rule_p"] and len(s.runs) < 2:
-        s.object("runs", "1 given, fewer than the rule needs: a t-test takes two seeds at least, and seldom passes with two",
-                 "run more seeds")
+        s.object(
+            "runs",
+            "1 given, fewer than the rule needs: a t-test takes two seeds at least, and seldom "
+            "passes with two",
+            "run more seeds",
+        )
     elif s.track.tested:
         verdict, why = report.judge_mean([run.result[metric] for run in s.runs], s.rule)
         if verdict != "passes":
-            s.object("runs", f"the rule is not met: {'; '.join(why)}", "run the seeds that are missing, or lower the loss")
+            s.object(
+                "runs",
+                f"the rule is not met: {'; '.join(why)}",
+                "run the seeds that are missing, or lower the loss",
+            )
 
 
 def check_data(s: Submission, data: str) -> None:
-    """The shards here are those of the runs, and no document is on both sides (parameter-golf 2127: 80 % were)."""
+    """
+    The shards here are those of the runs, and no document is on both sides (parameter-golf 2127: 80
+    % were).
+    """
     try:
         cfg = Config(**read_toml(s.folders[0] / "config.toml"))
         cfg.data = data or cfg.data
         shards = {split: find_shards(cfg, split) for split in ("train", "val")}
         same = data_fingerprint(cfg) == s.runs[0].result.get("data_sha256")
-        streams = {split: [read_shard(file, cfg.vocab) for file in files] for split, files in shards.items()} if same else {}
+        streams = (
+            {
+                split: [read_shard(file, cfg.vocab) for file in files]
+                for split, files in shards.items()
+            }
+            if same
+            else {}
+        )
     except UserError as error:
-        s.object("data", f"train and validation cannot be compared: {error}", "or say where the shards are with --data")
+        s.object(
+            "data",
+            f"train and validation cannot be compared: {error}",
+            "or say where the shards are with --data",
+        )
         return
     if not same:
-        s.object(cfg.data, "not the shards that the runs read (data_sha256 differs)",
-                 "get those back, or give their folder with --data")
+        s.object(
+            cfg.data,
+            "not the shards that the runs read (data_sha256 differs)",
+            "get those back, or give their folder with --data",
+        )
         return
-    hashes = {split: np.fromiter((hash64(d.tobytes()) for d in documents_of(stream, cfg.doc_token)), np.uint64)
-              for split, stream in streams.items()}
+    hashes = {
+        split: np.fromiter(
+            (hash64(d.tobytes()) for d in documents_of(stream, cfg.doc_token)), np.uint64
+        )
+        for split, stream in streams.items()
+    }
     tokens = {split: sum(map(len, stream)) for split, stream in streams.items()}
     shared, documents = int(np.isin(hashes["val"], hashes["train"]).sum()), len(hashes["val"])
     manifest, published = Path(cfg.data) / "manifest.json", False
@@ -370,13 +540,25 @@ def check_data(s: Submission, data: str) -> None:
         except (ValueError, AttributeError) as error:
             s.object(manifest, f"damaged ({error})", "get the data again (python data/get.py)")
     if shared > (PUBLISHED_SHARE * documents if published else 0):
-        s.object(cfg.data, f"{shared} of {documents} validation documents are also in train, so a score on them shows nothing",
-                 "make or get the data again (python data/get.py), and train anew")
+        s.object(
+            cfg.data,
+            f"{shared} of {documents} validation documents are also in train, so a score on "
+            "them shows nothing",
+            "make or get the data again (python data/get.py), and train anew",
+        )
     if s.track.max_train_tokens and tokens["train"] > s.track.max_train_tokens:
-        s.object(cfg.data, f"{tokens['train']} training tokens, {s.track.max_train_tokens} are allowed",
-                 "train on fewer shards")
-    s.documents = {"train_tokens": tokens["train"], "train_documents": len(hashes["train"]), "val_tokens": tokens["val"],
-                   "val_documents": documents, "shared_documents": shared}
+        s.object(
+            cfg.data,
+            f"{tokens['train']} training tokens, {s.track.max_train_tokens} are allowed",
+            "train on fewer shards",
+        )
+    s.documents = {
+        "train_tokens": tokens["train"],
+        "train_documents": len(hashes["train"]),
+        "val_tokens": tokens["val"],
+        "val_documents": documents,
+        "shared_documents": shared,
+    }
 
 
 ########################################
@@ -394,28 +576,61 @@ def mean_sd(s: Submission, key: str) -> tuple[float | None, float | None]:
 
 
 def summary(s: Submission, options: Options) -> dict:
-    """submission.json, in parameter-golf's keys: means over seeds, and each seed's own numbers. Unmeasured: left out."""
+    """
+    submission.json, in parameter-golf's keys: means over seeds, and each seed's own numbers.
+    Unmeasured: left out.
+    """
     results, metric = [run.result for run in s.runs], s.rule["rule_metric"]
     as_loss, as_bpb = metric.replace("bpb", "loss"), metric.replace("loss", "bpb")
-    keys = dict.fromkeys(("val_loss", "val_bpb", as_loss, as_bpb, "steps", "tokens", "train_time_s", "eval_time_s",
-                          "artifact_bytes", "total_bytes"))
+    keys = dict.fromkeys(
+        (
+            "val_loss",
+            "val_bpb",
+            as_loss,
+            as_bpb,
+            "steps",
+            "tokens",
+            "train_time_s",
+            "eval_time_s",
+            "artifact_bytes",
+            "total_bytes",
+        )
+    )
     test = {}
     if s.rule["rule_target"] and mean_sd(s, metric)[1]:
         threshold = s.rule["rule_target"] - s.rule["rule_margin"]
-        test = dict(zip(("threshold", "t", "p"), (threshold, *report.t_below([r[metric] for r in results], threshold))))
+        test = dict(
+            zip(
+                ("threshold", "t", "p"),
+                (threshold, *report.t_below([r[metric] for r in results], threshold)),
+            )
+        )
     facts = {
-        "author": options.author, "github_id": options.github_id, "name": options.name, "blurb": options.blurb,
-        "date": options.date, "track": s.track.folder.removeprefix("track_"), "metric": metric,
-        "val_loss": mean_sd(s, as_loss)[0], "val_bpb": mean_sd(s, as_bpb)[0],
-        "val_loss_std": mean_sd(s, as_loss)[1], "val_bpb_std": mean_sd(s, as_bpb)[1],
+        "author": options.author,
+        "github_id": options.github_id,
+        "name": options.name,
+        "blurb": options.blurb,
+        "date": options.date,
+        "track": s.track.folder.removeprefix("track_"),
+        "metric": metric,
+        "val_loss": mean_sd(s, as_loss)[0],
+        "val_bpb": mean_sd(s, as_bpb)[0],
+        "val_loss_std": mean_sd(s, as_loss)[1],
+        "val_bpb_std": mean_sd(s, as_bpb)[1],
         "bytes_total": max(r["total_bytes"] for r in results) if s.rule["rule_max_bytes"] else None,
         "bytes_code": sum(len(text.encode()) for text in s.sources.values()),
         "seeds": [r["seed"] for r in results],
-        "seed_results": {str(r["seed"]): {k: r[k] for k in keys if r.get(k) is not None} for r in results},
+        "seed_results": {
+            str(r["seed"]): {k: r[k] for k in keys if r.get(k) is not None} for r in results
+        },
         "test": test or None,
-        "wallclock_seconds": mean_sd(s, "train_time_s")[0], "eval_time_seconds": mean_sd(s, "eval_time_s")[0],
-        "params": results[0].get("params"), "hardware": f"{results[0].get('world_size')}x {results[0].get('device')}",
-        "pytorch_version": results[0].get("torch"), "git": results[0].get("git"), "data_sha256": results[0].get("data_sha256"),
+        "wallclock_seconds": mean_sd(s, "train_time_s")[0],
+        "eval_time_seconds": mean_sd(s, "eval_time_s")[0],
+        "params": results[0].get("params"),
+        "hardware": f"{results[0].get('world_size')}x {results[0].get('device')}",
+        "pytorch_version": results[0].get("torch"),
+        "git": results[0].get("git"),
+        "data_sha256": results[0].get("data_sha256"),
         **s.documents,
     }
     return {key: value for key, value in facts.items() if value is not None}
@@ -423,17 +638,30 @@ def summary(s: Submission, options: Options) -> dict:
 
 def score_table(s: Submission, logs: list[str]) -> list[str]:
     """One row a seed, then mean and standard deviation."""
-    wanted = ("steps", "train_time_s", "eval_time_s", "val_loss", "val_bpb", s.rule["rule_metric"], "artifact_bytes",
-              "total_bytes")
+    wanted = (
+        "steps",
+        "train_time_s",
+        "eval_time_s",
+        "val_loss",
+        "val_bpb",
+        s.rule["rule_metric"],
+        "artifact_bytes",
+        "total_bytes",
+    )
     keys = [key for key in dict.fromkeys(wanted) if mean_sd(s, key)[0] is not None]
 
     def cell(x: float | None) -> str:
         return "" if x is None else f"{x:,}" if isinstance(x, int) else f"{x:,.5f}"
 
     rows = [["seed", *keys, "log"], ["-"] * (len(keys) + 2)]
-    rows += [[str(run.result["seed"]), *(cell(run.result[key]) for key in keys), log] for run, log in zip(s.runs, logs)]
+    rows += [
+        [str(run.result["seed"]), *(cell(run.result[key]) for key in keys), log]
+        for run, log in zip(s.runs, logs)
+    ]
     rows += [["mean", *(cell(float(mean_sd(s, key)[0])) for key in keys), ""]]
-    rows += [["sd, n - 1", *(cell(mean_sd(s, key)[1]) for key in keys), ""]] if len(s.runs) > 1 else []
+    rows += (
+        [["sd, n - 1", *(cell(mean_sd(s, key)[1]) for key in keys), ""]] if len(s.runs) > 1 else []
+    )
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
@@ -443,50 +671,110 @@ def statistics(s: Submission, facts: dict) -> list[str]:
     lines, values = [], [run.result[metric] for run in s.runs]
     if rule["rule_target"]:
         threshold = rule["rule_target"] - rule["rule_margin"]
-        margin = f" ({rule['rule_target']:g} less a margin of {rule['rule_margin']:g})" if rule["rule_margin"] else ""
-        lines += [f"Is mean {metric} of all {len(values)} seeds below {threshold:g}{margin}? One-sample t-test, one-sided.", ""]
+        margin = (
+            f" ({rule['rule_target']:g} less a margin of {rule['rule_margin']:g})"
+            if rule["rule_margin"]
+            else ""
+        )
+        lines += [
+            f"Is mean {metric} of all {len(values)} seeds below {threshold:g}{margin}? "
+            "One-sample t-test, one-sided.",
+            "",
+        ]
         lines += [f"- {why}" for why in report.judge_mean(values, rule)[1]]
         if "test" in facts:
-            lines += [f"- t = {facts['test']['t']:.4f}, p = {facts['test']['p']:.4g}, as given by", "", "```python",
-                      f'scipy.stats.ttest_1samp({values}, {threshold!r}, alternative="less")', "```"]
+            lines += [
+                f"- t = {facts['test']['t']:.4f}, p = {facts['test']['p']:.4g}, as given by",
+                "",
+                "```python",
+                f'scipy.stats.ttest_1samp({values}, {threshold!r}, alternative="less")',
+                "```",
+            ]
     else:
         lines += [f"The score is {metric}, lower is better; this track asks for no test."]
     if rule["rule_max_bytes"]:
-        lines += ["", f"Bytes: {facts['bytes_total']:,} at most, with the code's {facts['bytes_code']:,}, of "
-                  f"{rule['rule_max_bytes']:,}."]
+        lines += [
+            "",
+            f"Bytes: {facts['bytes_total']:,} at most, with the code's {facts['bytes_code']:,}, of "
+            f"{rule['rule_max_bytes']:,}.",
+        ]
     if rule["rule_max_seconds"]:
         most = max(run.result["train_time_s"] for run in s.runs)
-        lines += ["", f"Training clock: {most:.3f} s at most, of {rule['rule_max_seconds']:g} s. No run was resumed."]
+        lines += [
+            "",
+            f"Training clock: {most:.3f} s at most, of {rule['rule_max_seconds']:g} s. No run "
+            "was resumed.",
+        ]
     return lines
 
 
 def readme(s: Submission, facts: dict, options: Options, logs: list[str]) -> str:
     first, doc = s.runs[0], s.documents
     environment = re.split(r"^={100}$", s.logs[0], maxsplit=2, flags=re.MULTILINE)[1].splitlines()
-    host = [f"- {line}" for line in environment if line.startswith(("Running ", "host: ", "ranks: ", "gpu: ", "git: "))]
+    host = [
+        f"- {line}"
+        for line in environment
+        if line.startswith(("Running ", "host: ", "ranks: ", "gpu: ", "git: "))
+    ]
     world = first.result.get("world_size", 1)
     start = f"torchrun --standalone --nproc_per_node={world} --" if world > 1 else "python"
     names = f"{', '.join(s.sources)}: the source, as it stands in the logs"
     if s.readable:
-        names = ("train_gpt.py: packed (comments left out, LZMA, base 85); it alone is run and counted\n"
-                 f"- source/: {', '.join(s.readable)}, from which logs/pack.py packed it; neither run nor counted")
-    return "\n".join([
-        f"# {options.name}", "", *([options.blurb, ""] if options.blurb else []), *score_table(s, logs), "",
-        "## Statistics", "", *statistics(s, facts), "",
-        "## Environment", "", f"- {facts['hardware']}", *host, "",
-        "## Data", "",
-        f"{first.config.get('data')}: {doc['train_tokens']:,} training tokens in {doc['train_documents']:,} documents, "
-        f"{doc['val_tokens']:,} validation tokens in {doc['val_documents']:,}. {doc['shared_documents']:,} of these "
-        "documents are also in train (the tokens of every document on both sides were hashed and compared).", "",
-        "## Run it", "", "From inside this folder, where DATA and TOKENIZER are yours:", "", "```bash",
-        f"{start} train_gpt.py --config config.toml --seed {first.result['seed']} --data DATA --tokenizer TOKENIZER", "```", "",
-        "## Files", "", f"- {', '.join(logs)}: complete logs, with the source that ran at their top",
-        "- config.toml: every setting; the runs differ in their seeds alone", f"- {names}",
-        "- submission.json: these numbers for machines", ""])
+        names = (
+            "train_gpt.py: packed (comments left out, LZMA, base 85); it alone is run and counted\n"
+            f"- source/: {', '.join(s.readable)}, from which logs/pack.py packed it; neither "
+            "run nor counted"
+        )
+    return "\n".join(
+        [
+            f"# {options.name}",
+            "",
+            *([options.blurb, ""] if options.blurb else []),
+            *score_table(s, logs),
+            "",
+            "## Statistics",
+            "",
+            *statistics(s, facts),
+            "",
+            "## Environment",
+            "",
+            f"- {facts['hardware']}",
+            *host,
+            "",
+            "## Data",
+            "",
+            f"{first.config.get('data')}: {doc['train_tokens']:,} training tokens in "
+            f"{doc['train_documents']:,} documents, "
+            f"{doc['val_tokens']:,} validation tokens in {doc['val_documents']:,}. "
+            f"{doc['shared_documents']:,} of these "
+            "documents are also in train (the tokens of every document on both sides were "
+            "hashed and compared).",
+            "",
+            "## Run it",
+            "",
+            "From inside this folder, where DATA and TOKENIZER are yours:",
+            "",
+            "```bash",
+            f"{start} train_gpt.py --config config.toml --seed {first.result['seed']} --data "
+            "DATA --tokenizer TOKENIZER",
+            "```",
+            "",
+            "## Files",
+            "",
+            f"- {', '.join(logs)}: complete logs, with the source that ran at their top",
+            "- config.toml: every setting; the runs differ in their seeds alone",
+            f"- {names}",
+            "- submission.json: these numbers for machines",
+            "",
+        ]
+    )
 
 
 def write_folder(s: Submission, options: Options) -> Path:
-    """All files into a folder beside their final place, then one rename; whatever fails leaves nothing behind."""
+    """
+    All files into a folder beside their final place, then one rename; whatever fails leaves nothing
+    behind.
+    """
     place = Path(options.out) / s.track.folder / f"{options.date}_{options.name}"
     if place.exists():
         raise Refusal([f"{place}: exists already; choose another name, or delete it"])
@@ -494,9 +782,14 @@ def write_folder(s: Submission, options: Options) -> Path:
     facts = summary(s, options)
     config = (s.folders[0] / "config.toml").read_text(encoding="utf-8").splitlines()
     files = {
-        "README.md": readme(s, facts, options, logs), "submission.json": json.dumps(facts, indent=2) + "\n",
-        "config.toml": "".join(line + "\n" for line in config if line.split(" = ")[0] not in OF_ONE_RUN),
-        **dict(zip(logs, s.logs)), **s.sources, **{f"source/{name}": text for name, text in s.readable.items()},
+        "README.md": readme(s, facts, options, logs),
+        "submission.json": json.dumps(facts, indent=2) + "\n",
+        "config.toml": "".join(
+            line + "\n" for line in config if line.split(" = ")[0] not in OF_ONE_RUN
+        ),
+        **dict(zip(logs, s.logs)),
+        **s.sources,
+        **{f"source/{name}": text for name, text in s.readable.items()},
     }
     new_parents, part = [p for p in place.parents if not p.exists()], None
     try:
@@ -528,14 +821,21 @@ def complete(options: Options) -> Track:
     if options.track not in TRACKS:
         problems.append(f"track {options.track!r} is unknown; choose one of {', '.join(TRACKS)}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
-        problems.append(f"name {options.name!r} becomes the name of a folder; use letters, digits, dot, dash and underscore")
+        problems.append(
+            f"name {options.name!r} becomes the name of a folder; use letters, digits, dot, "
+            "dash and underscore"
+        )
     options.date = options.date or datetime.date.today().isoformat()
     if not re.fullmatch(r"\d{4}-\d\d-\d\d", options.date):
-        problems.append(f"date {options.date!r} becomes part of the folder's name; write YYYY-MM-DD")
+        problems.append(
+            f"date {options.date!r} becomes part of the folder's name; write YYYY-MM-DD"
+        )
     if problems:
         raise Refusal(problems)
     if not options.author and shutil.which("git"):
-        options.author = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True).stdout.strip()
+        options.author = subprocess.run(
+            ["git", "config", "user.name"], capture_output=True, text=True
+        ).stdout.strip()
     return TRACKS[options.track]
 
 

@@ -1,11 +1,13 @@
 """
-What scoring costs: the compiled forward pass, the sliding window, the mixture, in turns on the same tokens.
+What scoring costs: the compiled forward pass, the sliding window, the mixture, in turns on the same
+tokens.
 
     python tests/bench_golf.py [--rounds 5] [--config golf_cpu] [--tokens 16384] [--stride 64]
 
-Weights are random: time does not depend on them. The forward pass is the model's own, with its loss, over rows of
-seq_len. A sliding pass sees a token about seq_len/stride times; its rate counts all the tokens that go through the
-model, so 1.0 would mean that windows, gathers and sums cost nothing beside the forward pass.
+Weights are random: time does not depend on them. The forward pass is the model's own, with its
+loss, over rows of seq_len. A sliding pass sees a token about seq_len/stride times; its rate counts
+all the tokens that go through the model, so 1.0 would mean that windows, gathers and sums cost
+nothing beside the forward pass.
 """
 
 import argparse
@@ -23,7 +25,9 @@ import train_gpt as tg  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--config", default="golf_cpu")
     parser.add_argument("--tokens", type=int, default=16384)
@@ -36,7 +40,10 @@ def main() -> None:
     model = tg.build_model(cfg, run.device, run.dtype, shape.seq_len)
     graph = tg.compile_model(model, cfg)
     stream = np.random.default_rng(0).integers(cfg.vocab, size=args.tokens + 1)
-    scorers = {mode: golf.make_scorer(model, golf.How(mode=mode, stride=args.stride), shape) for mode in ("sliding", "mixture")}
+    scorers = {
+        mode: golf.make_scorer(model, golf.How(mode=mode, stride=args.stride), shape)
+        for mode in ("sliding", "mixture")
+    }
     x, y = tg.tensors(stream[: shape.rows * shape.seq_len + 1][None], run.device)
     x, y = (t.view(shape.rows, shape.seq_len) for t in (x, y))
     seen = len(golf.window_plan(args.tokens, shape.seq_len, args.stride)) * shape.seq_len
@@ -47,7 +54,9 @@ def main() -> None:
         for _ in range(passes):
             graph(x, y, shape.repeats, shape.window)
 
-    ways = {"forward": forward} | {mode: (lambda s=s: s.score(stream)) for mode, s in scorers.items()}
+    ways = {"forward": forward} | {
+        mode: (lambda s=s: s.score(stream)) for mode, s in scorers.items()
+    }
     seconds = {name: [] for name in ways}
     for i in range(args.rounds + 1):
         for name, way in ways.items():
@@ -58,12 +67,20 @@ def main() -> None:
     through = {"forward": passes * x.numel(), "sliding": seen, "mixture": seen}
     rate = {name: [through[name] / s for s in times] for name, times in seconds.items()}
     for name, r in rate.items():
-        print(f"{name:8} {statistics.median(r):9,.0f} tokens/s through the model (median of {len(r)}; {min(r):,.0f} to "
-              f"{max(r):,.0f})")
-    for a, b, words in (("sliding", "forward", "rate of sliding over forward"),
-                        ("sliding", "mixture", "time of mixture over sliding")):
+        print(
+            f"{name:8} {statistics.median(r):9,.0f} tokens/s through the model (median of "
+            f"{len(r)}; {min(r):,.0f} to "
+            f"{max(r):,.0f})"
+        )
+    for a, b, words in (
+        ("sliding", "forward", "rate of sliding over forward"),
+        ("sliding", "mixture", "time of mixture over sliding"),
+    ):
         ratios = [p / q for p, q in zip(rate[a], rate[b])]
-        print(f"{words}: {statistics.median(ratios):.3f} (median of {len(ratios)}; {min(ratios):.3f} to {max(ratios):.3f})")
+        print(
+            f"{words}: {statistics.median(ratios):.3f} (median of {len(ratios)}; "
+            f"{min(ratios):.3f} to {max(ratios):.3f})"
+        )
 
 
 if __name__ == "__main__":

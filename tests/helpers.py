@@ -12,7 +12,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt as tg  # noqa: E402
 
-torch.set_num_threads(1)  # tiny operations: threads that wait for each other cost more than they bring
+# tiny operations: threads that wait for each other cost more than they bring
+torch.set_num_threads(1)
 
 
 def tiny(**changes) -> tg.Config:
@@ -49,7 +50,9 @@ def build(cfg: tg.Config, seq_len: int = 0, dtype: torch.dtype = torch.float32) 
     return tg.build_model(cfg, torch.device("cpu"), dtype, seq_len or tg.Plan(cfg).max_seq_len)
 
 
-def random_tokens(cfg: tg.Config, rows: int, seq_len: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def random_tokens(
+    cfg: tg.Config, rows: int, seq_len: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets [rows, seq_len] of i.i.d. tokens."""
     rng = torch.Generator().manual_seed(seed)
     both = torch.randint(cfg.vocab, (rows, seq_len + 1), generator=rng)
@@ -84,7 +87,9 @@ def now(**changes) -> tg.Now:
     return tg.Now(**(plain | changes))
 
 
-def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
+def write_shard(
+    path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None
+) -> Path:
     """A token shard, written from the format's description: 256 int32 of header, then uint16."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = magic, version, len(tokens) if count is None else count

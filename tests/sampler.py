@@ -1,6 +1,7 @@
 """
-Random combinations of the switches: each is refused in one line, or it trains, goes on from a checkpoint with the same
-bits, and leaves an artifact that reads back as what was scored; and a switch that is taken back changes something.
+Random combinations of the switches: each is refused in one line, or it trains, goes on from a
+checkpoint with the same bits, and leaves an artifact that reads back as what was scored; and a
+switch that is taken back changes something.
 
     python tests/sampler.py --first 0 --count 300      # by hand: seeds 0 to 299, half a second each
 
@@ -28,49 +29,170 @@ from safetensors.torch import load_file
 import golf
 
 STEPS = 3
-# What every sample starts from: matrices of 64 rows and columns (smaller ones are not rounded), nothing that starts at
-# zero, so that each switch can act within the few steps.
-BASE = {"dim": 64, "depth": 2, "heads": 2, "seq_len": "16", "batch_tokens": "64", "micro_tokens": 64, "steps": STEPS,
-        "vocab": 96, "head_init": "0.1", "proj_init": 0.5, "mlp_ratio": 1.0, "log_every": 1, "save_every": 1, "keep": 9,
-        "eval_every": 2, "window": "0", "export": "", "epochs": 0, "val_tokens": 64, "stride": 8,
-        "q_gain": 1.0}
+# What every sample starts from: matrices of 64 rows and columns (smaller ones are not rounded),
+# nothing that starts at zero, so that each switch can act within the few steps.
+BASE = {
+    "dim": 64,
+    "depth": 2,
+    "heads": 2,
+    "seq_len": "16",
+    "batch_tokens": "64",
+    "micro_tokens": 64,
+    "steps": STEPS,
+    "vocab": 96,
+    "head_init": "0.1",
+    "proj_init": 0.5,
+    "mlp_ratio": 1.0,
+    "log_every": 1,
+    "save_every": 1,
+    "keep": 9,
+    "eval_every": 2,
+    "window": "0",
+    "export": "",
+    "epochs": 0,
+    "val_tokens": 64,
+    "stride": 8,
+    "q_gain": 1.0,
+}
 # Switches and choices, each with the values that it may take beside its own.
 SWITCHES = {
-    "train_tokens": (500,), "shuffle": (1, 2), "embed_stats": (32,), "eval_seq_len": (8, 32),
-    "seq_len": ("8", "0:8 2s:16"), "batch_tokens": ("128", "0:64 1s:128"), "depth": (1, 3, 4), "kv_heads": (1,),
-    "head_dim": (16, 64), "mlp_multiple": (48,), "layer_norm": (1,), "embed_norm": (0,), "qk_norm": (0,),
-    "attn_scale": (0.3,), "rope": ("standard", "interleaved"), "rope_dims": (-1, 8),
-    "activation": ("leaky_relu2", "swiglu"), "q_gain": (1.5,), "attn_gate": (12,), "value_proj": (32,), "iha": (1,),
-    "xsa": (-1, 1, 4), "block_scales": (1,), "resid_lambda": (1.1,), "x0_lambda": (0.1,), "unet": (1, 2),
-    "layer_scale": (1,), "loop_embed": (1,), "value_embeds": (1, 2), "cross_repeat": (1,), "doc_mask": (1,),
-    "window": ("4", "0:4 1s:8"), "window_pattern": ("SSSL", "SL"), "loop": ("0:1", "1:2", "0:2"),
-    "repeats": ("2", "0:1 1s:2 2s:3"), "tie_embed": (1,), "attn_dropout": (0.3,), "mlp_dropout": (0.3,),
-    "stoch_depth": (0.9,), "mtp": (0.3,), "head_multiple": (64,), "pad_vocab": (1,), "init_std": (1.0,),
-    "logit_dim_power": (-0.5,), "softcap": (5.0,), "init": ("xavier",), "z_loss": (0.1,), "mu_loss": (10.0,),
-    "mu_centering": (1,), "optimizer": ("adamw",), "adamw_matrices": ("attn", r"mlp\.fc"),
-    "own_lr": ("embed=0.1/0.9", "scales=0.1/0.9/0.99/0.1 lambda=0.1"), "lr_cycles": (1,), "slow": ("blocks.0.",),
-    "slow_lr": ("0 1s:0 2s>1", "0.5"), "polar": ("polar_express",), "row_norm": (1,), "normuon": (0.95,),
-    "cautious": (1, 2), "decay_by_shape": (1,), "matrix_wd": (0.5,), "embed_wd": (0.5,), "scalar_wd": (0.5,),
-    "weight_decay": ("0:1 1>0.5",), "independent_wd": (1,), "grad_clip": (0.01,), "ema": (0.9,), "swa_every": (1, 2),
-    "average_epochs": (1, 2), "final_weights": ("ema", "swa"), "export": ("int8", "int6 mlp:5", "fit", "int4 head:8"),
-    "export_codec": ("brotli", "xz", "entropy", "best"), "artifact_limit": (10**7,), "gptq": (2, 1000),
-    "qat": ("1", "0:0 1s:1"), "qat_noise": (1,), "score": ("sliding", "mixture ttt", "lora"), "stride": (4,),
-    "param_dtype": ("bfloat16",), "epochs": (1, 3), "auto_micro": (1,), "loss_chunk": (16,), "micro_tokens": (32,),
+    "train_tokens": (500,),
+    "shuffle": (1, 2),
+    "embed_stats": (32,),
+    "eval_seq_len": (8, 32),
+    "seq_len": ("8", "0:8 2s:16"),
+    "batch_tokens": ("128", "0:64 1s:128"),
+    "depth": (1, 3, 4),
+    "kv_heads": (1,),
+    "head_dim": (16, 64),
+    "mlp_multiple": (48,),
+    "layer_norm": (1,),
+    "embed_norm": (0,),
+    "qk_norm": (0,),
+    "attn_scale": (0.3,),
+    "rope": ("standard", "interleaved"),
+    "rope_dims": (-1, 8),
+    "activation": ("leaky_relu2", "swiglu"),
+    "q_gain": (1.5,),
+    "attn_gate": (12,),
+    "value_proj": (32,),
+    "iha": (1,),
+    "xsa": (-1, 1, 4),
+    "block_scales": (1,),
+    "resid_lambda": (1.1,),
+    "x0_lambda": (0.1,),
+    "unet": (1, 2),
+    "layer_scale": (1,),
+    "loop_embed": (1,),
+    "value_embeds": (1, 2),
+    "cross_repeat": (1,),
+    "doc_mask": (1,),
+    "window": ("4", "0:4 1s:8"),
+    "window_pattern": ("SSSL", "SL"),
+    "loop": ("0:1", "1:2", "0:2"),
+    "repeats": ("2", "0:1 1s:2 2s:3"),
+    "tie_embed": (1,),
+    "attn_dropout": (0.3,),
+    "mlp_dropout": (0.3,),
+    "stoch_depth": (0.9,),
+    "mtp": (0.3,),
+    "head_multiple": (64,),
+    "pad_vocab": (1,),
+    "init_std": (1.0,),
+    "logit_dim_power": (-0.5,),
+    "softcap": (5.0,),
+    "init": ("xavier",),
+    "z_loss": (0.1,),
+    "mu_loss": (10.0,),
+    "mu_centering": (1,),
+    "optimizer": ("adamw",),
+    "adamw_matrices": ("attn", r"mlp\.fc"),
+    "own_lr": ("embed=0.1/0.9", "scales=0.1/0.9/0.99/0.1 lambda=0.1"),
+    "lr_cycles": (1,),
+    "slow": ("blocks.0.",),
+    "slow_lr": ("0 1s:0 2s>1", "0.5"),
+    "polar": ("polar_express",),
+    "row_norm": (1,),
+    "normuon": (0.95,),
+    "cautious": (1, 2),
+    "decay_by_shape": (1,),
+    "matrix_wd": (0.5,),
+    "embed_wd": (0.5,),
+    "scalar_wd": (0.5,),
+    "weight_decay": ("0:1 1>0.5",),
+    "independent_wd": (1,),
+    "grad_clip": (0.01,),
+    "ema": (0.9,),
+    "swa_every": (1, 2),
+    "average_epochs": (1, 2),
+    "final_weights": ("ema", "swa"),
+    "export": ("int8", "int6 mlp:5", "fit", "int4 head:8"),
+    "export_codec": ("brotli", "xz", "entropy", "best"),
+    "artifact_limit": (10**7,),
+    "gptq": (2, 1000),
+    "qat": ("1", "0:0 1s:1"),
+    "qat_noise": (1,),
+    "score": ("sliding", "mixture ttt", "lora"),
+    "stride": (4,),
+    "param_dtype": ("bfloat16",),
+    "epochs": (1, 3),
+    "auto_micro": (1,),
+    "loss_chunk": (16,),
+    "micro_tokens": (32,),
 }
-# Values that need not show in the result: sizes whose results agree by design, what rounds up to the same, averages
-# that nobody scores but for one field, and patterns over names that the model may lack.
-SILENT = {"micro_tokens", "auto_micro", "loss_chunk", "mlp_multiple", "head_multiple", "pad_vocab", "epochs", "shuffle",
-          "train_tokens", "artifact_limit", "export_codec", "embed_stats", "own_lr", "window", "xsa", "stride", "gptq",
-          "rope_dims", "head_dim", "stoch_depth", "eval_seq_len", "value_embeds", "seq_len", "kv_heads", "depth", "loop"}
+# Values that need not show in the result: sizes whose results agree by design, what rounds up to
+# the same, averages that nobody scores but for one field, and patterns over names that the model
+# may lack.
+SILENT = {
+    "micro_tokens",
+    "auto_micro",
+    "loss_chunk",
+    "mlp_multiple",
+    "head_multiple",
+    "pad_vocab",
+    "epochs",
+    "shuffle",
+    "train_tokens",
+    "artifact_limit",
+    "export_codec",
+    "embed_stats",
+    "own_lr",
+    "window",
+    "xsa",
+    "stride",
+    "gptq",
+    "rope_dims",
+    "head_dim",
+    "stoch_depth",
+    "eval_seq_len",
+    "value_embeds",
+    "seq_len",
+    "kv_heads",
+    "depth",
+    "loop",
+}
 
 
 def sample(seed: int) -> dict:
     """Flags of one combination: three to fourteen switches, each with one of its values."""
     rng = random.Random(seed)
     names = rng.sample(sorted(SWITCHES), rng.randint(3, 14))
-    needed = {"cross_repeat": "repeats", "repeats": "loop", "qat_noise": "qat", "qat": "export", "score": "export",
-              "gptq": "export", "window_pattern": "window", "slow": "slow_lr", "slow_lr": "slow", "lr_cycles": "epochs",
-              "average_epochs": "epochs", "rope_dims": "rope", "cautious": "matrix_wd", "export_codec": "export"}
+    needed = {
+        "cross_repeat": "repeats",
+        "repeats": "loop",
+        "qat_noise": "qat",
+        "qat": "export",
+        "score": "export",
+        "gptq": "export",
+        "window_pattern": "window",
+        "slow": "slow_lr",
+        "slow_lr": "slow",
+        "lr_cycles": "epochs",
+        "average_epochs": "epochs",
+        "rope_dims": "rope",
+        "cautious": "matrix_wd",
+        "export_codec": "export",
+    }
     for name in names:  # most alone would be refused: bring along what they need
         if name in needed and needed[name] not in names and rng.random() < 0.9:
             names.append(needed[name])
@@ -80,14 +202,22 @@ def sample(seed: int) -> dict:
 def make_data(folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    for name, count in (("x_train_000001.bin", 700), ("x_train_000002.bin", 900), ("x_val_000000.bin", 200)):
-        write_shard(folder / name, np.where(rng.random(count) < 0.05, 0, rng.integers(0, 96, count)))
+    for name, count in (
+        ("x_train_000001.bin", 700),
+        ("x_train_000002.bin", 900),
+        ("x_val_000000.bin", 200),
+    ):
+        write_shard(
+            folder / name, np.where(rng.random(count) < 0.05, 0, rng.integers(0, 96, count))
+        )
     return str(folder)
 
 
 def config(flags: dict, folder: Path, run: str) -> tg.Config:
     """As parse_args makes one; UserError where it refuses."""
-    cfg = tiny(**(BASE | flags | {"data": make_data(folder / "data"), "log_dir": str(folder), "run": run}))
+    cfg = tiny(
+        **(BASE | flags | {"data": make_data(folder / "data"), "log_dir": str(folder), "run": run})
+    )
     tg.validate(cfg)
     tg.refuse_idle(cfg)
     return cfg
@@ -103,15 +233,25 @@ def outcome(folder: Path) -> dict:
     """All that a run gives which does not depend on the clock."""
     named = load_file(tg.checkpoints(folder)[-1] / "model.safetensors")
     result = json.loads((folder / "result.json").read_text())
-    timed = {"run", "config_sha256", "resumed", "peak_memory_bytes", "train_time_s", "wall_time_s", "eval_time_s", "git"}
+    timed = {
+        "run",
+        "config_sha256",
+        "resumed",
+        "peak_memory_bytes",
+        "train_time_s",
+        "wall_time_s",
+        "eval_time_s",
+        "git",
+    }
     weights = {name: w.view(torch.uint8).numpy().tobytes() for name, w in named.items()}
     return weights | {k: v for k, v in result.items() if k not in timed}
 
 
 def check(seed: int, folder: Path, flags: dict | None = None) -> tuple[dict, list[str]]:
     """
-    Try one combination: its flags without those that were refused, and the refusals. What is refused must be so before
-    the first step, in one line that names one of the flags; that one is taken out.
+    Try one combination: its flags without those that were refused, and the refusals. What is
+    refused must be so before the first step, in one line that names one of the flags; that one is
+    taken out.
     """
     flags, refused = dict(sample(seed) if flags is None else flags), []
     while True:
@@ -130,15 +270,21 @@ def check(seed: int, folder: Path, flags: dict | None = None) -> tuple[dict, lis
     done = outcome(first)
     if cfg.export:  # what was scored reads back, strictly
         kept, named = golf.load(first / "model.nrx")
-        assert tg.config_hash(kept) == tg.config_hash(cfg) and kept == dataclasses.replace(cfg, config=())
-        tg.load_weights(tg.build_model(kept, torch.device("cpu"), torch.float32, 16), named, "model.nrx")
-    for name in ("result.json", f"ckpt/{STEPS:06d}", "ckpt/000003", "epochs/000003"):  # and go on from step 2
+        assert tg.config_hash(kept) == tg.config_hash(cfg) and kept == dataclasses.replace(
+            cfg, config=()
+        )
+        tg.load_weights(
+            tg.build_model(kept, torch.device("cpu"), torch.float32, 16), named, "model.nrx"
+        )
+    # and go on from step 2
+    for name in ("result.json", f"ckpt/{STEPS:06d}", "ckpt/000003", "epochs/000003"):
         path = first / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     again = outcome(trained(dataclasses.replace(cfg, resume=True)))
     different = [k for k in done if done[k] != again.get(k)]
     assert not different and done.keys() == again.keys(), f"resumed: {different} differ"
-    one = random.Random(seed).choice(sorted(flags) or ["epochs"])  # one switch back at its own value: something must change
+    # one switch back at its own value: something must change
+    one = random.Random(seed).choice(sorted(flags) or ["epochs"])
     if one not in SILENT:
         try:
             plain = config({k: v for k, v in flags.items() if k != one}, folder, "b")
@@ -162,9 +308,14 @@ def main() -> int:
             except Exception as e:  # whatever a combination can raise is what is looked for
                 failed.append(seed)
                 where = traceback.extract_tb(e.__traceback__)[-1]
-                print(f"seed {seed}: {type(e).__name__}: {e} ({Path(where.filename).name}:{where.lineno}) {sample(seed)}")
-    print(f"{flags.count} combinations, {refused} flags refused, {len(failed)} failed: {failed}, "
-          f"{time.perf_counter() - began:.0f} s")
+                print(
+                    f"seed {seed}: {type(e).__name__}: {e} "
+                    f"({Path(where.filename).name}:{where.lineno}) {sample(seed)}"
+                )
+    print(
+        f"{flags.count} combinations, {refused} flags refused, {len(failed)} failed: {failed}, "
+        f"{time.perf_counter() - began:.0f} s"
+    )
     return bool(failed)
 
 

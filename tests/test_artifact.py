@@ -1,4 +1,7 @@
-"""Artifact, averages and checkpoints: what is stored comes back, and what is damaged is refused, never run."""
+"""
+Artifact, averages and checkpoints: what is stored comes back, and what is damaged is refused, never
+run.
+"""
 
 import hashlib
 import json
@@ -38,7 +41,11 @@ entry = st.one_of(
 @given(st.integers(1, 4), st.integers(1, 5), st.data())
 @settings(max_examples=150)
 def test_quantised_entry_is_off_by_more_than_half_a_scale(rows, cols, data):
-    w = torch.tensor(data.draw(st.lists(st.lists(entry, min_size=cols, max_size=cols), min_size=rows, max_size=rows)))
+    w = torch.tensor(
+        data.draw(
+            st.lists(st.lists(entry, min_size=cols, max_size=cols), min_size=rows, max_size=rows)
+        )
+    )
     if data.draw(st.booleans()):
         w = w.bfloat16()
     q, scale = golf.quantize_rows(w)
@@ -46,22 +53,32 @@ def test_quantised_entry_is_off_by_more_than_half_a_scale(rows, cols, data):
     assert scale.isfinite().all() and (scale > 0).all() and q.abs().max() <= 127
     back, exact = dequantised(q, scale), w.double().numpy()
     assert (np.abs(back - exact) <= scale.double().numpy() / 2 * (1 + 1e-6)).all()
-    assert np.array_equal(golf.dequantize_rows(q, scale).double().numpy(), np.float32(back).astype(np.float64))
+    assert np.array_equal(
+        golf.dequantize_rows(q, scale).double().numpy(), np.float32(back).astype(np.float64)
+    )
     assert not back[~exact.any(1)].any(), "a row of zeros must stay one"
-    # The largest entry of a row uses the range; fp16 steps of the scale cost at most a level (subnormal ones more).
+    # The largest entry of a row uses the range; fp16 steps of the scale cost at most a level
+    # (subnormal ones more).
     big = np.abs(exact).max(1) > 1e-2
     assert (np.abs(q.numpy()).max(1)[big] >= 126).all()
 
 
 def test_scale_is_rounded_below_its_row():
-    """Tiny rows have fp16 scales of a few bits: rounded down, the largest entries would be cut off."""
+    """
+    Tiny rows have fp16 scales of a few bits: rounded down, the largest entries would be cut off.
+    """
     w = torch.linspace(1e-6, 1e-3, 5000)[:, None] * torch.tensor([1.0, -1.0, 0.5])
     q, scale = golf.quantize_rows(w)
-    assert (np.abs(dequantised(q, scale) - w.double().numpy()) <= scale.double().numpy() / 2 * (1 + 1e-6)).all()
+    assert (
+        np.abs(dequantised(q, scale) - w.double().numpy())
+        <= scale.double().numpy() / 2 * (1 + 1e-6)
+    ).all()
 
 
 def test_quantiser_mixes_rows_or_matrices():
-    w = torch.randn(3, 20, 30, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 4, 60).view(3, 20, 1)
+    w = torch.randn(3, 20, 30, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        -6, 4, 60
+    ).view(3, 20, 1)
     q, scale = golf.quantize_rows(w)
     assert scale.shape == (3, 20, 1)
     for i in range(3):
@@ -82,8 +99,20 @@ def test_weights_beyond_fp16_become_infinite():
 
 def big(**changes) -> tg.Config:
     """Matrices that are quantised, vectors that stay as they are."""
-    return tiny(**({"dim": 256, "heads": 4, "depth": 1, "vocab": 300, "head_init": "0.02", "mlp_ratio": 0.5,
-                    "block_scales": 1} | changes))
+    return tiny(
+        **(
+            {
+                "dim": 256,
+                "heads": 4,
+                "depth": 1,
+                "vocab": 300,
+                "head_init": "0.02",
+                "mlp_ratio": 0.5,
+                "block_scales": 1,
+            }
+            | changes
+        )
+    )
 
 
 def write_artifact(path, named, cfg) -> None:
@@ -99,7 +128,9 @@ def exported(path, **changes) -> tuple[tg.Config, dict[str, torch.Tensor]]:
     return cfg, named
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embed": 1}, {"param_dtype": "bfloat16"}, {"kv_heads": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embed": 1}, {"param_dtype": "bfloat16"}, {"kv_heads": 2}], ids=str
+)
 def test_artifact_loads_other_weights_than_were_exported(tmp_path, changes):
     """Read a second time by hand: magic, header, zstd, safetensors, q times scale in numpy."""
     path = tmp_path / "model.nrx"
@@ -122,11 +153,15 @@ def test_artifact_loads_other_weights_than_were_exported(tmp_path, changes):
             assert min(w.shape[-2:]) < 64 and torch.equal(loaded[name], w)
             continue
         assert w.ndim >= 2 and min(w.shape[-2:]) >= 64 and loaded[name].dtype == torch.float32
-        assert ((loaded[name] - w.float()).abs().amax(-1) <= w.float().abs().amax(-1) / 127 * 0.51).all()
+        assert (
+            (loaded[name] - w.float()).abs().amax(-1) <= w.float().abs().amax(-1) / 127 * 0.51
+        ).all()
         if stored:
             q, scale = stored[f"{name}:q"], stored[f"{name}:scale"]
             assert q.dtype == np.int8 and scale.dtype == np.float16
-            assert np.array_equal(loaded[name].numpy(), q.astype(np.float32) * scale.astype(np.float32))
+            assert np.array_equal(
+                loaded[name].numpy(), q.astype(np.float32) * scale.astype(np.float32)
+            )
     assert kinds == {"plain", "rows"}
     # The model that is read back is the one that was scored.
     model = tg.build_model(loaded_cfg, torch.device("cpu"), torch.float32, 32)
@@ -142,7 +177,9 @@ def test_two_exports_of_the_same_weights_differ(tmp_path):
 
 
 def test_weights_of_a_training_run_cannot_be_exported(tmp_path):
-    """They are views into the optimizer's buckets, which safetensors must not take for shared memory."""
+    """
+    They are views into the optimizer's buckets, which safetensors must not take for shared memory.
+    """
     cfg = big()
     model = build(cfg)
     tg.MuonAdamW(cfg, model, alone())
@@ -162,12 +199,20 @@ def test_artifact_or_checkpoint_is_unpickled(tmp_path, monkeypatch):
     cfg, _ = exported(tmp_path / "a")
     run, p = started(tmp_path / "run")
     saved = tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 0)
-    for target, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+    for target, name in (
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+        (torch, "load"),
+    ):
         monkeypatch.setattr(target, name, forbidden)
     assert golf.load(tmp_path / "a")[0] == cfg
     assert tg.load_checkpoint(saved, run, p.model, p.opt, p.avg, p.loader) == 0
     source = (ROOT / "train_gpt.py").read_text()
-    assert not any(word in source for word in ("import pickle", "torch.load(", "allow_pickle", "eval(", "exec("))
+    assert not any(
+        word in source
+        for word in ("import pickle", "torch.load(", "allow_pickle", "eval(", "exec(")
+    )
     assert not any(f.suffix in (".pt", ".pkl", ".bin") for f in saved.iterdir())
     (tmp_path / "b").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(tg.UserError, match="magic"):
@@ -196,7 +241,11 @@ def test_flipped_byte_or_cut_is_not_noticed(tmp_path):
         )
     ]
     damaged += [whole + b"\0", whole + whole, whole[1:], b"\0" * 100, golf.MAGIC * 40]
-    for where in (*range(0, 40), *(rng.randrange(len(whole)) for _ in range(100)), *range(len(whole) - 40, len(whole))):
+    for where in (
+        *range(0, 40),
+        *(rng.randrange(len(whole)) for _ in range(100)),
+        *range(len(whole) - 40, len(whole)),
+    ):
         flipped = bytearray(whole)
         flipped[where] ^= 1 << rng.randrange(8)
         damaged.append(bytes(flipped))
@@ -216,10 +265,15 @@ def forge(
     length: int | None = None,
     to=None,
 ):
-    """A file with a valid checksum and whatever else; `header` and `tensors` change what was there."""
+    """
+    A file with a valid checksum and whatever else; `header` and `tensors` change what was there.
+    """
     data = path.read_bytes()
     (size,) = struct.unpack("<I", data[8:12])
-    old, payload = json.loads(data[12 : 12 + size]), zstandard.ZstdDecompressor().decompress(data[12 + size : -32])
+    old, payload = (
+        json.loads(data[12 : 12 + size]),
+        zstandard.ZstdDecompressor().decompress(data[12 + size : -32]),
+    )
     if tensors:
         stored = load_tensors(payload)
         tensors(stored)
@@ -269,7 +323,9 @@ FORGED = {
     "kind is a list": {"header": lambda h: h["tensors"].update(head=[])},
     "kind swapped": {"header": lambda h: h["tensors"].update(head={"kind": "plain"})},
     "kind swapped back": {
-        "header": lambda h: h["tensors"].update({"blocks.0.mix": {"kind": "rows", "shape": [2, 256], "levels": 127}})
+        "header": lambda h: h["tensors"].update(
+            {"blocks.0.mix": {"kind": "rows", "shape": [2, 256], "levels": 127}}
+        )
     },
     "name not stored": {"header": lambda h: h["tensors"].update(more={"kind": "plain"})},
     "tensor not named": {"header": lambda h: h["tensors"].pop("head") and None},
@@ -312,8 +368,15 @@ def test_forged_artifact_with_a_valid_checksum_crashes_or_loads(tmp_path, name):
     "change",
     [
         lambda t: t.update({"blocks.0.mix": torch.zeros(3, 3)}),
-        lambda t: t.update({"head:q": torch.zeros(384, 4, dtype=torch.int8), "head:scale": torch.ones(384, 1).half()}),
-        lambda t: t.update({"head:q": torch.zeros(384 * 256, dtype=torch.int8), "head:scale": torch.ones(1).half()}),
+        lambda t: t.update(
+            {
+                "head:q": torch.zeros(384, 4, dtype=torch.int8),
+                "head:scale": torch.ones(384, 1).half(),
+            }
+        ),
+        lambda t: t.update(
+            {"head:q": torch.zeros(384 * 256, dtype=torch.int8), "head:scale": torch.ones(1).half()}
+        ),
         lambda t: t.update({"blocks.0.mix": torch.zeros(256)}),
     ],
 )
@@ -326,12 +389,17 @@ def test_tensor_of_another_shape_is_stretched_to_fit(tmp_path, change):
 
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
-    lambda x: st.one_of(st.lists(x, max_size=3), st.dictionaries(st.text(max_size=5), x, max_size=3)),
+    lambda x: st.one_of(
+        st.lists(x, max_size=3), st.dictionaries(st.text(max_size=5), x, max_size=3)
+    ),
     max_leaves=6,
 )
 
 
-@given(st.sampled_from(["tensors", "codec", "payload_bytes", "packed_bytes", "config", "more"]), json_values)
+@given(
+    st.sampled_from(["tensors", "codec", "payload_bytes", "packed_bytes", "config", "more"]),
+    json_values,
+)
 @example("config", 'config = ["a"]')
 @example("config", "lr = inf")
 @example("config", "steps = 99999999999999999999999999")
@@ -355,7 +423,10 @@ def test_weights_are_loaded_loosely(tmp_path):
     for change, words in (
         (lambda d: d.pop("head"), "missing \\['head'\\]"),
         (lambda d: d.update(extra=torch.zeros(1)), "unknown \\['extra'\\]"),
-        (lambda d: d.update(embed=torch.zeros(3, 3)), "embed is \\[3, 3\\] there and \\[96, 32\\] here"),
+        (
+            lambda d: d.update(embed=torch.zeros(3, 3)),
+            "embed is \\[3, 3\\] there and \\[96, 32\\] here",
+        ),
     ):
         other = dict(named)
         change(other)
@@ -370,7 +441,10 @@ def test_weights_are_loaded_loosely(tmp_path):
 
 
 def walk(cfg, steps: int):
-    """Random steps of the weights; the averages after each, and the history of one parameter in float64."""
+    """
+    Random steps of the weights; the averages after each, and the history of one parameter in
+    float64.
+    """
     model = build(cfg)
     opt = tg.MuonAdamW(cfg, model, alone())
     avg, history = tg.Averages(cfg, opt), []
@@ -380,7 +454,10 @@ def walk(cfg, steps: int):
     for step in range(1, steps + 1):
         for b in opt.buckets:
             b.weights.add_(
-                0.1 * torch.randn(b.weights.shape, generator=torch.Generator().manual_seed(step)).to(b.weights.dtype)
+                0.1
+                * torch.randn(b.weights.shape, generator=torch.Generator().manual_seed(step)).to(
+                    b.weights.dtype
+                )
             )
         avg.update(step, step / steps)
         history.append(p.detach().double().numpy().copy())
@@ -389,24 +466,36 @@ def walk(cfg, steps: int):
 
 @pytest.mark.parametrize("decay, dtype", [(0.9, "float32"), (0.99, "float32"), (0.5, "bfloat16")])
 def test_ema_is_not_its_closed_formula(decay, dtype):
-    """sum over t of (1-k_t) * w_t * product of the later k, with k_t = min(decay, t/(t+9)); kept in fp32."""
+    """
+    sum over t of (1-k_t) * w_t * product of the later k, with k_t = min(decay, t/(t+9)); kept in
+    fp32.
+    """
     _, _, avg, history, name = walk(tiny(ema=decay, param_dtype=dtype), 30)
     k = [0.0, *(min(decay, t / (t + 9)) for t in range(1, 31))]
     expected = sum((1 - k[t]) * math.prod(k[t + 1 :]) * w for t, w in enumerate(history))
     got = avg.state_dict()[f"{name}:ema"]
-    assert got.dtype == torch.float32 and np.allclose(got.numpy().reshape(expected.shape), expected, atol=1e-5)
+    assert got.dtype == torch.float32 and np.allclose(
+        got.numpy().reshape(expected.shape), expected, atol=1e-5
+    )
     assert sum((1 - k[t]) * math.prod(k[t + 1 :]) for t in range(31)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
     "every, start, taken",
-    [(5, 0.5, [15, 20, 25, 30]), (4, 0.75, [24, 28]), (1, 0.9, [27, 28, 29, 30]), (7, 0.0, [7, 14, 21, 28])],
+    [
+        (5, 0.5, [15, 20, 25, 30]),
+        (4, 0.75, [24, 28]),
+        (1, 0.9, [27, 28, 29, 30]),
+        (7, 0.0, [7, 14, 21, 28]),
+    ],
 )
 def test_swa_is_not_the_mean_of_its_snapshots(every, start, taken):
     _, _, avg, history, name = walk(tiny(swa_every=every, swa_start=start), 30)
     assert avg.swa_count == len(taken)
     expected = np.mean([history[t] for t in taken], axis=0)
-    assert np.allclose(avg.state_dict()[f"{name}:swa"].numpy().reshape(expected.shape), expected, atol=1e-5)
+    assert np.allclose(
+        avg.state_dict()[f"{name}:swa"].numpy().reshape(expected.shape), expected, atol=1e-5
+    )
 
 
 def test_average_without_snapshots_is_evaluated():
@@ -418,7 +507,9 @@ def test_average_without_snapshots_is_evaluated():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_swapping_averages_in_changes_the_live_weights(dtype):
-    model, opt, avg, _, name = walk(tiny(ema=0.9, swa_every=3, swa_start=0.0, param_dtype=dtype), 10)
+    model, opt, avg, _, name = walk(
+        tiny(ema=0.9, swa_every=3, swa_start=0.0, param_dtype=dtype), 10
+    )
     live = {n: p.detach().clone() for n, p in model.named_parameters()}
     for kind in ("ema", "swa"):
         with avg.swapped_in(kind):
@@ -523,7 +614,9 @@ def test_resumed_training_differs_in_a_bit(tmp_path, changes):
 
 
 def test_torn_or_foreign_folder_is_taken_for_a_checkpoint(tmp_path):
-    """Complete means: a number for a name, and DONE. What the user put beside them is left alone."""
+    """
+    Complete means: a number for a name, and DONE. What the user put beside them is left alone.
+    """
     run, p = started(tmp_path / "a", keep=2)
     folder = tmp_path / "a" / "ckpt"
     assert tg.checkpoints(tmp_path / "a") == []
@@ -537,7 +630,11 @@ def test_torn_or_foreign_folder_is_taken_for_a_checkpoint(tmp_path):
         tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, step)
     assert [c.name for c in tg.checkpoints(tmp_path / "a")] == ["000020", "100000000"]
     left = {f.name for f in folder.iterdir()}
-    assert {"best", "10_copy", "notes.txt"} <= left and not left & {"000001", "000002", ".000002.part"}
+    assert {"best", "10_copy", "notes.txt"} <= left and not left & {
+        "000001",
+        "000002",
+        ".000002.part",
+    }
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -571,7 +668,9 @@ def test_crash_while_saving_costs_the_older_checkpoint(tmp_path, monkeypatch, wh
     assert tg.checkpoints(tmp_path / "a") == [second]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "averages.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "averages.safetensors", "state.json"]
+)
 def test_damaged_checkpoint_ends_in_a_traceback(tmp_path, name):
     run, p = started(tmp_path / "a", ema=0.9)
     saved = tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 1)
@@ -617,7 +716,9 @@ def test_transfer_takes_other_parts_than_asked(tmp_path, transfer, expected):
     taken = {n for n, q in new.model.named_parameters() if torch.equal(q, old[n])}
     kept = {n for n, q in new.model.named_parameters() if torch.equal(q, fresh[n])}
     assert len(taken) == expected and taken | kept == set(old) and not taken & kept
-    pattern = {"all": "", "attn": "attn", "mlp": "mlp", "attn+mlp": "attn|mlp"}.get(transfer, transfer)
+    pattern = {"all": "", "attn": "attn", "mlp": "mlp", "attn+mlp": "attn|mlp"}.get(
+        transfer, transfer
+    )
     assert taken == {n for n in old if tg.re.search(pattern, n)}
 
 
@@ -626,7 +727,9 @@ def test_transfer_of_nothing_or_of_another_shape_is_silent(tmp_path):
     tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 3)
     with pytest.raises(tg.UserError, match="transfer = 'zzz' takes nothing"):
         started(tmp_path / "new", init_from=str(tmp_path / "old"), transfer="zzz")
-    with pytest.raises(tg.UserError, match=r"blocks.0.mlp.fc is \[128, 32\] there and \[64, 32\] here.*--transfer"):
+    with pytest.raises(
+        tg.UserError, match=r"blocks.0.mlp.fc is \[128, 32\] there and \[64, 32\] here.*--transfer"
+    ):
         started(tmp_path / "new", init_from=str(tmp_path / "old"), mlp_ratio=2.0)
     started(tmp_path / "new", init_from=str(tmp_path / "old"), mlp_ratio=2.0, transfer="attn")
 
@@ -643,7 +746,16 @@ class Numbers:
 
 def sampled(**changes) -> list[int]:
     cfg = tiny(
-        **({"head_init": "1.0", "seq_len": "16", "doc_token": 0, "sample_tokens": 40, "prompt": "5 6 7"} | changes)
+        **(
+            {
+                "head_init": "1.0",
+                "seq_len": "16",
+                "doc_token": 0,
+                "sample_tokens": 40,
+                "prompt": "5 6 7",
+            }
+            | changes
+        )
     )
     model = build(tg.dataclasses.replace(cfg, seed=1))
     return Numbers().encode(tg.generate(model, Numbers(), cfg, 16, now()))
@@ -651,9 +763,15 @@ def sampled(**changes) -> list[int]:
 
 def test_sampling_ignores_seed_temperature_top_k_or_the_end_of_the_document():
     assert sampled(seed=1) == sampled(seed=1) != sampled(seed=2)
-    assert sampled(temperature=0.0, seed=1) == sampled(temperature=0.0, seed=2) == sampled(top_k=1, seed=3)
+    assert (
+        sampled(temperature=0.0, seed=1)
+        == sampled(temperature=0.0, seed=2)
+        == sampled(top_k=1, seed=3)
+    )
     assert sampled(seed=1)[:3] == [5, 6, 7] and len(sampled(temperature=0.0)) <= 43
-    assert max(sampled(seed=4, temperature=50.0, top_k=0)) < 96, "dummy columns of the head are no tokens"
+    assert max(sampled(seed=4, temperature=50.0, top_k=0)) < 96, (
+        "dummy columns of the head are no tokens"
+    )
     lengths = {len(sampled(seed=s, temperature=50.0, top_k=0, sample_tokens=200)) for s in range(6)}
     assert min(lengths) < 200, "a document token ends the sample"
     with pytest.raises(tg.UserError, match="token 96, which is not below the model's vocab = 96"):
@@ -675,7 +793,9 @@ def test_greedy_sample_is_not_the_likeliest_token():
 
 
 def test_size_of_the_code_leaves_out_a_file(monkeypatch):
-    """Counted are the files of the project that run: the started script, train_gpt.py and golf.py."""
+    """
+    Counted are the files of the project that run: the started script, train_gpt.py and golf.py.
+    """
     here, golfs = ROOT / "train_gpt.py", ROOT / "golf.py"
     for argv, expected in (
         ([str(here)], [here, golfs]),

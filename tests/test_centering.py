@@ -1,4 +1,7 @@
-"""Output-embedding centering: the model family to the last parameter, the three methods, their statistics and tables."""
+"""
+Output-embedding centering: the model family to the last parameter, the three methods, their
+statistics and tables.
+"""
 
 import json
 import math
@@ -18,8 +21,17 @@ from logs import centering, embeddings, explain_centering
 from logs.report import ReportError
 
 SCALES = ("16m", "29m", "57m", "109m", "221m")
-FAMILY = {"layer_norm": 1, "embed_norm": 0, "activation": "swiglu", "rope": "interleaved", "rope_dims": -1, "init": "xavier",
-          "optimizer": "adamw", "rope_base": 10000.0, "norm_eps": 1e-5}
+FAMILY = {
+    "layer_norm": 1,
+    "embed_norm": 0,
+    "activation": "swiglu",
+    "rope": "interleaved",
+    "rope_dims": -1,
+    "init": "xavier",
+    "optimizer": "adamw",
+    "rope_base": 10000.0,
+    "norm_eps": 1e-5,
+}
 
 
 def preset(name: str, *flags: str) -> tg.Config:
@@ -55,19 +67,37 @@ def test_parameter_count_of_a_scale_is_off(name, count, width):
     model = tg.build_model(cfg, torch.device("meta"), torch.float32, 8)
     assert sum(p.numel() for p in model.parameters()) == count
     assert tg.hidden_width(cfg) == width and tg.rotary_dims(cfg) == cfg.dim // 8
-    tied = tg.build_model(preset(f"centering_{name}", "--tie_embed", "1"), torch.device("meta"), torch.float32, 8)
-    assert round(sum(p.numel() for p in tied.parameters()) / 1e6) in (int(name[:-1]), int(name[:-1]) - 1)  # its name
+    tied = tg.build_model(
+        preset(f"centering_{name}", "--tie_embed", "1"), torch.device("meta"), torch.float32, 8
+    )
+    # its name
+    assert round(sum(p.numel() for p in tied.parameters()) / 1e6) in (
+        int(name[:-1]),
+        int(name[:-1]) - 1,
+    )
 
 
 def test_initial_values_are_not_xavier():
-    """At d = 224 with the full head; the specs give the standard deviations of all but the input of the other half."""
+    """
+    At d = 224 with the full head; the specs give the standard deviations of all but the input of
+    the other half.
+    """
     cfg = preset("centering_16m", "--depth", "6")
     model = tg.build_model(cfg, torch.device("meta"), torch.float32, 8)
     said = tg.declarations(model)
-    p = {n: tg.initial_value(n, said[n], t.shape, cfg.seed)
-         for n, t in model.named_parameters() if ".1." in n or "blocks" not in n}
-    expected = {"head": 0.00629, "embed": 0.0668, "blocks.1.attn.qkv": 0.0472, "blocks.1.mlp.fc": 0.0449,
-                "blocks.1.mlp.proj": 0.0449, "blocks.1.attn.proj": 0.00577}
+    p = {
+        n: tg.initial_value(n, said[n], t.shape, cfg.seed)
+        for n, t in model.named_parameters()
+        if ".1." in n or "blocks" not in n
+    }
+    expected = {
+        "head": 0.00629,
+        "embed": 0.0668,
+        "blocks.1.attn.qkv": 0.0472,
+        "blocks.1.mlp.fc": 0.0449,
+        "blocks.1.mlp.proj": 0.0449,
+        "blocks.1.attn.proj": 0.00577,
+    }
     for name, std in expected.items():
         assert p[name].std().item() == pytest.approx(std, rel=0.006), name
         assert p[name].abs().max() > 3.5 * std, f"{name} is not normal"
@@ -75,7 +105,9 @@ def test_initial_values_are_not_xavier():
         assert torch.equal(p[name], torch.ones_like(p[name])), name
 
 
-@pytest.mark.parametrize("step, rate", [(0, 5.9988e-5), (4999, 0.29994), (5000, 0.3), (52500, 0.150005), (100000, 1e-5)])
+@pytest.mark.parametrize(
+    "step, rate", [(0, 5.9988e-5), (4999, 0.29994), (5000, 0.3), (52500, 0.150005), (100000, 1e-5)]
+)
 def test_learning_rate_differs_from_the_original(step, rate):
     cfg = preset("centering_16m", "--lr", f"0:1/5001 0.05>1 1~{1e-5 / 0.3}")
     assert 0.3 * tg.Plan(cfg).at(step, step / cfg.steps).lr == pytest.approx(rate, rel=1e-4)
@@ -84,7 +116,9 @@ def test_learning_rate_differs_from_the_original(step, rate):
 def test_learning_rates_do_not_sum_to_the_published_total():
     cfg = preset("centering_16m", "--lr", "0:1/5001 0.05>1 1~0.0001")
     sched = tg.Schedule("lr", cfg.lr)
-    assert 0.1 * sum(sched.at(s, s / 100000) for s in range(100000)) == pytest.approx(5000.5, abs=0.05)
+    assert 0.1 * sum(sched.at(s, s / 100000) for s in range(100000)) == pytest.approx(
+        5000.5, abs=0.05
+    )
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -94,15 +128,26 @@ def test_preset_departs_from_the_original(name):
     assert cfg.adamw_lr * tg.Schedule("lr", cfg.lr).at(100000, 1.0) == pytest.approx(1e-5)
     assert tg.Plan(cfg).tokens() == 13_107_200_000 and cfg.steps == 100_000
     assert (cfg.beta1, cfg.beta2, cfg.adam_eps, cfg.grad_clip) == (0.9, 0.95, 1e-8, 1.0)
-    assert {cfg.matrix_wd, cfg.embed_wd, cfg.scalar_wd, cfg.tie_embed, cfg.mu_loss, cfg.z_loss, cfg.mu_centering} == {0}
+    assert {
+        cfg.matrix_wd,
+        cfg.embed_wd,
+        cfg.scalar_wd,
+        cfg.tie_embed,
+        cfg.mu_loss,
+        cfg.z_loss,
+        cfg.mu_centering,
+    } == {0}
 
 
 @pytest.mark.parametrize(
-    "batch, most, micro", [(64, 48, 16), (64, 24, 16), (64, 16, 16), (256, 48, 32), (48, 12, 12), (96, 20, 12)]
+    "batch, most, micro",
+    [(64, 48, 16), (64, 24, 16), (64, 16, 16), (256, 48, 32), (48, 12, 12), (96, 20, 12)],
 )
 def test_automatic_micro_batch_differs_from_the_original(batch, most, micro):
     """On 4 GPUs, in rows of 2,048."""
-    cfg = preset("centering_16m", "--batch_tokens", str(batch * 2048), "--micro_tokens", str(most * 2048))
+    cfg = preset(
+        "centering_16m", "--batch_tokens", str(batch * 2048), "--micro_tokens", str(most * 2048)
+    )
     plan = tg.Plan(cfg)
     assert plan.micro_rows(plan.moments()[0], 4) == micro
 
@@ -114,7 +159,10 @@ def test_automatic_micro_batch_hides_a_batch_that_does_not_divide():
 
 
 def textbook(model: tg.GPT, tokens: torch.Tensor) -> torch.Tensor:
-    """The family in other words: complex rotation of neighbours, SDPA, nn.functional throughout. [B, T, D]"""
+    """
+    The family in other words: complex rotation of neighbours, SDPA, nn.functional throughout. [B,
+    T, D]
+    """
     cfg, w = model.cfg, {n: p.detach() for n, p in model.named_parameters()}
     B, T = tokens.shape
     H, K = cfg.heads, cfg.dim // cfg.heads
@@ -130,7 +178,9 @@ def textbook(model: tg.GPT, tokens: torch.Tensor) -> torch.Tensor:
     x = w["embed"][tokens]
     for i in range(cfg.depth):
         b = lambda leaf: w[f"blocks.{i}.{leaf}"]  # noqa: B023
-        q, k, v = (ln(x, b("gains")[0]) @ b("attn.qkv").flatten(0, 1).T).view(B, T, 3, H, K).unbind(2)
+        q, k, v = (
+            (ln(x, b("gains")[0]) @ b("attn.qkv").flatten(0, 1).T).view(B, T, 3, H, K).unbind(2)
+        )
         q, k = rotary(ln(q, b("attn.qk_gains")[0])), rotary(ln(k, b("attn.qk_gains")[1]))
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
         x = x + y.transpose(1, 2).flatten(2) @ b("attn.proj").T
@@ -140,7 +190,9 @@ def textbook(model: tg.GPT, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def test_family_differs_from_the_textbook():
-    """LayerNorm and its gains, also before the rotation of q and k, half of each head turning, SwiGLU."""
+    """
+    LayerNorm and its gains, also before the rotation of q and k, half of each head turning, SwiGLU.
+    """
     cfg = tiny(**FAMILY, doc_mask=0)
     model = build(cfg)
     rng = torch.Generator().manual_seed(0)
@@ -159,8 +211,12 @@ def test_half_of_a_head_that_should_stand_still_turns():
     rng = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 32, 2, 16, generator=rng).unbind(0)
     turned = tg.rotate(tg.half_split(q, 8), *tg.rope_table(cfg, 32))
-    assert torch.equal(turned[..., 8:], q[..., 8:]) and not torch.allclose(turned[:, 1:, :, :8], q[:, 1:, :, :8])
-    same = lambda x: tg.rotate(tg.half_split(x[:, :1].expand(-1, 32, -1, -1), 8), *tg.rope_table(cfg, 32))
+    assert torch.equal(turned[..., 8:], q[..., 8:]) and not torch.allclose(
+        turned[:, 1:, :, :8], q[:, 1:, :, :8]
+    )
+    same = lambda x: tg.rotate(
+        tg.half_split(x[:, :1].expand(-1, 32, -1, -1), 8), *tg.rope_table(cfg, 32)
+    )
     scores = torch.einsum("bthk,bshk->bhts", same(q), same(k))
     for h in range(2):  # of one vector everywhere, products depend on the distance alone
         assert torch.allclose(scores[0, h, 1:, 1:], scores[0, h, :-1, :-1], atol=1e-4)
@@ -180,10 +236,14 @@ def test_independent_decay_follows_the_learning_rate():
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         tg.MuonAdamW(cfg, model, alone()).step(now(lr=lr))  # no gradient: nothing but decay
         for name, p in model.named_parameters():
-            assert torch.allclose(p, before[name] * (1 if "gain" in name else 1 - 1e-2), atol=1e-7), (lr, name)
+            assert torch.allclose(
+                p, before[name] * (1 if "gain" in name else 1 - 1e-2), atol=1e-7
+            ), (lr, name)
 
 
-@pytest.mark.parametrize("changes", [{"rope_dims": 7}, {"rope_dims": 18}, {"rope_dims": -2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"rope_dims": 7}, {"rope_dims": 18}, {"rope_dims": -2}], ids=str
+)
 def test_impossible_rotary_dims_pass(changes):
     with pytest.raises(tg.UserError, match="rope_dims"):
         tg.validate(tiny(**changes))
@@ -213,8 +273,12 @@ def test_centering_changes_the_loss_or_leaves_a_mean():
     assert torch.allclose((x @ e.T).mean(-1), x @ mu)  # the mean logit is mu . h
     centred = e.float()
     tg.center(centred)
-    assert centred.mean(0).abs().max() < 1e-6 and torch.allclose(centred.double(), e - mu, atol=1e-6)
-    assert torch.allclose(F.cross_entropy(x @ e.T, y), F.cross_entropy(x @ centred.double().T, y), atol=1e-6)
+    assert centred.mean(0).abs().max() < 1e-6 and torch.allclose(
+        centred.double(), e - mu, atol=1e-6
+    )
+    assert torch.allclose(
+        F.cross_entropy(x @ e.T, y), F.cross_entropy(x @ centred.double().T, y), atol=1e-6
+    )
     once = centred.clone()
     tg.center(centred)
     assert torch.allclose(once, centred, atol=1e-6)
@@ -225,14 +289,24 @@ def test_centering_changes_the_loss_or_leaves_a_mean():
 
 
 def test_centered_run_of_the_trainer_leaves_the_baseline(tmp_path):
-    """train_step itself in fp64, clipped and decayed: 100 losses, and the head but for its mean row."""
+    """
+    train_step itself in fp64, clipped and decayed: 100 losses, and the head but for its mean row.
+    """
     told = []
     torch.set_default_dtype(torch.float64)
     try:
         with explain_centering.in_float64():
             for on in (0, 1):
-                p = parts(tmp_path, mu_centering=on, grad_clip=1.0, embed_wd=0.1, matrix_wd=0.1, beta1=0.9, adam_eps=1e-8,
-                          **dict.fromkeys(("adamw_lr", "embed_lr", "head_lr", "scalar_lr"), 0.01))
+                p = parts(
+                    tmp_path,
+                    mu_centering=on,
+                    grad_clip=1.0,
+                    embed_wd=0.1,
+                    matrix_wd=0.1,
+                    beta1=0.9,
+                    adam_eps=1e-8,
+                    **dict.fromkeys(("adamw_lr", "embed_lr", "head_lr", "scalar_lr"), 0.01),
+                )
                 for q in p.model.parameters():
                     q.data = q.data.double()
                 p.model.dtype = p.run.dtype = torch.float64
@@ -251,7 +325,8 @@ def test_mu_loss_has_another_gradient_than_autograd():
     judged = head.detach().clone().double().requires_grad_()
     (1000 * judged.mean(0).square().sum()).backward()
     head.grad = torch.zeros_like(head)
-    value = sum(tg.add_mu_loss(head, 1000.0, 4) for _ in range(4)) / 4  # four ranks, whose gradients are summed
+    # four ranks, whose gradients are summed
+    value = sum(tg.add_mu_loss(head, 1000.0, 4) for _ in range(4)) / 4
     assert torch.allclose(head.grad.double(), judged.grad, rtol=1e-5)
     assert torch.allclose(head.grad[0].double(), 2 * 1000 * judged.mean(0) / 300, rtol=1e-5)
     assert value.item() == pytest.approx(1000 * judged.mean(0).square().sum().item(), rel=1e-5)
@@ -280,10 +355,13 @@ def test_z_loss_has_another_gradient_than_its_formula(tmp_path):
     p.opt.buckets[0].grads.zero_()
     terms = tg.loss_terms(p, x, y, 1, 0)
     logits = p.model.logits(p.model.hidden(x, 1, 0)).flatten(0, 1).detach().requires_grad_()
-    assert terms[0].item() == pytest.approx(F.cross_entropy(logits, y.flatten(), reduction="sum").item(), rel=1e-5)
+    assert terms[0].item() == pytest.approx(
+        F.cross_entropy(logits, y.flatten(), reduction="sum").item(), rel=1e-5
+    )
     log_z = logits.double().exp().sum(-1).log()
     assert terms[1].item() == pytest.approx(0.5 * log_z.square().sum().item(), rel=1e-5)
-    terms[1].backward()  # through the model; d/dlogits = 2 * weight * logZ * softmax, so d/dhead = that^T @ h
+    # through the model; d/dlogits = 2 * weight * logZ * softmax, so d/dhead = that^T @ h
+    terms[1].backward()
     by_logit = 2 * 0.5 * log_z[:, None] * logits.double().softmax(-1)
     hidden = p.model.hidden(x, 1, 0).flatten(0, 1).double()
     assert torch.allclose(p.model.head.grad.double(), by_logit.T @ hidden, rtol=1e-3, atol=1e-4)
@@ -294,7 +372,10 @@ def test_loss_and_log_z_in_one_pass_differ_from_autograd(way):
     """Values and gradients, an ignored target included, against cross_entropy and logsumexp."""
     rng = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(20, 30, generator=rng, dtype=torch.float64)).requires_grad_()
-    targets, weight = torch.randint(30, (20,), generator=rng), torch.randn(2, 20, generator=rng, dtype=torch.float64)
+    targets, weight = (
+        torch.randint(30, (20,), generator=rng),
+        torch.randn(2, 20, generator=rng, dtype=torch.float64),
+    )
     targets[3] = -1
     loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
     judged = torch.stack([loss, logits.logsumexp(-1) * (targets >= 0)])
@@ -313,17 +394,30 @@ def test_z_loss_of_equal_logits_is_not_the_square_of_ln_v():
     assert losses.mean().item() == pytest.approx(math.log(50304), abs=1e-4)
 
 
-METHODS = [{"z_loss": 1e-2}, {"mu_loss": 10.0}, {"mu_centering": 1}, {"z_loss": 1e-2, "mu_loss": 10.0, "mu_centering": 1}]
+METHODS = [
+    {"z_loss": 1e-2},
+    {"mu_loss": 10.0},
+    {"mu_centering": 1},
+    {"z_loss": 1e-2, "mu_loss": 10.0, "mu_centering": 1},
+]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_micro_batches_or_chunks_count_a_term_twice(tmp_path, method):
-    """One micro-batch against four, and logits in chunks: the same loss, terms, gradient norm and weights."""
+    """
+    One micro-batch against four, and logits in chunks: the same loss, terms, gradient norm and
+    weights.
+    """
     told = []
     for sizes in ({}, {"micro_tokens": 32}, {"loss_chunk": 32}):
         p = parts(tmp_path, **method, **sizes)
         steps = [tg.train_step(p, s, now()) for s in range(2)]
-        told.append(([torch.cat([loss, size.view(1)]) for loss, size in steps], p.model.head.detach().clone()))
+        told.append(
+            (
+                [torch.cat([loss, size.view(1)]) for loss, size in steps],
+                p.model.head.detach().clone(),
+            )
+        )
     for steps, head in told[1:]:
         for a, b in zip(steps, told[0][0]):
             assert torch.allclose(a, b, rtol=1e-4) and len(a) == 2 + len(tg.extra_terms(p.cfg))
@@ -344,14 +438,25 @@ def test_mean_row_is_left_after_a_step(tmp_path):
         tg.train_step(plain, step, now())
     assert p.model.head.mean(0).norm() < 1e-7 < 0.01 < plain.model.head.mean(0).norm()
     names = {n for b in p.opt.buckets for n in b.params if n == "head"}
-    assert names and p.model.head.data_ptr() in {b.weights.data_ptr() for b in p.opt.buckets}  # the optimizer sees it
+    # the optimizer sees it
+    assert names and p.model.head.data_ptr() in {b.weights.data_ptr() for b in p.opt.buckets}
 
 
 def test_padding_rows_without_logits_count_in_the_mean(tmp_path):
-    """Under pad_vocab the head has rows that nothing ever sees; a number in them must change nothing."""
+    """
+    Under pad_vocab the head has rows that nothing ever sees; a number in them must change nothing.
+    """
     told = []
     for junk in (0.0, 5.0):
-        p = parts(tmp_path, mu_centering=1, mu_loss=10.0, pad_vocab=1, vocab=80, head_multiple=64, doc_token=0)
+        p = parts(
+            tmp_path,
+            mu_centering=1,
+            mu_loss=10.0,
+            pad_vocab=1,
+            vocab=80,
+            head_multiple=64,
+            doc_token=0,
+        )
         assert (len(p.model.head), p.model.logit_rows) == (128, 80)
         with torch.no_grad():
             p.model.head[80:] = junk
@@ -360,18 +465,45 @@ def test_padding_rows_without_logits_count_in_the_mean(tmp_path):
         told.append((loss.tolist(), p.model.head[:80].detach().clone(), values))
         assert p.model.head[:80].mean(0).norm() < 1e-7 and values["O.ratio norm"] < 1e-6
         assert (p.model.head[80:] - junk).abs().max() < 1e-6
-    assert told[0][0] == told[1][0] and torch.equal(told[0][1], told[1][1]) and told[0][2] == told[1][2]
+    assert (
+        told[0][0] == told[1][0]
+        and torch.equal(told[0][1], told[1][1])
+        and told[0][2] == told[1][2]
+    )
 
 
 def test_terms_are_logged_under_another_name_or_in_the_loss(tmp_path, monkeypatch):
     parts(tmp_path)
     monkeypatch.chdir(tmp_path)
-    flags = [f for k, v in (vars(tiny(**FAMILY)) | {"steps": 3, "data": str(tmp_path), "run": "x", "lr": "1e-3", "z_loss": 1e-4,
-             "mu_loss": 1e-4, "eval_every": 0, "epochs": 0, "export": "", "config": None}).items() if v is not None and
-             not isinstance(v, bool) for f in (f"--{k}", str(v))]
+    flags = [
+        f
+        for k, v in (
+            vars(tiny(**FAMILY))
+            | {
+                "steps": 3,
+                "data": str(tmp_path),
+                "run": "x",
+                "lr": "1e-3",
+                "z_loss": 1e-4,
+                "mu_loss": 1e-4,
+                "eval_every": 0,
+                "epochs": 0,
+                "export": "",
+                "config": None,
+            }
+        ).items()
+        if v is not None and not isinstance(v, bool)
+        for f in (f"--{k}", str(v))
+    ]
     assert tg.main(flags) == 0
-    lines = [json.loads(line) for line in (tmp_path / "logs/x/metrics.jsonl").read_text().splitlines()]
-    assert all({"train_loss", "z_loss", "mu_loss"} <= line.keys() for line in lines if line["kind"] == "train")
+    lines = [
+        json.loads(line) for line in (tmp_path / "logs/x/metrics.jsonl").read_text().splitlines()
+    ]
+    assert all(
+        {"train_loss", "z_loss", "mu_loss"} <= line.keys()
+        for line in lines
+        if line["kind"] == "train"
+    )
     result = json.loads((tmp_path / "logs/x/result.json").read_text())
     assert result["val_loss"] == pytest.approx(math.log(96), abs=0.3)
 
@@ -394,7 +526,9 @@ def test_notice_is_missing_or_out_of_place(changes, words):
     assert len(told) == len(words) and all(w in line for w, line in zip(words, told))
 
 
-@pytest.mark.parametrize("changes", [{"z_loss": -1.0}, {"mu_loss": -1.0}, {"mlp_multiple": 0}, {"init": "he"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"z_loss": -1.0}, {"mu_loss": -1.0}, {"mlp_multiple": 0}, {"init": "he"}], ids=str
+)
 def test_impossible_switch_passes(changes):
     with pytest.raises(tg.UserError, match=next(iter(changes))):
         tg.validate(tiny(**changes))
@@ -427,7 +561,9 @@ def test_statistics_are_of_other_tokens_than_they_say(tmp_path, asked, used):
     got, count = embeddings.statistics(p.model, p.val, p.plan.eval_shape(now()), asked)
     x = torch.from_numpy(p.val.tokens[:-1].astype(np.int64)).view(-1, 32)
     logits = p.model.logits(p.model.hidden(x, 1, 0)).detach().flatten(0, 1)[:used]
-    assert count == used and got["O.logits_mean_absmax"] == pytest.approx(logits.abs().amax(-1).mean().item(), rel=1e-5)
+    assert count == used and got["O.logits_mean_absmax"] == pytest.approx(
+        logits.abs().amax(-1).mean().item(), rel=1e-5
+    )
 
 
 def test_embeddings_without_a_run_says_nothing(capsys):
@@ -442,16 +578,22 @@ def test_statistics_of_rows_or_spectrum_differ_from_numpy():
     assert got["ratio norm"] == pytest.approx(np.linalg.norm(mu) / norms.mean())
     assert (got["max norm"], got["min norm"]) == pytest.approx((norms.max(), norms.min()))
     assert (got["max aligndot"], got["min aligndot"]) == pytest.approx((dots.max(), dots.min()))
-    assert got["avg aligndot"] == pytest.approx(got["mu norm"] ** 2)  # the average product is |mu|^2
+    # the average product is |mu|^2
+    assert got["avg aligndot"] == pytest.approx(got["mu norm"] ** 2)
     assert got["max aligncos"] == pytest.approx((dots / norms / np.linalg.norm(mu)).max())
     below, above = mu @ mu - dots.min(), dots.max() - mu @ mu
     centred = (e - mu) @ mu  # B_ratio in other words: |projections| behind over before
-    assert got["centering_ratio"] == pytest.approx(np.abs(centred).max() / max(dots.max(), -dots.min()))
+    assert got["centering_ratio"] == pytest.approx(
+        np.abs(centred).max() / max(dots.max(), -dots.min())
+    )
     assert max(below, above) == pytest.approx(np.abs(centred).max())
     s = np.linalg.svd(e, compute_uv=False)
     spectrum = embeddings.spectrum(torch.from_numpy(e))
-    assert (spectrum["Smin"], spectrum["Smax"]) == pytest.approx((s[-1], s[0])) and 0 < spectrum["isotropy of both signs"] < 1
-    huge = embeddings.spectrum(torch.from_numpy(e * 200))["isotropy of both signs"]  # exp() alone would overflow
+    assert (spectrum["Smin"], spectrum["Smax"]) == pytest.approx((s[-1], s[0])) and 0 < spectrum[
+        "isotropy of both signs"
+    ] < 1
+    # exp() alone would overflow
+    huge = embeddings.spectrum(torch.from_numpy(e * 200))["isotropy of both signs"]
     assert math.isfinite(huge)
     e[3, 3] = math.inf
     assert math.isnan(embeddings.spectrum(torch.from_numpy(e))["Smin"])  # LAPACK would raise
@@ -461,24 +603,47 @@ def test_b_ratio_misses_the_published_one_or_divides_zero_by_zero():
     assert embeddings.b_ratio(4.894, -2.914, 9.550) == pytest.approx(0.818, abs=5e-4)
     e = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     tg.center(e)
-    assert embeddings.row_statistics(e.double())["centering_ratio"] == 1 and embeddings.b_ratio(0.0, 0.0, 0.0) == 1
+    assert (
+        embeddings.row_statistics(e.double())["centering_ratio"] == 1
+        and embeddings.b_ratio(0.0, 0.0, 0.0) == 1
+    )
 
 
 def test_statistics_are_not_logged_or_not_the_weights(tmp_path, monkeypatch, capsys):
-    """A run that logs them, then the command on its checkpoint: the same numbers, from what is saved."""
+    """
+    A run that logs them, then the command on its checkpoint: the same numbers, from what is saved.
+    """
     p = parts(tmp_path, mu_centering=0)
     monkeypatch.chdir(tmp_path)
-    changes = vars(tiny(**FAMILY)) | {"steps": 3, "data": str(tmp_path), "run": "x", "lr": "1e-2", "eval_every": 0, "epochs": 0,
-                                      "export": "", "embed_stats": 4096}
-    flags = [f for k, v in changes.items() if k != "config" and not isinstance(v, bool) for f in (f"--{k}", str(v))]
+    changes = vars(tiny(**FAMILY)) | {
+        "steps": 3,
+        "data": str(tmp_path),
+        "run": "x",
+        "lr": "1e-2",
+        "eval_every": 0,
+        "epochs": 0,
+        "export": "",
+        "embed_stats": 4096,
+    }
+    flags = [
+        f
+        for k, v in changes.items()
+        if k != "config" and not isinstance(v, bool)
+        for f in (f"--{k}", str(v))
+    ]
     assert tg.main(flags) == 0
-    logged = [json.loads(line) for line in Path("logs/x/metrics.jsonl").read_text().splitlines()][-1]
+    logged = [json.loads(line) for line in Path("logs/x/metrics.jsonl").read_text().splitlines()][
+        -1
+    ]
     assert embeddings.embeddings(embeddings.EmbeddingOptions(("logs/x",), tokens=4096)) == 0
     told = json.loads(Path("logs/x/ckpt/000003/embeddings.json").read_text())
     assert "O.ratio norm" in capsys.readouterr().out.replace("ratio norm", "O.ratio norm")
     shared = [k for k in told if k in logged]
-    assert len(shared) > 25 and all(told[k] == pytest.approx(logged[k], rel=1e-4, abs=1e-6) for k in shared)
-    assert told["O.fhs_dot_prod"] == pytest.approx(told["O.logits_mean_mean"], rel=1e-3, abs=1e-5)  # mu . mean(h)
+    assert len(shared) > 25 and all(
+        told[k] == pytest.approx(logged[k], rel=1e-4, abs=1e-6) for k in shared
+    )
+    # mu . mean(h)
+    assert told["O.fhs_dot_prod"] == pytest.approx(told["O.logits_mean_mean"], rel=1e-3, abs=1e-5)
     assert told["OC.mu norm"] < 1e-12 and {"O.isotropy of both signs", "I.Smax"} <= told.keys()
     assert p.cfg.dim == 32
 
@@ -486,7 +651,9 @@ def test_statistics_are_not_logged_or_not_the_weights(tmp_path, monkeypatch, cap
 # --- explanation
 
 
-@pytest.mark.parametrize("name", ["AdamW, untied", "with decoupled decay 0.1", "without clipping", "Muon on the blocks"])
+@pytest.mark.parametrize(
+    "name", ["AdamW, untied", "with decoupled decay 0.1", "without clipping", "Muon on the blocks"]
+)
 def test_centering_changes_a_loss_in_exact_arithmetic(name):
     loss, head = explain_centering.no_op(explain_centering.NO_OP[name], steps=40)
     assert loss < 1e-12 and head < 1e-12
@@ -522,8 +689,9 @@ def test_no_op_holds_for_this_optimizer_alone():
 
 def test_rounding_of_shifted_logits_costs_another_loss_than_the_specs_say():
     """
-    Section 0.2, at 10 %: .001, .008, .14, .5, 1.83, the first two to the digits that it gives. And another computation, also
-    at 10 %: in numpy, rounding to 8 significant bits, which is what bfloat16 has.
+    Section 0.2, at 10 %: .001, .008, .14, .5, 1.83, the first two to the digits that it gives. And
+    another computation, also at 10 %: in numpy, rounding to 8 significant bits, which is what
+    bfloat16 has.
     """
     offsets = (16.5, 92.5, 270.0, 588.0, 1152.0)
     got = explain_centering.rounding_curve(offsets, tokens=256)
@@ -552,33 +720,71 @@ def test_centering_does_not_recover_what_rounding_took():
 
 def train_a_run(tmp_path, **changes) -> str:
     parts(tmp_path)
-    changes = vars(tiny(**FAMILY)) | {"steps": 3, "data": str(tmp_path), "run": "x", "lr": "1e-2", "eval_every": 0, "epochs": 0,
-                                      "export": "", "log_dir": str(tmp_path), "compile": 0} | changes
-    flags = [f for k, v in changes.items() if k != "config" and not isinstance(v, bool) for f in (f"--{k}", str(v))]
+    changes = (
+        vars(tiny(**FAMILY))
+        | {
+            "steps": 3,
+            "data": str(tmp_path),
+            "run": "x",
+            "lr": "1e-2",
+            "eval_every": 0,
+            "epochs": 0,
+            "export": "",
+            "log_dir": str(tmp_path),
+            "compile": 0,
+        }
+        | changes
+    )
+    flags = [
+        f
+        for k, v in changes.items()
+        if k != "config" and not isinstance(v, bool)
+        for f in (f"--{k}", str(v))
+    ]
     assert tg.main(flags) == 0
     return str(tmp_path / "x")
 
 
 def test_explanation_stresses_another_model_than_the_run_has(tmp_path):
-    """A run with loops, windows, scaled logits and rows without logits: a shift changes no loss, so it is the run's own."""
-    run = train_a_run(tmp_path, loop="0:1", repeats="0:1 0.5:3", window="5", logit_dim_power=-0.5, pad_vocab=1, vocab=80,
-                      head_multiple=64, init="remix", head_init="0.5", proj_init=1.0)
+    """
+    A run with loops, windows, scaled logits and rows without logits: a shift changes no loss, so it
+    is the run's own.
+    """
+    run = train_a_run(
+        tmp_path,
+        loop="0:1",
+        repeats="0:1 0.5:3",
+        window="5",
+        logit_dim_power=-0.5,
+        pad_vocab=1,
+        vocab=80,
+        head_multiple=64,
+        init="remix",
+        head_init="0.5",
+        proj_init=1.0,
+    )
     of = explain_centering.subject(explain_centering.ExplainOptions(run, tokens=10**6))
     own = json.loads((tmp_path / "x" / "result.json").read_text())["val_loss"]
     for offset in (0.0, 16.5):
         assert explain_centering.stress(of, offset)["fp32"] == pytest.approx(own, abs=2e-5)
-        assert of.factor() * (of.hidden @ of.head(offset).T).mean().item() == pytest.approx(offset, abs=1e-3)
+        assert of.factor() * (of.hidden @ of.head(offset).T).mean().item() == pytest.approx(
+            offset, abs=1e-3
+        )
 
 
 def test_explanation_shifts_capped_logits(tmp_path):
     with pytest.raises(tg.UserError, match="softcap = 15"):
-        explain_centering.subject(explain_centering.ExplainOptions(train_a_run(tmp_path, softcap=15.0)))
+        explain_centering.subject(
+            explain_centering.ExplainOptions(train_a_run(tmp_path, softcap=15.0))
+        )
 
 
 def test_muon_or_sgd_on_the_head_moves_the_mean_row():
     found = explain_centering.head_optimizers(steps=30)
     start = found["at the start"][0]
-    assert found["SGD"][0] == pytest.approx(start, rel=1e-9) and found["Muon"][0] == pytest.approx(start, rel=0.02)
+    assert found["SGD"][0] == pytest.approx(start, rel=1e-9) and found["Muon"][0] == pytest.approx(
+        start, rel=0.02
+    )
     assert found["AdamW"][0] > 3 * start
 
 
@@ -599,15 +805,24 @@ PUBLISHED = {  # (least loss, sensitivity with n - 1) of 16M, 29M, 57M, 109M, 22
 
 
 def test_published_tables_do_not_follow_from_the_published_losses():
-    """The paper's own file names, its losses (T1, T2), our tables: least loss and sensitivity to three decimals."""
+    """
+    The paper's own file names, its losses (T1, T2), our tables: least loss and sensitivity to three
+    decimals.
+    """
     groups = centering.grouped(centering.read_overview(ROOT / "tests" / "centering_published.csv"))
     assert len(groups) == 50
     for method, values in PUBLISHED.items():
         for scale, (loss, lrs) in zip(("16M", "29M", "57M", "109M", "221M"), values):
             s = centering.summary(groups[scale, method])
-            assert s["loss"] == [loss] and s["lrs_n1"][0] == pytest.approx(lrs, abs=5e-4 + 1e-9), (method, scale)
+            assert s["loss"] == [loss] and s["lrs_n1"][0] == pytest.approx(lrs, abs=5e-4 + 1e-9), (
+                method,
+                scale,
+            )
             assert s["lrs_n"][0] == pytest.approx(s["lrs_n1"][0] * 6 / 7)
-    best = {m: [centering.summary(groups[s, m])["lr"][0] for s in ("16M", "29M", "57M", "109M", "221M")] for m in PUBLISHED}
+    best = {
+        m: [centering.summary(groups[s, m])["lr"][0] for s in ("16M", "29M", "57M", "109M", "221M")]
+        for m in PUBLISHED
+    }
     assert best["baseline"] == pytest.approx([1e-2, 3e-3, 1e-2, 3e-3, 1e-3])
     assert best["mu_centering"] == pytest.approx([1e-2, 3e-2, 1e-2, 3e-3, 3e-3])
 
@@ -624,16 +839,42 @@ def tiny_sweep(tmp_path, *changes: str) -> str:
 
 def test_runs_of_a_sweep_hang_or_differ_on_two_ranks(tmp_path):
     """
-    Four runs, two of which diverge, one process group; what is over is skipped; all three methods, with weights that
-    matter, give the losses, terms and gradient norms of one rank.
+    Four runs, two of which diverge, one process group; what is over is skipped; all three methods,
+    with weights that matter, give the losses, terms and gradient norms of one rank.
     """
-    loud = [tiny_sweep(tmp_path, "z_loss=0.5", "mu_loss=50"), tiny_sweep(tmp_path, "mu_centering=1")]
-    argv = ["logs/centering.py", "sweep", "--scales", *loud, "--methods", "baseline", "--lrs", "1e-2", "1e38", "--seeds", "1",
-            "--steps", "3"]
+    loud = [
+        tiny_sweep(tmp_path, "z_loss=0.5", "mu_loss=50"),
+        tiny_sweep(tmp_path, "mu_centering=1"),
+    ]
+    argv = [
+        "logs/centering.py",
+        "sweep",
+        "--scales",
+        *loud,
+        "--methods",
+        "baseline",
+        "--lrs",
+        "1e-2",
+        "1e38",
+        "--seeds",
+        "1",
+        "--steps",
+        "3",
+    ]
     torchrun = Path(sys.executable).parent / "torchrun"
-    two = [str(torchrun), "--standalone", "--nproc_per_node=2", "--", *argv, "--log_dir", str(tmp_path / "two")]
+    two = [
+        str(torchrun),
+        "--standalone",
+        "--nproc_per_node=2",
+        "--",
+        *argv,
+        "--log_dir",
+        str(tmp_path / "two"),
+    ]
     for said in ("val_loss", "was there"):
-        done = subprocess.run(two, cwd=ROOT, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
+        done = subprocess.run(
+            two, cwd=ROOT, capture_output=True, text=True, timeout=240, env=ENVIRONMENT
+        )
         assert done.returncode == 0, done.stderr
         assert said in done.stdout and len(done.stdout.splitlines()) == 4  # rank 0 alone speaks
     assert centering.main([*argv[1:], "--log_dir", str(tmp_path / "one")]) == 0
@@ -643,29 +884,65 @@ def test_runs_of_a_sweep_hang_or_differ_on_two_ranks(tmp_path):
         other = tmp_path / "two" / folder.name
         assert (folder / "diverged").exists() == (other / "diverged").exists()
         if (folder / "result.json").exists():
-            one, both = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, other))
+            one, both = (
+                [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
+                for f in (folder, other)
+            )
             for x, y in zip(one, both, strict=True):
-                for key in x.keys() & {"train_loss", "z_loss", "mu_loss", "grad_norm", "val_loss", "O.mu norm", "O.ratio norm"}:
-                    assert y[key] == pytest.approx(x[key], rel=1e-4, abs=1e-6), (folder.name, x["step"], key)
+                for key in x.keys() & {
+                    "train_loss",
+                    "z_loss",
+                    "mu_loss",
+                    "grad_norm",
+                    "val_loss",
+                    "O.mu norm",
+                    "O.ratio norm",
+                }:
+                    assert y[key] == pytest.approx(x[key], rel=1e-4, abs=1e-6), (
+                        folder.name,
+                        x["step"],
+                        key,
+                    )
 
 
 @pytest.mark.parametrize("steps", [1, 3], ids=["by its validation loss", "by its training loss"])
 def test_diverged_run_ends_the_sweep(tmp_path, capsys, steps):
-    """A rate that makes the weights infinite in the first step: found at the evaluation behind it, or in the next step."""
-    options = centering.Sweep((tiny_sweep(tmp_path),), ("baseline",), (1e38, 1e-2), (1,), steps, str(tmp_path / "runs"))
+    """
+    A rate that makes the weights infinite in the first step: found at the evaluation behind it, or
+    in the next step.
+    """
+    options = centering.Sweep(
+        (tiny_sweep(tmp_path),), ("baseline",), (1e38, 1e-2), (1,), steps, str(tmp_path / "runs")
+    )
     assert centering.sweep(options) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith("diverged") and "val_loss" in said[1]
     folder = next((tmp_path / "runs").glob("*1e+38*"))
-    assert ("validation loss" if steps == 1 else "gradient norm") in (folder / "diverged").read_text()
+    assert ("validation loss" if steps == 1 else "gradient norm") in (
+        folder / "diverged"
+    ).read_text()
 
 
 def test_finished_run_of_other_settings_is_taken_for_this_one(tmp_path, capsys):
     runs = str(tmp_path / "runs")
     scale = tiny_sweep(tmp_path)
-    assert centering.sweep(centering.Sweep((scale,), ("baseline",), (1e-2, 1e38), (1,), 2, runs)) == 0
+    assert (
+        centering.sweep(centering.Sweep((scale,), ("baseline",), (1e-2, 1e38), (1,), 2, runs)) == 0
+    )
     for lr in ("1e-2", "1e38"):
-        argv = ["sweep", "--scales", scale, "--methods", "baseline", "--lrs", lr, "--seeds", "1", "--log_dir", runs]
+        argv = [
+            "sweep",
+            "--scales",
+            scale,
+            "--methods",
+            "baseline",
+            "--lrs",
+            lr,
+            "--seeds",
+            "1",
+            "--log_dir",
+            runs,
+        ]
         capsys.readouterr()
         assert centering.main([*argv, "--steps", "3"]) == 2
         assert "steps: 2 -> 3" in capsys.readouterr().err
@@ -673,7 +950,9 @@ def test_finished_run_of_other_settings_is_taken_for_this_one(tmp_path, capsys):
 
 
 def test_sweep_leaves_some_weights_at_another_rate(tmp_path):
-    cfg = tg.parse_args(centering.run_argv(centering.Sweep(), "centering_cpu,optimizer=muon", "baseline", 0.07, 1))
+    cfg = tg.parse_args(
+        centering.run_argv(centering.Sweep(), "centering_cpu,optimizer=muon", "baseline", 0.07, 1)
+    )
     assert {b.lr for b in tg.param_buckets(cfg, build(cfg), alone())} == {0.07}
     for other in ("own_lr=head=0.1", "slow=embed,slow_lr=0.5", "lr_cycles=1,epochs=1"):
         with pytest.raises(ReportError, match=other.partition("=")[0]):
@@ -684,9 +963,19 @@ def row(scale: str, method: str, lr: float, seed: int = 1, loss: float = 5.0, **
     """A line of an overview; one that diverged has neither size nor statistics."""
     params = {"small": 1e5, "middle": 4e5, "large": 2e6}[scale]
     ratio, mu = (0.0, 1e-9) if method == "mu_centering" else (0.7, 40 * lr)
-    return {"name": f"{scale}-{method}-lr{lr}-s{seed}", "scale": scale, "method": method, "lr": lr, "seed": seed,
-            "params": params, "initial_loss": 7.0, "test_loss": loss, "time": 3.0, "O.ratio norm": ratio,
-            "O.mu norm": mu} | more
+    return {
+        "name": f"{scale}-{method}-lr{lr}-s{seed}",
+        "scale": scale,
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "params": params,
+        "initial_loss": 7.0,
+        "test_loss": loss,
+        "time": 3.0,
+        "O.ratio norm": ratio,
+        "O.mu norm": mu,
+    } | more
 
 
 LOST = {"test_loss": math.inf, "params": "", "time": "", "O.ratio norm": "", "O.mu norm": ""}
@@ -699,18 +988,32 @@ def columns(text: str) -> list[dict]:
 
 
 def test_diverged_run_breaks_tables_or_counts_as_none(tmp_path):
-    """One run of four, all of a method, all of a scale; tables, figure, and what was written read back."""
-    rows = [row("small", m, lr, s, 5 + lr) for m in ("baseline", "mu_centering") for lr in (0.01, 0.1) for s in (1, 2)]
+    """
+    One run of four, all of a method, all of a scale; tables, figure, and what was written read
+    back.
+    """
+    rows = [
+        row("small", m, lr, s, 5 + lr)
+        for m in ("baseline", "mu_centering")
+        for lr in (0.01, 0.1)
+        for s in (1, 2)
+    ]
     rows[0] |= LOST
     rows += [row("small", "z_loss", lr) | LOST for lr in (0.01, 0.1)]
     rows += [row("large", "baseline", lr) | LOST for lr in (0.01, 0.1)]
     centering.write_overview(rows, tmp_path / "x.csv")
     assert centering.tables(centering.Tables(str(tmp_path / "x.csv"), str(tmp_path))) == 0
     found = centering.sections(centering.read_overview(tmp_path / "x.csv"))
-    main = {(r["scale"], r["method"]): r for r in columns(found["Optimal loss and sensitivity to the learning rate"])}
+    main = {
+        (r["scale"], r["method"]): r
+        for r in columns(found["Optimal loss and sensitivity to the learning rate"])
+    }
     told = {k: (r["diverged"], r["LRS /(n-1)"]) for k, r in main.items()}
-    assert told["small", "mu_centering"] == ("0", "0.090 (0.000)") and told["small", "baseline"] == ("1", "0.995 (1.280)")
-    assert told["small", "z_loss"] == told["large", "baseline"] == ("2", "nan")  # not 0, as if no rate were worse than the best
+    assert told["small", "mu_centering"] == ("0", "0.090 (0.000)") and told[
+        "small", "baseline"
+    ] == ("1", "0.995 (1.280)")
+    # not 0, as if no rate were worse than the best
+    assert told["small", "z_loss"] == told["large", "baseline"] == ("2", "nan")
     assert main["small", "z_loss"]["optimal lr"] == "-"
     loss = {(r["scale"], r["method"]): r["0.01"] for r in columns(found["Test loss"])}
     assert loss["small", "baseline"] == "5.010 !1" and loss["large", "baseline"] == "!1"
@@ -718,50 +1021,90 @@ def test_diverged_run_breaks_tables_or_counts_as_none(tmp_path):
 
 def test_sensitivity_over_fewer_rates_passes_for_a_whole_one():
     """In the middle of a sweep: mu_centering has two of three rates, seed 2 of the baseline one."""
-    rows = [row("small", "baseline", lr) for lr in (0.01, 0.1, 1.0)] + [row("small", "mu_centering", lr) for lr in (0.01, 0.1)]
+    rows = [row("small", "baseline", lr) for lr in (0.01, 0.1, 1.0)] + [
+        row("small", "mu_centering", lr) for lr in (0.01, 0.1)
+    ]
     rows += [row("small", "baseline", 0.01, 2)]
-    main = {r["method"]: r for r in columns(centering.sections(rows)["Optimal loss and sensitivity to the learning rate"])}
-    assert (main["baseline"]["rates"], main["baseline"]["n"]) == ("3", "1") and main["mu_centering"]["rates"] == "2 of 3!"
+    main = {
+        r["method"]: r
+        for r in columns(
+            centering.sections(rows)["Optimal loss and sensitivity to the learning rate"]
+        )
+    }
+    assert (main["baseline"]["rates"], main["baseline"]["n"]) == ("3", "1") and main[
+        "mu_centering"
+    ]["rates"] == "2 of 3!"
 
 
 def test_figure_hides_zeros_or_sensitivities_or_sizes(tmp_path):
-    """|mu| of centred rows is 0 on a logarithm; three sizes make the sensitivity's axes logarithms, whose limit is not 0."""
-    rows = [row(scale, m, lr, s, 5 + lr * s) for scale in ("small", "middle", "large") for m in ("baseline", "mu_centering")
-            for lr in (0.01, 0.1) for s in (1, 2)]
+    """
+    |mu| of centred rows is 0 on a logarithm; three sizes make the sensitivity's axes logarithms,
+    whose limit is not 0.
+    """
+    rows = [
+        row(scale, m, lr, s, 5 + lr * s)
+        for scale in ("small", "middle", "large")
+        for m in ("baseline", "mu_centering")
+        for lr in (0.01, 0.1)
+        for s in (1, 2)
+    ]
     figure = centering.draw(rows, tmp_path / "x.png")
     axes = {ax.get_ylabel(): ax for ax in figure.axes if ax.get_ylabel()}
-    mu, lrs, gap = axes["|mu|"], axes["sensitivity to the learning rate"], axes["test loss less the baseline's"]
+    mu, lrs, gap = (
+        axes["|mu|"],
+        axes["sensitivity to the learning rate"],
+        axes["test loss less the baseline's"],
+    )
     low, high = mu.get_ylim()
     assert mu.get_yscale() == "symlog" and low < 0 < 4 < high
     assert {line.get_label() for line in mu.lines} == {"baseline", "mu_centering"}
     assert lrs.get_yscale() == "log" and lrs.get_ylim()[0] > 0
     assert [t.get_text() for t in lrs.get_xticklabels()] == ["0.1", "0.4", "2"]
     assert all(x.get_segments() for x in lrs.collections)  # spread over seeds
-    assert [list(line.get_ydata()) for line in gap.lines if line.get_label() == "mu_centering"] == [[0.0, 0.0]]
+    assert [list(line.get_ydata()) for line in gap.lines if line.get_label() == "mu_centering"] == [
+        [0.0, 0.0]
+    ]
     few = centering.draw([r for r in rows if r["scale"] != "middle"], tmp_path / "x.png")
     (lrs,) = (ax for ax in few.axes if "sensitivity" in ax.get_ylabel())
     assert lrs.get_yscale() == "linear" and lrs.get_ylim()[0] == 0
 
 
 def test_overview_lacks_published_columns(tmp_path, monkeypatch):
-    """Those that mean the same here; the published isotropy takes one sign, Smin/Smax is in percent, and have other names."""
-    options = centering.Sweep((tiny_sweep(tmp_path),), ("baseline",), (1e-2,), (1,), 2, str(tmp_path / "runs"))
-    assert centering.sweep(options) == 0 == centering.tables(centering.Tables(options.log_dir, str(tmp_path / "out")))
+    """
+    Those that mean the same here; the published isotropy takes one sign, Smin/Smax is in percent,
+    and have other names.
+    """
+    options = centering.Sweep(
+        (tiny_sweep(tmp_path),), ("baseline",), (1e-2,), (1,), 2, str(tmp_path / "runs")
+    )
+    assert (
+        centering.sweep(options)
+        == 0
+        == centering.tables(centering.Tables(options.log_dir, str(tmp_path / "out")))
+    )
     (found,) = centering.read_overview(tmp_path / "out" / "overview.csv")
     sizes = ["max norm", "avg norm", "min norm", "mu norm", "ratio norm"]
-    aligned = [f"{a} align{b}" for a in ("max", "avg", "min") for b in ("dot", "cos")] + ["centering_ratio"]
+    aligned = [f"{a} align{b}" for a in ("max", "avg", "min") for b in ("dot", "cos")] + [
+        "centering_ratio"
+    ]
     want = {"name", "test_loss", "test_perplexity", "time", "O.Smin", "O.Smax", "H.mean_logsqZ"}
     want |= {f"I.{k}" for k in sizes} | {f"{p}.{k}" for p in ("O", "OC") for k in sizes + aligned}
     want |= {f"{p}.fhs_{k}" for p in "IO" for k in ("cos_sim", "dot_prod")}
-    want |= {f"O.logits_{k}" for k in ("mean_mean", "mean_std", "std_mean", "std_std", "mean_absmean", "mean_absmax")}
+    want |= {
+        f"O.logits_{k}"
+        for k in ("mean_mean", "mean_std", "std_mean", "std_std", "mean_absmean", "mean_absmax")
+    }
     assert want <= found.keys() and all(isinstance(found[k], float) for k in want - {"name"})
-    assert found["O.isotropy of both signs"] > 0 and not {"O.isotropy", "O.Smin/Smax"} & found.keys()
+    assert (
+        found["O.isotropy of both signs"] > 0 and not {"O.isotropy", "O.Smin/Smax"} & found.keys()
+    )
 
 
 def test_diverged_run_makes_the_sensitivity_nan():
     assert centering.lr_sensitivity([3.0, math.nan, 4.0], 10.0, 2) == pytest.approx((0 + 7 + 1) / 2)
     assert centering.lr_sensitivity([3.0, math.inf, 12.0], 10.0) == pytest.approx(14 / 3)
-    assert math.isnan(centering.lr_sensitivity([math.inf, math.nan, 10.0], 10.0))  # and not 0, the best there is
+    # and not 0, the best there is
+    assert math.isnan(centering.lr_sensitivity([math.inf, math.nan, 10.0], 10.0))
     assert centering.optimum({0.1: math.nan, 0.01: 3.0, 0.001: 3.0}) == (3.0, 0.001)
 
 
@@ -775,10 +1118,19 @@ def test_sweep_trains_a_finished_run_again_or_mixes_methods(tmp_path, capsys):
     assert capsys.readouterr().out.count("was there") == 12
     assert centering.tables(centering.Tables(str(tmp_path / "runs"), str(tmp_path / "out"))) == 0
     rows = centering.read_overview(tmp_path / "out" / "overview.csv")
-    assert len(rows) == 12 and {r["method"] for r in rows} == {"baseline", "mu_loss", "mu_centering"}
+    assert len(rows) == 12 and {r["method"] for r in rows} == {
+        "baseline",
+        "mu_loss",
+        "mu_centering",
+    }
     for row in rows:
-        assert row["initial_loss"] == pytest.approx(math.log(96), abs=0.6) and row["test_loss"] < row["initial_loss"] + 1
-        assert row["lambda"] == pytest.approx(1e-4 * 96 / 50304 if row["method"] == "mu_loss" else 0)
+        assert (
+            row["initial_loss"] == pytest.approx(math.log(96), abs=0.6)
+            and row["test_loss"] < row["initial_loss"] + 1
+        )
+        assert row["lambda"] == pytest.approx(
+            1e-4 * 96 / 50304 if row["method"] == "mu_loss" else 0
+        )
         assert (row["O.ratio norm"] < 1e-5) == (row["method"] == "mu_centering")
     assert (tmp_path / "out" / "centering.png").stat().st_size > 10000
     again = centering.sections(rows)  # what was written is read back to the same tables
@@ -787,8 +1139,13 @@ def test_sweep_trains_a_finished_run_again_or_mixes_methods(tmp_path, capsys):
 
 @pytest.mark.parametrize("method", list(centering.METHODS))
 def test_overhead_times_a_step_without_its_method(tmp_path, method):
-    """Switched from step to step, on one model, a step does what a model made for its method does, to the bit."""
-    loud = {k: {f: 1 if f == "mu_centering" else 50.0 for f in v} for k, v in centering.METHODS.items()}
+    """
+    Switched from step to step, on one model, a step does what a model made for its method does, to
+    the bit.
+    """
+    loud = {
+        k: {f: 1 if f == "mu_centering" else 50.0 for f in v} for k, v in centering.METHODS.items()
+    }
     p, own = parts(tmp_path), parts(tmp_path, **loud[method])
     kept = p.opt.snapshot()
     with pytest.MonkeyPatch.context() as patch:
@@ -801,7 +1158,9 @@ def test_overhead_times_a_step_without_its_method(tmp_path, method):
         told = centering.switched_step(p, method, 0)
     judged = tg.train_step(own, 0, own.plan.at(0, 0.0))
     assert [t.tolist() for t in told] == [t.tolist() for t in judged]
-    assert all(torch.equal(a, b) for a, b in zip(p.model.parameters(), own.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(p.model.parameters(), own.model.parameters(), strict=True)
+    )
     assert len(told[0]) == 1 + (method.startswith(("mu_loss", "z_loss")))
     assert (p.model.head.mean(0).norm() < 1e-7) == (method == "mu_centering")
 
@@ -809,14 +1168,17 @@ def test_overhead_times_a_step_without_its_method(tmp_path, method):
 def test_overhead_is_not_the_paired_difference(tmp_path, capsys):
     rng = np.random.default_rng(0)
     base = 0.05 + 0.02 * rng.random(400)  # the machine's drift, which both of a pair have
-    mid, low, high = centering.median_ratio(base + 0.0006 + 1e-4 * rng.standard_normal(400), base, rng)
+    mid, low, high = centering.median_ratio(
+        base + 0.0006 + 1e-4 * rng.standard_normal(400), base, rng
+    )
     assert low < 1.0 < high and high - low < 0.1 and low < mid < high
     scale = tiny_sweep(tmp_path).split(",")
     flags = " ".join(f"--{k} {v}" for k, _, v in (x.partition("=") for x in scale[1:]))
     assert centering.main(["overhead", f"--flags={flags}", "--rounds", "10"]) == 0
     said = capsys.readouterr().out
-    assert "head of 96 x 16, 256 tokens a step" in said and all(re.search(rf"^{m} +[-+]\d", said, re.M) for m in (
-        "mu_centering", "mu_loss", "z_loss"))
+    assert "head of 96 x 16, 256 tokens a step" in said and all(
+        re.search(rf"^{m} +[-+]\d", said, re.M) for m in ("mu_centering", "mu_loss", "z_loss")
+    )
     assert centering.main(["overhead", f"--flags={flags}", "--rounds", "2"]) == 2
 
 

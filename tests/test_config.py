@@ -1,4 +1,7 @@
-"""Config and schedules: nothing that a user writes is misread, and every impossible wish is refused by name."""
+"""
+Config and schedules: nothing that a user writes is misread, and every impossible wish is refused by
+name.
+"""
 
 import dataclasses
 import math
@@ -34,11 +37,12 @@ def refused(capsys, *argv: str) -> str:
 
 
 def test_no_field_is_left_without_help():
-    """Each field's comment is its help text: read from the source, not through tyro."""
-    lines = (ROOT / "train_gpt.py").read_text().split("class Config:")[1].split("FIELDS =")[0].splitlines()
-    told = dict(
-        re.fullmatch(r"    (\w+): [^=]+ = .*?  # (.+)", line).groups() for line in lines if re.match(r"    \w+:", line)
-    )
+    """
+    The comment above or behind a field is its help text: read from the source, not through tyro.
+    """
+    text = (ROOT / "train_gpt.py").read_text().split("class Config:")[1].split("FIELDS =")[0]
+    found = re.findall(r"((?:    # .+\n)*)    (\w+): [^=\n]+ = [^#\n]*(#.+)?\n", text)
+    told = {name: above + behind for above, name, behind in found}
     assert told.keys() == tg.FIELDS.keys()
     assert all(len(text) >= 5 for text in told.values())
 
@@ -56,7 +60,10 @@ def test_help_hides_no_field_and_spells_flags_as_messages_do(capsys):
 
 
 def test_flags_are_understood_with_dash_or_underscore():
-    assert preset("remix_m", flags=("--batch_tokens", "1024", "--micro-tokens", "512")).micro_tokens == 512
+    assert (
+        preset("remix_m", flags=("--batch_tokens", "1024", "--micro-tokens", "512")).micro_tokens
+        == 512
+    )
 
 
 # --- presets
@@ -74,7 +81,10 @@ def test_preset_does_not_load_or_has_no_header(path):
 
 @pytest.mark.parametrize("path", PRESETS, ids=NAMES)
 def test_preset_repeats_no_default_where_it_is_no_layer(path):
-    """A preset lists differences; a layer may set what is the default, because it undoes the preset before it."""
+    """
+    A preset lists differences; a layer may set what is the default, because it undoes the preset
+    before it.
+    """
     if path.stem in LAYERS:
         return
     for key in tomllib.loads(path.read_text()):
@@ -85,7 +95,8 @@ def test_preset_repeats_no_default_where_it_is_no_layer(path):
 def test_on_cpu_changes_the_recipe_of_a_preset(name):
     """The layer may change sizes, never optimizer, schedules, tying or softcap."""
     plain = preset(name)
-    loop = ("--loop", "1:3") if tg.loop_span(plain)[1] > 4 else ()  # a span beyond the layer's four blocks
+    # a span beyond the layer's four blocks
+    loop = ("--loop", "1:3") if tg.loop_span(plain)[1] > 4 else ()
     layered = preset(name, "on_cpu", flags=loop)
     for key in (
         "optimizer",
@@ -111,9 +122,15 @@ def test_on_cpu_changes_the_recipe_of_a_preset(name):
 
 
 def test_one_gpu_is_remix_m_with_float32_weights_and_no_rule():
-    """What the layer changes, field by field; all else, sizes and schedules too, is the preset's."""
+    """
+    What the layer changes, field by field; all else, sizes and schedules too, is the preset's.
+    """
     plain, layered = preset("remix_m"), preset("remix_m", "one_gpu", flags=("--device", "cpu"))
-    changed = {k for k in tg.FIELDS if getattr(plain, k) != getattr(layered, k)} - {"config", "run", "device"}
+    changed = {k for k in tg.FIELDS if getattr(plain, k) != getattr(layered, k)} - {
+        "config",
+        "run",
+        "device",
+    }
     assert changed == {"track", "param_dtype", "loss_chunk", "save_every", "rule_target", "rule_p"}
     assert (plain.param_dtype, layered.param_dtype) == ("bfloat16", "float32")
     assert int(layered.batch_tokens) == 8 * layered.micro_tokens
@@ -203,7 +220,9 @@ def test_preset_that_is_no_text_ends_in_a_traceback(tmp_path):
         preset(str(path))
 
 
-@pytest.mark.parametrize("flags", [("--steps", "abc"), ("--softcap", "x"), ("--depth", "1.5"), ("--resume", "3")])
+@pytest.mark.parametrize(
+    "flags", [("--steps", "abc"), ("--softcap", "x"), ("--depth", "1.5"), ("--resume", "3")]
+)
 def test_wrong_type_of_a_flag_is_not_named(capsys, flags):
     assert flags[0] in refused(capsys, *flags) or flags[1] in refused(capsys, *flags)
 
@@ -307,7 +326,9 @@ def test_resolved_config_is_not_accepted_again(tmp_path):
 @given(st.text(), st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**62), 2**62))
 @settings(max_examples=60)
 def test_some_value_breaks_the_resolved_config(text, number, whole):
-    cfg = tiny(prompt=text.encode("utf-8", "replace").decode(), matrix_lr=number, sample_tokens=whole)
+    cfg = tiny(
+        prompt=text.encode("utf-8", "replace").decode(), matrix_lr=number, sample_tokens=whole
+    )
     assert tomllib.loads(tg.config_toml(cfg)) == {
         k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("config", "resume")
     }
@@ -315,7 +336,9 @@ def test_some_value_breaks_the_resolved_config(text, number, whole):
 
 def test_hash_ignores_the_seed_or_sees_the_name():
     base = tg.config_hash(tiny())
-    assert tg.config_hash(tiny(run="other", arm="b", log_every=7, log_dir="x", device="cuda")) == base
+    assert (
+        tg.config_hash(tiny(run="other", arm="b", log_every=7, log_dir="x", device="cuda")) == base
+    )
     assert (
         len(
             {
@@ -350,7 +373,9 @@ def value(text: str, step: int, total: int) -> float:
     ],
 )
 def test_schedule_grammar_is_misread(text, expected):
-    assert [value(text, s, 100) for s in (0, 30, 50, 60, 80, 100)] == pytest.approx(expected, abs=1e-12)
+    assert [value(text, s, 100) for s in (0, 30, 50, 60, 80, 100)] == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -422,15 +447,38 @@ def test_constants_of_the_remix_presets_drift():
             50257,
             50256,
         )
-        assert (cfg.seq_len, cfg.batch_tokens, cfg.val_tokens, cfg.eval_every) == ("65536", "524288", 10485760, 125)
-        assert (cfg.norm_eps, cfg.attn_scale, cfg.window, cfg.doc_mask, cfg.rope_base) == (2**-7, 0.12, "1024", 1, 1024)
-        assert (cfg.mlp_ratio, cfg.qk_norm, cfg.rope, cfg.beta2, cfg.adam_eps) == (4, 1, "truncated", 0.95, 1e-10)
+        assert (cfg.seq_len, cfg.batch_tokens, cfg.val_tokens, cfg.eval_every) == (
+            "65536",
+            "524288",
+            10485760,
+            125,
+        )
+        assert (cfg.norm_eps, cfg.attn_scale, cfg.window, cfg.doc_mask, cfg.rope_base) == (
+            2**-7,
+            0.12,
+            "1024",
+            1,
+            1024,
+        )
+        assert (cfg.mlp_ratio, cfg.qk_norm, cfg.rope, cfg.beta2, cfg.adam_eps) == (
+            4,
+            1,
+            "truncated",
+            0.95,
+            1e-10,
+        )
         assert (cfg.grad_clip, cfg.param_dtype, cfg.shuffle, cfg.epochs) == (0, "bfloat16", 0, 1)
     assert (a.steps, a.optimizer, a.tie_embed, a.softcap, a.beta1) == (4375, "adamw", 1, 0, 0.9)
     assert {a.adamw_lr, a.tied_lr} == {0.0021} and {a.matrix_wd, a.embed_wd, a.scalar_wd} == {0.1}
     assert (m.steps, m.optimizer, m.tie_embed, m.softcap, m.beta1) == (2500, "muon", 0, 15, 0.8)
     assert (m.logit_dim_power, m.head_init, m.embed_init) == (-0.5, "zero", 1)
-    assert (m.matrix_lr, m.head_lr, m.embed_lr, m.polar, m.polar_steps) == (0.05, 0.22, 0.6, "ns5", 5)
+    assert (m.matrix_lr, m.head_lr, m.embed_lr, m.polar, m.polar_steps) == (
+        0.05,
+        0.22,
+        0.6,
+        "ns5",
+        5,
+    )
     assert {m.matrix_wd, m.embed_wd, m.scalar_wd} == {0}
 
 
@@ -438,15 +486,24 @@ numbers = st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: round(x, 6))
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 1000), st.booleans(), numbers), max_size=6, unique_by=lambda p: p[0]),
+    st.lists(
+        st.tuples(st.integers(1, 1000), st.booleans(), numbers),
+        max_size=6,
+        unique_by=lambda p: p[0],
+    ),
     numbers,
     st.booleans(),
 )
 def test_plateau_is_not_flat_or_ramp_leaves_its_ends(points, first, in_steps):
-    """Points at multiples of 1/1000 of 1,000 steps, once as fractions, once as steps: both give the same values."""
+    """
+    Points at multiples of 1/1000 of 1,000 steps, once as fractions, once as steps: both give the
+    same values.
+    """
     points = sorted(points)
     unit = (lambda at: f"{at}s") if in_steps else (lambda at: f"{at}/1000")
-    text = " ".join([f"0:{first!r}", *(f"{unit(at)}{'>' if ramp else ':'}{v!r}" for at, ramp, v in points)])
+    text = " ".join(
+        [f"0:{first!r}", *(f"{unit(at)}{'>' if ramp else ':'}{v!r}" for at, ramp, v in points)]
+    )
     sched = tg.Schedule("lr", text)
     bounds = [(0, False, first), *points]
     for (low, _, a), (high, ramp, b) in zip(bounds, bounds[1:] + [(1001, False, 0.0)]):
@@ -492,7 +549,10 @@ def test_nonsense_schedule_raises_something_else_than_usererror(text):
     )
 )
 def test_schedule_reaches_a_graph_that_was_not_compiled(marks):
-    """The shapes of every step and of the last evaluation, walked one by one, are all among those to compile."""
+    """
+    The shapes of every step and of the last evaluation, walked one by one, are all among those to
+    compile.
+    """
     text = {"repeats": "1", "window": "8", "seq_len": "32", "batch_tokens": "128"}
     scale = {"repeats": 1, "window": 8, "seq_len": 32, "batch_tokens": 128}
     for key, at, factor in marks:
@@ -511,12 +571,20 @@ def test_schedule_reaches_a_graph_that_was_not_compiled(marks):
 
 
 def test_capped_clock_reaches_a_graph_that_was_not_compiled():
-    plan = tg.Plan(tiny(loop="0:1", max_seconds=10.0, repeats="0:1 0.5:2", window="0:8 0.3:16", steps=20))
+    plan = tg.Plan(
+        tiny(loop="0:1", max_seconds=10.0, repeats="0:1 0.5:2", window="0:8 0.3:16", steps=20)
+    )
     for step in range(20):
         for tenth in range(11):
             n = plan.at(step, plan.fraction(step, tenth))
-            assert tg.Shape(plan.micro_rows(n, 1), n.seq_len, n.repeats, n.window) in plan.train_shapes(1)
-    assert plan.fraction(3, 9.0) == 0.9 and plan.fraction(19, 0.0) == 0.95 and plan.fraction(5, 99.0) == 1.0
+            assert tg.Shape(
+                plan.micro_rows(n, 1), n.seq_len, n.repeats, n.window
+            ) in plan.train_shapes(1)
+    assert (
+        plan.fraction(3, 9.0) == 0.9
+        and plan.fraction(19, 0.0) == 0.95
+        and plan.fraction(5, 99.0) == 1.0
+    )
 
 
 # --- import

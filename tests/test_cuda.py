@@ -1,4 +1,7 @@
-"""On a GPU, and skipped without one: the losses of a CPU, graphs that stay compiled, runs that go on, artifacts that decode."""
+"""
+On a GPU, and skipped without one: the losses of a CPU, graphs that stay compiled, runs that go on,
+artifacts that decode.
+"""
 
 import json
 import os
@@ -27,18 +30,45 @@ def text(tmp_path_factory):
 
 def python(program: str, *argv: str, cwd: Path, code: int = 0) -> str:
     """What a program of the project prints; it must leave with `code`."""
-    done = subprocess.run([sys.executable, ROOT / program, *argv], cwd=cwd, capture_output=True, text=True, timeout=600,
-                          env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+    done = subprocess.run(
+        [sys.executable, ROOT / program, *argv],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+    )
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
 
 def train(cwd: Path, text: Path, preset: str, run: str, **changes) -> Path:
-    """A short run of a preset on the text in fp32 and eagerly, unless told otherwise; its folder."""
-    flags = {"run": run, "device": DEVICE, "dtype": "float32", "compile": 0, "data": text,
-             "tokenizer": text / "tokenizer.model", "steps": 12, "max_seconds": 0, "epochs": 0, "average_epochs": 0,
-             "lr_cycles": 0, "eval_every": 6, "save_every": 0, "log_every": 1, "val_tokens": 8192, "export": "", "score": "",
-             "gptq": 0, "prove_bytes": 0, "sample_tokens": 0, "artifact_limit": 0} | changes
+    """
+    A short run of a preset on the text in fp32 and eagerly, unless told otherwise; its folder.
+    """
+    flags = {
+        "run": run,
+        "device": DEVICE,
+        "dtype": "float32",
+        "compile": 0,
+        "data": text,
+        "tokenizer": text / "tokenizer.model",
+        "steps": 12,
+        "max_seconds": 0,
+        "epochs": 0,
+        "average_epochs": 0,
+        "lr_cycles": 0,
+        "eval_every": 6,
+        "save_every": 0,
+        "log_every": 1,
+        "val_tokens": 8192,
+        "export": "",
+        "score": "",
+        "gptq": 0,
+        "prove_bytes": 0,
+        "sample_tokens": 0,
+        "artifact_limit": 0,
+    } | changes
     argv = [w for k, v in flags.items() for w in (f"--{k}", str(v))]
     log = python("train_gpt.py", "--config", *preset.split(), *argv, cwd=cwd)
     assert f"device:{flags['device']}" in log
@@ -47,33 +77,60 @@ def train(cwd: Path, text: Path, preset: str, run: str, **changes) -> Path:
 
 def losses(folder: Path) -> list[float]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [r[key] for r in records for key in ("train_loss", "val_loss", "val_loss_ema") if key in r]
+    return [
+        r[key] for r in records for key in ("train_loss", "val_loss", "val_loss_ema") if key in r
+    ]
 
 
-CHANCE = {"attn_dropout": 0, "mlp_dropout": 0, "stoch_depth": 0}  # what two devices draw differently
-PRESETS = [("remix_m on_cpu", {"vocab": 1024}), ("remix_a on_cpu", {"vocab": 1024}),
-           ("tiny_cpu", {}), ("golf_cpu", {}), ("slowrun_cpu", CHANCE), ("nca_cpu", {}),
-           ("centering_cpu", {"vocab": 1024, "z_loss": 1e-4, "mu_loss": 1e-2}),
-           ("centering_cpu", {"vocab": 1024, "mu_centering": 1})]
+# what two devices draw differently
+CHANCE = {"attn_dropout": 0, "mlp_dropout": 0, "stoch_depth": 0}
+PRESETS = [
+    ("remix_m on_cpu", {"vocab": 1024}),
+    ("remix_a on_cpu", {"vocab": 1024}),
+    ("tiny_cpu", {}),
+    ("golf_cpu", {}),
+    ("slowrun_cpu", CHANCE),
+    ("nca_cpu", {}),
+    ("centering_cpu", {"vocab": 1024, "z_loss": 1e-4, "mu_loss": 1e-2}),
+    ("centering_cpu", {"vocab": 1024, "mu_centering": 1}),
+]
 
 
 @pytest.mark.parametrize("preset,more", PRESETS)
 def test_a_gpu_computes_another_model_than_a_cpu(tmp_path, text, preset, more):
-    """Plain, windowed and document attention, grouped heads, loops, gates, MTP, LayerNorm, both optimizers."""
-    found = [losses(train(tmp_path, text, preset, run, device=device, **more)) for run, device in (("a", "cpu"), ("b", DEVICE))]
-    assert len(found[0]) >= 14 and found[0][-1] < found[0][0] - 0.1  # it learns: the comparison is of something that moves
+    """
+    Plain, windowed and document attention, grouped heads, loops, gates, MTP, LayerNorm, both
+    optimizers.
+    """
+    found = [
+        losses(train(tmp_path, text, preset, run, device=device, **more))
+        for run, device in (("a", "cpu"), ("b", DEVICE))
+    ]
+    # it learns: the comparison is of something that moves
+    assert len(found[0]) >= 14 and found[0][-1] < found[0][0] - 0.1
     assert found[1] == pytest.approx(found[0], rel=3e-3)  # the GPU multiplies in TF32
 
 
-@pytest.mark.parametrize("window,documents,heads", [(0, True, 2), (200, False, 4), (200, True, 2), (1024, True, 4)])
+@pytest.mark.parametrize(
+    "window,documents,heads", [(0, True, 2), (200, False, 4), (200, True, 2), (1024, True, 4)]
+)
 def test_flex_attention_differs_from_plain_matrix_products(window, documents, heads):
     rng = torch.Generator().manual_seed(0)
 
     def made(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=rng).to(DEVICE).requires_grad_()
 
-    q, k, v, slope = made(2, 4, 1024, 64), made(2, heads, 1024, 64), made(2, heads, 1024, 64), made(2, 4, 1024, 64)
-    docs = (torch.rand(2, 1024, generator=rng) < 0.01).to(DEVICE).cumsum(1, dtype=torch.int32) if documents else None
+    q, k, v, slope = (
+        made(2, 4, 1024, 64),
+        made(2, heads, 1024, 64),
+        made(2, heads, 1024, 64),
+        made(2, 4, 1024, 64),
+    )
+    docs = (
+        (torch.rand(2, 1024, generator=rng) < 0.01).to(DEVICE).cumsum(1, dtype=torch.int32)
+        if documents
+        else None
+    )
     ways = []
     for attend in (tg.attend_blocks, tg.compiled(tg.attend_flex)):
         y = attend(q, k, v, docs, window, 0.125)
@@ -124,7 +181,9 @@ STEPS = [
 @pytest.mark.parametrize("changes", STEPS, ids=str)
 def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, changes, compiled):
     for split in ("train", "val"):
-        write_shard(tmp_path / f"x_{split}_000000.bin", np.random.default_rng(0).integers(0, 96, 16385))
+        write_shard(
+            tmp_path / f"x_{split}_000000.bin", np.random.default_rng(0).integers(0, 96, 16385)
+        )
     cfg = tiny(
         data=str(tmp_path),
         device=DEVICE,
@@ -155,7 +214,9 @@ def test_no_training_step_makes_the_host_wait_for_the_device(tmp_path, changes, 
 
 def test_the_copy_of_the_warm_up_takes_no_memory_of_the_device(tmp_path):
     for split in ("train", "val"):
-        write_shard(tmp_path / f"x_{split}_000000.bin", np.random.default_rng(0).integers(0, 96, 4097))
+        write_shard(
+            tmp_path / f"x_{split}_000000.bin", np.random.default_rng(0).integers(0, 96, 4097)
+        )
     cfg = tiny(data=str(tmp_path), device=DEVICE, epochs=0, export="", dim=512, depth=4)
     run = tg.Run(cfg)
     p = tg.build(cfg, run)
@@ -168,18 +229,51 @@ def test_the_copy_of_the_warm_up_takes_no_memory_of_the_device(tmp_path):
 
 
 @pytest.mark.parametrize("compiled", [1, 2])
-def test_a_run_recompiles_within_the_clock_or_its_artifact_does_not_decode(tmp_path, text, compiled):
-    """Progressive depth, GPTQ, all codecs, four scores, each proven by decoding in a fresh process."""
-    folder = train(tmp_path, text, "golf_cpu", "golf", compile=compiled, dtype="bfloat16", steps=60, micro_tokens=4096,
-                   export="int6", export_codec="best", gptq=4, score="sliding mixture ttt lora", prove_bytes=300)
+def test_a_run_recompiles_within_the_clock_or_its_artifact_does_not_decode(
+    tmp_path, text, compiled
+):
+    """
+    Progressive depth, GPTQ, all codecs, four scores, each proven by decoding in a fresh process.
+    """
+    folder = train(
+        tmp_path,
+        text,
+        "golf_cpu",
+        "golf",
+        compile=compiled,
+        dtype="bfloat16",
+        steps=60,
+        micro_tokens=4096,
+        export="int6",
+        export_codec="best",
+        gptq=4,
+        score="sliding mixture ttt lora",
+        prove_bytes=300,
+    )
     log = (folder / "log.txt").read_text()
-    assert "\nrecompiles:0\n" in log and len(re.findall(r"^switch:\d+ repeats:[23] ", log, re.M)) == 2
+    assert (
+        "\nrecompiles:0\n" in log and len(re.findall(r"^switch:\d+ repeats:[23] ", log, re.M)) == 2
+    )
     result = json.loads((folder / "result.json").read_text())
     assert result["roundtrip_val_bpb"] == pytest.approx(result["val_bpb"], rel=0.02)
     assert result["sliding_val_bpb"] == pytest.approx(result["roundtrip_val_bpb"], rel=0.01)
-    assert result["mixed_val_bpb"] <= result["sliding_val_bpb"] + 1e-3 and result["proven_bytes"] == 300
+    assert (
+        result["mixed_val_bpb"] <= result["sliding_val_bpb"] + 1e-3
+        and result["proven_bytes"] == 300
+    )
     for mode in ("chunked", "sliding", "mixture", "ttt"):
-        said = python("golf.py", "prove", str(folder), "--mode", mode, "--bytes", "600", "--stride", "256", cwd=tmp_path)
+        said = python(
+            "golf.py",
+            "prove",
+            str(folder),
+            "--mode",
+            mode,
+            "--bytes",
+            "600",
+            "--stride",
+            "256",
+            cwd=tmp_path,
+        )
         assert "the text came back: proven" in said
 
 
@@ -193,16 +287,22 @@ def test_a_run_that_goes_on_on_a_gpu_takes_another_way(tmp_path, text):
     for checkpoint in (broken / "ckpt").iterdir():
         if int(checkpoint.name) != 6:
             shutil.rmtree(checkpoint)
-    (broken / "config.toml").write_text((broken / "config.toml").read_text().replace('run = "whole"', 'run = "broken"'))
+    (broken / "config.toml").write_text(
+        (broken / "config.toml").read_text().replace('run = "whole"', 'run = "broken"')
+    )
     said = python("train_gpt.py", "--config", str(broken / "config.toml"), "--resume", cwd=tmp_path)
     assert "at step 6" in said
     assert losses(broken) == pytest.approx(whole, rel=1e-4)
 
 
 def test_pre_pre_training_and_its_transfer_fail_on_a_gpu(tmp_path, text):
-    flags = ("--like nca_cpu --nca_grid 8 --nca_band 0.2:0.4 --nca_sims_per_rule 1 --nca_seq_len 256 --nca_tokens 80640 "
-             "--nca_val_tokens 8064 --nca_epochs 1 --batch_tokens 4032 --micro_tokens 4032 --eval_every 10 --compile 0 "
-             f"--dtype float32 --device {DEVICE} --run phase1").split()
+    flags = (
+        "--like nca_cpu --nca_grid 8 --nca_band 0.2:0.4 --nca_sims_per_rule 1 --nca_seq_len "
+        "256 --nca_tokens 80640 "
+        "--nca_val_tokens 8064 --nca_epochs 1 --batch_tokens 4032 --micro_tokens 4032 "
+        "--eval_every 10 --compile 0 "
+        f"--dtype float32 --device {DEVICE} --run phase1"
+    ).split()
     python("pre_pre_train.py", *flags, cwd=tmp_path)
     first = losses(tmp_path / "logs" / "phase1")
     assert first[-1] < first[0] - 1
@@ -212,15 +312,41 @@ def test_pre_pre_training_and_its_transfer_fail_on_a_gpu(tmp_path, text):
 
 def test_out_of_memory_ends_in_a_traceback(tmp_path, text):
     tokens = 1 << 21
-    flags = {"device": DEVICE, "compile": 0, "data": text, "tokenizer": "", "vocab": 50304, "export": "", "shuffle": 1,
-             "seq_len": 512, "batch_tokens": tokens, "micro_tokens": tokens, "loss_chunk": tokens, "epochs": 0,
-             "max_seconds": 0, "steps": 2, "val_tokens": 8192, "sample_tokens": 0}
+    flags = {
+        "device": DEVICE,
+        "compile": 0,
+        "data": text,
+        "tokenizer": "",
+        "vocab": 50304,
+        "export": "",
+        "shuffle": 1,
+        "seq_len": 512,
+        "batch_tokens": tokens,
+        "micro_tokens": tokens,
+        "loss_chunk": tokens,
+        "epochs": 0,
+        "max_seconds": 0,
+        "steps": 2,
+        "val_tokens": 8192,
+        "sample_tokens": 0,
+    }
     argv = [w for k, v in flags.items() for w in (f"--{k}", str(v))]
     said = python("train_gpt.py", "--config", "tiny_cpu", *argv, cwd=tmp_path, code=2)
     assert "error: out of memory: halve --micro_tokens" in said and "Traceback" not in said
 
 
 def test_overhead_of_centering_is_timed_between_events(text):
-    said = python("logs/centering.py", "overhead", "--rounds", "10", "--config", "centering_cpu",
-                  f"--flags=--device {DEVICE} --data {text} --vocab 1024 --compile 1", cwd=text.parent)
-    assert "between CUDA events" in said and len(re.findall(r"^(?:mu_centering|mu_loss|z_loss) +[+-]", said, re.M)) == 3
+    said = python(
+        "logs/centering.py",
+        "overhead",
+        "--rounds",
+        "10",
+        "--config",
+        "centering_cpu",
+        f"--flags=--device {DEVICE} --data {text} --vocab 1024 --compile 1",
+        cwd=text.parent,
+    )
+    assert (
+        "between CUDA events" in said
+        and len(re.findall(r"^(?:mu_centering|mu_loss|z_loss) +[+-]", said, re.M)) == 3
+    )

@@ -39,6 +39,7 @@ PROGRAMS = {
 )
 def test_a_program_ends_with_one_line(name, error, code, monkeypatch, capsys):
     """Ctrl-C is exit code 130 and a file that cannot be read is 2, without a traceback."""
+
     def fail(*args, **how):
         raise error
 

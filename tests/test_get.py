@@ -1,9 +1,10 @@
 """
-data/get.py: a data set is whole or absent, held-out text is not trained on, and bytes are those of the text.
+data/get.py: a data set is whole or absent, held-out text is not trained on, and bytes are those of
+the text.
 
-The hub is a server on the loopback interface with the three endpoints that downloads use (revision, tree,
-resolve), which can break a connection, send wrong bytes or refuse service. GPT-2's vocabulary comes from the
-wheel that conftest.py names.
+The hub is a server on the loopback interface with the three endpoints that downloads use (revision,
+tree, resolve), which can break a connection, send wrong bytes or refuse service. GPT-2's vocabulary
+comes from the wheel that conftest.py names.
 """
 
 import errno
@@ -84,9 +85,24 @@ def normal(text):
 
 
 def story(seed, words=60):
-    """A short made-up document; with its accents it is no ASCII, and one in its dozen words is a number."""
+    """
+    A short made-up document; with its accents it is no ASCII, and one in its dozen words is a
+    number.
+    """
     pick = random.Random(seed)
-    vocabulary = ["whale", "sea", "ship", "captain", "naïve", "café", "of", "the", "—", "“white”", "1851"]
+    vocabulary = [
+        "whale",
+        "sea",
+        "ship",
+        "captain",
+        "naïve",
+        "café",
+        "of",
+        "the",
+        "—",
+        "“white”",
+        "1851",
+    ]
     return " ".join(pick.choice(vocabulary) for _ in range(words)) + f". Story {seed}.\n"
 
 
@@ -129,7 +145,9 @@ def test_shipped_text_is_what_the_readme_says():
 def test_sample_holds_out_documents_of_all_times_and_both_sources():
     names = [json.loads(line)["id"] for line in shipped_lines()]
     documents = get.sample_documents()
-    held = [name for name, document in zip(names, documents, strict=True) if document.split == "val"]
+    held = [
+        name for name, document in zip(names, documents, strict=True) if document.split == "val"
+    ]
     years = [int(name[5:9]) for name in held if name.startswith("sotu/")]
     assert min(years) < 1800 and max(years) > 2000 and max(np.diff(years)) <= 25
     assert sum(name.startswith("moby/") for name in held) >= 5
@@ -140,8 +158,13 @@ def test_sample_holds_out_documents_of_all_times_and_both_sources():
 
 def test_sample_tokens_bytes_and_val_text_agree(sample):
     manifest = manifest_of(sample)
-    assert sorted(contents(sample)) == ["manifest.json", "sample_train_000001.bin", "sample_val_000000.bin",
-                                        "tokenizer.model", "val.txt"]
+    assert sorted(contents(sample)) == [
+        "manifest.json",
+        "sample_train_000001.bin",
+        "sample_val_000000.bin",
+        "tokenizer.model",
+        "val.txt",
+    ]
     model = sentencepiece.SentencePieceProcessor(model_file=str(sample / "tokenizer.model"))
     assert model.get_piece_size() == manifest["vocab"] == 1024
     val = [model.decode(document) for document in documents_of(sample, "val", model.bos_id())]
@@ -191,7 +214,9 @@ def test_sample_again_does_nothing(few, tmp_path, capsys):
     capsys.readouterr()
     assert run("sample", "--out", out, "--vocab", 400) == 0
     assert "complete, nothing to do" in capsys.readouterr().out
-    assert times == {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
+    assert times == {
+        path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"
+    }
 
 
 @pytest.mark.parametrize("name", ["sample_train_000001.bin", "tokenizer.model", "val.txt"])
@@ -270,9 +295,12 @@ def test_a_manifest_that_is_none_is_named(few, tmp_path, capsys, content):
     assert run("sample", "--out", tmp_path, "--vocab", 400) == 0
     whole = manifest_of(tmp_path)
     (tmp_path / "manifest.json").write_text(content)
-    for command in (["check", tmp_path], ["sample", "--out", tmp_path],
-                    ["to_slowrun", tmp_path, "--out", tmp_path / "x"],
-                    ["fineweb10B", "--out", tmp_path]):
+    for command in (
+        ["check", tmp_path],
+        ["sample", "--out", tmp_path],
+        ["to_slowrun", tmp_path, "--out", tmp_path / "x"],
+        ["fineweb10B", "--out", tmp_path],
+    ):
         assert run(*command) == 2
         assert "manifest.json is damaged or was not written by" in capsys.readouterr().err
     for name in whole:
@@ -285,15 +313,25 @@ def test_a_manifest_that_is_none_is_named(few, tmp_path, capsys, content):
 
 def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
     """The second waits for the first, but not for ever."""
-    code = ("import sys\nfrom logs.start import turn\n"
-            "with turn(sys.argv[1], ''):\n print(flush=True)\n input()")
-    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / ".lock"], cwd=get.ROOT, text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    code = (
+        "import sys\nfrom logs.start import turn\n"
+        "with turn(sys.argv[1], ''):\n print(flush=True)\n input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / ".lock"],
+        cwd=get.ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     other.stdout.readline()
     monkeypatch.setattr(get, "WAIT_SECONDS", 0.2)
     assert run("sample", "--out", tmp_path) == 2
     said = capsys.readouterr()
-    assert f"another process is getting data into {tmp_path}" in said.out and "WAIT_SECONDS" in said.err
+    assert (
+        f"another process is getting data into {tmp_path}" in said.out
+        and "WAIT_SECONDS" in said.err
+    )
     monkeypatch.setattr(get, "WAIT_SECONDS", 60)
     threading.Timer(0.5, other.kill).start()  # whoever dies gives the lock back
     with get.locked(tmp_path):
@@ -307,7 +345,9 @@ def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Forty documents: ten .txt, and ten each in .jsonl packed in three ways; and the list of them."""
+    """
+    Forty documents: ten .txt, and ten each in .jsonl packed in three ways; and the list of them.
+    """
     folder = tmp_path / "texts"
     folder.mkdir()
     stories = [story(seed) for seed in range(40)]
@@ -315,21 +355,32 @@ def texts(tmp_path):
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}
     for start, (suffix, compress) in zip((10, 20, 30), pack.items(), strict=True):
-        lines = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in stories[start : start + 10])
+        lines = "".join(
+            json.dumps({"text": text, "n": 1}) + "\n" for text in stories[start : start + 10]
+        )
         (folder / f"more.jsonl.{suffix}").write_bytes(compress(lines.encode()))
     return folder, stories
 
 
 def test_tokenize_gpt2_keeps_every_byte(gpt2_files, texts, tmp_path):
     folder, stories = texts
-    assert run("tokenize", folder, "--out", tmp_path / "out", "--tokenizer", "gpt2", "--val_docs", 7) == 0
+    assert (
+        run("tokenize", folder, "--out", tmp_path / "out", "--tokenizer", "gpt2", "--val_docs", 7)
+        == 0
+    )
     gpt2 = tiktoken.get_encoding("gpt2")
-    sides = {split: [gpt2.decode(document) for document in documents_of(tmp_path / "out", split, 50256)]
-             for split in ("train", "val")}
+    sides = {
+        split: [gpt2.decode(document) for document in documents_of(tmp_path / "out", split, 50256)]
+        for split in ("train", "val")
+    }
     assert sorted(sides["train"] + sides["val"]) == sorted(stories)
     assert len(sides["val"]) == 7
     manifest = manifest_of(tmp_path / "out")
-    assert (manifest["tokenizer"], manifest["vocab"], manifest["separator"]) == ("gpt2", 50257, 50256)
+    assert (manifest["tokenizer"], manifest["vocab"], manifest["separator"]) == (
+        "gpt2",
+        50257,
+        50256,
+    )
     for split, found in sides.items():
         assert manifest[split]["bytes"] == sum(len(text.encode()) for text in found)
     assert (tmp_path / "out" / "val.txt").read_bytes() == "".join(sides["val"]).encode()
@@ -339,8 +390,14 @@ def test_tokenize_gpt2_keeps_every_byte(gpt2_files, texts, tmp_path):
 def test_tokenize_does_not_read_special_tokens_from_text(gpt2_files, tmp_path):
     (tmp_path / "a.txt").write_text("one <|endoftext|> two")
     (tmp_path / "b.txt").write_text("three")
-    assert run("tokenize", tmp_path, "--out", tmp_path / "out", "--tokenizer", "gpt2", "--val_docs", 1) == 0
-    assert sum(list(tokens_of(tmp_path / "out", split)).count(50256) for split in ("train", "val")) == 2
+    assert (
+        run("tokenize", tmp_path, "--out", tmp_path / "out", "--tokenizer", "gpt2", "--val_docs", 1)
+        == 0
+    )
+    assert (
+        sum(list(tokens_of(tmp_path / "out", split)).count(50256) for split in ("train", "val"))
+        == 2
+    )
 
 
 def test_tokenize_trains_or_takes_a_sentencepiece_model(texts, tmp_path):
@@ -352,13 +409,17 @@ def test_tokenize_trains_or_takes_a_sentencepiece_model(texts, tmp_path):
     names = ["text_train_000001.bin", "text_val_000000.bin", "tokenizer.model", "val.txt"]
     assert all(contents(own)[name] == contents(taken)[name] for name in names)
     model = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    decoded = [model.decode(ids) for split in ("train", "val") for ids in documents_of(own, split, 1)]
+    decoded = [
+        model.decode(ids) for split in ("train", "val") for ids in documents_of(own, split, 1)
+    ]
     assert sorted(decoded) == sorted(normal(text) for text in stories)
     assert run("check", own, taken) == 0
 
 
 @pytest.mark.parametrize("shard_tokens", [13, 97, 1000])
-def test_shards_have_the_exact_size_and_hold_the_same_stream(gpt2_files, texts, tmp_path, shard_tokens):
+def test_shards_have_the_exact_size_and_hold_the_same_stream(
+    gpt2_files, texts, tmp_path, shard_tokens
+):
     folder, _ = texts
     arguments = ["tokenize", *sorted(folder.glob("*.txt")), "--tokenizer", "gpt2", "--val_docs", 2]
     assert run(*arguments, "--out", tmp_path / "one") == 0
@@ -368,7 +429,9 @@ def test_shards_have_the_exact_size_and_hold_the_same_stream(gpt2_files, texts, 
         sizes = [len(read_shard(path)) for path in shards]
         assert set(sizes[:-1]) <= {shard_tokens} and 0 < sizes[-1] <= shard_tokens
         assert [int(path.stem[-6:]) for path in shards] == list(range(first, first + len(shards)))
-        np.testing.assert_array_equal(tokens_of(tmp_path / "many", split), tokens_of(tmp_path / "one", split))
+        np.testing.assert_array_equal(
+            tokens_of(tmp_path / "many", split), tokens_of(tmp_path / "one", split)
+        )
     assert run("check", tmp_path / "many") == 0
 
 
@@ -383,26 +446,46 @@ def test_a_replaced_data_set_leaves_no_shard_behind(gpt2_files, tmp_path):
 
 
 def test_split_is_stable_and_keeps_doubles_together():
-    assert get.HashSplit.key("Call me Ishmael.") == 15590843321583706913, "the same on every machine"
+    assert get.HashSplit.key("Call me Ishmael.") == 15590843321583706913, (
+        "the same on every machine"
+    )
     sides = get.HashSplit(int(0.3 * 2**64))
     before = {seed: sides(story(seed)) for seed in range(200)}
     assert 30 < list(before.values()).count("val") < 90
     for seed, side in before.items():
-        assert sides("\n " + story(seed).replace(" ", "  ")) == side, "the tokenizer drops such white space"
+        assert sides("\n " + story(seed).replace(" ", "  ")) == side, (
+            "the tokenizer drops such white space"
+        )
         assert sides(story(seed).replace("S", "\N{FULLWIDTH LATIN CAPITAL LETTER S}")) == side
 
 
 def test_doubles_end_on_one_side(gpt2_files, tmp_path):
     lines = [json.dumps({"text": story(seed % 12)}) for seed in range(36)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert run("tokenize", tmp_path, "--out", tmp_path / "out", "--tokenizer", "gpt2", "--val_docs", 4) == 0
-    sides = [set(map(tuple, documents_of(tmp_path / "out", split, 50256))) for split in ("train", "val")]
+    assert (
+        run("tokenize", tmp_path, "--out", tmp_path / "out", "--tokenizer", "gpt2", "--val_docs", 4)
+        == 0
+    )
+    sides = [
+        set(map(tuple, documents_of(tmp_path / "out", split, 50256))) for split in ("train", "val")
+    ]
     assert [len(side) for side in sides] == [8, 4] and not sides[0] & sides[1]
 
 
 def test_one_text_file_can_be_cut(gpt2_files, tmp_path):
-    (tmp_path / "a.txt").write_text("\n\n".join(story(seed).strip() for seed in range(9)) + "\n\n\n")
-    arguments = ["tokenize", tmp_path, "--out", tmp_path / "out", "--tokenizer", "gpt2", "--val_docs", 3]
+    (tmp_path / "a.txt").write_text(
+        "\n\n".join(story(seed).strip() for seed in range(9)) + "\n\n\n"
+    )
+    arguments = [
+        "tokenize",
+        tmp_path,
+        "--out",
+        tmp_path / "out",
+        "--tokenizer",
+        "gpt2",
+        "--val_docs",
+        3,
+    ]
     assert run(*arguments) == 2, "one document cannot be on both sides"
     assert run(*arguments, "--split", r"\n\n+") == 0
     manifest = manifest_of(tmp_path / "out")
@@ -490,7 +573,12 @@ def test_bad_input_is_refused_and_leaves_no_data(
 
 
 def test_missing_input_and_unwritable_output_are_refused(tmp_path, capsys):
-    assert run("tokenize", tmp_path / "none.txt", "--out", tmp_path / "out", "--tokenizer", "train:300") == 2
+    assert (
+        run(
+            "tokenize", tmp_path / "none.txt", "--out", tmp_path / "out", "--tokenizer", "train:300"
+        )
+        == 2
+    )
     assert "no such file or folder" in capsys.readouterr().err
     assert run("tokenize", "--out", tmp_path / "out", "--tokenizer", "train:300") == 2
     assert "no input" in capsys.readouterr().err
@@ -506,7 +594,9 @@ def test_missing_input_and_unwritable_output_are_refused(tmp_path, capsys):
 def test_packed_files_of_several_frames_are_read_whole(tmp_path):
     parts = [LINES[: len(LINES) // 3], LINES[len(LINES) // 3 :]]
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, parts)))
-    assert list(get.Reader([tmp_path / "a.jsonl.zst"]).read("")) == [story(seed) for seed in range(300)]
+    assert list(get.Reader([tmp_path / "a.jsonl.zst"]).read("")) == [
+        story(seed) for seed in range(300)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -531,8 +621,18 @@ def test_zst_with_a_long_window_is_read(tmp_path, window_log):
 def test_a_folder_stands_for_the_users_own_files_alone(few, tmp_path, capsys):
     """Not for hidden ones, nor for what get.py wrote: val.txt would be trained on."""
     folder = tmp_path / "texts"
-    for name in (".git/a.txt", "._a.jsonl", ".hidden.txt", "x/._b.txt", "x/b.txt", "a.jsonl",
-                 "set/mine.txt", "other/val.txt", "left/building/val.txt", "building/c.txt"):
+    for name in (
+        ".git/a.txt",
+        "._a.jsonl",
+        ".hidden.txt",
+        "x/._b.txt",
+        "x/b.txt",
+        "a.jsonl",
+        "set/mine.txt",
+        "other/val.txt",
+        "left/building/val.txt",
+        "building/c.txt",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(LINES if name.endswith("jsonl") else story(7).encode())
     foreign = folder / "other" / "manifest.json"  # another program's
@@ -590,15 +690,26 @@ def test_a_model_without_a_piece_for_a_space_is_refused(sample, tmp_path, capsys
 
 
 def test_a_model_that_puts_a_space_before_every_document_counts_right(texts, tmp_path):
-    """SentencePiece's default: the first piece of a document starts with a space that decoding drops."""
+    """
+    SentencePiece's default: the first piece of a document starts with a space that decoding drops.
+    """
     folder, stories = texts
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(stories), model_prefix=str(tmp_path / "prefix"), vocab_size=350, model_type="bpe",
-        add_dummy_prefix=True, byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(stories),
+        model_prefix=str(tmp_path / "prefix"),
+        vocab_size=350,
+        model_type="bpe",
+        add_dummy_prefix=True,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     out, model = tmp_path / "out", tmp_path / "prefix.model"
     assert run("tokenize", folder, "--out", out, "--tokenizer", model, "--val_docs", 9) == 0
     manifest = manifest_of(out)
-    assert manifest["train"]["bytes"] + manifest["val"]["bytes"] == sum(len(normal(t).encode()) for t in stories)
+    assert manifest["train"]["bytes"] + manifest["val"]["bytes"] == sum(
+        len(normal(t).encode()) for t in stories
+    )
     assert run("check", out) == 0
 
 
@@ -606,8 +717,14 @@ def test_a_tokenizer_that_cannot_count_bytes_is_refused(tmp_path, capsys):
     """Without byte fallback, what the model has no piece for decodes to a question mark."""
     text = [story(seed) for seed in range(50)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(tmp_path / "bare"), vocab_size=60, model_type="bpe",
-        bos_id=1, hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(text),
+        model_prefix=str(tmp_path / "bare"),
+        vocab_size=60,
+        model_type="bpe",
+        bos_id=1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     lines = [json.dumps({"text": f"{line} Ω"}) for line in text]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     arguments = ["--out", tmp_path / "out", "--tokenizer", tmp_path / "bare.model", "--val_docs", 5]
@@ -624,10 +741,20 @@ def test_slowrun_cuts_documents_at_the_budgets(gpt2_files, tmp_path, monkeypatch
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(LINES)
-    arguments = ["slowrun", "--dataset", tmp_path / "set", "--subset", "", "--out", tmp_path / "out"]
+    arguments = [
+        "slowrun",
+        "--dataset",
+        tmp_path / "set",
+        "--subset",
+        "",
+        "--out",
+        tmp_path / "out",
+    ]
     assert run(*arguments, "--val_tokens", 1000, "--train_tokens", 2500) == 0
     gpt2 = tiktoken.get_encoding("gpt2")
-    stream = [[50256, *gpt2.encode_ordinary(json.loads(line)["text"])] for line in LINES.splitlines()]
+    stream = [
+        [50256, *gpt2.encode_ordinary(json.loads(line)["text"])] for line in LINES.splitlines()
+    ]
     for split, budget in (("val", 1000), ("train", 2500)):
         expected = []
         while len(expected) < budget:
@@ -637,27 +764,45 @@ def test_slowrun_cuts_documents_at_the_budgets(gpt2_files, tmp_path, monkeypatch
     capsys.readouterr()
     assert run(*arguments, "--val_tokens", 1000, "--train_tokens", 2_000_000, "--force") == 2
     assert "short of the 2,000,000 for train" in capsys.readouterr().err
-    assert manifest_of(tmp_path / "out")["train"]["tokens"] == 2500, "a failure must leave the old data set"
+    assert manifest_of(tmp_path / "out")["train"]["tokens"] == 2500, (
+        "a failure must leave the old data set"
+    )
 
 
-def test_slowruns_own_files_are_read_or_written_otherwise(gpt2_files, tmp_path, monkeypatch, capsys):
-    """Both formats, built here by the specification, give the shards that the same tokens gave; what is written is the
-    first of them, key by key."""
+def test_slowruns_own_files_are_read_or_written_otherwise(
+    gpt2_files, tmp_path, monkeypatch, capsys
+):
+    """Both formats, built here by the specification, give the shards that the same tokens gave;
+    what is written is the first of them, key by key.
+    """
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_bytes(LINES)
-    arguments = ["slowrun", "--dataset", tmp_path / "set", "--subset", "", "--out", tmp_path / "made"]
+    arguments = [
+        "slowrun",
+        "--dataset",
+        tmp_path / "set",
+        "--subset",
+        "",
+        "--out",
+        tmp_path / "made",
+    ]
     assert run(*arguments, "--val_tokens", 1000, "--train_tokens", 2500) == 0
     made = {split: tokens_of(tmp_path / "made", split) for split in ("val", "train")}
     assert run("to_slowrun", tmp_path / "made", "--out", tmp_path / "flat") == 0
-    assert sorted(p.name for p in (tmp_path / "flat").iterdir()) == ["fineweb_train.pt", "fineweb_val.pt"]
+    assert sorted(p.name for p in (tmp_path / "flat").iterdir()) == [
+        "fineweb_train.pt",
+        "fineweb_val.pt",
+    ]
     for split, seed in (("val", 42), ("train", 43)):
         flat = torch.load(tmp_path / "flat" / f"fineweb_{split}.pt", weights_only=True)
         assert sorted(flat) == ["bos_id", "doc_starts", "seq_shuffle_seed", "seq_size", "tokens"]
         assert (flat["bos_id"], flat["seq_shuffle_seed"], flat["seq_size"]) == (50256, seed, 2049)
         assert flat["tokens"].dtype == torch.uint16 and flat["doc_starts"].dtype == torch.int64
         np.testing.assert_array_equal(flat["tokens"].numpy(), made[split])
-        np.testing.assert_array_equal(flat["doc_starts"].numpy(), np.flatnonzero(made[split] == 50256))
+        np.testing.assert_array_equal(
+            flat["doc_starts"].numpy(), np.flatnonzero(made[split] == 50256)
+        )
     assert run("from_slowrun", tmp_path / "flat", "--out", tmp_path / "again") == 0
     # The older one: rows of 16 in chunks of 4, the last chunk filled up with zeros.
     (tmp_path / "old").mkdir()
@@ -665,21 +810,28 @@ def test_slowruns_own_files_are_read_or_written_otherwise(gpt2_files, tmp_path, 
         rows = tokens[: len(tokens) // 16 * 16].reshape(-1, 16)
         counts = [min(4, len(rows) - low) for low in range(0, len(rows), 4)]
         rows = np.concatenate([rows, np.zeros((-len(rows) % 4, 16), np.uint16)])
-        chunks = [torch.from_numpy(rows[low : low + 4].reshape(-1).copy()) for low in range(0, len(rows), 4)]
+        chunks = [
+            torch.from_numpy(rows[low : low + 4].reshape(-1).copy())
+            for low in range(0, len(rows), 4)
+        ]
         old = {"chunks": chunks, "valid_counts": counts, "batch_size": 4, "sequence_size": 16}
         torch.save(old, tmp_path / "old" / f"fineweb_{split}.pt")
     assert run("from_slowrun", tmp_path / "old", "--out", tmp_path / "older") == 0
     for split, tokens in made.items():
         np.testing.assert_array_equal(tokens_of(tmp_path / "again", split), tokens)
-        np.testing.assert_array_equal(tokens_of(tmp_path / "older", split), tokens[: len(tokens) // 16 * 16])
+        np.testing.assert_array_equal(
+            tokens_of(tmp_path / "older", split), tokens[: len(tokens) // 16 * 16]
+        )
     assert run("check", tmp_path / "again") == 0
     capsys.readouterr()
     torch.save({"model": [1]}, tmp_path / "old" / "fineweb_val.pt")
     assert run("from_slowrun", tmp_path / "old", "--out", tmp_path / "older", "--force") == 2
     assert "fineweb_val.pt is none of slowrun's files" in capsys.readouterr().err
-    for tokens, said in ((torch.tensor([50256, 5, 50257]), "token 50257 at position 2 is none of GPT-2's 50257"),
-                         (torch.tensor([[50256, 5], [6, 7]]), "int64 of shape (2, 2)"),
-                         (torch.tensor([50256.0, 5.0]), "float32 of shape (2,)")):
+    for tokens, said in (
+        (torch.tensor([50256, 5, 50257]), "token 50257 at position 2 is none of GPT-2's 50257"),
+        (torch.tensor([[50256, 5], [6, 7]]), "int64 of shape (2, 2)"),
+        (torch.tensor([50256.0, 5.0]), "float32 of shape (2,)"),
+    ):
         torch.save({"tokens": tokens}, tmp_path / "old" / "fineweb_val.pt")
         assert run("from_slowrun", tmp_path / "old", "--out", tmp_path / "older", "--force") == 2
         assert said in capsys.readouterr().err
@@ -696,25 +848,46 @@ def synthetic_set(folder, **tokens):
         get.write_shard(path, stream)
         files[path.name] = get.describe(path, 50256)
         counts[split] = {key: files[path.name][key] for key in ("tokens", "documents")}
-    get.write_manifest(folder, {"source": {"command": "slowrun"}, "tokenizer": "gpt2",
-                                "vocab": 50257, "separator": 50256, **counts, "files": files})
+    get.write_manifest(
+        folder,
+        {
+            "source": {"command": "slowrun"},
+            "tokenizer": "gpt2",
+            "vocab": 50257,
+            "separator": 50256,
+            **counts,
+            "files": files,
+        },
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_slowruns_files_are_written_in_little_memory(tmp_path):
-    """100M tokens, 200 MB: no copy of them may be held, mapped or not, and torch's 200 MB not imported."""
+    """
+    100M tokens, 200 MB: no copy of them may be held, mapped or not, and torch's 200 MB not
+    imported.
+    """
     synthetic_set(tmp_path / "set", train=100_000_000, val=10_000)
     code = """import get, sys
 assert get.main(["to_slowrun", "set", "--out", "flat"]) == 0
 print("torch" in sys.modules, open("/proc/self/status").read())"""
-    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT / "data")},
-                          capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "data")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert "False Name:" in told
-    assert int(re.search(r"VmHWM:\s*(\d+) kB", told)[1]) < 150_000  # not ru_maxrss: that begins with the parent's
+    # not ru_maxrss: that begins with the parent's
+    assert int(re.search(r"VmHWM:\s*(\d+) kB", told)[1]) < 150_000
     made = torch.load(tmp_path / "flat" / "fineweb_train.pt", mmap=True, weights_only=True)
     assert made["tokens"].shape == (100_000_000,) and made["tokens"].data_ptr() % 64 == 0
     np.testing.assert_array_equal(made["doc_starts"].numpy(), np.arange(0, 100_000_000, 700))
-    np.testing.assert_array_equal(made["tokens"][-700:].numpy(), tokens_of(tmp_path / "set", "train")[-700:])
+    np.testing.assert_array_equal(
+        made["tokens"][-700:].numpy(), tokens_of(tmp_path / "set", "train")[-700:]
+    )
 
 
 def test_to_slowrun_refuses_a_set_without_validation_or_with_altered_shards(tmp_path, capsys):
@@ -737,12 +910,15 @@ GPT2_REPO = "kjj0/fineweb10B-gpt2"
 
 
 class FakeHub:
-    """Repositories of files under the hub's endpoints. `faults` holds what goes wrong in the next requests
-    for content: "break" (the connection dies half-way), "corrupt" (one wrong byte), or a status code."""
+    """Repositories of files under the hub's endpoints. `faults` holds what goes wrong in the next
+    requests for content: "break" (the connection dies half-way), "corrupt" (one wrong byte), or a
+    status code.
+    """
 
     def __init__(self):
         self.files = {}  # (repository, path) -> content
-        self.small = set()  # paths that git keeps itself: the hub knows their SHA-1 and not their SHA-256
+        # paths that git keeps itself: the hub knows their SHA-1 and not their SHA-256
+        self.small = set()
         self.faults = []
         self.api_faults = []
         self.requests = []  # (path, first byte) of every request for content
@@ -772,15 +948,25 @@ class FakeHub:
             return self.send(request, self.api_faults.pop(0), b"{}")
         match = re.fullmatch(rf"/api/datasets/(\w+/[\w-]+)/(revision/main|tree/{COMMIT})", path)
         if not match or match[1] not in {repo for repo, _ in self.files}:
-            return self.send(request, 404, b'{"error": "not found"}', {"X-Error-Code": "RepoNotFound"})
+            return self.send(
+                request, 404, b'{"error": "not found"}', {"X-Error-Code": "RepoNotFound"}
+            )
         if match[2] == "revision/main":
             return self.send(request, 200, json.dumps({"id": match[1], "sha": COMMIT}).encode())
-        tree = [self.entry(file, content) for (repo, file), content in self.files.items() if repo == match[1]]
+        tree = [
+            self.entry(file, content)
+            for (repo, file), content in self.files.items()
+            if repo == match[1]
+        ]
         return self.send(request, 200, json.dumps(tree).encode())
 
     def entry(self, path, content):
-        entry = {"type": "file", "path": path, "size": len(content),
-                 "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+        entry = {
+            "type": "file",
+            "path": path,
+            "size": len(content),
+            "oid": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
+        }
         if path not in self.small:
             sha256 = hashlib.sha256(content).hexdigest()
             entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 134}
@@ -796,7 +982,9 @@ class FakeHub:
         body = content[start:]
         if fault == "corrupt":
             body = body[:-1] + bytes([body[-1] ^ 1])
-        extra = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        extra = (
+            {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        )
         sent = len(body) // 2 if fault == "break" else len(body)
         return self.send(request, 206 if start else 200, body, extra, sent)
 
@@ -831,7 +1019,8 @@ def hub(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", fake.address)
     url = fake.address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # 10 MB in truth: less than that is not kept
+    # 10 MB in truth: less than that is not kept
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.setattr(get, "RETRY_WAIT_S", 0.01)
     draw = np.random.default_rng(0)
     for name in ("val_000000", "train_000001", "train_000002", "train_000003"):
@@ -871,7 +1060,9 @@ def test_download_goes_on_where_the_connection_broke(hub, tmp_path):
     assert run("fineweb10B", "--shards", 1, "--out", tmp_path) == 0
     assert (tmp_path / "fineweb_train_000001.bin").read_bytes() == published(hub, "train_000001")
     starts = [start for path, start in hub.requests if path == "fineweb_train_000001.bin"]
-    assert len(starts) == 2 and starts[0] == 0 and starts[1] > 0, "the second request must not start over"
+    assert len(starts) == 2 and starts[0] == 0 and starts[1] > 0, (
+        "the second request must not start over"
+    )
 
 
 def test_download_goes_on_from_what_a_killed_process_left(hub, tmp_path):
@@ -968,7 +1159,9 @@ def test_another_set_in_the_folder_is_kept(hub, tmp_path, few, capsys):
 
 
 def test_the_command_line_uses_hf_endpoint(hub, tmp_path):
-    done = command_line(get.__file__, "fineweb10B", "--shards", 1, "--out", tmp_path, HF_ENDPOINT=hub.address)
+    done = command_line(
+        get.__file__, "fineweb10B", "--shards", 1, "--out", tmp_path, HF_ENDPOINT=hub.address
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "fineweb_train_000001.bin").read_bytes() == published(hub, "train_000001")
     assert "[2/2] fineweb_train_000001.bin" in done.stdout
@@ -984,17 +1177,21 @@ def golf_hub(hub, sample):
         (repo, f"{folder}/fineweb_val_000000.bin"): shard(val),
         (repo, f"{folder}/fineweb_train_000000.bin"): shard(train[:15_000]),
         (repo, f"{folder}/fineweb_train_000001.bin"): shard(train[15_000:]),
-        (repo, f"{root}/tokenizers/fineweb_1024_bpe.model"): (sample / "tokenizer.model").read_bytes(),
-        (repo, f"{root}/manifest.json"): json.dumps({
-            "datasets": [
-                {"name": "fineweb10B_sp1024", "tokenizer_name": "sp_bpe_1024"},
-                {"name": "fineweb10B_byte260", "tokenizer_name": "pure_byte_260"},
-            ],
-            "tokenizers": [
-                {"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"},
-                {"name": "pure_byte_260", "path": "tokenizers/fineweb_pure_byte_260.json"},
-            ],
-        }).encode(),
+        (repo, f"{root}/tokenizers/fineweb_1024_bpe.model"): (
+            sample / "tokenizer.model"
+        ).read_bytes(),
+        (repo, f"{root}/manifest.json"): json.dumps(
+            {
+                "datasets": [
+                    {"name": "fineweb10B_sp1024", "tokenizer_name": "sp_bpe_1024"},
+                    {"name": "fineweb10B_byte260", "tokenizer_name": "pure_byte_260"},
+                ],
+                "tokenizers": [
+                    {"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"},
+                    {"name": "pure_byte_260", "path": "tokenizers/fineweb_pure_byte_260.json"},
+                ],
+            }
+        ).encode(),
     }
     hub.small.add(f"{root}/manifest.json")
     return hub
@@ -1004,10 +1201,19 @@ def test_golf_brings_shards_and_tokenizer(golf_hub, tmp_path, capsys):
     golf_hub.faults = ["corrupt"]  # of the manifest, whose hash is git's
     assert run("golf", "--shards", 2, "--out", tmp_path) == 0
     assert sorted(contents(tmp_path)) == [
-        "fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin", "manifest.json",
-        "tokenizer.model", "upstream_manifest.json"]
+        "fineweb_train_000000.bin",
+        "fineweb_train_000001.bin",
+        "fineweb_val_000000.bin",
+        "manifest.json",
+        "tokenizer.model",
+        "upstream_manifest.json",
+    ]
     manifest = manifest_of(tmp_path)
-    assert (manifest["tokenizer"], manifest["vocab"], manifest["separator"]) == ("tokenizer.model", 1024, 1)
+    assert (manifest["tokenizer"], manifest["vocab"], manifest["separator"]) == (
+        "tokenizer.model",
+        1024,
+        1,
+    )
     assert run("check", tmp_path) == 0, "documents that run across shards count once"
     assert run("golf", "--shards", 1, "--out", tmp_path / "few") == 0
     assert not (tmp_path / "few" / "fineweb_train_000001.bin").exists()
@@ -1065,15 +1271,24 @@ def patched(path, offset, data):
 TRAIN = "text_train_000001.bin"
 SPOILS = {
     "truncated": (lambda out: (out / TRAIN).write_bytes((out / TRAIN).read_bytes()[:-2]), TRAIN),
-    "too long": (lambda out: (out / TRAIN).write_bytes((out / TRAIN).read_bytes() + b"\0\0"), TRAIN),
+    "too long": (
+        lambda out: (out / TRAIN).write_bytes((out / TRAIN).read_bytes() + b"\0\0"),
+        TRAIN,
+    ),
     "empty": (lambda out: (out / TRAIN).write_bytes(b""), TRAIN),
     "magic": (lambda out: patched(out / TRAIN, 0, b"\1"), TRAIN),
     "version": (lambda out: patched(out / TRAIN, 4, b"\2"), TRAIN),
     "id": (lambda out: patched(out / TRAIN, 1030, b"\xff\xff"), "65535"),
-    "other token": (lambda out: patched(out / TRAIN, 1030, b"\7\0"), "not the content that manifest.json"),
+    "other token": (
+        lambda out: patched(out / TRAIN, 1030, b"\7\0"),
+        "not the content that manifest.json",
+    ),
     "missing": (lambda out: (out / TRAIN).unlink(), "missing or altered"),
     "text": (lambda out: patched(out / "val.txt", 0, b"?"), "val.txt: missing or altered"),
-    "unlisted": (lambda out: shutil.copy(out / TRAIN, out / "text_train_000009.bin"), "not in manifest.json"),
+    "unlisted": (
+        lambda out: shutil.copy(out / TRAIN, out / "text_train_000009.bin"),
+        "not in manifest.json",
+    ),
     "manifest": (lambda out: (out / "manifest.json").write_text("{}"), "manifest.json is damaged"),
 }
 
@@ -1104,15 +1319,19 @@ def test_check_finds_a_document_on_both_sides(small, tmp_path, capsys):
         shutil.copy(path, tmp_path)
     assert run("check", tmp_path, "--tokenizer", "gpt2") == 0
     val = read_shard(next(tmp_path.glob("*_val_*"))).tolist()
-    get.write_shard(tmp_path / "text_train_000002.bin", np.array(val[: val.index(50256, 1)], np.uint16))
+    get.write_shard(
+        tmp_path / "text_train_000002.bin", np.array(val[: val.index(50256, 1)], np.uint16)
+    )
     assert run("check", tmp_path, "--tokenizer", "gpt2") == 2
     assert "1 validation documents are also in train" in capsys.readouterr().err
 
 
 def test_check_reads_what_a_run_reads(small, tmp_path, capsys):
     """A name with both words is of the side it ends with; a copy's name is no shard's."""
-    names = {"text_train_000001.bin": "pre_val_x_train_000001.bin",
-             "text_val_000000.bin": "pre_train_x_val_000000.bin"}
+    names = {
+        "text_train_000001.bin": "pre_val_x_train_000001.bin",
+        "text_val_000000.bin": "pre_train_x_val_000000.bin",
+    }
     for old, new in names.items():
         shutil.copy(small / old, tmp_path / new)
         shutil.copy(small / old, tmp_path / f"{old[:-4]} (1).bin")

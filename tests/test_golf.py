@@ -34,10 +34,14 @@ def objective(w: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, h: torch.Te
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_gptq_loses_to_plain_rounding_on_its_own_objective(bits):
-    w, x = made(0, 48, 200), made(1, 600, 200) @ made(2, 200, 200)  # correlated inputs, two blocks of columns
+    # correlated inputs, two blocks of columns
+    w, x = made(0, 48, 200), made(1, 600, 200) @ made(2, 200, 200)
     h = x.mT @ x / len(x)
     scale = golf.clip_search(w, golf.levels_of(bits))
-    plain, better = golf.codes(w, scale, golf.levels_of(bits)), golf.gptq(w, h, scale, golf.levels_of(bits))
+    plain, better = (
+        golf.codes(w, scale, golf.levels_of(bits)),
+        golf.gptq(w, h, scale, golf.levels_of(bits)),
+    )
     assert better.dtype == torch.int8 and better.abs().max() <= golf.levels_of(bits)
     assert objective(w, better, scale, h) < 0.5 * objective(w, plain, scale, h)
 
@@ -62,8 +66,10 @@ def test_clip_search_is_worse_than_no_clip(seed, bits):
     w = made(seed, 6, 50) * torch.logspace(-6, 3, 6)[:, None]
     w[2] = 0
     whole = golf.quantize_rows(w, levels)[1]
-    clipped, plain = ((golf.codes(w, s, levels).float() * s.float() - w).square().sum(1)
-                      for s in (golf.clip_search(w, levels), whole))
+    clipped, plain = (
+        (golf.codes(w, s, levels).float() * s.float() - w).square().sum(1)
+        for s in (golf.clip_search(w, levels), whole)
+    )
     assert (clipped <= plain).all() and clipped[2] == 0
     # Where nothing is clipped an entry is off by half a scale at most.
     off = (golf.codes(w, whole, levels).double() * whole.double() - w.double()).abs()
@@ -83,7 +89,10 @@ def small(**changes) -> tg.Config:
 
 
 def weights(cfg: tg.Config, noise: float = 0.05) -> dict[str, torch.Tensor]:
-    return {n: (p + noise * made(i, *p.shape)).detach() for i, (n, p) in enumerate(build(cfg).named_parameters())}
+    return {
+        n: (p + noise * made(i, *p.shape)).detach()
+        for i, (n, p) in enumerate(build(cfg).named_parameters())
+    }
 
 
 def model_of(cfg: tg.Config, named: dict[str, torch.Tensor]) -> tg.GPT:
@@ -92,9 +101,23 @@ def model_of(cfg: tg.Config, named: dict[str, torch.Tensor]) -> tg.GPT:
     return model
 
 
-LOOPED = {"depth": 2, "head_dim": 64, "loop": "0:2", "repeats": "2", "tie_embed": 1, "kv_heads": 1, "block_scales": 1,
-          "q_gain": 1.5, "xsa": 1, "loop_embed": 1, "cross_repeat": 1, "value_embeds": 1, "rope": "standard",
-          "activation": "leaky_relu2", "softcap": 30.0}
+LOOPED = {
+    "depth": 2,
+    "head_dim": 64,
+    "loop": "0:2",
+    "repeats": "2",
+    "tie_embed": 1,
+    "kv_heads": 1,
+    "block_scales": 1,
+    "q_gain": 1.5,
+    "xsa": 1,
+    "loop_embed": 1,
+    "cross_repeat": 1,
+    "value_embeds": 1,
+    "rope": "standard",
+    "activation": "leaky_relu2",
+    "softcap": 30.0,
+}
 
 
 def test_hessians_miss_uses_of_a_shared_matrix():
@@ -104,7 +127,9 @@ def test_hessians_miss_uses_of_a_shared_matrix():
     found, seen = golf.record_hessians(model, rows, 2, 0)
     once, _ = golf.record_hessians(model, rows, 1, 0)
     assert seen == 3
-    assert found.keys() == {n for n, p in model.named_parameters() if golf.is_matrix(p) and n != "value_embeds"}
+    assert found.keys() == {
+        n for n, p in model.named_parameters() if golf.is_matrix(p) and n != "value_embeds"
+    }
     x = torch.from_numpy(rows[:, :-1])
     with torch.no_grad():
         final = model.hidden(x, 2, 0).flatten(0, 1)
@@ -205,12 +230,22 @@ def test_rows_for_calibration_that_are_not_there_are_missed_before_training(tmp_
 # --- coders and artifact
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([7, 15, 31, 63, 127]), st.integers(0, 10**6))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from([7, 15, 31, 63, 127]),
+    st.integers(0, 10**6),
+)
 @settings(max_examples=80, deadline=None)
 def test_entropy_coder_changes_a_code(rows, cols, levels, seed):
     rng = np.random.default_rng(seed)
     spread = rng.uniform(0, 1, (rows, 1)) * rng.uniform(0, 1, (1, cols)) ** 3
-    q = (rng.laplace(size=(rows, cols)) * spread * levels).round().clip(-levels, levels).astype(np.int8)
+    q = (
+        (rng.laplace(size=(rows, cols)) * spread * levels)
+        .round()
+        .clip(-levels, levels)
+        .astype(np.int8)
+    )
     tables, step, words = golf.encode_codes(q, levels)
     assert np.array_equal(golf.decode_codes(tables, step, words, levels), q)
 
@@ -234,15 +269,21 @@ def test_entropy_coder_is_far_from_the_entropy():
 
 @pytest.mark.parametrize("noise", [0, 1])
 def test_rounded_weights_stay_or_differ_from_the_artifacts(noise):
-    """Inside, forward and backward see what export would store (or noise of its rounding step); behind it, nothing is left."""
+    """
+    Inside, forward and backward see what export would store (or noise of its rounding step); behind
+    it, nothing is left.
+    """
     cfg = small(export="int5 mlp:4", qat="1", qat_noise=noise)
     model, (x, y) = model_of(cfg, weights(cfg)), random_tokens(cfg, 2, 16)
     exact = {n: p.detach().clone() for n, p in model.named_parameters()}
-    stored = golf.unpack(golf.pack(exact, golf.quantise(exact, golf.parse_bits(cfg.export)), cfg, "zstd"), "x")[1]
+    stored = golf.unpack(
+        golf.pack(exact, golf.quantise(exact, golf.parse_bits(cfg.export)), cfg, "zstd"), "x"
+    )[1]
     with golf.rounded(model, cfg, step=3):
         inside = {n: p.detach().clone() for n, p in model.named_parameters()}
         model(x, y).sum().backward()
-    with golf.rounded(model, cfg, step=3):  # of one step there is one noise, on every rank and after a resume
+    # of one step there is one noise, on every rank and after a resume
+    with golf.rounded(model, cfg, step=3):
         assert all(torch.equal(p, inside[n]) for n, p in model.named_parameters())
     assert all(torch.equal(p, exact[n]) for n, p in model.named_parameters())
     found = golf.quantise(exact, golf.parse_bits(cfg.export))
@@ -258,7 +299,9 @@ def test_rounded_weights_stay_or_differ_from_the_artifacts(noise):
     tg.load_weights(other, inside, "x")
     other(x, y).sum().backward()
     for (name, p), q in zip(model.named_parameters(), other.parameters()):
-        assert torch.equal(p.grad, q.grad), f"{name}: gradients were not taken at the rounded weights"
+        assert torch.equal(p.grad, q.grad), (
+            f"{name}: gradients were not taken at the rounded weights"
+        )
 
 
 def test_noise_falls_on_blocks_that_are_not_shared():
@@ -267,11 +310,17 @@ def test_noise_falls_on_blocks_that_are_not_shared():
     exact = {n: p.detach().clone() for n, p in model.named_parameters()}
     with golf.rounded(model, cfg, step=0):
         moved = {n for n, p in model.named_parameters() if not torch.equal(p, exact[n])}
-    assert moved == {n for n, p in exact.items() if n.startswith("blocks.1.") and golf.is_matrix(p)} != set()
+    assert (
+        moved
+        == {n for n, p in exact.items() if n.startswith("blocks.1.") and golf.is_matrix(p)}
+        != set()
+    )
 
 
 @pytest.mark.parametrize("codec", [*golf.CODECS, golf.ENTROPY])
-@pytest.mark.parametrize("changes", [{}, LOOPED, {"param_dtype": "bfloat16"}], ids=["plain", "looped", "bf16"])
+@pytest.mark.parametrize(
+    "changes", [{}, LOOPED, {"param_dtype": "bfloat16"}], ids=["plain", "looped", "bf16"]
+)
 def test_artifact_loads_other_weights_than_were_exported(tmp_path, codec, changes):
     cfg = small(prompt="é\n🚀", **changes)
     named = weights(cfg)
@@ -279,7 +328,11 @@ def test_artifact_loads_other_weights_than_were_exported(tmp_path, codec, change
         data, chosen = golf.smallest(named, cfg, bits, (codec,))
         (tmp_path / "a").write_bytes(data)
         again, loaded = golf.load(tmp_path / "a")
-        assert chosen == f"{'int6_mlp_5' if 'mlp' in bits else bits}_{codec}" and again == cfg and loaded.keys() == named.keys()
+        assert (
+            chosen == f"{'int6_mlp_5' if 'mlp' in bits else bits}_{codec}"
+            and again == cfg
+            and loaded.keys() == named.keys()
+        )
         header = golf.unpack(data, "a")[2]
         assert header["codec"] == codec
         found = golf.quantise(named, golf.parse_bits(bits))
@@ -297,14 +350,20 @@ def test_artifact_loads_other_weights_than_were_exported(tmp_path, codec, change
 def test_choice_of_bits_ignores_the_limit():
     cfg, lines = small(), []
     named = weights(cfg)
-    sizes = [len(golf.smallest(named, cfg, bits, ("zstd", golf.ENTROPY))[0]) for bits in golf.LADDER]
+    sizes = [
+        len(golf.smallest(named, cfg, bits, ("zstd", golf.ENTROPY))[0]) for bits in golf.LADDER
+    ]
     assert sizes == sorted(sizes, reverse=True)
     for bits, size in list(zip(golf.LADDER, sizes))[::3]:
-        data, chosen = golf.smallest(named, cfg, "fit", ("zstd", golf.ENTROPY), most=size, log=lines.append)
+        data, chosen = golf.smallest(
+            named, cfg, "fit", ("zstd", golf.ENTROPY), most=size, log=lines.append
+        )
         assert len(data) == size and chosen.startswith(bits.replace(" ", "_").replace(":", "_"))
         assert f"artifact: {bits} " in lines[-1] and str(size) in lines[-1]
     data, chosen = golf.smallest(named, cfg, "fit", ("zstd", golf.ENTROPY), most=sizes[-1] - 1)
-    assert len(data) == sizes[-1] and chosen.startswith("int4"), "the smallest there is, which the caller sees is too large"
+    assert len(data) == sizes[-1] and chosen.startswith("int4"), (
+        "the smallest there is, which the caller sees is too large"
+    )
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
@@ -327,7 +386,9 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
     else:
         header = json.loads(body[12 : 12 + length])
         spot = rng.choice(list(header["tensors"].values()))
-        value = rng.choice([0, -1, 1, 2**31, 2**63, 2**70, 1e300, "x", None, [], {}, [2**40, 2], True, [-1, 64]])
+        value = rng.choice(
+            [0, -1, 1, 2**31, 2**63, 2**70, 1e300, "x", None, [], {}, [2**40, 2], True, [-1, 64]]
+        )
         target = rng.choice([header, spot])
         target[rng.choice(list(target))] = value
         text = json.dumps(header).encode()
@@ -338,8 +399,10 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
 def test_damaged_artifact_crashes_hangs_or_runs():
     cfg = tiny(dim=64, heads=1, depth=1, vocab=64, mlp_ratio=1.0)
     named = weights(cfg)
-    files = [golf.pack(named, golf.quantise(named, golf.Bits(bits, ())), cfg, codec)
-             for bits, codec in ((8, "zstd"), (6, golf.ENTROPY), (5, "brotli"), (4, "xz"))]
+    files = [
+        golf.pack(named, golf.quantise(named, golf.Bits(bits, ())), cfg, codec)
+        for bits, codec in ((8, "zstd"), (6, golf.ENTROPY), (5, "brotli"), (4, "xz"))
+    ]
     rng, refused = random.Random(0), 0
     for i in range(10000):
         data = mutated(rng, files[i % 4])
@@ -379,11 +442,16 @@ def scorer_of(mode: str, changes: dict | None = None, seed: int = 0, **how) -> g
     cfg = small(**(changes or {}))
     repeats = 2 if cfg.loop else 1
     how = golf.How(mode=mode, **({"stride": 5, "ttt_chunk": 20, "ttt_lr": 0.05} | how))
-    return golf.make_scorer(model_of(cfg, weights(cfg)), how, shape(repeats=repeats, window=int(cfg.window)))
+    return golf.make_scorer(
+        model_of(cfg, weights(cfg)), how, shape(repeats=repeats, window=int(cfg.window))
+    )
 
 
 def stream(n: int, seed: int = 0, vocab: int = 96) -> np.ndarray:
-    """Tokens with structure: mostly a walk in a small circle, so that n-grams and training find something."""
+    """
+    Tokens with structure: mostly a walk in a small circle, so that n-grams and training find
+    something.
+    """
     rng = np.random.default_rng(seed)
     jumps = np.where(rng.random(n + 1) < 0.8, 1, rng.integers(vocab, size=n + 1))
     return (np.cumsum(jumps) % vocab).astype(np.uint16)
@@ -403,9 +471,13 @@ def test_sliding_scores_differ_from_a_forward_pass_per_token():
     for start, first, end in golf.window_plan(53, 16, 5):
         for t in range(first, end):
             with torch.no_grad():
-                x = scorer.model.hidden(torch.from_numpy(tokens[start : t + 1].astype(np.int64))[None], 1, 0)[0, -1]
+                x = scorer.model.hidden(
+                    torch.from_numpy(tokens[start : t + 1].astype(np.int64))[None], 1, 0
+                )[0, -1]
             p = scorer.model.logits(x)[:96].detach().double().softmax(-1)
-            assert math.isclose(-math.log(float(p[tokens[t + 1]])), float(scores.nats[t]), rel_tol=1e-4)
+            assert math.isclose(
+                -math.log(float(p[tokens[t + 1]])), float(scores.nats[t]), rel_tol=1e-4
+            )
 
 
 def test_ranks_score_other_tokens_than_one_process():
@@ -426,14 +498,24 @@ def test_mixture_is_worse_than_its_best_expert_by_more_than_ln_4(share):
         scorer = scorer_of("mixture", share=share)
         mixed = float(scorer.score(tokens).nats.sum())
         neural = float(golf.Sliding.score(scorer, tokens).nats.sum())
-        best = min([neural, *(-golf.ngram_log_probs(torch.from_numpy(tokens.astype(np.int64)), 96).sum(0)).tolist()])
+        best = min(
+            [
+                neural,
+                *(
+                    -golf.ngram_log_probs(torch.from_numpy(tokens.astype(np.int64)), 96).sum(0)
+                ).tolist(),
+            ]
+        )
         assert best < 0.9 * neural, "the n-grams should have found the circle"
         assert mixed <= best + math.log(4) - 400 * math.log1p(-share) + 1e-6
 
 
 def test_ngrams_at_once_differ_from_ngrams_one_by_one():
     tokens = stream(150)
-    walk, at_once = golf.NGrams(96, int(tokens[0])), golf.ngram_log_probs(torch.from_numpy(tokens.astype(np.int64)), 96)
+    walk, at_once = (
+        golf.NGrams(96, int(tokens[0])),
+        golf.ngram_log_probs(torch.from_numpy(tokens.astype(np.int64)), 96),
+    )
     for t, token in enumerate(tokens[1:].tolist()):
         rows = walk.distributions()
         assert np.abs(rows.sum(1) - 1).max() < 1e-12 and (rows > 0).all()
@@ -445,7 +527,10 @@ def test_ngrams_at_once_differ_from_ngrams_one_by_one():
 @pytest.mark.parametrize("n", [1, 2, 10, 77])
 def test_weights_of_blocks_differ_from_the_recursion(n, share):
     experts = -5 * torch.rand(n, 4, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    found, w = golf.mixing_weights(experts, share).exp(), torch.full((4,), 0.25, dtype=torch.float64)
+    found, w = (
+        golf.mixing_weights(experts, share).exp(),
+        torch.full((4,), 0.25, dtype=torch.float64),
+    )
     for t in range(n):
         torch.testing.assert_close(found[t], w)
         w = w * experts[t].exp()
@@ -455,14 +540,25 @@ def test_weights_of_blocks_differ_from_the_recursion(n, share):
 def test_training_on_what_was_scored_does_not_help_or_stays():
     tokens, scorer = stream(600), scorer_of("ttt", ttt_chunk=64)
     before = {n: p.clone() for n, p in scorer.model.named_parameters()}
-    trained, plain = scorer.score(tokens).nats, golf.Sliding(scorer.model, scorer.how, scorer.shape).score(tokens).nats
+    trained, plain = (
+        scorer.score(tokens).nats,
+        golf.Sliding(scorer.model, scorer.how, scorer.shape).score(tokens).nats,
+    )
     assert trained.mean() < plain.mean() - 0.05
-    torch.testing.assert_close(trained[:64], plain[:64])  # nothing was trained on before the first chunk was scored
+    # nothing was trained on before the first chunk was scored
+    torch.testing.assert_close(trained[:64], plain[:64])
     assert all(torch.equal(p, before[n]) for n, p in scorer.model.named_parameters())
 
 
 def test_flag_that_cannot_work_is_accepted():
-    for how in ({"mode": "x"}, {"stride": 0}, {"stride": 17}, {"temperature": 0.0}, {"share": -0.1}, {"ttt_chunk": 0}):
+    for how in (
+        {"mode": "x"},
+        {"stride": 0},
+        {"stride": 17},
+        {"temperature": 0.0},
+        {"share": -0.1},
+        {"ttt_chunk": 0},
+    ):
         with pytest.raises(tg.UserError):
             scorer_of(**({"mode": "mixture"} | how))
     for mode in ("ttt", "lora"):
@@ -470,9 +566,13 @@ def test_flag_that_cannot_work_is_accepted():
             scorer_of(mode, {"mlp_dropout": 0.1})
     with pytest.raises(tg.UserError, match="multiplies with none"):
         scorer_of("lora", {"dim": 32, "heads": 1, "head_dim": 32})
-    for flags, why in (({"qat": "0.3"}, "nothing between"), ({"qat_noise": 1}, "never begins"),
-                       ({"export": "int6 mlpp:5"}, "mlpp"), ({"artifact_limit": 1000}, "the source alone"),
-                       ({"prove_bytes": 100}, "tokenizer")):
+    for flags, why in (
+        ({"qat": "0.3"}, "nothing between"),
+        ({"qat_noise": 1}, "never begins"),
+        ({"export": "int6 mlpp:5"}, "mlpp"),
+        ({"artifact_limit": 1000}, "the source alone"),
+        ({"prove_bytes": 100}, "tokenizer"),
+    ):
         with pytest.raises(tg.UserError, match=why):
             cfg = small(**({"export": "int6"} | flags))
             golf.validate(cfg)
@@ -484,8 +584,12 @@ def test_header_asks_for_more_than_the_file_holds():
     named = weights(cfg)
     packed = golf.pack(named, golf.quantise(named, golf.Bits(8, ())), cfg, "zstd")
     (length,) = struct.unpack_from("<I", packed, 8)
-    for old, new in (("depth = 2", "depth = 3000000"), ('seq_len = "32"', 'seq_len = "32000000000"'),
-                     ("dim = 64", "dim = 640000"), ("vocab = 64", "vocab = 65000")):
+    for old, new in (
+        ("depth = 2", "depth = 3000000"),
+        ('seq_len = "32"', 'seq_len = "32000000000"'),
+        ("dim = 64", "dim = 640000"),
+        ("vocab = 64", "vocab = 65000"),
+    ):
         header = json.loads(packed[12 : 12 + length])
         header["config"], changes = re.subn(f"^{old}$", new, header["config"], flags=re.M)
         assert changes == 1, old
@@ -498,7 +602,9 @@ def test_header_asks_for_more_than_the_file_holds():
 @pytest.mark.parametrize("mode", ["sliding", "ttt", "lora"])
 @pytest.mark.parametrize("changes", [{}, LOOPED])
 def test_compiled_scores_differ_from_eager_ones(mode, changes, monkeypatch):
-    """Traced as when compiled, with padded batches and bucketed lengths; only code is not generated."""
+    """
+    Traced as when compiled, with padded batches and bucketed lengths; only code is not generated.
+    """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     tokens = stream(150)
@@ -509,15 +615,21 @@ def test_compiled_scores_differ_from_eager_ones(mode, changes, monkeypatch):
     warm = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     found = scorer.score(tokens)
     assert warm > before, "nothing was compiled"
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == warm, "the warm-up left a graph to the clock"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == warm, (
+        "the warm-up left a graph to the clock"
+    )
     torch.testing.assert_close(found.nats, eager.nats, rtol=1e-4, atol=1e-4)
     assert torch.equal(found.times, eager.times)
 
 
 # --- proof
 
-FAMILIES = {"plain": {}, "documents and window": {"doc_mask": 1, "window": "7"}, "looped": LOOPED,
-            "padded head": {"vocab": 90}}
+FAMILIES = {
+    "plain": {},
+    "documents and window": {"doc_mask": 1, "window": "7"},
+    "looped": LOOPED,
+    "padded head": {"vocab": 90},
+}
 
 
 @pytest.mark.parametrize("mode", golf.SCORERS)
@@ -526,18 +638,28 @@ def test_legal_scorer_is_rejected(mode, family):
     changes = FAMILIES[family]
     tokens = stream(75, vocab=changes.get("vocab", 96))
     # The decoder has nothing of the encoder's but the artifact's weights and the code.
-    found = golf.prove(scorer_of(mode, changes), tokens, lambda code: golf.decode(scorer_of(mode, changes), code))
+    found = golf.prove(
+        scorer_of(mode, changes), tokens, lambda code: golf.decode(scorer_of(mode, changes), code)
+    )
     assert found["tokens"] == 75 and 8 * found["code_bytes"] < found["claimed_bits"] + 128
-    # AdamW's first steps divide by |gradient|, so the order of sums shows more where it trains on a document.
-    assert math.isclose(found["stepwise_bits"], found["claimed_bits"], rel_tol=1e-3 if mode == "lora" else 1e-4)
+    # AdamW's first steps divide by |gradient|, so the order of sums shows more where it trains on a
+    # document.
+    assert math.isclose(
+        found["stepwise_bits"], found["claimed_bits"], rel_tol=1e-3 if mode == "lora" else 1e-4
+    )
 
 
 class EntropyExpert(golf.Sliding):
-    """The seed's (PR #895): the entropy of the prediction is granted to every token as if it were its loss."""
+    """
+    The seed's (PR #895): the entropy of the prediction is granted to every token as if it were its
+    loss.
+    """
 
     def score(self, tokens, want=()):
         every = super().score(tokens, tuple(range(len(tokens) - 1)))
-        given = {t: 0.88 * p + 0.12 * math.exp((p * np.log(p)).sum()) for t, p in every.given.items()}
+        given = {
+            t: 0.88 * p + 0.12 * math.exp((p * np.log(p)).sum()) for t, p in every.given.items()
+        }
         nats = torch.tensor([-math.log(given[t][tokens[t + 1]]) for t in range(len(tokens) - 1)])
         return golf.Scores(nats, every.times, {t: given[t] for t in want})
 
@@ -576,15 +698,28 @@ class Hindsight(golf.Sliding):
         return scores._replace(nats=nats)
 
 
-@pytest.mark.parametrize("cheat, why", [
-    (EntropyExpert, "sum to"), (TrainThenScore, "changing target .* moves a score before"),
-    (Rescorer, "scored 1 to 2 times"), (Hindsight, "bits are claimed, the code has")])
+@pytest.mark.parametrize(
+    "cheat, why",
+    [
+        (EntropyExpert, "sum to"),
+        (TrainThenScore, "changing target .* moves a score before"),
+        (Rescorer, "scored 1 to 2 times"),
+        (Hindsight, "bits are claimed, the code has"),
+    ],
+)
 def test_cheat_passes_as_a_code_length(cheat, why):
     honest = scorer_of("ttt", ttt_lr=0.5)
     scorer, tokens = cheat(honest.model, honest.how, honest.shape), stream(240)
-    assert scorer.score(tokens).nats.sum() < golf.Sliding.score(honest, tokens).nats.sum() or cheat is Rescorer
+    assert (
+        scorer.score(tokens).nats.sum() < golf.Sliding.score(honest, tokens).nats.sum()
+        or cheat is Rescorer
+    )
     with pytest.raises(tg.UserError, match=why):
-        golf.prove(scorer, tokens, lambda code: golf.decode(cheat(honest.model, honest.how, honest.shape), code))
+        golf.prove(
+            scorer,
+            tokens,
+            lambda code: golf.decode(cheat(honest.model, honest.how, honest.shape), code),
+        )
 
 
 def test_decoder_with_other_weights_gives_the_text_all_the_same():

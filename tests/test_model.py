@@ -1,4 +1,7 @@
-"""Model: the remix family to the last constant, one mask rule on every path, switches that cost nothing when off."""
+"""
+Model: the remix family to the last constant, one mask rule on every path, switches that cost
+nothing when off.
+"""
 
 import dataclasses
 import math
@@ -20,7 +23,9 @@ def preset(*names: str, flags: tuple[str, ...] = ()) -> tg.Config:
 
 
 def awake(model: tg.GPT, seed: int = 0) -> tg.GPT:
-    """The same model with noise in every weight that starts at zero: at the start, blocks do nothing."""
+    """
+    The same model with noise in every weight that starts at zero: at the start, blocks do nothing.
+    """
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -29,7 +34,9 @@ def awake(model: tg.GPT, seed: int = 0) -> tg.GPT:
     return model
 
 
-def outputs(cfg: tg.Config, x: torch.Tensor, y: torch.Tensor, repeats: int = 1, window: int = 0) -> tuple:
+def outputs(
+    cfg: tg.Config, x: torch.Tensor, y: torch.Tensor, repeats: int = 1, window: int = 0
+) -> tuple:
     """Losses and gradients by name."""
     model = awake(build(cfg, x.size(1)))
     losses = model(x, y, repeats, window)
@@ -38,7 +45,11 @@ def outputs(cfg: tg.Config, x: torch.Tensor, y: torch.Tensor, repeats: int = 1, 
 
 
 def same_bits(a: tuple, b: tuple) -> bool:
-    return torch.equal(a[0], b[0]) and a[1].keys() == b[1].keys() and all(torch.equal(a[1][n], b[1][n]) for n in a[1])
+    return (
+        torch.equal(a[0], b[0])
+        and a[1].keys() == b[1].keys()
+        and all(torch.equal(a[1][n], b[1][n]) for n in a[1])
+    )
 
 
 # --- golden numbers
@@ -65,8 +76,15 @@ def test_muon_gets_other_tensors_than_the_48_matrices_of_remix_m():
     model = tg.build_model(cfg, META, torch.bfloat16, 64)
     buckets = tg.param_buckets(cfg, model, alone())
     muon = {n: tuple(p.shape) for b in buckets if b.kind == "muon" for n, p in b.params.items()}
-    leaves = {"attn.qkv": (3, 768, 768), "attn.proj": (768, 768), "mlp.fc": (3072, 768), "mlp.proj": (768, 3072)}
-    assert muon == {f"blocks.{i}.{leaf}": shape for i in range(12) for leaf, shape in leaves.items()}
+    leaves = {
+        "attn.qkv": (3, 768, 768),
+        "attn.proj": (768, 768),
+        "mlp.fc": (3072, 768),
+        "mlp.proj": (768, 3072),
+    }
+    assert muon == {
+        f"blocks.{i}.{leaf}": shape for i in range(12) for leaf, shape in leaves.items()
+    }
     assert len(muon) == 48
     # Stacks of one shape: 12 x (3 qkv + 1 proj) square matrices, 12 tall, 12 wide.
     assert sorted((b.unit, b.weights.size(0)) for b in buckets if b.kind == "muon") == [
@@ -79,7 +97,10 @@ def test_muon_gets_other_tensors_than_the_48_matrices_of_remix_m():
 
 
 def test_depth_matters_for_the_loss_before_the_first_step():
-    """Every block's two output projections start at zero, so x + 0 + 0: one block is enough for golden losses."""
+    """
+    Every block's two output projections start at zero, so x + 0 + 0: one block is enough for golden
+    losses.
+    """
     x, y = random_tokens(tiny(), 2, 32)
     for flags in ({"tie_embed": 1}, {"softcap": 15.0, "head_init": "0.5"}):
         shallow, deep = (build(tiny(depth=d, **flags))(x, y) for d in (1, 5))
@@ -87,7 +108,10 @@ def test_depth_matters_for_the_loss_before_the_first_step():
 
 
 def test_first_loss_of_remix_m_is_not_ln_50304():
-    """Spec 8.2 and the published log: 10.8258, because the head starts at zero. One block (see the test above)."""
+    """
+    Spec 8.2 and the published log: 10.8258, because the head starts at zero. One block (see the
+    test above).
+    """
     cfg = preset("remix_m", flags=("--depth", "1", "--window", "0"))
     model = tg.build_model(cfg, CPU, torch.float32, 32)
     x, y = random_tokens(cfg, 1, 32)
@@ -98,8 +122,9 @@ def test_first_loss_of_remix_m_is_not_ln_50304():
 
 def test_first_loss_of_remix_a_misses_the_published_one():
     """
-    Spec finding 3: 14.93 +- 0.05 with norm_eps 2^-7 and 16.0 with a small epsilon, on i.i.d. tokens. Full width and
-    vocabulary, one block (see above), a short row: nothing in the loss depends on the length of the row.
+    Spec finding 3: 14.93 +- 0.05 with norm_eps 2^-7 and 16.0 with a small epsilon, on i.i.d.
+    tokens. Full width and vocabulary, one block (see above), a short row: nothing in the loss
+    depends on the length of the row.
     """
     cfg = preset("remix_a", flags=("--depth", "1", "--window", "0"))
     model = tg.build_model(cfg, CPU, torch.float32, 1024)
@@ -113,17 +138,26 @@ def test_first_loss_of_remix_a_misses_the_published_one():
 def test_initial_values_differ_from_the_original():
     """Spec 1.7: bounds and standard deviations, at full width."""
     model = tg.build_model(
-        preset("remix_m", flags=("--depth", "1", "--vocab", "2000", "--doc_token", "0")), CPU, torch.float32, 8
+        preset("remix_m", flags=("--depth", "1", "--vocab", "2000", "--doc_token", "0")),
+        CPU,
+        torch.float32,
+        8,
     )
     p = {n: t.detach().float() for n, t in model.named_parameters()}
     assert p["blocks.0.attn.qkv"].std().item() == pytest.approx(0.01804, rel=0.005)
     assert p["blocks.0.attn.qkv"].abs().max().item() == pytest.approx(0.03125, rel=0.01)
     assert p["blocks.0.mlp.fc"].abs().max().item() == pytest.approx(0.03608, rel=0.01)
     assert p["blocks.0.mlp.fc"].std().item() == pytest.approx(0.03608 / 3**0.5, rel=0.005)
-    assert p["embed"].std().item() == pytest.approx(1, rel=0.005) and abs(p["embed"].mean().item()) < 0.005
+    assert (
+        p["embed"].std().item() == pytest.approx(1, rel=0.005)
+        and abs(p["embed"].mean().item()) < 0.005
+    )
     assert not any(p[n].any() for n in ("head", "blocks.0.attn.proj", "blocks.0.mlp.proj"))
     tied = tg.build_model(
-        preset("remix_a", flags=("--depth", "1", "--vocab", "2000", "--doc_token", "0")), CPU, torch.float32, 8
+        preset("remix_a", flags=("--depth", "1", "--vocab", "2000", "--doc_token", "0")),
+        CPU,
+        torch.float32,
+        8,
     )
     assert tied.head.abs().max().item() == pytest.approx(0.03608, rel=0.01) and tied.embed is None
     three = p["blocks.0.attn.qkv"]
@@ -142,7 +176,9 @@ def test_rotary_frequencies_or_still_dims_are_wrong():
         w = 1024 ** -(k / 31)
         assert cos[299, k].item() == pytest.approx(math.cos(299 * w), abs=2e-5)
         assert sin[299, k].item() == pytest.approx(math.sin(299 * w), abs=2e-5)
-    assert sin[1, 0].item() == pytest.approx(math.sin(1)) and sin[1, 31].item() == pytest.approx(math.sin(1 / 1024))
+    assert sin[1, 0].item() == pytest.approx(math.sin(1)) and sin[1, 31].item() == pytest.approx(
+        math.sin(1 / 1024)
+    )
     x = torch.randn(1, 300, 2, 128)
     y = tg.rotate(x, cos, sin)
     assert torch.equal(y[..., 32:64], x[..., 32:64]) and torch.equal(y[..., 96:], x[..., 96:])
@@ -153,7 +189,8 @@ def test_rotary_frequencies_or_still_dims_are_wrong():
     angle = torch.tensor(t * 1024 ** -(k / 31))
     a, b = x[0, t, 1, k], x[0, t, 1, k + 64]
     assert torch.allclose(
-        y[0, t, 1, [k, k + 64]], torch.stack([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()])
+        y[0, t, 1, [k, k + 64]],
+        torch.stack([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()]),
     )
 
 
@@ -164,7 +201,9 @@ def test_rotary_scores_depend_on_absolute_position(rope):
     spread = lambda x: x.expand(1, 100, 1, 32)
     scores = tg.rotate(spread(q), cos, sin)[0, :, 0] @ tg.rotate(spread(k), cos, sin)[0, :, 0].T
     for distance in (0, 1, 13):
-        assert torch.allclose(scores.diagonal(-distance), scores[distance, 0].expand(100 - distance), atol=1e-4)
+        assert torch.allclose(
+            scores.diagonal(-distance), scores[distance, 0].expand(100 - distance), atol=1e-4
+        )
     assert (scores[1, 0] - scores[0, 0]).abs() > 1e-3
 
 
@@ -188,17 +227,26 @@ def test_swiglu_gates_the_wrong_half():
     x = torch.randn(5, 32)
     gate, up = x @ mlp.fc[0].T, x @ mlp.fc[1].T
     assert torch.allclose(mlp(x), (gate * torch.sigmoid(gate) * up) @ mlp.proj.T, atol=1e-6)
-    muon = [b for b in tg.param_buckets(cfg, build(cfg), alone()) if "blocks.0.mlp.fc" in b.params][0]
+    muon = [b for b in tg.param_buckets(cfg, build(cfg), alone()) if "blocks.0.mlp.fc" in b.params][
+        0
+    ]
     assert muon.kind == "muon" and muon.unit == (80, 32)  # the halves are orthogonalised one by one
 
 
 def test_norm_has_another_epsilon_or_precision_than_asked():
     x = torch.randn(5, 64).double()
-    expected = torch.from_numpy(x.numpy() / np.sqrt((x.numpy() ** 2).mean(-1, keepdims=True) + 2**-7))
+    expected = torch.from_numpy(
+        x.numpy() / np.sqrt((x.numpy() ** 2).mean(-1, keepdims=True) + 2**-7)
+    )
     assert torch.allclose(tg.norm(x.float(), 2**-7).double(), expected, atol=1e-6)
-    assert torch.allclose(tg.norm(x.float(), 1e-6), F.rms_norm(x.float(), (64,), eps=1e-6), atol=1e-6)
-    small = (torch.ones(1, 64) * 3e-3).bfloat16()  # bf16 squares of these would be lost in a bf16 sum
-    assert tg.norm(small, 1e-6).float().mean().item() == pytest.approx(3e-3 / math.sqrt(9e-6 + 1e-6), rel=0.01)
+    assert torch.allclose(
+        tg.norm(x.float(), 1e-6), F.rms_norm(x.float(), (64,), eps=1e-6), atol=1e-6
+    )
+    # bf16 squares of these would be lost in a bf16 sum
+    small = (torch.ones(1, 64) * 3e-3).bfloat16()
+    assert tg.norm(small, 1e-6).float().mean().item() == pytest.approx(
+        3e-3 / math.sqrt(9e-6 + 1e-6), rel=0.01
+    )
 
 
 def test_softcap_of_remix_m_is_not_the_sigmoid_of_the_original():
@@ -252,8 +300,13 @@ def test_bf16_weights_or_compute_give_another_model():
     x, y = random_tokens(cfg, 2, 32)
     model = awake(build(cfg))
     half = awake(build(cfg, dtype=torch.bfloat16))
-    assert half.hidden(x, 1, 0).dtype == torch.bfloat16 and half.logits(half.hidden(x, 1, 0)).dtype == torch.float32
-    assert torch.allclose(model(x, y), half(x, y), atol=0.15) and not torch.equal(model(x, y), half(x, y))
+    assert (
+        half.hidden(x, 1, 0).dtype == torch.bfloat16
+        and half.logits(half.hidden(x, 1, 0)).dtype == torch.float32
+    )
+    assert torch.allclose(model(x, y), half(x, y), atol=0.15) and not torch.equal(
+        model(x, y), half(x, y)
+    )
     loss = half(x, y).mean()
     loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in half.parameters())
@@ -263,12 +316,17 @@ def test_bf16_weights_or_compute_give_another_model():
 
 
 def test_mask_rule_fails_a_hand_case():
-    """Spec 8.4: distance 1023 is seen and 1024 is not; no future; a document token sees itself alone, and is seen."""
+    """
+    Spec 8.4: distance 1023 is seen and 1024 is not; no future; a document token sees itself alone,
+    and is seen.
+    """
     see = lambda i, j, a, b, w: bool(tg.visible(*(torch.tensor(t) for t in (i, j, a, b)), w))
     assert see(5000, 5000 - 1023, 3, 3, 1024) and not see(5000, 5000 - 1024, 3, 3, 1024)
     assert see(5000, 0, 3, 3, 0) and not see(5000, 0, 3, 3, 5000) and see(5000, 0, 3, 3, 5001)
     assert see(7, 7, 1, 1, 1) and not see(7, 6, 1, 1, 1) and not see(6, 7, 1, 1, 0)
-    assert not see(7, 6, 2, 1, 0) and bool(tg.visible(torch.tensor(7), torch.tensor(6), None, None, 0))
+    assert not see(7, 6, 2, 1, 0) and bool(
+        tg.visible(torch.tensor(7), torch.tensor(6), None, None, 0)
+    )
 
 
 def reach(cfg: tg.Config, x: torch.Tensor, changed: int, window: int = 0) -> set[int]:
@@ -304,13 +362,19 @@ def dense(q, k, v, docs, window, scale):
         if docs is not None:
             for b in range(B):
                 mask[b, 0, i] &= docs[b].numpy() == int(docs[b, i])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.from_numpy(mask), scale=scale, enable_gqa=True)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.from_numpy(mask), scale=scale, enable_gqa=True
+    )
 
 
 def material(T, H=4, G=4, B=2, K=8, docs=True, seed=0):
     rng = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(B, n, T, K, generator=rng) for n in (H, G, G))
-    ids = (torch.rand(B, T, generator=rng) < 4 / max(T, 8)).cumsum(1, dtype=torch.int32) if docs else None
+    ids = (
+        (torch.rand(B, T, generator=rng) < 4 / max(T, 8)).cumsum(1, dtype=torch.int32)
+        if docs
+        else None
+    )
     return q, k, v, ids
 
 
@@ -356,8 +420,17 @@ def test_blocks_or_bands_differ_from_dense_attention(T, window, G, docs):
             assert torch.allclose(got, want, atol=2e-5), (got - want).abs().max()
 
 
-@pytest.mark.parametrize("flags", [{}, {"attn_scale": 0.12}, {"rope": "standard", "rope_dims": 4}, {"q_gain": 9.0},
-                                   {"qk_norm": 0}, {"attn_scale": 30.0}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"attn_scale": 0.12},
+        {"rope": "standard", "rope_dims": 4},
+        {"q_gain": 9.0},
+        {"qk_norm": 0},
+        {"attn_scale": 30.0},
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_exceed_the_bound_that_lets_exp_go_unchecked(flags, dtype):
     cfg = tiny(**flags)
@@ -373,9 +446,10 @@ def test_scores_exceed_the_bound_that_lets_exp_go_unchecked(flags, dtype):
 
     x = torch.randn(2, 32, cfg.dim).to(dtype) * 100
     with torch.no_grad():
-        attn.qkv[1].copy_(attn.qkv[0])  # every query meets its own key: the largest scores there are
+        # every query meets its own key: the largest scores there are
+        attn.qkv[1].copy_(attn.qkv[0])
         attn(x, (model.cos, model.sin), Watching(None, 0, x), False)
-    (score, bound), = largest
+    ((score, bound),) = largest
     assert score <= bound
     assert (bound == math.inf) == bool(flags.get("q_gain") or flags.get("qk_norm") == 0)
 
@@ -392,7 +466,9 @@ def test_some_length_or_window_breaks_the_bands(T, window, seed):
 def test_long_rows_take_a_path_with_another_result(monkeypatch):
     q, k, v, ids = material(4200, H=1, G=1, B=1, K=4)
     taken = []
-    monkeypatch.setattr(tg, "attend_bands", lambda *a, old=tg.attend_bands: taken.append(1) or old(*a))
+    monkeypatch.setattr(
+        tg, "attend_bands", lambda *a, old=tg.attend_bands: taken.append(1) or old(*a)
+    )
     for window, used in ((1000, 1), (3000, 1), (0, 1)):  # the last two stay with blocks
         got = tg.attend_blocks(q, k, v, ids, window, 0.3)
         assert len(taken) == used
@@ -416,7 +492,9 @@ def test_the_gpu_path_has_another_mask(T, window, G, docs):
     q, k, v, ids = material(T, G=G, docs=docs)
     with torch.no_grad():
         assert torch.allclose(
-            tg.attend_flex(q, k, v, ids, window, 0.3), tg.attend_blocks(q, k, v, ids, window, 0.3), atol=2e-5
+            tg.attend_flex(q, k, v, ids, window, 0.3),
+            tg.attend_blocks(q, k, v, ids, window, 0.3),
+            atol=2e-5,
         )
 
 
@@ -425,7 +503,9 @@ def test_the_compiled_gpu_path_has_another_mask():
     q, k, v, ids = material(384, H=4, G=2, K=32)
     with torch.no_grad():
         mask = tg.flex_mask(q, ids, 100)
-        flex = torch.compile(lambda q, k, v: tg.attend_flex(q, k, v, ids, 100, 0.3, mask), dynamic=False)
+        flex = torch.compile(
+            lambda q, k, v: tg.attend_flex(q, k, v, ids, 100, 0.3, mask), dynamic=False
+        )
         assert torch.allclose(flex(q, k, v), tg.attend_blocks(q, k, v, ids, 100, 0.3), atol=2e-5)
         half = flex(*(t.bfloat16() for t in (q, k, v))).float()
     assert torch.allclose(half, tg.attend_blocks(q, k, v, ids, 100, 0.3), atol=0.05)
@@ -465,7 +545,10 @@ def test_a_gpu_runs_the_flex_kernels_compiled_or_not_at_all(monkeypatch, stance)
 
 
 def test_grouped_heads_read_the_wrong_keys():
-    """kv_heads copies of a full-head model in which the heads of a group share their keys give the same output."""
+    """
+    kv_heads copies of a full-head model in which the heads of a group share their keys give the
+    same output.
+    """
     grouped, full = tiny(heads=4, kv_heads=2), tiny(heads=4)
     x, y = random_tokens(full, 2, 32)
     small, big = awake(build(grouped)), awake(build(full))
@@ -492,7 +575,9 @@ def test_loop_applies_blocks_in_another_order():
 
 @given(st.integers(1, 8), st.data())
 def test_deeper_phase_does_not_begin_with_the_shallower_one(depth, data):
-    """All but the blocks behind the loop is a prefix of the order with more repeats; they close both."""
+    """
+    All but the blocks behind the loop is a prefix of the order with more repeats; they close both.
+    """
     low = data.draw(st.integers(0, depth - 1))
     high = data.draw(st.integers(low + 1, depth))
     cfg = tiny(depth=depth, loop=f"{low}:{high}")
@@ -509,7 +594,9 @@ def test_deeper_phase_does_not_begin_with_the_shallower_one(depth, data):
 def test_wiring_joins_the_places_that_a_stack_and_a_memory_of_blocks_join(
     depth, repeats, unet, cross, data
 ):
-    """The U-net as a stack that is filled and emptied; a block's last output as it is remembered."""
+    """
+    The U-net as a stack that is filled and emptied; a block's last output as it is remembered.
+    """
     low = data.draw(st.integers(0, depth - 1))
     high = data.draw(st.integers(low + 1, depth))
     most = repeats + data.draw(st.integers(0, 2))
@@ -539,7 +626,9 @@ def test_wiring_joins_the_places_that_a_stack_and_a_memory_of_blocks_join(
     assert {at for at, place in enumerate(places) if place.kept} == used
 
 
-def by_hand(p: dict, cfg: tg.Config, x: torch.Tensor, order: list[int], window: int) -> torch.Tensor:
+def by_hand(
+    p: dict, cfg: tg.Config, x: torch.Tensor, order: list[int], window: int
+) -> torch.Tensor:
     """Spec 1.2 to 1.5 as plain as it gets: a second model, from a dictionary of weights."""
     rms = lambda z: F.rms_norm(z, (z.size(-1),), eps=cfg.norm_eps)
     (B, T), H, K = x.shape, cfg.heads, cfg.dim // cfg.heads
@@ -579,7 +668,9 @@ def test_model_is_not_the_one_of_the_specification(changes, window, repeats):
     order = {"": [0, 1], "1:3": [0, 1, 2, 1, 2, 1, 2], "0:1": [0, 0, 1, 2]}[cfg.loop]
     expected = by_hand(dict(model.named_parameters()), cfg, x, order, window)
     assert torch.allclose(model.hidden(x, repeats, window), expected, atol=1e-5)
-    assert (expected - by_hand(dict(model.named_parameters()), cfg, x, order[:-1], window)).abs().max() > 0.1
+    assert (
+        expected - by_hand(dict(model.named_parameters()), cfg, x, order[:-1], window)
+    ).abs().max() > 0.1
 
 
 def test_gradient_of_a_looped_block_is_not_the_sum_over_its_passes():
@@ -661,7 +752,10 @@ def test_switch_changes_the_initial_values_of_other_parameters(changes):
 def test_seed_is_ignored_or_parameters_share_their_values():
     a, b, again = (dict(build(tiny(seed=s)).named_parameters()) for s in (1, 2, 1))
     drawn = [n for n in a if a[n].any()]
-    assert set(a) - set(drawn) == {"head", *(f"blocks.{i}.{m}.proj" for i in (0, 1) for m in ("attn", "mlp"))}
+    assert set(a) - set(drawn) == {
+        "head",
+        *(f"blocks.{i}.{m}.proj" for i in (0, 1) for m in ("attn", "mlp")),
+    }
     for name in drawn:
         assert torch.equal(a[name], again[name]) and not torch.equal(a[name], b[name])
     assert not torch.equal(a["blocks.0.mlp.fc"], a["blocks.1.mlp.fc"])
@@ -717,8 +811,18 @@ SMALL = (
         ("remix_m", ("--adamw_matrices", r"\.attn\."), False, True, True),
         (
             "remix_m",
-            ("--polar", "polar_express", "--normuon", "0.95", "--cautious", "1", "--row_norm", "1",
-             "--matrix_wd", "0.1"),
+            (
+                "--polar",
+                "polar_express",
+                "--normuon",
+                "0.95",
+                "--cautious",
+                "1",
+                "--row_norm",
+                "1",
+                "--matrix_wd",
+                "0.1",
+            ),
             False,
             True,
             True,
@@ -726,11 +830,17 @@ SMALL = (
     ],
     ids=lambda v: "_".join(v).replace("--", "") if isinstance(v, tuple) else str(v),
 )
-def test_halfway_house_between_a_and_m_is_more_than_one_flag_or_does_not_train(names, flags, tied, capped, muon):
+def test_halfway_house_between_a_and_m_is_more_than_one_flag_or_does_not_train(
+    names, flags, tied, capped, muon
+):
     cfg = preset(names, "on_cpu", flags=SMALL + flags)
     model = build(cfg)
     opt = tg.MuonAdamW(cfg, model, alone())
-    assert (model.embed is None, cfg.softcap == 15, any(b.kind == "muon" for b in opt.buckets)) == (tied, capped, muon)
+    assert (model.embed is None, cfg.softcap == 15, any(b.kind == "muon" for b in opt.buckets)) == (
+        tied,
+        capped,
+        muon,
+    )
     x, y = random_tokens(cfg, 8, 32)
     losses = []
     for _ in range(15):
@@ -743,10 +853,27 @@ def test_halfway_house_between_a_and_m_is_more_than_one_flag_or_does_not_train(n
         assert losses[0] == pytest.approx(math.log(96), abs=1e-5)
 
 
-@pytest.mark.parametrize("rope", [[], ["--rope", "standard", "--rope_dims", "16", "--kv_heads", "1"]])
+@pytest.mark.parametrize(
+    "rope", [[], ["--rope", "standard", "--rope_dims", "16", "--kv_heads", "1"]]
+)
 def test_compiled_evaluation_gives_the_losses_of_eager(rope):
-    """Inductor's vectorised bf16 kernels once made NaN of rows over 256 tokens, under no_grad alone."""
-    flags = ["--config", "tiny_cpu", "--run", "x", "--depth", "1", "--dim", "128", "--heads", "2", "--head_init", "0.05"]
+    """
+    Inductor's vectorised bf16 kernels once made NaN of rows over 256 tokens, under no_grad alone.
+    """
+    flags = [
+        "--config",
+        "tiny_cpu",
+        "--run",
+        "x",
+        "--depth",
+        "1",
+        "--dim",
+        "128",
+        "--heads",
+        "2",
+        "--head_init",
+        "0.05",
+    ]
     cfg = tg.parse_args([*flags, *rope])
     model = tg.build_model(cfg, torch.device("cpu"), torch.bfloat16, 512)
     with torch.no_grad():

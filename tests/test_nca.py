@@ -1,6 +1,7 @@
 """
-pre_pre_train.py: cellular-automaton data. The simulator against a slow oracle, the same data on any ranks, threads and
-batches, the filter and its limits, tokens and labels by hand, the cache, and messages for what cannot work.
+pre_pre_train.py: cellular-automaton data. The simulator against a slow oracle, the same data on any
+ranks, threads and batches, the filter and its limits, tokens and labels by hand, the cache, and
+messages for what cannot work.
 
 Numbers without a source beside them are of the two upstream codes, as measured there.
 """
@@ -38,7 +39,9 @@ def one_thread():
 
 
 def config(**values) -> nca.PrePreConfig:
-    return nca.make_config(**{"nca_cache": "", "nca_tokens": 60 * 988, "nca_val_tokens": 20 * 988} | values)
+    return nca.make_config(
+        **{"nca_cache": "", "nca_tokens": 60 * 988, "nca_val_tokens": 20 * 988} | values
+    )
 
 
 def silent(message: str) -> None:
@@ -57,7 +60,9 @@ def test_a_patch_is_a_number_with_its_first_cell_as_least_digit():
     grid = np.array([[1, 2, 9, 9], [3, 4, 9, 9], [0, 0, 5, 0], [0, 0, 0, 0]], np.uint8)
     tokens = nca.tokenize(grid.reshape(1, 1, 16), cfg)
     assert tokens.tolist() == [[10000, 4321, 9999, 0, 5, 10001]]
-    assert nca.tokenize(grid.reshape(1, 1, 16), cfg, delimiters=False).tolist() == [[4321, 9999, 0, 5]]
+    assert nca.tokenize(grid.reshape(1, 1, 16), cfg, delimiters=False).tolist() == [
+        [4321, 9999, 0, 5]
+    ]
     assert nca.digits(tokens, cfg)[0, 1].tolist() == [1, 2, 3, 4]
     assert (nca.digits(tokens, cfg)[0, [0, 5]] == 255).all()
 
@@ -66,7 +71,11 @@ def test_widths_of_grids_and_rows():
     pr63, paper = config(), config(nca_compat="paper")
     assert nca.vocabulary(pr63) == 10002 and nca.grid_tokens(pr63) == 38
     assert (nca.grids_per_row(pr63), nca.row_width(pr63), nca.row_inputs(pr63)) == (26, 988, 988)
-    assert (nca.grids_per_row(paper), nca.row_width(paper), nca.row_inputs(paper)) == (27, 1025, 1024)
+    assert (nca.grids_per_row(paper), nca.row_width(paper), nca.row_inputs(paper)) == (
+        27,
+        1025,
+        1024,
+    )
     zeros = nca.tokenize(np.zeros((1, 1, 144), np.uint8), pr63)
     assert zeros.tolist() == [[10000] + [0] * 36 + [10001]]
 
@@ -74,7 +83,11 @@ def test_widths_of_grids_and_rows():
 def test_rows_and_rules_of_an_epoch_are_those_of_the_originals():
     pr63, paper = nca.make_config(), nca.make_config(nca_compat="paper")
     rows = nca.row_count(pr63, "train")
-    assert (rows, -(-rows // pr63.nca_sims_per_rule), rows * nca.row_inputs(pr63)) == (50607, 5061, 49_999_716)
+    assert (rows, -(-rows // pr63.nca_sims_per_rule), rows * nca.row_inputs(pr63)) == (
+        50607,
+        5061,
+        49_999_716,
+    )
     rows = nca.row_count(pr63, "val")
     assert (rows, -(-rows // pr63.nca_sims_per_rule)) == (16194, 1620)
     assert nca.row_count(paper, "train") == 16000 and nca.row_count(paper, "val") == 3200
@@ -84,11 +97,15 @@ def test_rows_and_rules_of_an_epoch_are_those_of_the_originals():
 @pytest.mark.parametrize("compat, count", [("pr63", 900), ("paper", 987)])
 def test_labels_that_bear_a_loss(compat, count):
     cfg = config(nca_compat=compat)
-    rows = nca.tokenize(np.ones((2, nca.grids_per_row(cfg), 144), np.uint8), cfg)[:, : nca.row_width(cfg)]
+    rows = nca.tokenize(np.ones((2, nca.grids_per_row(cfg), 144), np.uint8), cfg)[
+        :, : nca.row_width(cfg)
+    ]
     inputs, labels = nca.inputs_and_labels(rows, cfg)
     assert inputs.shape == labels.shape == (2, nca.row_inputs(cfg))
     assert ((labels != nca.IGNORE).sum(axis=1) == count).all()
-    assert (labels[:, :-1][labels[:, :-1] != nca.IGNORE] == inputs[:, 1:][labels[:, :-1] != nca.IGNORE]).all()
+    assert (
+        labels[:, :-1][labels[:, :-1] != nca.IGNORE] == inputs[:, 1:][labels[:, :-1] != nca.IGNORE]
+    ).all()
 
 
 def test_labels_by_hand():
@@ -116,7 +133,8 @@ def test_next_grid_accuracy(compat):
     assert score["cell_accuracy"] == score["grid_accuracy"] == score["token_accuracy"] == 1
     assert len(score["cell_by_context"]) == grids - 1
     wrong = perfect.copy()
-    wrong[0, 3 * 38 + 5 - 1] += 1 if rows[0, 3 * 38 + 5] % 10 < 9 else -1  # one cell of the grid behind three others
+    # one cell of the grid behind three others
+    wrong[0, 3 * 38 + 5 - 1] += 1 if rows[0, 3 * 38 + 5] % 10 < 9 else -1
     score = nca.next_grid_accuracy(wrong, rows, cfg)
     expected = [1.0] * (grids - 1)
     expected[2] = 5 / 6
@@ -133,7 +151,9 @@ def test_unigram_loss():
     cfg = config(nca_grid=4, nca_seq_len=13)
     row = np.array([[10000, 1, 1, 1, 1, 10001, 10000, 7, 7, 8, 8, 10001]], np.uint16)
     assert nca.unigram_loss(row, cfg) == pytest.approx(math.log(2))
-    assert nca.unigram_loss(data(nca_control="random").generate(0, np.arange(40)), config()) < math.log(10**4)
+    assert nca.unigram_loss(
+        data(nca_control="random").generate(0, np.arange(40)), config()
+    ) < math.log(10**4)
 
 
 # --- streams and simulation
@@ -205,18 +225,34 @@ def oracle(w, slot, start, keys, times, cfg):
         grid = torch.from_numpy(start[n].astype(np.int64)).view(1, cfg.nca_grid, cfg.nca_grid)
         rule = reference.Rule.from_weights(w, slot[n])
         with torch.no_grad():
-            grids = reference.record(rule, grid, times, cfg.nca_temperature, cfg.nca_identity, reference.Numbered(u[n]))
+            grids = reference.record(
+                rule, grid, times, cfg.nca_temperature, cfg.nca_identity, reference.Numbered(u[n])
+            )
         out.append(grids.flatten(2)[0].numpy())
     return np.array(out)
 
 
-@pytest.mark.parametrize("values", [
-    {}, {"nca_compat": "paper"}, {"nca_temperature": 0.5}, {"nca_temperature": 0.0, "nca_identity": 3.0},
-    {"nca_compat": "paper", "nca_temperature": 0.02, "nca_identity": 0.05},
-    {"nca_grid": 9, "nca_patch": 3, "nca_colors": 3, "nca_dt": 2, "nca_init_steps": 0, "nca_seq_len": 200},
-    {"nca_colors": 15, "nca_temperature": 1.0, "nca_seq_len": 400},
-    {"nca_colors": 2, "nca_grid": 2, "nca_temperature": 0.3, "nca_seq_len": 60}],
-    ids=lambda v: " ".join(f"{k.removeprefix('nca_')}={x}" for k, x in v.items()) or "pr63")
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"nca_compat": "paper"},
+        {"nca_temperature": 0.5},
+        {"nca_temperature": 0.0, "nca_identity": 3.0},
+        {"nca_compat": "paper", "nca_temperature": 0.02, "nca_identity": 0.05},
+        {
+            "nca_grid": 9,
+            "nca_patch": 3,
+            "nca_colors": 3,
+            "nca_dt": 2,
+            "nca_init_steps": 0,
+            "nca_seq_len": 200,
+        },
+        {"nca_colors": 15, "nca_temperature": 1.0, "nca_seq_len": 400},
+        {"nca_colors": 2, "nca_grid": 2, "nca_temperature": 0.3, "nca_seq_len": 60},
+    ],
+    ids=lambda v: " ".join(f"{k.removeprefix('nca_')}={x}" for k, x in v.items()) or "pr63",
+)
 def test_grids_are_those_of_the_oracle(values, monkeypatch):
     cfg, decided = config(**values), []
     ids, rows = np.arange(4), np.arange(6)
@@ -225,11 +261,14 @@ def test_grids_are_those_of_the_oracle(values, monkeypatch):
     keys = nca.stream(5, nca.STEP, rows)
     decide = nca.decide
     monkeypatch.setattr(nca, "decide", lambda *a: (decided.append(len(a[3])), decide(*a))[1])
-    for slot in (np.array([0, 0, 1, 1, 2, 2]), np.array([3, 0, 1, 2, 1, 1])):  # rows of a rule side by side, or anyhow
+    # rows of a rule side by side, or anyhow
+    for slot in (np.array([0, 0, 1, 1, 2, 2]), np.array([3, 0, 1, 2, 1, 1])):
         expected = oracle(w, slot, start, keys, times, cfg)
         for width in (1, 2) if cfg.nca_grid % 2 == 0 else (1,):
             got = nca.rollout(nca.make_tables(w, cfg, width), slot, start, keys, times, cfg)
-            assert (got == expected).all(), f"width {width}: rows {rows[(got != expected).any((1, 2))]} differ"
+            assert (got == expected).all(), (
+                f"width {width}: rows {rows[(got != expected).any((1, 2))]} differ"
+            )
     if cfg.nca_temperature > 0.01:
         assert sum(decided) > 50  # float32 did not decide everything
 
@@ -241,9 +280,15 @@ def test_doubt_bounds_the_error_of_float32():
         rules = nca.make_tables(w, cfg)
         index = np.random.default_rng(0).integers(0, 10, (200, 500, 9)) + 10 * np.arange(9)
         index += 90 * np.arange(200)[:, None, None]
-        exact = np.einsum("nck,nkd->ncd", rules.exact[index].sum(2).clip(0), rules.exact_head) + rules.bias[:, None]
+        exact = (
+            np.einsum("nck,nkd->ncd", rules.exact[index].sum(2).clip(0), rules.exact_head)
+            + rules.bias[:, None]
+        )
         hidden = rules.fast.numpy()[index].sum(2, dtype=np.float32).clip(0)
-        fast = np.einsum("nck,ndk->ncd", hidden, rules.head.numpy(), dtype=np.float32) + rules.bias[:, None]
+        fast = (
+            np.einsum("nck,ndk->ncd", hidden, rules.head.numpy(), dtype=np.float32)
+            + rules.bias[:, None]
+        )
         error = abs(fast - exact).max((1, 2))
         assert (2 * error < rules.doubt).all() and (rules.doubt < 0.02 * exact.std((1, 2))).all()
 
@@ -253,7 +298,9 @@ def test_rows_do_not_depend_on_the_batch_or_on_threads(monkeypatch):
     rows = whole.generate(1, np.arange(40))
     some = np.array([33, 2, 2, 17])
     assert (whole.generate(1, some) == rows[some]).all()
-    assert (np.concatenate([whole.generate(1, np.array([r])) for r in (0, 38)]) == rows[[0, 38]]).all()
+    assert (
+        np.concatenate([whole.generate(1, np.array([r])) for r in (0, 38)]) == rows[[0, 38]]
+    ).all()
     monkeypatch.setattr(nca, "pieces", lambda n, cfg: [slice(i, i + 7) for i in range(0, n, 7)])
     whole.cfg.nca_threads = 3
     assert (whole.generate(1, np.arange(40)) == rows).all()
@@ -270,40 +317,68 @@ def test_epochs_have_new_start_grids_of_the_same_rules_unless_told_otherwise():
 
 def test_seed_changes_rules_and_nothing_global_is_touched():
     torch.manual_seed(3)
-    before, threads, precision = torch.get_rng_state(), torch.get_num_threads(), torch.get_float32_matmul_precision()
+    before, threads, precision = (
+        torch.get_rng_state(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+    )
     numpy_before = np.random.get_state()[1].copy()
     a, b = (data(nca_filter="none", nca_seed=s).generate(0, np.arange(3)) for s in (0, 1))
     assert (a != b).any(axis=1).all()
-    assert torch.equal(before, torch.get_rng_state()) and (numpy_before == np.random.get_state()[1]).all()
+    assert (
+        torch.equal(before, torch.get_rng_state())
+        and (numpy_before == np.random.get_state()[1]).all()
+    )
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (threads, precision)
 
 
 def test_recorded_steps():
-    assert list(nca.recorded_times(config()))[:2] == [11, 12] and nca.recorded_times(config())[-1] == 36
+    assert (
+        list(nca.recorded_times(config()))[:2] == [11, 12]
+        and nca.recorded_times(config())[-1] == 36
+    )
     assert list(nca.recorded_times(config(nca_compat="paper", nca_dt=2)))[:2] == [10, 12]
     assert nca.recorded_times(config(nca_compat="paper", nca_init_steps=0))[0] == 0
 
 
 def test_controls():
     ids, sims = np.arange(3), np.zeros(3, int)
-    normal, still, shuffled, random = (nca.simulate(ids, sims, 0, config(nca_control=c))
-                                       for c in ("", "still", "shuffled", "random"))
+    normal, still, shuffled, random = (
+        nca.simulate(ids, sims, 0, config(nca_control=c))
+        for c in ("", "still", "shuffled", "random")
+    )
     assert (still == still[:, :1]).all() and not (normal == normal[:, :1]).all()
-    assert (np.sort(normal.reshape(3, 26, -1), axis=1) == np.sort(shuffled.reshape(3, 26, -1), axis=1)).all()
+    assert (
+        np.sort(normal.reshape(3, 26, -1), axis=1) == np.sort(shuffled.reshape(3, 26, -1), axis=1)
+    ).all()
     assert (normal != shuffled).any()
     assert abs(np.bincount(random.ravel(), minlength=10) / random.size - 0.1).max() < 0.02
 
 
 def test_rows_per_rule():
-    for slot, group in (([0], 1), ([0, 0], 2), ([0, 1, 2], 1), ([1, 1, 0, 0], 2), ([0, 0, 1], 1), ([0, 0, 1, 0], 1)):
+    for slot, group in (
+        ([0], 1),
+        ([0, 0], 2),
+        ([0, 1, 2], 1),
+        ([1, 1, 0, 0], 2),
+        ([0, 0, 1], 1),
+        ([0, 0, 1, 0], 1),
+    ):
         assert nca.rows_per_rule(np.array(slot)) == group
 
 
-@pytest.mark.parametrize("compat, digest", [
-    ("pr63", "e1519e6138f8364622400db323ff32bcc9b7645fb57d8a9bb111cf327ebce91a"),
-    ("paper", "56a879822405f6d16fd92aeb200f5bb52155ad92ffc8734f5e5eebbe52798c35")])
+@pytest.mark.parametrize(
+    "compat, digest",
+    [
+        ("pr63", "e1519e6138f8364622400db323ff32bcc9b7645fb57d8a9bb111cf327ebce91a"),
+        ("paper", "56a879822405f6d16fd92aeb200f5bb52155ad92ffc8734f5e5eebbe52798c35"),
+    ],
+)
 def test_data_stays_what_it_is(compat, digest):
-    """If this fails on purpose, count nca.GENERATOR up: caches of the old data must not be taken for the new."""
+    """
+    If this fails on purpose, count nca.GENERATOR up: caches of the old data must not be taken for
+    the new.
+    """
     d = data(nca_compat=compat, nca_filter="none", nca_tokens=30 * 1024)
     assert d.sha256(2) == digest
 
@@ -325,7 +400,9 @@ def test_gzip_sizes_are_those_of_the_original():
     assert nca.gzip_size(zeros.tobytes()) / 1440 == pytest.approx(32 / 1440, abs=0.01)
     assert nca.gzip_size(noise.tobytes()) / 1440 == pytest.approx(958 / 1440, abs=0.01)
     for array in (noise, zeros):
-        assert nca.gzip_size(array.tobytes()) == len(gzip.compress(array.tobytes(), compresslevel=9))
+        assert nca.gzip_size(array.tobytes()) == len(
+            gzip.compress(array.tobytes(), compresslevel=9)
+        )
 
 
 def test_random_grids_score_what_they_did_upstream():
@@ -336,16 +413,27 @@ def test_random_grids_score_what_they_did_upstream():
         rows = nca.tokenize(grids, cfg, delimiters=not values).astype("<i4")
         sizes = [nca.gzip_size(row.tobytes()) for row in rows]
         assert np.mean(sizes) / nca.raw_size(cfg) == pytest.approx(share, abs=0.006)
-        flat = nca.tokenize(np.zeros((1, 10, 144), np.uint8), cfg, delimiters=not values).astype("<i4")
-        assert nca.gzip_size(flat.tobytes()) / nca.raw_size(cfg) == pytest.approx(constant, abs=0.003)
+        flat = nca.tokenize(np.zeros((1, 10, 144), np.uint8), cfg, delimiters=not values).astype(
+            "<i4"
+        )
+        assert nca.gzip_size(flat.tobytes()) / nca.raw_size(cfg) == pytest.approx(
+            constant, abs=0.003
+        )
 
 
-@pytest.mark.parametrize("compat, quantiles, rate", [("pr63", (0.115, 0.319, 0.482, 0.553, 0.599), 0.42),
-                                                     ("paper", (0.024, 0.310, 0.493, 0.568, 0.624), 0.49)])
+@pytest.mark.parametrize(
+    "compat, quantiles, rate",
+    [
+        ("pr63", (0.115, 0.319, 0.482, 0.553, 0.599), 0.42),
+        ("paper", (0.024, 0.310, 0.493, 0.568, 0.624), 0.49),
+    ],
+)
 def test_scores_are_distributed_as_upstream(compat, quantiles, rate):
     cfg = config(nca_compat=compat)
     sizes = nca.compressed_sizes(np.arange(1000), cfg)
-    assert np.quantile(sizes / nca.raw_size(cfg), [0.05, 0.25, 0.5, 0.75, 0.95]) == pytest.approx(quantiles, abs=0.05)
+    assert np.quantile(sizes / nca.raw_size(cfg), [0.05, 0.25, 0.5, 0.75, 0.95]) == pytest.approx(
+        quantiles, abs=0.05
+    )
     assert nca.passes(sizes, cfg).mean() == pytest.approx(rate, abs=0.05)
 
 
@@ -354,16 +442,25 @@ def test_a_rules_size_is_that_of_its_own_rollout():
     w, keys = nca.draw_weights(ids, cfg), nca.stream(0, nca.FILTER_STEP, ids)
     start = nca.start_grids(nca.stream(0, nca.FILTER_START, ids * 0), cfg)  # one grid for all
     assert (start == start[0]).all()
-    grids = torch.from_numpy(oracle(w, ids, start, keys, range(1, 11), cfg)).long().view(6, 10, 12, 12)
+    grids = (
+        torch.from_numpy(oracle(w, ids, start, keys, range(1, 11), cfg)).long().view(6, 10, 12, 12)
+    )
     rows = reference.to_tokens(grids).numpy().astype(np.int32)
-    assert [len(gzip.compress(row.tobytes(), 9)) for row in rows] == nca.compressed_sizes(ids, cfg).tolist()
+    assert [len(gzip.compress(row.tobytes(), 9)) for row in rows] == nca.compressed_sizes(
+        ids, cfg
+    ).tolist()
 
 
 def test_band_ends_belong_to_it_in_the_pull_request_only():
     sizes = np.array([456, 760, 761, 1064])
     assert nca.passes(sizes, config(nca_band="0.5:0.7")).tolist() == [False, True, True, True]
     sizes = np.array([432, 720, 721, 1008])
-    assert nca.passes(sizes, config(nca_compat="paper", nca_band="0.5:0.7")).tolist() == [False, False, True, False]
+    assert nca.passes(sizes, config(nca_compat="paper", nca_band="0.5:0.7")).tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]
     assert nca.passes(sizes, config(nca_compat="paper")).tolist() == [False, False, True, True]
 
 
@@ -424,6 +521,7 @@ class Ranks:
     def run(self, work) -> list:
         out, threads = [None] * len(self.slots), []
         for rank in range(len(self.slots)):
+
             def call(rank=rank):
                 out[rank] = work(rank, self.gather(rank))
 
@@ -448,11 +546,16 @@ def test_any_number_of_ranks_and_any_batch_make_the_same_data(cached, tmp_path, 
             d.prepare(1)
             ranks.barrier.wait()
             order, share = d.order(1), batch // world
-            steps = [d.take(1, order[s + rank * share : s + (rank + 1) * share]) for s in range(0, rows, batch)]
+            steps = [
+                d.take(1, order[s + rank * share : s + (rank + 1) * share])
+                for s in range(0, rows, batch)
+            ]
             return steps, order, d.rules, d.made
 
         results = ranks.run(work)
-        rows_in_order = np.concatenate([part for step in zip(*(r[0] for r in results)) for part in step])
+        rows_in_order = np.concatenate(
+            [part for step in zip(*(r[0] for r in results)) for part in step]
+        )
         back = np.empty_like(rows_in_order)
         back[results[0][1]] = rows_in_order
         hashes.add(hashlib.sha256(back.tobytes() + results[0][2].tobytes()).hexdigest())
@@ -474,7 +577,11 @@ def test_cache_is_used_and_keyed_by_what_matters(tmp_path):
     other = data(nca_cache=folder, nca_band="0.4:0.6")  # compressed sizes are known, rows are not
     assert other.sha256(0) != digest and other.made > 0 and other.scored == 0
     assert data(nca_cache=folder, nca_seed=1).scored > 0
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and not p.name.startswith(("sizes-", "train-"))]
+    assert not [
+        p
+        for p in tmp_path.rglob("*")
+        if p.is_file() and not p.name.startswith(("sizes-", "train-"))
+    ]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "foreign"])
@@ -489,31 +596,45 @@ def test_a_damaged_cache_is_noticed_and_mended(damage, tmp_path):
     said = []
     mended = nca.NcaData(config(nca_cache=str(tmp_path)), "train", say=said.append)
     assert mended.sha256(0) == digest and mended.made > 0 and mended.scored > 0
-    assert len(said) == 2 and all("damaged" in message and str(tmp_path) in message for message in said)
+    assert len(said) == 2 and all(
+        "damaged" in message and str(tmp_path) in message for message in said
+    )
     assert data(nca_cache=str(tmp_path)).sha256(0) == digest
 
 
 def test_a_cache_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="nca_cache = .*cannot write.*another folder, or --nca_cache ''"):
+    with pytest.raises(
+        UserError, match="nca_cache = .*cannot write.*another folder, or --nca_cache ''"
+    ):
         data(nca_cache=str(tmp_path / "file"))
 
 
 # --- command line
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--nca_grid", "13"], "nca_grid = 13 cannot be cut .* nca_patch = 2 .*--nca_grid 12 or 14"),
-    (["--nca_patch", "3"], r"nca_colors = 10 and nca_patch = 3 make 10\^9 tokens.*--nca_patch 2$"),
-    (["--nca_band", "0.5"], "nca_band = '0.5': must read low:high"),
-    (["--nca_band", "0.5:0.4"], "low < high"),
-    (["--nca_compat", "both"], "nca_compat = 'both': must be one of 'pr63', 'paper'"),
-    (["--nca_seq_len", "75"], "nca_seq_len = 75: a row needs 2 grids of 38 tokens"),
-    (["--nca_tokens", "900"], "nca_tokens = 900: less than one row of 988 tokens"),
-    (["--nca_colors", "1"], "2 to 16 colours"),
-    (["--nca_temperature", "-1"], "nca_temperature = -1.0: must not be negative"),
-    (["--nca_vocab", "100"], "nca_vocab = 100: there are 10002 tokens"),
-    (["--nca_sims_per_rule", "0"], "must be at least 1")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--nca_grid", "13"],
+            "nca_grid = 13 cannot be cut .* nca_patch = 2 .*--nca_grid 12 or 14",
+        ),
+        (
+            ["--nca_patch", "3"],
+            r"nca_colors = 10 and nca_patch = 3 make 10\^9 tokens.*--nca_patch 2$",
+        ),
+        (["--nca_band", "0.5"], "nca_band = '0.5': must read low:high"),
+        (["--nca_band", "0.5:0.4"], "low < high"),
+        (["--nca_compat", "both"], "nca_compat = 'both': must be one of 'pr63', 'paper'"),
+        (["--nca_seq_len", "75"], "nca_seq_len = 75: a row needs 2 grids of 38 tokens"),
+        (["--nca_tokens", "900"], "nca_tokens = 900: less than one row of 988 tokens"),
+        (["--nca_colors", "1"], "2 to 16 colours"),
+        (["--nca_temperature", "-1"], "nca_temperature = -1.0: must not be negative"),
+        (["--nca_vocab", "100"], "nca_vocab = 100: there are 10002 tokens"),
+        (["--nca_sims_per_rule", "0"], "must be at least 1"),
+    ],
+)
 def test_what_cannot_work_is_one_message(flags, message, capsys):
     assert nca.main(["--generate_only", "--nca_cache", "", *flags]) == 2
     err = capsys.readouterr().err
@@ -569,7 +690,12 @@ def test_a_runs_configuration_makes_a_run_of_another_length(tmp_path):
 
 def test_compat_is_a_layer_below_flags():
     cfg = nca.parse_args(["--nca_compat", "paper", "--nca_sims_per_rule", "3"])
-    assert (cfg.nca_start, cfg.nca_record, cfg.nca_sims_per_rule, cfg.nca_vocab) == ("skewed", "before", 3, 64000)
+    assert (cfg.nca_start, cfg.nca_record, cfg.nca_sims_per_rule, cfg.nca_vocab) == (
+        "skewed",
+        "before",
+        3,
+        64000,
+    )
     assert nca.parse_args([]) == nca.make_config(run="nca-s1")
     differ = {k for k in nca.COMPAT["pr63"] if nca.COMPAT["pr63"][k] != nca.COMPAT["paper"][k]}
     assert nca.COMPAT["pr63"].keys() == nca.COMPAT["paper"].keys() and len(differ) >= 12
@@ -583,12 +709,16 @@ def test_generate_only_reports_speed_and_hash(tmp_path, capsys):
     assert out["tokens_per_s"] > 0 and out["rules_per_s"] > 0 and 0.3 < out["accept_rate"] < 0.6
     assert len(out["sha256"]) == 64 and out["rows"] == 50 and out["rules"] == 5
     assert out["sha256"] == data(nca_tokens=50000).sha256(0)
-    assert (tmp_path / "nca.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "nca.png").stat().st_size > 20000
+    assert (tmp_path / "nca.png").read_bytes().startswith(b"\x89PNG") and (
+        tmp_path / "nca.png"
+    ).stat().st_size > 20000
     assert nca.main(flags[:1] + flags[2:]) == 0
     assert out["sha256"] in capsys.readouterr().out
 
 
 def test_import_does_nothing():
     code = "import sys, pre_pre_train; assert 'matplotlib' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,4 +1,7 @@
-"""Optimizer: Muon and AdamW against torch.optim, the SVD and second formulas; the same numbers on any ranks."""
+"""
+Optimizer: Muon and AdamW against torch.optim, the SVD and second formulas; the same numbers on any
+ranks.
+"""
 
 import math
 
@@ -44,7 +47,9 @@ def test_adamw_differs_from_torch(wd):
         lr = 0.02 * (1 - t / 40)
         judge.param_groups[0]["lr"], other.grad = lr, g
         judge.step()
-        tg.adamw_update(w, g, m, v, scalar(lr), scalar(lr * wd), scalar(1 - 0.8**t), scalar(1 - 0.95**t), cfg)
+        tg.adamw_update(
+            w, g, m, v, scalar(lr), scalar(lr * wd), scalar(1 - 0.8**t), scalar(1 - 0.95**t), cfg
+        )
         assert torch.allclose(w, other, rtol=1e-5, atol=1e-6), t
     assert torch.allclose(m, judge.state[other]["exp_avg"], atol=1e-6)
     assert torch.allclose(v, judge.state[other]["exp_avg_sq"], rtol=1e-5)
@@ -56,26 +61,39 @@ def test_epsilon_of_adamw_stands_at_another_place():
     cfg = tiny(adam_eps=0.5)
     w, other = randn(50), torch.nn.Parameter(randn(50))
     m, v = torch.zeros(50), torch.zeros(50)
-    judge = torch.optim.AdamW([other], lr=0.1, betas=(cfg.beta1, cfg.beta2), eps=0.5, weight_decay=0.0)
+    judge = torch.optim.AdamW(
+        [other], lr=0.1, betas=(cfg.beta1, cfg.beta2), eps=0.5, weight_decay=0.0
+    )
     for t in range(1, 4):
         other.grad = randn(50, seed=t)
         judge.step()
         tg.adamw_update(
-            w, other.grad, m, v, scalar(0.1), scalar(0.0), scalar(1 - cfg.beta1**t), scalar(1 - cfg.beta2**t), cfg
+            w,
+            other.grad,
+            m,
+            v,
+            scalar(0.1),
+            scalar(0.0),
+            scalar(1 - cfg.beta1**t),
+            scalar(1 - cfg.beta2**t),
+            cfg,
         )
     assert torch.allclose(w, other, atol=1e-6)
 
 
 def test_decay_is_lost_in_bf16_weights():
     """
-    Remix A holds weights in bf16, where a decay of 2e-4 a step rounds to nothing if it is applied by itself (spec 1.2).
-    torch's fused AdamW rounds once; so must this, eager or compiled. Measured along the initial weights.
+    Remix A holds weights in bf16, where a decay of 2e-4 a step rounds to nothing if it is applied
+    by itself (spec 1.2). torch's fused AdamW rounds once; so must this, eager or compiled. Measured
+    along the initial weights.
     """
     cfg, start, wd = tiny(beta1=0.9), 0.1 * randn(50000), 0.5
     ours, plain = start.bfloat16(), start.bfloat16()
     judged = torch.nn.Parameter(start.bfloat16())
     state = [torch.zeros_like(ours) for _ in range(4)]
-    judge = torch.optim.AdamW([judged], lr=0.0021, betas=(0.9, 0.95), eps=1e-10, weight_decay=wd, fused=True)
+    judge = torch.optim.AdamW(
+        [judged], lr=0.0021, betas=(0.9, 0.95), eps=1e-10, weight_decay=wd, fused=True
+    )
     for t in range(1, 41):
         g = randn(50000, seed=t).bfloat16()
         judged.grad = g.clone()
@@ -95,12 +113,22 @@ SHAPES = [(1, 24, 24), (3, 16, 16), (2, 64, 16), (2, 16, 64)]
 
 
 def with_torch_muon(
-    stack: torch.Tensor, gradients: list[torch.Tensor], lrs: list[float], momenta: list[float], wd: float
+    stack: torch.Tensor,
+    gradients: list[torch.Tensor],
+    lrs: list[float],
+    momenta: list[float],
+    wd: float,
 ):
     """torch.optim.Muon on every matrix of the stack by itself."""
     ws = [torch.nn.Parameter(w.clone()) for w in stack]
     judge = torch.optim.Muon(
-        ws, lr=1.0, weight_decay=wd, momentum=0.0, nesterov=True, ns_steps=5, adjust_lr_fn="original"
+        ws,
+        lr=1.0,
+        weight_decay=wd,
+        momentum=0.0,
+        nesterov=True,
+        ns_steps=5,
+        adjust_lr_fn="original",
     )
     for g, lr, momentum in zip(gradients, lrs, momenta):
         judge.param_groups[0].update(lr=lr, momentum=momentum)
@@ -113,16 +141,23 @@ def with_torch_muon(
 def with_ours(stack, gradients, lrs, momenta, wd, cfg, dtype):
     w, buf, second = stack.clone(), torch.zeros_like(stack), None
     if cfg.normuon:
-        second = torch.zeros(w.size(0), *((1, w.size(2)) if w.size(1) < w.size(2) else (w.size(1), 1)))
+        second = torch.zeros(
+            w.size(0), *((1, w.size(2)) if w.size(1) < w.size(2) else (w.size(1), 1))
+        )
     for g, lr, momentum in zip(gradients, lrs, momenta):
-        tg.muon_update(w, g.clone(), buf, second, scalar(lr), scalar(momentum), scalar(lr * wd), cfg, dtype)
+        tg.muon_update(
+            w, g.clone(), buf, second, scalar(lr), scalar(momentum), scalar(lr * wd), cfg, dtype
+        )
     return w
 
 
 @pytest.mark.parametrize("wd", [0.0, 0.5])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_muon_differs_from_torch(monkeypatch, shape, wd):
-    """Both in full precision (torch's cast to bf16 is taken out to compare the algebra), then both in bf16."""
+    """
+    Both in full precision (torch's cast to bf16 is taken out to compare the algebra), then both in
+    bf16.
+    """
     gradients = [10 * randn(*shape, seed=s) for s in range(5)]
     lrs, momenta = [0.05, 0.04, 0.03, 0.02, 0.01], [0.85, 0.87, 0.9, 0.93, 0.95]
     args = randn(*shape, seed=9), gradients, lrs, momenta, wd
@@ -146,8 +181,8 @@ def spectrum(rows: int, cols: int, low: float, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128)], ids=str)
 def test_polar_factor_leaves_its_band_or_turns_the_bases(method, low, high, shape):
     """
-    U and V are those of the SVD, and singular values lie in the spec's band: each is the scalar polynomials' value,
-    with Muon's constants or those of Polar Express as printed to four digits.
+    U and V are those of the SVD, and singular values lie in the spec's band: each is the scalar
+    polynomials' value, with Muon's constants or those of Polar Express as printed to four digits.
     """
     printed = {
         "ns5": [(3.4445, -4.7750, 2.0315)] * 5,
@@ -175,7 +210,8 @@ def test_polar_factor_leaves_its_band_or_turns_the_bases(method, low, high, shap
 def test_polar_express_is_no_better_than_newton_schulz():
     g = randn(1, 96, 96)
     error = {
-        m: (tg.polar_factor(g, m, 5, torch.float32)[0] - exact_polar(g[0])).norm() for m in ("ns5", "polar_express")
+        m: (tg.polar_factor(g, m, 5, torch.float32)[0] - exact_polar(g[0])).norm()
+        for m in ("ns5", "polar_express")
     }
     assert error["polar_express"] < 0.7 * error["ns5"]
 
@@ -193,29 +229,46 @@ def test_stacked_matrices_influence_each_other():
         together = tg.polar_factor(stack, method, 5, torch.float32)
         for i in range(5):
             assert torch.allclose(
-                together[i], tg.polar_factor(stack[i : i + 1], method, 5, torch.float32)[0], atol=1e-5
+                together[i],
+                tg.polar_factor(stack[i : i + 1], method, 5, torch.float32)[0],
+                atol=1e-5,
             )
 
 
 def test_empty_gradient_becomes_nan():
     """Padding to the ranks is zero, and a frozen matrix may be."""
     for cfg in (tiny(), tiny(polar="polar_express", normuon=0.9, row_norm=1, cautious=1)):
-        w = with_ours(torch.ones(2, 8, 8), [torch.zeros(2, 8, 8)], [0.1], [0.9], 0.0, cfg, torch.float32)
+        w = with_ours(
+            torch.ones(2, 8, 8), [torch.zeros(2, 8, 8)], [0.1], [0.9], 0.0, cfg, torch.float32
+        )
         assert torch.equal(w, torch.ones(2, 8, 8))
 
 
-@pytest.mark.parametrize("changes", [{}, {"polar": "polar_express"}, {"normuon": 0.9}, {"row_norm": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"polar": "polar_express"}, {"normuon": 0.9}, {"row_norm": 1}], ids=str
+)
 def test_muon_depends_on_the_scale_of_the_gradient(changes):
     cfg = tiny(**changes)
     gradients = [randn(2, 16, 48, seed=s) for s in range(3)]
     run = lambda scale: with_ours(
-        torch.zeros(2, 16, 48), [scale * g for g in gradients], [0.1] * 3, [0.9] * 3, 0.0, cfg, torch.float32
+        torch.zeros(2, 16, 48),
+        [scale * g for g in gradients],
+        [0.1] * 3,
+        [0.9] * 3,
+        0.0,
+        cfg,
+        torch.float32,
     )
-    assert torch.allclose(run(1.0), run(1000.0), atol=1e-5) and torch.allclose(run(1.0), run(0.1), atol=1e-4)
+    assert torch.allclose(run(1.0), run(1000.0), atol=1e-5) and torch.allclose(
+        run(1.0), run(0.1), atol=1e-4
+    )
 
 
 def test_qkv_is_orthogonalised_as_one_matrix_or_a_shape_gets_the_wrong_factor():
-    """Spec 1.8: q, k and v each by itself; factor 2 on the 4 times taller fc, 1 on the rest. Momentum 0: one step."""
+    """
+    Spec 1.8: q, k and v each by itself; factor 2 on the 4 times taller fc, 1 on the rest. Momentum
+    0: one step.
+    """
     cfg = tiny(dim=32, matrix_lr=0.05)
     model = build(cfg)
     opt = tg.MuonAdamW(cfg, model, alone())
@@ -230,7 +283,9 @@ def test_qkv_is_orthogonalised_as_one_matrix_or_a_shape_gets_the_wrong_factor():
         factor = factors[name.split(".", 2)[2]]
         moved = ((before[name] - p) / (0.05 * 0.5)).view(-1, *p.shape[-2:])
         for one, g in zip(moved, gradients[name].view(-1, *p.shape[-2:])):
-            assert torch.allclose(one, factor * tg.polar_factor(g[None], "ns5", 5, torch.float32)[0], atol=1e-4), name
+            assert torch.allclose(
+                one, factor * tg.polar_factor(g[None], "ns5", 5, torch.float32)[0], atol=1e-4
+            ), name
             exact = factor * exact_polar(g)
             assert (one * exact).sum() / (one.norm() * exact.norm()) > 0.97
 
@@ -239,7 +294,9 @@ def test_qkv_is_orthogonalised_as_one_matrix_or_a_shape_gets_the_wrong_factor():
 
 
 def one_step(cfg, w, g, lr=0.1, wd=0.0, steps=1):
-    return with_ours(w[None], [g[None]] * steps, [lr] * steps, [0.0] * steps, wd, cfg, torch.float32)[0]
+    return with_ours(
+        w[None], [g[None]] * steps, [lr] * steps, [0.0] * steps, wd, cfg, torch.float32
+    )[0]
 
 
 @pytest.mark.parametrize("buffer", ["lerp", "sum"])
@@ -285,7 +342,9 @@ def test_row_norm_is_not_muoneq():
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)], ids=str)
 def test_normuon_changes_the_size_or_takes_the_wrong_side(shape):
-    """One second moment per row where there are at least as many rows as columns, else one per column."""
+    """
+    One second moment per row where there are at least as many rows as columns, else one per column.
+    """
     beta, g = 0.9, randn(*shape)
     axis = 1 if shape[0] >= shape[1] else 0
     o = tg.polar_factor(g[None], "ns5", 5, torch.float32)[0].numpy().astype(np.float64)
@@ -342,7 +401,9 @@ def test_cautious_decay_decays_against_the_update():
     for cautious in (0, 1):
         mask = (u * w.numpy() >= 0) if cautious else np.ones((16, 16))
         expected = w.numpy() - 0.1 * 2.0 * w.numpy() * mask - 0.1 * u
-        assert np.allclose(one_step(tiny(cautious=cautious), w, g, lr=0.1, wd=2.0), expected, atol=1e-5)
+        assert np.allclose(
+            one_step(tiny(cautious=cautious), w, g, lr=0.1, wd=2.0), expected, atol=1e-5
+        )
     assert 50 < (u * w.numpy() >= 0).sum() < 206
 
 
@@ -363,7 +424,10 @@ def test_cautious_decay_of_adamw_decays_against_the_update():
         )
     against = g * w < 0  # the first update has the sign of the gradient
     assert torch.allclose(plain[~against], cautious[~against])
-    assert torch.allclose((cautious - plain)[against], 0.2 * w[against], atol=1e-6) and against.sum() > 50
+    assert (
+        torch.allclose((cautious - plain)[against], 0.2 * w[against], atol=1e-6)
+        and against.sum() > 50
+    )
 
 
 # --- buckets
@@ -387,7 +451,9 @@ def test_parameter_is_in_no_bucket_or_in_two(changes):
     model = build(cfg)
     buckets = tg.param_buckets(cfg, model, alone())
     names = [n for b in buckets for n in b.params]
-    assert sorted(names) == sorted(n for n, _ in model.named_parameters()) and len(set(names)) == len(names)
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters()) and len(
+        set(names)
+    ) == len(names)
     assert sum(high - low for b in buckets for low, high in b.spans.values()) == sum(
         p.numel() // math.prod(b.unit) for b in buckets for p in b.params.values()
     )
@@ -439,17 +505,31 @@ def test_bucket_is_a_copy_of_the_weights():
 
 def test_learning_rate_or_decay_goes_to_the_wrong_kind():
     cfg = tiny(
-        matrix_lr=1.0, embed_lr=2.0, head_lr=3.0, scalar_lr=4.0, tied_lr=5.0, adamw_lr=6.0, matrix_wd=0.1, embed_wd=0.2
+        matrix_lr=1.0,
+        embed_lr=2.0,
+        head_lr=3.0,
+        scalar_lr=4.0,
+        tied_lr=5.0,
+        adamw_lr=6.0,
+        matrix_wd=0.1,
+        embed_wd=0.2,
     )
     told = {n: (b.lr, b.wd) for b in tg.param_buckets(cfg, build(cfg), alone()) for n in b.params}
-    assert told["head"] == (3.0, 0.2) and told["embed"] == (2.0, 0.2) and told["blocks.0.mlp.fc"] == (1.0, 0.1)
+    assert (
+        told["head"] == (3.0, 0.2)
+        and told["embed"] == (2.0, 0.2)
+        and told["blocks.0.mlp.fc"] == (1.0, 0.1)
+    )
     cfg = tg.dataclasses.replace(cfg, tie_embed=1, optimizer="adamw")
     told = {n: (b.lr, b.wd) for b in tg.param_buckets(cfg, build(cfg), alone()) for n in b.params}
     assert told["head"] == (5.0, 0.2) and told["blocks.0.mlp.fc"] == (6.0, 0.1)
 
 
 def test_schedule_does_not_reach_the_update():
-    """lr and weight_decay of the schedules multiply; the decay a step is their product with both bases."""
+    """
+    lr and weight_decay of the schedules multiply; the decay a step is their product with both
+    bases.
+    """
     cfg = tiny(optimizer="adamw", adamw_lr=0.1, matrix_wd=0.5)
     model = build(cfg)
     opt = tg.MuonAdamW(cfg, model, alone())
@@ -460,7 +540,10 @@ def test_schedule_does_not_reach_the_update():
 
 @pytest.mark.parametrize("limit, scale", [(1.0, 1.0), (1.0, 1e-4), (0.01, 10.0)])
 def test_clipping_differs_from_torch(limit, scale):
-    """The norm is global and that before clipping; AdamW's first moment shows the gradient that was used."""
+    """
+    The norm is global and that before clipping; AdamW's first moment shows the gradient that was
+    used.
+    """
     cfg = tiny(optimizer="adamw", grad_clip=limit)
     model, judged = build(cfg), build(cfg)
     opt = tg.MuonAdamW(cfg, model, alone())
@@ -472,7 +555,9 @@ def test_clipping_differs_from_torch(limit, scale):
     assert opt.step(now()).item() == pytest.approx(size.item(), rel=1e-5)
     state = opt.state_dict()
     for name, p in judged.named_parameters():
-        assert torch.allclose(state[f"{name}:exp_avg"] / (1 - cfg.beta1), p.grad.flatten(), rtol=1e-4, atol=1e-9)
+        assert torch.allclose(
+            state[f"{name}:exp_avg"] / (1 - cfg.beta1), p.grad.flatten(), rtol=1e-4, atol=1e-9
+        )
 
 
 def test_gradient_norm_is_not_reported_without_clipping():
@@ -548,7 +633,12 @@ def test_one_micro_batch_of_bf16_weights_keeps_no_second_gradient(tmp_path):
 # --- ranks, without processes
 
 
-VARIANTS = [{}, {"optimizer": "adamw"}, {"normuon": 0.9, "depth": 3}, {"adamw_matrices": "mlp", "kv_heads": 1}]
+VARIANTS = [
+    {},
+    {"optimizer": "adamw"},
+    {"normuon": 0.9, "depth": 3},
+    {"adamw_matrices": "mlp", "kv_heads": 1},
+]
 
 
 def trained(cfg, steps, seed=0):
@@ -564,8 +654,9 @@ def trained(cfg, steps, seed=0):
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_sharded_update_or_state_differs_from_the_whole(changes, world):
     """
-    Every rank of a pretended world loads the state that one process saved, gets its slice of the summed gradients and
-    updates it: the shards together are the weights of one process, and its state.
+    Every rank of a pretended world loads the state that one process saved, gets its slice of the
+    summed gradients and updates it: the shards together are the weights of one process, and its
+    state.
     """
     cfg = tiny(**changes)
     model, opt = trained(cfg, 2)
@@ -594,7 +685,9 @@ def test_sharded_update_or_state_differs_from_the_whole(changes, world):
     # What the ranks would save together is what one process saves.
     for i, b in enumerate(ranks[0].buckets):
         which = lambda shard, b=b: next(k for k in b.state if b.state[k] is shard)
-        b.gather = lambda shard, i=i, which=which: torch.cat([r.buckets[i].state[which(shard)] for r in ranks])
+        b.gather = lambda shard, i=i, which=which: torch.cat(
+            [r.buckets[i].state[which(shard)] for r in ranks]
+        )
     gathered = ranks[0].state_dict()
     expected = opt.state_dict()
     assert gathered.keys() == expected.keys() and int(gathered["step_count"]) == 3
@@ -660,7 +753,10 @@ def test_saved_state_changes_with_the_next_step():
 
 
 def test_warm_up_leaves_a_trace():
-    """snapshot and restore put back weights, gradients, both kinds of state and the step count, bit by bit."""
+    """
+    snapshot and restore put back weights, gradients, both kinds of state and the step count, bit by
+    bit.
+    """
     model, opt = trained(tiny(normuon=0.9), 2)
     set_gradients(model, 9)
     before = [t.clone() for t in opt.changing()]
@@ -684,7 +780,8 @@ def test_what_the_warm_up_keeps_lies_on_the_host(tmp_path):
 
 def test_compiled_update_gives_other_weights():
     """Schedules are tensors: new values of lr, momentum and decay use the same graphs."""
-    cfg = tiny(normuon=0.9, cautious=1, matrix_wd=0.1, mlp_ratio=1.0, tie_embed=1)  # two graphs: one stack, one table
+    # two graphs: one stack, one table
+    cfg = tiny(normuon=0.9, cautious=1, matrix_wd=0.1, mlp_ratio=1.0, tie_embed=1)
     eager = trained(cfg, 0)
     compiled = trained(tg.dataclasses.replace(cfg, compile=1), 0)
     counts = []

@@ -1,4 +1,7 @@
-"""Golf's model family: counts to the last digit, and the forward pass against its formulae written down once more."""
+"""
+Golf's model family: counts to the last digit, and the forward pass against its formulae written
+down once more.
+"""
 
 import math
 
@@ -10,14 +13,34 @@ from helpers import build, parts, random_tokens, tg, tiny
 import golf
 
 CPU = torch.device("cpu")
-SMALL = {"depth": 2, "dim": 32, "heads": 4, "kv_heads": 2, "loop": "0:2", "repeats": "0:1 0.5:3", "tie_embed": 1,
-         "head_init": "0.1", "block_scales": 1, "q_gain": 1.5, "xsa": 2, "loop_embed": 1, "cross_repeat": 1,
-         "value_embeds": 2, "rope": "standard", "rope_dims": 4, "activation": "leaky_relu2", "softcap": 30.0,
-         "mlp_ratio": 2.0, "layer_scale": 1}
+SMALL = {
+    "depth": 2,
+    "dim": 32,
+    "heads": 4,
+    "kv_heads": 2,
+    "loop": "0:2",
+    "repeats": "0:1 0.5:3",
+    "tie_embed": 1,
+    "head_init": "0.1",
+    "block_scales": 1,
+    "q_gain": 1.5,
+    "xsa": 2,
+    "loop_embed": 1,
+    "cross_repeat": 1,
+    "value_embeds": 2,
+    "rope": "standard",
+    "rope_dims": 4,
+    "activation": "leaky_relu2",
+    "softcap": 30.0,
+    "mlp_ratio": 2.0,
+    "layer_scale": 1,
+}
 
 
 def awake(model: tg.GPT) -> tg.GPT:
-    """Every parameter at random: at the start the recurrence's own are zero and would hide mistakes."""
+    """
+    Every parameter at random: at the start the recurrence's own are zero and would hide mistakes.
+    """
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -25,8 +48,14 @@ def awake(model: tg.GPT) -> tg.GPT:
     return model
 
 
-@pytest.mark.parametrize("name, count", [("golf_baseline", 17_059_912), ("golf_progressive", 17_140_056),
-                                         ("golf_progressive_4h", 17_150_040)])
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("golf_baseline", 17_059_912),
+        ("golf_progressive", 17_140_056),
+        ("golf_progressive_4h", 17_150_040),
+    ],
+)
 def test_preset_has_other_parameters_than_the_original(name, count):
     cfg = tg.parse_args(["--config", name])
     model = tg.build_model(cfg, torch.device("meta"), torch.bfloat16, 1024)
@@ -34,7 +63,9 @@ def test_preset_has_other_parameters_than_the_original(name, count):
 
 
 def plain_forward(model: tg.GPT, tokens: torch.Tensor, repeats: int) -> torch.Tensor:
-    """Logits [B, T, V] after specs 3.2 to 3.5, head by head, without any of the trainer's functions."""
+    """
+    Logits [B, T, V] after specs 3.2 to 3.5, head by head, without any of the trainer's functions.
+    """
     w, cfg = dict(model.named_parameters()), model.cfg
 
     def rms(x):
@@ -44,7 +75,9 @@ def plain_forward(model: tg.GPT, tokens: torch.Tensor, repeats: int) -> torch.Te
         t = torch.arange(x.size(1))[:, None]
         angle = t * torch.tensor([1.0, cfg.rope_base ** (-2 / 4)])
         a, b = x[..., :2], x[..., 2:4]
-        return torch.cat([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin(), x[..., 4:]], -1)
+        return torch.cat(
+            [a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin(), x[..., 4:]], -1
+        )
 
     x0 = x = rms(w["head"][tokens])
     tables, previous, position = w["value_embeds"], {}, 0
@@ -63,7 +96,10 @@ def plain_forward(model: tg.GPT, tokens: torch.Tensor, repeats: int) -> torch.Te
             width, heads = cfg.dim // cfg.heads, []
             for i in range(cfg.heads):
                 j = i // (cfg.heads // cfg.kv_heads)
-                q = turn(rms(h @ w[block + "attn.q"][i * width : (i + 1) * width].T)) * w[block + "attn.q_gain"][i]
+                q = (
+                    turn(rms(h @ w[block + "attn.q"][i * width : (i + 1) * width].T))
+                    * w[block + "attn.q_gain"][i]
+                )
                 k, v = (h @ m[j * width : (j + 1) * width].T for m in w[block + "attn.kv"])
                 scores = (q @ turn(rms(k)).mT / math.sqrt(width)).masked_fill(future, -math.inf)
                 y = scores.softmax(-1) @ v
@@ -96,12 +132,22 @@ def test_forward_differs_from_the_formulae(repeats):
 
 
 def test_shallow_phase_uses_what_belongs_to_deeper_ones():
-    """Rows of positions that are not there have no gradient; a row keeps its meaning when depth grows."""
+    """
+    Rows of positions that are not there have no gradient; a row keeps its meaning when depth grows.
+    """
     cfg = tiny(**SMALL)
     model, (x, y) = awake(build(cfg)), random_tokens(cfg, 2, 12)
     model(x, y, 2).mean().backward()
-    for rows, used in ((model.loop_embed, 4), (model.value_scales, 4), (model.cross_scales.transpose(0, 1), 1)):
-        grad = (model.cross_scales.grad.transpose(0, 1) if rows.shape[1] == 2 and used == 1 else rows.grad)
+    for rows, used in (
+        (model.loop_embed, 4),
+        (model.value_scales, 4),
+        (model.cross_scales.transpose(0, 1), 1),
+    ):
+        grad = (
+            model.cross_scales.grad.transpose(0, 1)
+            if rows.shape[1] == 2 and used == 1
+            else rows.grad
+        )
         assert (grad[:used].abs().flatten(1).amax(1) > 0).all() and not grad[used:].any()
     alone = build(tiny(**SMALL | {"repeats": "2"}))
     with torch.no_grad():
@@ -160,10 +206,29 @@ def test_what_is_learned_for_a_position_keeps_its_owner_when_depth_grows(repeats
 
 
 def test_step_0_loss_is_not_that_of_a_uniform_guess():
-    """Outputs of all branches start at zero, and the tied table is small: ln V, as the originals' logs begin."""
+    """
+    Outputs of all branches start at zero, and the tied table is small: ln V, as the originals' logs
+    begin.
+    """
     for name in ("golf_progressive", "golf_loop"):
-        flags = ["--dim", "64", "--heads", "4", "--kv_heads", "2", "--dtype", "float32", "--micro_tokens", "64",
-                 "--batch_tokens", "64", "--seq_len", "64", "--head_dim", "16"]
+        flags = [
+            "--dim",
+            "64",
+            "--heads",
+            "4",
+            "--kv_heads",
+            "2",
+            "--dtype",
+            "float32",
+            "--micro_tokens",
+            "64",
+            "--batch_tokens",
+            "64",
+            "--seq_len",
+            "64",
+            "--head_dim",
+            "16",
+        ]
         cfg = tg.parse_args(["--config", name, *flags])
         model, (x, y) = build(cfg, 64), random_tokens(cfg, 1, 64)
         assert float(model(x, y, 3).mean().detach()) == pytest.approx(math.log(1024), abs=0.05)
@@ -171,9 +236,18 @@ def test_step_0_loss_is_not_that_of_a_uniform_guess():
 
 def test_depth_changes_elsewhere_than_at_the_schedules_borders():
     plan = tg.Plan(tg.parse_args(["--config", "golf_progressive"]))
-    for fraction, repeats in ((0, 2), (0.3999, 2), (0.4, 3), (0.6499, 3), (0.65, 4), (0.9999, 4), (1, 4)):
+    for fraction, repeats in (
+        (0, 2),
+        (0.3999, 2),
+        (0.4, 3),
+        (0.6499, 3),
+        (0.65, 4),
+        (0.9999, 4),
+        (1, 4),
+    ):
         assert plan.at(0, plan.fraction(0, 600 * fraction)).repeats == repeats
-    with pytest.raises(tg.UserError, match="its last value"):  # on steps alone this one would never advance to 4
+    # on steps alone this one would never advance to 4
+    with pytest.raises(tg.UserError, match="its last value"):
         tg.validate(tiny(loop="0:2", steps=10, repeats="0:2 50s:4"))
 
 

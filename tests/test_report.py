@@ -1,7 +1,10 @@
-"""logs/report.py: statistics against published numbers, parsers against each format, the command line.
+"""logs/report.py: statistics against published numbers, parsers against each format, the command
+line.
 
-Published numbers are of modded-nanogpt's record folders, of remix's two logs and of parameter-golf's records.
+Published numbers are of modded-nanogpt's record folders, of remix's two logs and of
+parameter-golf's records.
 """
+
 import importlib.util
 import json
 import math
@@ -20,19 +23,86 @@ sys.modules["report"] = report  # dataclasses look their module up
 SPEC.loader.exec_module(report)
 Run = report.Run
 
-# The 80 val losses of the SoftCap record's README in units of 1e-4 above 3.27, as {loss: how many runs}.
-SOFTCAP = {53: 2, 54: 1, 62: 1, 65: 3, 66: 2, 68: 2, 69: 2, 71: 1, 75: 1, 77: 2, 78: 1, 80: 5, 81: 2, 82:
-           2, 83: 1, 84: 3, 85: 2, 86: 1, 88: 1, 90: 2, 91: 2, 92: 3, 93: 2, 94: 2, 96: 3, 97: 1, 98: 2,
-           99: 2, 100: 1, 101: 3, 102: 1, 103: 5, 104: 3, 105: 1, 108: 1, 109: 1, 113: 1, 116: 1, 119: 1,
-           125: 1, 127: 1, 130: 2, 132: 1, 134: 1, 137: 1}
-A_CURVE = {0: 14.9328, 125: 6.2211, 250: 5.1729, 500: 4.1838, 1000: 3.7701, 1500: 3.6310, 2000: 3.5535,
-           2500: 3.5052, 3000: 3.4726, 3500: 3.3985, 4000: 3.3241, 4250: 3.2919, 4375: 3.2809}
-M_CURVE = {0: 10.8258, 125: 4.6412, 250: 4.0813, 500: 3.7860, 1000: 3.5694, 1500: 3.4809, 2000: 3.3592,
-           2250: 3.3108, 2375: 3.2917, 2500: 3.2791}
-SOURCE = '''print0(f"step:{step}/{train_steps} val_loss:{val_loss:.4f} train_time:{training_time_ms:.0f}ms")
+# The 80 val losses of the SoftCap record's README in units of 1e-4 above 3.27, as {loss: how many
+# runs}.
+SOFTCAP = {
+    53: 2,
+    54: 1,
+    62: 1,
+    65: 3,
+    66: 2,
+    68: 2,
+    69: 2,
+    71: 1,
+    75: 1,
+    77: 2,
+    78: 1,
+    80: 5,
+    81: 2,
+    82: 2,
+    83: 1,
+    84: 3,
+    85: 2,
+    86: 1,
+    88: 1,
+    90: 2,
+    91: 2,
+    92: 3,
+    93: 2,
+    94: 2,
+    96: 3,
+    97: 1,
+    98: 2,
+    99: 2,
+    100: 1,
+    101: 3,
+    102: 1,
+    103: 5,
+    104: 3,
+    105: 1,
+    108: 1,
+    109: 1,
+    113: 1,
+    116: 1,
+    119: 1,
+    125: 1,
+    127: 1,
+    130: 2,
+    132: 1,
+    134: 1,
+    137: 1,
+}
+A_CURVE = {
+    0: 14.9328,
+    125: 6.2211,
+    250: 5.1729,
+    500: 4.1838,
+    1000: 3.7701,
+    1500: 3.6310,
+    2000: 3.5535,
+    2500: 3.5052,
+    3000: 3.4726,
+    3500: 3.3985,
+    4000: 3.3241,
+    4250: 3.2919,
+    4375: 3.2809,
+}
+M_CURVE = {
+    0: 10.8258,
+    125: 4.6412,
+    250: 4.0813,
+    500: 3.7860,
+    1000: 3.5694,
+    1500: 3.4809,
+    2000: 3.3592,
+    2250: 3.3108,
+    2375: 3.2917,
+    2500: 3.2791,
+}
+SOURCE = """print0(f"step:{step}/{train_steps} val_loss:{val_loss:.4f} train_time:{training_time_ms:.0f}ms")
 step:7/9 val_loss:1.0000 train_time:1ms step_avg:1.00ms
 peak memory allocated: 1 MiB reserved: 2 MiB
-'''
+"""
 
 
 def sample(n: int, mean: float, sd: float) -> list[float]:
@@ -46,16 +116,36 @@ def upstream_log(curve: dict[int, float], step_ms: float, peak: int) -> str:
     lines, steps = [], max(curve)
     for step, loss in curve.items():
         if step:
-            lines.append(f"step:{step}/{steps} train_time:{step * step_ms:.0f}ms step_avg:{step_ms:.2f}ms")
-        lines.append(f"step:{step}/{steps} val_loss:{loss:.4f} train_time:{step * step_ms:.0f}ms "
-                     f"step_avg:{step_ms:.2f}ms")
+            lines.append(
+                f"step:{step}/{steps} train_time:{step * step_ms:.0f}ms step_avg:{step_ms:.2f}ms"
+            )
+        lines.append(
+            f"step:{step}/{steps} val_loss:{loss:.4f} train_time:{step * step_ms:.0f}ms "
+            f"step_avg:{step_ms:.2f}ms"
+        )
     bar = "=" * 100
-    return "\n".join([SOURCE + bar, "Running Python 3.12.9", "| NVIDIA-SMI |", bar, *lines,
-                      f"peak memory allocated: {peak} MiB reserved: 34414 MiB", ""])
+    return "\n".join(
+        [
+            SOURCE + bar,
+            "Running Python 3.12.9",
+            "| NVIDIA-SMI |",
+            bar,
+            *lines,
+            f"peak memory allocated: {peak} MiB reserved: 34414 MiB",
+            "",
+        ]
+    )
 
 
-def make_run(folder: Path, arm: str, seed: int, losses: dict[int, float], finished: bool = True,
-             config: dict | None = None, result: dict | None = None) -> Path:
+def make_run(
+    folder: Path,
+    arm: str,
+    seed: int,
+    losses: dict[int, float],
+    finished: bool = True,
+    config: dict | None = None,
+    result: dict | None = None,
+) -> Path:
     """A run folder as the trainer leaves it."""
     folder.mkdir(parents=True)
     steps, run = max(losses), folder.name
@@ -68,11 +158,22 @@ def make_run(folder: Path, arm: str, seed: int, losses: dict[int, float], finish
         if step:
             repeats = 1 + (step > steps / 2)
             events.append({"kind": "train", "lr": 1 - step / steps, "repeats": repeats, **clock})
-        events.append({"kind": "val", "steps": steps, "val_loss": loss, "val_bpb": loss / 2, **clock})
+        events.append(
+            {"kind": "val", "steps": steps, "val_loss": loss, "val_bpb": loss / 2, **clock}
+        )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     if finished:
-        final = {"run": run, "arm": arm, "seed": seed, "steps": steps, "val_loss": loss, "val_bpb": loss / 2,
-                 "train_time_s": steps * 0.1, "total_bytes": 5_000_000, **(result or {})}
+        final = {
+            "run": run,
+            "arm": arm,
+            "seed": seed,
+            "steps": steps,
+            "val_loss": loss,
+            "val_bpb": loss / 2,
+            "train_time_s": steps * 0.1,
+            "total_bytes": 5_000_000,
+            **(result or {}),
+        }
         (folder / "result.json").write_text(json.dumps(final))
     return folder
 
@@ -89,6 +190,7 @@ def rule(**fields) -> dict:
 #              Statistics              #
 ########################################
 
+
 def test_softcap_record_p_value():
     losses = [3.27 + unit / 1e4 for unit, count in SOFTCAP.items() for _ in range(count)]
     mean, sd = report.mean_sd(losses)
@@ -103,15 +205,22 @@ def test_margin_is_t_crit_times_standard_error():
     table = {3: 6.965, 4: 4.541, 5: 3.747, 6: 3.365, 8: 2.998, 10: 2.821, 13: 2.681, 20: 2.539}
     for n, crit in table.items():
         assert report.margin_needed(n, math.sqrt(n), 0.01) == pytest.approx(crit, abs=5e-4)
-    assert report.margin_needed(3, 1.0, 0.01) == pytest.approx(4.02, abs=5e-3)  # golf: mean <= h - 4.02 sd
-    assert [f"{report.margin_needed(10, sd, 0.01):.4f}" for sd in (0.0010, 0.0025)] == ["0.0009", "0.0022"]
+    # golf: mean <= h - 4.02 sd
+    assert report.margin_needed(3, 1.0, 0.01) == pytest.approx(4.02, abs=5e-3)
+    assert [f"{report.margin_needed(10, sd, 0.01):.4f}" for sd in (0.0010, 0.0025)] == [
+        "0.0009",
+        "0.0022",
+    ]
 
 
 def test_published_examples():
-    assert report.t_below(sample(10, 3.27851, 0.00097), 3.28)[1] == pytest.approx(4.5e-4, rel=0.01)  # PR 315
-    t, p = report.t_below([1.20576, 1.20617, 1.20716], 1.21937)  # golf's seq2048 record, rounded losses
+    # PR 315
+    assert report.t_below(sample(10, 3.27851, 0.00097), 3.28)[1] == pytest.approx(4.5e-4, rel=0.01)
+    # golf's seq2048 record, rounded losses
+    t, p = report.t_below([1.20576, 1.20617, 1.20716], 1.21937)
     assert t == pytest.approx(31.4, abs=0.1) and f"{p:.4f}" == "0.0005"
-    # PRs 342 and 337 give mean and sd, no p; PR 322 mean and p, so that the sd which follows must be usual
+    # PRs 342 and 337 give mean and sd, no p; PR 322 mean and p, so that the sd which follows must
+    # be usual
     for n, mean, sd in ((13, 3.27837, 0.00142), (10, 3.27848, 0.00150)):
         assert report.judge_mean(sample(n, mean, sd), rule(target=3.28, p=0.01))[0] == "passes"
     sd = (3.28 - 3.27893) * math.sqrt(13) / stats.t.isf(0.0078, 12)
@@ -127,7 +236,9 @@ def test_track_3_rule_at_its_border():
     assert verdict == "fails" and why[-1] == "seeds missing at this mean: 1"
 
 
-@pytest.mark.parametrize(("gap", "sd"), [(0.001, 0.0013), (0.0002, 0.0013), (0.01, 0.001), (1.0, 0.001)])
+@pytest.mark.parametrize(
+    ("gap", "sd"), [(0.001, 0.0013), (0.0002, 0.0013), (0.01, 0.001), (1.0, 0.001)]
+)
 def test_seeds_needed_is_the_smallest_n_that_passes(gap, sd):
     n = report.seeds_needed(gap, sd, 0.01)
     assert report.t_below(sample(n, -gap, sd), 0.0)[1] < 0.01
@@ -135,20 +246,26 @@ def test_seeds_needed_is_the_smallest_n_that_passes(gap, sd):
 
 
 def test_bytes_of_golf_validation_set():
-    # two lines of the naive baseline's log, at step 0 and after the round trip, must imply the same text
+    # two lines of the naive baseline's log, at step 0 and after the round trip, must imply the same
+    # text
     for line in ((6.9370, 4.0978), (2.07269931, 1.22436570)):
         assert 63_779_840 * report.bytes_per_token(*line) == pytest.approx(155.8e6, rel=5e-4)
     bpb = 1.1271
     loss = bpb * math.log(2) * 151_080_364 / 62_021_632
     assert 62_021_632 * report.bytes_per_token(loss, bpb) == pytest.approx(151.08e6, rel=1e-4)
-    assert 0.005 / (math.log(2) * report.bytes_per_token(loss, bpb)) == pytest.approx(0.00296, abs=5e-6)
+    assert 0.005 / (math.log(2) * report.bytes_per_token(loss, bpb)) == pytest.approx(
+        0.00296, abs=5e-6
+    )
 
 
 def test_verdicts():
     def judge(runs, track="", **fields):
         verdict, why = report.judge(runs, rule(**fields), track)
         return verdict, "\n".join(why)
-    good = [run_of(3.27, seed, train_time_s=100.0, steps=100, total_bytes=15_999_999) for seed in (1, 2)]
+
+    good = [
+        run_of(3.27, seed, train_time_s=100.0, steps=100, total_bytes=15_999_999) for seed in (1, 2)
+    ]
     assert judge(good)[0] == "passes"
     assert judge([], target=3.28)[0] == "undecided"
     assert "two seeds" in judge(good[:1], target=3.28, p=0.01)[1]
@@ -161,12 +278,15 @@ def test_verdicts():
     assert "not measured" in judge(good, metric="sliding_val_bpb", target=1.1)[1]
     spread = [run_of(loss, seed) for seed, loss in enumerate(sample(3, 3.2791, 0.0019))]
     verdict, why = judge(spread, target=3.28, p=0.01)
-    assert verdict == "fails" and f"sd: {report.seeds_needed(3.28 - 3.2791, 0.0019, 0.01) - 3}" in why
+    assert (
+        verdict == "fails" and f"sd: {report.seeds_needed(3.28 - 3.2791, 0.0019, 0.01) - 3}" in why
+    )
 
 
 def test_caps_and_resumed_runs():
     def verdict(run, **fields):
         return report.judge([run], rule(**fields))[0]
+
     last_step_over = run_of(3.27, 1, train_time_s=600.038, steps=13780, total_bytes=16_000_000)
     assert verdict(last_step_over, max_seconds=600, max_bytes=16_000_000) == "passes"
     assert verdict(last_step_over, max_seconds=599) == "fails"
@@ -183,7 +303,10 @@ def test_golf_margin_is_explained_in_nats():
     bpb = [1.1271, 1.1272, 1.1273]
     runs = [run_of(x * math.log(2) * 2.4359, seed, val_bpb=x) for seed, x in enumerate(bpb)]
     verdict, why = report.judge(runs, rule(metric="val_bpb", target=1.14, margin=0.00296, p=0.01))
-    assert verdict == "passes" and "0.00296 bits per byte is 0.00500 nats per token at 2.4359" in why[-1]
+    assert (
+        verdict == "passes"
+        and "0.00296 bits per byte is 0.00500 nats per token at 2.4359" in why[-1]
+    )
 
 
 def test_paired_and_welch_tests():
@@ -196,7 +319,8 @@ def test_paired_and_welch_tests():
 
     far = [run_of(v, seed + 10) for seed, v in enumerate(y)]
     test, n, diff, _, p = report.compare(runs, far, "val_loss")
-    vx, vy = np.var(x, ddof=1) / 3, np.var(y, ddof=1) / 3  # Satterthwaite's degrees of freedom by hand
+    # Satterthwaite's degrees of freedom by hand
+    vx, vy = np.var(x, ddof=1) / 3, np.var(y, ddof=1) / 3
     df = (vx + vy) ** 2 / (vx**2 / 2 + vy**2 / 2)
     assert (test, n) == ("Welch", "3, 3")
     assert p == pytest.approx(stats.t.cdf(diff / math.sqrt(vx + vy), df))
@@ -219,9 +343,12 @@ def test_time_to_loss_against_inverse_interpolation():
         val = [{"train_time_ms": a, "val_loss": b} for a, b in zip(x, y, strict=True)]
         target = rng.uniform(y[-1], y[0])
         expected = np.interp(-target, -y, x)
-        assert report.time_to_loss(val, target, "val_loss", "train_time_ms") == pytest.approx(expected)
+        assert report.time_to_loss(val, target, "val_loss", "train_time_ms") == pytest.approx(
+            expected
+        )
     noisy = [{"step": i, "val_loss": loss} for i, loss in enumerate([5.0, 3.0, 4.0, 2.0])]
-    assert report.time_to_loss(noisy, 3.5, "val_loss", "step") == pytest.approx(0.75)  # the first time counts
+    # the first time counts
+    assert report.time_to_loss(noisy, 3.5, "val_loss", "step") == pytest.approx(0.75)
     assert report.time_to_loss(noisy, 1.9, "val_loss", "step") is None
     assert report.time_to_loss(noisy, 6.0, "val_loss", "step") == 0
     assert report.time_to_loss([], 6.0, "val_loss", "step") is None
@@ -230,6 +357,7 @@ def test_time_to_loss_against_inverse_interpolation():
 ########################################
 #               Reading                #
 ########################################
+
 
 def test_remix_logs_below_their_embedded_source(tmp_path):
     (tmp_path / "A.txt").write_text(upstream_log(A_CURVE, 615334 / 4375, 28874))
@@ -251,19 +379,23 @@ def test_remix_logs_below_their_embedded_source(tmp_path):
 
 
 def test_track_3_writes_seconds_and_several_trials(tmp_path):
-    trial = "step:0/250 val_loss:10.82584 train_time:0.000s step_avg:0.12ms\n" \
-            "step:250/250 val_loss:{} train_time:125.376s step_avg:501.50ms\n"
+    trial = (
+        "step:0/250 val_loss:10.82584 train_time:0.000s step_avg:0.12ms\n"
+        "step:250/250 val_loss:{} train_time:125.376s step_avg:501.50ms\n"
+    )
     folder = tmp_path / "muonh"
     folder.mkdir()
     path = folder / "28df77c8-d9e8-4759-9136-4cd1fcebc672.txt"
-    path.write_text("\n" + "=" * 100 + "\nUsing seed=1\n" + trial.format(4.065) + trial.format(4.075))
+    path.write_text(
+        "\n" + "=" * 100 + "\nUsing seed=1\n" + trial.format(4.065) + trial.format(4.075)
+    )
     runs = report.load_text(path)
     assert [run.value("val_loss") for run in runs] == [4.065, 4.075]
     for run in runs:
         assert (run.arm, run.seed, run.finished, run.resumed) == ("muonh", None, True, False)
     assert runs[0].value("train_time_s") == 125.376
     (folder / "seed01.txt").write_text("Using seed=1\n" + trial.format(4.07))
-    only, = report.load_text(folder / "seed01.txt")
+    (only,) = report.load_text(folder / "seed01.txt")
     assert (only.arm, only.seed) == ("muonh", 1)
 
 
@@ -290,17 +422,26 @@ final_sliding_window_exact val_loss:1.99780000 val_bpb:1.18320000 stride:64
 final_sliding_window val_loss:1.9978 val_bpb:1.1832 window:1024 stride:64 eval_time:2000ms
 final_hedge_mixer_exact val_loss:1.91200000 val_bpb:1.13240000
 """)
-    run, = report.find_runs([str(tmp_path / "*.log")])
-    assert (run.arm, run.seed, run.finished, run.value("params")) == (tmp_path.name, 1337, True, 17140056)
+    (run,) = report.find_runs([str(tmp_path / "*.log")])
+    assert (run.arm, run.seed, run.finished, run.value("params")) == (
+        tmp_path.name,
+        1337,
+        True,
+        17140056,
+    )
     assert (run.value("code_bytes"), run.value("artifact_bytes"), run.value("total_bytes")) == (
-        47642, 15815847, 15863489)
+        47642,
+        15815847,
+        15863489,
+    )
     assert run.value("roundtrip_val_bpb") == 1.22436570 and run.value("sliding_val_bpb") == 1.1832
     assert run.value("val_bpb") == 1.2172 and run.value("steps") == 13780
     assert run.value("eval_time_s") == pytest.approx(3.401) and run.value("train_time_s") == 600.038
     repeats = {point["step"]: point["repeats"] for point in run.train if "repeats" in point}
     assert repeats == {3350: 2, 4150: 3}
     assert "no code length" in report.run_section([run], list(report.METRICS))
-    assert report.build([run], metric="sliding_val_bpb")[3] == "val_bpb"  # a final score has no curve
+    # a final score has no curve
+    assert report.build([run], metric="sliding_val_bpb")[3] == "val_bpb"
 
 
 def test_resumed_run_keeps_the_later_lines(tmp_path):
@@ -308,32 +449,57 @@ def test_resumed_run_keeps_the_later_lines(tmp_path):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"kind": "val", "step": 30, "val_lo\n')  # cut by the kill
         file.write('{"kind": "train", "step": 11, "lr": 0.5, "train_time_ms": 1}\n')
-        file.write('{"kind": "val", "step": 20, "steps": 40, "val_loss": 3.25, "train_time_ms": 2000}\n')
+        file.write(
+            '{"kind": "val", "step": 20, "steps": 40, "val_loss": 3.25, "train_time_ms": 2000}\n'
+        )
     run = report.load_folder(folder)
-    assert [(point["step"], point["val_loss"]) for point in run.val] == [(0, 5.0), (10, 4.0), (20, 3.25)]
-    assert [point["step"] for point in run.train] == [10, 11]  # 20 was logged by the attempt that was lost
+    assert [(point["step"], point["val_loss"]) for point in run.val] == [
+        (0, 5.0),
+        (10, 4.0),
+        (20, 3.25),
+    ]
+    # 20 was logged by the attempt that was lost
+    assert [point["step"] for point in run.train] == [10, 11]
     assert run.state() == "unfinished 20/40, resumed"
     later = make_run(tmp_path / "a_s3", "a", 3, {0: 5.0, 10: 4.0}, finished=False)
     (later / "log.txt").write_text(SOURCE + "=" * 100 + "\nresumed:ckpt/5 at step 5\n")
     assert report.load_folder(later).state() == "unfinished 10/10, resumed"
     finished = make_run(tmp_path / "a_s2", "a", 2, {0: 5.0, 10: 4.0}, result={"resumed": True})
     assert "resumed, so not valid for timed tracks: a_s2" in report.run_section(
-        [report.load_folder(finished)], ["val_loss"])
+        [report.load_folder(finished)], ["val_loss"]
+    )
 
 
 def test_log_txt_stands_in_for_metrics(tmp_path):
     folder = make_run(tmp_path / "m_s3", "m", 3, {0: 5.0, 10: 4.0})
     (folder / "metrics.jsonl").unlink()
-    (folder / "log.txt").write_text(SOURCE + "=" * 100 + """
+    (folder / "log.txt").write_text(
+        SOURCE
+        + "=" * 100
+        + """
 step:0/10 val_loss:5.00000 train_time:0ms step_avg:0.00ms val_bpb:2.50000 wall_time:3.5s
 step:10/10 train_time:1000ms step_avg:100.00ms train_loss:4.1 lr:1.5e-03 repeats:2 tok_s:812
 step:10/10 val_loss:4.00000 train_time:1000ms step_avg:100.00ms val_bpb:2.00000 val_loss_ema:nan
-""")
+"""
+    )
     for argument in (folder, folder / "log.txt"):
-        run, = report.find_runs([str(argument)])
-        assert [point["val_bpb"] for point in run.val] == [2.5, 2.0] and run.val[0]["wall_time_s"] == 3.5
-        assert run.train == [{"kind": "train", "step": 10, "steps": 10, "train_time_ms": 1000.0, "lr": 0.0015,
-                              "step_avg_ms": 100.0, "train_loss": 4.1, "repeats": 2.0, "tok_s": 812.0}]
+        (run,) = report.find_runs([str(argument)])
+        assert [point["val_bpb"] for point in run.val] == [2.5, 2.0] and run.val[0][
+            "wall_time_s"
+        ] == 3.5
+        assert run.train == [
+            {
+                "kind": "train",
+                "step": 10,
+                "steps": 10,
+                "train_time_ms": 1000.0,
+                "lr": 0.0015,
+                "step_avg_ms": 100.0,
+                "train_loss": 4.1,
+                "repeats": 2.0,
+                "tok_s": 812.0,
+            }
+        ]
         assert math.isnan(run.value("val_loss_ema"))
         assert (run.arm, run.seed, run.finished) == ("m", 3, True)
 
@@ -411,18 +577,41 @@ def test_a_log_that_went_through_a_terminal_or_torchrun_is_read(tmp_path, dress)
 
 def test_run_named_twice_counts_once(tmp_path):
     folder = make_run(tmp_path / "logs" / "a_s1", "a", 1, {0: 5.0, 10: 4.0})
-    assert len(report.find_runs([str(folder), str(tmp_path / "logs"), str(tmp_path / "logs" / "*")])) == 1
+    assert (
+        len(report.find_runs([str(folder), str(tmp_path / "logs"), str(tmp_path / "logs" / "*")]))
+        == 1
+    )
 
 
 ########################################
 #                Report                #
 ########################################
 
+
 def test_config_diff_shows_what_trains_differently():
-    a = {"run": "a_s1", "seed": 1, "arm": "a", "log_dir": "x", "matrix_lr": 0.05, "steps": 10, "lr": "0:1"}
-    b = {"run": "b_s2", "seed": 2, "arm": "b", "log_dir": "y", "matrix_lr": 0.02, "steps": 10, "cap": 15.0}
+    a = {
+        "run": "a_s1",
+        "seed": 1,
+        "arm": "a",
+        "log_dir": "x",
+        "matrix_lr": 0.05,
+        "steps": 10,
+        "lr": "0:1",
+    }
+    b = {
+        "run": "b_s2",
+        "seed": 2,
+        "arm": "b",
+        "log_dir": "y",
+        "matrix_lr": 0.02,
+        "steps": 10,
+        "cap": 15.0,
+    }
     assert report.config_diff(a, b) == [
-        ["matrix_lr", "0.05", "0.02"], ["lr", "0:1", "-"], ["cap", "-", "15.0"]]
+        ["matrix_lr", "0.05", "0.02"],
+        ["lr", "0:1", "-"],
+        ["cap", "-", "15.0"],
+    ]
 
 
 def test_unlike_runs_of_one_arm_are_named(tmp_path):
@@ -430,14 +619,22 @@ def test_unlike_runs_of_one_arm_are_named(tmp_path):
         make_run(tmp_path / f"a_s{seed}", "a", seed, {0: 5.0, 10: 4.0}, config={"matrix_lr": lr})
     runs = report.find_runs([str(tmp_path)])
     text = report.config_section({"a": runs}, "a")
-    assert "should not differ" in text and text.splitlines()[-1].split() == ["matrix_lr", "0.05", "0.02"]
+    assert "should not differ" in text and text.splitlines()[-1].split() == [
+        "matrix_lr",
+        "0.05",
+        "0.02",
+    ]
 
 
 def test_unpaired_seeds_are_measured_against_the_mean(tmp_path):
-    base = [report.load_folder(make_run(tmp_path / f"a{seed}", "a", seed, {0: 5.0, 10: loss}))
-            for seed, loss in ((1, 3.9), (2, 4.1))]
-    runs = [report.load_folder(make_run(tmp_path / f"m{seed}", "m", seed, {0: 5.0, 5: 4.0, 10: 3.0}))
-            for seed in (8, 9)]
+    base = [
+        report.load_folder(make_run(tmp_path / f"a{seed}", "a", seed, {0: 5.0, 10: loss}))
+        for seed, loss in ((1, 3.9), (2, 4.1))
+    ]
+    runs = [
+        report.load_folder(make_run(tmp_path / f"m{seed}", "m", seed, {0: 5.0, 5: 4.0, 10: 3.0}))
+        for seed in (8, 9)
+    ]
     assert report.time_ratios(runs, base, "val_loss", "step") == {"m8": 0.5, "m9": 0.5}
     text = report.time_section({"a": base, "m": runs}, "a", "val_loss")
     assert "m needs 0.500 +- 0.000 of a's training time (n=2), 2.00 times less" in text
@@ -451,7 +648,11 @@ def test_plots_are_not_squashed_by_step_0():
     low, high = report.y_limits([run], "val_loss", 3.28)
     assert 3.2 < low < 3.28 and 3.7 < high < 3.9
     assert report.y_limits([run], "val_loss", 0.5)[0] > 3.2  # a far target does not either
-    run.val = [{"step": 0, "val_loss": 7.0}, {"step": 100, "val_loss": 3.3}, {"step": 146, "val_loss": 3.2}]
+    run.val = [
+        {"step": 0, "val_loss": 7.0},
+        {"step": 100, "val_loss": 3.3},
+        {"step": 146, "val_loss": 3.2},
+    ]
     assert report.y_limits([run], "val_loss", 0.0)[1] > 7.0  # of three points none is left out
 
 
@@ -462,8 +663,13 @@ def fabricate(root: Path):
         for arm, tau in (("A", 30.0), ("B", 15.0)):
             noise = rng.normal(0, 0.002, 11)
             losses = {10 * i: 3 + 4 * math.exp(-10 * i / tau) + noise[i] for i in range(11)}
-            settings = {"optimizer": {"A": "adamw", "B": "muon"}[arm], "rule_metric": "val_loss",
-                        "rule_target": 3.05, "rule_p": 0.01, "track": "speedrun"}
+            settings = {
+                "optimizer": {"A": "adamw", "B": "muon"}[arm],
+                "rule_metric": "val_loss",
+                "rule_target": 3.05,
+                "rule_p": 0.01,
+                "track": "speedrun",
+            }
             make_run(root / f"{arm}_s{seed}", arm, seed, losses, config=settings)
     make_run(root / "B_s4", "B", 4, {0: 7.0, 10: 5.0}, finished=False, config=settings)
 
@@ -471,12 +677,21 @@ def fabricate(root: Path):
 def test_command_line_writes_the_whole_report(tmp_path):
     fabricate(tmp_path / "logs")
     command = [sys.executable, str(ROOT / "logs" / "report.py"), "logs", "--out", "made/report"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0 and done.stderr == ""
     text = done.stdout
     assert max(map(len, text.splitlines())) <= report.WIDTH
-    for part in ("B needs 0.", "times less", "A fails", "B passes", "unfinished 10/10", "paired  3",
-                 "optimizer  adamw  muon"):
+    for part in (
+        "B needs 0.",
+        "times less",
+        "A fails",
+        "B passes",
+        "unfinished 10/10",
+        "paired  3",
+        "optimizer  adamw  muon",
+    ):
         assert part in text, part
     written = (tmp_path / "made/report/report.md").read_text()
     assert all(line in written for line in text.splitlines()[2:-1] if not line.startswith("---"))
@@ -495,7 +710,9 @@ def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
 
 
 def test_one_seed_makes_a_report_without_tests(tmp_path, monkeypatch, capsys):
-    make_run(tmp_path / "a_s1", "a", 1, {0: 5.0, 10: 4.0}, config={"rule_target": 4.5, "rule_p": 0.01})
+    make_run(
+        tmp_path / "a_s1", "a", 1, {0: 5.0, 10: 4.0}, config={"rule_target": 4.5, "rule_p": 0.01}
+    )
     make_run(tmp_path / "b_s1", "b", 1, {0: 5.0, 10: 3.0})
     code, text, _ = call(monkeypatch, capsys, tmp_path, "--out", tmp_path / "out", "--no_plots")
     assert code == 0 and "a undecided" in text and "a t-test needs two seeds at least" in text
@@ -513,8 +730,16 @@ def test_preset_gives_upstream_logs_their_rule(tmp_path, monkeypatch, capsys):
     for i, loss in enumerate((3.2780, 3.2785, 3.2790)):
         (tmp_path / f"m_s{i}.txt").write_text(upstream_log({0: 10.8, 100: loss}, 100.0, 1))
     (tmp_path / "preset.toml").write_text("rule_target = 3.28\nrule_p = 0.05\n")
-    code, text, _ = call(monkeypatch, capsys, tmp_path, "--out", tmp_path / "out", "--no_plots",
-                         "--rule", tmp_path / "preset.toml")
+    code, text, _ = call(
+        monkeypatch,
+        capsys,
+        tmp_path,
+        "--out",
+        tmp_path / "out",
+        "--no_plots",
+        "--rule",
+        tmp_path / "preset.toml",
+    )
     assert code == 0 and "m passes" in text and "t = 5.20" in text
 
 
@@ -553,11 +778,18 @@ def test_bad_input_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_best_epoch_and_averages_stand_in_one_column_with_the_last_step():
-    result = {"val_loss": 3.5, "val_loss_best_epoch": 3.3, "val_loss_prob_equal": 3.2, "val_loss_weights_recency": 3.25,
-              "slowrun_val_loss": 3.2}
+    result = {
+        "val_loss": 3.5,
+        "val_loss_best_epoch": 3.3,
+        "val_loss_prob_equal": 3.2,
+        "val_loss_weights_recency": 3.25,
+        "slowrun_val_loss": 3.2,
+    }
     run = report.Run("slow-s1", "slow", 1, result=result, finished=True)
     lines = report.run_section([run], list(report.METRICS)).splitlines()
     heads = [word.strip() for word in lines[-2].split("  ") if word]
     assert heads == ["run", "last step", "best epoch", "probs", "by recency", "least"]
     assert lines[-1].split() == ["slow-s1", "3.50000", "3.30000", "3.20000", "3.25000", "3.20000"]
-    assert "averages over" not in report.run_section([report.Run("a", "a", 1, result={"val_loss": 3.0})], ["val_loss"])
+    assert "averages over" not in report.run_section(
+        [report.Run("a", "a", 1, result={"val_loss": 3.0})], ["val_loss"]
+    )

@@ -1,4 +1,7 @@
-"""run.sh: what it starts, seen by a python that writes down how it is called and only answers questions about presets."""
+"""
+run.sh: what it starts, seen by a python that writes down how it is called and only answers
+questions about presets.
+"""
 
 import hashlib
 import os
@@ -26,7 +29,9 @@ done
 
 @pytest.fixture
 def start(tmp_path):
-    """Runs run.sh in an empty folder; returns its exit code, what it said, and the calls that it made."""
+    """
+    Runs run.sh in an empty folder; returns its exit code, what it said, and the calls that it made.
+    """
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / "logs").mkdir()
     for name in ("run.sh", "requirements.txt", "configs", "logs/start.py"):
@@ -43,8 +48,13 @@ def start(tmp_path):
     def start(*argv, **environment):
         calls = tmp_path / "calls.txt"
         calls.write_text("")
-        done = subprocess.run(["./run.sh", *argv], cwd=tmp_path, capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT), "NPROC": "0"} | environment)
+        done = subprocess.run(
+            ["./run.sh", *argv],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "NPROC": "0"} | environment,
+        )
         return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
 
     return start
@@ -68,7 +78,9 @@ def test_golf_submits_the_runs_that_it_trained_and_not_the_main_jobs(start, tmp_
 
 
 def test_both_phases_have_the_model_and_the_folder_that_the_flags_say(start, tmp_path):
-    code, said, calls = start("golf_cpu", "--dim", "256", "--log_dir", "elsewhere", NCA="yes", SEEDS="1")
+    code, said, calls = start(
+        "golf_cpu", "--dim", "256", "--log_dir", "elsewhere", NCA="yes", SEEDS="1"
+    )
     assert code == 0, said
     (first,), (second,) = only(calls, "pre_pre_train.py"), only(calls, "train_gpt.py")
     like = first.split("--like ")[1].split()[0]
@@ -88,15 +100,28 @@ def test_a_value_of_nca_that_means_nothing_is_refused_and_bad_flags_end_in_a_mes
 
 
 def test_centering_gets_the_data_of_one_scale_or_tabulates_another_folder(start):
-    code, said, calls = start("centering", "--scales", "centering_cpu", "centering_16m,dim=32", "tiny_cpu,data=data/slowrun",
-                              "--seeds", "1", "--log_dir", "logs/mine")
+    code, said, calls = start(
+        "centering",
+        "--scales",
+        "centering_cpu",
+        "centering_16m,dim=32",
+        "tiny_cpu,data=data/slowrun",
+        "--seeds",
+        "1",
+        "--log_dir",
+        "logs/mine",
+    )
     assert code == 0, said
     got = [call.split()[1] for call in only(calls, "data/get.py")]
     assert got == ["sample", "fineweb100B", "slowrun"]
-    assert only(calls, "logs/centering.py tables") == ["logs/centering.py tables logs/mine --out logs/report-mine"]
+    assert only(calls, "logs/centering.py tables") == [
+        "logs/centering.py tables logs/mine --out logs/report-mine"
+    ]
     code, said, calls = start("centering", "--seeds", "1")
     assert only(calls, "data/get.py") == ["data/get.py sample --vocab 4096 --out data/sample4096"]
-    assert only(calls, "logs/centering.py tables") == ["logs/centering.py tables logs/centering --out logs/report-centering"]
+    assert only(calls, "logs/centering.py tables") == [
+        "logs/centering.py tables logs/centering --out logs/report-centering"
+    ]
     code, said, calls = start("centering", "--scales", "centering_cpu,width=3")
     assert code != 0 and "width" in said and not only(calls, "logs/centering.py")
 
@@ -110,8 +135,14 @@ def test_a_finished_run_is_asked_again_so_that_other_flags_are_refused(start, tm
     assert asked == ["train_gpt.py --config golf_cpu --run golf_cpu-s1 --resume --seed 1 --dim 256"]
 
 
-@pytest.mark.parametrize("flags, words", [(("--seed", "4"), 'SEEDS="4"'), (("--seed=4",), 'SEEDS="4"'),
-                                          (("--run", "x"), "--config TRACK --run x")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--seed", "4"), 'SEEDS="4"'),
+        (("--seed=4",), 'SEEDS="4"'),
+        (("--run", "x"), "--config TRACK --run x"),
+    ],
+)
 @pytest.mark.parametrize("verb", ["golf_cpu", "remix", "golf", "depth", "warmdown", ""])
 def test_flags_that_break_the_names_of_runs_are_refused(start, verb, flags, words):
     code, said, calls = start(*[verb] * bool(verb), *flags)
@@ -144,14 +175,24 @@ def test_every_node_starts_the_same_and_one_reports(start, tmp_path, node):
     if node == 0:
         (tmp_path / "logs" / "tiny_cpu-s1").mkdir()
         (tmp_path / "logs" / "tiny_cpu-s1" / "result.json").write_text("{}")
-    code, said, calls = start("tiny_cpu", SEEDS="1 2", NNODES="2", NODE_RANK=str(node), NPROC="8",
-                              MASTER_ADDR="10.0.0.1", MASTER_PORT="1234", WAIT_SECONDS="60")
+    code, said, calls = start(
+        "tiny_cpu",
+        SEEDS="1 2",
+        NNODES="2",
+        NODE_RANK=str(node),
+        NPROC="8",
+        MASTER_ADDR="10.0.0.1",
+        MASTER_PORT="1234",
+        WAIT_SECONDS="60",
+    )
     assert code == 0, said
     where = f"torchrun --nnodes 2 --node_rank {node} --master_addr 10.0.0.1 --master_port"
     conf = "--rdzv_conf timeout=60 --nproc_per_node 8 -- train_gpt.py --config tiny_cpu"
     begun = [call for call in calls if call.startswith("torchrun")]
-    assert begun == [f"{where} {1233 + seed} {conf} --run tiny_cpu-s{seed} --resume --seed {seed}"
-                     for seed in (1, 2)]
+    assert begun == [
+        f"{where} {1233 + seed} {conf} --run tiny_cpu-s{seed} --resume --seed {seed}"
+        for seed in (1, 2)
+    ]
     assert bool(only(calls, "logs/report.py")) == (node == 0)
 
 
@@ -164,19 +205,42 @@ def test_a_study_reads_the_data_and_writes_where_its_flags_say(start):
 
 EIGHT = "".join(f"GPU {i}: NVIDIA H100 (UUID: GPU-{i}a{i})\n" for i in range(8))
 CUT = "GPU 0: NVIDIA A100 (UUID: GPU-0a0)\n" + "".join(
-    f"  MIG 1g.5gb     Device  {i}: (UUID: MIG-{i})\n" for i in range(7))
+    f"  MIG 1g.5gb     Device  {i}: (UUID: MIG-{i})\n" for i in range(7)
+)
 
 
-@pytest.mark.parametrize("listing, visible, count", [
-    ("", None, 0), (EIGHT, None, 8), (EIGHT, "2,3", 2), (EIGHT, "", 0), (EIGHT, "-1", 0), (EIGHT, "0,1,-1,2", 2),
-    (EIGHT, "0,9", 1), (EIGHT, "GPU-3a3", 1), (CUT, None, 1), (CUT, "MIG-1,MIG-2", 1), ("", "0,1", 0),
-    ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", None, 0)])
+@pytest.mark.parametrize(
+    "listing, visible, count",
+    [
+        ("", None, 0),
+        (EIGHT, None, 8),
+        (EIGHT, "2,3", 2),
+        (EIGHT, "", 0),
+        (EIGHT, "-1", 0),
+        (EIGHT, "0,1,-1,2", 2),
+        (EIGHT, "0,9", 1),
+        (EIGHT, "GPU-3a3", 1),
+        (CUT, None, 1),
+        (CUT, "MIG-1,MIG-2", 1),
+        ("", "0,1", 0),
+        (
+            "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n",
+            None,
+            0,
+        ),
+    ],
+)
 def test_as_many_processes_as_gpus_that_they_can_see(listing, visible, count):
     assert starter.gpus(listing, visible) == count
 
 
-def test_requirements_are_installed_by_one_process_of_those_that_share_the_folder(tmp_path, monkeypatch):
-    """Three nodes start at once: one pip; another file, another pip; one that was killed is no obstacle."""
+def test_requirements_are_installed_by_one_process_of_those_that_share_the_folder(
+    tmp_path, monkeypatch
+):
+    """
+    Three nodes start at once: one pip; another file, another pip; one that was killed is no
+    obstacle.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "requirements.txt").write_text("torch\n")
     pip = tmp_path / ".venv" / "bin" / "python"
@@ -185,8 +249,15 @@ def test_requirements_are_installed_by_one_process_of_those_that_share_the_folde
     pip.chmod(0o755)
 
     def nodes(count):
-        begun = [subprocess.Popen([sys.executable, ROOT / "logs" / "start.py", "environment"],
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(count)]
+        begun = [
+            subprocess.Popen(
+                [sys.executable, ROOT / "logs" / "start.py", "environment"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for _ in range(count)
+        ]
         said = [process.communicate()[0] for process in begun]
         pips = (tmp_path / "pip.txt").read_text().splitlines()
         return [process.returncode for process in begun], "".join(said), len(pips)
@@ -197,18 +268,33 @@ def test_requirements_are_installed_by_one_process_of_those_that_share_the_folde
     (tmp_path / "requirements.txt").write_text("torch\nnumpy\n")
     (tmp_path / "fails").touch()
     codes, said, pips = nodes(1)
-    assert codes == [2] and pips == 2 and "requirements.txt ended with code 1" in said and "Traceback" not in said
+    assert (
+        codes == [2]
+        and pips == 2
+        and "requirements.txt ended with code 1" in said
+        and "Traceback" not in said
+    )
     (tmp_path / "fails").unlink()
     assert nodes(1)[::2] == ([0], 3)
 
 
 def test_a_turn_waits_with_a_message_and_a_limit(tmp_path, capsys):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from logs.start import turn\n" \
-           "with turn('lock', ''):\n print(flush=True)\n input()"
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from logs.start import turn\n"
+        "with turn('lock', ''):\n print(flush=True)\n input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     other.stdout.readline()
-    with pytest.raises(starter.Overdue, match="WAIT_SECONDS"), starter.turn(tmp_path / "lock", "at work", 0.2):
+    with (
+        pytest.raises(starter.Overdue, match="WAIT_SECONDS"),
+        starter.turn(tmp_path / "lock", "at work", 0.2),
+    ):
         raise AssertionError("it was locked")
     assert "another process is at work: waiting" in capsys.readouterr().out
     threading.Timer(0.3, other.kill).start()

@@ -1,4 +1,7 @@
-"""Whole runs, as processes: ranks, kills, signals, bad input, logs, clocks, tracking. forks.py starts them."""
+"""
+Whole runs, as processes: ranks, kills, signals, bad input, logs, clocks, tracking. forks.py starts
+them.
+"""
 
 import contextlib
 import hashlib
@@ -22,8 +25,11 @@ from helpers import tg, write_shard
 from safetensors.torch import load_file
 
 TRAINER = ROOT / "train_gpt.py"
-TIMES = {"train_time_ms", "wall_time_s", "eval_time_s", "tok_s"}  # of metrics.jsonl: what no two runs have in common
-VAL_LINE = re.compile(r"^step:(\d+)/(\d+) val_loss:(\S+) train_time:(\d+)ms step_avg:([\d.]+)ms$", re.M)
+# of metrics.jsonl: what no two runs have in common
+TIMES = {"train_time_ms", "wall_time_s", "eval_time_s", "tok_s"}
+VAL_LINE = re.compile(
+    r"^step:(\d+)/(\d+) val_loss:(\S+) train_time:(\d+)ms step_avg:([\d.]+)ms$", re.M
+)
 TRAIN_LINE = re.compile(r"^step:(\d+)/(\d+) train_time:(\d+)ms step_avg:([\d.]+)ms$", re.M)
 
 
@@ -56,13 +62,31 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def flags(data):
     """flags(steps=3, ...) -> the command line of a tiny run; None leaves a flag out."""
-    tiny = {"run": "tiny", "compile": 0, "device": "cpu", "dtype": "float32", "depth": 1, "dim": 32, "heads": 2,
-            "seq_len": 32, "batch_tokens": 256, "micro_tokens": 256, "vocab": 64, "doc_token": 0, "tokenizer": "",
-            "val_tokens": 1024, "steps": 6, "eval_every": 3, "data": data}
+    tiny = {
+        "run": "tiny",
+        "compile": 0,
+        "device": "cpu",
+        "dtype": "float32",
+        "depth": 1,
+        "dim": 32,
+        "heads": 2,
+        "seq_len": 32,
+        "batch_tokens": 256,
+        "micro_tokens": 256,
+        "vocab": 64,
+        "doc_token": 0,
+        "tokenizer": "",
+        "val_tokens": 1024,
+        "steps": 6,
+        "eval_every": 3,
+        "data": data,
+    }
 
     def build(**changes) -> list[str]:
         both = {k: v for k, v in (tiny | changes).items() if v is not None and v is not False}
-        return [w for k, v in both.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+        return [
+            w for k, v in both.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])
+        ]
 
     return build
 
@@ -80,7 +104,10 @@ def numbers(records: list[dict], key: str) -> list[float]:
 
 
 def newest(folder: Path) -> Path:
-    """The newest complete checkpoint, by the rule of the README: a folder of digits with a DONE marker."""
+    """
+    The newest complete checkpoint, by the rule of the README: a folder of digits with a DONE
+    marker.
+    """
     found = [p for p in folder.glob("ckpt/[0-9]*") if (p / "DONE").exists()]
     assert found, f"no complete checkpoint in {folder}"
     return max(found, key=lambda p: int(p.name))
@@ -88,12 +115,18 @@ def newest(folder: Path) -> Path:
 
 def tensors_of(checkpoint: Path) -> dict[str, bytes]:
     """Every stored number of a checkpoint, bit for bit."""
-    return {f"{part}/{name}": t.numpy().tobytes() for part in ("model", "optimizer", "averages")
-            for name, t in load_file(checkpoint / f"{part}.safetensors").items()}
+    return {
+        f"{part}/{name}": t.numpy().tobytes()
+        for part in ("model", "optimizer", "averages")
+        for name, t in load_file(checkpoint / f"{part}.safetensors").items()
+    }
 
 
 def same_end(folder: Path, reference: Path) -> None:
-    """Two run folders end alike, bit for bit: the artifact, the last checkpoint, all numbers that are no times."""
+    """
+    Two run folders end alike, bit for bit: the artifact, the last checkpoint, all numbers that are
+    no times.
+    """
     assert timeless(metrics(folder)) == timeless(metrics(reference))
     assert (folder / "model.nrx").read_bytes() == (reference / "model.nrx").read_bytes()
     assert newest(folder).name == newest(reference).name
@@ -102,7 +135,15 @@ def same_end(folder: Path, reference: Path) -> None:
     for key in ("step", "loader", "rng", "world_size"):
         assert states[0][key] == states[1][key]
     mine, other = (json.loads((f / "result.json").read_text()) for f in (folder, reference))
-    for key in ("val_loss", "roundtrip_val_loss", "steps", "tokens", "artifact_bytes", "config_sha256", "data_sha256"):
+    for key in (
+        "val_loss",
+        "roundtrip_val_loss",
+        "steps",
+        "tokens",
+        "artifact_bytes",
+        "config_sha256",
+        "data_sha256",
+    ):
         assert mine[key] == other[key]
 
 
@@ -112,15 +153,25 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start_ranks(server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None) -> list:
+def start_ranks(
+    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None
+) -> list:
     """One process per rank, as torchrun starts them; `when` goes to the last rank."""
     env = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [server.start(*argv, cwd=cwd, when=when if rank == world - 1 else None,
-                         env={k: str(v) for k, v in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()})
-            for rank in range(world)]
+    return [
+        server.start(
+            *argv,
+            cwd=cwd,
+            when=when if rank == world - 1 else None,
+            env={k: str(v) for k, v in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+        )
+        for rank in range(world)
+    ]
 
 
-def run_ranks(server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None) -> list[Ended]:
+def run_ranks(
+    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None
+) -> list[Ended]:
     return [fork.wait() for fork in start_ranks(server, world, argv, cwd, when)]
 
 
@@ -133,27 +184,50 @@ def succeed(ended: Ended | list[Ended]) -> None:
 #                Ranks                 #
 ########################################
 
-RANKED = {"depth": 2, "steps": 20, "eval_every": 10, "grad_clip": 1, "matrix_wd": 0.1, "ema": 0.9, "swa_every": 2,
-          "swa_start": 0.5, "shuffle": 1}
+RANKED = {
+    "depth": 2,
+    "steps": 20,
+    "eval_every": 10,
+    "grad_clip": 1,
+    "matrix_wd": 0.1,
+    "ema": 0.9,
+    "swa_every": 2,
+    "swa_start": 0.5,
+    "shuffle": 1,
+}
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_any_number_of_ranks_gives_the_same_losses(server, flags, tmp_path, optimizer):
-    """1, 2, 4, 8 ranks and any micro-batch: one sequence of losses to 1e-5, for the live weights and the averages."""
+    """
+    1, 2, 4, 8 ranks and any micro-batch: one sequence of losses to 1e-5, for the live weights and
+    the averages.
+    """
+
     def losses(world: int, micro: int) -> dict[str, list[float]]:
         run = f"w{world}-{micro}"
         own = {"normuon": 0.9} if optimizer == "muon" else {"adamw_lr": 0.01}
         argv = flags(run=run, micro_tokens=micro, optimizer=optimizer, **own, **RANKED)
         succeed(run_ranks(server, world, argv, tmp_path))
         found = metrics(tmp_path / "logs" / run)
-        assert json.loads((tmp_path / "logs" / run / "result.json").read_text())["world_size"] == world
+        assert (
+            json.loads((tmp_path / "logs" / run / "result.json").read_text())["world_size"] == world
+        )
         keys = ("train_loss", "grad_norm", "val_loss", "val_loss_ema", "val_loss_swa")
         return {key: numbers(found, key) for key in keys}
 
     one = losses(1, 256)
-    others = [(2, 64), (4, 32), (8, 32), *([(1, 32), (2, 128), (4, 64)] if optimizer == "muon" else [])]
-    assert len(one["train_loss"]) == 20 and len(one["val_loss"]) == 3 and len(one["val_loss_swa"]) == 2
-    assert one["train_loss"][-1] < one["train_loss"][0]  # it learns: the comparison is of something that moves
+    others = [
+        (2, 64),
+        (4, 32),
+        (8, 32),
+        *([(1, 32), (2, 128), (4, 64)] if optimizer == "muon" else []),
+    ]
+    assert (
+        len(one["train_loss"]) == 20 and len(one["val_loss"]) == 3 and len(one["val_loss_swa"]) == 2
+    )
+    # it learns: the comparison is of something that moves
+    assert one["train_loss"][-1] < one["train_loss"][0]
     for world, micro in others:
         many = losses(world, micro)
         for key in one:
@@ -162,7 +236,9 @@ def test_any_number_of_ranks_gives_the_same_losses(server, flags, tmp_path, opti
 
 
 def test_ranks_whose_clocks_differ_stop_at_different_steps(server, flags, tmp_path):
-    """Under max_seconds the step to stop at is one for all, or the rest waits forever for a gradient."""
+    """
+    Under max_seconds the step to stop at is one for all, or the rest waits forever for a gradient.
+    """
     skewed = tmp_path / "skewed.py"
     skewed.write_text(f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -171,20 +247,41 @@ plain = tg.Clock.seconds
 tg.Clock.seconds = lambda self: plain(self) * (1 + 0.5 * int(os.environ["RANK"]))
 sys.exit(tg.main(sys.argv[1:]))
 """)
-    argv = flags(micro_tokens=64, steps=100000, epochs=1000, max_seconds=1, eval_every=0, gptq=3,
-                 dim=64)
+    argv = flags(
+        micro_tokens=64, steps=100000, epochs=1000, max_seconds=1, eval_every=0, gptq=3, dim=64
+    )
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    forks = [server.start(*argv, cwd=tmp_path, file=skewed, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
+    forks = [
+        server.start(
+            *argv, cwd=tmp_path, file=skewed, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}
+        )
+        for r in (0, 1)
+    ]
     succeed([fork.wait(60) for fork in forks])
     result = json.loads((tmp_path / "logs/tiny/result.json").read_text())
     assert 0 < result["steps"] < 100000 and result["train_time_s"] < 1
 
 
 def test_ranks_with_unequal_shares_of_scoring_or_calibration_wait_forever(server, flags, tmp_path):
-    """Three ranks, four rows for GPTQ, five scorers, documents of uneven lengths: the numbers of one process."""
+    """
+    Three ranks, four rows for GPTQ, five scorers, documents of uneven lengths: the numbers of one
+    process.
+    """
+
     def scores(world: int) -> dict:
-        argv = flags(run=f"w{world}", micro_tokens=32, batch_tokens=384, gptq=4, export="int6", val_tokens=500,
-                     score="sliding mixture ttt lora", stride=8, dim=64, heads=1, steps=3)
+        argv = flags(
+            run=f"w{world}",
+            micro_tokens=32,
+            batch_tokens=384,
+            gptq=4,
+            export="int6",
+            val_tokens=500,
+            score="sliding mixture ttt lora",
+            stride=8,
+            dim=64,
+            heads=1,
+            steps=3,
+        )
         succeed(run_ranks(server, world, argv, tmp_path))
         return json.loads((tmp_path / f"logs/w{world}/result.json").read_text())
 
@@ -196,12 +293,17 @@ def test_ranks_with_unequal_shares_of_scoring_or_calibration_wait_forever(server
 
 
 def test_saved_on_four_ranks_and_resumed_on_one_and_two(server, flags, tmp_path):
-    """A checkpoint does not know how many ranks wrote it: what goes on from it follows the uninterrupted run."""
+    """
+    A checkpoint does not know how many ranks wrote it: what goes on from it follows the
+    uninterrupted run.
+    """
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     straight.mkdir(), broken.mkdir()
     argv = flags(micro_tokens=64, **RANKED)
     succeed(server.run(*argv, cwd=straight))
-    left = run_ranks(server, 4, argv, broken, {"phase": "train_step", "send": [[800, signal.SIGTERM]]})
+    left = run_ranks(
+        server, 4, argv, broken, {"phase": "train_step", "send": [[800, signal.SIGTERM]]}
+    )
     assert [e.code for e in left] == [143] * 4, left[0].text
     assert 0 < int(newest(broken / "logs/tiny").name) < 20
     reference = metrics(straight / "logs/tiny")
@@ -210,25 +312,48 @@ def test_saved_on_four_ranks_and_resumed_on_one_and_two(server, flags, tmp_path)
         shutil.copytree(broken, folder)
         succeed(run_ranks(server, world, [*argv, "--resume"], folder))
         found = metrics(folder / "logs/tiny")
-        assert [(r["kind"], r["step"]) for r in found] == [(r["kind"], r["step"]) for r in reference]
+        assert [(r["kind"], r["step"]) for r in found] == [
+            (r["kind"], r["step"]) for r in reference
+        ]
         for key in ("train_loss", "val_loss", "val_loss_ema", "val_loss_swa"):
-            np.testing.assert_allclose(numbers(found, key), numbers(reference, key), rtol=1e-5, err_msg=key)
+            np.testing.assert_allclose(
+                numbers(found, key), numbers(reference, key), rtol=1e-5, err_msg=key
+            )
 
 
 def test_torchrun_and_its_sigterm(flags, tmp_path):
-    """`torchrun --standalone` works as documented; SIGTERM to it reaches both ranks, which save one checkpoint."""
+    """
+    `torchrun --standalone` works as documented; SIGTERM to it reaches both ranks, which save one
+    checkpoint.
+    """
     argv = flags(steps=100000, eval_every=0, batch_tokens=64, micro_tokens=32, epochs=0)
-    command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node=2", "--", TRAINER, *argv]
+    command = [
+        Path(sys.executable).parent / "torchrun",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--",
+        TRAINER,
+        *argv,
+    ]
     with open(tmp_path / "out", "wb") as out:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
     log = tmp_path / "logs/tiny/metrics.jsonl"
-    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 3, process, tmp_path / "out")
+    wait_until(
+        lambda: log.exists() and log.read_bytes().count(b"\n") > 3, process, tmp_path / "out"
+    )
     process.send_signal(signal.SIGTERM)
     process.wait(60)
     text = (tmp_path / "out").read_text()
     assert "interrupted by SIGTERM" in text and "--resume" in text
-    assert json.loads((newest(tmp_path / "logs/tiny") / "state.json").read_text())["world_size"] == 2
+    assert (
+        json.loads((newest(tmp_path / "logs/tiny") / "state.json").read_text())["world_size"] == 2
+    )
 
 
 def wait_until(condition, process: subprocess.Popen, out: Path, seconds: float = 90) -> None:
@@ -242,15 +367,31 @@ def wait_until(condition, process: subprocess.Popen, out: Path, seconds: float =
 #         Kills and checkpoints        #
 ########################################
 
-# Everything on that a checkpoint must carry. The table of 2,112 rows is large enough to be quantised, and the data
-# small enough that the run passes through it more than once.
-BREAKABLE = {"steps": 8, "save_every": 2, "eval_every": 3, "shuffle": 1, "ema": 0.9, "swa_every": 1, "swa_start": 0.3,
-             "vocab": 2112, "micro_tokens": 128, "normuon": 0.9, "matrix_wd": 0.1, "epochs": 0, "data": "data"}
+# Everything on that a checkpoint must carry. The table of 2,112 rows is large enough to be
+# quantised, and the data small enough that the run passes through it more than once.
+BREAKABLE = {
+    "steps": 8,
+    "save_every": 2,
+    "eval_every": 3,
+    "shuffle": 1,
+    "ema": 0.9,
+    "swa_every": 1,
+    "swa_start": 0.3,
+    "vocab": 2112,
+    "micro_tokens": 128,
+    "normuon": 0.9,
+    "matrix_wd": 0.1,
+    "epochs": 0,
+    "data": "data",
+}
 
 
 @pytest.fixture(scope="session")
 def breakable(server, flags, tmp_path_factory):
-    """A run to break: flags, a folder to copy for each attempt, the uninterrupted run, its calls, its checkpoints."""
+    """
+    A run to break: flags, a folder to copy for each attempt, the uninterrupted run, its calls, its
+    checkpoints.
+    """
     folder = tmp_path_factory.mktemp("breakable")
     clean, whole = folder / "clean", folder / "whole"
     (clean / "data").mkdir(parents=True)
@@ -275,21 +416,39 @@ def _copy(source: Path, target: Path) -> Path:
     return target
 
 
-KILLS = [("train_step", "all")] * 5 + [("evaluate", "all")] * 4 + [("export_and_score", "all")] * 2 + [
-    *[("save_checkpoint", "all")] * 2, *[("save_checkpoint", "files")] * 2, ("save_checkpoint", "rename"),
-    ("save_checkpoint", "unlink"), ("warm_up", "all"), ("write_result", "all"), ("prepare_folder", "all")]
+KILLS = (
+    [("train_step", "all")] * 5
+    + [("evaluate", "all")] * 4
+    + [("export_and_score", "all")] * 2
+    + [
+        *[("save_checkpoint", "all")] * 2,
+        *[("save_checkpoint", "files")] * 2,
+        ("save_checkpoint", "rename"),
+        ("save_checkpoint", "unlink"),
+        ("warm_up", "all"),
+        ("write_result", "all"),
+        ("prepare_folder", "all"),
+    ]
+)
 
 
 @pytest.mark.parametrize("number", range(len(KILLS)))
 def test_sigkill_at_any_instant_and_resume(server, breakable, tmp_path, number):
-    """Killed, resumed, killed again and resumed until it ends, a run ends bit-identical to the uninterrupted one."""
+    """
+    Killed, resumed, killed again and resumed until it ends, a run ends bit-identical to the
+    uninterrupted one.
+    """
     argv, clean, reference, calls, every = breakable
     rng, (phase, kind) = random.Random(number), KILLS[number]
     folder = _copy(clean, tmp_path / "run")
-    first = rng.randrange(calls[kind][phase] if kind in calls else 4) + 1  # four saves, each with a rename
-    ended = server.run(*argv, cwd=folder, when={"phase": phase, "calls": kind, "send": [[first, signal.SIGKILL]]})
+    # four saves, each with a rename
+    first = rng.randrange(calls[kind][phase] if kind in calls else 4) + 1
+    ended = server.run(
+        *argv, cwd=folder, when={"phase": phase, "calls": kind, "send": [[first, signal.SIGKILL]]}
+    )
     assert ended.code == -signal.SIGKILL and f"in {phase} " in ended.err, ended.text
-    for path in (folder / "logs/tiny").glob("ckpt/[0-9]*/DONE"):  # a complete checkpoint is that of the straight run
+    # a complete checkpoint is that of the straight run
+    for path in (folder / "logs/tiny").glob("ckpt/[0-9]*/DONE"):
         assert tensors_of(path.parent) == every[int(path.parent.name)]
     again = rng.randrange(sum(calls["all"].values()) // 2)
     ended = server.run(*argv, "--resume", cwd=folder, when={"send": [[again, signal.SIGKILL]]})
@@ -297,11 +456,16 @@ def test_sigkill_at_any_instant_and_resume(server, breakable, tmp_path, number):
         assert ended.code == -signal.SIGKILL, ended.text
         succeed(server.run(*argv, "--resume", cwd=folder))
     same_end(folder / "logs/tiny", reference)
-    assert not [p for p in (folder / "logs/tiny").rglob("*.part")], "half-written files were left behind"
+    assert not [p for p in (folder / "logs/tiny").rglob("*.part")], (
+        "half-written files were left behind"
+    )
 
 
 def test_sigkill_by_the_clock_until_it_ends(server, breakable, tmp_path):
-    """Killed from outside ten times, after random times, inside system calls too; it always ends alike."""
+    """
+    Killed from outside ten times, after random times, inside system calls too; it always ends
+    alike.
+    """
     argv, clean, reference, _, every = breakable
     began = time.monotonic()
     succeed(server.run(*argv, cwd=_copy(clean, tmp_path / "timed")))
@@ -314,7 +478,8 @@ def test_sigkill_by_the_clock_until_it_ends(server, breakable, tmp_path):
             fork.signal(signal.SIGKILL)
         killed = fork.wait().code == -signal.SIGKILL
         kills += killed
-        took *= 1 if killed else 0.9  # it ended before: the machine was busier when the time was taken
+        # it ended before: the machine was busier when the time was taken
+        took *= 1 if killed else 0.9
         for path in (folder / "logs/tiny").glob("ckpt/[0-9]*/DONE"):
             assert tensors_of(path.parent) == every[int(path.parent.name)]
         if (folder / "logs/tiny/result.json").exists():
@@ -326,23 +491,39 @@ def test_sigkill_by_the_clock_until_it_ends(server, breakable, tmp_path):
 
 
 def test_every_file_call_of_saving_may_be_the_last(server, breakable, tmp_path):
-    """Before each single call that changes files, a save leaves whole checkpoints; one of its own step, too."""
+    """
+    Before each single call that changes files, a save leaves whole checkpoints; one of its own
+    step, too.
+    """
     argv, clean, _, calls, _ = breakable
     folder = _copy(clean, tmp_path / "run")
-    at = calls["all"]["train_step"] * 11 // 16  # in the sixth step of eight: the resumed run saves none at once
-    left = server.run(*argv, cwd=folder, when={"phase": "train_step", "send": [[at, signal.SIGTERM]]})
+    # in the sixth step of eight: the resumed run saves none at once
+    at = calls["all"]["train_step"] * 11 // 16
+    left = server.run(
+        *argv, cwd=folder, when={"phase": "train_step", "send": [[at, signal.SIGTERM]]}
+    )
     assert left.code == 143
     known = complete_checkpoints(folder)
     assert sorted(known) == ["000004", "000006"]
     for keep in (1, 2):
         again, watched = _copy(folder, tmp_path / f"keep{keep}"), tmp_path / f"watched{keep}"
-        succeed(server.run(*argv, "--resume", "--keep", keep, cwd=again,
-                           when={"phase": "save_checkpoint", "calls": "files", "watch": str(watched)}))
+        succeed(
+            server.run(
+                *argv,
+                "--resume",
+                "--keep",
+                keep,
+                cwd=again,
+                when={"phase": "save_checkpoint", "calls": "files", "watch": str(watched)},
+            )
+        )
         seen = json.loads(watched.read_text())
         assert len(seen) > 20, "the calls that write a checkpoint are no longer recognised"
         for before, after in zip([known, *seen], [*seen, complete_checkpoints(again)]):
             assert max(after) >= max(before), "the newest checkpoint was lost"
-            assert all(after[step] == before[step] for step in after.keys() & before.keys()), "it was changed"
+            assert all(after[step] == before[step] for step in after.keys() & before.keys()), (
+                "it was changed"
+            )
         assert sorted(seen[-1])[-keep:] == ["000006", "000008"][-keep:]
 
 
@@ -350,12 +531,19 @@ def test_every_file_call_of_saving_may_be_the_last(server, breakable, tmp_path):
 #               Signals                #
 ########################################
 
-SIGNALS = [("train_step", "all", 0.5, signal.SIGTERM), ("train_step", "all", 0.1, signal.SIGINT),
-           ("warm_up", "all", 0.4, signal.SIGTERM), ("warm_up", "all", 0.8, signal.SIGINT),
-           ("evaluate", "all", 0.02, signal.SIGTERM), ("evaluate", "all", 0.5, signal.SIGINT),
-           ("evaluate", "all", 0.97, signal.SIGTERM),  # of the artifact as read back: those weights are not the run's
-           ("save_checkpoint", "all", 0.6, signal.SIGTERM), ("build", "all", 0.5, signal.SIGTERM),
-           ("load_checkpoint", "all", 0.5, signal.SIGINT)]
+SIGNALS = [
+    ("train_step", "all", 0.5, signal.SIGTERM),
+    ("train_step", "all", 0.1, signal.SIGINT),
+    ("warm_up", "all", 0.4, signal.SIGTERM),
+    ("warm_up", "all", 0.8, signal.SIGINT),
+    ("evaluate", "all", 0.02, signal.SIGTERM),
+    ("evaluate", "all", 0.5, signal.SIGINT),
+    # of the artifact as read back: those weights are not the run's
+    ("evaluate", "all", 0.97, signal.SIGTERM),
+    ("save_checkpoint", "all", 0.6, signal.SIGTERM),
+    ("build", "all", 0.5, signal.SIGTERM),
+    ("load_checkpoint", "all", 0.5, signal.SIGINT),
+]
 
 
 def steps_begun(ended: Ended) -> int:
@@ -363,21 +551,38 @@ def steps_begun(ended: Ended) -> int:
 
 
 @pytest.mark.parametrize("phase, kind, where, number", SIGNALS, ids=lambda x: str(x))
-def test_sigterm_and_ctrl_c_save_within_a_step(server, breakable, tmp_path, phase, kind, where, number):
-    """One signal, anywhere: exit code 128 + signal, a checkpoint at most one step on, a message, the same end later."""
+def test_sigterm_and_ctrl_c_save_within_a_step(
+    server, breakable, tmp_path, phase, kind, where, number
+):
+    """
+    One signal, anywhere: exit code 128 + signal, a checkpoint at most one step on, a message, the
+    same end later.
+    """
     argv, clean, reference, calls, _ = breakable
     folder = _copy(clean, tmp_path / "run")
     before = 0
     if phase == "load_checkpoint":
-        left = server.run(*argv, cwd=folder, when={"phase": "train_step", "send": [[2000, signal.SIGTERM]]})
+        left = server.run(
+            *argv, cwd=folder, when={"phase": "train_step", "send": [[2000, signal.SIGTERM]]}
+        )
         before = steps_begun(left)
         count = tmp_path / "count.json"
-        succeed(server.run(*argv, "--resume", cwd=_copy(folder, tmp_path / "count"), when={"count": str(count)}))
+        succeed(
+            server.run(
+                *argv, "--resume", cwd=_copy(folder, tmp_path / "count"), when={"count": str(count)}
+            )
+        )
         calls = {"all": json.loads(count.read_text())}
     at = int(where * calls[kind][phase]) + 1
-    ended = server.run(*argv, "--resume", cwd=folder, when={"phase": phase, "calls": kind, "send": [[at, number]]})
+    ended = server.run(
+        *argv, "--resume", cwd=folder, when={"phase": phase, "calls": kind, "send": [[at, number]]}
+    )
     assert ended.code == 128 + number, ended.text
-    assert f"interrupted by {number.name}" in ended.out and "logs/tiny" in ended.out and "--resume" in ended.out
+    assert (
+        f"interrupted by {number.name}" in ended.out
+        and "logs/tiny" in ended.out
+        and "--resume" in ended.out
+    )
     begun = before + steps_begun(ended)
     assert begun <= int(newest(folder / "logs/tiny").name) <= begun + 1
     assert not (folder / "logs/tiny/result.json").exists()
@@ -386,14 +591,19 @@ def test_sigterm_and_ctrl_c_save_within_a_step(server, breakable, tmp_path, phas
 
 
 def test_weights_read_back_from_the_artifact_are_not_saved(server, breakable, tmp_path):
-    """Interrupted while the artifact is scored, without a checkpoint of that step: what is saved is the run's own."""
+    """
+    Interrupted while the artifact is scored, without a checkpoint of that step: what is saved is
+    the run's own.
+    """
     argv, clean, reference, _, every = breakable
     argv = [*argv, "--save_last", "0", "--save_every", "5"]
     count = tmp_path / "count.json"
     succeed(server.run(*argv, cwd=_copy(clean, tmp_path / "count"), when={"count": str(count)}))
     at = int(0.97 * json.loads(count.read_text())["evaluate"])
     folder = _copy(clean, tmp_path / "run")
-    ended = server.run(*argv, cwd=folder, when={"phase": "evaluate", "send": [[at, signal.SIGTERM]]})
+    ended = server.run(
+        *argv, cwd=folder, when={"phase": "evaluate", "send": [[at, signal.SIGTERM]]}
+    )
     assert ended.code == 143 and (folder / "logs/tiny/model.nrx").exists(), ended.text
     assert tensors_of(folder / "logs/tiny/ckpt/000008") == every[8]
     succeed(server.run(*argv, "--resume", cwd=folder))
@@ -401,7 +611,10 @@ def test_weights_read_back_from_the_artifact_are_not_saved(server, breakable, tm
 
 
 def test_sigterm_while_compiling(server, flags, tmp_path):
-    """Tracing and compiling take long: the signal does not wait for their end, and step 0 is saved as it was."""
+    """
+    Tracing and compiling take long: the signal does not wait for their end, and step 0 is saved as
+    it was.
+    """
     argv = flags(compile=1, depth=2, seq_len="0:16 0.5:32", window="0 2s:8", eval_seq_len=32)
     fork = server.start(*argv, cwd=tmp_path, backend="eager")
     while "model_params" not in fork.read(0) and fork.poll() is None:
@@ -409,7 +622,9 @@ def test_sigterm_while_compiling(server, flags, tmp_path):
     time.sleep(0.3)
     fork.signal(signal.SIGTERM)
     ended = fork.wait()
-    assert ended.code == 143 and "warmup:" not in ended.out and "ckpt/000000" in ended.out, ended.text
+    assert ended.code == 143 and "warmup:" not in ended.out and "ckpt/000000" in ended.out, (
+        ended.text
+    )
     succeed(server.run(*argv, "--resume", "--compile", "0", cwd=tmp_path))
     (tmp_path / "straight").mkdir()
     succeed(server.run(*argv, "--compile", "0", cwd=tmp_path / "straight"))
@@ -418,27 +633,47 @@ def test_sigterm_while_compiling(server, flags, tmp_path):
 
 def test_ctrl_c_before_the_run_begins(server, flags, tmp_path):
     """While flags are read there is nothing to save: exit 130, no traceback, no folder."""
-    ended = server.run(*flags(), cwd=tmp_path, when={"phase": "parse_args", "send": [[500, signal.SIGINT]]})
-    assert ended.code == 130 and "Traceback" not in ended.text and "interrupted" in ended.text, ended.text
+    ended = server.run(
+        *flags(), cwd=tmp_path, when={"phase": "parse_args", "send": [[500, signal.SIGINT]]}
+    )
+    assert ended.code == 130 and "Traceback" not in ended.text and "interrupted" in ended.text, (
+        ended.text
+    )
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("phase, where", [("train_step", 0.4), ("evaluate", 0.5), ("save_checkpoint", 0.7)])
+@pytest.mark.parametrize(
+    "phase, where", [("train_step", 0.4), ("evaluate", 0.5), ("save_checkpoint", 0.7)]
+)
 def test_the_second_ctrl_c_leaves_at_once(server, breakable, tmp_path, phase, where):
-    """Two interrupts in one step: exit 130 without another checkpoint, and nothing that was there is lost."""
+    """
+    Two interrupts in one step: exit 130 without another checkpoint, and nothing that was there is
+    lost.
+    """
     argv, clean, reference, calls, _ = breakable
     folder = _copy(clean, tmp_path / "run")
     at = int(where * calls["all"][phase])
-    ended = server.run(*argv, cwd=folder, when={"phase": phase, "send": [[at, signal.SIGINT], [at + 9, signal.SIGINT]]})
-    assert ended.code == 130 and "Traceback" not in ended.text and "interrupted by" not in ended.text
+    ended = server.run(
+        *argv,
+        cwd=folder,
+        when={"phase": phase, "send": [[at, signal.SIGINT], [at + 9, signal.SIGINT]]},
+    )
+    assert (
+        ended.code == 130 and "Traceback" not in ended.text and "interrupted by" not in ended.text
+    )
     assert int(newest(folder / "logs/tiny").name) <= steps_begun(ended)
     succeed(server.run(*argv, "--resume", cwd=folder))
     same_end(folder / "logs/tiny", reference)
 
 
-@pytest.mark.parametrize("phase, where", [("train_step", 0.5), ("evaluate", 0.5), ("evaluate", 0.97), ("warm_up", 0.5)])
+@pytest.mark.parametrize(
+    "phase, where", [("train_step", 0.5), ("evaluate", 0.5), ("evaluate", 0.97), ("warm_up", 0.5)]
+)
 def test_sigterm_to_one_rank_of_two(server, breakable, two_ranks, tmp_path, phase, where):
-    """The ranks agree: both save and leave, although one alone was asked to; resumed on both, the end is the same."""
+    """
+    The ranks agree: both save and leave, although one alone was asked to; resumed on both, the end
+    is the same.
+    """
     argv, clean, _, _, _ = breakable
     reference, calls = two_ranks
     folder = _copy(clean, tmp_path / "run")
@@ -467,18 +702,26 @@ def test_ctrl_c_on_the_command_itself(flags, tmp_path):
     argv = [sys.executable, TRAINER, *flags(steps=250, eval_every=0, epochs=0)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(tmp_path / "out", "wb") as out:
-        process = subprocess.Popen(argv, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT, env=env)
+        process = subprocess.Popen(
+            argv, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT, env=env
+        )
     log = tmp_path / "logs/tiny/metrics.jsonl"
-    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 3, process, tmp_path / "out")
+    wait_until(
+        lambda: log.exists() and log.read_bytes().count(b"\n") > 3, process, tmp_path / "out"
+    )
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path / "out").read_text()
     text = (tmp_path / "out").read_text()
     step = int(newest(tmp_path / "logs/tiny").name)
     assert f"logs/tiny/ckpt/{step:06d}" in text and "--resume" in text and "Traceback" not in text
-    again = subprocess.run([*argv, "--resume"], cwd=tmp_path, capture_output=True, text=True, env=env)
+    again = subprocess.run(
+        [*argv, "--resume"], cwd=tmp_path, capture_output=True, text=True, env=env
+    )
     assert again.returncode == 0, again.stderr
     assert f"resumed:logs/tiny/ckpt/{step:06d} at step {step}" in again.stdout
-    assert [r["step"] for r in metrics(tmp_path / "logs/tiny") if r["kind"] == "train"] == list(range(1, 251))
+    assert [r["step"] for r in metrics(tmp_path / "logs/tiny") if r["kind"] == "train"] == list(
+        range(1, 251)
+    )
     assert json.loads((tmp_path / "logs/tiny/result.json").read_text())["resumed"] is True
 
 
@@ -489,8 +732,11 @@ def test_ctrl_c_on_the_command_itself(flags, tmp_path):
 
 def folder_hash(*folders: Path) -> dict[str, str]:
     """Every file below, and what it holds."""
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
-            for folder in folders for p in sorted(folder.rglob("*"))}
+    return {
+        str(p): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
+        for folder in folders
+        for p in sorted(folder.rglob("*"))
+    }
 
 
 @pytest.fixture(scope="session")
@@ -511,10 +757,12 @@ def damaged(data: Path, tmp_path: Path, name: str, change) -> dict:
 
 def put(value: int, at: int, kind: str):
     """A change of bytes: this number at this place."""
+
     def change(raw: bytearray) -> bytearray:
         piece = np.array([value], kind).tobytes()
         raw[at : at + len(piece)] = piece
         return raw
+
     return change
 
 
@@ -532,46 +780,85 @@ def flipped(at: float):
     def change(raw: bytearray) -> bytearray:
         raw[int(at * (len(raw) - 1))] ^= 1
         return raw
+
     return change
 
 
-# What is given (flags, or a function of the data, a finished run and an empty folder that returns them), and what the
-# message must name: the thing and the fix.
+# What is given (flags, or a function of the data, a finished run and an empty folder that returns
+# them), and what the message must name: the thing and the fix.
 BAD = {
-    "truncated shard": (lambda d, f, t: damaged(d, t, "train_000001", lambda raw: raw[:-2]),
-                        ["data/x_train_000001.bin", "truncated", "6001", "data/get.py"]),
-    "shard without a header": (lambda d, f, t: damaged(d, t, "train_000002", lambda raw: raw[:511]),
-                               ["data/x_train_000002.bin", "truncated", "511", "data/get.py"]),
-    "empty shard file": (lambda d, f, t: damaged(d, t, "val_000000", lambda raw: b""),
-                         ["data/x_val_000000.bin", "truncated"]),
-    "truncated val shard": (lambda d, f, t: damaged(d, t, "val_000000", lambda raw: raw[:-999]),
-                            ["data/x_val_000000.bin", "truncated", "1101", "data/get.py"]),
-    "wrong magic": (lambda d, f, t: damaged(d, t, "train_000001", put(20240521, 0, "<i4")),
-                    ["data/x_train_000001.bin", "20240521", "20240520", "data/get.py tokenize"]),
-    "wrong version": (lambda d, f, t: damaged(d, t, "train_000001", put(2, 4, "<i4")),
-                      ["data/x_train_000001.bin", "version 2", "version 1"]),
-    "negative count": (lambda d, f, t: damaged(d, t, "train_000001", put(-512, 8, "<i4")),
-                       ["data/x_train_000001.bin", "-512"]),
-    "token over the vocabulary": (lambda d, f, t: damaged(d, t, "train_000001", put(64, 1024 + 2 * 5000, "<u2")),
-                                  ["data/x_train_000001.bin", "token 64", "position 5000", "vocab = 64", "--vocab"]),
-    "val token over the vocabulary": (lambda d, f, t: damaged(d, t, "val_000000", put(9999, 1024, "<u2")),
-                                      ["data/x_val_000000.bin", "token 9999", "position 0", "--vocab"]),
-    "no such data folder": ({"data": "nowhere"}, ["no train shards", "nowhere", "python data/get.py"]),
-    "no val shards": (lambda d, f, t: ((_copy(d, t / "data") / "x_val_000000.bin").unlink(), {"data": "data"})[1],
-                      ["no val shards", "data", "python data/get.py"]),
-    "too few shards": ({"steps": 60}, ["60 steps", "15360 tokens", "found 2", "data/get.py", "--steps", "--epochs"]),
+    "truncated shard": (
+        lambda d, f, t: damaged(d, t, "train_000001", lambda raw: raw[:-2]),
+        ["data/x_train_000001.bin", "truncated", "6001", "data/get.py"],
+    ),
+    "shard without a header": (
+        lambda d, f, t: damaged(d, t, "train_000002", lambda raw: raw[:511]),
+        ["data/x_train_000002.bin", "truncated", "511", "data/get.py"],
+    ),
+    "empty shard file": (
+        lambda d, f, t: damaged(d, t, "val_000000", lambda raw: b""),
+        ["data/x_val_000000.bin", "truncated"],
+    ),
+    "truncated val shard": (
+        lambda d, f, t: damaged(d, t, "val_000000", lambda raw: raw[:-999]),
+        ["data/x_val_000000.bin", "truncated", "1101", "data/get.py"],
+    ),
+    "wrong magic": (
+        lambda d, f, t: damaged(d, t, "train_000001", put(20240521, 0, "<i4")),
+        ["data/x_train_000001.bin", "20240521", "20240520", "data/get.py tokenize"],
+    ),
+    "wrong version": (
+        lambda d, f, t: damaged(d, t, "train_000001", put(2, 4, "<i4")),
+        ["data/x_train_000001.bin", "version 2", "version 1"],
+    ),
+    "negative count": (
+        lambda d, f, t: damaged(d, t, "train_000001", put(-512, 8, "<i4")),
+        ["data/x_train_000001.bin", "-512"],
+    ),
+    "token over the vocabulary": (
+        lambda d, f, t: damaged(d, t, "train_000001", put(64, 1024 + 2 * 5000, "<u2")),
+        ["data/x_train_000001.bin", "token 64", "position 5000", "vocab = 64", "--vocab"],
+    ),
+    "val token over the vocabulary": (
+        lambda d, f, t: damaged(d, t, "val_000000", put(9999, 1024, "<u2")),
+        ["data/x_val_000000.bin", "token 9999", "position 0", "--vocab"],
+    ),
+    "no such data folder": (
+        {"data": "nowhere"},
+        ["no train shards", "nowhere", "python data/get.py"],
+    ),
+    "no val shards": (
+        lambda d, f, t: ((_copy(d, t / "data") / "x_val_000000.bin").unlink(), {"data": "data"})[1],
+        ["no val shards", "data", "python data/get.py"],
+    ),
+    "too few shards": (
+        {"steps": 60},
+        ["60 steps", "15360 tokens", "found 2", "data/get.py", "--steps", "--epochs"],
+    ),
     "less than a batch": ({"batch_tokens": 8192}, ["8192", "10002", "--batch_tokens"]),
     "too few val tokens": ({"val_tokens": 2048}, ["val_tokens = 2048", "1101", "--val_tokens"]),
-    "too few for a val row": ({"val_tokens": 0, "eval_seq_len": 2048}, ["1101", "2048", "--eval_seq_len"]),
+    "too few for a val row": (
+        {"val_tokens": 0, "eval_seq_len": 2048},
+        ["1101", "2048", "--eval_seq_len"],
+    ),
     "misspelt flag": ({"matrx_lr": 0.1}, ["matrx_lr", "matrix_lr"]),
     "wrong type on a flag": ({"steps": "many"}, ["steps", "many", "int"]),
-    "misspelt TOML key": (lambda d, f, t: toml(t, "matrx_lr = 0.1"), ["mine.toml", "matrx_lr", "0.1", "matrix_lr"]),
-    "wrong type in TOML": (lambda d, f, t: toml(t, 'depth = "2"'), ["mine.toml", "depth", "'2'", "str", "int"]),
+    "misspelt TOML key": (
+        lambda d, f, t: toml(t, "matrx_lr = 0.1"),
+        ["mine.toml", "matrx_lr", "0.1", "matrix_lr"],
+    ),
+    "wrong type in TOML": (
+        lambda d, f, t: toml(t, 'depth = "2"'),
+        ["mine.toml", "depth", "'2'", "str", "int"],
+    ),
     "TOML that is none": (lambda d, f, t: toml(t, "depth 2"), ["mine.toml", "TOML", "line 1"]),
     "no such preset": ({"config": "remix_z"}, ["remix_z", "remix_a", "tiny_cpu"]),
     "dim and heads": ({"dim": 30, "heads": 4}, ["dim = 30", "heads = 4"]),
     "batch and micro-batch": ({"micro_tokens": 96}, ["batch_tokens = 256", "micro_tokens = 96"]),
-    "batch and rows": ({"seq_len": 48, "micro_tokens": 256}, ["micro_tokens = 256", "seq_len = 48"]),
+    "batch and rows": (
+        {"seq_len": 48, "micro_tokens": 256},
+        ["micro_tokens = 256", "seq_len = 48"],
+    ),
     "an average that is none": ({"final_weights": "ema"}, ["final_weights", "--ema 0.997"]),
     "repeats without a loop": ({"repeats": 2}, ["repeats", "--loop"]),
     "a loop behind the last block": ({"loop": "0:3"}, ["loop = '0:3'", "1 blocks"]),
@@ -582,28 +869,57 @@ BAD = {
     "an unknown optimizer": ({"optimizer": "lion"}, ["lion", "muon", "adamw"]),
     "a name that is a path": ({"run": "a/b"}, ["run = 'a/b'", "folder"]),
     "a broken regular expression": ({"adamw_matrices": "qkv("}, ["adamw_matrices", "qkv("]),
-    "artifact cut short": (lambda d, f, t: artifact(f, t, lambda raw: raw[:-1]),
-                           ["a.nrx", "cut short", "export it again"]),
-    "artifact cut to nothing": (lambda d, f, t: artifact(f, t, lambda raw: b""), ["a.nrx", "magic", "export it again"]),
-    **{f"artifact with a bit flipped at {at:.0%}": (lambda d, f, t, at=at: artifact(f, t, flipped(at)),
-                                                    ["a.nrx", "export it again"]) for at in (0, 0.002, 0.01, 0.5, 1)},
+    "artifact cut short": (
+        lambda d, f, t: artifact(f, t, lambda raw: raw[:-1]),
+        ["a.nrx", "cut short", "export it again"],
+    ),
+    "artifact cut to nothing": (
+        lambda d, f, t: artifact(f, t, lambda raw: b""),
+        ["a.nrx", "magic", "export it again"],
+    ),
+    **{
+        f"artifact with a bit flipped at {at:.0%}": (
+            lambda d, f, t, at=at: artifact(f, t, flipped(at)),
+            ["a.nrx", "export it again"],
+        )
+        for at in (0, 0.002, 0.01, 0.5, 1)
+    },
     "nothing to sample from": ({"sample_from": "nowhere"}, ["nowhere", "artifact"]),
-    "a run without anything to sample": (lambda d, f, t: ((t / "empty").mkdir(), {"sample_from": "empty"})[1],
-                                         ["empty", "model.nrx"]),
+    "a run without anything to sample": (
+        lambda d, f, t: ((t / "empty").mkdir(), {"sample_from": "empty"})[1],
+        ["empty", "model.nrx"],
+    ),
     "nothing to start from": ({"init_from": "nowhere"}, ["nowhere"]),
-    "weights of another shape": (lambda d, f, t: {"init_from": f, "dim": 64}, ["32", "64", "--transfer"]),
-    "a transfer that takes nothing": (lambda d, f, t: {"init_from": f, "transfer": "nope"}, ["transfer = 'nope'"]),
-    "log_dir below a file": (lambda d, f, t: ((t / "file").touch(), {"log_dir": "file/logs"})[1],
-                             ["file/logs", "--log_dir"]),
-    "log_dir that is a file": (lambda d, f, t: ((t / "file").touch(), {"log_dir": "file"})[1], ["file", "--log_dir"]),
+    "weights of another shape": (
+        lambda d, f, t: {"init_from": f, "dim": 64},
+        ["32", "64", "--transfer"],
+    ),
+    "a transfer that takes nothing": (
+        lambda d, f, t: {"init_from": f, "transfer": "nope"},
+        ["transfer = 'nope'"],
+    ),
+    "log_dir below a file": (
+        lambda d, f, t: ((t / "file").touch(), {"log_dir": "file/logs"})[1],
+        ["file/logs", "--log_dir"],
+    ),
+    "log_dir that is a file": (
+        lambda d, f, t: ((t / "file").touch(), {"log_dir": "file"})[1],
+        ["file", "--log_dir"],
+    ),
     "log_dir where nobody may write": ({"log_dir": "/proc/logs"}, ["/proc/logs", "--log_dir"]),
-    "CUDA preset without CUDA": ({"config": "remix_m", "device": "cuda"}, ["device = 'cuda'", "--config remix_m on_cpu"]),
+    "CUDA preset without CUDA": (
+        {"config": "remix_m", "device": "cuda"},
+        ["device = 'cuda'", "--config remix_m on_cpu"],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused(server, flags, data, finished, tmp_path, name):
-    """Exit code 2 and a message that names the thing and the fix; no traceback; nothing made, nothing changed."""
+    """
+    Exit code 2 and a message that names the thing and the fix; no traceback; nothing made, nothing
+    changed.
+    """
     given, words = BAD[name]
     given = given(data, finished, tmp_path) if callable(given) else given
     watched = (data, finished.parent, tmp_path, ROOT / "configs")
@@ -614,7 +930,9 @@ def test_bad_input_is_refused(server, flags, data, finished, tmp_path, name):
 
 
 def assert_refused(ended: Ended, words: list[str]) -> None:
-    assert ended.code == 2 and "Traceback" not in ended.text and "Exception" not in ended.text, ended.text
+    assert ended.code == 2 and "Traceback" not in ended.text and "Exception" not in ended.text, (
+        ended.text
+    )
     plain = " ".join(re.sub(r"[│╭╮╰╯─]", " ", ended.text).split())
     assert not [w for w in words if w not in plain], plain
 
@@ -623,16 +941,23 @@ def test_run_name_taken(server, flags, finished, tmp_path):
     """A second run of one name does not touch the first."""
     folder = _copy(finished.parent.parent, tmp_path / "run")
     before = folder_hash(folder)
-    assert_refused(server.run(*flags(steps=2, vocab=2112), cwd=folder), ["logs/tiny", "--resume", "another --run"])
+    assert_refused(
+        server.run(*flags(steps=2, vocab=2112), cwd=folder),
+        ["logs/tiny", "--resume", "another --run"],
+    )
     assert folder_hash(folder) == before
 
 
 def test_resume_with_another_configuration(server, flags, tmp_path):
     """The message is the diff; what may change freely is not in it."""
-    left = server.run(*flags(), cwd=tmp_path, when={"phase": "train_step", "send": [[900, signal.SIGTERM]]})
+    left = server.run(
+        *flags(), cwd=tmp_path, when={"phase": "train_step", "send": [[900, signal.SIGTERM]]}
+    )
     assert left.code == 143
     before = folder_hash(tmp_path)
-    ended = server.run(*flags(matrix_lr=0.01, depth=2, eval_every=2, micro_tokens=64, resume=True), cwd=tmp_path)
+    ended = server.run(
+        *flags(matrix_lr=0.01, depth=2, eval_every=2, micro_tokens=64, resume=True), cwd=tmp_path
+    )
     assert_refused(ended, ["logs/tiny", "depth: 1 -> 2", "matrix_lr: 0.05 -> 0.01", "--run"])
     assert "micro_tokens" not in ended.text and "eval_every" not in ended.text
     assert folder_hash(tmp_path) == before
@@ -644,8 +969,16 @@ def test_token_over_the_vocabulary_in_a_later_shard(server, flags, data, tmp_pat
     given = damaged(data, tmp_path, "train_000002", put(64, 1024, "<u2"))
     argv = flags(steps=30, save_every=10, micro_tokens=128, **given)
     for ended in run_ranks(server, world, argv, tmp_path):
-        assert_refused(ended, ["data/x_train_000002.bin", "token 64", "position 0", "--resume",
-                               "all 23 steps are saved in logs/tiny/ckpt/000023"])
+        assert_refused(
+            ended,
+            [
+                "data/x_train_000002.bin",
+                "token 64",
+                "position 0",
+                "--resume",
+                "all 23 steps are saved in logs/tiny/ckpt/000023",
+            ],
+        )
     assert newest(tmp_path / "logs/tiny").name == "000023"
     shutil.copy(data / "x_train_000002.bin", tmp_path / "data")
     ended = run_ranks(server, world, [*argv, "--resume"], tmp_path)
@@ -670,10 +1003,18 @@ def test_a_shard_that_one_rank_alone_cannot_read_ends_all(server, flags, data, t
     argv = flags(steps=30, micro_tokens=128, data="data")
 
     def start(*more: str) -> list:
-        env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-               "MASTER_PORT": str(free_port())}  # one node: what nodes see is compared at the start
-        return [server.start(*argv, *more, cwd=tmp_path / rank,
-                             env=env | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+        env = {
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }  # one node: what nodes see is compared at the start
+        return [
+            server.start(
+                *argv, *more, cwd=tmp_path / rank, env=env | {"RANK": rank, "LOCAL_RANK": rank}
+            )
+            for rank in "01"
+        ]
 
     for fork in start():
         assert_refused(fork.wait(60), ["x_train_000002.bin", "token 64", "all 23 steps are saved"])
@@ -690,8 +1031,9 @@ def test_the_end_of_the_data_ends_a_run_on_the_clock_as_its_cap_does(
     server, flags, tmp_path, world, shuffle, steps
 ):
     """Checkpoint, evaluation, artifact and result are those of the last step that the data had."""
-    argv = flags(steps=10000, max_seconds=500, shuffle=shuffle, micro_tokens=128, eval_every=0,
-                 export="int8")
+    argv = flags(
+        steps=10000, max_seconds=500, shuffle=shuffle, micro_tokens=128, eval_every=0, export="int8"
+    )
     ended = run_ranks(server, world, argv, tmp_path)
     succeed(ended)
     assert f"the data ended at step {steps}, after" in ended[0].out
@@ -714,9 +1056,15 @@ def test_resume_with_other_data_is_refused(server, flags, data, tmp_path):
     (folder / "x_val_000000.bin").rename(folder / "y_val_000000.bin")
     before = tensors_of(checkpoint)
     for ended in run_ranks(server, 2, [*argv, "--resume", "--micro_tokens", "128"], tmp_path):
-        assert_refused(ended, ["the data in data is not what this run was trained on",
-                               "x_train_000001.bin has other content",
-                               "x_val_000000.bin is gone; y_val_000000.bin is new", "--run"])
+        assert_refused(
+            ended,
+            [
+                "the data in data is not what this run was trained on",
+                "x_train_000001.bin has other content",
+                "x_val_000000.bin is gone; y_val_000000.bin is new",
+                "--run",
+            ],
+        )
     assert tensors_of(newest(tmp_path / "logs/tiny")) == before
     (folder / "x_train_000001.bin").write_bytes(kept)
     (folder / "y_val_000000.bin").rename(folder / "x_val_000000.bin")
@@ -754,16 +1102,33 @@ def test_empty_document_set(spoken, tmp_path):
     """data/get.py on files without a document makes no data set."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "empty.jsonl").write_text("")
-    argv = ["tokenize", "empty.txt", "empty.jsonl", "--out", "mine", "--tokenizer", spoken[0] / "tokenizer.model"]
-    ended = subprocess.run([sys.executable, ROOT / "data/get.py", *argv], cwd=tmp_path, capture_output=True, text=True)
-    assert_refused(Ended(ended.returncode, ended.stdout, ended.stderr), ["none of the 0 documents", "give more text"])
+    argv = [
+        "tokenize",
+        "empty.txt",
+        "empty.jsonl",
+        "--out",
+        "mine",
+        "--tokenizer",
+        spoken[0] / "tokenizer.model",
+    ]
+    ended = subprocess.run(
+        [sys.executable, ROOT / "data/get.py", *argv], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert_refused(
+        Ended(ended.returncode, ended.stdout, ended.stderr),
+        ["none of the 0 documents", "give more text"],
+    )
     assert not list(tmp_path.rglob("*.bin"))
 
 
 def test_misspelt_flag_on_the_command_itself(tmp_path):
     """The same through the interpreter: exit code 2, no traceback, no folder."""
-    ended = subprocess.run([sys.executable, TRAINER, "--config", "tiny_cpu", "--stepps", "3"], cwd=tmp_path,
-                           capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, TRAINER, "--config", "tiny_cpu", "--stepps", "3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert_refused(Ended(ended.returncode, ended.stdout, ended.stderr), ["stepps", "steps"])
     assert not list(tmp_path.iterdir())
 
@@ -779,7 +1144,9 @@ def test_read_only_file_system(server, flags, data, tmp_path):
 def mounted(folder: Path, options: str):
     """A tmpfs on `folder`; the test says so and is skipped where the user may not mount."""
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True
+    )
     if made.returncode:
         pytest.skip(f"needs a user who may mount a tmpfs: {made.stderr.strip()}")
     try:
@@ -788,12 +1155,16 @@ def mounted(folder: Path, options: str):
         subprocess.run(["umount", folder], check=True)
 
 
-FULL = {"in the head of the log": 64, "in the first checkpoint": 400, "in a later checkpoint": 4000}  # KiB
+# KiB
+FULL = {"in the head of the log": 64, "in the first checkpoint": 400, "in a later checkpoint": 4000}
 
 
 @pytest.mark.parametrize("where", FULL)
 def test_full_disk(server, breakable, tmp_path, where):
-    """A tmpfs fills up: one message, exit code 2, the complete checkpoint kept; with room again it ends the same."""
+    """
+    A tmpfs fills up: one message, exit code 2, the complete checkpoint kept; with room again it
+    ends the same.
+    """
     argv, clean, reference, _, every = breakable
     folder = _copy(clean, tmp_path / "run")
     with mounted(folder / "logs", f"size={FULL[where]}k"):
@@ -801,7 +1172,9 @@ def test_full_disk(server, breakable, tmp_path, where):
         assert_refused(ended, ["the disk is full", "--resume"])
         kept = sorted(int(p.parent.name) for p in folder.glob("logs/tiny/ckpt/[0-9]*/DONE"))
         assert bool(kept) == (where == "in a later checkpoint")
-        assert all(tensors_of(folder / f"logs/tiny/ckpt/{step:06d}") == every[step] for step in kept)
+        assert all(
+            tensors_of(folder / f"logs/tiny/ckpt/{step:06d}") == every[step] for step in kept
+        )
         assert not list(folder.rglob(".*.part")), "what did not fit takes the room that is needed"
         subprocess.run(["mount", "-o", "remount,size=32m", folder / "logs"], check=True)
         succeed(server.run(*argv, "--resume", cwd=folder))
@@ -818,15 +1191,31 @@ def test_full_disk_on_two_ranks(server, breakable, tmp_path):
 
 
 def test_file_larger_than_allowed(flags, tmp_path):
-    """`ulimit -f` (a quota that every user can set): the same message where no tmpfs can be mounted."""
-    command = "ulimit -f 200; exec \"$@\""  # in KiB; the log of this run is smaller, its checkpoint larger
-    argv = ["bash", "-c", command, "bash", sys.executable, TRAINER, *flags(vocab=2112, save_every=2)]
+    """
+    `ulimit -f` (a quota that every user can set): the same message where no tmpfs can be mounted.
+    """
+    # in KiB; the log of this run is smaller, its checkpoint larger
+    command = 'ulimit -f 200; exec "$@"'
+    argv = [
+        "bash",
+        "-c",
+        command,
+        "bash",
+        sys.executable,
+        TRAINER,
+        *flags(vocab=2112, save_every=2),
+    ]
     ended = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
-    assert_refused(Ended(ended.returncode, ended.stdout, ended.stderr), ["the disk is full", "--resume"])
+    assert_refused(
+        Ended(ended.returncode, ended.stdout, ended.stderr), ["the disk is full", "--resume"]
+    )
 
 
 def test_port_in_use(server, flags, tmp_path):
-    """Two ranks are to meet where another program listens: rank 0 says so, and names the port and the fix."""
+    """
+    Two ranks are to meet where another program listens: rank 0 says so, and names the port and the
+    fix.
+    """
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -843,26 +1232,40 @@ def test_port_in_use(server, flags, tmp_path):
 
 
 def test_log(server, flags, tmp_path):
-    """log.txt: sources, environment, configuration, then the speedrun's lines in the speedrun's order."""
+    """
+    log.txt: sources, environment, configuration, then the speedrun's lines in the speedrun's order.
+    """
     succeed(server.run(*flags(ema=0.9, steps=7), cwd=tmp_path))
     log = (tmp_path / "logs/tiny/log.txt").read_text()
     source = TRAINER.read_text()
     assert log.startswith(source)
     head, config, body = log[len(source) :].split("=" * 100)[-3:]
-    assert "Running Python" in config and f"Running PyTorch {__import__('torch').__version__}" in config
+    assert (
+        "Running Python" in config
+        and f"Running PyTorch {__import__('torch').__version__}" in config
+    )
     assert 'run = "tiny"' in config and "steps = 7" in config
     lines = [line for line in body.splitlines() if line.startswith("step:")]
     assert all(VAL_LINE.match(line) or TRAIN_LINE.match(line) for line in lines), lines
-    order = [("val" if "val_loss" in line else "train") + line.split("/")[0].removeprefix("step:") for line in lines]
+    order = [
+        ("val" if "val_loss" in line else "train") + line.split("/")[0].removeprefix("step:")
+        for line in lines
+    ]
     assert order == "val0 train1 train2 train3 val3 train4 train5 train6 val6 train7 val7".split()
     assert {int(m[2]) for m in VAL_LINE.finditer(body)} == {7}
     found = metrics(tmp_path / "logs/tiny")
-    assert [float(m[3]) for m in VAL_LINE.finditer(body)] == pytest.approx(numbers(found, "val_loss"), abs=6e-6)
+    assert [float(m[3]) for m in VAL_LINE.finditer(body)] == pytest.approx(
+        numbers(found, "val_loss"), abs=6e-6
+    )
     ms = [int(m[3]) for m in TRAIN_LINE.finditer(body)]
-    assert ms == sorted(ms) and float(list(TRAIN_LINE.finditer(body))[-1][4]) == pytest.approx(ms[-1] / 7, abs=0.2)
+    assert ms == sorted(ms) and float(list(TRAIN_LINE.finditer(body))[-1][4]) == pytest.approx(
+        ms[-1] / 7, abs=0.2
+    )
     assert len(re.findall(r"^  at:\d+ .*val_loss_ema:\d", body, re.M)) == 4
     assert re.search(r"^peak memory allocated: \d+ MiB reserved: \d+ MiB$", body, re.M)
-    assert re.search(r"^recompiles:0$", body, re.M) and re.search(r"^warmup:\d+ graphs time:[\d.]+s$", body, re.M)
+    assert re.search(r"^recompiles:0$", body, re.M) and re.search(
+        r"^warmup:\d+ graphs time:[\d.]+s$", body, re.M
+    )
 
 
 PHASES = [(16, 0, 1, 128), (32, 0, 1, 128), (32, 0, 2, 256), (32, 8, 2, 256)]
@@ -870,10 +1273,24 @@ PHASES = [(16, 0, 1, 128), (32, 0, 1, 128), (32, 0, 2, 256), (32, 8, 2, 256)]
 
 @pytest.mark.parametrize("seconds", [0, 60])
 def test_every_graph_of_the_schedules_is_warmed(server, flags, tmp_path, seconds):
-    """Rows, repeats, batch and window change in mid-run, on the clock or not: nothing is traced inside the clock."""
-    argv = flags(compile=1, depth=2, steps=8, eval_every=2, loop="1:2", repeats="0:1 0.5:2", window="0 0.75:8",
-                 seq_len="0:16 1/4:32", batch_tokens="0:128 0.5:256", micro_tokens=128, eval_seq_len=32,
-                 max_seconds=seconds)
+    """
+    Rows, repeats, batch and window change in mid-run, on the clock or not: nothing is traced inside
+    the clock.
+    """
+    argv = flags(
+        compile=1,
+        depth=2,
+        steps=8,
+        eval_every=2,
+        loop="1:2",
+        repeats="0:1 0.5:2",
+        window="0 0.75:8",
+        seq_len="0:16 1/4:32",
+        batch_tokens="0:128 0.5:256",
+        micro_tokens=128,
+        eval_seq_len=32,
+        max_seconds=seconds,
+    )
     ended = server.run(*argv, cwd=tmp_path, backend="eager")
     succeed(ended)
     assert re.search(r"^recompiles:0$", ended.out, re.M), ended.out
@@ -884,15 +1301,30 @@ def test_every_graph_of_the_schedules_is_warmed(server, flags, tmp_path, seconds
 
 @pytest.fixture(scope="session", autouse=True)
 def compiling(request, flags, tmp_path_factory):
-    """A compiled run in the background: a minute of compilers, beside the other tests. Only if its test was chosen."""
+    """
+    A compiled run in the background: a minute of compilers, beside the other tests. Only if its
+    test was chosen.
+    """
     if not any("really_compiled" in item.name for item in request.session.items):
         yield None
         return
     folder = tmp_path_factory.mktemp("compiled")
-    argv = flags(compile=1, steps=4, eval_every=2, loop="0:1", repeats="0:1 0.5:2", seq_len="0:16 0.5:32",
-                 window="0:0 0.5:8", eval_seq_len=32, optimizer="adamw", tie_embed=1)
+    argv = flags(
+        compile=1,
+        steps=4,
+        eval_every=2,
+        loop="0:1",
+        repeats="0:1 0.5:2",
+        seq_len="0:16 0.5:32",
+        window="0:0 0.5:8",
+        eval_seq_len=32,
+        optimizer="adamw",
+        tie_embed=1,
+    )
     with open(folder / "out", "wb") as out:
-        process = subprocess.Popen([sys.executable, TRAINER, *argv], cwd=folder, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, TRAINER, *argv], cwd=folder, stdout=out, stderr=subprocess.STDOUT
+        )
     yield process, folder
     process.kill()
     process.wait()
@@ -906,7 +1338,8 @@ def test_nothing_is_really_compiled_inside_the_clock(compiling):
     found = metrics(folder / "logs/tiny")
     shapes = {(r["seq_len"], r["window"], r["repeats"]) for r in found if r["kind"] == "train"}
     assert shapes == {(16, 0, 1), (32, 8, 2)}
-    assert max(r["train_time_ms"] for r in found) < 4000  # building the kernels of one of these graphs takes longer
+    # building the kernels of one of these graphs takes longer
+    assert max(r["train_time_ms"] for r in found) < 4000
 
 
 ########################################
@@ -915,8 +1348,13 @@ def test_nothing_is_really_compiled_inside_the_clock(compiling):
 
 
 def test_clock_cap(server, flags, tmp_path):
-    """max_seconds: the training clock ends at the cap (one short step over at most) and the schedule with it."""
-    argv = flags(steps=100000, max_seconds=0.8, eval_every=20, epochs=0, lr="0:1 1>0", save_every=10)
+    """
+    max_seconds: the training clock ends at the cap (one short step over at most) and the schedule
+    with it.
+    """
+    argv = flags(
+        steps=100000, max_seconds=0.8, eval_every=20, epochs=0, lr="0:1 1>0", save_every=10
+    )
     killed = server.start(*argv, cwd=tmp_path)
     log = tmp_path / "logs/tiny/metrics.jsonl"
     while killed.poll() is None and not (log.exists() and log.read_bytes().count(b'"train"') > 25):
@@ -940,16 +1378,30 @@ def test_clock_cap(server, flags, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_not_a_finite_loss(server, flags, tmp_path, optimizer):
-    """It stops at once with exit code 2, names the step and the last good checkpoint, and keeps that."""
-    argv = flags(optimizer=optimizer, adamw_lr=1e30, matrix_lr=1e38, embed_lr=1e30, lr="0:0 3s:1", steps=20,
-                 save_every=1, keep=2)
+    """
+    It stops at once with exit code 2, names the step and the last good checkpoint, and keeps that.
+    """
+    argv = flags(
+        optimizer=optimizer,
+        adamw_lr=1e30,
+        matrix_lr=1e38,
+        embed_lr=1e30,
+        lr="0:0 3s:1",
+        steps=20,
+        save_every=1,
+        keep=2,
+    )
     ended = server.run(*argv, cwd=tmp_path)
     assert_refused(ended, ["not finite", "Last good checkpoint: logs/tiny/ckpt/", "--grad_clip"])
     step = int(re.search(r"step (\d+): loss", ended.err)[1])
     good = newest(tmp_path / "logs/tiny")
     assert 4 <= step <= 8 and int(good.name) < step and str(good.relative_to(tmp_path)) in ended.err
     assert all(np.isfinite(t.numpy()).all() for t in load_file(good / "model.safetensors").values())
-    assert all(np.isfinite(r["train_loss"]) for r in metrics(tmp_path / "logs/tiny") if r["kind"] == "train")
+    assert all(
+        np.isfinite(r["train_loss"])
+        for r in metrics(tmp_path / "logs/tiny")
+        if r["kind"] == "train"
+    )
     assert not (tmp_path / "logs/tiny/result.json").exists()
 
 
@@ -963,13 +1415,18 @@ PRESETS += [["remix_m", "on_cpu"], ["remix_m", "one_gpu"]]
 
 @pytest.mark.parametrize("preset", PRESETS, ids=" ".join)
 def test_dry_run(server, tmp_path, preset):
-    """For every preset on eight ranks, without GPU and data: one JSON object, exit code 0, nothing written."""
+    """
+    For every preset on eight ranks, without GPU and data: one JSON object, exit code 0, nothing
+    written.
+    """
     argv, env = ("--config", *preset, "--json"), {"WORLD_SIZE": "8"}
     ended = server.run(*argv, cwd=tmp_path, env=env, program="logs.dry_run")
     assert ended.code == 0, ended.text
     found = json.loads(ended.out)
-    keys = set("params groups flops_per_token tokens shards_needed memory_bytes artifact_bytes graphs "
-               "estimated_seconds".split())
+    keys = set(
+        "params groups flops_per_token tokens shards_needed memory_bytes artifact_bytes graphs "
+        "estimated_seconds".split()
+    )
     assert keys <= found.keys()
     assert found["params"] == sum(g["params"] for g in found["groups"])
     golden = {"remix_a": 123_568_128, "remix_m": 162_165_504}
@@ -980,8 +1437,12 @@ def test_dry_run(server, tmp_path, preset):
 def test_dry_run_on_the_command_itself(tmp_path):
     """What a person types, from any folder; the table names the parts."""
     program = ROOT / "logs" / "dry_run.py"
-    ended = subprocess.run([sys.executable, program, "--config", "remix_a"], cwd=tmp_path,
-                           capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, program, "--config", "remix_a"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 0, ended.stderr
     assert "123,568,128" in ended.stdout.replace("_", ",") and not list(tmp_path.iterdir())
 
@@ -1007,8 +1468,14 @@ def spoken(tmp_path_factory):
     rng = random.Random(3)
     texts = [" ".join(rng.choices(words, k=40)) + "." for _ in range(80)]
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, vocab_size=96,
-                                             model_type="bpe", minloglevel=2, hard_vocab_limit=False)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=96,
+        model_type="bpe",
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     tokens = [[1, *pieces.encode(t)] for t in texts]
@@ -1020,12 +1487,35 @@ def spoken(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def told(server, flags, spoken, tmp_path_factory):
-    """A finished run on text, with everything that a run does and reports; it was tracked with wandb, offline."""
+    """
+    A finished run on text, with everything that a run does and reports; it was tracked with wandb,
+    offline.
+    """
     folder = tmp_path_factory.mktemp("told")
-    argv = flags(data=spoken[0], tokenizer=spoken[0] / "tokenizer.model", vocab=96, doc_token=1, val_tokens=0, steps=30,
-                 eval_every=10, sample_tokens=20, ema=0.9, epochs=0, arm="x", log_dir="results", wandb="nanoremix-test",
-                 dim=64, export="int6 head:8", export_codec="best", artifact_limit=400_000, gptq=2, qat="0:0 0.8:1",
-                 score="ttt mixture sliding", stride=16, prove_bytes=150)
+    argv = flags(
+        data=spoken[0],
+        tokenizer=spoken[0] / "tokenizer.model",
+        vocab=96,
+        doc_token=1,
+        val_tokens=0,
+        steps=30,
+        eval_every=10,
+        sample_tokens=20,
+        ema=0.9,
+        epochs=0,
+        arm="x",
+        log_dir="results",
+        wandb="nanoremix-test",
+        dim=64,
+        export="int6 head:8",
+        export_codec="best",
+        artifact_limit=400_000,
+        gptq=2,
+        qat="0:0 0.8:1",
+        score="ttt mixture sliding",
+        stride=16,
+        prove_bytes=150,
+    )
     env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(folder)}
     ended = server.run(*argv, cwd=folder, env=env, full_exit=True)
     succeed(ended)
@@ -1036,16 +1526,28 @@ def test_result(told, spoken):
     """result.json: the keys of the design that apply, and they agree with each other."""
     folder, ended = told
     result = json.loads((folder / "result.json").read_text())
-    expected = set("run seed preset arm params steps tokens val_loss val_bpb roundtrip_val_bpb train_time_s "
-                   "wall_time_s eval_time_s artifact_bytes code_bytes total_bytes world_size device torch git "
-                   "data_sha256 config_sha256 resumed peak_memory_bytes".split())
+    expected = set(
+        "run seed preset arm params steps tokens val_loss val_bpb roundtrip_val_bpb train_time_s "
+        "wall_time_s eval_time_s artifact_bytes code_bytes total_bytes world_size device torch git "
+        "data_sha256 config_sha256 resumed peak_memory_bytes".split()
+    )
     assert expected <= result.keys(), expected - result.keys()
     assert result["proven_bytes"] == 150 and result["artifact_bits"].startswith("int6_head_8_")
-    assert result["sliding_val_bpb"] < result["roundtrip_val_bpb"] and {"mixed_val_bpb", "ttt_val_bpb"} < result.keys()
+    assert (
+        result["sliding_val_bpb"] < result["roundtrip_val_bpb"]
+        and {"mixed_val_bpb", "ttt_val_bpb"} < result.keys()
+    )
     assert None not in result.values()
-    assert (result["run"], result["arm"], result["steps"], result["tokens"]) == ("tiny", "x", 30, 30 * 256)
+    assert (result["run"], result["arm"], result["steps"], result["tokens"]) == (
+        "tiny",
+        "x",
+        30,
+        30 * 256,
+    )
     assert result["artifact_bytes"] == (folder / "model.nrx").stat().st_size
-    assert result["code_bytes"] == TRAINER.stat().st_size + TRAINER.with_name("golf.py").stat().st_size
+    assert (
+        result["code_bytes"] == TRAINER.stat().st_size + TRAINER.with_name("golf.py").stat().st_size
+    )
     assert result["total_bytes"] == result["artifact_bytes"] + result["code_bytes"]
     tokens = np.fromfile(spoken[0] / "x_val_000000.bin", dtype="<u2")[512:]
     scored = (len(tokens) - 1) // 32 * 32
@@ -1057,15 +1559,28 @@ def test_result(told, spoken):
     last = [r for r in metrics(folder) if r["kind"] == "val"][-1]
     assert last["val_loss"] == result["val_loss"] and last["val_bpb"] == result["val_bpb"]
     assert result["roundtrip_val_bpb"] == pytest.approx(result["val_bpb"], rel=0.02)
-    assert "sample from the artifact" in ended.out and "xz -9e" in ended.out and "zstd -19" in ended.out
+    assert (
+        "sample from the artifact" in ended.out
+        and "xz -9e" in ended.out
+        and "zstd -19" in ended.out
+    )
 
 
 def test_samples(server, told, tmp_path):
-    """From the run's folder and from the artifact the same text for the same seed; another seed, another text."""
+    """
+    From the run's folder and from the artifact the same text for the same seed; another seed,
+    another text.
+    """
     folder, _ = told
 
     def say(source: Path, seed: int, **more) -> str:
-        given = {"sample_from": source, "prompt": "the old", "seed": seed, "device": "cpu", "sample_tokens": 30} | more
+        given = {
+            "sample_from": source,
+            "prompt": "the old",
+            "seed": seed,
+            "device": "cpu",
+            "sample_tokens": 30,
+        } | more
         ended = server.run(*[w for k, v in given.items() for w in (f"--{k}", v)], cwd=tmp_path)
         succeed(ended)
         return ended.out
@@ -1073,25 +1588,44 @@ def test_samples(server, told, tmp_path):
     text = say(folder, 5)
     assert text.startswith("the old") and len(text) > 12
     assert say(folder / "model.nrx", 5) == text
-    assert say(newest(folder), 5).startswith("the old")  # the exact weights, which may say something else
+    # the exact weights, which may say something else
+    assert say(newest(folder), 5).startswith("the old")
     assert say(folder, 6) != text
     assert say(folder, 6, temperature=0) == say(folder, 7, temperature=0)
     assert not list(tmp_path.iterdir())
 
 
 def test_wandb_offline(told):
-    """With WANDB_MODE=offline a run is recorded below its own folder, with its configuration and its numbers."""
+    """
+    With WANDB_MODE=offline a run is recorded below its own folder, with its configuration and its
+    numbers.
+    """
     folder, _ = told
     records = list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert len(records) == 1
     raw = records[0].read_bytes()
-    for word in (b"nanoremix-test", b"val/val_loss", b"train/train_loss", b"matrix_lr", b"roundtrip_val_bpb"):
+    for word in (
+        b"nanoremix-test",
+        b"val/val_loss",
+        b"train/train_loss",
+        b"matrix_lr",
+        b"roundtrip_val_bpb",
+    ):
         assert word in raw, word
 
 
 def test_wandb_without_a_login(server, flags, tmp_path):
     """Asked for, but not logged in: the message says how, and the run goes on from there."""
-    argv, home = flags(steps=2, wandb="nanoremix-test"), {"HOME": str(tmp_path), "WANDB_SILENT": "true"}
+    argv, home = (
+        flags(steps=2, wandb="nanoremix-test"),
+        {"HOME": str(tmp_path), "WANDB_SILENT": "true"},
+    )
     ended = server.run(*argv, cwd=tmp_path, env=home | {"WANDB_MODE": "online"}, full_exit=True)
-    assert_refused(ended, ["--wandb nanoremix-test", "wandb login", "WANDB_MODE=offline", "--resume"])
-    succeed(server.run(*argv, "--resume", cwd=tmp_path, env=home | {"WANDB_MODE": "disabled"}, full_exit=True))
+    assert_refused(
+        ended, ["--wandb nanoremix-test", "wandb login", "WANDB_MODE=offline", "--resume"]
+    )
+    succeed(
+        server.run(
+            *argv, "--resume", cwd=tmp_path, env=home | {"WANDB_MODE": "disabled"}, full_exit=True
+        )
+    )

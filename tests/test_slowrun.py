@@ -1,4 +1,7 @@
-"""Slowrun: its golden numbers, each mechanism against a few plain lines, its schedules, loader and averages."""
+"""
+Slowrun: its golden numbers, each mechanism against a few plain lines, its schedules, loader and
+averages.
+"""
 
 import dataclasses
 import json
@@ -46,7 +49,9 @@ def test_parameter_count_is_off(name, flags, golden):
 
 
 def test_groups_of_the_main_track_are_other_ones():
-    """Transformer 1,169,829,360, value projections 48,168,960, lm_head 90,144,768, other 90,144,843."""
+    """
+    Transformer 1,169,829,360, value projections 48,168,960, lm_head 90,144,768, other 90,144,843.
+    """
     cfg = preset("slowrun_1h", flags=("--mtp", "0", "--iha", "0"))
     size = {n: p.numel() for n, p in tg.build_model(cfg, META, torch.float32, 8).named_parameters()}
     assert size["head"] == 90_144_768
@@ -63,24 +68,51 @@ def test_optimizer_groups_have_other_rates():
     cfg = preset("slowrun_1h", flags=("--depth", "2", "--loop", "", "--repeats", "1"))
     buckets = tg.param_buckets(cfg, tg.build_model(cfg, META, torch.float32, 8), alone())
     found = {n: (b.kind, b.lr, b.wd, b.cfg.beta1) for b in buckets for n in b.params}
-    assert found["head"] == ("adamw", 0.0005, 1.3, 0.8) and found["embed"] == ("adamw", 0.0375, 1.3, 0.8)
+    assert found["head"] == ("adamw", 0.0005, 1.3, 0.8) and found["embed"] == (
+        "adamw",
+        0.0375,
+        1.3,
+        0.8,
+    )
     assert found["skips"] == found["blocks.0.resid_lambda"] == ("adamw", 0.00025, 0.0, 0.8)
     assert found["blocks.1.x0_lambda"] == ("adamw", 0.025, 0.0, 0.96)
     assert found["blocks.1.attn.iha"] == found["mtp_block.attn.iha"] == ("adamw", 0.02, 0.0, 0.8)
     muon = {n for n, f in found.items() if f == ("muon", 0.01, 1.3, 0.8)}
     assert {n for n in found if n.endswith(("qkv", "proj", "fc", "gate"))} == muon
-    assert "blocks.1.attn.value_gate" in muon and "blocks.0.attn.value_gate" not in found and "mtp_proj" in muon
+    assert (
+        "blocks.1.attn.value_gate" in muon
+        and "blocks.0.attn.value_gate" not in found
+        and "mtp_proj" in muon
+    )
 
 
 def test_initial_values_differ_from_the_original():
-    cfg = preset("slowrun_1h", flags=("--depth", "2", "--loop", "", "--repeats", "1", "--vocab", "300", "--doc_token", "0"))
+    cfg = preset(
+        "slowrun_1h",
+        flags=(
+            "--depth",
+            "2",
+            "--loop",
+            "",
+            "--repeats",
+            "1",
+            "--vocab",
+            "300",
+            "--doc_token",
+            "0",
+        ),
+    )
     model = tg.build_model(cfg, torch.device("cpu"), torch.float32, 8)
     p, d = {n: t.detach() for n, t in model.named_parameters()}, 1792
-    for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc", "blocks.1.value_proj", "mtp_proj"):  # uniform +-sqrt(3/d)
+    # uniform +-sqrt(3/d)
+    for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc", "blocks.1.value_proj", "mtp_proj"):
         assert p[name].std().item() == pytest.approx(d**-0.5, rel=0.01), name
         assert p[name].abs().max().item() == pytest.approx((3 / d) ** 0.5, rel=0.01), name
     for name in ("blocks.0.attn.proj", "blocks.0.mlp.proj"):  # normal
-        assert p[name].std().item() == pytest.approx(d**-0.5, rel=0.01) and p[name].abs().max() > 4 * d**-0.5
+        assert (
+            p[name].std().item() == pytest.approx(d**-0.5, rel=0.01)
+            and p[name].abs().max() > 4 * d**-0.5
+        )
     assert p["embed"].std().item() == pytest.approx(1, rel=0.01)
     assert p["head"].std().item() == pytest.approx(0.001, rel=0.02)
     assert p["embed"].shape == p["head"].shape == (320, d)
@@ -93,8 +125,13 @@ def test_initial_values_differ_from_the_original():
 # --- the model
 
 
-def by_hand(p: dict, cfg: tg.Config, x: torch.Tensor, order: list[int], window: int) -> torch.Tensor:
-    """Specification 3.1 as plain as it gets, a second model from a dictionary of weights, heads one by one."""
+def by_hand(
+    p: dict, cfg: tg.Config, x: torch.Tensor, order: list[int], window: int
+) -> torch.Tensor:
+    """
+    Specification 3.1 as plain as it gets, a second model from a dictionary of weights, heads one by
+    one.
+    """
     rms = lambda z: F.rms_norm(z, (z.size(-1),), eps=cfg.norm_eps)
     T, H, K, L = x.size(1), cfg.heads, cfg.dim // cfg.heads, cfg.depth
     angle = torch.outer(torch.arange(T).float(), cfg.rope_base ** -(torch.arange(K // 2) * 2 / K))
@@ -114,7 +151,10 @@ def by_hand(p: dict, cfg: tg.Config, x: torch.Tensor, order: list[int], window: 
         n, heads = rms(h), []
         for j in range(H):
             q, k, v = (
-                sum(a["attn.iha"][c, j, m] * (n @ a["attn.qkv"][c, m * K : (m + 1) * K].T) for m in range(H))
+                sum(
+                    a["attn.iha"][c, j, m] * (n @ a["attn.qkv"][c, m * K : (m + 1) * K].T)
+                    for m in range(H)
+                )
                 for c in range(3)
             )
             if (L - 1 - i) % 2 == 0:
@@ -186,11 +226,17 @@ def test_neutral_value_of_a_flag_is_not_its_default():
     ids=str,
 )
 @pytest.mark.parametrize(
-    "base", [{}, {"tie_embed": 1, "kv_heads": 1, "block_scales": 1, "xsa": -1, "doc_mask": 1}], ids=["plain", "golf"]
+    "base",
+    [{}, {"tie_embed": 1, "kv_heads": 1, "block_scales": 1, "xsa": -1, "doc_mask": 1}],
+    ids=["plain", "golf"],
 )
-def test_mechanism_moves_the_other_initial_values_or_does_not_train_with_other_presets(base, changes):
+def test_mechanism_moves_the_other_initial_values_or_does_not_train_with_other_presets(
+    base, changes
+):
     cfg = tiny(**(base | changes | ({"kv_heads": 0} if "iha" in changes else {})))
-    plain = dict(build(tiny(**(base | ({"kv_heads": 0} if "iha" in changes else {})))).named_parameters())
+    plain = dict(
+        build(tiny(**(base | ({"kv_heads": 0} if "iha" in changes else {})))).named_parameters()
+    )
     model = build(cfg)
     for name, p in model.named_parameters():
         if name in plain:
@@ -207,7 +253,10 @@ def test_mechanism_moves_the_other_initial_values_or_does_not_train_with_other_p
 
 
 def test_mtp_predicts_another_token_or_enters_the_evaluation():
-    """Its loss by hand: token after next, one block on [activation; embedding of the next token], mean over T-1."""
+    """
+    Its loss by hand: token after next, one block on [activation; embedding of the next token], mean
+    over T-1.
+    """
     cfg = tiny(depth=2, mtp=0.3, softcap=10.0, head_init="0.2", x0_lambda=0.1, value_proj=20)
     x, y = random_tokens(cfg, 3, 16)
     model = awake(build(cfg))
@@ -242,7 +291,9 @@ def test_dropout_or_stochastic_depth_is_on_in_evaluation_or_of_another_size():
     ones = torch.ones(1000, 100)
     dropped = model.blocks[0].drop(ones, 0.4)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.4, abs=0.01)
-    assert dropped.max().item() == pytest.approx(1 / 0.6) and torch.equal(model.blocks[0].drop(ones, 0.0), ones)
+    assert dropped.max().item() == pytest.approx(1 / 0.6) and torch.equal(
+        model.blocks[0].drop(ones, 0.0), ones
+    )
     # Block i of 3 is left out with chance 0.6*i/2, as a whole and without rescaling.
     seen = []
     for block in model.blocks:
@@ -252,7 +303,9 @@ def test_dropout_or_stochastic_depth_is_on_in_evaluation_or_of_another_size():
     rates = torch.tensor(seen).view(400, 3).float().mean(0)
     assert torch.allclose(rates, torch.tensor([1.0, 0.7, 0.4]), atol=0.07) and rates[0] == 1
     h = torch.randn(1, 4, 32)
-    skipped = model.blocks[1](h, h, [], (model.cos, model.sin), tg.Seen(None, 0, h), False, None, torch.tensor(False))
+    skipped = model.blocks[1](
+        h, h, [], (model.cos, model.sin), tg.Seen(None, 0, h), False, None, torch.tensor(False)
+    )
     assert torch.equal(skipped, h)
 
 
@@ -329,7 +382,9 @@ def test_mechanism_is_taken_where_it_cannot_work(changes, words):
 
 
 def test_main_schedule_misses_its_vectors():
-    """Specification 7.3: step, LR multiplier, decay multiplier, at 2097 steps, 11 epochs, 3 cycles."""
+    """
+    Specification 7.3: step, LR multiplier, decay multiplier, at 2097 steps, 11 epochs, 3 cycles.
+    """
     cfg = preset("slowrun_1h")
     plan = tg.Plan(cfg)
     for step, lr, wd in (
@@ -349,7 +404,12 @@ def test_two_hour_schedule_misses_its_vectors():
     flags = ("--steps", "4194", "--epochs", "22", "--lr_cycles", "8", "--lr", "0:1 3355/4194:1 1>0^0.5", "--repeats", "1",
              "--weight_decay", f"0:1 0.4:1 14/22>0.65 15/22>1.5 {saw}")  # fmt: skip
     plan = tg.Plan(preset("slowrun_1h", flags=flags))
-    vectors = ((2000, 1, 0.886171), (2764, 0.526779, 1.073987), (2860, 0.999987, 0.652027), (4000, 0.050331, 1.485002))
+    vectors = (
+        (2000, 1, 0.886171),
+        (2764, 0.526779, 1.073987),
+        (2860, 0.999987, 0.652027),
+        (4000, 0.050331, 1.485002),
+    )
     for step, lr, wd in vectors:
         now = plan.at(step, step / 4194)
         assert (now.lr, now.weight_decay) == pytest.approx((lr, wd), abs=1e-6), step
@@ -357,17 +417,26 @@ def test_two_hour_schedule_misses_its_vectors():
 
 @pytest.mark.parametrize("cautious, by_shape", [(2, 1), (2, 0), (1, 0), (0, 0)])
 def test_decay_falls_on_other_weights_than_asked(cautious, by_shape):
-    """Muon's decay by shape and only where it agrees with the step; AdamW's of everything at cautious = 2."""
+    """
+    Muon's decay by shape and only where it agrees with the step; AdamW's of everything at cautious
+    = 2.
+    """
     cfg = tiny(cautious=cautious, decay_by_shape=by_shape, adam_eps=1e-10)
     rng = torch.Generator().manual_seed(0)
     w, g = torch.randn(1, 8, 4, generator=rng), torch.randn(1, 8, 4, generator=rng)
     start, one = w.clone(), lambda v: torch.tensor(v, dtype=torch.float32)
-    tg.muon_update(w, g, torch.zeros_like(w), None, one(0.1), one(0.0), one(0.02), cfg, torch.float32)
+    tg.muon_update(
+        w, g, torch.zeros_like(w), None, one(0.1), one(0.0), one(0.02), cfg, torch.float32
+    )
     u = tg.polar_factor(g, cfg.polar, cfg.polar_steps, torch.float32)
-    decay = 0.02 * (2**0.5 if by_shape else 1) * ((u * start >= 0) if cautious else torch.ones_like(u))
+    decay = (
+        0.02 * (2**0.5 if by_shape else 1) * ((u * start >= 0) if cautious else torch.ones_like(u))
+    )
     assert torch.allclose(w, start - decay * start - 0.1 * 2**0.5 * u, atol=1e-6)
     w, start = start[0].clone(), start[0]
-    tg.adamw_update(w, g[0], torch.zeros(8, 4), torch.zeros(8, 4), one(0.1), one(0.02), one(0.2), one(0.05), cfg)
+    tg.adamw_update(
+        w, g[0], torch.zeros(8, 4), torch.zeros(8, 4), one(0.1), one(0.02), one(0.2), one(0.05), cfg
+    )
     u = g[0].sign()
     decay = 0.02 * ((u * start >= 0) if cautious == 1 else torch.ones_like(u))
     assert torch.allclose(w, start - decay * start - 0.1 * u, atol=1e-5)
@@ -378,7 +447,10 @@ def test_decay_falls_on_other_weights_than_asked(cautious, by_shape):
 
 def documents(n: int, rng: np.random.Generator) -> list[np.ndarray]:
     """n documents of a token 0 and up to 40 others, their first other token their number."""
-    return [np.concatenate([[0, 1 + i % 95], rng.integers(1, 96, rng.integers(0, 42))]) for i in range(n)]
+    return [
+        np.concatenate([[0, 1 + i % 95], rng.integers(1, 96, rng.integers(0, 42))])
+        for i in range(n)
+    ]
 
 
 def shards(folder: Path, docs: list[np.ndarray], cut: int) -> tg.Config:
@@ -395,7 +467,10 @@ def drawn(loader: tg.Loader, count: int, cfg: tg.Config) -> list[np.ndarray]:
 
 
 def test_rows_of_shuffled_documents_share_tokens_or_miss_some(tmp_path):
-    """Epoch 0: the stream of the files cut into rows of 33 that share nothing; later: documents whole, in another order."""
+    """
+    Epoch 0: the stream of the files cut into rows of 33 that share nothing; later: documents whole,
+    in another order.
+    """
     docs = documents(40, np.random.default_rng(0))
     cfg = shards(tmp_path, docs, 301)
     plan, flat = tg.Plan(cfg), np.concatenate(docs)
@@ -404,16 +479,24 @@ def test_rows_of_shuffled_documents_share_tokens_or_miss_some(tmp_path):
     assert loader.rows() == n and n % 4 != 0  # batches run across epochs
     rows = drawn(loader, 3 * n // 4, cfg)
     epochs = [rows[i * n : (i + 1) * n] for i in range(2)]
-    assert {r.tobytes() for r in epochs[0]} == {flat[i * 33 : i * 33 + 33].astype("<u2").tobytes() for i in range(n)}
-    assert any(not np.array_equal(a, flat[i * 33 : i * 33 + 33]) for i, a in enumerate(epochs[0]))  # rows are permuted
+    assert {r.tobytes() for r in epochs[0]} == {
+        flat[i * 33 : i * 33 + 33].astype("<u2").tobytes() for i in range(n)
+    }
+    # rows are permuted
+    assert any(not np.array_equal(a, flat[i * 33 : i * 33 + 33]) for i, a in enumerate(epochs[0]))
     assert {r.tobytes() for r in epochs[1]} != {r.tobytes() for r in epochs[0]}
     # The stream of epoch 1, read in order: the pieces of documents, each once.
     second = loader_at(cfg, 1)
     stream = second.stretch(second.stream, 0, len(flat))
     starts = np.append(np.union1d(np.flatnonzero(flat == 0), [301]), len(flat))
     pieces = sorted(flat[a:b].astype("<u2").tobytes() for a, b in zip(starts, starts[1:]))
-    assert sorted(stream[end - length : end].tobytes() for _, _, length, end in second.stream) == pieces
-    assert {r.tobytes() for r in epochs[1]} == {stream[i * 33 : i * 33 + 33].tobytes() for i in range(n)}
+    assert (
+        sorted(stream[end - length : end].tobytes() for _, _, length, end in second.stream)
+        == pieces
+    )
+    assert {r.tobytes() for r in epochs[1]} == {
+        stream[i * 33 : i * 33 + 33].tobytes() for i in range(n)
+    }
 
 
 def loader_at(cfg: tg.Config, epoch: int) -> tg.Loader:
@@ -443,7 +526,12 @@ def test_hundred_million_tokens_make_another_number_of_rows(tmp_path, monkeypatc
     """Specification 7.3: 48,804 rows of 2,049; 2,097 and 4,766 steps fit into 11 and 25 epochs."""
     write_shard(tmp_path / "x_train_000001.bin", np.zeros(8))
     monkeypatch.setattr(tg, "shard_tokens", lambda path: 100_000_000)
-    for name, shuffle in (("slowrun_1h", 2), ("slowrun_pr63", 1), ("slowrun_pr63", 2), ("slowrun_tiny", 2)):
+    for name, shuffle in (
+        ("slowrun_1h", 2),
+        ("slowrun_pr63", 1),
+        ("slowrun_pr63", 2),
+        ("slowrun_tiny", 2),
+    ):
         cfg = dataclasses.replace(preset(name), data=str(tmp_path), shuffle=shuffle)
         loader = tg.Loader(cfg, tg.Plan(cfg))
         assert loader.rows() == (48_804 if shuffle == 2 else 48_828)
@@ -457,9 +545,15 @@ def test_budget_of_tokens_is_passed_over(tmp_path):
         small = dataclasses.replace(cfg, train_tokens=400, shuffle=shuffle, epochs=0)
         loader = tg.Loader(small, tg.Plan(small))
         assert sum(loader.counts) == 400
-        allowed = {t.tobytes() for part in (flat[:301], flat[301:400], flat[:400]) for t in windows(part, 2)}
+        allowed = {
+            t.tobytes()
+            for part in (flat[:301], flat[301:400], flat[:400])
+            for t in windows(part, 2)
+        }
         if shuffle < 2:
-            assert {t.tobytes() for row in drawn(loader, 6, small) for t in windows(row, 2)} <= allowed
+            assert {
+                t.tobytes() for row in drawn(loader, 6, small) for t in windows(row, 2)
+            } <= allowed
         else:
             assert loader_at(small, 0).stream[-1, 3] == loader_at(small, 2).stream[-1, 3] == 400
     with pytest.raises(tg.UserError, match="train_tokens = 99999, but the train shards"):
@@ -483,7 +577,9 @@ def windows(x: np.ndarray, n: int) -> np.ndarray:
     ids=str,
 )
 def test_epochs_are_counted_where_there_are_none(tmp_path, changes, words):
-    cfg = dataclasses.replace(shards(tmp_path, documents(40, np.random.default_rng(3)), 301), **changes)
+    cfg = dataclasses.replace(
+        shards(tmp_path, documents(40, np.random.default_rng(3)), 301), **changes
+    )
     with pytest.raises(tg.UserError) as caught:
         tg.validate(cfg)
         tg.Loader(cfg, tg.Plan(cfg))
@@ -495,7 +591,9 @@ def test_epochs_are_counted_where_there_are_none(tmp_path, changes, words):
 
 def test_weights_of_an_average_are_other_ones():
     weights = slowrun.mixing_weights(3)
-    assert weights["equal"] == pytest.approx([1 / 3] * 3) and weights["recency"] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert weights["equal"] == pytest.approx([1 / 3] * 3) and weights["recency"] == pytest.approx(
+        [1 / 6, 2 / 6, 3 / 6]
+    )
 
 
 FLAGS = {"attn_gate": 12, "value_proj": 20, "iha": 1, "resid_lambda": 1.0, "x0_lambda": 0.1, "unet": 2, "attn_dropout": 0.1,
@@ -512,7 +610,9 @@ def trained(tmp_path_factory) -> Path:
 
 
 def start(data: Path, logs: Path, **changes) -> Path:
-    cfg = dataclasses.replace(shards(data, documents(40, np.random.default_rng(4)), 301), **FLAGS, log_dir=str(logs))
+    cfg = dataclasses.replace(
+        shards(data, documents(40, np.random.default_rng(4)), 301), **FLAGS, log_dir=str(logs)
+    )
     cfg = dataclasses.replace(cfg, **changes)
     tg.validate(cfg)
     with tg.Run(cfg) as run:
@@ -522,7 +622,10 @@ def start(data: Path, logs: Path, **changes) -> Path:
 
 
 def own_losses(folder: Path, named: dict, repeats: int) -> torch.Tensor:
-    """Losses of all validation targets, by the model's two halves and torch's cross-entropy, row by row."""
+    """
+    Losses of all validation targets, by the model's two halves and torch's cross-entropy, row by
+    row.
+    """
     cfg = tg.Config(**tg.read_toml(folder / "config.toml"))
     model = build(cfg)
     tg.load_weights(model, named, "here")
@@ -540,18 +643,28 @@ def test_averages_are_other_ones_or_final_and_selected_results_are_mixed_up(trai
     paths = slowrun.epochs(trained)
     assert [p.name for p in paths] == ["000015", "000022"] and result["averaged_steps"] == [15, 22]
     named = [tg.read_tensors(p / "model.safetensors") for p in paths]
-    p = [(-own_losses(trained, n, k + 1)).exp() for k, n in enumerate(named)]  # the second epoch ended without replays
+    # the second epoch ended without replays
+    p = [(-own_losses(trained, n, k + 1)).exp() for k, n in enumerate(named)]
     assert result["val_loss"] == pytest.approx(-p[1].log().mean().item(), abs=1e-5)
-    assert result["val_loss_prob_equal"] == pytest.approx(-((p[0] + p[1]) / 2).log().mean().item(), abs=1e-5)
-    assert result["val_loss_prob_recency"] == pytest.approx(-((p[0] + 2 * p[1]) / 3).log().mean().item(), abs=1e-5)
+    assert result["val_loss_prob_equal"] == pytest.approx(
+        -((p[0] + p[1]) / 2).log().mean().item(), abs=1e-5
+    )
+    assert result["val_loss_prob_recency"] == pytest.approx(
+        -((p[0] + 2 * p[1]) / 3).log().mean().item(), abs=1e-5
+    )
     for kind, share in (("equal", 1 / 2), ("recency", 1 / 3)):
         mean = {n: share * named[0][n] + (1 - share) * named[1][n] for n in named[0]}
-        assert result[f"val_loss_weights_{kind}"] == pytest.approx(own_losses(trained, mean, 2).mean().item(), abs=1e-5)
+        assert result[f"val_loss_weights_{kind}"] == pytest.approx(
+            own_losses(trained, mean, 2).mean().item(), abs=1e-5
+        )
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     by_epoch = {r["step"]: r["val_loss"] for r in lines if r["kind"] == "val"}
     assert list(by_epoch) == [0, 8, 15, 22]
     best = min((v, k) for k, v in by_epoch.items() if k)
-    assert (result["val_loss_best_epoch"], result["best_epoch"]) == (best[0], {8: 1, 15: 2, 22: 3}[best[1]])
+    assert (result["val_loss_best_epoch"], result["best_epoch"]) == (
+        best[0],
+        {8: 1, 15: 2, 22: 3}[best[1]],
+    )
     every = [v for k, v in result.items() if k.startswith("val_loss")]
     assert len(every) == 7 and result["slowrun_val_loss"] == min(every)
     assert result["val_loss_ema"] == [r["val_loss_ema"] for r in lines if r["kind"] == "val"][-1]
@@ -576,20 +689,32 @@ def test_evaluation_at_the_end_of_an_epoch_applies_the_model_as_it_was_trained(t
 
 
 def test_evaluation_by_hand_forgets_replays_and_windows(trained, capsys):
-    """slowrun.py on the folder alone gives the same figures, and leaves the others in result.json as they were."""
+    """
+    slowrun.py on the folder alone gives the same figures, and leaves the others in result.json as
+    they were.
+    """
     before = json.loads((trained / "result.json").read_text())
     state = json.loads((slowrun.epochs(trained)[1] / "state.json").read_text())
     assert state == {"step": 22, "repeats": 2, "window": 5}
     named = tg.read_tensors(slowrun.epochs(trained)[1] / "model.safetensors")
-    assert (own_losses(trained, named, 1) - own_losses(trained, named, 2)).abs().max() > 1e-3  # replays matter
+    # replays matter
+    assert (own_losses(trained, named, 1) - own_losses(trained, named, 2)).abs().max() > 1e-3
     assert slowrun.main([str(trained), "--device", "cpu"]) == 0
     assert json.loads((trained / "result.json").read_text()) == before
     assert "selected on validation" in capsys.readouterr().out
     assert slowrun.main([str(trained), "--device", "cpu", "--last", "1"]) == 0
     assert "is left as it is" in capsys.readouterr().out
-    assert json.loads((trained / "result.json").read_text()) == before, "averages over other epochs are not the run's"
-    assert slowrun.main([str(trained), "--last", "3"]) == 2 and "holds 2 epochs" in capsys.readouterr().err
-    assert slowrun.main([str(trained / "epochs")]) == 2 and "--average_epochs" in capsys.readouterr().err
+    assert json.loads((trained / "result.json").read_text()) == before, (
+        "averages over other epochs are not the run's"
+    )
+    assert (
+        slowrun.main([str(trained), "--last", "3"]) == 2
+        and "holds 2 epochs" in capsys.readouterr().err
+    )
+    assert (
+        slowrun.main([str(trained / "epochs")]) == 2
+        and "--average_epochs" in capsys.readouterr().err
+    )
 
 
 def test_a_mean_that_is_lower_than_the_last_steps_loss_is_passed_over():
@@ -600,7 +725,10 @@ def test_a_mean_that_is_lower_than_the_last_steps_loss_is_passed_over():
 
 
 def test_interrupted_run_with_dropout_and_epochs_ends_otherwise(trained, tmp_path, monkeypatch):
-    """Stopped in the last epoch and continued: the same bits, so dropout's random state is part of the checkpoint."""
+    """
+    Stopped in the last epoch and continued: the same bits, so dropout's random state is part of the
+    checkpoint.
+    """
     old = tg.train_step
 
     def stopping(p, step, now):
@@ -617,22 +745,41 @@ def test_interrupted_run_with_dropout_and_epochs_ends_otherwise(trained, tmp_pat
     a, b = (tg.read_tensors(e) for e in ends)
     assert all(torch.equal(a[n], b[n]) for n in a)
     a, b = (json.loads((f / "result.json").read_text()) for f in (trained, folder))
-    assert {k: v for k, v in a.items() if "val_loss" in k} == {k: v for k, v in b.items() if "val_loss" in k}
+    assert {k: v for k, v in a.items() if "val_loss" in k} == {
+        k: v for k, v in b.items() if "val_loss" in k
+    }
 
 
 def test_two_ranks_average_to_other_losses_than_one(tmp_path):
-    """Without dropout the losses are those of one rank; each rank scores its own rows, one of them fills up the last batch."""
+    """
+    Without dropout the losses are those of one rank; each rank scores its own rows, one of them
+    fills up the last batch.
+    """
     shards(tmp_path, documents(40, np.random.default_rng(4)), 301)
-    flags = {**FLAGS, "attn_dropout": 0.0, "mlp_dropout": 0.0, "stoch_depth": 0.0, "epochs": 3, "shuffle": 2}
+    flags = {
+        **FLAGS,
+        "attn_dropout": 0.0,
+        "mlp_dropout": 0.0,
+        "stoch_depth": 0.0,
+        "epochs": 3,
+        "shuffle": 2,
+    }
     base = {k: v for k, v in dataclasses.asdict(tiny()).items() if v != getattr(tg.Config(), k)}
-    argv = [w for k, v in (base | flags | {"data": tmp_path, "log_dir": tmp_path / "logs"}).items() for w in (f"--{k}", str(v))]
+    argv = [
+        w
+        for k, v in (base | flags | {"data": tmp_path, "log_dir": tmp_path / "logs"}).items()
+        for w in (f"--{k}", str(v))
+    ]
     server = Server(tmp_path)
     try:
         for world in (1, 2):
             succeed(run_ranks(server, world, [*argv, "--run", f"w{world}"], tmp_path))
     finally:
         server.close()
-    one, two = (json.loads((tmp_path / "logs" / f"w{world}" / "result.json").read_text()) for world in (1, 2))
+    one, two = (
+        json.loads((tmp_path / "logs" / f"w{world}" / "result.json").read_text())
+        for world in (1, 2)
+    )
     keys = [k for k in one if "val_loss" in k and isinstance(one[k], float)]
     assert len(keys) == 8
     for key in keys:
@@ -640,9 +787,15 @@ def test_two_ranks_average_to_other_losses_than_one(tmp_path):
     assert one["best_epoch"] == two["best_epoch"] and one["averaged_steps"] == two["averaged_steps"]
 
 
-@pytest.mark.parametrize("changes, most", [(ALL | {"mtp": 0.3}, 11), ({"loop": "0:2", "repeats": "3", "block_scales": 1}, 1)])
+@pytest.mark.parametrize(
+    "changes, most",
+    [(ALL | {"mtp": 0.3}, 11), ({"loop": "0:2", "repeats": "3", "block_scales": 1}, 1)],
+)
 def test_blocks_compiled_by_themselves_crash_or_take_graphs_for_one_position(changes, most):
-    """Blocks are given lists of several lengths and x0, which at the first position must not be the very tensor x."""
+    """
+    Blocks are given lists of several lengths and x0, which at the first position must not be the
+    very tensor x.
+    """
     cfg = tiny(**changes)
     model, (x, y) = awake(build(cfg, 16)), random_tokens(cfg, 2, 16)
     flags = (x, y, 3, 5, False, bool(cfg.mtp))

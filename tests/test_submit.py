@@ -1,6 +1,8 @@
-"""logs/pack.py and logs/submit.py: a packed run is the run, and no submission passes that a reviewer would stop.
+"""logs/pack.py and logs/submit.py: a packed run is the run, and no submission passes that a
+reviewer would stop.
 
-Three seeds of a tiny model on the shipped text are run once; each refusal is tested on a copy that is damaged.
+Three seeds of a tiny model on the shipped text are run once; each refusal is tested on a copy that
+is damaged.
 """
 
 import ast
@@ -57,7 +59,10 @@ NAME, DATE = "Tiny_Steps", "2026-11-22"
 
 @pytest.fixture(scope="module", autouse=True)
 def pack_once():
-    """Packing takes a second and gives the same for the same files: each submission of this module need not repeat it."""
+    """
+    Packing takes a second and gives the same for the same files: each submission of this module
+    need not repeat it.
+    """
     plain, packed = pack.pack, {}
 
     def remembered(paths, root=ROOT):
@@ -88,10 +93,17 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def work(server, tmp_path_factory):
-    """A working directory with some of the shipped text, the config, and logs/: seeds 1, 2, 3 from readable sources."""
+    """
+    A working directory with some of the shipped text, the config, and logs/: seeds 1, 2, 3 from
+    readable sources.
+    """
     folder = tmp_path_factory.mktemp("work")
     whole = tmp_path_factory.mktemp("shipped") / "sample"
-    subprocess.run([sys.executable, ROOT / "data/get.py", "sample", "--out", whole], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, ROOT / "data/get.py", "sample", "--out", whole],
+        check=True,
+        capture_output=True,
+    )
     (folder / "sample").mkdir()
     for name, documents in (("sample_train_000001.bin", 40), ("sample_val_000000.bin", 3)):
         tokens = np.fromfile(whole / name, "<u2")[512:]
@@ -100,19 +112,38 @@ def work(server, tmp_path_factory):
         shutil.copy(whole / name, folder / "sample")
     (folder / "tiny.toml").write_text(CONFIG)
     for seed in (1, 2, 3):
-        ended = server.run("--config", "tiny.toml", "--seed", seed, "--run", f"tiny-s{seed}", cwd=folder)
+        ended = server.run(
+            "--config", "tiny.toml", "--seed", seed, "--run", f"tiny-s{seed}", cwd=folder
+        )
         assert ended.code == 0, ended.text
     return folder
 
 
 @pytest.fixture(scope="module")
 def packed_run(work, packed_file, tmp_path_factory):
-    """Seed 1 once more, started from the packed file as a process of its own, far from the sources."""
+    """
+    Seed 1 once more, started from the packed file as a process of its own, far from the sources.
+    """
     folder = tmp_path_factory.mktemp("packed_run")
     shutil.copytree(work / "sample", folder / "sample")
     shutil.copy(work / "tiny.toml", folder)
-    command = [sys.executable, packed_file, "--config", "tiny.toml", "--seed", "1", "--run", "tiny-s1"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        packed_file,
+        "--config",
+        "tiny.toml",
+        "--seed",
+        "1",
+        "--run",
+        "tiny-s1",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "logs/tiny-s1"
 
@@ -135,7 +166,9 @@ def call(capsys, *argv, track: str = "golf", runs=RUNS) -> tuple[int, str, str]:
 
 
 def refused(capsys, *words, **how) -> str:
-    """The submission is refused with one message that says all the words, and leaves nothing behind."""
+    """
+    The submission is refused with one message that says all the words, and leaves nothing behind.
+    """
     before = sorted(Path().rglob("*"))
     code, out, err = call(capsys, *how.pop("argv", ()), **how)
     assert code == 2 and not out, out
@@ -179,25 +212,44 @@ def set_config(changes: dict, runs=RUNS) -> None:
 
 
 def test_a_packed_run_is_the_run(work, packed_run, packed_file):
-    """Every logged number of training, the artifact to the byte, and the source that it logs and counts: its own."""
+    """
+    Every logged number of training, the artifact to the byte, and the source that it logs and
+    counts: its own.
+    """
     plain = work / "logs/tiny-s1"
-    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (plain, packed_run)]
+    rows = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (plain, packed_run)
+    ]
     times = {"train_time_ms", "wall_time_s", "eval_time_s", "tok_s"}
-    one, other = ([{k: v for k, v in row.items() if k not in times} for row in both] for both in rows)
+    one, other = (
+        [{k: v for k, v in row.items() if k not in times} for row in both] for both in rows
+    )
     assert one == other and len([row for row in one if row["kind"] == "train"]) == 12
     assert (plain / "model.nrx").read_bytes() == (packed_run / "model.nrx").read_bytes()
     found = result(packed_run)
     assert found["code_bytes"] == packed_file.stat().st_size
     assert found["total_bytes"] == found["code_bytes"] + (packed_run / "model.nrx").stat().st_size
-    assert (packed_run / "log.txt").read_text().startswith(packed_file.read_text() + "\n" + "=" * 100 + "\n")
+    assert (
+        (packed_run / "log.txt")
+        .read_text()
+        .startswith(packed_file.read_text() + "\n" + "=" * 100 + "\n")
+    )
     assert packed_file.stat().st_size < (ROOT / "train_gpt.py").stat().st_size / 2
 
 
 def test_a_packed_file_answers_like_its_program(packed_file, server):
     """Help (made of comments in the source), errors, presets of the working directory."""
+
     def both(*argv):
-        ran = [server.run(*argv, cwd=ROOT, file=program) for program in (ROOT / "train_gpt.py", packed_file)]
-        words = [re.sub(r"\S*train_gpt.py", "PROGRAM", " ".join(r.text.replace("│", " ").split())) for r in ran]
+        ran = [
+            server.run(*argv, cwd=ROOT, file=program)
+            for program in (ROOT / "train_gpt.py", packed_file)
+        ]
+        words = [
+            re.sub(r"\S*train_gpt.py", "PROGRAM", " ".join(r.text.replace("│", " ").split()))
+            for r in ran
+        ]
         assert ran[0].code == ran[1].code and words[0] == words[1]
         return words[0]
 
@@ -206,7 +258,10 @@ def test_a_packed_file_answers_like_its_program(packed_file, server):
 
 
 def test_a_packed_module_is_a_program_too(work, packed_file, server):
-    """golf.py's proof, which starts golf.py once more in a fresh process: from the packed file as from its own."""
+    """
+    golf.py's proof, which starts golf.py once more in a fresh process: from the packed file as from
+    its own.
+    """
     argv = ("prove", work / "logs/tiny-s1", "--mode", "chunked", "--bytes", 100, "--device", "cpu")
     ended = server.run("golf", *argv, cwd=work, file=packed_file)
     assert ended.code == 0 and "prove:chunked" in ended.out, ended.text
@@ -214,14 +269,21 @@ def test_a_packed_module_is_a_program_too(work, packed_file, server):
 
 @pytest.mark.parametrize("name", ["train_gpt.py", "golf.py", "pre_pre_train.py", "logs/dry_run.py"])
 def test_packing_keeps_the_code(name):
-    """What is left are the tokens of the source, in their order; only comments, docstrings and layout are gone."""
+    """
+    What is left are the tokens of the source, in their order; only comments, docstrings and layout
+    are gone.
+    """
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
     def code(source: str) -> list[str]:
         """All tokens but those of layout and strings that are statements."""
         found, fresh = [], True
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type not in layout and not (fresh and token.type == tokenize.STRING) and token.string != "pass":
+            if (
+                token.type not in layout
+                and not (fresh and token.type == tokenize.STRING)
+                and token.string != "pass"
+            ):
                 found.append(token.string)
             if token.type not in (tokenize.COMMENT, tokenize.NL):
                 fresh = token.type in layout
@@ -233,7 +295,10 @@ def test_packing_keeps_the_code(name):
 
 
 def test_minifying_survives_what_python_allows():
-    """Strings that look like comments, spaces that matter, docstrings as the only body, lines that go on."""
+    """
+    Strings that look like comments, spaces that matter, docstrings as the only body, lines that go
+    on.
+    """
     source = '''"""Doc."""
 import os  # gone
 def f(a, *, b = "# no comment"):
@@ -279,35 +344,87 @@ def test_unpacking_runs_nothing_and_gives_every_module(packed_file, tmp_path, ca
 
 
 def test_golf_folder(copy, capsys, server):
-    """Everything that the leaderboard asks for, with the numbers of the runs, and a program that runs from inside."""
-    code, out, err = call(capsys, "--author", "A. Person", "--github_id", "aperson", "--blurb", "Twelve steps.")
+    """
+    Everything that the leaderboard asks for, with the numbers of the runs, and a program that runs
+    from inside.
+    """
+    code, out, err = call(
+        capsys, "--author", "A. Person", "--github_id", "aperson", "--blurb", "Twelve steps."
+    )
     assert code == 0, err
     place = copy / "records/track_10min_16mb" / f"{DATE}_{NAME}"
-    names = {"README.md", "submission.json", "train_gpt.py", "config.toml", "source",
-             *(f"train_seed{s}.log" for s in (1, 2, 3))}
+    names = {
+        "README.md",
+        "submission.json",
+        "train_gpt.py",
+        "config.toml",
+        "source",
+        *(f"train_seed{s}.log" for s in (1, 2, 3)),
+    }
     assert {p.name for p in place.iterdir()} == names and list(place.parent.iterdir()) == [place]
     facts = json.loads((place / "submission.json").read_text())
-    for key in ("author", "github_id", "name", "blurb", "date", "val_loss", "val_bpb", "bytes_total", "bytes_code"):
+    for key in (
+        "author",
+        "github_id",
+        "name",
+        "blurb",
+        "date",
+        "val_loss",
+        "val_bpb",
+        "bytes_total",
+        "bytes_code",
+    ):
         assert facts[key], key
     scores = [result(run)["roundtrip_val_bpb"] for run in RUNS]
-    assert facts["val_bpb"] == pytest.approx(np.mean(scores)) and facts["val_bpb_std"] == pytest.approx(np.std(scores, ddof=1))
-    assert facts["seeds"] == [1, 2, 3] and facts["seed_results"]["2"]["roundtrip_val_bpb"] == scores[1]
+    assert facts["val_bpb"] == pytest.approx(np.mean(scores)) and facts[
+        "val_bpb_std"
+    ] == pytest.approx(np.std(scores, ddof=1))
+    assert (
+        facts["seeds"] == [1, 2, 3] and facts["seed_results"]["2"]["roundtrip_val_bpb"] == scores[1]
+    )
     test = stats.ttest_1samp(scores, 4.0 - 0.00296, alternative="less")
-    assert facts["test"]["p"] == pytest.approx(test.pvalue) and facts["test"]["t"] == pytest.approx(-test.statistic)
+    assert facts["test"]["p"] == pytest.approx(test.pvalue) and facts["test"]["t"] == pytest.approx(
+        -test.statistic
+    )
     assert facts["bytes_code"] == (place / "train_gpt.py").stat().st_size
-    assert facts["bytes_total"] == facts["bytes_code"] + max(Path(r, "model.nrx").stat().st_size for r in RUNS)
+    assert facts["bytes_total"] == facts["bytes_code"] + max(
+        Path(r, "model.nrx").stat().st_size for r in RUNS
+    )
     text = (place / "README.md").read_text()
-    for word in (f"{scores[0]:.5f}", f"{facts['val_bpb']:.5f}", f"{facts['test']['p']:.4g}", "sd, n - 1", "0 of these"):
+    for word in (
+        f"{scores[0]:.5f}",
+        f"{facts['val_bpb']:.5f}",
+        f"{facts['test']['p']:.4g}",
+        "sd, n - 1",
+        "0 of these",
+    ):
         assert word in text, word
     for seed in (1, 2, 3):
-        assert (place / f"train_seed{seed}.log").read_bytes() == (copy / f"logs/tiny-s{seed}/log.txt").read_bytes()
+        assert (place / f"train_seed{seed}.log").read_bytes() == (
+            copy / f"logs/tiny-s{seed}/log.txt"
+        ).read_bytes()
     sources = pack.modules_of([place / "source/train_gpt.py"], place / "source")
     assert pack.pack(sources, place / "source") == (place / "train_gpt.py").read_text()
-    ran = server.run("--config", "config.toml", "--seed", 2, "--data", "../../../sample", "--tokenizer",
-                     "../../../sample/tokenizer.model", "--run", "again", "--log_dir", copy / "again", cwd=place,
-                     file="train_gpt.py")
+    ran = server.run(
+        "--config",
+        "config.toml",
+        "--seed",
+        2,
+        "--data",
+        "../../../sample",
+        "--tokenizer",
+        "../../../sample/tokenizer.model",
+        "--run",
+        "again",
+        "--log_dir",
+        copy / "again",
+        cwd=place,
+        file="train_gpt.py",
+    )
     assert ran.code == 0, ran.text
-    assert json.loads((copy / "again/again/result.json").read_text())["roundtrip_val_bpb"] == scores[1]
+    assert (
+        json.loads((copy / "again/again/result.json").read_text())["roundtrip_val_bpb"] == scores[1]
+    )
     shutil.rmtree(copy / "again")
     err = refused(capsys, "exists", "choose another name")
     assert "1 found" in err
@@ -319,31 +436,61 @@ def test_a_packed_run_ships_the_file_that_ran(copy, packed_run, packed_file, cap
     assert code == 0, err
     place = copy / "records/track_non_record_16mb" / f"{DATE}_{NAME}"
     assert (place / "train_gpt.py").read_bytes() == packed_file.read_bytes()
-    refused(capsys, "logs/tiny-s2/log.txt", "not the source of the other logs", runs=["packed/tiny-s1", *RUNS[1:]])
+    refused(
+        capsys,
+        "logs/tiny-s2/log.txt",
+        "not the source of the other logs",
+        runs=["packed/tiny-s1", *RUNS[1:]],
+    )
 
 
 def test_speedrun_and_slowrun_folders(copy, capsys, monkeypatch):
     """One .txt a run, the readable source; no bytes are counted."""
     monkeypatch.setitem(submit.TRACKS, "speedrun", replace(submit.TRACKS["speedrun"], val_tokens=0))
-    set_config({"track": "speedrun", "rule_metric": "val_loss", "rule_target": 9.0, "rule_margin": 0.0, "rule_max_seconds": 0.0,
-                "rule_max_bytes": 0})
+    set_config(
+        {
+            "track": "speedrun",
+            "rule_metric": "val_loss",
+            "rule_target": 9.0,
+            "rule_margin": 0.0,
+            "rule_max_seconds": 0.0,
+            "rule_max_bytes": 0,
+        }
+    )
     code, _, err = call(capsys, track="speedrun")
     assert code == 0, err
     place = copy / "records/track_1_short" / f"{DATE}_{NAME}"
-    assert {p.name for p in place.iterdir()} == {"README.md", "submission.json", "train_gpt.py", "golf.py",
-                                                 "config.toml", *(f"tiny-s{s}.txt" for s in (1, 2, 3))}
+    assert {p.name for p in place.iterdir()} == {
+        "README.md",
+        "submission.json",
+        "train_gpt.py",
+        "golf.py",
+        "config.toml",
+        *(f"tiny-s{s}.txt" for s in (1, 2, 3)),
+    }
     assert (place / "train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
-    assert "ttest_1samp" in (place / "README.md").read_text() and "train_time_s" in (place / "README.md").read_text()
+    assert (
+        "ttest_1samp" in (place / "README.md").read_text()
+        and "train_time_s" in (place / "README.md").read_text()
+    )
     set_config({"track": "slowrun", "rule_target": 0.0, "rule_p": 0.0})
     code, _, err = call(capsys, track="slowrun_tiny")
     assert code == 0, err
-    assert "asks for no test" in (copy / "records/slowrun_tiny" / f"{DATE}_{NAME}/README.md").read_text()
-    monkeypatch.setitem(submit.TRACKS, "slowrun_tiny", replace(submit.TRACKS["slowrun_tiny"], max_train_tokens=1000))
+    assert (
+        "asks for no test"
+        in (copy / "records/slowrun_tiny" / f"{DATE}_{NAME}/README.md").read_text()
+    )
+    monkeypatch.setitem(
+        submit.TRACKS, "slowrun_tiny", replace(submit.TRACKS["slowrun_tiny"], max_train_tokens=1000)
+    )
     refused(capsys, "sample: ", "training tokens, 1000 are allowed", track="slowrun_tiny")
 
 
 def test_refuses_sizes(copy, capsys):
-    """Artifact and code over the cap; a file that is not as long as result.json says; one that is missing."""
+    """
+    Artifact and code over the cap; a file that is not as long as result.json says; one that is
+    missing.
+    """
     set_config({"rule_max_bytes": 60000})
     refused(capsys, "logs/tiny-s1/model.nrx", "60000 are allowed", "make the model smaller")
     set_config({"rule_max_bytes": 0})  # a laxer rule than the track's does not help
@@ -357,7 +504,9 @@ def test_refuses_sizes(copy, capsys):
 def test_refuses_clocks_over_the_cap(copy, capsys):
     for run in RUNS:  # log and result agree on it
         log = Path(run, "log.txt").read_text()
-        Path(run, "log.txt").write_text(re.sub(r"^(final: .*train_time:)[\d.]+s", r"\g<1>700.000s", log, flags=re.M))
+        Path(run, "log.txt").write_text(
+            re.sub(r"^(final: .*train_time:)[\d.]+s", r"\g<1>700.000s", log, flags=re.M)
+        )
         edit(run, train_time_s=700.0)
     refused(capsys, "logs/tiny-s3/result.json", "700.0 s, 600 s are allowed", "--max_seconds 600")
     edit(RUNS[0], eval_time_s=601.0)
@@ -366,7 +515,9 @@ def test_refuses_clocks_over_the_cap(copy, capsys):
 
 def test_refuses_another_source(copy, capsys):
     log = Path(RUNS[1], "log.txt").read_text()
-    Path(RUNS[1], "log.txt").write_text(log.replace("beta2: float = 0.95", "beta2: float = 0.99", 1))
+    Path(RUNS[1], "log.txt").write_text(
+        log.replace("beta2: float = 0.95", "beta2: float = 0.99", 1)
+    )
     refused(capsys, "logs/tiny-s2/log.txt", "differs from that shipped", "check out the revision")
     Path(RUNS[1], "log.txt").write_text(log)
     edit(RUNS[1], code_bytes=1000)
@@ -375,8 +526,13 @@ def test_refuses_another_source(copy, capsys):
 
 def test_refuses_seeds_missing_doubled_or_left_out(copy, capsys):
     refused(capsys, "seeds: 2 missing", "--seeds", runs=[RUNS[0], RUNS[2]])
-    refused(capsys, "logs/tiny-s2: a run of the same experiment", "left out", runs=[RUNS[0], RUNS[2]],
-            argv=["--seeds", "1", "3"])
+    refused(
+        capsys,
+        "logs/tiny-s2: a run of the same experiment",
+        "left out",
+        runs=[RUNS[0], RUNS[2]],
+        argv=["--seeds", "1", "3"],
+    )
     refused(capsys, "logs/tiny-s1", "seed 1 is given 2 times", runs=[*RUNS, RUNS[0]])
     refused(capsys, "seeds: 4 missing", argv=["--seeds", "1", "2", "3", "4"])
     refused(capsys, "seeds: 3 given, but not in --seeds", argv=["--seeds", "1", "2"])
@@ -386,7 +542,12 @@ def test_refuses_seeds_missing_doubled_or_left_out(copy, capsys):
 
 def test_refuses_what_the_rule_refuses(copy, capsys):
     """Too few runs, a mean not far enough below, no rule at all, a metric that was not measured."""
-    set_config({"rule_target": float(np.mean([result(run)["roundtrip_val_bpb"] for run in RUNS])) + 0.00297})
+    set_config(
+        {
+            "rule_target": float(np.mean([result(run)["roundtrip_val_bpb"] for run in RUNS]))
+            + 0.00297
+        }
+    )
     refused(capsys, "the rule is not met", "p = ", "below 0.01 needed", "seeds missing")
     set_config({"rule_target": 1.0})
     refused(capsys, "the rule is not met", "no number of seeds")
@@ -448,7 +609,12 @@ def test_refuses_a_resumed_run_on_a_timed_track(copy, capsys):
 
 def test_refuses_configs_that_differ_beyond_the_seed(copy, capsys):
     set_config({"matrix_lr": 0.06}, [RUNS[1]])
-    refused(capsys, "logs/tiny-s2: not the same experiment", "matrix_lr = 0.06 instead of 0.05", "run again what differs")
+    refused(
+        capsys,
+        "logs/tiny-s2: not the same experiment",
+        "matrix_lr = 0.06 instead of 0.05",
+        "run again what differs",
+    )
     set_config({"matrix_lr": 0.05}, [RUNS[1]])
     edit(RUNS[1], device="another")
     refused(capsys, "logs/tiny-s2", "device = another instead of")
@@ -460,8 +626,10 @@ def test_refuses_configs_that_differ_beyond_the_seed(copy, capsys):
 
 
 def test_refuses_numbers_that_the_log_does_not_have(copy, capsys):
-    for key, what in (("steps", "steps, but log.txt was last evaluated at 12"),
-                      ("eval_time_s", "but the scores in log.txt took")):
+    for key, what in (
+        ("steps", "steps, but log.txt was last evaluated at 12"),
+        ("eval_time_s", "but the scores in log.txt took"),
+    ):
         value = result(RUNS[0])[key]
         edit(RUNS[0], **{key: value + 1})
         refused(capsys, f"logs/tiny-s1/result.json: {key if key == 'eval_time_s' else 13}", what)
@@ -474,7 +642,10 @@ def test_refuses_numbers_that_the_log_does_not_have(copy, capsys):
 
 
 def test_refuses_documents_on_both_sides(copy, capsys):
-    """One validation document is put among the training documents; the data's fingerprint is made to fit."""
+    """
+    One validation document is put among the training documents; the data's fingerprint is made to
+    fit.
+    """
     val = np.fromfile("sample/sample_val_000000.bin", "<u2")[512:]
     starts = np.flatnonzero(val == 1)
     shard = np.fromfile("sample/sample_train_000001.bin", "<u2")
@@ -503,11 +674,16 @@ def test_refuses_what_is_no_submission(copy, capsys):
     refused(capsys, "logs/tiny-s1: result.json missing", "--resume")
     assert submit.main(["chess", "../../x", *RUNS, "--date", "today"]) == 2
     err = capsys.readouterr().err
-    assert "track 'chess' is unknown" in err and "'../../x' becomes the name" in err and "YYYY-MM-DD" in err
+    assert (
+        "track 'chess' is unknown" in err
+        and "'../../x' becomes the name" in err
+        and "YYYY-MM-DD" in err
+    )
 
 
 def test_a_failure_while_writing_leaves_nothing(copy, capsys, monkeypatch):
     """The disk fills up at the last file, or another process took the name."""
+
     def fail(*args):
         raise OSError(28, "No space left on device")
 

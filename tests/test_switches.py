@@ -1,6 +1,7 @@
 """
-Numbers and switches: each value is refused in one line before the first step, or a run with it can be finished; each
-switch that is accepted does something; and what an older version wrote still means what it meant.
+Numbers and switches: each value is refused in one line before the first step, or a run with it can
+be finished; each switch that is accepted does something; and what an older version wrote still
+means what it meant.
 """
 
 import dataclasses
@@ -22,14 +23,23 @@ from test_artifact import Numbers, exported, forge
 import golf
 import pre_pre_train as ppt
 
-OLD = Path(__file__).parent / "written_before"  # a configuration and an artifact of this project at 21f4c0f
+# a configuration and an artifact of this project at 21f4c0f
+OLD = Path(__file__).parent / "written_before"
 ODD = {
-    "nan": math.nan, "inf": math.inf, "-inf": -math.inf, "-1": -1, "0": 0, "1e30": 1e30, "2^40": 2**40, "-2^63": -(2**63),
+    "nan": math.nan,
+    "inf": math.inf,
+    "-inf": -math.inf,
+    "-1": -1,
+    "0": 0,
+    "1e30": 1e30,
+    "2^40": 2**40,
+    "-2^63": -(2**63),
     "1e-45": 1e-45,
 }
 
 
-RATES = ("matrix_lr", "adamw_lr", "embed_lr", "head_lr", "tied_lr", "scalar_lr")  # may be as high as fp32 goes
+# may be as high as fp32 goes
+RATES = ("matrix_lr", "adamw_lr", "embed_lr", "head_lr", "tied_lr", "scalar_lr")
 
 
 def numeric(kind: type) -> list[str]:
@@ -41,11 +51,17 @@ def odd_values(kind: type, name: str) -> list:
     if name in tg.SCHEDULES:
         return [f"{v}" for v in ODD.values()] + [f"0:1 0.5:{v}" for v in ODD.values()]
     whole = {f.name: f.type for f in dataclasses.fields(kind)}[name] is int
-    return [v for v in ODD.values() if isinstance(v, int)] if whole else [float(v) for v in ODD.values()]
+    return (
+        [v for v in ODD.values() if isinstance(v, int)]
+        if whole
+        else [float(v) for v in ODD.values()]
+    )
 
 
 def refusal(check) -> str | None:
-    """The one line of a refusal; None where there is none. Anything else than a UserError is a fault."""
+    """
+    The one line of a refusal; None where there is none. Anything else than a UserError is a fault.
+    """
     try:
         check()
     except tg.UserError as e:
@@ -58,7 +74,10 @@ def refusal(check) -> str | None:
 
 
 def test_every_number_and_schedule_has_limits():
-    """A new flag gets its line in RANGES (pre_pre_train.py's in NCA_RANGES), so that nan and 1e30 are refused."""
+    """
+    A new flag gets its line in RANGES (pre_pre_train.py's in NCA_RANGES), so that nan and 1e30 are
+    refused.
+    """
     names = [name for _, _, group in tg.RANGES for name in group.split()]
     assert len(names) == len(set(names)) and set(names) == {*numeric(tg.Config), *tg.SCHEDULES}
     own = set(numeric(ppt.PrePreConfig)) - set(numeric(tg.Config))
@@ -67,7 +86,9 @@ def test_every_number_and_schedule_has_limits():
 
 @pytest.mark.parametrize("name", [*numeric(tg.Config), *tg.SCHEDULES])
 def test_odd_number_is_refused_by_name_or_lies_within_its_limits(name):
-    """In a line that names the flag; nan and infinity always, on the command line and in TOML alike."""
+    """
+    In a line that names the flag; nan and infinity always, on the command line and in TOML alike.
+    """
     plain = tiny(loop="0:2", repeats="1", window="8")
     for value in odd_values(tg.Config, name):
         cfg = dataclasses.replace(plain, **{name: value})
@@ -82,7 +103,9 @@ def test_odd_number_is_refused_by_name_or_lies_within_its_limits(name):
             assert all(tg.LIMITS[name][0] <= x <= tg.LIMITS[name][1] for x in numbers)
 
 
-@pytest.mark.parametrize("flag", ["--grad_clip", "--matrix_lr", "--beta1", "--rope_base", "--temperature"])
+@pytest.mark.parametrize(
+    "flag", ["--grad_clip", "--matrix_lr", "--beta1", "--rope_base", "--temperature"]
+)
 @pytest.mark.parametrize("value", ["inf", "nan", "-1", "1e400"])
 def test_odd_number_on_the_command_line_is_refused(flag, value):
     with pytest.raises(tg.UserError, match=flag[2:]):
@@ -96,8 +119,23 @@ def test_odd_number_in_a_preset_is_refused(tmp_path, value):
         tg.parse_args(["--config", str(tmp_path / "a.toml")])
 
 
-@pytest.mark.parametrize("word", ["x=inf", "x=nan", "x=-1", "x=0.1/1", "x=0.1/nan", "x=0.1/0.9/-1", "x=0.1/0.9/0.9/inf",
-                                  "x=0.1/0.9/0.9/0/1", "x=", "x", "(=1", "x=1e39"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "x=inf",
+        "x=nan",
+        "x=-1",
+        "x=0.1/1",
+        "x=0.1/nan",
+        "x=0.1/0.9/-1",
+        "x=0.1/0.9/0.9/inf",
+        "x=0.1/0.9/0.9/0/1",
+        "x=",
+        "x",
+        "(=1",
+        "x=1e39",
+    ],
+)
 def test_odd_rate_of_own_lr_is_refused(word):
     assert "own_lr" in refusal(lambda: tg.validate(tiny(own_lr=word)))
 
@@ -106,14 +144,19 @@ def test_odd_rate_of_own_lr_is_refused(word):
 def test_odd_number_of_pre_pre_training_is_refused_or_can_be_reckoned_with(name):
     began = time.perf_counter()
     for value in odd_values(ppt.PrePreConfig, name):
-        said = refusal(lambda value=value: ppt.make_config(**{"depth": 1, "dim": 32, "heads": 2, name: value}))
+        said = refusal(
+            lambda value=value: ppt.make_config(**{"depth": 1, "dim": 32, "heads": 2, name: value})
+        )
         if isinstance(value, float) and not math.isfinite(value):
             assert said and name in said
     assert time.perf_counter() - began < 5
 
 
 def test_accepted_zero_or_minus_one_of_every_number_trains(tmp_path):
-    """Validation is not enough: each accepted value goes through the first step of a tiny run, and its loss is finite."""
+    """
+    Validation is not enough: each accepted value goes through the first step of a tiny run, and its
+    loss is finite.
+    """
     tried = 0
     data = sampler.make_data(tmp_path / "data")
     for name in numeric(tg.Config):
@@ -121,14 +164,31 @@ def test_accepted_zero_or_minus_one_of_every_number_trains(tmp_path):
             kind = tg.FIELDS[name].type
             if kind is int and value != int(value) or value == getattr(tiny(), name):
                 continue
-            cfg = tiny(**{"data": data, "log_dir": str(tmp_path), "export": "", "epochs": 0, "seq_len": "16", "dim": 16,
-                          "batch_tokens": "32", "depth": 1, "micro_tokens": 32, "head_init": "0.1", "loss_chunk": 16,
-                          "val_tokens": 32, name: kind(value)})
+            cfg = tiny(
+                **{
+                    "data": data,
+                    "log_dir": str(tmp_path),
+                    "export": "",
+                    "epochs": 0,
+                    "seq_len": "16",
+                    "dim": 16,
+                    "batch_tokens": "32",
+                    "depth": 1,
+                    "micro_tokens": 32,
+                    "head_init": "0.1",
+                    "loss_chunk": 16,
+                    "val_tokens": 32,
+                    name: kind(value),
+                }
+            )
             if refusal(lambda cfg=cfg: tg.validate(cfg)) is not None:
                 continue
             run = tg.Run(cfg)
             found = {}
-            if refusal(lambda run=run, cfg=cfg, found=found: found.update(p=tg.build(cfg, run))) is None:
+            if (
+                refusal(lambda run=run, cfg=cfg, found=found: found.update(p=tg.build(cfg, run)))
+                is None
+            ):
                 loss, size = tg.train_step(found["p"], 0, found["p"].plan.at(0, 0.0))
                 assert loss.isfinite().all() and size.isfinite().all(), f"{name} = {value}"
                 tried += 1
@@ -148,8 +208,15 @@ def test_text_that_is_no_utf8_is_refused_before_a_folder_is_made(tmp_path):
 
 def test_prompt_beyond_the_vocabulary_is_refused_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(tg, "Tokenizer", lambda *a: Spoken())
-    cfg = tiny(data=sampler.make_data(tmp_path / "data"), sample_tokens=3, prompt="5 96", tokenizer="x", val_tokens=64,
-               log_dir=str(tmp_path), epochs=0)
+    cfg = tiny(
+        data=sampler.make_data(tmp_path / "data"),
+        sample_tokens=3,
+        prompt="5 96",
+        tokenizer="x",
+        val_tokens=64,
+        log_dir=str(tmp_path),
+        epochs=0,
+    )
     assert "token 96" in refusal(lambda: tg.build(cfg, tg.Run(cfg)))
 
 
@@ -159,7 +226,10 @@ class Spoken(Numbers):
 
 
 def test_run_is_read_from_another_working_directory(tmp_path, monkeypatch):
-    """Its relative data and tokenizer lie where it was started, above its folder; what is found from here comes first."""
+    """
+    Its relative data and tokenizer lie where it was started, above its folder; what is found from
+    here comes first.
+    """
     home = tmp_path / "home"
     (home / "data").mkdir(parents=True)
     (home / "data" / "t.model").write_text("x")
@@ -174,37 +244,50 @@ def test_run_is_read_from_another_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = tg.open_source("home/logs/test")[0]
     assert (found.data, found.tokenizer) == (str(home / "data"), str(home / "data" / "t.model"))
-    assert tg.found_near(tiny(tokenizer="train_gpt.py", data="none"), tmp_path).tokenizer == str(ROOT / "train_gpt.py")
+    assert tg.found_near(tiny(tokenizer="train_gpt.py", data="none"), tmp_path).tokenizer == str(
+        ROOT / "train_gpt.py"
+    )
     assert tg.found_near(tiny(tokenizer="nowhere"), tmp_path).tokenizer == "nowhere"
 
 
 # --- what the end needs is asked before the beginning
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"swa_every": 10, "steps": 5, "final_weights": "swa"}, "no snapshot"),
-    ({"swa_every": 6, "steps": 10}, "no snapshot"),
-    ({"swa_every": 5, "steps": 19, "swa_start": 0.8}, "no snapshot"),
-    ({"top_k": -1}, "top_k"),
-    ({"temperature": 1e-45}, "temperature"),
-    ({"export": "fit"}, "artifact_limit"),
-    ({"score": "sliding sliding", "stride": 8}, "twice"),
-    ({"qat": "0 0.8>1", "export": "int6"}, "':'"),
-    ({"qat": "0 1:1", "export": "int6"}, "ends before"),
-    ({"qat": "0 0.5:2", "export": "int6"}, "qat"),
-    ({"qat": "0.5", "export": "int6"}, "whole numbers"),
-    ({"cross_repeat": 1}, "repeat nothing"),
-    ({"cross_repeat": 1, "loop": "0:1"}, "repeat nothing"),
-    ({"unet": 1, "depth": 1}, "no halves"),
-    ({"loop": "0:2", "repeats": "10000"}, "repeats"),
-    ({"loop": "0:1000", "depth": 1000, "repeats": "1000"}, "applications"),
-], ids=str)
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"swa_every": 10, "steps": 5, "final_weights": "swa"}, "no snapshot"),
+        ({"swa_every": 6, "steps": 10}, "no snapshot"),
+        ({"swa_every": 5, "steps": 19, "swa_start": 0.8}, "no snapshot"),
+        ({"top_k": -1}, "top_k"),
+        ({"temperature": 1e-45}, "temperature"),
+        ({"export": "fit"}, "artifact_limit"),
+        ({"score": "sliding sliding", "stride": 8}, "twice"),
+        ({"qat": "0 0.8>1", "export": "int6"}, "':'"),
+        ({"qat": "0 1:1", "export": "int6"}, "ends before"),
+        ({"qat": "0 0.5:2", "export": "int6"}, "qat"),
+        ({"qat": "0.5", "export": "int6"}, "whole numbers"),
+        ({"cross_repeat": 1}, "repeat nothing"),
+        ({"cross_repeat": 1, "loop": "0:1"}, "repeat nothing"),
+        ({"unet": 1, "depth": 1}, "no halves"),
+        ({"loop": "0:2", "repeats": "10000"}, "repeats"),
+        ({"loop": "0:1000", "depth": 1000, "repeats": "1000"}, "applications"),
+    ],
+    ids=str,
+)
 def test_what_only_the_end_would_find_is_refused_at_the_start(changes, words):
     assert words in refusal(lambda: tg.validate(tiny(**changes)))
 
 
-@pytest.mark.parametrize("changes", [{"swa_every": 5, "steps": 20, "swa_start": 0.8}, {"swa_every": 10, "steps": 10},
-                                     {"swa_every": 7, "steps": 10, "swa_start": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"swa_every": 5, "steps": 20, "swa_start": 0.8},
+        {"swa_every": 10, "steps": 10},
+        {"swa_every": 7, "steps": 10, "swa_start": 0.7},
+    ],
+    ids=str,
+)
 def test_average_with_one_snapshot_is_accepted_and_takes_it(changes):
     cfg = tiny(**changes)
     tg.validate(cfg)
@@ -215,11 +298,26 @@ def test_average_with_one_snapshot_is_accepted_and_takes_it(changes):
 
 
 def test_clock_that_ends_before_the_first_snapshot_leaves_the_last_weights_as_the_average(tmp_path):
-    """Nobody knows at the start how many steps a clock allows; the run is finished all the same, and its export loads."""
+    """
+    Nobody knows at the start how many steps a clock allows; the run is finished all the same, and
+    its export loads.
+    """
     data = sampler.make_data(tmp_path / "data")
-    cfg = tiny(**sampler.BASE | {"data": data, "log_dir": str(tmp_path), "steps": 10**6, "max_seconds": 0.2, "eval_every": 0,
-                                 "swa_every": 10**6, "swa_start": 1.0, "final_weights": "swa", "save_every": 0,
-                                 "export": "int8"})
+    cfg = tiny(
+        **sampler.BASE
+        | {
+            "data": data,
+            "log_dir": str(tmp_path),
+            "steps": 10**6,
+            "max_seconds": 0.2,
+            "eval_every": 0,
+            "swa_every": 10**6,
+            "swa_start": 1.0,
+            "final_weights": "swa",
+            "save_every": 0,
+            "export": "int8",
+        }
+    )
     tg.validate(cfg)
     result = sampler.outcome(sampler.trained(cfg))
     assert result["val_loss"] == result["val_loss_swa"]
@@ -234,11 +332,16 @@ def write_config(cfg: tg.Config, folder: Path) -> None:
 
 
 def test_flags_of_the_end_may_change_when_an_unfinished_run_goes_on(tmp_path):
-    """They stay part of the experiment's hash; with rounding in training, export shapes the steps and stays as it was."""
+    """
+    They stay part of the experiment's hash; with rounding in training, export shapes the steps and
+    stays as it was.
+    """
     folder = tmp_path / "test"
     old = tiny(export="int8", score="sliding", artifact_limit=10, log_dir=str(tmp_path))
     write_config(old, folder)
-    new = dataclasses.replace(old, export="int6 head:8", score="", artifact_limit=0, prove_bytes=0, resume=True)
+    new = dataclasses.replace(
+        old, export="int6 head:8", score="", artifact_limit=0, prove_bytes=0, resume=True
+    )
     tg.check_folder(new, folder)
     assert tg.config_hash(old) != tg.config_hash(new)
     with pytest.raises(tg.UserError, match="matrix_lr"):
@@ -253,35 +356,59 @@ def test_gptq_is_bounded_by_what_the_data_hold_and_says_so(tmp_path):
     write_shard(tmp_path / "x_train_000000.bin", np.arange(330) % 96)
     cfg = tiny(data=str(tmp_path), gptq=10**6, dim=64)
     named = dict(build(cfg).named_parameters())
-    assert golf.check(cfg, named, None, None) == ["gptq = 1000000 rows, but the first train shard holds 10: they are all"]
+    assert golf.check(cfg, named, None, None) == [
+        "gptq = 1000000 rows, but the first train shard holds 10: they are all"
+    ]
     assert golf.calibration(cfg, 10**6).shape == (10, 33)
     assert golf.check(dataclasses.replace(cfg, gptq=10), named, None, None) == []
     write_shard(tmp_path / "x_train_000000.bin", np.arange(32))
     assert "rows of 32" in refusal(lambda: golf.check(cfg, named, None, None))
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"export": "int8", "score": "lora"}, "lora"),
-    ({"export": "int6", "qat": "1"}, "qat round"),
-    ({"export": "int6", "gptq": 2}, "gptq round"),
-    ({"export": "int6 mlp:5"}, "matches no matrix"),
-], ids=str)
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"export": "int8", "score": "lora"}, "lora"),
+        ({"export": "int6", "qat": "1"}, "qat round"),
+        ({"export": "int6", "gptq": 2}, "gptq round"),
+        ({"export": "int6 mlp:5"}, "matches no matrix"),
+    ],
+    ids=str,
+)
 def test_model_without_matrices_to_round_or_adapt_is_refused_at_the_start(changes, words):
     cfg = tiny(**changes)
-    assert words in refusal(lambda: golf.check(cfg, dict(build(cfg).named_parameters()), None, None))
+    assert words in refusal(
+        lambda: golf.check(cfg, dict(build(cfg).named_parameters()), None, None)
+    )
 
 
 # --- switches
 
 
 IDLE = [
-    {"window_pattern": "L", "window": "8"}, {"window_pattern": "S", "window": "8", "depth": 1},
-    {"sample_tokens": 5}, {"qat_noise": 1}, {"row_norm": 1, "optimizer": "adamw"}, {"normuon": 0.9, "optimizer": "adamw"},
-    {"cautious": 1}, {"cautious": 2, "embed_wd": 0.1}, {"cautious": 2, "embed_wd": 0.1, "optimizer": "adamw"},
-    {"decay_by_shape": 1}, {"decay_by_shape": 1, "matrix_wd": 0.1, "optimizer": "adamw"}, {"independent_wd": 1},
-    {"weight_decay": "0:1 1>0"}, {"slow": "head"}, {"slow_lr": "0.5"}, {"transfer": "attn"}, {"transfer_skip": "head"},
-    {"transfer_control": "random"}, {"rope_dims": 8}, {"stoch_depth": 0.1, "depth": 1},
-    {"mtp": 0.3, "seq_len": "1"}, {"init": "xavier", "init_std": 1.0}, {"init": "xavier", "head_init": "0.1"},
+    {"window_pattern": "L", "window": "8"},
+    {"window_pattern": "S", "window": "8", "depth": 1},
+    {"sample_tokens": 5},
+    {"qat_noise": 1},
+    {"row_norm": 1, "optimizer": "adamw"},
+    {"normuon": 0.9, "optimizer": "adamw"},
+    {"cautious": 1},
+    {"cautious": 2, "embed_wd": 0.1},
+    {"cautious": 2, "embed_wd": 0.1, "optimizer": "adamw"},
+    {"decay_by_shape": 1},
+    {"decay_by_shape": 1, "matrix_wd": 0.1, "optimizer": "adamw"},
+    {"independent_wd": 1},
+    {"weight_decay": "0:1 1>0"},
+    {"slow": "head"},
+    {"slow_lr": "0.5"},
+    {"transfer": "attn"},
+    {"transfer_skip": "head"},
+    {"transfer_control": "random"},
+    {"rope_dims": 8},
+    {"stoch_depth": 0.1, "depth": 1},
+    {"mtp": 0.3, "seq_len": "1"},
+    {"init": "xavier", "init_std": 1.0},
+    {"init": "xavier", "head_init": "0.1"},
     {"adamw_matrices": "qkv", "optimizer": "adamw"},
 ]
 
@@ -297,7 +424,19 @@ def test_neutral_configuration_and_every_preset_have_no_idle_switch():
     tg.refuse_idle(tg.Config())
     for path in sorted((ROOT / "configs").glob("*.toml")):
         if not tg.is_layer(path):
-            tg.parse_args(["--config", path.stem, "on_cpu", "--loop", "", "--repeats", "1", "--cross_repeat", "0"])
+            tg.parse_args(
+                [
+                    "--config",
+                    path.stem,
+                    "on_cpu",
+                    "--loop",
+                    "",
+                    "--repeats",
+                    "1",
+                    "--cross_repeat",
+                    "0",
+                ]
+            )
 
 
 def test_run_that_was_begun_goes_on_although_one_of_its_switches_does_nothing(tmp_path):
@@ -314,17 +453,33 @@ def test_run_that_was_begun_goes_on_although_one_of_its_switches_does_nothing(tm
 
 def test_pattern_that_finds_nothing_is_refused_or_told():
     names = tg.declarations(build(tiny(x0_lambda=0.1)))
-    assert "adamw_matrices" in refusal(lambda: tg.pattern_notices(tiny(adamw_matrices="nothing"), names))
-    assert "adamw_matrices" in refusal(lambda: tg.pattern_notices(tiny(adamw_matrices="head"), names))
-    assert tg.pattern_notices(tiny(adamw_matrices="qkv", own_lr="qkv=0.1 x0_lambda=0.1"), names) == []
+    assert "adamw_matrices" in refusal(
+        lambda: tg.pattern_notices(tiny(adamw_matrices="nothing"), names)
+    )
+    assert "adamw_matrices" in refusal(
+        lambda: tg.pattern_notices(tiny(adamw_matrices="head"), names)
+    )
+    assert (
+        tg.pattern_notices(tiny(adamw_matrices="qkv", own_lr="qkv=0.1 x0_lambda=0.1"), names) == []
+    )
     (line,) = tg.pattern_notices(tiny(own_lr="qkv=0.1 x0_lambda=0.1"), names)
     assert "'qkv'" in line and "AdamW" in line
 
 
 def test_own_rate_betas_and_decay_are_those_of_torch(tmp_path):
-    """Two parameters with rates of their own, the rest as usual, over five steps of torch.optim.AdamW."""
-    cfg = tiny(own_lr="x0_lambda=0.3/0.7 attn_gate=0.2/0.9/0.99/0", adamw_matrices="attn_gate", x0_lambda=0.5, attn_gate=8,
-               matrix_wd=0.7, scalar_wd=0.3, scalar_lr=0.05, adam_eps=1e-8)
+    """
+    Two parameters with rates of their own, the rest as usual, over five steps of torch.optim.AdamW.
+    """
+    cfg = tiny(
+        own_lr="x0_lambda=0.3/0.7 attn_gate=0.2/0.9/0.99/0",
+        adamw_matrices="attn_gate",
+        x0_lambda=0.5,
+        attn_gate=8,
+        matrix_wd=0.7,
+        scalar_wd=0.3,
+        scalar_lr=0.05,
+        adam_eps=1e-8,
+    )
     model = build(cfg)
     mine = {n: p for n, p in model.named_parameters() if "x0_lambda" in n or "attn_gate" in n}
     with torch.no_grad():
@@ -332,8 +487,14 @@ def test_own_rate_betas_and_decay_are_those_of_torch(tmp_path):
             p.fill_(0.5)
     copies = {n: p.detach().clone().requires_grad_() for n, p in mine.items()}
     optim = torch.optim.AdamW(
-        [{"params": [p], "lr": 0.3, "betas": (0.7, 0.95), "weight_decay": 0.3} if "x0" in n else
-         {"params": [p], "lr": 0.2, "betas": (0.9, 0.99), "weight_decay": 0.0} for n, p in copies.items()], eps=1e-8)
+        [
+            {"params": [p], "lr": 0.3, "betas": (0.7, 0.95), "weight_decay": 0.3}
+            if "x0" in n
+            else {"params": [p], "lr": 0.2, "betas": (0.9, 0.99), "weight_decay": 0.0}
+            for n, p in copies.items()
+        ],
+        eps=1e-8,
+    )
     opt, rng = tg.MuonAdamW(cfg, model, alone()), torch.Generator().manual_seed(0)
     for step in range(5):
         for n, p in mine.items():
@@ -375,7 +536,10 @@ def test_configuration_written_before_loads_and_new_flags_are_neutral():
 
 
 def test_artifact_and_checkpoint_written_before_load(tmp_path, monkeypatch):
-    """With the configuration's own values, and with a name that this version lacks at its neutral value."""
+    """
+    With the configuration's own values, and with a name that this version lacks at its neutral
+    value.
+    """
     cfg, named = golf.load(OLD / "model.nrx")
     assert cfg.dim == 64 and named["head"].shape == (64, 64)
     build(cfg).load_state_dict(named)
@@ -387,10 +551,16 @@ def test_artifact_and_checkpoint_written_before_load(tmp_path, monkeypatch):
     for value, said in ((0, None), (1, "gone = 1, but this version has no gone.*gone = 0")):
         (folder / "config.toml").write_text(f"{text}gone = {value}\n")
         (folder / "DONE").touch()
-        artifact = forge(OLD / "model.nrx", header=lambda h, v=value: h.update(config=h["config"] + f"gone = {v}\n"),
-                         to=tmp_path / "forged.nrx")
-        readers = (lambda: tg.open_source(str(tmp_path))[0], lambda a=artifact: golf.load(a)[0],
-                   lambda: tg.Config(**tg.read_toml(folder / "config.toml")))
+        artifact = forge(
+            OLD / "model.nrx",
+            header=lambda h, v=value: h.update(config=h["config"] + f"gone = {v}\n"),
+            to=tmp_path / "forged.nrx",
+        )
+        readers = (
+            lambda: tg.open_source(str(tmp_path))[0],
+            lambda a=artifact: golf.load(a)[0],
+            lambda: tg.Config(**tg.read_toml(folder / "config.toml")),
+        )
         for read in readers:
             if said:
                 with pytest.raises(tg.UserError, match=said):
@@ -403,12 +573,32 @@ def test_artifact_and_checkpoint_written_before_load(tmp_path, monkeypatch):
 # --- artifacts whose configuration is a lie
 
 
-LIES = [f"head_dim = {10**11}", "head_dim = 65536", "dim = 65536", f"depth = {10**9}", f"steps = {2**62}",
-        f'repeats = "{10**7}"\nloop = "0:1"', f'seq_len = "{2**21}"', f"eval_seq_len = {2**40}", "mlp_ratio = 1e30",
-        f"value_embeds = {10**9}", f"heads = {2**40}", f"head_multiple = {2**40}", "rope_dims = 1000000000000",
-        'lr = "' + "0:1 " * 100_000 + '"', f'batch_tokens = "0:1 {"1s:2 " * 2000}"', "norm_eps = nan", "softcap = inf",
-        f"polar_steps = {10**12}", "x = " + "[" * 100_000, f"seed = -{2**70}", 'own_lr = "x=nan"',
-        f"vocab = {2**31}", f"kv_heads = -{2**31}", f"embed_stats = {'9' * 5000}"]
+LIES = [
+    f"head_dim = {10**11}",
+    "head_dim = 65536",
+    "dim = 65536",
+    f"depth = {10**9}",
+    f"steps = {2**62}",
+    f'repeats = "{10**7}"\nloop = "0:1"',
+    f'seq_len = "{2**21}"',
+    f"eval_seq_len = {2**40}",
+    "mlp_ratio = 1e30",
+    f"value_embeds = {10**9}",
+    f"heads = {2**40}",
+    f"head_multiple = {2**40}",
+    "rope_dims = 1000000000000",
+    'lr = "' + "0:1 " * 100_000 + '"',
+    f'batch_tokens = "0:1 {"1s:2 " * 2000}"',
+    "norm_eps = nan",
+    "softcap = inf",
+    f"polar_steps = {10**12}",
+    "x = " + "[" * 100_000,
+    f"seed = -{2**70}",
+    'own_lr = "x=nan"',
+    f"vocab = {2**31}",
+    f"kv_heads = -{2**31}",
+    f"embed_stats = {'9' * 5000}",
+]
 
 
 @pytest.mark.parametrize("lie", LIES, ids=lambda x: x[:40])
@@ -430,25 +620,48 @@ def test_sizes_of_an_artifact_that_cancel_out_are_refused(tmp_path):
     """A negative length may not hide a positive one, nor codes a range that int8 does not hold."""
     path = tmp_path / "model.nrx"
     exported(path)
-    for change in (lambda h: h["tensors"].update(a={"kind": "rows", "shape": [-(2**50)], "levels": 127},
-                                                 b={"kind": "rows", "shape": [2**50], "levels": 127}),
-                   lambda h: h["tensors"]["head"].update(levels=10**9),
-                   lambda h: h["tensors"]["head"].update(levels=200),
-                   lambda h: h["tensors"]["head"].update(shape=[384.0, 256])):
+    for change in (
+        lambda h: h["tensors"].update(
+            a={"kind": "rows", "shape": [-(2**50)], "levels": 127},
+            b={"kind": "rows", "shape": [2**50], "levels": 127},
+        ),
+        lambda h: h["tensors"]["head"].update(levels=10**9),
+        lambda h: h["tensors"]["head"].update(levels=200),
+        lambda h: h["tensors"]["head"].update(shape=[384.0, 256]),
+    ):
         assert "forged.nrx" in refusal(lambda change=change: golf.load(forge(path, header=change)))
 
 
 def test_mutated_configuration_of_an_artifact_is_refused_or_loads_as_a_model_that_runs(tmp_path):
-    """Each field with odd values, and random damage to the text; what loads is built and gives a distribution."""
+    """
+    Each field with odd values, and random damage to the text; what loads is built and gives a
+    distribution.
+    """
     path, rng = tmp_path / "model.nrx", random.Random(0)
     exported(path)
     (size,) = struct.unpack("<I", path.read_bytes()[8:12])
     lines = golf.json.loads(path.read_bytes()[12 : 12 + size])["config"].splitlines()
-    odd = ["nan", "inf", "-1", "0", "1e30", str(2**40), "1", '""', '"0:1 0.5:3"', '"x"', "[]", "true", '"1e9"']
+    odd = [
+        "nan",
+        "inf",
+        "-1",
+        "0",
+        "1e30",
+        str(2**40),
+        "1",
+        '""',
+        '"0:1 0.5:3"',
+        '"x"',
+        "[]",
+        "true",
+        '"1e9"',
+    ]
     texts = []
     for i, line in enumerate(lines):
         key = line.split(" = ")[0]
-        texts += ["\n".join([*lines[:i], f"{key} = {v}", *lines[i + 1 :]]) for v in rng.sample(odd, 4)]
+        texts += [
+            "\n".join([*lines[:i], f"{key} = {v}", *lines[i + 1 :]]) for v in rng.sample(odd, 4)
+        ]
     for _ in range(100):
         text = list("\n".join(lines))
         for _ in range(rng.randint(1, 4)):
@@ -464,7 +677,9 @@ def test_mutated_configuration_of_an_artifact_is_refused_or_loads_as_a_model_tha
         if refusal(load) is None:
             cfg, named = found["it"]
             plan = tg.Plan(cfg)
-            model = tg.build_model(cfg, torch.device("cpu"), torch.float32, min(64, plan.max_seq_len))
+            model = tg.build_model(
+                cfg, torch.device("cpu"), torch.float32, min(64, plan.max_seq_len)
+            )
             tg.load_weights(model, named, "x")
             now = plan.at(cfg.steps, 1.0)
             logits = model.logits(model.hidden(torch.tensor([[1, 2]]), now.repeats, now.window))

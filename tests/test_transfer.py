@@ -1,4 +1,7 @@
-"""Weights from another run, and learning rates of chosen tensors: what is taken, what stays, what is printed."""
+"""
+Weights from another run, and learning rates of chosen tensors: what is taken, what stays, what is
+printed.
+"""
 
 import re
 
@@ -39,16 +42,32 @@ EXTRAS = {"block_scales": 1, "unet": 1, "q_gain": 1.5, "value_embeds": 1}
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("mode, taken", [
-    ("qk", {"qkv": [0, 1], "q": [0], "kv": [0], "q_gain": [0]}),
-    ("vo", {"qkv": [2], "kv": [1], "attn.proj": [0]}),
-    ("qk+vo", {"qkv": [0, 1, 2], "q": [0], "kv": [0, 1], "q_gain": [0], "attn.proj": [0]}),
-    ("attn", {"qkv": [0, 1, 2], "q": [0], "kv": [0, 1], "q_gain": [0], "attn.proj": [0]}),
-    ("scalars", {"q_gain": [0], "mix": [0], "scales": [0], "skips": [0], "value_scales": [0]}),
-    ("attn+scalars", {"qkv": [0, 1, 2], "q": [0], "kv": [0, 1], "attn.proj": [0], "q_gain": [0], "mix": [0], "scales": [0],
-                      "skips": [0], "value_scales": [0]}),
-    ("mlp", {"fc": [0], "mlp.proj": [0]}),
-], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "mode, taken",
+    [
+        ("qk", {"qkv": [0, 1], "q": [0], "kv": [0], "q_gain": [0]}),
+        ("vo", {"qkv": [2], "kv": [1], "attn.proj": [0]}),
+        ("qk+vo", {"qkv": [0, 1, 2], "q": [0], "kv": [0, 1], "q_gain": [0], "attn.proj": [0]}),
+        ("attn", {"qkv": [0, 1, 2], "q": [0], "kv": [0, 1], "q_gain": [0], "attn.proj": [0]}),
+        ("scalars", {"q_gain": [0], "mix": [0], "scales": [0], "skips": [0], "value_scales": [0]}),
+        (
+            "attn+scalars",
+            {
+                "qkv": [0, 1, 2],
+                "q": [0],
+                "kv": [0, 1],
+                "attn.proj": [0],
+                "q_gain": [0],
+                "mix": [0],
+                "scales": [0],
+                "skips": [0],
+                "value_scales": [0],
+            },
+        ),
+        ("mlp", {"fc": [0], "mlp.proj": [0]}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_transfer_takes_other_matrices_than_asked(tmp_path, mode, taken, grouped):
     model = EXTRAS | ({"heads": 4, "kv_heads": 2} if grouped else {})
     where, old = source(tmp_path / "old", **model)
@@ -58,7 +77,10 @@ def test_transfer_takes_other_matrices_than_asked(tmp_path, mode, taken, grouped
         leaf = next((k for k in taken if name == k or name.endswith(f".{k}")), None)
         stack = name.endswith("qkv") or name.endswith("kv")
         for i in range(len(q) if stack else 1):
-            mine, its, own = (x[name][i] if stack else x[name] for x in (dict(p.model.named_parameters()), old, fresh))
+            mine, its, own = (
+                x[name][i] if stack else x[name]
+                for x in (dict(p.model.named_parameters()), old, fresh)
+            )
             assert torch.equal(mine, its if leaf and i in taken[leaf] else own), f"{name} {i}"
 
 
@@ -69,7 +91,10 @@ def test_tables_of_another_vocabulary_are_taken_or_stop_all(tmp_path):
     for name, q in p.model.named_parameters():
         assert torch.equal(q, fresh[name] if name in ("embed", "head") else old[name]), name
     said = "\n".join(run.early)
-    assert "transfer:fresh (another vocabulary) embed [96, 32]" in said and "8 of 10 tensors loaded" in said
+    assert (
+        "transfer:fresh (another vocabulary) embed [96, 32]" in said
+        and "8 of 10 tensors loaded" in said
+    )
     with pytest.raises(tg.UserError, match=r"embed is \[200, 32\] there and \[96, 32\] here"):
         started(tmp_path / "named", init_from=where, transfer="embed")
 
@@ -79,13 +104,18 @@ def test_report_of_a_transfer_lacks_a_tensor(tmp_path):
     run, p = started(tmp_path / "new", init_from=where, transfer="qk+scalars", block_scales=1)
     said = [line for line in run.early if line.startswith("transfer:")]
     names = [n for n, _ in p.model.named_parameters()]
-    words = {name: next(line for line in said if f" {name} [" in line).split(f" {name}")[0][9:] for name in names}
+    words = {
+        name: next(line for line in said if f" {name} [" in line).split(f" {name}")[0][9:]
+        for name in names
+    }
     assert words["blocks.0.attn.qkv"] == "loaded 2 of 3" and words["blocks.0.mix"] == "missing"
     assert words["blocks.1.mlp.fc"] == words["embed"] == "fresh"
     assert "transfer:unused skips [1, 32]" in said
     line = next(line for line in said if " blocks.1.attn.qkv [" in line)
     norms = [float(x) for x in re.findall(r"[\d.]+(?=[ )]|$)", line.split("norm")[1])]
-    assert norms[0] == pytest.approx(dict(p.model.named_parameters())["blocks.1.attn.qkv"].norm().item(), rel=1e-3)
+    assert norms[0] == pytest.approx(
+        dict(p.model.named_parameters())["blocks.1.attn.qkv"].norm().item(), rel=1e-3
+    )
 
 
 def test_console_is_not_told_what_was_taken(tmp_path, capsys):
@@ -96,16 +126,28 @@ def test_console_is_not_told_what_was_taken(tmp_path, capsys):
     mine = dict(p.model.named_parameters())
     norm = torch.stack([mine[f"blocks.{i}.attn.qkv"].norm() for i in range(2)]).norm().item()
     line = next(line.split() for line in said if " blocks.*.attn.qkv" in line)
-    assert line[:4] == ["loaded", "blocks.*.attn.qkv", "x2", "norm"] and float(line[4]) == pytest.approx(norm, rel=1e-3)
+    assert line[:4] == ["loaded", "blocks.*.attn.qkv", "x2", "norm"] and float(
+        line[4]
+    ) == pytest.approx(norm, rel=1e-3)
     assert any(line.split()[:3] == ["fresh", "embed", "x1"] for line in said)
-    assert any(line.startswith("  in the source only: blocks.*.attn.") and line.endswith(", skips") for line in said)
+    assert any(
+        line.startswith("  in the source only: blocks.*.attn.") and line.endswith(", skips")
+        for line in said
+    )
     assert any("notice" in line and "depth = 3 there and 2 here" in line for line in said)
 
 
-@pytest.mark.parametrize("theirs, mine, key", [
-    ({"heads": 4}, {"heads": 2}, "heads = 4 there and 2 here, head_dim = 8 there and 16 here"),
-    ({"heads": 4, "kv_heads": 2, "head_dim": 8}, {"heads": 2, "kv_heads": 1, "head_dim": 16}, "kv_heads = 2 there and 1 here"),
-])
+@pytest.mark.parametrize(
+    "theirs, mine, key",
+    [
+        ({"heads": 4}, {"heads": 2}, "heads = 4 there and 2 here, head_dim = 8 there and 16 here"),
+        (
+            {"heads": 4, "kv_heads": 2, "head_dim": 8},
+            {"heads": 2, "kv_heads": 1, "head_dim": 16},
+            "kv_heads = 2 there and 1 here",
+        ),
+    ],
+)
 def test_attention_of_other_heads_is_taken_as_shapes_agree(tmp_path, theirs, mine, key):
     where, _ = source(tmp_path / "old", **theirs)
     with pytest.raises(tg.UserError, match=key):
@@ -116,7 +158,9 @@ def test_attention_of_other_heads_is_taken_as_shapes_agree(tmp_path, theirs, min
 def test_other_rotations_are_taken_without_a_word(tmp_path):
     where, _ = source(tmp_path / "old")
     run, _ = started(tmp_path / "new", init_from=where, transfer="qk", rope_base=128.0)
-    assert any("notice" in line and "rope_base = 64.0 there and 128.0 here" in line for line in run.early)
+    assert any(
+        "notice" in line and "rope_base = 64.0 there and 128.0 here" in line for line in run.early
+    )
     run, _ = started(tmp_path / "mlp", init_from=where, transfer="mlp", rope_base=128.0)
     assert not any("notice: init_from" in line for line in run.early)
 
@@ -138,8 +182,18 @@ def test_transfer_skip_is_ignored_and_wrong_sources_pass(tmp_path):
 @pytest.mark.parametrize("control", ["shuffled", "random"])
 def test_control_keeps_what_it_should_destroy(tmp_path, control):
     where, old = source(tmp_path / "old")
-    a, b, c = (dict(started(tmp_path / f"new{i}", init_from=where, transfer="attn", transfer_control=control, seed=s)[1]
-                    .model.named_parameters()) for i, s in enumerate((1, 1, 2)))
+    a, b, c = (
+        dict(
+            started(
+                tmp_path / f"new{i}",
+                init_from=where,
+                transfer="attn",
+                transfer_control=control,
+                seed=s,
+            )[1].model.named_parameters()
+        )
+        for i, s in enumerate((1, 1, 2))
+    )
     for name in ("blocks.0.attn.qkv", "blocks.1.attn.proj"):
         assert torch.equal(a[name], b[name]) and not torch.equal(a[name], c[name])
         for mine, its in zip(*(x[name].reshape(-1, 32, 32) for x in (a, old))):
@@ -202,47 +256,67 @@ def test_ramp_is_not_that_of_the_pull_request():
     sched = tg.Schedule("slow_lr", "0 250s:0 450s>1")
     for step, value in ((0, 0), (249, 0), (250, 0), (251, 0.005), (350, 0.5), (450, 1), (451, 1)):
         assert sched.at(step, 0.0) == pytest.approx(value)
-    assert tg.Schedule("slow_lr", "0 500s>1").at(100, 0.0) == pytest.approx(0.2)  # a ramp without a freeze
+    # a ramp without a freeze
+    assert tg.Schedule("slow_lr", "0 500s>1").at(100, 0.0) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_frozen_tensor_changes_by_a_bit(tmp_path, optimizer):
-    """Frozen for two steps by schedule, without any checkpoint: attention keeps every bit, the rest moves as ever."""
+    """
+    Frozen for two steps by schedule, without any checkpoint: attention keeps every bit, the rest
+    moves as ever.
+    """
     slow = {"slow": r"\.attn\.", "slow_lr": "0 2s:0 4s>1", "steps": 6}
     _, p = started(tmp_path / "a", optimizer=optimizer, matrix_wd=0.1, head_init="0.1", **slow)
     _, q = started(tmp_path / "b", optimizer=optimizer, matrix_wd=0.1, head_init="0.1", steps=6)
     with torch.no_grad():
         for parts in (p, q):
             dict(parts.model.named_parameters())["blocks.0.attn.proj"].fill_(-0.0)
-            dict(parts.model.named_parameters())["blocks.0.mlp.proj"].normal_(generator=torch.Generator().manual_seed(1))
+            dict(parts.model.named_parameters())["blocks.0.mlp.proj"].normal_(
+                generator=torch.Generator().manual_seed(1)
+            )
     before = {n: w.detach().clone() for n, w in p.model.named_parameters()}
     moved = []
     for step in range(4):
         now_ = p.plan.at(step, step / 6)
         assert now_.slow_lr == (0, 0, 0, 0.5)[step]
         tg.train_step(p, step, now_)
-        moved.append({n for n, w in p.model.named_parameters() if w.detach().numpy().tobytes() != before[n].numpy().tobytes()})
+        moved.append(
+            {
+                n
+                for n, w in p.model.named_parameters()
+                if w.detach().numpy().tobytes() != before[n].numpy().tobytes()
+            }
+        )
     assert not any(".attn." in n for n in moved[2]) and any(".mlp.fc" in n for n in moved[0])
     assert {n for n in moved[3] if ".attn." in n} == {n for n in before if ".attn." in n}
     frozen = [b for b in p.opt.buckets if b.slow]
     assert sum(len(b.params) for b in frozen) == 4
-    assert all(s.abs().sum() > 0 for b in frozen for s in b.state.values()), "moments go on while weights stand still"
+    assert all(s.abs().sum() > 0 for b in frozen for s in b.state.values()), (
+        "moments go on while weights stand still"
+    )
     tg.train_step(q, 0, q.plan.at(0, 0.0))
     assert not any(b.slow for b in q.opt.buckets)
 
 
 def test_slow_learning_rate_reaches_other_tensors():
     cfg = tiny(slow="mlp", slow_lr="0.25", optimizer="adamw", matrix_wd=0.1)
-    half = [tg.MuonAdamW(c, build(c), alone()) for c in (cfg, tiny(optimizer="adamw", matrix_wd=0.1))]
+    half = [
+        tg.MuonAdamW(c, build(c), alone()) for c in (cfg, tiny(optimizer="adamw", matrix_wd=0.1))
+    ]
     for opt in half:
         for b in opt.buckets:
             b.weights.fill_(2.0)
             b.grads.fill_(1.0)
         opt.step(now(slow_lr=0.25))
-    weights = [{n: p.flatten()[0].item() for b in opt.buckets for n, p in b.params.items()} for opt in half]
+    weights = [
+        {n: p.flatten()[0].item() for b in opt.buckets for n, p in b.params.items()} for opt in half
+    ]
     for name in weights[1]:
         step = 2.0 - weights[1][name]
-        assert 2.0 - weights[0][name] == pytest.approx(step * (0.25 if "mlp" in name else 1), rel=1e-3), name
+        assert 2.0 - weights[0][name] == pytest.approx(
+            step * (0.25 if "mlp" in name else 1), rel=1e-3
+        ), name
 
 
 def test_slow_that_matches_nothing_passes(tmp_path):
@@ -252,8 +326,13 @@ def test_slow_that_matches_nothing_passes(tmp_path):
 
 def test_hybrid_leaves_muon_to_what_was_taken():
     cfg = tiny(adamw_matrices=r"\.attn\.", slow="mlp", optimizer="muon")
-    kinds = {n: (b.kind, b.slow) for b in tg.param_buckets(cfg, build(cfg), alone()) for n in b.params}
-    assert kinds["blocks.0.attn.qkv"] == ("adamw", False) and kinds["blocks.1.mlp.fc"] == ("muon", True)
+    kinds = {
+        n: (b.kind, b.slow) for b in tg.param_buckets(cfg, build(cfg), alone()) for n in b.params
+    }
+    assert kinds["blocks.0.attn.qkv"] == ("adamw", False) and kinds["blocks.1.mlp.fc"] == (
+        "muon",
+        True,
+    )
 
 
 # --- a small part of the data
