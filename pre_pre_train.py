@@ -266,14 +266,14 @@ def refuse_idle(values: dict, where: str = "") -> None:
     for key, value in values.items():
         if key in FOLLOWS:
             raise UserError(
-                f"{where}{key} = {value!r}: in pre-pre-training it follows from "
-                f"{FOLLOWS[key]}: give those instead"
+                f"{where}{key} = {value!r}: in pre-pre-training it follows from {FOLLOWS[key]}: "
+                "give those instead"
             )
         if key in IDLE and str(value) != str(IDLE[key]):
             raise UserError(
-                f"{where}{key} = {value!r}: does nothing in pre-pre-training, which knows "
-                "no text, no artifact and no leaderboard: leave it out (of a language "
-                "run's preset --like takes the model alone)"
+                f"{where}{key} = {value!r}: does nothing in pre-pre-training, which knows no text, "
+                "no artifact and no leaderboard: leave it out (of a language run's preset --like "
+                "takes the model alone)"
             )
 
 
@@ -300,8 +300,7 @@ class Flags(PrePreConfig):
 
 
 def read_preset(name: str) -> dict:
-    """
-    Values of a preset. What follows from others follows anew where the preset is the resolved
+    """Values of a preset. What follows from others follows anew where the preset is the resolved
     configuration of a run, which holds every field.
     """
     path = t.preset_path(name)
@@ -330,9 +329,7 @@ def compat_values(compat: str) -> dict:
 
 
 def parse_args(argv: list[str]) -> PrePreConfig:
-    """
-    Defaults < choices of nca_compat < the model of `like` < presets from left to right < flags.
-    """
+    """Defaults < choices of nca_compat < the model of `like` < presets from left to right < flags."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", nargs="*", action="extend", default=[])
     early.add_argument("--like", nargs="*", action="extend", default=[])
@@ -407,8 +404,8 @@ def validate(cfg: PrePreConfig) -> None:
     near = f"{below} or {below + cfg.nca_patch}" if below else f"{cfg.nca_patch}"
     need(
         cfg.nca_grid % cfg.nca_patch == 0,
-        f"nca_grid = {cfg.nca_grid} cannot be cut into patches of nca_patch = "
-        f"{cfg.nca_patch} cells: choose --nca_grid {near}",
+        f"nca_grid = {cfg.nca_grid} cannot be cut into patches of nca_patch = {cfg.nca_patch} "
+        f"cells: choose --nca_grid {near}",
     )
     need(2 <= cfg.nca_colors <= 16, f"nca_colors = {cfg.nca_colors}: 2 to 16 colours are possible")
     # told as a power: the number itself may have more digits than Python prints
@@ -423,8 +420,8 @@ def validate(cfg: PrePreConfig) -> None:
     need(
         cfg.nca_patch < 5 and vocabulary(cfg) <= 65536,
         f"nca_colors = {cfg.nca_colors} and nca_patch = {cfg.nca_patch} make "
-        f"{cfg.nca_colors}^{cfg.nca_patch**2} tokens, but rows hold uint16: choose fewer "
-        f"colours or --nca_patch {fits}",
+        f"{cfg.nca_colors}^{cfg.nca_patch**2} tokens, but rows hold uint16: choose fewer colours "
+        f"or --nca_patch {fits}",
     )
     need(
         cfg.nca_vocab == 0 or cfg.nca_vocab >= vocabulary(cfg),
@@ -433,9 +430,8 @@ def validate(cfg: PrePreConfig) -> None:
     grids = cfg.nca_min_grid + 1
     need(
         row_width(cfg) >= grids * grid_tokens(cfg),
-        f"nca_seq_len = {cfg.nca_seq_len}: a row needs {grids} grids of "
-        f"{grid_tokens(cfg)} tokens, the first {cfg.nca_min_grid} of them as context: at least "
-        f"{grids * grid_tokens(cfg)}",
+        f"nca_seq_len = {cfg.nca_seq_len}: a row needs {grids} grids of {grid_tokens(cfg)} tokens, "
+        f"the first {cfg.nca_min_grid} of them as context: at least {grids * grid_tokens(cfg)}",
     )
     for key in ("nca_tokens", "nca_val_tokens"):
         need(
@@ -445,13 +441,13 @@ def validate(cfg: PrePreConfig) -> None:
     band(cfg)
     need(
         cfg.param_dtype == "float32",
-        f"param_dtype = {cfg.param_dtype!r}: an embedding in bfloat16 cannot move by steps "
-        "as small as these (the pull request's did not): pre-pre-training keeps float32 masters",
+        f"param_dtype = {cfg.param_dtype!r}: an embedding in bfloat16 cannot move by steps as "
+        "small as these (the pull request's did not): pre-pre-training keeps float32 masters",
     )
     need(
         len(t.Schedule("batch_tokens", cfg.batch_tokens).points) == 1,
-        f"batch_tokens = {cfg.batch_tokens!r}: the steps of "
-        "an epoch are counted in batches of one size: give one number",
+        f"batch_tokens = {cfg.batch_tokens!r}: the steps of an epoch are counted in batches of one "
+        "size: give one number",
     )
     derive(cfg)
     t.validate(cfg)
@@ -466,8 +462,8 @@ def band(cfg: PrePreConfig) -> tuple[float, float]:
         limits = 1.0, 0.0
     if not colon or not limits[0] < limits[1]:
         raise UserError(
-            f"nca_band = {cfg.nca_band!r}: must read low:high with low < high, such as 0.3:0.4 "
-            "or 0.5:"
+            f"nca_band = {cfg.nca_band!r}: must read low:high with low < high, such as 0.3:0.4 or "
+            "0.5:"
         )
     return limits
 
@@ -488,9 +484,7 @@ def grids_per_row(cfg: PrePreConfig) -> int:
 
 
 def row_width(cfg: PrePreConfig) -> int:
-    """
-    Tokens that a row holds: whole grids, or one more than the inputs so that each has a label.
-    """
+    """Tokens that a row holds: whole grids, or one more than the inputs so that each has a label."""
     tokens = grids_per_row(cfg) * grid_tokens(cfg)
     return tokens if cfg.nca_last == "whole" else min(tokens, cfg.nca_seq_len + 1)
 
@@ -517,9 +511,8 @@ GOLDEN, MIX1, MIX2 = (
 
 
 def mix(z: np.ndarray) -> np.ndarray:
-    """
-    The output function of SplitMix64 (Steele, Lea, Flood 2014; constants of Vigna's splitmix64.c).
-    uint64.
+    """The output function of SplitMix64 (Steele, Lea, Flood 2014; constants of Vigna's
+    splitmix64.c). uint64.
     """
     z = (z ^ (z >> np.uint64(30))) * MIX1
     z = (z ^ (z >> np.uint64(27))) * MIX2
@@ -527,8 +520,7 @@ def mix(z: np.ndarray) -> np.ndarray:
 
 
 def stream(*parts) -> np.ndarray:
-    """
-    Keys (uint64) of the private streams named by `parts`: whole numbers, or arrays of them that
+    """Keys (uint64) of the private streams named by `parts`: whole numbers, or arrays of them that
     broadcast.
     """
     with np.errstate(over="ignore"):
@@ -539,8 +531,7 @@ def stream(*parts) -> np.ndarray:
 
 
 def bits(keys: np.ndarray, counter: np.ndarray) -> np.ndarray:
-    """
-    Output number `counter` of the SplitMix64 generators that start at `keys`; uint64, any order,
+    """Output number `counter` of the SplitMix64 generators that start at `keys`; uint64, any order,
     any subset.
     """
     with np.errstate(over="ignore"):
@@ -548,8 +539,7 @@ def bits(keys: np.ndarray, counter: np.ndarray) -> np.ndarray:
 
 
 def uniform(keys: np.ndarray, counter: np.ndarray, resolution: int = 52) -> np.ndarray:
-    """
-    float64 in (0, 1): midpoints of 2^resolution equal intervals, so never nearer to 0 or 1 than
+    """float64 in (0, 1): midpoints of 2^resolution equal intervals, so never nearer to 0 or 1 than
     half of one.
     """
     return (
@@ -558,8 +548,7 @@ def uniform(keys: np.ndarray, counter: np.ndarray, resolution: int = 52) -> np.n
 
 
 def choose(p: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """
-    Sample from weights p [..., d] by u [...] in (0, 1): the first index whose cumulative share
+    """Sample from weights p [..., d] by u [...] in (0, 1): the first index whose cumulative share
     exceeds u. uint8.
     """
     total = p.cumsum(-1)
@@ -576,9 +565,8 @@ SPLIT_START = {"train": 0, "val": 1 << 31}
 
 
 class Weights(NamedTuple):
-    """
-    Weights of N rules, float32, shaped as torch's convolutions have them; a rule is 614 numbers at
-    10 colours.
+    """Weights of N rules, float32, shaped as torch's convolutions have them; a rule is 614 numbers
+    at 10 colours.
     """
 
     conv1: np.ndarray  # [N, 4, d, 3, 3], circular padding, no activation behind it
@@ -590,8 +578,7 @@ class Weights(NamedTuple):
 
 
 def draw_weights(ids: np.ndarray, cfg: PrePreConfig) -> Weights:
-    """
-    Weights of the rules with these ids. "normal" (slowrun PR 63): weights and biases N(0,1).
+    """Weights of the rules with these ids. "normal" (slowrun PR 63): weights and biases N(0,1).
     "lecun" (the paper, by way of Flax's nn.Conv): a normal cut at two standard deviations and
     widened to variance 1/fan_in again, biases zero. The paper pads all axes of the grid around, the
     colours' too: its first convolution sees the last colour, all colours, the first colour, 9 * (d
@@ -623,10 +610,9 @@ def draw_weights(ids: np.ndarray, cfg: PrePreConfig) -> Weights:
 
 
 class Tables(NamedTuple):
-    """
-    N rules made ready to run. Behind the first convolution there is no activation and its input is
-    one-hot, so the 16 hidden numbers of a cell are a sum of nine table rows, one for the colour of
-    each neighbour. With width = 2, pairs of cells side by side are looked up: larger tables with
+    """N rules made ready to run. Behind the first convolution there is no activation and its input
+    is one-hot, so the 16 hidden numbers of a cell are a sum of nine table rows, one for the colour
+    of each neighbour. With width = 2, pairs of cells side by side are looked up: larger tables with
     longer rows, but 6 lookups serve 2 cells.
     """
 
@@ -643,11 +629,10 @@ class Tables(NamedTuple):
 
 
 def make_tables(w: Weights, cfg: PrePreConfig, width: int = 1) -> Tables:
-    """
-    Tables, and a bound on float32's error. Let S be the largest sum of |terms| of a logit, in units
-    of 2^-24. Nine rounded table entries added in any order err by 10 S at most, 16 products and a
-    bias by 17 S more, and the comparison of `rollout` by 2 S: 32 S covers them, for each of the two
-    logits of a lead.
+    """Tables, and a bound on float32's error. Let S be the largest sum of |terms| of a logit, in
+    units of 2^-24. Nine rounded table entries added in any order err by 10 S at most, 16 products
+    and a bias by 17 S more, and the comparison of `rollout` by 2 S: 32 S covers them, for each of
+    the two logits of a lead.
     """
     N, d = len(w.conv1), cfg.nca_colors
     # [N, 9, d, 4]
@@ -692,18 +677,16 @@ ROWS_AT_ONCE = 384
 
 
 def symbols(width: int) -> int:
-    """
-    Symbols of `width` cells in a block of `width` cells and its neighbours: three lines of width +
-    2 cells.
+    """Symbols of `width` cells in a block of `width` cells and its neighbours: three lines of width
+    + 2 cells.
     """
     return 3 * ((width + 2) // width)
 
 
 @functools.lru_cache
 def neighbours(grid: int, width: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Where neighbours are on the torus. First [width, C/width]: the cells of each symbol. A symbol is
-    a cell; or a pair, the cell left of a block of two and the block's first. Then [C/width,
+    """Where neighbours are on the torus. First [width, C/width]: the cells of each symbol. A symbol
+    is a cell; or a pair, the cell left of a block of two and the block's first. Then [C/width,
     symbols]: the symbols around each block, line by line as in a 3x3 kernel.
     """
     blocks = grid // width
@@ -723,8 +706,7 @@ def rollout(
     times: range,
     cfg: PrePreConfig,
 ) -> np.ndarray:
-    """
-    States of R automata at `times` (0 is the start): uint8 [R, len(times), C].
+    """States of R automata at `times` (0 is the start): uint8 [R, len(times), C].
 
     Row r runs rule slot[r] from the colours start[r, C]; keys[r] is the stream of its choices. A
     cell's next colour is drawn from softmax((logits + identity*[own colour])/T) by u, number step*C
@@ -808,8 +790,7 @@ def decide(
     u: np.ndarray,
     cfg: PrePreConfig,
 ) -> np.ndarray:
-    """
-    The definition of a cell's next colour, for the n cells row*C + cell of states [R, C] with
+    """The definition of a cell's next colour, for the n cells row*C + cell of states [R, C] with
     numbers u [n].
     """
     d = cfg.nca_colors
@@ -828,8 +809,7 @@ def decide(
 
 
 def rows_per_rule(slot: np.ndarray) -> int:
-    """
-    How many rows stand side by side for each rule in turn; 1 if they do not, or not as many for
+    """How many rows stand side by side for each rule in turn; 1 if they do not, or not as many for
     each.
     """
     group = int(np.argmax(slot != slot[0])) or len(slot)
@@ -838,8 +818,7 @@ def rows_per_rule(slot: np.ndarray) -> int:
 
 
 def start_grids(keys: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
-    """
-    [R, C] uint8 start grids, one per key. "uniform" (PR 63): each cell any colour. "skewed" (the
+    """[R, C] uint8 start grids, one per key. "uniform" (PR 63): each cell any colour. "skewed" (the
     paper): the colours' frequencies in a grid are the softmax of N(0,1) draws.
     """
     C, d = cfg.nca_grid**2, cfg.nca_colors
@@ -851,8 +830,7 @@ def start_grids(keys: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
 
 
 def recorded_times(cfg: PrePreConfig) -> range:
-    """
-    Steps whose grids make a row. The paper records before stepping; PR 63 steps first and never
+    """Steps whose grids make a row. The paper records before stepping; PR 63 steps first and never
     shows the start.
     """
     first = cfg.nca_init_steps + (cfg.nca_dt if cfg.nca_record == "after" else 0)
@@ -860,8 +838,8 @@ def recorded_times(cfg: PrePreConfig) -> range:
 
 
 def simulate(ids: np.ndarray, sims: np.ndarray, epoch: int, cfg: PrePreConfig) -> np.ndarray:
-    """
-    Recorded grids [R, n, C] of rules `ids` [R] in their simulations number `sims` [R] of an epoch.
+    """Recorded grids [R, n, C] of rules `ids` [R] in their simulations number `sims` [R] of an
+    epoch.
     """
     distinct, slot = np.unique(ids, return_inverse=True)
     C, times = cfg.nca_grid**2, recorded_times(cfg)
@@ -890,8 +868,7 @@ IGNORE = -1  # the label without a loss, as in train_gpt.GPT.losses
 
 
 def tokenize(grids: np.ndarray, cfg: PrePreConfig, delimiters: bool = True) -> np.ndarray:
-    """
-    Grids [R, n, C] -> tokens uint16 [R, n * tokens of a grid]. Patches go row by row; a patch's
+    """Grids [R, n, C] -> tokens uint16 [R, n * tokens of a grid]. Patches go row by row; a patch's
     token is the number whose digits in base d are its cells, row by row, the first being the least.
     Start is d^(p*p), end the one behind.
     """
@@ -922,9 +899,8 @@ def digits(tokens: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
 
 
 def inputs_and_labels(rows: np.ndarray, cfg: PrePreConfig) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Rows [R, W] -> inputs and next-token labels, int64 [R, L], with labels IGNORE where there is no
-    loss: the first nca_min_grid grids, and start and end tokens unless nca_delimiter_loss. Where
+    """Rows [R, W] -> inputs and next-token labels, int64 [R, L], with labels IGNORE where there is
+    no loss: the first nca_min_grid grids, and start and end tokens unless nca_delimiter_loss. Where
     the last grid is whole, the row ends in one padding input (token 0, no label), which makes L = W
     as PR 63 has it; else L = W - 1.
     """
@@ -941,9 +917,8 @@ def inputs_and_labels(rows: np.ndarray, cfg: PrePreConfig) -> tuple[np.ndarray, 
 
 
 def next_grid_accuracy(predicted: np.ndarray, rows: np.ndarray, cfg: PrePreConfig) -> dict:
-    """
-    How well tokens predicted [R, at least W-1], where predicted[:, i] stands for rows[:, i+1], give
-    the next grids.
+    """How well tokens predicted [R, at least W-1], where predicted[:, i] stands for rows[:, i+1],
+    give the next grids.
 
     Returns shares: cell_accuracy (chance is 1/d), token_accuracy (chance 1/d^(p*p)), grid_accuracy
     (all cells right), and lists of cell and grid accuracy by the number of grids in the context,
@@ -976,8 +951,7 @@ def next_grid_accuracy(predicted: np.ndarray, rows: np.ndarray, cfg: PrePreConfi
 
 
 def copy_accuracy(rows: np.ndarray, cfg: PrePreConfig) -> float:
-    """
-    Share of the cells of the next grid that are right if it is taken for the last one again; a
+    """Share of the cells of the next grid that are right if it is taken for the last one again; a
     model must go above.
     """
     behind = grid_tokens(cfg) - 1
@@ -987,9 +961,8 @@ def copy_accuracy(rows: np.ndarray, cfg: PrePreConfig) -> float:
 
 
 def unigram_loss(rows: np.ndarray, cfg: PrePreConfig) -> float:
-    """
-    Nats per label of the best constant guess: the entropy of the tokens that bear a loss. A model
-    must go below.
+    """Nats per label of the best constant guess: the entropy of the tokens that bear a loss. A
+    model must go below.
     """
     labels = inputs_and_labels(rows, cfg)[1]
     count = np.bincount(labels[labels != IGNORE])
@@ -1006,16 +979,14 @@ ROUND = 256, 8192
 
 
 def raw_size(cfg: PrePreConfig) -> int:
-    """
-    Bytes that a rule's ten grids have before compression: int32 tokens, with delimiters in PR 63
+    """Bytes that a rule's ten grids have before compression: int32 tokens, with delimiters in PR 63
     only.
     """
     return 4 * 10 * (grid_tokens(cfg) - (0 if cfg.nca_filter == "pr63" else 2))
 
 
 def compressed_sizes(ids: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
-    """
-    gzip sizes (level 9) in bytes of ten grids of each rule, as little-endian int32 tokens: the
+    """gzip sizes (level 9) in bytes of ten grids of each rule, as little-endian int32 tokens: the
     tokens' width is part of the measure, noise scores 0.67 in int32 and 0.35 in int64. PR 63 runs
     every rule from one and the same start grid and takes steps 1 to 10; the paper takes the run's
     own time steps behind its initial ones.
@@ -1057,12 +1028,11 @@ def refuse_band(sizes: np.ndarray, accepted: int, cfg: PrePreConfig) -> None:
     low, *middle, high = np.quantile(sizes / raw_size(cfg), [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
     raise UserError(
         f"nca_band = {cfg.nca_band!r}: {accepted} of {len(sizes)} candidate rules passed, an "
-        "acceptance rate of "
-        f"{accepted / len(sizes):.2%}, and fewer than one in nca_tries = {cfg.nca_tries} ends "
-        "the search. Compressed "
-        f"sizes go from {low:.3f} to {high:.3f}; 5, 25, 50, 75 and 95 % of them lie below "
-        f"{', '.join(f'{q:.3f}' for q in middle)}: choose a band among these, for example "
-        f"--nca_band {middle[1]:.2f}:{middle[3]:.2f}, or raise --nca_tries"
+        f"acceptance rate of {accepted / len(sizes):.2%}, and fewer than one in nca_tries = "
+        f"{cfg.nca_tries} ends the search. Compressed sizes go from {low:.3f} to {high:.3f}; 5, "
+        f"25, 50, 75 and 95 % of them lie below {', '.join(f'{q:.3f}' for q in middle)}: choose a "
+        f"band among these, for example --nca_band {middle[1]:.2f}:{middle[3]:.2f}, or raise "
+        "--nca_tries"
     )
 
 
@@ -1115,10 +1085,9 @@ def facts(cfg: PrePreConfig, rows: bool) -> dict:
 
 
 class Cache:
-    """
-    Arrays in files under <folder>/<hash of facts>/. A file is one line of JSON and the bytes that
-    it describes; it appears whole or not at all, and one that does not match its sha256 is reported
-    and taken for missing.
+    """Arrays in files under <folder>/<hash of facts>/. A file is one line of JSON and the bytes
+    that it describes; it appears whole or not at all, and one that does not match its sha256 is
+    reported and taken for missing.
     """
 
     def __init__(self, folder: str, facts: dict, say=print):
@@ -1162,8 +1131,7 @@ class Cache:
         except OSError as e:
             raise UserError(
                 f"nca_cache = {self.root!r}: cannot write {self.folder / name} ({e.strerror}); "
-                "choose "
-                "another folder, or --nca_cache '' for none"
+                "choose another folder, or --nca_cache '' for none"
             ) from e
 
 
@@ -1181,8 +1149,7 @@ def thread_count(cfg: PrePreConfig) -> int:
 
 
 def pieces(n: int, cfg: PrePreConfig) -> list[slice]:
-    """
-    n rows cut for the threads: one piece each or, of many rows, pieces of ROWS_AT_ONCE, all of
+    """n rows cut for the threads: one piece each or, of many rows, pieces of ROWS_AT_ONCE, all of
     whole rules.
     """
     size = min(ROWS_AT_ONCE, max(32, -(-n // thread_count(cfg))))
@@ -1192,8 +1159,7 @@ def pieces(n: int, cfg: PrePreConfig) -> list[slice]:
 
 @contextlib.contextmanager
 def workers(cfg: PrePreConfig):
-    """
-    Threads, each computing alone: many small operations would spend their time waiting for each
+    """Threads, each computing alone: many small operations would spend their time waiting for each
     other. Torch's number of threads is one setting for the process, so nothing else should compute
     on the CPU meanwhile; it is restored.
     """
@@ -1219,11 +1185,10 @@ def gather_from_ranks(mine: np.ndarray, world: int) -> list[np.ndarray]:
 
 
 class NcaData:
-    """
-    Rows of one split, "train" or "val". Row r of an epoch is simulation r % sims_per_rule of rule r
-    // sims_per_rule, so it is the same on any number of ranks and in any batch. `gather` stands in
-    for torch.distributed in tests. `poll` is called between rounds of the search for rules, by
-    every rank as often: a signal ends it there.
+    """Rows of one split, "train" or "val". Row r of an epoch is simulation r % sims_per_rule of
+    rule r // sims_per_rule, so it is the same on any number of ranks and in any batch. `gather`
+    stands in for torch.distributed in tests. `poll` is called between rounds of the search for
+    rules, by every rank as often: a signal ends it there.
     """
 
     def __init__(
@@ -1257,8 +1222,7 @@ class NcaData:
         self.rules = self.find_rules(-(-self.rows // cfg.nca_sims_per_rule))
 
     def find_rules(self, count: int) -> np.ndarray:
-        """
-        Ids of the first `count` rules of this split that pass the filter, in order. Bounded: see
+        """Ids of the first `count` rules of this split that pass the filter, in order. Bounded: see
         refuse_band.
         """
         cfg, start = self.cfg, SPLIT_START[self.split]
@@ -1338,9 +1302,8 @@ class NcaData:
         return rows
 
     def prepare(self, epoch: int) -> None:
-        """
-        Make this rank's share of an epoch's cache files. A barrier behind it, and every rank finds
-        all of them.
+        """Make this rank's share of an epoch's cache files. A barrier behind it, and every rank
+        finds all of them.
         """
         if self.cfg.nca_cache:
             for span in tqdm(
@@ -1363,8 +1326,7 @@ class NcaData:
         return out
 
     def order(self, epoch: int) -> np.ndarray:
-        """
-        The rows of an epoch in their order of training: step s of batch B takes [s*B, (s+1)*B),
+        """The rows of an epoch in their order of training: step s of batch B takes [s*B, (s+1)*B),
         ranks split that.
         """
         keys = bits(stream(self.cfg.nca_seed, ORDER, epoch), np.arange(self.rows))
@@ -1384,9 +1346,8 @@ class NcaData:
 
 
 class NcaLoader:
-    """
-    Batches for train_gpt's loop: row s*B + i of an epoch's order is row i of its batch s, whatever
-    the ranks.
+    """Batches for train_gpt's loop: row s*B + i of an epoch's order is row i of its batch s,
+    whatever the ranks.
     """
 
     def __init__(self, cfg: PrePreConfig, run: t.Run):
@@ -1394,16 +1355,14 @@ class NcaLoader:
         need = row_inputs(cfg) * run.world
         if int(cfg.batch_tokens) % need or not self.rows:
             raise UserError(
-                f"batch_tokens = {cfg.batch_tokens} on {run.world} ranks: must be a multiple "
-                f"of {need}, a row of "
-                f"{row_inputs(cfg)} tokens for each: choose "
+                f"batch_tokens = {cfg.batch_tokens} on {run.world} ranks: must be a multiple of "
+                f"{need}, a row of {row_inputs(cfg)} tokens for each: choose "
                 f"{max(1, round(int(cfg.batch_tokens) / need)) * need}"
             )
         if row_count(cfg, "train") < self.rows:
             raise UserError(
                 f"nca_tokens = {cfg.nca_tokens}: an epoch of {row_count(cfg, 'train')} rows is "
-                "less than one batch "
-                f"of {self.rows}: raise it, or lower --batch_tokens"
+                f"less than one batch of {self.rows}: raise it, or lower --batch_tokens"
             )
         self.data = NcaData(cfg, "train", run.rank, run.world, say=run.log, poll=run.agree)
         self.epoch = self.pos = 0  # the next batch is batch `pos` of the epoch
@@ -1413,9 +1372,8 @@ class NcaLoader:
         self.scored = int((inputs_and_labels(row, cfg)[1] != IGNORE).sum())
 
     def prepare(self) -> None:
-        """
-        Make an epoch's rows, while the training clock stands still: what that took is told beside
-        it.
+        """Make an epoch's rows, while the training clock stands still: what that took is told
+        beside it.
         """
         began = time.perf_counter()
         with self.run.clock.paused(), self.run.interruptible():
@@ -1429,8 +1387,7 @@ class NcaLoader:
         )
 
     def batch(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
-        """
-        This rank's rows of the next batch, uint16 [B/world, W]; then move on. The last part of a
+        """This rank's rows of the next batch, uint16 [B/world, W]; then move on. The last part of a
         batch is dropped.
         """
         if (self.pos + 1) * self.rows > self.data.rows:
@@ -1490,8 +1447,8 @@ class NcaValidation:
     def batch(
         self, rows: range, device: torch.device, size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The given rows as inputs and labels [size, L]; rows that are missing to size have no labels.
+        """The given rows as inputs and labels [size, L]; rows that are missing to size have no
+        labels.
         """
         x, y = self.tensors(self.data[np.minimum(rows, self.rows - 1)], device)
         y[[i for i, r in enumerate(rows) if r >= self.rows]] = IGNORE
@@ -1499,9 +1456,8 @@ class NcaValidation:
 
     @torch.no_grad()
     def measure(self, p: t.Parts, step: int, shape: t.Shape) -> dict:
-        """
-        Greedy next-grid accuracy on held-out rules, each token given the true ones before it; every
-        rank does all.
+        """Greedy next-grid accuracy on held-out rules, each token given the true ones before it;
+        every rank does all.
         """
         guesses = []
         for low in range(0, len(self.measured), shape.rows):
@@ -1521,8 +1477,7 @@ class NcaValidation:
 
 
 def build(cfg: PrePreConfig, run: t.Run) -> t.Parts:
-    """
-    train_gpt's parts around cellular automata: rules are searched and validation rows made here,
+    """train_gpt's parts around cellular automata: rules are searched and validation rows made here,
     before the clock.
     """
     plan = t.Plan(cfg)
@@ -1541,8 +1496,7 @@ def build(cfg: PrePreConfig, run: t.Run) -> t.Parts:
 def draw_picture(
     cfg: PrePreConfig, path: str | Path, candidates: int = 1024, shown: int = 6, frames: int = 10
 ) -> None:
-    """
-    PNG: trajectories of accepted and of rejected rules side by side, and all candidates' scores
+    """PNG: trajectories of accepted and of rejected rules side by side, and all candidates' scores
     with the band.
     """
     import matplotlib
@@ -1614,8 +1568,7 @@ def draw_picture(
 
 
 def generate_only(cfg: PrePreConfig) -> int:
-    """
-    Rules, epoch 0 and validation rows, generated whatever the cache holds and then kept there;
+    """Rules, epoch 0 and validation rows, generated whatever the cache holds and then kept there;
     speed and hashes.
     """
     say = functools.partial(print, file=sys.stderr)
@@ -1662,8 +1615,7 @@ def main(argv: list[str] | None = None) -> int:
             except t.Interrupted:  # while build searched for rules: there is nothing to save yet
                 run.log(
                     f"interrupted by {signal.Signals(run.signal).name} while rules were searched: "
-                    "nothing is "
-                    "changed; the same command goes on, with what the cache holds"
+                    "nothing is changed; the same command goes on, with what the cache holds"
                 )
                 return 128 + run.signal
             if code == 0 and run.is_main and not (run.folder / "nca.png").exists():

@@ -150,7 +150,9 @@ def make_run(
     folder.mkdir(parents=True)
     steps, run = max(losses), folder.name
     fields = {"run": run, "arm": arm, "seed": seed, "steps": steps, **(config or {})}
+    table = fields.pop("rule", {})
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in fields.items()]
+    lines += ["[rule]\n", *(f"{key} = {json.dumps(value)}\n" for key, value in table.items())]
     (folder / "config.toml").write_text("".join(lines))
     events = []
     for step, loss in losses.items():
@@ -183,7 +185,7 @@ def run_of(val_loss: float, seed: int | None = None, **result) -> report.Run:
 
 
 def rule(**fields) -> dict:
-    return report.RULE | {f"rule_{key}": value for key, value in fields.items()}
+    return report.RULE | fields
 
 
 ########################################
@@ -374,7 +376,7 @@ def test_remix_logs_below_their_embedded_source(tmp_path):
     steps = np.interp(-3.2809, [-3.2917, -3.2791], [2375, 2500])
     assert ratios["M"] == pytest.approx(steps * 146.826 / 615334, rel=1e-4)
     assert 0.59 < ratios["M"] < 367.065 / 615.334
-    verdicts = report.build([a, m], fallback=rule(target=3.28))[0]["Rule of the track"]
+    verdicts = report.build([a, m], fallback={"rule": rule(target=3.28)})[0]["Rule of the track"]
     assert "A fails" in verdicts and "M passes" in verdicts  # A's log never reached 3.28
 
 
@@ -665,10 +667,8 @@ def fabricate(root: Path):
             losses = {10 * i: 3 + 4 * math.exp(-10 * i / tau) + noise[i] for i in range(11)}
             settings = {
                 "optimizer": {"A": "adamw", "B": "muon"}[arm],
-                "rule_metric": "val_loss",
-                "rule_target": 3.05,
-                "rule_p": 0.01,
                 "track": "speedrun",
+                "rule": {"metric": "val_loss", "target": 3.05, "p": 0.01},
             }
             make_run(root / f"{arm}_s{seed}", arm, seed, losses, config=settings)
     make_run(root / "B_s4", "B", 4, {0: 7.0, 10: 5.0}, finished=False, config=settings)
@@ -710,9 +710,8 @@ def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
 
 
 def test_one_seed_makes_a_report_without_tests(tmp_path, monkeypatch, capsys):
-    make_run(
-        tmp_path / "a_s1", "a", 1, {0: 5.0, 10: 4.0}, config={"rule_target": 4.5, "rule_p": 0.01}
-    )
+    config = {"rule": {"target": 4.5, "p": 0.01}}
+    make_run(tmp_path / "a_s1", "a", 1, {0: 5.0, 10: 4.0}, config=config)
     make_run(tmp_path / "b_s1", "b", 1, {0: 5.0, 10: 3.0})
     code, text, _ = call(monkeypatch, capsys, tmp_path, "--out", tmp_path / "out", "--no_plots")
     assert code == 0 and "a undecided" in text and "a t-test needs two seeds at least" in text
@@ -726,21 +725,27 @@ def test_runs_without_evaluations_make_a_report(tmp_path, monkeypatch, capsys):
     assert code == 0 and "unfinished 0/10" in text
 
 
-def test_preset_gives_upstream_logs_their_rule(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "preset", ["steps = 10\n[rule]\ntarget = 3.28\np = 0.05\n", "rule_target = 3.28\nrule_p = 0.05"]
+)
+def test_preset_gives_upstream_logs_their_rule(preset, tmp_path, monkeypatch, capsys):
+    """Its [rule] table, or the fields by which configs told a rule before there was one."""
     for i, loss in enumerate((3.2780, 3.2785, 3.2790)):
         (tmp_path / f"m_s{i}.txt").write_text(upstream_log({0: 10.8, 100: loss}, 100.0, 1))
-    (tmp_path / "preset.toml").write_text("rule_target = 3.28\nrule_p = 0.05\n")
-    code, text, _ = call(
-        monkeypatch,
-        capsys,
-        tmp_path,
-        "--out",
-        tmp_path / "out",
-        "--no_plots",
-        "--rule",
-        tmp_path / "preset.toml",
-    )
+    (tmp_path / "preset.toml").write_text(preset)
+    flags = ("--out", tmp_path / "out", "--no_plots", "--rule", tmp_path / "preset.toml")
+    code, text, _ = call(monkeypatch, capsys, tmp_path, *flags)
     assert code == 0 and "m passes" in text and "t = 5.20" in text
+
+
+def test_a_rule_of_before_the_table_is_the_same_rule():
+    rule = {"metric": "val_bpb", "target": 1.2, "margin": 0.003, "p": 0.01, "max_bytes": 16}
+    new = {"steps": 10, "rule": rule, "score": {"stride": 64}}
+    old = {"steps": 10, **{f"rule_{key}": value for key, value in rule.items()}}
+    assert report.rule_of(new) == report.rule_of(old) == report.RULE | rule
+    assert report.config_diff(old, new) == [["score.stride", "-", "64"]]
+    new["rule"] = rule | {"target": 1.1}
+    assert ["rule.target", "1.2", "1.1"] in report.config_diff(old, new)
 
 
 def test_bad_input_is_named(tmp_path, monkeypatch, capsys):
@@ -755,6 +760,9 @@ def test_bad_input_is_named(tmp_path, monkeypatch, capsys):
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_bytes(data)
+    (tmp_path / "ruled").mkdir()
+    for file in (tmp_path / "ruled" / "config.toml", tmp_path / "no_table.toml"):
+        file.write_text('rule = "fair"\n')
     for arguments, words in (
         ((), "no runs given"),
         ((tmp_path / "nowhere",), "nowhere"),
@@ -765,6 +773,8 @@ def test_bad_input_is_named(tmp_path, monkeypatch, capsys):
         ((tmp_path / "list",), "damaged"),
         ((tmp_path / "words",), "val_loss = 'x'"),
         ((tmp_path / "latin",), "damaged"),
+        ((tmp_path / "ruled",), "damaged"),
+        ((folder, "--rule", tmp_path / "no_table.toml"), "no_table.toml"),
         (("x" * 5000,), "too long"),
         ((folder, "--baseline", "b"), "the arms are a"),
         ((folder, "--metric", "val_lose"), "there is val_loss, val_bpb"),
