@@ -96,8 +96,7 @@ def main() -> None:
             digits, what = (1, "") if which.endswith("ratio") else (0, " " + unit)
             print(
                 f"{name:7} {which:9} {statistics.median(r):12,.{digits}f}{what} (median of "
-                f"{len(r)}; "
-                f"{min(r):,.{digits}f} to {max(r):,.{digits}f})",
+                f"{len(r)}; {min(r):,.{digits}f} to {max(r):,.{digits}f})",
                 flush=True,
             )
             out[f"{name} {which}".replace(" ", "_")] = statistics.median(r)

@@ -37,7 +37,7 @@ PROGRAMS = {
     "error, code",
     [(KeyboardInterrupt(), 130), (IsADirectoryError(21, "Is a directory", "there"), 2)],
 )
-def test_a_program_ends_with_one_line(name, error, code, monkeypatch, capsys):
+def test_a_program_ends_with_one_line_and_its_code(name, error, code, monkeypatch, capsys):
     """Ctrl-C is exit code 130 and a file that cannot be read is 2, without a traceback."""
 
     def fail(*args, **how):
@@ -56,7 +56,7 @@ def test_a_program_ends_with_one_line(name, error, code, monkeypatch, capsys):
     assert "interrupted" in err if code == 130 else "there" in err
 
 
-def test_who_reads_a_pipe_may_leave(tmp_path):
+def test_a_reader_that_leaves_a_pipe_ends_the_program_well(tmp_path):
     read, write = os.pipe()
     os.close(read)
     pid = os.fork()

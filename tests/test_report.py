@@ -102,7 +102,7 @@ M_CURVE = {
 SOURCE = """print0(f"step:{step}/{train_steps} val_loss:{val_loss:.4f} train_time:{training_time_ms:.0f}ms")
 step:7/9 val_loss:1.0000 train_time:1ms step_avg:1.00ms
 peak memory allocated: 1 MiB reserved: 2 MiB
-"""
+"""  # noqa: E501
 
 
 def sample(n: int, mean: float, sd: float) -> list[float]:
@@ -193,7 +193,7 @@ def rule(**fields) -> dict:
 ########################################
 
 
-def test_softcap_record_p_value():
+def test_the_softcap_records_losses_give_its_published_p():
     losses = [3.27 + unit / 1e4 for unit, count in SOFTCAP.items() for _ in range(count)]
     mean, sd = report.mean_sd(losses)
     assert len(losses) == 80 and f"{mean:.4f} {sd:.4f}" == "3.2791 0.0019"
@@ -203,7 +203,7 @@ def test_softcap_record_p_value():
     assert report.judge_mean(losses, rule(target=3.28, p=0.01))[0] == "passes"
 
 
-def test_margin_is_t_crit_times_standard_error():
+def test_the_margin_needed_is_t_crit_times_the_standard_error():
     table = {3: 6.965, 4: 4.541, 5: 3.747, 6: 3.365, 8: 2.998, 10: 2.821, 13: 2.681, 20: 2.539}
     for n, crit in table.items():
         assert report.margin_needed(n, math.sqrt(n), 0.01) == pytest.approx(crit, abs=5e-4)
@@ -215,7 +215,7 @@ def test_margin_is_t_crit_times_standard_error():
     ]
 
 
-def test_published_examples():
+def test_published_losses_give_the_published_p_values():
     # PR 315
     assert report.t_below(sample(10, 3.27851, 0.00097), 3.28)[1] == pytest.approx(4.5e-4, rel=0.01)
     # golf's seq2048 record, rounded losses
@@ -230,7 +230,7 @@ def test_published_examples():
     assert report.t_below(sample(13, 3.27893, sd), 3.28)[1] == pytest.approx(0.0078)
 
 
-def test_track_3_rule_at_its_border():
+def test_a_mean_on_the_border_of_track_3s_rule_passes():
     track_3 = rule(target=3.28, z=0.004)
     assert report.judge_mean(sample(16, 3.279, 0.0013), track_3)[0] == "passes"
     assert report.judge_mean([3.276], track_3)[0] == "passes"
@@ -247,7 +247,7 @@ def test_seeds_needed_is_the_smallest_n_that_passes(gap, sd):
     assert n == 2 or report.t_below(sample(n - 1, -gap, sd), 0.0)[1] >= 0.01
 
 
-def test_bytes_of_golf_validation_set():
+def test_loss_and_bpb_imply_the_bytes_of_golfs_validation_set():
     # two lines of the naive baseline's log, at step 0 and after the round trip, must imply the same
     # text
     for line in ((6.9370, 4.0978), (2.07269931, 1.22436570)):
@@ -260,7 +260,7 @@ def test_bytes_of_golf_validation_set():
     )
 
 
-def test_verdicts():
+def test_a_rule_is_passed_by_means_shown_to_lie_below_its_target_alone():
     def judge(runs, track="", **fields):
         verdict, why = report.judge(runs, rule(**fields), track)
         return verdict, "\n".join(why)
@@ -285,7 +285,7 @@ def test_verdicts():
     )
 
 
-def test_caps_and_resumed_runs():
+def test_runs_beyond_a_cap_or_resumed_on_a_clock_fail():
     def verdict(run, **fields):
         return report.judge([run], rule(**fields))[0]
 
@@ -301,7 +301,7 @@ def test_caps_and_resumed_runs():
     assert report.judge([resumed], rule(target=3.28), "slowrun")[0] == "passes"
 
 
-def test_golf_margin_is_explained_in_nats():
+def test_a_margin_in_bits_per_byte_is_told_in_nats():
     bpb = [1.1271, 1.1272, 1.1273]
     runs = [run_of(x * math.log(2) * 2.4359, seed, val_bpb=x) for seed, x in enumerate(bpb)]
     verdict, why = report.judge(runs, rule(metric="val_bpb", target=1.14, margin=0.00296, p=0.01))
@@ -311,7 +311,7 @@ def test_golf_margin_is_explained_in_nats():
     )
 
 
-def test_paired_and_welch_tests():
+def test_common_seeds_are_paired_and_others_compared_by_welchs_test():
     x, y = [1.00, 1.11, 1.19], [1.10, 1.18, 1.31]
     runs, base = ([run_of(v, seed) for seed, v in enumerate(values)] for values in (x, y))
     test, n, diff, sd, p = report.compare(runs[::-1], base, "val_loss")
@@ -337,7 +337,7 @@ def test_paired_and_welch_tests():
     assert report.pair_up([run_of(1.0)], base) == []
 
 
-def test_time_to_loss_against_inverse_interpolation():
+def test_time_to_loss_is_the_inverse_interpolation():
     rng = np.random.default_rng(0)
     for _ in range(50):
         y = np.sort(rng.uniform(3, 5, 12))[::-1]
@@ -361,7 +361,7 @@ def test_time_to_loss_against_inverse_interpolation():
 ########################################
 
 
-def test_remix_logs_below_their_embedded_source(tmp_path):
+def test_remix_logs_are_read_below_their_embedded_source(tmp_path):
     (tmp_path / "A.txt").write_text(upstream_log(A_CURVE, 615334 / 4375, 28874))
     (tmp_path / "M.txt").write_text(upstream_log(M_CURVE, 367065 / 2500, 28691))
     (tmp_path / "notes.txt").write_text("no step lines: not a log\n")
@@ -380,7 +380,7 @@ def test_remix_logs_below_their_embedded_source(tmp_path):
     assert "A fails" in verdicts and "M passes" in verdicts  # A's log never reached 3.28
 
 
-def test_track_3_writes_seconds_and_several_trials(tmp_path):
+def test_track_3s_seconds_and_trials_in_one_file_are_read(tmp_path):
     trial = (
         "step:0/250 val_loss:10.82584 train_time:0.000s step_avg:0.12ms\n"
         "step:250/250 val_loss:{} train_time:125.376s step_avg:501.50ms\n"
@@ -401,7 +401,7 @@ def test_track_3_writes_seconds_and_several_trials(tmp_path):
     assert (only.arm, only.seed) == ("muonh", 1)
 
 
-def test_golf_log(tmp_path):
+def test_every_number_of_a_golf_log_is_read(tmp_path):
     (tmp_path / "train_seed1337.log").write_text("""W0318 warnings of torchrun
 model_params:17140056
 seed:1337
@@ -446,7 +446,7 @@ final_hedge_mixer_exact val_loss:1.91200000 val_bpb:1.13240000
     assert report.build([run], metric="sliding_val_bpb")[3] == "val_bpb"
 
 
-def test_resumed_run_keeps_the_later_lines(tmp_path):
+def test_a_resumed_run_keeps_the_later_lines(tmp_path):
     folder = make_run(tmp_path / "a_s1", "a", 1, {0: 5.0, 10: 4.0, 20: 3.5}, finished=False)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"kind": "val", "step": 30, "val_lo\n')  # cut by the kill
@@ -577,7 +577,7 @@ def test_a_log_that_went_through_a_terminal_or_torchrun_is_read(tmp_path, dress)
     assert len(plain.val) == len(M_CURVE)
 
 
-def test_run_named_twice_counts_once(tmp_path):
+def test_a_run_named_twice_counts_once(tmp_path):
     folder = make_run(tmp_path / "logs" / "a_s1", "a", 1, {0: 5.0, 10: 4.0})
     assert (
         len(report.find_runs([str(folder), str(tmp_path / "logs"), str(tmp_path / "logs" / "*")]))
@@ -728,7 +728,7 @@ def test_runs_without_evaluations_make_a_report(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "preset", ["steps = 10\n[rule]\ntarget = 3.28\np = 0.05\n", "rule_target = 3.28\nrule_p = 0.05"]
 )
-def test_preset_gives_upstream_logs_their_rule(preset, tmp_path, monkeypatch, capsys):
+def test_a_preset_gives_upstream_logs_their_rule(preset, tmp_path, monkeypatch, capsys):
     """Its [rule] table, or the fields by which configs told a rule before there was one."""
     for i, loss in enumerate((3.2780, 3.2785, 3.2790)):
         (tmp_path / f"m_s{i}.txt").write_text(upstream_log({0: 10.8, 100: loss}, 100.0, 1))
@@ -748,7 +748,7 @@ def test_a_rule_of_before_the_table_is_the_same_rule():
     assert ["rule.target", "1.2", "1.1"] in report.config_diff(old, new)
 
 
-def test_bad_input_is_named(tmp_path, monkeypatch, capsys):
+def test_bad_input_is_named_in_one_line(tmp_path, monkeypatch, capsys):
     folder = make_run(tmp_path / "runs" / "a_s1", "a", 1, {0: 5.0, 10: 4.0})
     (tmp_path / "empty").mkdir()
     (tmp_path / "poem.txt").write_text("step by step\n")

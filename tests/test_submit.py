@@ -59,10 +59,7 @@ NAME, DATE = "Tiny_Steps", "2026-11-22"
 
 @pytest.fixture(scope="module", autouse=True)
 def pack_once():
-    """
-    Packing takes a second and gives the same for the same files: each submission of this module
-    need not repeat it.
-    """
+    """Packing takes a second and gives the same for the same files: once is enough here."""
     plain, packed = pack.pack, {}
 
     def remembered(paths, root=ROOT):
@@ -93,10 +90,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def work(server, tmp_path_factory):
-    """
-    A working directory with some of the shipped text, the config, and logs/: seeds 1, 2, 3 from
-    readable sources.
-    """
+    """A folder with some of the shipped text, the config, and logs/ of seeds 1, 2, 3."""
     folder = tmp_path_factory.mktemp("work")
     whole = tmp_path_factory.mktemp("shipped") / "sample"
     subprocess.run(
@@ -121,9 +115,7 @@ def work(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed_run(work, packed_file, tmp_path_factory):
-    """
-    Seed 1 once more, started from the packed file as a process of its own, far from the sources.
-    """
+    """Seed 1 once more, from the packed file in a process of its own, far from the sources."""
     folder = tmp_path_factory.mktemp("packed_run")
     shutil.copytree(work / "sample", folder / "sample")
     shutil.copy(work / "tiny.toml", folder)
@@ -166,8 +158,8 @@ def call(capsys, *argv, track: str = "golf", runs=RUNS) -> tuple[int, str, str]:
 
 
 def refused(capsys, *words, **how) -> str:
-    """
-    The submission is refused with one message that says all the words, and leaves nothing behind.
+    """The submission is refused with one message that says all the words, and leaves nothing
+    behind.
     """
     before = sorted(Path().rglob("*"))
     code, out, err = call(capsys, *how.pop("argv", ()), **how)
@@ -212,8 +204,7 @@ def set_config(changes: dict, runs=RUNS) -> None:
 
 
 def test_a_packed_run_is_the_run(work, packed_run, packed_file):
-    """
-    Every logged number of training, the artifact to the byte, and the source that it logs and
+    """Every logged number of training, the artifact to the byte, and the source that it logs and
     counts: its own.
     """
     plain = work / "logs/tiny-s1"
@@ -258,9 +249,8 @@ def test_a_packed_file_answers_like_its_program(packed_file, server):
 
 
 def test_a_packed_module_is_a_program_too(work, packed_file, server):
-    """
-    golf.py's proof, which starts golf.py once more in a fresh process: from the packed file as from
-    its own.
+    """golf.py's proof, which starts golf.py once more in a fresh process: from the packed file as
+    from its own.
     """
     argv = ("prove", work / "logs/tiny-s1", "--mode", "chunked", "--bytes", 100, "--device", "cpu")
     ended = server.run("golf", *argv, cwd=work, file=packed_file)
@@ -268,10 +258,9 @@ def test_a_packed_module_is_a_program_too(work, packed_file, server):
 
 
 @pytest.mark.parametrize("name", ["train_gpt.py", "golf.py", "pre_pre_train.py", "logs/dry_run.py"])
-def test_packing_keeps_the_code(name):
-    """
-    What is left are the tokens of the source, in their order; only comments, docstrings and layout
-    are gone.
+def test_packing_keeps_every_token_of_the_code(name):
+    """What is left are the tokens of the source, in their order; only comments, docstrings and
+    layout are gone.
     """
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
@@ -294,10 +283,9 @@ def test_packing_keeps_the_code(name):
     assert code(small) == code(source) and len(small) < 0.85 * len(source)
 
 
-def test_minifying_survives_what_python_allows():
-    """
-    Strings that look like comments, spaces that matter, docstrings as the only body, lines that go
-    on.
+def test_minifying_keeps_what_python_allows():
+    """Strings that look like comments, spaces that matter, docstrings as the only body, lines that
+    go on.
     """
     source = '''"""Doc."""
 import os  # gone
@@ -343,10 +331,9 @@ def test_unpacking_runs_nothing_and_gives_every_module(packed_file, tmp_path, ca
 ########################################
 
 
-def test_golf_folder(copy, capsys, server):
-    """
-    Everything that the leaderboard asks for, with the numbers of the runs, and a program that runs
-    from inside.
+def test_a_golf_folder_holds_all_that_is_asked_for_and_runs(copy, capsys, server):
+    """Everything that the leaderboard asks for, with the numbers of the runs, and a program that
+    runs from inside.
     """
     code, out, err = call(
         capsys, "--author", "A. Person", "--github_id", "aperson", "--blurb", "Twelve steps."
@@ -444,7 +431,7 @@ def test_a_packed_run_ships_the_file_that_ran(copy, packed_run, packed_file, cap
     )
 
 
-def test_speedrun_and_slowrun_folders(copy, capsys, monkeypatch):
+def test_folders_of_speedrun_and_slowrun_hold_readable_source(copy, capsys, monkeypatch):
     """One .txt a run, the readable source; no bytes are counted."""
     monkeypatch.setitem(submit.TRACKS, "speedrun", replace(submit.TRACKS["speedrun"], val_tokens=0))
     set_config(
@@ -486,9 +473,8 @@ def test_speedrun_and_slowrun_folders(copy, capsys, monkeypatch):
     refused(capsys, "sample: ", "training tokens, 1000 are allowed", track="slowrun_tiny")
 
 
-def test_refuses_sizes(copy, capsys):
-    """
-    Artifact and code over the cap; a file that is not as long as result.json says; one that is
+def test_sizes_over_the_cap_or_unlike_result_json_are_refused(copy, capsys):
+    """Artifact and code over the cap; a file that is not as long as result.json says; one that is
     missing.
     """
     set_config({"rule_max_bytes": 60000})
@@ -501,7 +487,7 @@ def test_refuses_sizes(copy, capsys):
     refused(capsys, "logs/tiny-s2/model.nrx", "missing", "put the run's own file back")
 
 
-def test_refuses_clocks_over_the_cap(copy, capsys):
+def test_clocks_over_the_cap_are_refused(copy, capsys):
     for run in RUNS:  # log and result agree on it
         log = Path(run, "log.txt").read_text()
         Path(run, "log.txt").write_text(
@@ -513,7 +499,7 @@ def test_refuses_clocks_over_the_cap(copy, capsys):
     refused(capsys, "logs/tiny-s1/result.json", "eval_time_s 601.0", "600 s are allowed")
 
 
-def test_refuses_another_source(copy, capsys):
+def test_a_source_unlike_this_checkout_is_refused(copy, capsys):
     log = Path(RUNS[1], "log.txt").read_text()
     Path(RUNS[1], "log.txt").write_text(
         log.replace("beta2: float = 0.95", "beta2: float = 0.99", 1)
@@ -524,7 +510,7 @@ def test_refuses_another_source(copy, capsys):
     refused(capsys, "logs/tiny-s2/result.json", "code_bytes 1000")
 
 
-def test_refuses_seeds_missing_doubled_or_left_out(copy, capsys):
+def test_seeds_missing_doubled_or_left_out_are_refused(copy, capsys):
     refused(capsys, "seeds: 2 missing", "--seeds", runs=[RUNS[0], RUNS[2]])
     refused(
         capsys,
@@ -540,7 +526,7 @@ def test_refuses_seeds_missing_doubled_or_left_out(copy, capsys):
     refused(capsys, "logs/tiny-s2", "seed 1 in result.json, 2 in config.toml")
 
 
-def test_refuses_what_the_rule_refuses(copy, capsys):
+def test_what_the_rule_fails_is_refused(copy, capsys):
     """Too few runs, a mean not far enough below, no rule at all, a metric that was not measured."""
     set_config(
         {
@@ -552,18 +538,18 @@ def test_refuses_what_the_rule_refuses(copy, capsys):
     set_config({"rule_target": 1.0})
     refused(capsys, "the rule is not met", "no number of seeds")
     set_config({"rule_target": 0.0})
-    refused(capsys, "no rule_target", "--rule_p 0.01")
+    refused(capsys, "no target with p (or z)", "p = 0.01")
     set_config({"rule_target": 4.0, "rule_metric": "sliding_val_bpb"})
     refused(capsys, "sliding_val_bpb", "was not measured in logs/tiny-s1")
     set_config({"rule_metric": "val_loss"})
-    refused(capsys, "val_loss is not a score of the artifact", "roundtrip_val_bpb")
+    refused(capsys, "val_loss is no score of the artifact", "roundtrip_val_bpb")
     set_config({"rule_metric": "roundtrip_val_bpb"})
     for run in RUNS[1:]:
         shutil.move(run, "elsewhere-" + Path(run).name)
     refused(capsys, "fewer than the rule needs", "run more seeds", runs=RUNS[:1])
 
 
-def test_refuses_a_run_that_began_from_another_one(copy, capsys):
+def test_a_run_that_began_from_another_one_is_refused(copy, capsys):
     """Pre-pre-training is training: its code and seconds would neither be shipped nor counted."""
     set_config({"init_from": "logs/tiny-pre-s1", "transfer": "attn"})
     err = refused(
@@ -600,14 +586,14 @@ def test_a_log_that_went_through_a_terminal_is_read(copy, capsys):
     assert call(capsys)[0] == 0
 
 
-def test_refuses_a_resumed_run_on_a_timed_track(copy, capsys):
+def test_a_resumed_run_on_a_timed_track_is_refused(copy, capsys):
     edit(RUNS[2], resumed=True)
     refused(capsys, "logs/tiny-s3: resumed", "under another name")
     set_config({"rule_max_seconds": 0.0})
     assert call(capsys, track="golf_non_record")[0] == 0  # not timed
 
 
-def test_refuses_configs_that_differ_beyond_the_seed(copy, capsys):
+def test_configs_that_differ_beyond_the_seed_are_refused(copy, capsys):
     set_config({"matrix_lr": 0.06}, [RUNS[1]])
     refused(
         capsys,
@@ -625,7 +611,7 @@ def test_refuses_configs_that_differ_beyond_the_seed(copy, capsys):
     assert "config_sha256" in err
 
 
-def test_refuses_numbers_that_the_log_does_not_have(copy, capsys):
+def test_numbers_unlike_the_logs_are_refused(copy, capsys):
     for key, what in (
         ("steps", "steps, but log.txt was last evaluated at 12"),
         ("eval_time_s", "but the scores in log.txt took"),
@@ -641,10 +627,9 @@ def test_refuses_numbers_that_the_log_does_not_have(copy, capsys):
     refused(capsys, "logs/tiny-s2/log.txt", "cut short")
 
 
-def test_refuses_documents_on_both_sides(copy, capsys):
-    """
-    One validation document is put among the training documents; the data's fingerprint is made to
-    fit.
+def test_documents_on_both_sides_are_refused(copy, capsys):
+    """One validation document is put among the training documents; the data's fingerprint is made
+    to fit.
     """
     val = np.fromfile("sample/sample_val_000000.bin", "<u2")[512:]
     starts = np.flatnonzero(val == 1)
@@ -665,7 +650,7 @@ def test_refuses_documents_on_both_sides(copy, capsys):
     refused(capsys, "train and validation cannot be compared", "no train shards", "--data")
 
 
-def test_refuses_what_is_no_submission(copy, capsys):
+def test_what_is_no_submission_is_refused(copy, capsys):
     refused(capsys, "track = 'golf'", "--track speedrun", track="speedrun")
     set_config({"val_tokens": 1000})
     refused(capsys, "val_tokens = 1000", "run with --val_tokens 0")
