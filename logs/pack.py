@@ -3,7 +3,7 @@ code.
 
     python logs/pack.py --out packed/train_gpt.py
     torchrun --standalone --nproc_per_node=8 -- packed/train_gpt.py --config golf_progressive
-    python packed/train_gpt.py golf score logs/RUN    # a module's name first: that one is run
+    python packed/train_gpt.py logs.score logs/RUN    # a module's name first: that one is run
 
     python logs/pack.py logs/dry_run.py --out packed/dry_run.py      # of other programs than these
     python logs/pack.py --unpack packed/train_gpt.py --out shown     # for the eye; runs nothing
@@ -33,7 +33,8 @@ if str(ROOT) not in sys.path:  # started as a script, which sees its own folder 
 
 from logs.endings import UserError, ending, written_whole  # noqa: E402
 
-PROGRAMS = ("train_gpt.py",)  # whose bytes count; the first is the one that runs by itself
+# what golf ships and counts; the first runs where no other is named
+PROGRAMS = ("train_gpt.py", "logs/score.py")
 MARK = "#module "  # begins the line before each module in the packed text
 # pb 0: text has no alignment
 LZMA = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]
@@ -251,7 +252,7 @@ def write(programs: list[Path], out: Path) -> None:
         paths = modules_of(programs)
     except (SyntaxError, UnicodeDecodeError) as error:
         raise UserError(f"{programs[0].name}, or what it imports, is no Python: {error}") from error
-    others = [out.parent / path.name for path in paths if path.name != out.name]
+    others = [out.parent / path.relative_to(ROOT) for path in paths if path.name != out.name]
     if out.resolve() in paths or any(other.exists() for other in others):
         raise UserError(
             f"--out {out} lies beside sources of the same names, which it would log and count; "

@@ -38,9 +38,11 @@ METRICS = (
     "val_loss",
     "val_bpb",
     "roundtrip_val_bpb",
+    "chunked_val_bpb",
     "sliding_val_bpb",
     "mixed_val_bpb",
     "ttt_val_bpb",
+    "lora_val_bpb",
 )
 # what averages over epochs add: all but the last step's loss, and the least of them
 EPOCHS = {

@@ -78,8 +78,8 @@ FILES = ("config.toml", "log.txt", "result.json")
 PUBLISHED_SHARE = 0.01
 # of result.json: what all runs must have in common
 SAME = ("world_size", "device", "torch", "params", "data_sha256")
-# scores of the artifact
-STORED = ("roundtrip_val_bpb", "sliding_val_bpb", "mixed_val_bpb", "ttt_val_bpb", "lora_val_bpb")
+STORED = report.METRICS[2:]  # scores of the artifact: all but val_loss and val_bpb
+SCORER = "logs/score.py"
 OF_ONE_RUN = report.NAMES - {"arm"}  # config fields that are not shipped, as they belong to one run
 
 
@@ -184,7 +184,9 @@ def sources_in(head: str, texts: dict[str, str]) -> dict[str, str]:
 
 
 def check_sources(s: Submission) -> None:
-    """All logs hold one source, which is that of this checkout, readable or packed."""
+    """All logs hold one source, which is that of this checkout, readable or packed. Sets what is
+    shipped.
+    """
     paths = pack.modules_of([ROOT / name for name in pack.PROGRAMS])
     texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
     packed = {"train_gpt.py": pack.pack(paths)}
@@ -216,6 +218,8 @@ def check_sources(s: Submission) -> None:
             )
     if s.track.packed or s.sources == packed:
         s.sources, s.readable = packed, texts
+    elif s.runs[0].config.get("average_epochs"):  # which the scorer takes, whatever [score] says
+        s.sources = s.sources | {SCORER: texts[SCORER]}
 
 
 def check_numbers(s: Submission) -> None:
@@ -231,12 +235,6 @@ def check_numbers(s: Submission) -> None:
                 s.object(folder / "result.json", "config_sha256 is not that of config.toml", again)
         except tg.UserError as error:
             s.object(path, str(error), again)
-        log = report.plain(log)
-        if re.search(r"^final: ", log, re.MULTILINE):
-            for what in unlike_log(log, result):
-                s.object(folder / "result.json", what, again)
-        else:
-            s.object(folder / "log.txt", "no line `final: ...`: it is cut short", again)
         path, size = folder / "model.nrx", result.get("artifact_bytes")
         if s.track.max_bytes and not (path.is_file() and size):
             s.object(
@@ -246,12 +244,21 @@ def check_numbers(s: Submission) -> None:
             )
         elif size and path.is_file() and path.stat().st_size != size:
             s.object(path, f"{path.stat().st_size} bytes, but result.json says {size}", again)
+        log = report.plain(log)
+        if not re.search(r"^final: ", log, re.MULTILINE):
+            s.object(folder / "log.txt", "no line `final: ...`: it is cut short", again)
+            continue
+        try:
+            odd = unlike_log(log, result) + unlike_scores(log, result)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            odd = [f"damaged ({type(error).__name__}: {error})"]
+        for what in odd:
+            s.object(folder / "result.json", what, again)
 
 
 def unlike_log(log: str, result: dict) -> list[str]:
     """Where a result.json differs from the last numbers of its log, but for the log's rounding."""
-    found = []
-    final = re.findall(r"^final: (.*)$", log, re.MULTILINE)[-1]
+    found, final = [], re.findall(r"^final: (.*)$", log, re.MULTILINE)[-1]
     for key, value in re.findall(r"(\w+):([-+.\de]+|nan|inf)s?(?= |$)", final):
         key, slack = ("train_time_s", 1e-3) if key == "train_time" else (key, 1e-7)
         known = result.get(key)
@@ -260,10 +267,34 @@ def unlike_log(log: str, result: dict) -> list[str]:
     steps, known = re.findall(r"^step:(\d+)/\d+ val_loss:", log, re.MULTILINE), result.get("steps")
     if steps and int(steps[-1]) != known:
         found.append(f"{known} steps, but log.txt was last evaluated at {steps[-1]}")
-    timed = re.findall(r"^final_\S+ .*\beval_time:(\d+)ms", log, re.MULTILINE)
-    took, known = sum(map(int, timed)) / 1000, result.get("eval_time_s")
-    if timed and not abs((known or 0) - took) <= 1e-3 * len(timed):
-        found.append(f"eval_time_s {known}, but the scores in log.txt took {took}")
+    return found
+
+
+def unlike_scores(log: str, result: dict) -> list[str]:
+    """Where a result.json's scores differ from its log's lines `final_NAME val_loss:...`, its top
+    from the scores (the newest is the last), or eval_time_s from what all took.
+    """
+    pattern = r"^final_(\S+) val_loss:(\S+)(?: val_bpb:(\S+))? .*?\beval_time:(\d+)ms"
+    lines = re.findall(pattern, log, re.MULTILINE)
+    found, top, seconds = [], {}, {}
+    for name, figure in result.get("scores", {}).items():
+        mode = name.split()[0]
+        top |= figure["top"]
+        seconds[mode] = figure.get("eval_time_s", 0.0)
+        if seconds[mode]:
+            losses = sorted(f"{value:.8f}" for value in figure["top"].values())
+            alike = [
+                ms for of, *told, ms in lines if of == mode and sorted(filter(None, told)) == losses
+            ]
+            if not any(abs(int(ms) / 1000 - seconds[mode]) <= 1e-3 for ms in alike):
+                found.append(f"log.txt does not have the score {name}")
+    for key in dict.fromkeys([*STORED[1:], "slowrun_val_loss", *top]):
+        if result.get(key) != top.get(key):
+            found.append(f"{key} {result.get(key)}, but its newest score is {top.get(key)}")
+    roundtrips = [int(ms) / 1000 for name, *_, ms in lines if name.endswith("roundtrip")]
+    took, known = sum(roundtrips[-1:]) + sum(seconds.values()), result.get("eval_time_s")
+    if lines and not abs((known or 0) - took) <= 1e-3 * len(lines):
+        found.append(f"eval_time_s {known}, but the scores in log.txt took {took:.3f}")
     return found
 
 
@@ -638,7 +669,7 @@ README = """\
 
 ## Run it
 
-From inside this folder, where DATA and TOKENIZER are yours:
+From inside this folder, where DATA and TOKENIZER are yours{scoring}:
 
 ```bash
 {commands}
@@ -667,16 +698,16 @@ def readme(s: Submission, facts: dict, options: Options, logs: list[str]) -> str
     start = f"torchrun --standalone --nproc_per_node={world} --" if world > 1 else "python"
     train = f"{start} train_gpt.py --config config.toml --seed {seed} --run again"
     commands = [f"{train} --data DATA --tokenizer TOKENIZER"]
-    sources = f"{', '.join(s.sources)}: the source, as it stands in the logs"
+    sources = f"{', '.join(s.sources)}: the source that ran"
     if s.readable:
-        commands += [
-            f"{start} train_gpt.py logs.score logs/again  # as [score] of config.toml says"
-        ]
+        commands += [f"{start} train_gpt.py logs.score logs/again"]
         sources = (
             "train_gpt.py: packed (comments left out, LZMA, base 85); it alone is run and counted\n"
             f"- source/: {', '.join(s.readable)}, from which logs/pack.py packed it; neither run "
             "nor counted"
         )
+    elif SCORER in s.sources:
+        commands += [f"{start} {SCORER} logs/again"]
     return README.format(
         name=options.name,
         blurb=options.blurb + "\n\n" if options.blurb else "",
@@ -684,6 +715,7 @@ def readme(s: Submission, facts: dict, options: Options, logs: list[str]) -> str
         statistics="\n".join(statistics(s, facts)),
         environment="\n".join(f"- {line}" for line in [facts["hardware"], *told]),
         data=data,
+        scoring="; the second command scores and proves" if len(commands) > 1 else "",
         commands="\n".join(commands),
         logs=", ".join(logs),
         sources=sources,

@@ -285,7 +285,7 @@ def serve() -> None:
     sys.path.insert(0, str(ROOT))
     import torch._dynamo  # noqa: F401 (what a run imports late)
 
-    import golf  # noqa: F401
+    import logs.score  # noqa: F401
     import train_gpt
 
     train_gpt.parse_args(["--run", "warm"])  # tyro's first parsing is slow

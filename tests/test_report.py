@@ -524,8 +524,8 @@ DAMAGED = [
 
 
 def test_every_reader_of_metrics_drops_damaged_lines(tmp_path):
-    import slowrun
     import train_gpt as tg
+    from logs import score
 
     folder = make_run(tmp_path / "a_s1", "a", 1, {0: 5.0, 10: 4.0, 20: 3.5})
     whole = (folder / "metrics.jsonl").read_bytes()
@@ -534,7 +534,7 @@ def test_every_reader_of_metrics_drops_damaged_lines(tmp_path):
     assert report.read_metrics(folder / "metrics.jsonl") == good
     assert [point["val_loss"] for point in report.load_folder(folder).val] == [5.0, 4.0, 3.5]
     cfg = tg.Config(steps=20, epochs=2)
-    assert slowrun.best_epoch(folder, tg.Plan(cfg)) == (3.5, 2)
+    assert score.best_epoch(folder, tg.Plan(cfg)) == (3.5, 2)
     for line in DAMAGED:
         assert (
             report.parse_metric(line) is None

@@ -47,12 +47,14 @@ device = "cpu"
 dtype = "float32"
 compile = 0
 save_last = 0
-rule_metric = "roundtrip_val_bpb"
-rule_target = 4.0
-rule_margin = 0.00296
-rule_p = 0.01
-rule_max_seconds = 600
-rule_max_bytes = 16000000
+
+[rule]
+metric = "roundtrip_val_bpb"
+target = 4.0
+margin = 0.00296
+p = 0.01
+max_seconds = 600
+max_bytes = 16000000
 """
 NAME, DATE = "Tiny_Steps", "2026-11-22"
 
@@ -183,13 +185,19 @@ def edit(run: str, **changes) -> None:
 
 
 def set_config(changes: dict, runs=RUNS) -> None:
-    """Change config.toml, log.txt and result.json alike, as if the runs had been made so."""
+    """Change config.toml, log.txt and result.json alike, as if the runs had been made so. A key
+    `rule.target` is `target` in the table [rule].
+    """
     for run in map(Path, runs):
         old = (run / "config.toml").read_text()
         new = old
-        for key, value in changes.items():
-            new, count = re.subn(rf"^{key} = .*$", f"{key} = {json.dumps(value)}", new, flags=re.M)
+        for name, value in changes.items():
+            table, _, key = name.rpartition(".")
+            start = new.index(f"[{table}]") if table else 0
+            line = re.compile(rf"^{key} = .*$", re.M)
+            changed, count = line.subn(f"{key} = {json.dumps(value)}", new[start:], count=1)
             assert count == 1
+            new = new[:start] + changed
         (run / "config.toml").write_text(new)
         log, body = (run / "log.txt").read_text(), old.split("\n", 1)[1]
         assert body in log
@@ -248,16 +256,23 @@ def test_a_packed_file_answers_like_its_program(packed_file, server):
     assert "no such file and no such preset" in both("--config", "nothing")
 
 
-def test_a_packed_module_is_a_program_too(work, packed_file, server):
-    """golf.py's proof, which starts golf.py once more in a fresh process: from the packed file as
-    from its own.
-    """
-    argv = ("prove", work / "logs/tiny-s1", "--mode", "chunked", "--bytes", 100, "--device", "cpu")
-    ended = server.run("golf", *argv, cwd=work, file=packed_file)
-    assert ended.code == 0 and "prove:chunked" in ended.out, ended.text
+def test_a_packed_module_is_a_program_too(work, packed_file, server, tmp_path):
+    """Scores and a proof, which starts the scorer again in a process of its own, as unpacked."""
+    found = []
+    for name, program in (("plain", ROOT / "logs/score.py"), ("packed", packed_file)):
+        run = shutil.copytree(work / "logs/tiny-s1", tmp_path / name / "tiny-s1")
+        module = ("logs.score",) if program == packed_file else ()
+        argv = (run, "--modes", "sliding", "--stride", 64, "--prove_bytes", 100)
+        ended = server.run(*module, *argv, cwd=work, file=program)
+        assert ended.code == 0, ended.text
+        found.append(result(run))
+    assert found[0]["sliding_val_bpb"] == found[1]["sliding_val_bpb"] < 5
+    assert found[0]["decoded_bpb"] == found[1]["decoded_bpb"] and found[1]["proven_bytes"] == 100
 
 
-@pytest.mark.parametrize("name", ["train_gpt.py", "golf.py", "pre_pre_train.py", "logs/dry_run.py"])
+@pytest.mark.parametrize(
+    "name", ["train_gpt.py", "logs/score.py", "pre_pre_train.py", "logs/dry_run.py"]
+)
 def test_packing_keeps_every_token_of_the_code(name):
     """What is left are the tokens of the source, in their order; only comments, docstrings and
     layout are gone.
@@ -316,10 +331,10 @@ def g(x) :
 
 
 def test_unpacking_runs_nothing_and_gives_every_module(packed_file, tmp_path, capsys):
-    assert set(pack.unpack(packed_file.read_text())) >= {"train_gpt", "golf", "slowrun"}
+    assert set(pack.unpack(packed_file.read_text())) == {"train_gpt", "logs.score"}
     assert pack.main(["--unpack", str(packed_file), "--out", str(tmp_path / "shown")]) == 0
     assert "class GPT(Declaring):" in (tmp_path / "shown/train_gpt.py").read_text()
-    assert pack.main(["--unpack", str(ROOT / "golf.py"), "--out", str(tmp_path / "no")]) == 2
+    assert pack.main(["--unpack", str(ROOT / "run.sh"), "--out", str(tmp_path / "no")]) == 2
     assert "no file that logs/pack.py wrote" in capsys.readouterr().err
     assert pack.main(["/etc/hosts", "--out", str(tmp_path / "no.py")]) == 2
     assert pack.main(["--out", str(ROOT / "packed.py")]) == 2
@@ -390,7 +405,8 @@ def test_a_golf_folder_holds_all_that_is_asked_for_and_runs(copy, capsys, server
         assert (place / f"train_seed{seed}.log").read_bytes() == (
             copy / f"logs/tiny-s{seed}/log.txt"
         ).read_bytes()
-    sources = pack.modules_of([place / "source/train_gpt.py"], place / "source")
+    programs = [place / "source" / name for name in pack.PROGRAMS]
+    sources = pack.modules_of(programs, place / "source")
     assert pack.pack(sources, place / "source") == (place / "train_gpt.py").read_text()
     ran = server.run(
         "--config",
@@ -412,6 +428,11 @@ def test_a_golf_folder_holds_all_that_is_asked_for_and_runs(copy, capsys, server
     assert (
         json.loads((copy / "again/again/result.json").read_text())["roundtrip_val_bpb"] == scores[1]
     )
+    argv = ("logs.score", copy / "again/again", "--modes", "chunked", "--prove_bytes", 50)
+    ran = server.run(*argv, cwd=place, file="train_gpt.py")
+    assert ran.code == 0, ran.text
+    assert result(copy / "again/again")["proven_bytes"] == 50
+    assert "train_gpt.py logs.score logs/again\n" in text
     shutil.rmtree(copy / "again")
     err = refused(capsys, "exists", "choose another name")
     assert "1 found" in err
@@ -437,11 +458,11 @@ def test_folders_of_speedrun_and_slowrun_hold_readable_source(copy, capsys, monk
     set_config(
         {
             "track": "speedrun",
-            "rule_metric": "val_loss",
-            "rule_target": 9.0,
-            "rule_margin": 0.0,
-            "rule_max_seconds": 0.0,
-            "rule_max_bytes": 0,
+            "rule.metric": "val_loss",
+            "rule.target": 9.0,
+            "rule.margin": 0.0,
+            "rule.max_seconds": 0.0,
+            "rule.max_bytes": 0,
         }
     )
     code, _, err = call(capsys, track="speedrun")
@@ -451,7 +472,6 @@ def test_folders_of_speedrun_and_slowrun_hold_readable_source(copy, capsys, monk
         "README.md",
         "submission.json",
         "train_gpt.py",
-        "golf.py",
         "config.toml",
         *(f"tiny-s{s}.txt" for s in (1, 2, 3)),
     }
@@ -460,7 +480,7 @@ def test_folders_of_speedrun_and_slowrun_hold_readable_source(copy, capsys, monk
         "ttest_1samp" in (place / "README.md").read_text()
         and "train_time_s" in (place / "README.md").read_text()
     )
-    set_config({"track": "slowrun", "rule_target": 0.0, "rule_p": 0.0})
+    set_config({"track": "slowrun", "rule.target": 0.0, "rule.p": 0.0})
     code, _, err = call(capsys, track="slowrun_tiny")
     assert code == 0, err
     assert (
@@ -477,9 +497,9 @@ def test_sizes_over_the_cap_or_unlike_result_json_are_refused(copy, capsys):
     """Artifact and code over the cap; a file that is not as long as result.json says; one that is
     missing.
     """
-    set_config({"rule_max_bytes": 60000})
+    set_config({"rule.max_bytes": 60000})
     refused(capsys, "logs/tiny-s1/model.nrx", "60000 are allowed", "make the model smaller")
-    set_config({"rule_max_bytes": 0})  # a laxer rule than the track's does not help
+    set_config({"rule.max_bytes": 0})  # a laxer rule than the track's does not help
     with open("logs/tiny-s2/model.nrx", "ab") as f:
         f.write(b"\0")
     refused(capsys, "logs/tiny-s2/model.nrx", "result.json says")
@@ -530,20 +550,20 @@ def test_what_the_rule_fails_is_refused(copy, capsys):
     """Too few runs, a mean not far enough below, no rule at all, a metric that was not measured."""
     set_config(
         {
-            "rule_target": float(np.mean([result(run)["roundtrip_val_bpb"] for run in RUNS]))
+            "rule.target": float(np.mean([result(run)["roundtrip_val_bpb"] for run in RUNS]))
             + 0.00297
         }
     )
     refused(capsys, "the rule is not met", "p = ", "below 0.01 needed", "seeds missing")
-    set_config({"rule_target": 1.0})
+    set_config({"rule.target": 1.0})
     refused(capsys, "the rule is not met", "no number of seeds")
-    set_config({"rule_target": 0.0})
+    set_config({"rule.target": 0.0})
     refused(capsys, "no target with p (or z)", "p = 0.01")
-    set_config({"rule_target": 4.0, "rule_metric": "sliding_val_bpb"})
+    set_config({"rule.target": 4.0, "rule.metric": "sliding_val_bpb"})
     refused(capsys, "sliding_val_bpb", "was not measured in logs/tiny-s1")
-    set_config({"rule_metric": "val_loss"})
+    set_config({"rule.metric": "val_loss"})
     refused(capsys, "val_loss is no score of the artifact", "roundtrip_val_bpb")
-    set_config({"rule_metric": "roundtrip_val_bpb"})
+    set_config({"rule.metric": "roundtrip_val_bpb"})
     for run in RUNS[1:]:
         shutil.move(run, "elsewhere-" + Path(run).name)
     refused(capsys, "fewer than the rule needs", "run more seeds", runs=RUNS[:1])
@@ -589,7 +609,7 @@ def test_a_log_that_went_through_a_terminal_is_read(copy, capsys):
 def test_a_resumed_run_on_a_timed_track_is_refused(copy, capsys):
     edit(RUNS[2], resumed=True)
     refused(capsys, "logs/tiny-s3: resumed", "under another name")
-    set_config({"rule_max_seconds": 0.0})
+    set_config({"rule.max_seconds": 0.0})
     assert call(capsys, track="golf_non_record")[0] == 0  # not timed
 
 
@@ -625,6 +645,32 @@ def test_numbers_unlike_the_logs_are_refused(copy, capsys):
     log = Path(RUNS[1], "log.txt").read_text()
     Path(RUNS[1], "log.txt").write_text(log[: log.index("\nfinal: ")])
     refused(capsys, "logs/tiny-s2/log.txt", "cut short")
+
+
+def test_a_score_counts_that_the_log_has_too(copy, capsys, server):
+    """Of scores with other settings the last counts, also an old one that is asked for again."""
+    for run, strides in zip(RUNS, ((64, 32, 64), (64,), (64,))):
+        for stride in strides:
+            argv = (run, "--modes", "sliding", "--stride", stride)
+            ended = server.run(*argv, cwd=copy, program="logs.score")
+            assert ended.code == 0, ended.text
+    set_config({"rule.metric": "sliding_val_bpb"})
+    code, _, err = call(capsys)
+    assert code == 0, err
+    kept = result(RUNS[0])
+    assert len([name for name in kept["scores"] if name.startswith("sliding")]) == 2
+    edit(RUNS[0], sliding_val_bpb=1.0)
+    refused(capsys, "logs/tiny-s1/result.json: sliding_val_bpb 1.0, but its newest score is")
+    top = kept["scores"]["sliding stride=64"]["top"] | {"sliding_val_bpb": 1.0}
+    figure = kept["scores"]["sliding stride=64"] | {"top": top}
+    edit(RUNS[0], scores=kept["scores"] | {"sliding stride=64": figure})
+    refused(capsys, "logs/tiny-s1/result.json: log.txt does not have the score sliding stride=64")
+    edit(RUNS[0], scores=kept["scores"], sliding_val_bpb=kept["sliding_val_bpb"], eval_time_s=0.0)
+    refused(capsys, "logs/tiny-s1/result.json: eval_time_s 0.0, but the scores in log.txt took")
+    edit(RUNS[0], scores={"sliding": {}})
+    refused(capsys, "logs/tiny-s1/result.json: damaged (KeyError: 'top')")
+    edit(RUNS[0], scores={}, eval_time_s=kept["eval_time_s"])
+    refused(capsys, "sliding_val_bpb", "its newest score is None")
 
 
 def test_documents_on_both_sides_are_refused(copy, capsys):
