@@ -3192,31 +3192,16 @@ class Averages:
 
 
 def keep_epoch(p: Parts, step: int) -> None:
-    """Write the weights of the end of an epoch, whole or not at all. Collective."""
-    final = p.run.folder / "epochs" / f"{step:06d}"
-    part = final.with_name(f".{final.name}.part")
+    """Write the weights of the end of an epoch, for logs/score.py to average. Collective."""
     now = p.plan.at(step - 1, (step - 1) / p.cfg.steps)  # what the last step was trained with
 
-    def write() -> None:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        weights = {
-            name: w.detach().cpu().contiguous().clone() for name, w in p.model.named_parameters()
-        }
-        try:
-            write_tensors(weights, part / "model.safetensors")
-            (part / "config.toml").write_text(config_toml(p.cfg), encoding="utf-8")
-            state = {"step": step, "repeats": now.repeats, "window": now.window}
-            (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            sync_folder(part)
-        except OSError:
-            shutil.rmtree(part, ignore_errors=True)  # a full disk needs its room
-            raise
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(part, final)
-        sync_folder(final.parent)
+    def write(part: Path) -> None:
+        write_tensors(weights_on_cpu(p.model), part / "model.safetensors")
+        (part / "config.toml").write_text(config_toml(p.cfg), encoding="utf-8")
+        state = {"step": step, "repeats": now.repeats, "window": now.window}
+        (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
-    p.run.on_main(write)
+    p.run.on_main(lambda: write_folder(p.run.folder / "epochs" / f"{step:06d}", write))
 
 
 ########################################
@@ -4079,66 +4064,82 @@ def save_checkpoint(
     instant leaves the older one whole. Collective.
     """
     final = run.folder / "ckpt" / f"{step:06d}"
-    part = final.with_name(f".{final.name}.part")
     optimizer, averages = opt.state_dict(), avg.state_dict()
-    rng = [None] * run.world
-    mine = {"cpu": torch.get_rng_state().numpy().tobytes().hex()}
-    if run.device.type == "cuda":
-        mine["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
-    if run.world > 1:
-        dist.all_gather_object(rng, mine)
-    else:
-        rng = [mine]
+    state = {
+        "step": step,
+        "train_seconds": run.clock.seconds(),
+        "wall_seconds": run.wall(),
+        "loader": loader.state_dict(),
+        "rng": rng_of_ranks(run),
+        "world_size": run.world,
+        "torch": torch.__version__,
+        "paces": run.paces,
+        "over": run.over,
+        "trained": run.trained and run.trained._asdict(),
+    }
 
-    def write() -> None:
-        part.mkdir(parents=True)
-        weights = {
-            name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters()
-        }
+    def write(part: Path) -> None:
+        weights = weights_on_cpu(model)
         for name, named in (("model", weights), ("optimizer", optimizer), ("averages", averages)):
             write_tensors(named, part / f"{name}.safetensors")
-        state = {
-            "step": step,
-            "train_seconds": run.clock.seconds(),
-            "wall_seconds": run.wall(),
-            "loader": loader.state_dict(),
-            "data": loader.identity(),
-            "rng": rng,
-            "world_size": run.world,
-            "torch": torch.__version__,
-            "paces": run.paces,
-            "over": run.over,
-            "trained": run.trained and run.trained._asdict(),
-        }
-        (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        text = json.dumps(state | {"data": loader.identity()})
+        (part / "state.json").write_text(text, encoding="utf-8")
         (part / "config.toml").write_text(config_toml(run.cfg), encoding="utf-8")
         sync_folder(part)
         (part / "DONE").touch()
-        sync_folder(part)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(part, final)
-        sync_folder(final.parent)
 
     def save() -> None:
-        shutil.rmtree(part, ignore_errors=True)
         # of one step there is one state: what is whole is never replaced
         if final not in checkpoints(run.folder):
-            try:
-                write()
-            except OSError:
-                # on a full disk it would take the room of the next attempt
-                shutil.rmtree(part, ignore_errors=True)
-                raise
-        kept = checkpoints(run.folder)[-run.cfg.keep :]
-        # no copies of the user
-        own = {p for p in final.parent.iterdir() if re.fullmatch(r"[0-9]+|\.[0-9]+\.part", p.name)}
-        for old in own - set(kept):
-            # first, so that half a checkpoint is never taken for a whole one
-            (old / "DONE").unlink(missing_ok=True)
-            shutil.rmtree(old)
+            write_folder(final, write)
+        remove_checkpoints(final.parent, checkpoints(run.folder)[-run.cfg.keep :])
 
     run.on_main(save)
     return final
+
+
+def rng_of_ranks(run: Run) -> list[dict[str, str]]:
+    """The state of every rank's generators, in hexadecimal. Collective."""
+    mine = {"cpu": torch.get_rng_state().numpy().tobytes().hex()}
+    if run.device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    found = [mine] * run.world
+    if run.world > 1:
+        dist.all_gather_object(found, mine)
+    return found
+
+
+def weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of each parameter, by name."""
+    return {name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters()}
+
+
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """
+    Have a folder of files written: beside, then synced and renamed, so that it is there whole or
+    not at all.
+    """
+    part = final.with_name(f".{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        write(part)
+        sync_folder(part)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)  # a full disk needs its room for the next attempt
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(part, final)
+    sync_folder(final.parent)
+
+
+def remove_checkpoints(folder: Path, kept: list[Path]) -> None:
+    """All but those kept; what the user copied there has another name and stays."""
+    own = {p for p in folder.iterdir() if re.fullmatch(r"[0-9]+|\.[0-9]+\.part", p.name)}
+    for old in own - set(kept):
+        # first, so that half a checkpoint is never taken for a whole one
+        (old / "DONE").unlink(missing_ok=True)
+        shutil.rmtree(old)
 
 
 def write_tensors(named: dict[str, Tensor], path: Path) -> None:
@@ -4264,27 +4265,25 @@ def found_near(cfg: Config, source: Path) -> Config:
     return cfg
 
 
+# Parts of attention that each parameter is, or each matrix of a stack.
+ATTENTION_PARTS = {
+    "qkv": ("qk", "qk", "vo"),
+    "kv": ("qk", "vo"),
+    "q": ("qk",),
+    "q_gain": ("qk",),
+    "proj": ("vo",),
+}
+
+
 def parts_of(name: str, group: str) -> list[set[str]]:
-    """
-    The words of `transfer` that take a tensor, or each matrix of a stack: q, k, v are one parameter
-    of three.
-    """
-    leaf, words = name.split(".")[-1], {"all"}
-    words |= {w for w in ("attn", "mlp") if f".{w}." in name}
+    """The words of `transfer` that take a tensor, or each matrix of a stack."""
+    words = {"all"} | {word for word in ("attn", "mlp") if f".{word}." in name}
     if group == "scalar":
         words.add("scalars")
     if "attn" not in words:
         return [words]
-    return [
-        words | {w}
-        for w in {
-            "qkv": ("qk", "qk", "vo"),
-            "kv": ("qk", "vo"),
-            "q": ("qk",),
-            "q_gain": ("qk",),
-            "proj": ("vo",),
-        }.get(leaf, ("attn",))
-    ]
+    leaf = name.split(".")[-1]
+    return [words | {part} for part in ATTENTION_PARTS.get(leaf, ("attn",))]
 
 
 def transferred(w: Tensor, name: str, cfg: Config) -> Tensor:
@@ -4359,75 +4358,108 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
     """
 
     def read() -> tuple[dict[str, Tensor], tuple[Config, Path]]:
-        theirs, named, path = open_source(
-            cfg.init_from, exact=True, say=lambda line: run.log(f"notice: {line}")
-        )
+        say = lambda line: run.log(f"notice: {line}")
+        theirs, named, path = open_source(cfg.init_from, exact=True, say=say)
         return named, (theirs, path)
 
     named, (theirs, path) = run.read_on_main(read)
-    asked, words = set(cfg.transfer.split("+")), {"all", "attn", "qk", "vo", "mlp", "scalars"}
-    lines, count, attention, said = [], 0, False, declarations(model)
-    # (fate, name without number): tensors, squared norms now and before
-    kinds: dict[tuple[str, str], list] = {}
+    said, attention, found = declarations(model), False, []
     for name, p in model.named_parameters():
-        parts = parts_of(name, said[name].group)
-        if not asked <= words:
-            taken = range(len(parts)) if re.search(cfg.transfer, name) else []
-        else:
-            taken = [i for i, part in enumerate(parts) if part & asked]
-        if cfg.transfer_skip and re.search(cfg.transfer_skip, name):
-            taken = []
-        word, was = "fresh", float(p.detach().float().norm())
-        if taken and name not in named:
-            word = "missing"  # asked for, but the source has none
-        elif taken and p.shape != named[name].shape:
-            table = said[name].group in ("embed", "head")
-            if "all" not in asked or not table or p.shape[-1] != named[name].shape[-1]:
-                raise UserError(
-                    f"init_from {path}: {name} is {list(named[name].shape)} there and "
-                    f"{list(p.shape)} here; "
-                    "leave it out with --transfer or --transfer_skip, or build the same shape"
-                )
-            word = "fresh (another vocabulary)"
-        elif taken:
-            whole, source = len(taken) == len(parts), transferred(named[name], name, cfg)
-            word, count = "loaded" if whole else f"loaded {len(taken)} of {len(parts)}", count + 1
+        parts = taken_parts(cfg, name, said[name].group)
+        was = float(p.detach().float().norm())
+        fate = fate_of(cfg, name, said[name].group, p, parts, named, path)
+        if fate.startswith("loaded"):
+            source = transferred(named[name], name, cfg)
             attention |= ".attn." in name and p.ndim > 1
             with torch.no_grad():
-                for i in [...] if whole else taken:
+                for i in [...] if all(parts) else [i for i, taken in enumerate(parts) if taken]:
                     p[i] = source[i]
-        size = float(p.detach().float().norm())
-        lines.append(
-            f"transfer:{word} {name} {list(p.shape)} norm {size:.4g}"
-            + (f" (was {was:.4g})" if word.startswith("loaded") else "")
-        )
-        kind = kinds.setdefault((word, re.sub(r"\.\d+\.", ".*.", name)), [0, 0.0, 0.0])
-        kind[:] = kind[0] + 1, kind[1] + size**2, kind[2] + was**2
-    notices = compare_sources(cfg, theirs, attention, path)
-    unused = sorted(named.keys() - {name for name, _ in model.named_parameters()})
-    lines += [f"transfer:unused {name} {list(named[name].shape)}" for name in unused]
-    if not count:
+        found.append(Fate(name, fate, list(p.shape), float(p.detach().float().norm()), was))
+    if not any(f.fate.startswith("loaded") for f in found):
         raise UserError(
-            f"transfer = {cfg.transfer!r} takes nothing from {path}: no name of this model "
-            "matches it there"
+            f"transfer = {cfg.transfer!r} takes nothing from {path}: no name of this model matches "
+            "it there"
         )
-    for line in lines:
-        run.log(line, console=False)
-    for (word, name), (n, now, before) in kinds.items():
-        was = f" (was {math.sqrt(before):.4g})" if word.startswith("loaded") else ""
-        run.log(f"  {word:14} {name:24} x{n:<3} norm {math.sqrt(now):.4g}{was}")
-    if unused:
-        run.log(
-            "  in the source only: "
-            f"{', '.join(dict.fromkeys(re.sub(r'[.][0-9]+[.]', '.*.', name) for name in unused))}"
-        )
+    notices = compare_sources(cfg, theirs, attention, path)
+    unused = {name: list(named[name].shape) for name in sorted(named.keys() - said.keys())}
+    log_transfer(run, found, unused)
     for line in notices:
         run.log(f"notice: init_from {path}: {line}")
-    kind = f", {cfg.transfer_control} on purpose" * bool(cfg.transfer_control)
+    loaded = sum(f.fate.startswith("loaded") for f in found)
+    control = f", {cfg.transfer_control} on purpose" if cfg.transfer_control else ""
     run.log(
-        f"transfer:{count} of {len(list(model.parameters()))} tensors loaded from "
-        f"{path}{kind}; each one: log.txt"
+        f"transfer:{loaded} of {len(found)} tensors loaded from {path}{control}; each one: log.txt"
     )
+
+
+class Fate(NamedTuple):
+    """What a transfer did with a parameter, and its norm now and before."""
+
+    name: str
+    fate: str
+    shape: list[int]
+    norm: float
+    was: float
+
+
+def taken_parts(cfg: Config, name: str, group: str) -> list[bool]:
+    """Whether `transfer` asks for a tensor, or for each matrix of a stack."""
+    parts = parts_of(name, group)
+    asked, words = set(cfg.transfer.split("+")), {"all", "attn", "qk", "vo", "mlp", "scalars"}
+    if cfg.transfer_skip and re.search(cfg.transfer_skip, name):
+        return [False] * len(parts)
+    if asked <= words:
+        return [bool(part & asked) for part in parts]
+    return [bool(re.search(cfg.transfer, name))] * len(parts)
+
+
+def fate_of(
+    cfg: Config,
+    name: str,
+    group: str,
+    p: Tensor,
+    parts: list[bool],
+    named: dict[str, Tensor],
+    path: Path,
+) -> str:
+    """fresh, missing or loaded; UserError where a shape is not the source's."""
+    if not any(parts):
+        return "fresh"
+    if name not in named:
+        return "missing"  # asked for, but the source has none
+    theirs = named[name].shape
+    if p.shape == theirs:
+        return "loaded" if all(parts) else f"loaded {sum(parts)} of {len(parts)}"
+    table = group in ("embed", "head") and p.shape[-1] == theirs[-1]
+    if table and "all" in cfg.transfer.split("+"):
+        return "fresh (another vocabulary)"
+    raise UserError(
+        f"init_from {path}: {name} is {list(theirs)} there and {list(p.shape)} here; leave it out "
+        "with --transfer or --transfer_skip, or build the same shape"
+    )
+
+
+def log_transfer(run: Run, found: list[Fate], unused: dict[str, list[int]]) -> None:
+    """By tensor in log.txt; on the console by kind, a name without its number."""
+    kinds: dict[tuple[str, str], list[Fate]] = {}
+    for f in found:
+        was = f" (was {f.was:.4g})" if f.fate.startswith("loaded") else ""
+        line = f"transfer:{f.fate} {f.name} {f.shape} norm {f.norm:.4g}{was}"
+        run.log(line, console=False)
+        kinds.setdefault((f.fate, without_number(f.name)), []).append(f)
+    for name, shape in unused.items():
+        run.log(f"transfer:unused {name} {shape}", console=False)
+    for (fate, name), alike in kinds.items():
+        now, before = (math.hypot(*(f[i] for f in alike)) for i in (3, 4))
+        was = f" (was {before:.4g})" if fate.startswith("loaded") else ""
+        run.log(f"  {fate:14} {name:24} x{len(alike):<3} norm {now:.4g}{was}")
+    if unused:
+        names = dict.fromkeys(map(without_number, unused))
+        run.log(f"  in the source only: {', '.join(names)}")
+
+
+def without_number(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 ########################################
@@ -4486,22 +4518,11 @@ TABLES: dict[str, dict[str, object]] = {
     },
 }
 # What a resumed run may change without becoming another experiment.
-FREE_ON_RESUME = {
-    *(
-        "config",
-        "resume",
-        "log_dir",
-        "log_every",
-        "eval_every",
-        "save_every",
-        "save_last",
-        "keep",
-        "wandb",
-        "device",
-    ),
-    *("compile", "micro_tokens", "loss_chunk", "rule", "score"),
-    *("auto_micro", "embed_stats", "nca_cache", "nca_threads", "nca_measured"),
-}
+FREE_ON_RESUME = set(
+    "config resume log_dir log_every eval_every save_every save_last keep wandb device compile "
+    "micro_tokens auto_micro loss_chunk embed_stats rule score "
+    "nca_cache nca_threads nca_measured".split()
+)
 # What is asked for behind the last step alone: an unfinished run may change it, or its end might be
 # impossible.
 AFTER_TRAINING = {"export", "export_codec", "artifact_limit", "gptq", "final_weights"}
@@ -5293,6 +5314,11 @@ def log_switch(p: Parts, step: int, now: Now, seconds: float) -> None:
             p.run.log(f"switch:{step - 1} {changed} {ms}")
 
 
+def graph_of(now: Now) -> list[int]:
+    """What decides which graph a step runs."""
+    return [getattr(now, key) for key in GRAPHS]
+
+
 def next_step_seconds(paces: list[tuple[list, float]], graph: list) -> float:
     """
     What the next step may take, from the last ones of its graph (where there are none, of any): the
@@ -5303,19 +5329,68 @@ def next_step_seconds(paces: list[tuple[list, float]], graph: list) -> float:
     return 1.1 * seconds[max(0, len(seconds) - 2)] if seconds else 0.0
 
 
+def is_over(p: Parts, step: int, now: Now, seconds: float) -> bool:
+    """Whether no step is begun behind `step`, at these seconds of the clock."""
+    cfg, run, plan = p.cfg, p.run, p.plan
+    # A clock cap is a cap: no step is begun that would end behind it. The clocks that all ranks
+    # agreed on decide, or one rank would leave alone.
+    took = next_step_seconds(run.paces, graph_of(now))
+    if run.device.type == "cuda":
+        took *= 2  # it may still be busy with the step before
+    capped = cfg.max_seconds and seconds + took > plan.seconds
+    if run.over or step >= cfg.steps or capped:
+        return True
+    # When the data of a capped run ends, nobody could know before: it ends training as a cap does.
+    ended = bool(cfg.max_seconds) and p.loader.ended(now.batch_tokens)
+    if ended:
+        run.log(
+            f"notice: the data ended at step {step}, after {seconds:.1f} of {plan.seconds:.1f} s, "
+            "and with it training, before the schedules did; more shards or more --epochs would "
+            "have used the rest"
+        )
+    return ended
+
+
+class Due(NamedTuple):
+    """What is to be done behind a step while the clock stands still."""
+
+    save: bool
+    keep: bool  # the weights of the end of an epoch
+    evaluate: bool
+
+
+def due(plan: Plan, step: int, last: bool) -> Due:
+    cfg, epoch_ends = plan.cfg, plan.ends_epoch(step)
+    save = cfg.save_every > 0 and step > 0 and step % cfg.save_every == 0
+    keep = epoch_ends and step * cfg.epochs // cfg.steps > cfg.epochs - cfg.average_epochs
+    if cfg.eval_every < 0:
+        evaluate = epoch_ends or step == 0
+    else:
+        evaluate = cfg.eval_every > 0 and step % cfg.eval_every == 0
+    return Due(save or last and bool(cfg.save_last), keep, evaluate or last)
+
+
+def pause(p: Parts, step: int, now: Now, todo: Due) -> dict:
+    """Do what is due, the clock standing still; gives what an evaluation found."""
+    with p.run.clock.paused():
+        if todo.save:  # before evaluating: what crashes there must not cost the checkpoint
+            save_checkpoint(p.run, p.model, p.opt, p.avg, p.loader, step)
+        if todo.keep:
+            keep_epoch(p, step)
+        return validate_all(p, step, p.run.trained or now) if todo.evaluate else {}
+
+
 def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
     """
     From `step` to the end of training; gives the last step, its schedules and its evaluation. The
     state is whole wherever a signal can raise Interrupted.
     """
-    cfg, run, plan = p.cfg, p.run, p.plan
-    before, pending = None, None
+    run, plan = p.run, p.plan
+    before, unlogged = None, []  # what the last look at the clock said; finished steps without line
 
-    def flush() -> None:
-        nonlocal pending
-        if pending:
-            log_step(p, *pending)
-        pending = None
+    def log_all_but(count: int) -> None:
+        while len(unlogged) > count:
+            log_step(p, *unlogged.pop(0))
 
     run.step = step
     run.clock.start()
@@ -5323,68 +5398,32 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
         try:
             seconds = run.agree(run.clock.seconds())
         except Interrupted:
-            flush()  # the last step's line, and no checkpoint if it was not finite
+            log_all_but(0)  # and no checkpoint if the last step was not finite
             raise
         now = plan.at(step, plan.fraction(step, seconds))
-        # A clock cap is a cap: no step is begun that would end behind it. The clocks that all ranks
-        # agreed on decide, or one rank would leave alone.
-        graph = [getattr(now, key) for key in GRAPHS]
         if before:
             run.paces = [*run.paces[-19:], (before[0], seconds - before[1])]
-        took = next_step_seconds(run.paces, graph)
-        if run.device.type == "cuda":
-            took *= 2  # it may still be busy with the step before
-        capped = bool(cfg.max_seconds and seconds + took > plan.seconds)
-        last = run.over or step >= cfg.steps or capped
-        if not last and cfg.max_seconds and p.loader.ended(now.batch_tokens):
-            last = True  # nobody could know before when that is: it ends training as the cap does
-            run.log(
-                f"notice: the data ended at step {step}, after {seconds:.1f} of "
-                f"{plan.seconds:.1f} s, and with it training, before the schedules did; more "
-                "shards or more --epochs would have used the rest"
-            )
-        run.over, before = last, (graph, seconds)
-        ending = plan.ends_epoch(step)
-        evaluating = last or (
-            step % cfg.eval_every == 0
-            if cfg.eval_every > 0
-            else cfg.eval_every < 0 and (ending or not step)
-        )
-        keeping = ending and step * cfg.epochs // cfg.steps > cfg.epochs - cfg.average_epochs
-        saving = (
-            last and cfg.save_last or cfg.save_every and step % cfg.save_every == 0 and step > 0
-        )
-        if last:
+        before = graph_of(now), seconds
+        run.over = is_over(p, step, now, seconds)
+        if run.over:
             p.avg.close()
-        if evaluating or saving or keeping:
-            flush()
-            with run.clock.paused():
-                if saving:  # before evaluating: what crashes there must not cost the checkpoint
-                    save_checkpoint(run, p.model, p.opt, p.avg, p.loader, step)
-                if keeping:
-                    keep_epoch(p, step)
-                if evaluating:
-                    found = validate_all(p, step, run.trained or now)
-        if last:
+        if any(todo := due(plan, step, run.over)):
+            log_all_but(0)
+            found = pause(p, step, now, todo)
+        if run.over:
             break
         try:
             loss, size = train_step(p, step, now)
-        # as above; the loader may be asked to leave while it makes rows
-        except (UserError, Interrupted):
-            flush()
+        except (UserError, Interrupted):  # the loader may be asked to leave while it makes rows
+            log_all_but(0)
             raise
         step += 1
         run.step, run.trained = step, now
         p.avg.update(step, plan.fraction(step, seconds))
-        previous, pending = (
-            pending,
-            (step, now, loss, size, max(1e-9, run.clock.seconds() - seconds)),
-        )
-        if previous:
-            # one step late: the device is not kept waiting for the host to read a number
-            log_step(p, *previous)
-        if run.device.type == "cpu":
-            flush()
+        took = max(1e-9, run.clock.seconds() - seconds)
+        unlogged.append((step, now, loss, size, took))
+        # One step late: a GPU is not kept waiting for the host to read a number.
+        log_all_but(0 if run.device.type == "cpu" else 1)
     run.clock.stop()
     return step, run.trained or now, found
 
