@@ -5,10 +5,9 @@ code.
     torchrun --standalone --nproc_per_node=8 -- packed/train_gpt.py --config golf_progressive
     python packed/train_gpt.py logs.score logs/RUN    # a module's name first: that one is run
 
-    python logs/pack.py logs/dry_run.py --out packed/dry_run.py      # of other programs than these
-    python logs/pack.py --unpack packed/train_gpt.py --out shown     # for the eye; runs nothing
+    python logs/pack.py --unpack packed/train_gpt.py --out shown    # for the eye; runs nothing
 
-A packed file behaves as the program it was made of: the same flags and help, the same numbers. It
+A packed file behaves as the programs it was made of: the same flags and help, the same numbers. It
 logs and counts itself as its source. Comments, docstrings and spaces are left out, except for those
 that --help prints; the code that remains is the same to the last node of its syntax tree (checked
 here at every packing). It is LZMA in base 85, behind a loader that registers the modules.
@@ -226,8 +225,6 @@ def unpack(text: str) -> dict[str, str]:
 class Options:
     """One self-contained file out of the project's sources."""
 
-    # the program first; what they import follows by itself
-    sources: tyro.conf.Positional[tuple[str, ...]] = PROGRAMS
     # the file to write; with --unpack, a folder that is not there yet
     out: str = "packed/train_gpt.py"
     unpack: str = ""  # a packed file to take apart
@@ -243,15 +240,9 @@ def show(packed: Path, folder: Path) -> None:
     print(f"{folder}: {names}, without comments as they were packed")
 
 
-def write(programs: list[Path], out: Path) -> None:
-    """Pack these programs of the project, with what they import, into one file."""
-    for path in programs:
-        if not path.is_relative_to(ROOT) or path.suffix != ".py":
-            raise UserError(f"{path} is no source of this project; give .py files under {ROOT}")
-    try:
-        paths = modules_of(programs)
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise UserError(f"{programs[0].name}, or what it imports, is no Python: {error}") from error
+def write(out: Path) -> None:
+    """Pack PROGRAMS, with what they import, into one file."""
+    paths = modules_of([ROOT / name for name in PROGRAMS])
     others = [out.parent / path.relative_to(ROOT) for path in paths if path.name != out.name]
     if out.resolve() in paths or any(other.exists() for other in others):
         raise UserError(
@@ -270,7 +261,7 @@ def program(options: Options) -> None:
     if options.unpack:
         show(Path(options.unpack), Path(options.out))
     else:
-        write([Path(source).resolve() for source in options.sources], Path(options.out))
+        write(Path(options.out))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,5 @@
-"""
-On a GPU, and skipped without one: the losses of a CPU, graphs that stay compiled, runs that go on,
-artifacts that decode.
+"""On a GPU, and skipped without one: the losses of a CPU, graphs that stay compiled, runs that go
+on, artifacts that decode.
 """
 
 import json
@@ -61,10 +60,7 @@ def train(cwd: Path, text: Path, preset: str, run: str, **changes) -> Path:
         "log_every": 1,
         "val_tokens": 8192,
         "export": "",
-        "score": "",
         "gptq": 0,
-        "prove_bytes": 0,
-        "sample_tokens": 0,
         "artifact_limit": 0,
     } | changes
     argv = [w for k, v in flags.items() for w in (f"--{k}", str(v))]
@@ -140,7 +136,7 @@ def test_flex_attention_equals_plain_matrix_products(window, documents, heads):
 @pytest.mark.parametrize("stance", ["default", "force_eager"])
 @pytest.mark.parametrize("window", [0, 1024])
 def test_a_model_that_nobody_prepared_reads_rows_of_65536_without_all_their_scores(window, stance):
-    """As golf.py, embeddings, averaging and samples make it; all scores of one layer are 103 GB."""
+    """As scores, embeddings and samples make it; all scores of one layer are 103 GB."""
     cfg = tg.Config(depth=1, vocab=1024, doc_token=0, dtype="bfloat16", compile=0)
     model = tg.build_model(cfg, torch.device(DEVICE), torch.bfloat16, 65536)
     with torch.no_grad():
@@ -240,9 +236,9 @@ def test_a_run_compiles_before_the_clock_and_its_artifact_decodes(tmp_path, text
         export="int6",
         export_codec="best",
         gptq=4,
-        score="sliding mixture ttt lora",
-        prove_bytes=300,
     )
+    scores = ("--modes", "sliding mixture ttt lora", "--prove_bytes", "300")
+    python("logs/score.py", str(folder), *scores, cwd=tmp_path)
     log = (folder / "log.txt").read_text()
     assert (
         "\nrecompiles:0\n" in log and len(re.findall(r"^switch:\d+ repeats:[23] ", log, re.M)) == 2
@@ -250,23 +246,11 @@ def test_a_run_compiles_before_the_clock_and_its_artifact_decodes(tmp_path, text
     result = json.loads((folder / "result.json").read_text())
     assert result["roundtrip_val_bpb"] == pytest.approx(result["val_bpb"], rel=0.02)
     assert result["sliding_val_bpb"] == pytest.approx(result["roundtrip_val_bpb"], rel=0.01)
-    assert (
-        result["mixed_val_bpb"] <= result["sliding_val_bpb"] + 1e-3
-        and result["proven_bytes"] == 300
-    )
+    assert result["mixed_val_bpb"] <= result["sliding_val_bpb"] + 1e-3
+    assert result["proven_bytes"] == 300
     for mode in ("chunked", "sliding", "mixture", "ttt"):
-        said = python(
-            "golf.py",
-            "prove",
-            str(folder),
-            "--mode",
-            mode,
-            "--bytes",
-            "600",
-            "--stride",
-            "256",
-            cwd=tmp_path,
-        )
+        how = ("--mode", mode, "--bytes", "600", "--stride", "256")
+        said = python("logs/score.py", "prove", str(folder), *how, cwd=tmp_path)
         assert "the text came back: proven" in said
 
 
@@ -320,7 +304,6 @@ def test_out_of_memory_is_one_line_with_advice(tmp_path, text):
         "max_seconds": 0,
         "steps": 2,
         "val_tokens": 8192,
-        "sample_tokens": 0,
     }
     argv = [w for k, v in flags.items() for w in (f"--{k}", str(v))]
     said = python("train_gpt.py", "--config", "tiny_cpu", *argv, cwd=tmp_path, code=2)
