@@ -1832,36 +1832,60 @@ class GPT(Declaring):
         tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: that
         of logs/score.py, which holds what attention needs of the tokens before these.
         """
-        cfg = self.cfg
-        docs, x = self.documents(tokens_BT), self.embedded(tokens_BT)
-        first = cache.size if cache else 0
+        places, x = self.places.get(repeats) or wiring(self.cfg, repeats), self.embedded(tokens_BT)
         # A copy: compiled blocks would guard against meeting one tensor twice, and take a graph for
-        # the first position alone.
-        x0, rope = x.clone(), (self.cos[first:], self.sin[first:])
-        places = self.places.get(repeats) or wiring(cfg, repeats)
-        windows = [window if place.windowed else 0 for place in places]
-        seen = {w: cache.seen(docs) if cache else Seen(docs, w, x) for w in dict.fromkeys(windows)}
-        tables = self.value_embeds if cfg.value_embeds else ()
-        values = [rows_of(t, tokens_BT).to(self.dtype) for t in tables]
-        one = torch.ones((), dtype=self.dtype, device=x.device)
-        drawn = None
-        if cfg.stoch_depth and torch.is_grad_enabled():
-            drawn = torch.rand(len(places), device=x.device)
-        kept: dict[int, Tensor] = {}  # outputs that later places add
+        # the first place alone.
+        x0, first = x.clone(), cache.size if cache else 0
+        rope = self.cos[first:], self.sin[first:]
+        seen = self.seen(places, self.documents(tokens_BT), window, x, cache)
+        values, one = self.token_values(tokens_BT), torch.ones((), dtype=x.dtype, device=x.device)
+        keep = self.kept_places(places)
+        outputs: dict[int, Tensor] = {}  # that later places add
         for at, place in enumerate(places):
-            added = [(self.skips[place.skip.row], kept[place.skip.source])] if place.skip else []
-            added += [(self.loop_embed[place.row], one)] if cfg.loop_embed else []
-            added += [(self.value_scales[place.row, e], v) for e, v in enumerate(values)]
-            if place.again:
-                added.append((self.cross_scales[place.again.row], kept[place.again.source]))
+            added = self.added(place, outputs, values, one)
             # A tensor, as a number would make a graph of each block.
-            shrink = one * place.shrink if cfg.layer_scale else None
-            keep = None if drawn is None else drawn[at] >= place.drop
+            shrink = one * place.shrink if self.cfg.layer_scale else None
             block = self.blocks[place.block]
-            x = block(x, x0, added, rope, seen[windows[at]], place.xsa, shrink, keep)
+            x = block(x, x0, added, rope, seen[at], place.xsa, shrink, keep[at])
             if place.kept:
-                kept[at] = x
+                outputs[at] = x
         return self.final(x)
+
+    def seen(
+        self, places: list[Place], docs: Tensor | None, window: int, x: Tensor, cache
+    ) -> list[Seen]:
+        """What each place sees of activations x [B, T, D]: one object for all of one window."""
+        if cache:
+            return [cache.seen(docs)] * len(places)
+        windows = [window if place.windowed else 0 for place in places]
+        made = {w: Seen(docs, w, x) for w in dict.fromkeys(windows)}
+        return [made[w] for w in windows]
+
+    def token_values(self, tokens_BT: Tensor) -> list[Tensor]:
+        """The rows [B, T, D] of each value table."""
+        tables = self.value_embeds if self.cfg.value_embeds else ()
+        return [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
+
+    def kept_places(self, places: list[Place]) -> list[Tensor | None]:
+        """Of each place, whether stochastic depth lets it take part: a truth value []."""
+        if not (self.cfg.stoch_depth and torch.is_grad_enabled()):
+            return [None] * len(places)
+        drawn = torch.rand(len(places), device=self.head.device)
+        return [drawn[at] >= place.drop for at, place in enumerate(places)]
+
+    def added(
+        self, place: Place, outputs: dict[int, Tensor], values: list[Tensor], one: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What a place adds to its input: pairs of a learned vector [D] and what it scales."""
+        pairs = []
+        if place.skip:
+            pairs.append((self.skips[place.skip.row], outputs[place.skip.source]))
+        if self.loop_embed is not None:
+            pairs.append((self.loop_embed[place.row], one))
+        pairs += [(self.value_scales[place.row, table], v) for table, v in enumerate(values)]
+        if place.again:
+            pairs.append((self.cross_scales[place.again.row], outputs[place.again.source]))
+        return pairs
 
     @property
     def logit_rows(self) -> int:
