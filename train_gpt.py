@@ -1518,7 +1518,8 @@ class Attention(Declaring):
         if xsa:
             v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
             y = y.float().unflatten(2, (self.kv_heads, -1))
-            y = (y - (y * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3).to(v.dtype)
+            own = (y * v_hat).sum(-1, keepdim=True) * v_hat
+            y = (y - own).flatten(2, 3).to(v.dtype)
         if self.attn_gate is not None:
             few = x_BTD[..., : self.attn_gate.size(1)]
             y = y * torch.sigmoid(self.linear(few, "attn_gate")).unsqueeze(-1)
