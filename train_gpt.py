@@ -932,6 +932,7 @@ class ModelConfig(Section):
     # exclusive self-attention (no component along the own value) in the last n positions; -1: in
     # all
     xsa: int = 0
+    xsa_learned: int = 0  # 1: of that component, tanh of a number learned by head, from 0
     block_scales: int = 0  # 1: learned vectors mix in the embedding and scale both branches
     resid_lambda: float = 0.0  # start of a learned factor per block on the residual stream; 0: none
     x0_lambda: float = 0.0  # start of a learned share of the embedding per block; 0: none
@@ -972,7 +973,7 @@ class ModelConfig(Section):
 
     LIMITS = limits(
         (0, 1, "layer_norm embed_norm qk_norm iha block_scales layer_scale loop_embed"),
-        (0, 1, "cross_repeat doc_mask tie_embed pad_vocab mu_centering norm_eps"),
+        (0, 1, "cross_repeat doc_mask tie_embed pad_vocab mu_centering norm_eps xsa_learned"),
         (0, 2, "unet"),
         (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth"),
         (0, 100, "mtp q_gain resid_lambda embed_init init_std proj_init value_embeds"),
@@ -1006,6 +1007,10 @@ class ModelConfig(Section):
             not self.iha or self.heads == (self.kv_heads or self.heads),
             f"iha = 1 mixes the weights of {self.heads} heads, but keys and values have "
             f"{self.kv_heads}: set --kv_heads 0",
+        )
+        require(
+            not self.xsa_learned or self.xsa != 0,
+            "xsa_learned = 1 learns how much xsa takes away, but xsa = 0: set it, e.g. --xsa -1",
         )
         require(
             re.fullmatch("[SL]*", self.window_pattern) is not None,
@@ -1474,6 +1479,7 @@ class Attention(Declaring):
         self.declare("attn_gate", "matrix", 0.0, cfg.heads, cfg.attn_gate, on=cfg.attn_gate)
         self.declare("value_gate", "matrix", 0.0, self.kv_heads, cfg.value_proj, on=values)
         self.declare("iha", "scalar", identities, 3, cfg.heads, cfg.heads, on=cfg.iha)
+        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=cfg.xsa_learned)
 
     def forward(
         self,
@@ -1519,6 +1525,8 @@ class Attention(Declaring):
             v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
             y = y.float().unflatten(2, (self.kv_heads, -1))
             own = (y * v_hat).sum(-1, keepdim=True) * v_hat
+            if self.xsa_alpha is not None:  # slowrun #11, modded-nanogpt #82
+                own = torch.tanh(self.xsa_alpha.float()).view(self.kv_heads, -1, 1) * own
             y = (y - own).flatten(2, 3).to(v.dtype)
         if self.attn_gate is not None:
             few = x_BTD[..., : self.attn_gate.size(1)]
