@@ -1332,6 +1332,8 @@ class Declared(NamedTuple):
 
     group: str  # what updates it: matrix (Muon, unless AdamW is asked for), embed, head or scalar
     start: float | Start  # its initial value
+    rate: float = 1.0  # of AdamW: factor on the group's learning rate
+    betas: tuple[float, float] | None = None  # of AdamW, where they are not beta1 and beta2
 
 
 class Declaring(nn.Module):
@@ -1346,12 +1348,21 @@ class Declaring(nn.Module):
         self.path = ""  # of the module within the model, with a dot behind it
         self.watch: Watch | None = None  # see watching()
 
-    def declare(self, name: str, group: str, start: float | Start, *shape: int, on=True) -> None:
+    def declare(
+        self,
+        name: str,
+        group: str,
+        start: float | Start,
+        *shape: int,
+        on: object = True,
+        rate: float = 1.0,
+        betas: tuple[float, float] | None = None,
+    ) -> None:
         """Make the parameter `name`; where it is not `on`, the attribute is None."""
         assert group in ("matrix", "embed", "head", "scalar"), f"{name}: no group is called {group}"
         self.register_parameter(name, nn.Parameter(torch.empty(shape)) if on else None)
         if on:
-            self.declared[name] = Declared(group, start)
+            self.declared[name] = Declared(group, start, rate, betas)
 
     def linear(self, x: Tensor, name: str, w: Tensor | None = None) -> Tensor:
         """
@@ -1479,7 +1490,8 @@ class Attention(Declaring):
         self.declare("attn_gate", "matrix", 0.0, cfg.heads, cfg.attn_gate, on=cfg.attn_gate)
         self.declare("value_gate", "matrix", 0.0, self.kv_heads, cfg.value_proj, on=values)
         self.declare("iha", "scalar", identities, 3, cfg.heads, cfg.heads, on=cfg.iha)
-        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=cfg.xsa_learned)
+        own = {"rate": 0.8, "betas": (0.9, 0.95)}  # slowrun's
+        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=cfg.xsa_learned, **own)
 
     def forward(
         self,
@@ -2205,20 +2217,12 @@ class Bucket:
     numbers; both are padded to the ranks.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        lr: float,
-        wd: float,
-        params: dict[str, Tensor],
-        run: Run,
-        cfg: Config,
-        slow: bool = False,
-    ):
-        self.kind, self.lr, self.wd, self.params, self.slow = kind, lr, wd, params, slow
-        self.cfg = cfg  # beta1 may be its own
-        first = next(iter(params.values()))
-        self.unit = tuple(first.shape[-2:]) if kind == "muon" else ()  # shape of what is never cut
+    def __init__(self, rule: Rule, params: dict[str, Tensor], run: Ranks, cfg: Config):
+        self.kind, self.lr, self.wd, self.params = rule.kind, rule.lr, rule.wd, params
+        self.slow, self.group = rule.slow, rule.group
+        self.cfg = dataclasses.replace(cfg, beta1=rule.beta1, beta2=rule.beta2)
+        first, kind = next(iter(params.values())), rule.kind
+        self.unit = rule.shape  # of what is never cut
         per = math.prod(self.unit)
         self.spans, count = {}, 0
         for name, p in params.items():
@@ -2292,54 +2296,53 @@ class Bucket:
         shard.copy_(whole[rank * self.share : (rank + 1) * self.share])
 
 
-def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
-    """
-    Every parameter in exactly one bucket: matrices of blocks by shape, embedding, head, and the
-    rest.
-    """
-    groups: dict[tuple, dict[str, Tensor]] = {}
+class Rule(NamedTuple):
+    """How a parameter is updated; those of one rule (and, with Muon, one shape) share a bucket."""
+
+    kind: str  # muon or adamw
+    group: str
+    shape: tuple[int, ...]  # of a matrix that Muon updates
+    lr: float
+    wd: float
+    beta1: float
+    beta2: float
+    slow: bool
+
+
+def rule_of(cfg: Config, name: str, p: Tensor, said: Declared) -> Rule:
+    """What the declaration and the flags say of a parameter; own_lr is heard last."""
+    slow = bool(cfg.slow and re.search(cfg.slow, name))
+    by_pattern = cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)
+    if said.group == "matrix" and cfg.optimizer == "muon" and not by_pattern:
+        lr, wd = cfg.matrix_lr, cfg.matrix_wd
+        return Rule("muon", "matrix", tuple(p.shape[-2:]), lr, wd, cfg.beta1, cfg.beta2, slow)
+    lr, wd = {
+        "matrix": (cfg.adamw_lr, cfg.matrix_wd),
+        "embed": (cfg.embed_lr, cfg.embed_wd),
+        "head": (cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd),
+        "scalar": (cfg.scalar_lr, cfg.scalar_wd),
+    }[said.group]
+    beta1, beta2 = said.betas or (cfg.beta1, cfg.beta2)
+    usual = lr * said.rate, beta1, beta2, wd
+    own = next((own[1:] for own in own_rates(cfg) if own.pattern.search(name)), (None,) * 4)
+    lr, beta1, beta2, wd = (b if a is None else a for a, b in zip(own, usual))
+    return Rule("adamw", said.group, (), lr, wd, beta1, beta2, slow)
+
+
+def param_buckets(cfg: Config, model: nn.Module, run: Ranks) -> list[Bucket]:
+    """Every parameter in exactly one bucket, by its rule."""
+    groups: dict[Rule, dict[str, Tensor]] = {}
     said = declarations(model)
     for name, p in model.named_parameters():
-        group = said[name].group
-        if group == "head":
-            key = ("adamw", "head", cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd)
-        elif group == "embed":
-            key = ("adamw", "embed", cfg.embed_lr, cfg.embed_wd)
-        elif group == "scalar":
-            key = ("adamw", "scalar", cfg.scalar_lr, cfg.scalar_wd)
-        elif cfg.optimizer == "adamw" or (
-            cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)
-        ):
-            key = ("adamw", "matrix", cfg.adamw_lr, cfg.matrix_wd)
-        else:
-            key = ("muon", tuple(p.shape[-2:]), cfg.matrix_lr, cfg.matrix_wd)
-        slow = bool(cfg.slow and re.search(cfg.slow, name))
-        own = [r for r in own_rates(cfg) if key[0] == "adamw" and r.pattern.search(name)]
-        usual = (key[2], cfg.beta1, cfg.beta2, key[3])
-        rate, beta1, beta2, decay = (
-            b if a is None else a for a, b in zip(own[0][1:] if own else [None] * 4, usual)
-        )
-        groups.setdefault((key[0], key[1], rate, decay, beta1, beta2, slow), {})[name] = p
-    if cfg.slow and not any(k[-1] for k in groups):
-        names = [name for group in groups.values() for name in group]
+        groups.setdefault(rule_of(cfg, name, p, said[name]), {})[name] = p
+    if cfg.slow and not any(rule.slow for rule in groups):
         raise UserError(
             f"slow = {cfg.slow!r} matches no tensor of this model; names are such as "
-            f"{', '.join(names[:3])}"
+            f"{', '.join(list(said)[:3])}"
         )
     # Big ones first: their communication then runs while the others are computed.
-    order = sorted(groups, key=lambda k: -sum(p.numel() for p in groups[k].values()))
-    return [
-        Bucket(
-            k[0],
-            k[2],
-            k[3],
-            groups[k],
-            run,
-            dataclasses.replace(cfg, beta1=k[4], beta2=k[5]),
-            k[-1],
-        )
-        for k in order
-    ]
+    order = sorted(groups, key=lambda rule: -sum(p.numel() for p in groups[rule].values()))
+    return [Bucket(rule, groups[rule], run, cfg) for rule in order]
 
 
 class MuonAdamW:
@@ -4997,7 +5000,7 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
             "notice: a tied table cannot start at zero, as it is the input too: it starts "
             "uniform in +-1/sqrt(dim)"
         )
-    for line in pattern_notices(cfg, declarations(model)):
+    for line in pattern_notices(cfg, model):
         run.log(f"notice: {line}")
     if cfg.init_from:
         transfer_weights(model, cfg, run)
@@ -5017,29 +5020,24 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
     )
 
 
-def pattern_notices(cfg: Config, names: dict[str, Declared]) -> list[str]:
+def pattern_notices(cfg: Config, model: GPT) -> list[str]:
     """
     Refuse a pattern of adamw_matrices that finds nothing. A rate of own_lr may wait, as other rates
-    do, but is told.
+    do, but this is said.
     """
-    matrices = [n for n, said in names.items() if said.group == "matrix"]
-    adamws = [
-        n
-        for n in names
-        if n not in matrices
-        or cfg.optimizer == "adamw"
-        or cfg.adamw_matrices
-        and re.search(cfg.adamw_matrices, n)
-    ]
+    said = declarations(model)
+    rules = {name: rule_of(cfg, name, p, said[name]) for name, p in model.named_parameters()}
+    matrices = [name for name, rule in rules.items() if rule.group == "matrix"]
+    adamws = [name for name, rule in rules.items() if rule.kind == "adamw"]
     require(
-        not cfg.adamw_matrices or any(n in adamws for n in matrices),
-        f"adamw_matrices = {cfg.adamw_matrices!r} matches no "
-        f"matrix of this model; they are such as {', '.join(matrices[:3])}",
+        not cfg.adamw_matrices or any(name in adamws for name in matrices),
+        f"adamw_matrices = {cfg.adamw_matrices!r} matches no matrix of this model; they are such "
+        f"as {', '.join(matrices[:3])}",
     )
     return [
         f"own_lr: {own.pattern.pattern!r} is the name of nothing that AdamW updates here"
         for own in own_rates(cfg)
-        if not any(own.pattern.search(n) for n in adamws)
+        if not any(own.pattern.search(name) for name in adamws)
     ]
 
 
