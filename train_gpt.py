@@ -932,6 +932,7 @@ class ModelConfig(Section):
     # exclusive self-attention (no component along the own value) in the last n positions; -1: in
     # all
     xsa: int = 0
+    xsa_learned: int = 0  # 1: of that component, tanh of a number learned by head, from 0
     block_scales: int = 0  # 1: learned vectors mix in the embedding and scale both branches
     resid_lambda: float = 0.0  # start of a learned factor per block on the residual stream; 0: none
     x0_lambda: float = 0.0  # start of a learned share of the embedding per block; 0: none
@@ -972,7 +973,7 @@ class ModelConfig(Section):
 
     LIMITS = limits(
         (0, 1, "layer_norm embed_norm qk_norm iha block_scales layer_scale loop_embed"),
-        (0, 1, "cross_repeat doc_mask tie_embed pad_vocab mu_centering norm_eps"),
+        (0, 1, "cross_repeat doc_mask tie_embed pad_vocab mu_centering norm_eps xsa_learned"),
         (0, 2, "unet"),
         (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth"),
         (0, 100, "mtp q_gain resid_lambda embed_init init_std proj_init value_embeds"),
@@ -1006,6 +1007,10 @@ class ModelConfig(Section):
             not self.iha or self.heads == (self.kv_heads or self.heads),
             f"iha = 1 mixes the weights of {self.heads} heads, but keys and values have "
             f"{self.kv_heads}: set --kv_heads 0",
+        )
+        require(
+            not self.xsa_learned or self.xsa != 0,
+            "xsa_learned = 1 learns how much xsa takes away, but xsa = 0: set it, e.g. --xsa -1",
         )
         require(
             re.fullmatch("[SL]*", self.window_pattern) is not None,
@@ -1327,6 +1332,8 @@ class Declared(NamedTuple):
 
     group: str  # what updates it: matrix (Muon, unless AdamW is asked for), embed, head or scalar
     start: float | Start  # its initial value
+    rate: float = 1.0  # of AdamW: factor on the group's learning rate
+    betas: tuple[float, float] | None = None  # of AdamW, where they are not beta1 and beta2
 
 
 class Declaring(nn.Module):
@@ -1341,12 +1348,21 @@ class Declaring(nn.Module):
         self.path = ""  # of the module within the model, with a dot behind it
         self.watch: Watch | None = None  # see watching()
 
-    def declare(self, name: str, group: str, start: float | Start, *shape: int, on=True) -> None:
+    def declare(
+        self,
+        name: str,
+        group: str,
+        start: float | Start,
+        *shape: int,
+        on: object = True,
+        rate: float = 1.0,
+        betas: tuple[float, float] | None = None,
+    ) -> None:
         """Make the parameter `name`; where it is not `on`, the attribute is None."""
         assert group in ("matrix", "embed", "head", "scalar"), f"{name}: no group is called {group}"
         self.register_parameter(name, nn.Parameter(torch.empty(shape)) if on else None)
         if on:
-            self.declared[name] = Declared(group, start)
+            self.declared[name] = Declared(group, start, rate, betas)
 
     def linear(self, x: Tensor, name: str, w: Tensor | None = None) -> Tensor:
         """
@@ -1474,6 +1490,8 @@ class Attention(Declaring):
         self.declare("attn_gate", "matrix", 0.0, cfg.heads, cfg.attn_gate, on=cfg.attn_gate)
         self.declare("value_gate", "matrix", 0.0, self.kv_heads, cfg.value_proj, on=values)
         self.declare("iha", "scalar", identities, 3, cfg.heads, cfg.heads, on=cfg.iha)
+        own = {"rate": 0.8, "betas": (0.9, 0.95)}  # slowrun's
+        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=cfg.xsa_learned, **own)
 
     def forward(
         self,
@@ -1518,7 +1536,10 @@ class Attention(Declaring):
         if xsa:
             v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
             y = y.float().unflatten(2, (self.kv_heads, -1))
-            y = (y - (y * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3).to(v.dtype)
+            own = (y * v_hat).sum(-1, keepdim=True) * v_hat
+            if self.xsa_alpha is not None:  # slowrun #11, modded-nanogpt #82
+                own = torch.tanh(self.xsa_alpha.float()).view(self.kv_heads, -1, 1) * own
+            y = (y - own).flatten(2, 3).to(v.dtype)
         if self.attn_gate is not None:
             few = x_BTD[..., : self.attn_gate.size(1)]
             y = y * torch.sigmoid(self.linear(few, "attn_gate")).unsqueeze(-1)
@@ -1832,36 +1853,60 @@ class GPT(Declaring):
         tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: that
         of logs/score.py, which holds what attention needs of the tokens before these.
         """
-        cfg = self.cfg
-        docs, x = self.documents(tokens_BT), self.embedded(tokens_BT)
-        first = cache.size if cache else 0
+        places, x = self.places.get(repeats) or wiring(self.cfg, repeats), self.embedded(tokens_BT)
         # A copy: compiled blocks would guard against meeting one tensor twice, and take a graph for
-        # the first position alone.
-        x0, rope = x.clone(), (self.cos[first:], self.sin[first:])
-        places = self.places.get(repeats) or wiring(cfg, repeats)
-        windows = [window if place.windowed else 0 for place in places]
-        seen = {w: cache.seen(docs) if cache else Seen(docs, w, x) for w in dict.fromkeys(windows)}
-        tables = self.value_embeds if cfg.value_embeds else ()
-        values = [rows_of(t, tokens_BT).to(self.dtype) for t in tables]
-        one = torch.ones((), dtype=self.dtype, device=x.device)
-        drawn = None
-        if cfg.stoch_depth and torch.is_grad_enabled():
-            drawn = torch.rand(len(places), device=x.device)
-        kept: dict[int, Tensor] = {}  # outputs that later places add
+        # the first place alone.
+        x0, first = x.clone(), cache.size if cache else 0
+        rope = self.cos[first:], self.sin[first:]
+        seen = self.seen(places, self.documents(tokens_BT), window, x, cache)
+        values, one = self.token_values(tokens_BT), torch.ones((), dtype=x.dtype, device=x.device)
+        keep = self.kept_places(places)
+        outputs: dict[int, Tensor] = {}  # that later places add
         for at, place in enumerate(places):
-            added = [(self.skips[place.skip.row], kept[place.skip.source])] if place.skip else []
-            added += [(self.loop_embed[place.row], one)] if cfg.loop_embed else []
-            added += [(self.value_scales[place.row, e], v) for e, v in enumerate(values)]
-            if place.again:
-                added.append((self.cross_scales[place.again.row], kept[place.again.source]))
+            added = self.added(place, outputs, values, one)
             # A tensor, as a number would make a graph of each block.
-            shrink = one * place.shrink if cfg.layer_scale else None
-            keep = None if drawn is None else drawn[at] >= place.drop
+            shrink = one * place.shrink if self.cfg.layer_scale else None
             block = self.blocks[place.block]
-            x = block(x, x0, added, rope, seen[windows[at]], place.xsa, shrink, keep)
+            x = block(x, x0, added, rope, seen[at], place.xsa, shrink, keep[at])
             if place.kept:
-                kept[at] = x
+                outputs[at] = x
         return self.final(x)
+
+    def seen(
+        self, places: list[Place], docs: Tensor | None, window: int, x: Tensor, cache
+    ) -> list[Seen]:
+        """What each place sees of activations x [B, T, D]: one object for all of one window."""
+        if cache:
+            return [cache.seen(docs)] * len(places)
+        windows = [window if place.windowed else 0 for place in places]
+        made = {w: Seen(docs, w, x) for w in dict.fromkeys(windows)}
+        return [made[w] for w in windows]
+
+    def token_values(self, tokens_BT: Tensor) -> list[Tensor]:
+        """The rows [B, T, D] of each value table."""
+        tables = self.value_embeds if self.cfg.value_embeds else ()
+        return [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
+
+    def kept_places(self, places: list[Place]) -> list[Tensor | None]:
+        """Of each place, whether stochastic depth lets it take part: a truth value []."""
+        if not (self.cfg.stoch_depth and torch.is_grad_enabled()):
+            return [None] * len(places)
+        drawn = torch.rand(len(places), device=self.head.device)
+        return [drawn[at] >= place.drop for at, place in enumerate(places)]
+
+    def added(
+        self, place: Place, outputs: dict[int, Tensor], values: list[Tensor], one: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What a place adds to its input: pairs of a learned vector [D] and what it scales."""
+        pairs = []
+        if place.skip:
+            pairs.append((self.skips[place.skip.row], outputs[place.skip.source]))
+        if self.loop_embed is not None:
+            pairs.append((self.loop_embed[place.row], one))
+        pairs += [(self.value_scales[place.row, table], v) for table, v in enumerate(values)]
+        if place.again:
+            pairs.append((self.cross_scales[place.again.row], outputs[place.again.source]))
+        return pairs
 
     @property
     def logit_rows(self) -> int:
@@ -2172,20 +2217,12 @@ class Bucket:
     numbers; both are padded to the ranks.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        lr: float,
-        wd: float,
-        params: dict[str, Tensor],
-        run: Run,
-        cfg: Config,
-        slow: bool = False,
-    ):
-        self.kind, self.lr, self.wd, self.params, self.slow = kind, lr, wd, params, slow
-        self.cfg = cfg  # beta1 may be its own
-        first = next(iter(params.values()))
-        self.unit = tuple(first.shape[-2:]) if kind == "muon" else ()  # shape of what is never cut
+    def __init__(self, rule: Rule, params: dict[str, Tensor], run: Ranks, cfg: Config):
+        self.kind, self.lr, self.wd, self.params = rule.kind, rule.lr, rule.wd, params
+        self.slow, self.group = rule.slow, rule.group
+        self.cfg = dataclasses.replace(cfg, beta1=rule.beta1, beta2=rule.beta2)
+        first, kind = next(iter(params.values())), rule.kind
+        self.unit = rule.shape  # of what is never cut
         per = math.prod(self.unit)
         self.spans, count = {}, 0
         for name, p in params.items():
@@ -2259,54 +2296,53 @@ class Bucket:
         shard.copy_(whole[rank * self.share : (rank + 1) * self.share])
 
 
-def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
-    """
-    Every parameter in exactly one bucket: matrices of blocks by shape, embedding, head, and the
-    rest.
-    """
-    groups: dict[tuple, dict[str, Tensor]] = {}
+class Rule(NamedTuple):
+    """How a parameter is updated; those of one rule (and, with Muon, one shape) share a bucket."""
+
+    kind: str  # muon or adamw
+    group: str
+    shape: tuple[int, ...]  # of a matrix that Muon updates
+    lr: float
+    wd: float
+    beta1: float
+    beta2: float
+    slow: bool
+
+
+def rule_of(cfg: Config, name: str, p: Tensor, said: Declared) -> Rule:
+    """What the declaration and the flags say of a parameter; own_lr is heard last."""
+    slow = bool(cfg.slow and re.search(cfg.slow, name))
+    by_pattern = cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)
+    if said.group == "matrix" and cfg.optimizer == "muon" and not by_pattern:
+        lr, wd = cfg.matrix_lr, cfg.matrix_wd
+        return Rule("muon", "matrix", tuple(p.shape[-2:]), lr, wd, cfg.beta1, cfg.beta2, slow)
+    lr, wd = {
+        "matrix": (cfg.adamw_lr, cfg.matrix_wd),
+        "embed": (cfg.embed_lr, cfg.embed_wd),
+        "head": (cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd),
+        "scalar": (cfg.scalar_lr, cfg.scalar_wd),
+    }[said.group]
+    beta1, beta2 = said.betas or (cfg.beta1, cfg.beta2)
+    usual = lr * said.rate, beta1, beta2, wd
+    own = next((own[1:] for own in own_rates(cfg) if own.pattern.search(name)), (None,) * 4)
+    lr, beta1, beta2, wd = (b if a is None else a for a, b in zip(own, usual))
+    return Rule("adamw", said.group, (), lr, wd, beta1, beta2, slow)
+
+
+def param_buckets(cfg: Config, model: nn.Module, run: Ranks) -> list[Bucket]:
+    """Every parameter in exactly one bucket, by its rule."""
+    groups: dict[Rule, dict[str, Tensor]] = {}
     said = declarations(model)
     for name, p in model.named_parameters():
-        group = said[name].group
-        if group == "head":
-            key = ("adamw", "head", cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd)
-        elif group == "embed":
-            key = ("adamw", "embed", cfg.embed_lr, cfg.embed_wd)
-        elif group == "scalar":
-            key = ("adamw", "scalar", cfg.scalar_lr, cfg.scalar_wd)
-        elif cfg.optimizer == "adamw" or (
-            cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)
-        ):
-            key = ("adamw", "matrix", cfg.adamw_lr, cfg.matrix_wd)
-        else:
-            key = ("muon", tuple(p.shape[-2:]), cfg.matrix_lr, cfg.matrix_wd)
-        slow = bool(cfg.slow and re.search(cfg.slow, name))
-        own = [r for r in own_rates(cfg) if key[0] == "adamw" and r.pattern.search(name)]
-        usual = (key[2], cfg.beta1, cfg.beta2, key[3])
-        rate, beta1, beta2, decay = (
-            b if a is None else a for a, b in zip(own[0][1:] if own else [None] * 4, usual)
-        )
-        groups.setdefault((key[0], key[1], rate, decay, beta1, beta2, slow), {})[name] = p
-    if cfg.slow and not any(k[-1] for k in groups):
-        names = [name for group in groups.values() for name in group]
+        groups.setdefault(rule_of(cfg, name, p, said[name]), {})[name] = p
+    if cfg.slow and not any(rule.slow for rule in groups):
         raise UserError(
             f"slow = {cfg.slow!r} matches no tensor of this model; names are such as "
-            f"{', '.join(names[:3])}"
+            f"{', '.join(list(said)[:3])}"
         )
     # Big ones first: their communication then runs while the others are computed.
-    order = sorted(groups, key=lambda k: -sum(p.numel() for p in groups[k].values()))
-    return [
-        Bucket(
-            k[0],
-            k[2],
-            k[3],
-            groups[k],
-            run,
-            dataclasses.replace(cfg, beta1=k[4], beta2=k[5]),
-            k[-1],
-        )
-        for k in order
-    ]
+    order = sorted(groups, key=lambda rule: -sum(p.numel() for p in groups[rule].values()))
+    return [Bucket(rule, groups[rule], run, cfg) for rule in order]
 
 
 class MuonAdamW:
@@ -4964,7 +5000,7 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
             "notice: a tied table cannot start at zero, as it is the input too: it starts "
             "uniform in +-1/sqrt(dim)"
         )
-    for line in pattern_notices(cfg, declarations(model)):
+    for line in pattern_notices(cfg, model):
         run.log(f"notice: {line}")
     if cfg.init_from:
         transfer_weights(model, cfg, run)
@@ -4984,29 +5020,24 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
     )
 
 
-def pattern_notices(cfg: Config, names: dict[str, Declared]) -> list[str]:
+def pattern_notices(cfg: Config, model: GPT) -> list[str]:
     """
     Refuse a pattern of adamw_matrices that finds nothing. A rate of own_lr may wait, as other rates
-    do, but is told.
+    do, but this is said.
     """
-    matrices = [n for n, said in names.items() if said.group == "matrix"]
-    adamws = [
-        n
-        for n in names
-        if n not in matrices
-        or cfg.optimizer == "adamw"
-        or cfg.adamw_matrices
-        and re.search(cfg.adamw_matrices, n)
-    ]
+    said = declarations(model)
+    rules = {name: rule_of(cfg, name, p, said[name]) for name, p in model.named_parameters()}
+    matrices = [name for name, rule in rules.items() if rule.group == "matrix"]
+    adamws = [name for name, rule in rules.items() if rule.kind == "adamw"]
     require(
-        not cfg.adamw_matrices or any(n in adamws for n in matrices),
-        f"adamw_matrices = {cfg.adamw_matrices!r} matches no "
-        f"matrix of this model; they are such as {', '.join(matrices[:3])}",
+        not cfg.adamw_matrices or any(name in adamws for name in matrices),
+        f"adamw_matrices = {cfg.adamw_matrices!r} matches no matrix of this model; they are such "
+        f"as {', '.join(matrices[:3])}",
     )
     return [
         f"own_lr: {own.pattern.pattern!r} is the name of nothing that AdamW updates here"
         for own in own_rates(cfg)
-        if not any(own.pattern.search(n) for n in adamws)
+        if not any(own.pattern.search(name) for name in adamws)
     ]
 
 
