@@ -255,7 +255,7 @@ def refuse_idle(values: dict, where: str = "") -> None:
                 f"{where}{key} = {value!r}: in pre-pre-training it follows from {FOLLOWS[key]}: "
                 "give those instead"
             )
-        if key in IDLE and str(value) != str(IDLE[key]):
+        if key in IDLE and str(value) != str(IDLE[key]) or key in t.TABLES and value:
             raise UserError(
                 f"{where}{key} = {value!r}: does nothing in pre-pre-training, which knows no text, "
                 "no artifact and no leaderboard: leave it out (of a language run's preset --like "

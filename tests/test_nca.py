@@ -655,12 +655,15 @@ def test_a_flag_that_does_nothing_here_is_refused_by_name(name, capsys):
         config(**{name: type(getattr(nca.PrePreConfig, name))(example(name))})
 
 
-def test_what_does_nothing_here_is_refused_in_a_preset_too(tmp_path, capsys):
+def test_what_does_nothing_here_is_refused_in_a_preset_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(nca.t, "train", None)  # nothing gets so far
     (tmp_path / "a.toml").write_text("nca_epochs = 2\nsteps = 10\n")
-    (tmp_path / "b.toml").write_text('score = "sliding"\n')
+    (tmp_path / "b.toml").write_text('[score]\nmodes = "sliding"\n')
+    (tmp_path / "c.toml").write_text("[rule]\np = 0.01\n")
     for file, words in (
         ("a", "a.toml: steps = 10: .* nca_epochs"),
-        ("b", "b.toml: score = 'sliding'.*--like"),
+        ("b", "b.toml: score = .*sliding.*--like"),
+        ("c", "c.toml: rule = .*0.01.*--like"),
     ):
         assert nca.main(["--config", str(tmp_path / f"{file}.toml")]) == 2
         assert re.search(words, capsys.readouterr().err)
