@@ -78,10 +78,7 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """
-    Something that the user can mend: what was given, why it cannot work, what to do. Exit code 2,
-    no traceback.
-    """
+    """What the user can mend: what was given, why it cannot work, what to do. Exit code 2."""
 
 
 class Diverged(UserError):
@@ -433,17 +430,11 @@ class RunConfig(Section):
 
 
 class Interrupted(BaseException):
-    """
-    SIGTERM or Ctrl-C, raised at a place where every rank can leave together. Not an Exception:
-    nobody swallows it.
-    """
+    """SIGTERM or Ctrl-C, raised where all ranks can leave; no Exception: nobody swallows it."""
 
 
 class Clock:
-    """
-    The track's timed clock: seconds of training. Warm-up, evaluation and saving happen while it
-    stands still.
-    """
+    """The timed clock of training: it stands still in warm-up, evaluation and saving."""
 
     def __init__(self, sync):
         self.sync, self.total, self.started = sync, 0.0, None
@@ -483,10 +474,7 @@ class Ranks:
         self.signal = 0  # that asked this process to leave
 
     def agree(self, seconds: float = 0.0) -> float:
-        """
-        Once a step and an evaluation batch: all ranks leave together if one was asked to, and share
-        one clock.
-        """
+        """Once a step or batch: all ranks leave if one was asked to, and share one clock."""
         stop = self.signal
         if self.world > 1:
             both = torch.tensor([float(stop), seconds], dtype=torch.float64)
@@ -618,10 +606,7 @@ class Run(Ranks):
         return self
 
     def meet(self) -> None:
-        """
-        Join the process group, unless a sweep has already done so for all of its runs: one per
-        process works, two hang.
-        """
+        """Join the process group once per process: a sweep has already done so for its runs."""
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
@@ -713,10 +698,7 @@ class Run(Ranks):
         return self.earlier_wall + time.perf_counter() - self.began
 
     def open_log(self, step: int | None) -> None:
-        """
-        Start log.txt and metrics.jsonl, or go on with them; on resuming, metrics behind `step` are
-        forgotten.
-        """
+        """Begin log.txt and metrics.jsonl, or go on with them without metrics behind `step`."""
         if self.is_main:
             metrics = self.folder / "metrics.jsonl"
             if step is not None and metrics.exists():
@@ -762,10 +744,7 @@ class Run(Ranks):
             print(line, flush=True)
 
     def metric(self, kind: str, step: int, **values) -> None:
-        """
-        One line of metrics.jsonl (and of wandb); values that are None were not measured and are
-        left out.
-        """
+        """One line of metrics.jsonl (and of wandb), without the values that are None."""
         if not self.is_main:
             return
         values = {k: v for k, v in values.items() if v is not None}
@@ -774,10 +753,7 @@ class Run(Ranks):
             self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
 
     def live(self, line: str) -> None:
-        """
-        The console's training line: rewritten in place on a terminal, else printed every few
-        seconds.
-        """
+        """The console's training line: rewritten on a terminal, else printed every 10 s."""
         if not self.is_main:
             return
         if sys.stdout.isatty():
@@ -851,10 +827,7 @@ def choose_device(cfg: Config) -> torch.device:
 
 
 def choose_dtype(cfg: Config, device: torch.device) -> torch.dtype:
-    """
-    bfloat16 on GPUs from Ampere on and on CPUs with AMX or AVX512-BF16; elsewhere it would be
-    slower than fp32.
-    """
+    """bfloat16 where it is fast: GPUs from Ampere on, CPUs with AMX or AVX512-BF16."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     if device.type == "cuda":
@@ -1120,18 +1093,12 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
 
 
 def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
-    """
-    The table's rows; a CPU would sum their gradients in bfloat16 where that is the table's type, a
-    GPU sums in fp32.
-    """
+    """The table's rows. A CPU would sum their gradients in bfloat16, a GPU does in fp32."""
     return F.embedding(tokens, table if table.is_cuda else table.float())
 
 
 def normed(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
-    """
-    LayerNorm (Ba et al. 2016) with its gain but no bias, in fp32; the RMS norm where there is no
-    gain.
-    """
+    """LayerNorm (Ba et al. 2016) with gain, without bias, in fp32; no gain: the RMS norm."""
     return (
         norm(x, eps)
         if gain is None
@@ -1170,10 +1137,7 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def half_split(x_BTHK: Tensor, dims: int) -> Tensor:
-    """
-    Neighbours (2k, 2k + 1) of the first dims -> rotate()'s pairs. Of q and k alike: their products
-    see no order.
-    """
+    """Neighbours (2k, 2k + 1) -> rotate()'s pairs. Products of q and k see no order."""
     return torch.cat([x_BTHK[..., 1:dims:2], x_BTHK[..., 0:dims:2], x_BTHK[..., dims:]], dim=-1)
 
 
@@ -1501,10 +1465,7 @@ class Attention(Declaring):
         xsa: bool,
         values: Tensor | None = None,
     ) -> Tensor:
-        """
-        `values` [B, T, kv_heads*K] are added to the own values, times 2*sigmoid of each head's
-        gate.
-        """
+        """`values` [B, T, kv_heads*K] join the own ones, times 2*sigmoid of a head's gate."""
         B, T, _ = x_BTD.shape
         if self.heads == self.kv_heads:
             if self.iha is None:
@@ -1547,10 +1508,7 @@ class Attention(Declaring):
 
 
 class MLP(Declaring):
-    """
-    Squared ReLU (So et al. 2021), squared leaky ReLU or SwiGLU (Shazeer 2020), hidden width
-    mlp_ratio * dim.
-    """
+    """Squared ReLU (So et al. 2021), squared leaky ReLU or SwiGLU (Shazeer 2020)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -1639,10 +1597,7 @@ class Block(Declaring):
 
 
 class Seen:
-    """
-    What the tokens of a batch may see, made once for all layers of one window: documents, window,
-    flex mask.
-    """
+    """What the tokens of a batch may see, made once for all layers of one window."""
 
     def __init__(self, docs_BT: Tensor | None, window: int, like: Tensor):
         self.docs, self.window = docs_BT, 0 if window >= like.size(1) else window
@@ -1752,10 +1707,7 @@ def is_windowed(cfg: Config, block: int) -> bool:
 
 
 def drop_chance(cfg: Config, block: int) -> float:
-    """
-    The chance of stochastic depth that a training pass leaves a block out; MTP's block is the one
-    behind the last.
-    """
+    """The chance that a training pass leaves a block out; MTP's is behind the last."""
     return cfg.stoch_depth * block / max(1, cfg.depth - 1)
 
 
@@ -1914,10 +1866,7 @@ class GPT(Declaring):
         return self.cfg.vocab if self.cfg.pad_vocab else len(self.head)
 
     def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
-        """
-        activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple; head: the same
-        in another type.
-        """
+        """activations [..., D] -> fp32 logits [..., V]; head: the same in another type."""
         z = self.linear(x, "head", head)
         z = (z[..., : self.cfg.vocab] if self.cfg.pad_vocab else z).float()
         if self.cfg.logit_dim_power:
@@ -2281,10 +2230,7 @@ class Bucket:
         return whole
 
     def by_name(self, shard: Tensor) -> dict[str, Tensor]:
-        """
-        CPU copies of a sharded tensor, cut by parameter; independent of the number of ranks.
-        Collective.
-        """
+        """CPU copies of a sharded tensor by parameter, whatever the ranks. Collective."""
         whole = self.gather(shard).cpu()
         return {name: whole[low:high].clone() for name, (low, high) in self.spans.items()}
 
@@ -2467,10 +2413,7 @@ class MuonAdamW:
                 )
 
     def snapshot(self) -> tuple[int, list[Tensor]]:
-        """
-        Copies of all that a step changes, for the warm-up to restore; on the host, as the device
-        may be full.
-        """
+        """Copies of all that a step changes, on the host: the device may be full."""
         return self.count, [t.to("cpu", copy=True) for t in self.changing()]
 
     def restore(self, kept: tuple[int, list[Tensor]]) -> None:
@@ -2562,10 +2505,7 @@ def unreadable(path: str | Path, e: OSError) -> UserError:
 
 
 def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
-    """
-    The tokens of one shard, a read-only uint16 memory map; with vocab > 0 every id is checked
-    against it.
-    """
+    """The tokens of a shard, a uint16 memory map; vocab > 0: each is checked against it."""
     count = shard_tokens(path)
     tokens = np.zeros(0, "<u2")
     if count:
@@ -2776,10 +2716,7 @@ class Loader:
         return all(p + batch_tokens + 1 >= n for p, n in zip(pos, self.counts[self.shard :]))
 
     def batch(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
-        """
-        This rank's rows of the next batch, uint16 [batch_tokens / seq_len / world, seq_len + 1];
-        then move on.
-        """
+        """This rank's rows of the next batch [n, seq_len + 1] in uint16; then move on."""
         before = self.state_dict()
         try:
             return self.next_rows(step, batch_tokens, seq_len)
@@ -2947,10 +2884,7 @@ class Loader:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """
-    Without a wait: to a GPU from pinned memory, as from other memory the copy waits for what was
-    begun before.
-    """
+    """Without a wait: from pinned memory, as else a copy waits for what was begun."""
     x = torch.from_numpy(array)
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
@@ -3103,10 +3037,7 @@ class Validation:
         self.bytes = tokenizer.count_bytes(self.tokens) if tokenizer else 0
 
     def batch(self, rows: range, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
-        """
-        The given rows as inputs and targets [size, T]; rows that are missing to size have targets
-        -1.
-        """
+        """Rows as inputs and targets [size, T]; what is missing to size has targets -1."""
         T = self.seq_len
         data = np.stack([self.tokens[min(r, self.rows - 1) * T :][: T + 1] for r in rows])
         x, y = tensors(data, device)
@@ -3145,10 +3076,7 @@ class AverageConfig(Section):
 
 @contextlib.contextmanager
 def weights_kept(buckets: list[Bucket]):
-    """
-    Inside, the model may be given other weights; behind it, it has its own again, also after an
-    interruption.
-    """
+    """Behind it the model has its own weights again, also after an interruption."""
     kept = [b.weights.clone() for b in buckets]
     try:
         yield
@@ -3189,10 +3117,7 @@ class Averages:
                 avg.lerp_(b.shard.float(), 1 / self.swa_count)
 
     def close(self) -> None:
-        """
-        At the end of training: where a capped clock left no time for a snapshot, the last weights
-        are the only one.
-        """
+        """Where a capped clock left no time for a snapshot, the last weights are the only one."""
         if "swa" in self.shards and not self.swa_count:
             self.swa_count = 1
             for avg, b in zip(self.shards["swa"], self.buckets):
@@ -3315,10 +3240,7 @@ def quantised_names(model: nn.Module) -> list[str]:
 
 
 class Bits(NamedTuple):
-    """
-    Bits by tensor: "int6 mlp:5 head:8" is 5 where the name matches mlp, 8 where it matches head,
-    else 6.
-    """
+    """Bits by name: "int6 mlp:5 head:8" is 5 where it matches mlp, 8 for head, else 6."""
 
     default: int
     rules: tuple[tuple[str, int], ...]
@@ -3578,10 +3500,7 @@ STEPS = (2, 4, 16, 1 << 20)
 
 
 def spread_classes(rows: np.ndarray, cols: np.ndarray, step: int) -> np.ndarray:
-    """
-    Class of every entry [R, C] from the logarithms of its row's and column's spread (int8, eighths
-    of octaves).
-    """
+    """Class of every entry [R, C] from its row's and column's spread (see log_spread)."""
     both = (rows.astype(np.int64)[:, None] + cols.astype(np.int64)) // step
     return both - both.min()
 
@@ -3591,10 +3510,7 @@ def log_spread(x: np.ndarray) -> np.ndarray:
 
 
 def histogram(counts: np.ndarray):
-    """
-    The coder's model of counts: the same IEEE divisions on every machine; what has no count keeps
-    2^-24.
-    """
+    """The coder's model of counts, alike on every machine; what has none keeps 2^-24."""
     return coder.model.Categorical(counts.astype(np.float64) / counts.sum(), perfect=False)
 
 
@@ -3741,10 +3657,7 @@ def smallest_artifact(
 
 
 def unpack_artifact(data: bytes, where: str) -> tuple[Config, dict[str, Tensor], dict]:
-    """
-    Configuration, fp32 weights and header of an artifact's bytes. Executes nothing; any damage is a
-    UserError.
-    """
+    """Configuration, fp32 weights and header of an artifact; any damage is a UserError."""
 
     def bad(why: str) -> UserError:
         return UserError(
@@ -3805,10 +3718,7 @@ ANGLES = 1 << 27  # ... and numbers in its rotary table: 512 MiB
 
 
 def fits(cfg: Config, named: dict[str, Tensor]) -> None:
-    """
-    ValueError unless the model of cfg has these tensors: what a header says of sizes must not cost
-    more than the file.
-    """
+    """ValueError unless the model of cfg has these tensors: a header may be forged."""
     plan = Plan(cfg)
     longest, width = max(plan.max_seq_len, plan.eval_seq_len), head_width(cfg)
     if cfg.depth > len(named) or longest > LONGEST or longest * width > ANGLES:
@@ -3824,10 +3734,7 @@ def fits(cfg: Config, named: dict[str, Tensor]) -> None:
 
 
 def stored_tensors(header: dict, stored: dict[str, Tensor], words: np.ndarray) -> dict[str, Tensor]:
-    """
-    The tensors that a header tells of, from the payload's and the coded words. ValueError where
-    they disagree.
-    """
+    """The tensors that a header lists, from payload and coded words; else ValueError."""
     named = {}
     for name, kind in header["tensors"].items():
         if kind["kind"] == "plain":
@@ -3945,10 +3852,7 @@ def calibrate(p: Parts, rows: np.ndarray, until: float) -> tuple[dict[str, Tenso
 
 
 def gptq_seconds(p: Parts) -> float:
-    """
-    What calibration will take behind the last step, from two rows; a third more, as a clock cap is
-    a cap.
-    """
+    """Seconds of calibration, from two rows, and a third more: a clock cap is a cap."""
     rows = calibration(p.cfg, 2 * p.run.world)
     for _ in range(2):  # the first is slower
         p.run.clock.sync()
@@ -4151,10 +4055,7 @@ def weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_folder(final: Path, write: Callable[[Path], None]) -> None:
-    """
-    Have a folder of files written: beside, then synced and renamed, so that it is there whole or
-    not at all.
-    """
+    """Write a folder: beside, then synced and renamed, so that it is whole or not there."""
     part = final.with_name(f".{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -4323,10 +4224,7 @@ def parts_of(name: str, group: str) -> list[set[str]]:
 
 
 def transferred(w: Tensor, name: str, cfg: Config) -> Tensor:
-    """
-    The weights as they are or, as a control, shuffled within each matrix, or normal numbers of its
-    norm.
-    """
+    """The weights or, as a control, shuffled in each matrix or noise of their norm."""
     if not cfg.transfer_control:
         return w
     seed = (
@@ -4576,10 +4474,7 @@ MOVED |= {
 
 
 def preset_path(name: str) -> Path:
-    """
-    A preset is a path, or the name of a file in configs/, beside this file or in the working
-    directory.
-    """
+    """A path, or the name of a file in configs/ beside this file or where we are."""
     folders = [Path(__file__).resolve().parent / "configs", Path("configs")]
     for path in (Path(name), *(folder / f"{name}.toml" for folder in folders)):
         if path.is_file():
@@ -4597,10 +4492,7 @@ def is_layer(path: Path) -> bool:
 
 
 def read_toml(path: Path, kind: type | None = None) -> dict:
-    """
-    Checked values of one preset file: unknown keys and wrong types are errors that name key, value
-    and fix.
-    """
+    """Values of one preset file; unknown keys and wrong types are errors that name them."""
     try:
         # some editors begin a file with a mark
         raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
@@ -4610,10 +4502,7 @@ def read_toml(path: Path, kind: type | None = None) -> dict:
 
 
 def checked(raw: dict, where: str, config: type = Config) -> dict:
-    """
-    The same keys and values in the types of Config, or of a class made from it; all else is an
-    error that names it.
-    """
+    """The same in the types of `config`; all else is an error that names it."""
     values, fields = {}, typing.get_type_hints(config)
     tables = {name: dict(raw[name]) for name in TABLES if isinstance(raw.get(name), dict)}
     for key, value in raw.items():
@@ -4678,10 +4567,7 @@ def checked_table(name: str, table: dict, where: str) -> dict:
 
 
 def parse_args(argv: list[str]) -> Config:
-    """
-    Defaults < presets from left to right < flags. `--config a b` and `--config=a` are both
-    understood.
-    """
+    """Defaults < presets from left to right < flags."""
     names, i = [], 0
     while i < len(argv):
         if argv[i] == "--config":
@@ -4722,10 +4608,7 @@ def parse_args(argv: list[str]) -> Config:
 
 
 def validate(cfg: Config) -> None:
-    """
-    Refuse what cannot work, before anything is created. Each message names the key, the value and
-    the fix.
-    """
+    """Refuse what cannot work, before anything is created: key, value and fix."""
     check_config(cfg)
     by_epoch = [
         k
@@ -4777,10 +4660,7 @@ def validate(cfg: Config) -> None:
 
 
 def check_config(cfg: Section) -> None:
-    """
-    What holds for every configuration, whether it is trained or was read from a file: an artifact's
-    may be forged.
-    """
+    """What holds for every configuration, also one that was read and may be forged."""
     check_texts(cfg)
     parts = [part for part in SECTIONS if isinstance(cfg, part)]
     for part in parts:
@@ -4969,10 +4849,7 @@ class Parts:
 
 
 def build(cfg: Config, run: Run) -> Parts:
-    """
-    Make every part; all that can be wrong with config and data is found here, before anything is
-    compiled.
-    """
+    """Make every part; what is wrong with config or data is found here."""
     plan = Plan(cfg)
     plan.train_shapes(run.world)  # refuses batches that do not divide
     loader = run.together(lambda: Loader(cfg, plan, run.rank, run.world, run.together))
@@ -5042,10 +4919,7 @@ def pattern_notices(cfg: Config, model: GPT) -> list[str]:
 
 
 def centering_notices(cfg: Config) -> list[str]:
-    """
-    What theory says of centering's assumptions under this configuration; logs/explain_centering.py
-    shows each.
-    """
+    """What theory says of centering here; logs/explain_centering.py shows each."""
     on = [k for k in ("mu_centering", "mu_loss", "z_loss") if getattr(cfg, k)]
     lines, names = [], " and ".join(on)
     moved = [k for k in on if k != "z_loss"]
@@ -5143,10 +5017,7 @@ def warm_up(p: Parts) -> None:
 
 
 def rounded_weights(p: Parts, step: int, now: Now):
-    """
-    Quantisation-aware training: inside, the model has rounded weights; their gradients are taken
-    for the true ones'.
-    """
+    """Inside, under qat, weights are rounded; gradients are taken for the true ones'."""
     if not now.qat:
         return contextlib.nullcontext()
     return rounded(p.model, p.cfg, step)
@@ -5186,10 +5057,7 @@ def add_mu_loss(head: nn.Parameter, weight: float, world: int, rows: int | None 
 
 @torch.no_grad()
 def center(head: Tensor) -> None:
-    """
-    Subtract the mean row: logits of a token then have the mean 0. Every rank does the same on its
-    own copy.
-    """
+    """Subtract the mean row, so that a token's logits have the mean 0, on every rank."""
     head.sub_(head.float().mean(0).to(head.dtype))
 
 
@@ -5225,10 +5093,7 @@ def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
 
 
 def validate_all(p: Parts, step: int, now: Now) -> dict:
-    """
-    Evaluate the live weights and the averages beside them; log a line in the speedrun's format and
-    a second with more.
-    """
+    """Evaluate live weights and averages; a line in the speedrun's format and one more."""
     run, ms = p.run, p.run.clock.seconds() * 1000
     began, found = time.perf_counter(), {}
     for name in ["live", *p.avg.ready()]:
@@ -5283,10 +5148,7 @@ def embedding_statistics(p: Parts, now: Now) -> dict[str, float]:
 
 
 def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds: float) -> None:
-    """
-    Read the numbers of a finished step (this waits for the device), stop if they are not finite,
-    write the lines.
-    """
+    """Read a finished step's numbers (a wait), stop if not finite, write the lines."""
     (loss, *extra), size, run, cfg = loss.tolist(), float(size), p.run, p.cfg
     terms = dict(zip(extra_terms(cfg), extra))
     if not (math.isfinite(loss) and math.isfinite(size)):
@@ -5330,10 +5192,7 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
 
 
 def log_switch(p: Parts, step: int, now: Now, seconds: float) -> None:
-    """
-    Where the graph changed a step ago: the time of the step before, of that one and of this one. A
-    stall would show.
-    """
+    """Where the graph changed a step ago: times before, at and after. A stall shows."""
     p.paces = [*p.paces[-2:], (now, seconds)]
     if len(p.paces) == 3:
         (old, before), (new, at), (_, after) = p.paces
@@ -5524,10 +5383,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def changed_fields(cfg: Config, folder: Path, free: set[str] = FREE_ON_RESUME) -> list[str]:
-    """
-    Lines about the fields that a run folder's configuration has other values for; none where there
-    is no folder.
-    """
+    """A line for each field that a run folder's configuration has another value of."""
     saved = folder / "config.toml"
     old = type(cfg)(**read_toml(saved, type(cfg))) if saved.exists() else cfg
     return [
@@ -5591,10 +5447,7 @@ def log_head(run: Run, step: int | None) -> None:
 
 
 def train(cfg: Config, run: Run, build=build) -> int:
-    """
-    A whole run, from folder to result.json; the exit code. `build` makes its parts, from other data
-    where it is told.
-    """
+    """A whole run, from folder to result.json; the exit code. `build` makes its parts."""
     if run.on_main(lambda: enter_folder(run)):
         run.log(f"{run.folder} is finished: nothing to resume")
         return 0

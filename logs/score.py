@@ -191,10 +191,7 @@ class Sliding:
         self.hidden = self.whole(model.hidden)
 
     def whole(self, f: Callable) -> Callable:
-        """
-        Compiled as one graph where the model is (compile = 2); else its blocks are compiled by
-        themselves, or nothing is.
-        """
+        """Compiled as one graph where the model is (compile = 2); else as it is."""
         return torch.compile(f, dynamic=False) if self.model.cfg.compile == 2 else f
 
     def warm_up(self) -> None:
@@ -257,10 +254,7 @@ class Sliding:
 
     @torch.no_grad()
     def distribution(self) -> np.ndarray:
-        """
-        Probabilities [V] in float64 of the token behind those observed. Called once before each
-        observe.
-        """
+        """Probabilities [V] in float64 of the next token. Once before each observe."""
         t = len(self.past) - 1
         if t == self.end:  # a new window: see its context again
             self.start, self.end = self.next_window(t)
@@ -325,10 +319,7 @@ class NGrams:
 
 
 def earlier(key: Tensor) -> Tensor:
-    """
-    How often each entry occurs before itself: what its count was when it was scored, for a whole
-    stream at once.
-    """
+    """How often each entry occurs before itself, for a whole stream at once."""
     ordered, order = key.sort(stable=True)
     place = torch.arange(len(key), device=key.device)
     first = (
@@ -496,10 +487,7 @@ class TestTime(Sliding):
         self.trained = max(self.trained, int(chunk))
 
     def train_step(self, stream: Tensor, starts: range, lr: float) -> None:
-        """
-        One step of SGD on rows of the stream, of which ranks take turns; the gradient's norm is at
-        most 1.
-        """
+        """One step of SGD on rows, of which ranks take turns; gradient norm 1 at most."""
         self.optimizer.zero_grad()
         tokens = sum(min(self.length, len(stream) - 1 - s) for s in starts)
         mine, rows = list(starts)[self.run.rank :: self.run.world], self.shape.rows
@@ -562,10 +550,7 @@ class LoRA(Sliding):
 
     @contextlib.contextmanager
     def adapting(self):
-        """
-        Inside, a forward pass of the model adds the products. Blocks that are compiled by
-        themselves run eagerly.
-        """
+        """Inside, a forward pass adds the products; blocks compiled one by one run eagerly."""
         stance = contextlib.nullcontext()
         if self.model.cfg.compile != 2:
             stance = torch.compiler.set_stance("force_eager")
@@ -574,10 +559,7 @@ class LoRA(Sliding):
             yield
 
     def log_probs_at(self, tokens: Tensor, places: Tensor, pairs: dict) -> Tensor:
-        """
-        Log probabilities [R, n, V] behind the tokens at places [n] of rows [R, T], under the
-        products `pairs`.
-        """
+        """Log probabilities [R, n, V] at places [n] of rows [R, T], under `pairs`."""
         self.pairs = pairs
         hidden = self.model.hidden(tokens, self.shape.repeats, self.shape.window)
         return self.log_probs(hidden[:, places])
@@ -711,10 +693,7 @@ def refuse_dropout(cfg: Config, modes: str) -> None:
 def make_scorer(
     model: tg.GPT, how: OneScore, shape: tg.Shape, run: tg.Ranks | None = None
 ) -> Sliding:
-    """
-    The scorer of how.mode. shape: rows per batch, tokens per row, repeats, window; run: for several
-    ranks.
-    """
+    """The scorer of how.mode; shape: of its windows; run: for several ranks."""
     if how.mode not in SCORERS:
         raise UserError(f"mode = {how.mode!r}: must be one of {', '.join(SCORERS)}")
     refuse_dropout(model.cfg, how.mode)
@@ -740,10 +719,7 @@ def make_scorer(
 
 @contextlib.contextmanager
 def one_thread():
-    """
-    For walks token by token: threads cost such small operations more than they bring, and sums then
-    have one order.
-    """
+    """For walks token by token: threads cost more than they bring there."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -1412,10 +1388,7 @@ def fresh_process(*arguments: str, asked_to_stop: Callable[[], bool] = lambda: F
 
 
 def score_all(scorer: Sliding, val: tg.Validation) -> dict[str, float]:
-    """
-    Score a validation prefix: nats per token, bits per byte (nan where the bytes are unknown),
-    seconds, tokens/s.
-    """
+    """Loss in nats per token, bits per byte (nan: unknown), seconds, tokens/s."""
     began = time.perf_counter()
     scores = scorer.score(val.tokens)
     assert bool((scores.times == 1).all()), "a target was not scored exactly once"
@@ -1428,10 +1401,7 @@ def score_all(scorer: Sliding, val: tg.Validation) -> dict[str, float]:
 
 @dataclass
 class Prove(OneScore, Source):
-    """
-    Encode a stretch of validation text, decode it in a fresh process, and check that the score is
-    a code length.
-    """
+    """Encode validation text, decode it in a fresh process, check the claimed length."""
 
     bytes: int = 16384  # text at least
 
