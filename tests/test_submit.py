@@ -479,9 +479,12 @@ def test_folders_of_speedrun_and_slowrun_hold_readable_source(copy, capsys, monk
         "ttest_1samp" in (place / "README.md").read_text()
         and "train_time_s" in (place / "README.md").read_text()
     )
-    set_config({"track": "slowrun", "rule.target": 0.0, "rule.p": 0.0})
+    # averages over epochs are the scorer's, so its source is shipped
+    set_config({"track": "slowrun", "rule.target": 0.0, "rule.p": 0.0, "average_epochs": 2})
     code, _, err = call(capsys, track="slowrun_tiny")
     assert code == 0, err
+    shipped = copy / "records/slowrun_tiny" / f"{DATE}_{NAME}/logs/score.py"
+    assert shipped.read_bytes() == (ROOT / "logs/score.py").read_bytes()
     assert (
         "asks for no test"
         in (copy / "records/slowrun_tiny" / f"{DATE}_{NAME}/README.md").read_text()
