@@ -55,23 +55,18 @@ class Track:
     log_name: str = "train_seed{seed}.log"
 
 
+GOLF = {"kind": "golf", "max_bytes": 16_000_000, "val_tokens": 0, "packed": True}
+SPEEDRUN = {"kind": "speedrun", "val_tokens": 10_485_760, "log_name": "{run}.txt"}
+SLOWRUN = {"kind": "slowrun", "max_train_tokens": 100_000_000}
 TRACKS = {
-    "golf": Track(
-        "track_10min_16mb", "golf", True, 600, 600, 16_000_000, val_tokens=0, packed=True
-    ),
-    "golf_non_record": Track(
-        "track_non_record_16mb", "golf", max_bytes=16_000_000, val_tokens=0, packed=True
-    ),
-    "speedrun": Track(
-        "track_1_short", "speedrun", True, val_tokens=10_485_760, log_name="{run}.txt"
-    ),
+    "golf": Track("track_10min_16mb", tested=True, max_seconds=600, max_eval_seconds=600, **GOLF),
+    "golf_non_record": Track("track_non_record_16mb", **GOLF),
+    "speedrun": Track("track_1_short", tested=True, **SPEEDRUN),
     # the slowrun's repository keeps no record folders: these names are chosen here
-    "slowrun": Track("slowrun_limited", "slowrun", max_seconds=3600, max_train_tokens=100_000_000),
-    "slowrun_tiny": Track("slowrun_tiny", "slowrun", max_seconds=900, max_train_tokens=100_000_000),
-    "slowrun_two_hour": Track(
-        "slowrun_two_hour", "slowrun", max_seconds=7200, max_train_tokens=100_000_000
-    ),
-    "slowrun_unlimited": Track("slowrun_unlimited", "slowrun", max_train_tokens=100_000_000),
+    "slowrun": Track("slowrun_limited", max_seconds=3600, **SLOWRUN),
+    "slowrun_tiny": Track("slowrun_tiny", max_seconds=900, **SLOWRUN),
+    "slowrun_two_hour": Track("slowrun_two_hour", max_seconds=7200, **SLOWRUN),
+    "slowrun_unlimited": Track("slowrun_unlimited", **SLOWRUN),
 }
 FILES = ("config.toml", "log.txt", "result.json")
 # of a published split's validation documents that may be in train too: web text repeats itself
@@ -184,9 +179,7 @@ def sources_in(head: str, texts: dict[str, str]) -> dict[str, str]:
 
 
 def check_sources(s: Submission) -> None:
-    """All logs hold one source, which is that of this checkout, readable or packed. Sets what is
-    shipped.
-    """
+    """All logs hold one source, this checkout's, readable or packed. Sets what is shipped."""
     paths = pack.modules_of([ROOT / name for name in pack.PROGRAMS])
     texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
     packed = {"train_gpt.py": pack.pack(paths)}
@@ -554,9 +547,7 @@ def mean_sd(s: Submission, key: str) -> tuple[float | None, float | None]:
 
 
 def summary(s: Submission, options: Options) -> dict:
-    """submission.json, in parameter-golf's keys: means over seeds and each seed's own numbers, as
-    far as they were measured.
-    """
+    """submission.json, in parameter-golf's keys: means over seeds and each seed's own numbers."""
     results, metric = [run.result for run in s.runs], s.rule["metric"]
     as_loss, as_bpb = metric.replace("bpb", "loss"), metric.replace("loss", "bpb")
     keys = ["val_loss", "val_bpb", as_loss, as_bpb, "steps", "tokens"]
