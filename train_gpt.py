@@ -328,10 +328,9 @@ class Plan:
         if not micro or now.batch_tokens % (world * micro) or micro % now.seq_len:
             raise UserError(
                 f"batch_tokens = {now.batch_tokens} on {world} ranks does not divide into "
-                "micro-batches of "
-                f"micro_tokens = {self.cfg.micro_tokens} made of rows of seq_len = "
-                f"{now.seq_len}: choose batch_tokens = "
-                "ranks * micro_tokens * a whole number, and micro_tokens = seq_len * a whole number"
+                f"micro-batches of micro_tokens = {self.cfg.micro_tokens} made of rows of seq_len "
+                f"= {now.seq_len}: choose batch_tokens = ranks * micro_tokens * a whole number, "
+                "and micro_tokens = seq_len * a whole number"
             )
         return micro // now.seq_len
 
@@ -542,8 +541,8 @@ class Ranks:
             other = [f"{k} = {v!r}" for k, v in theirs.items() if right[k] != v]
             require(
                 not other,
-                f"rank {rank} on {host} has {', '.join(other)}, which is not what rank 0 "
-                f"on {first} has: give every node the same flags, sources and data",
+                f"rank {rank} on {host} has {', '.join(other)}, which is not what rank 0 on "
+                f"{first} has: give every node the same flags, sources and data",
             )
 
     def together(self, work):
@@ -613,10 +612,10 @@ class Run(Ranks):
                 dist.init_process_group(backend)
             except (RuntimeError, ValueError) as e:
                 raise UserError(
-                    f"{self.world} ranks could not meet at {os.environ.get('MASTER_ADDR')}:"
-                    f"{os.environ.get('MASTER_PORT')}: {str(e).splitlines()[0]}; is the port "
-                    "in use? set MASTER_PORT "
-                    "to a free one, or use torchrun --standalone"
+                    f"{self.world} ranks could not meet at "
+                    f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
+                    f"{str(e).splitlines()[0]}; is the port in use? set MASTER_PORT to a free one, "
+                    "or use torchrun --standalone"
                 ) from e
             self.owns_group = True
 
@@ -679,8 +678,8 @@ class Run(Ranks):
             lock.close()
             if e.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(
-                    f"{self.folder} is in use by {holder}: wait until it has ended, or "
-                    "choose another --run"
+                    f"{self.folder} is in use by {holder}: wait until it has ended, or choose "
+                    "another --run"
                 ) from e
             self.log(
                 f"notice: {path}: {e.strerror}: see that nobody else starts this run meanwhile"
@@ -728,8 +727,7 @@ class Run(Ranks):
             except Exception as e:  # whatever its login, its server or its files raise
                 raise UserError(
                     f"--wandb {self.cfg.wandb}: {e}; log in with `wandb login`, or set "
-                    "WANDB_MODE=offline, and "
-                    "continue with --resume"
+                    "WANDB_MODE=offline, and continue with --resume"
                 ) from e
 
     def log(self, line: str, console: bool = True) -> None:
@@ -817,9 +815,8 @@ def write_whole(path: Path, data: bytes) -> None:
 def choose_device(cfg: Config) -> torch.device:
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "device = 'cuda', but torch sees no CUDA device here; on a laptop layer on_cpu "
-            "over the preset: "
-            f"--config {' '.join(cfg.config) or 'PRESET'} on_cpu"
+            "device = 'cuda', but torch sees no CUDA device here; on a laptop layer on_cpu over "
+            f"the preset: --config {' '.join(cfg.config) or 'PRESET'} on_cpu"
         )
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -2049,9 +2046,8 @@ def own_rates(cfg: Config) -> list[OwnRate]:
                     )
         except (re.error, ValueError, TypeError) as e:
             raise UserError(
-                f"own_lr = {cfg.own_lr!r}: {word!r} is not pattern=rate, /beta1, /beta2 and "
-                "/decay behind it as "
-                f"far as they are needed ({e}); for example x0_lambda=0.025/0.96"
+                f"own_lr = {cfg.own_lr!r}: {word!r} is not pattern=rate, /beta1, /beta2 and /decay "
+                f"behind it as far as they are needed ({e}); for example x0_lambda=0.025/0.96"
             ) from e
         rates.append(rate)
     return rates
@@ -2487,8 +2483,8 @@ def shard_tokens(path: str | Path) -> int:
         )
     if header[1] != SHARD_VERSION:
         raise UserError(
-            f"{path} has shard version {header[1]}; only version {SHARD_VERSION} (uint16 "
-            "tokens) is read"
+            f"{path} has shard version {header[1]}; only version {SHARD_VERSION} (uint16 tokens) "
+            "is read"
         )
     if size != SHARD_HEADER + 2 * int(header[2]):
         raise UserError(
@@ -2516,9 +2512,9 @@ def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
     if vocab and count and int(tokens.max()) >= vocab:
         where = int(np.argmax(tokens >= vocab))
         raise UserError(
-            f"{path}: token {tokens[where]} at position {where} is not below vocab = {vocab}; "
-            "the shard was "
-            "made with another tokenizer: set --vocab, or get the data that belongs to this preset"
+            f"{path}: token {tokens[where]} at position {where} is not below vocab = {vocab}; the "
+            "shard was made with another tokenizer: set --vocab, or get the data that belongs to "
+            "this preset"
         )
     return tokens
 
@@ -2545,8 +2541,8 @@ def find_shards(cfg: Config, split: str) -> list[str]:
         near = sorted(path.name for path in Path(cfg.data).glob(f"*{split}*.bin"))
         but = f" ({near[0]} does not: six digits end the name of a shard)" if near else ""
         raise UserError(
-            f"no {split} shards: nothing in {cfg.data} matches *_{split}_NNNNNN.bin"
-            f"{but}; run: {get_command(cfg)}"
+            f"no {split} shards: nothing in {cfg.data} matches *_{split}_NNNNNN.bin{but}; run: "
+            f"{get_command(cfg)}"
         )
     return files
 
@@ -2587,8 +2583,7 @@ class Loader:
         if cfg.train_tokens and left:
             raise UserError(
                 f"train_tokens = {cfg.train_tokens}, but the train shards in {cfg.data} hold "
-                f"{sum(self.counts)}; "
-                f"lower it, or run: {get_command(cfg, 2 * len(self.files))}"
+                f"{sum(self.counts)}; lower it, or run: {get_command(cfg, 2 * len(self.files))}"
             )
         self.block = plan.max_seq_len
         self.opened: dict[int, np.ndarray] = {}
@@ -2607,9 +2602,8 @@ class Loader:
         for now in plan.moments():
             if cfg.shuffle and (now.batch_tokens % self.block or self.block % now.seq_len):
                 raise UserError(
-                    f"with shuffle = 1 the largest seq_len = {self.block} must divide "
-                    "batch_tokens = "
-                    f"{now.batch_tokens} and be a multiple of every other seq_len, here "
+                    f"with shuffle = 1 the largest seq_len = {self.block} must divide batch_tokens "
+                    f"= {now.batch_tokens} and be a multiple of every other seq_len, here "
                     f"{now.seq_len}"
                 )
             if not self.per_epoch(now.batch_tokens):
@@ -2620,12 +2614,10 @@ class Loader:
             cfg.lr_cycles or cfg.average_epochs or cfg.eval_every < 0
         ) and needed < 0.95 * cfg.epochs * held:
             raise UserError(
-                f"steps = {steps} read {needed} tokens, {needed / held:.2f} epochs of {held}, "
-                "but lr_cycles, "
-                f"average_epochs and eval_every -1 take them for epochs = {cfg.epochs}: set "
-                "--epochs "
-                f"{max(1, round(needed / held))}, --steps {int(cfg.epochs * held // first)}, "
-                "or --train_tokens"
+                f"steps = {steps} read {needed} tokens, {needed / held:.2f} epochs of {held}, but "
+                f"lr_cycles, average_epochs and eval_every -1 take them for epochs = {cfg.epochs}: "
+                f"set --epochs {max(1, round(needed / held))}, --steps "
+                f"{int(cfg.epochs * held // first)}, or --train_tokens"
             )
         if not cfg.epochs or cfg.max_seconds:
             return
@@ -2635,10 +2627,10 @@ class Loader:
             more = max(len(self.files) + 1, math.ceil(needed / per / cfg.epochs))
             raise UserError(
                 f"too little data for {steps} steps: they need {needed} tokens, that is "
-                f"{needed / per / cfg.epochs:.1f} "
-                f"train shards, found {len(self.files)} in {cfg.data} with {usable // cfg.epochs} "
-                f"usable tokens; run: {get_command(cfg, more)}, or lower --steps, or allow more "
-                "epochs with --epochs (0: as many as needed)"
+                f"{needed / per / cfg.epochs:.1f} train shards, found {len(self.files)} in "
+                f"{cfg.data} with {usable // cfg.epochs} usable tokens; run: "
+                f"{get_command(cfg, more)}, or lower --steps, or allow more epochs with --epochs "
+                "(0: as many as needed)"
             )
 
     def no_batch(self, batch_tokens: int) -> UserError:
@@ -2647,21 +2639,20 @@ class Loader:
         found = f"the {len(self.files)} train shards in {self.cfg.data} hold {held} tokens"
         if held <= batch_tokens:
             return UserError(
-                f"{found}, less than one batch of {batch_tokens} and the token behind "
-                f"it; lower --batch_tokens or run: {get_command(self.cfg)}"
+                f"{found}, less than one batch of {batch_tokens} and the token behind it; lower "
+                f"--batch_tokens or run: {get_command(self.cfg)}"
             )
         if self.cfg.shuffle:
             why = " (with shuffle = 1 a row lies in one shard)" if self.cfg.shuffle == 1 else ""
             return UserError(
-                f"{found}, which make {self.rows()} rows of {self.block} and its last "
-                f"target{why}, too few for a batch of {batch_tokens}; lower "
-                "--batch_tokens or --seq_len"
+                f"{found}, which make {self.rows()} rows of {self.block} and its last target{why}, "
+                f"too few for a batch of {batch_tokens}; lower --batch_tokens or --seq_len"
             )
         return UserError(
-            f"{found}, but none holds a batch of {batch_tokens}: without shuffle a "
-            "batch is a stretch of one shard, and the largest has room for "
-            f"{max(self.counts) - 2}; lower --batch_tokens, set --shuffle 1, or make "
-            "larger shards (get.py tokenize --shard_tokens)"
+            f"{found}, but none holds a batch of {batch_tokens}: without shuffle a batch is a "
+            f"stretch of one shard, and the largest has room for {max(self.counts) - 2}; lower "
+            "--batch_tokens, set --shuffle 1, or make larger shards (get.py tokenize "
+            "--shard_tokens)"
         )
 
     def tokens_in_order(self, plan: Plan) -> int:
@@ -2812,9 +2803,8 @@ class Loader:
         if self.cfg.epochs and self.epoch >= self.cfg.epochs:
             raise UserError(
                 f"ran out of train shards at step {step}: {len(self.files)} found in "
-                f"{self.cfg.data}; run: "
-                f"{get_command(self.cfg, 2 * len(self.files))}, or raise --epochs (now "
-                f"{self.cfg.epochs})"
+                f"{self.cfg.data}; run: {get_command(self.cfg, 2 * len(self.files))}, or raise "
+                f"--epochs (now {self.cfg.epochs})"
             )
 
     def identity(self) -> dict:
@@ -2854,9 +2844,8 @@ class Loader:
         if wrong:
             some = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             raise UserError(
-                f"the data in {self.cfg.data} is not what this run was trained on: "
-                f"{some}; put the old shards back, or start another --run (--init_from "
-                "takes over the weights)"
+                f"the data in {self.cfg.data} is not what this run was trained on: {some}; put the "
+                "old shards back, or start another --run (--init_from takes over the weights)"
             )
         said = "shards that this run has not yet read have changed: "
         return said + "; ".join(unread) if unread else ""
@@ -2943,9 +2932,8 @@ class Tokenizer:
                 self.gpt2 = tiktoken.get_encoding("gpt2")
             except Exception as e:  # tiktoken raises whatever its download raises
                 raise UserError(
-                    f"tokenizer gpt2: tiktoken could not load its files ({type(e).__name__}); "
-                    "they are "
-                    "fetched once over the network and then cached in TIKTOKEN_CACHE_DIR"
+                    f"tokenizer gpt2: tiktoken could not load its files ({type(e).__name__}); they "
+                    "are fetched once over the network and then cached in TIKTOKEN_CACHE_DIR"
                 ) from e
             self.sp = None
         else:
@@ -2966,9 +2954,9 @@ class Tokenizer:
             # becomes the three bytes of U+2581, which would count as three and decode to that sign.
             if "\u2581" in self.sp.decode(self.sp.encode("\ue000 \ue001 \ue002")):
                 raise UserError(
-                    f"tokenizer = {name!r} has no piece for a space by itself: spaces "
-                    "would count as three bytes, and bits per byte be too low; train "
-                    "one that has (get.py tokenize --tokenizer train:VOCAB)"
+                    f"tokenizer = {name!r} has no piece for a space by itself: spaces would count "
+                    "as three bytes, and bits per byte be too low; train one that has (get.py "
+                    "tokenize --tokenizer train:VOCAB)"
                 )
 
     def encode(self, text: str) -> list[int]:
@@ -3021,16 +3009,15 @@ class Validation:
                 have += len(parts[-1])
         if cfg.val_tokens and have < want:
             raise UserError(
-                f"val_tokens = {cfg.val_tokens}, but the val shards in {cfg.data} hold {have} "
-                "(one more than "
-                f"scored is needed); lower --val_tokens, or 0 for all, or run: {get_command(cfg)}"
+                f"val_tokens = {cfg.val_tokens}, but the val shards in {cfg.data} hold {have} (one "
+                "more than scored is needed); lower --val_tokens, or 0 for all, or run: "
+                f"{get_command(cfg)}"
             )
         self.rows = (have - 1) // self.seq_len
         if self.rows < 1:
             raise UserError(
                 f"the val shards in {cfg.data} hold {have} tokens, less than one row of "
-                f"{self.seq_len}; lower "
-                "--eval_seq_len"
+                f"{self.seq_len}; lower --eval_seq_len"
             )
         self.tokens = np.concatenate(parts)[: self.rows * self.seq_len + 1]
         self.scored = self.rows * self.seq_len  # targets
@@ -3256,9 +3243,9 @@ def parse_bits(text: str) -> Bits:
     rules = [re.fullmatch(r"(.+):([4-8])", word) for word in words[1:]]
     if not words or not re.fullmatch("int[4-8]", words[0]) or None in rules:
         raise UserError(
-            f"export = {text!r}: write int8, int7, int6, int5 or int4, then regular "
-            "expressions over names "
-            "with other bits, for example 'int6 mlp:5 head:8'; or 'fit' to choose by artifact_limit"
+            f"export = {text!r}: write int8, int7, int6, int5 or int4, then regular expressions "
+            "over names with other bits, for example 'int6 mlp:5 head:8'; or 'fit' to choose by "
+            "artifact_limit"
         )
     for rule in rules:
         try:
@@ -3792,9 +3779,8 @@ def check_export(cfg: Config) -> None:
         raise UserError(f"qat = {cfg.qat!r}: 0 is off and 1 is on, there is nothing between")
     if cfg.qat_noise and 1 not in qat:
         raise UserError(
-            f"qat_noise = {cfg.qat_noise} is the noise of quantisation-aware training, but qat "
-            f"= {cfg.qat!r} never "
-            "begins it: for example --qat '0 0.8:1'"
+            f"qat_noise = {cfg.qat_noise} is the noise of quantisation-aware training, but qat = "
+            f"{cfg.qat!r} never begins it: for example --qat '0 0.8:1'"
         )
 
 
@@ -3809,8 +3795,8 @@ def check_artifact(cfg: Config, model: GPT) -> list[str]:
     rounds = [key for key, on in (("qat", cfg.qat != "0"), ("gptq", cfg.gptq)) if on]
     if rounds and not matrices:
         raise UserError(
-            f"{' and '.join(rounds)} round matrices of 64 rows and columns or more, and this "
-            "model has none"
+            f"{' and '.join(rounds)} round matrices of 64 rows and columns or more, and this model "
+            "has none"
         )
     if cfg.gptq and (rows := calibration_rows(cfg, cfg.gptq)) < cfg.gptq:
         notices.append(
@@ -3819,8 +3805,8 @@ def check_artifact(cfg: Config, model: GPT) -> list[str]:
     code = source_bytes(cfg)
     if 0 < cfg.artifact_limit <= code:
         raise UserError(
-            f"artifact_limit = {cfg.artifact_limit}: the source alone has {code} bytes; "
-            "python logs/pack.py makes one small file of it"
+            f"artifact_limit = {cfg.artifact_limit}: the source alone has {code} bytes; python "
+            "logs/pack.py makes one small file of it"
         )
     return notices
 
@@ -4108,8 +4094,8 @@ def load_checkpoint(
             return json.loads((path / "state.json").read_text(encoding="utf-8"))
         except ValueError as e:
             raise UserError(
-                f"{path / 'state.json'} cannot be read ({e}); delete its folder to go "
-                "back to the one before"
+                f"{path / 'state.json'} cannot be read ({e}); delete its folder to go back to the "
+                "one before"
             ) from e
 
     def tensors_of(part: str) -> dict[str, Tensor]:
@@ -4118,8 +4104,8 @@ def load_checkpoint(
     state = run.on_main(read_state)
     if "data" not in state:
         run.log(
-            f"notice: {path} does not say what data it was trained on: whether these are the "
-            "same is not known"
+            f"notice: {path} does not say what data it was trained on: whether these are the same "
+            "is not known"
         )
     elif notice := run.on_main(lambda: loader.accept(state["data"], state["loader"])):
         run.log(f"notice: {notice}")
@@ -4261,9 +4247,8 @@ def compare_sources(cfg: Config, theirs: Config, attention: bool, path: Path) ->
     ]
     if attention and other:
         raise UserError(
-            f"init_from {path}: {', '.join(other)}: the same numbers would make other heads; "
-            "build both alike, or "
-            "leave attention out with --transfer"
+            f"init_from {path}: {', '.join(other)}: the same numbers would make other heads; build "
+            "both alike, or leave attention out with --transfer"
         )
     turning = [
         f"{key} = {a!r} there and {b!r} here"
@@ -4585,9 +4570,8 @@ def parse_args(argv: list[str]) -> Config:
         merged |= layer
     if names and is_layer(preset_path(names[0])):
         raise UserError(
-            f"--config {' '.join(names)}: {names[0]} is a layer, which changes a preset: name "
-            "that first, for "
-            f"example --config remix_m {names[0]}"
+            f"--config {' '.join(names)}: {names[0]} is a layer, which changes a preset: name that "
+            f"first, for example --config remix_m {names[0]}"
         )
     merged.pop("config", None)
     cfg = tyro.cli(
@@ -4621,14 +4605,13 @@ def validate(cfg: Config) -> None:
     ]
     require(
         not by_epoch or 0 < cfg.epochs <= cfg.steps and not cfg.max_seconds,
-        f"{' and '.join(by_epoch)} count epochs by "
-        f"steps: they need epochs (now {cfg.epochs}) from 1 to steps = {cfg.steps}, and no "
-        "max_seconds",
+        f"{' and '.join(by_epoch)} count epochs by steps: they need epochs (now {cfg.epochs}) "
+        f"from 1 to steps = {cfg.steps}, and no max_seconds",
     )
     require(
         max(cfg.lr_cycles, cfg.average_epochs) <= (cfg.epochs or 1),
-        f"lr_cycles = {cfg.lr_cycles}, average_epochs = "
-        f"{cfg.average_epochs}: at most epochs = {cfg.epochs}",
+        f"lr_cycles = {cfg.lr_cycles}, average_epochs = {cfg.average_epochs}: at most epochs = "
+        f"{cfg.epochs}",
     )
     require(
         cfg.final_weights != "ema" or cfg.ema > 0,
@@ -4641,9 +4624,8 @@ def validate(cfg: Config) -> None:
     last = cfg.swa_every and cfg.steps // cfg.swa_every * cfg.swa_every
     require(
         not cfg.swa_every or cfg.max_seconds > 0 or last and last / cfg.steps >= cfg.swa_start,
-        f"swa_every = {cfg.swa_every} takes no snapshot in steps = {cfg.steps} from swa_start "
-        f"= {cfg.swa_start:g} of them "
-        "on: lower --swa_every or --swa_start",
+        f"swa_every = {cfg.swa_every} takes no snapshot in steps = {cfg.steps} from swa_start = "
+        f"{cfg.swa_start:g} of them on: lower --swa_every or --swa_start",
     )
     if cfg.export:
         check_export(cfg)
@@ -4653,8 +4635,8 @@ def validate(cfg: Config) -> None:
     )
     require(
         Schedule("qat", cfg.qat).values() == [0] or cfg.export not in ("", "fit"),
-        f"qat = {cfg.qat!r} rounds as export "
-        f"does, but export = {cfg.export!r} names no bits: set it, for example --export int6",
+        f"qat = {cfg.qat!r} rounds as export does, but export = {cfg.export!r} names no bits: set "
+        "it, for example --export int6",
     )
     validate_schedules(cfg)
 
@@ -4719,10 +4701,9 @@ def validate_schedules(cfg: Config) -> None:
         sched = Schedule(key, getattr(cfg, key))
         require(
             not cfg.max_seconds or not any(p.at for p in sched.points if p.in_steps),
-            f"{key} = {sched.text!r} counts "
-            f"steps, but under max_seconds = {cfg.max_seconds:g} nobody knows whether they are "
-            "reached: give fractions "
-            "of the time, such as 0.5 for half of it",
+            f"{key} = {sched.text!r} counts steps, but under max_seconds = {cfg.max_seconds:g} "
+            "nobody knows whether they are reached: give fractions of the time, such as 0.5 for "
+            "half of it",
         )
         # on the clock nobody knows what the last step is
         steps = math.inf if cfg.max_seconds else cfg.steps
@@ -4738,9 +4719,8 @@ def validate_schedules(cfg: Config) -> None:
         ]
         require(
             not late,
-            f"{key} = {sched.text!r}: its last value is the one that is scored and exported, "
-            "but the run "
-            f"of {cfg.steps} steps ends before it is reached",
+            f"{key} = {sched.text!r}: its last value is the one that is scored and exported, but "
+            f"the run of {cfg.steps} steps ends before it is reached",
         )
 
 
@@ -4796,8 +4776,8 @@ def refuse_idle(cfg: Config) -> None:
     for key, needs, there in rules:
         require(
             there or getattr(cfg, key) == getattr(plain, key),
-            f"{key} = {getattr(cfg, key)!r} does nothing here: it "
-            f"needs {needs}; or leave it at {getattr(plain, key)!r}",
+            f"{key} = {getattr(cfg, key)!r} does nothing here: it needs {needs}; or leave it at "
+            f"{getattr(plain, key)!r}",
         )
 
 
@@ -4874,8 +4854,8 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
         run.log(f"notice: {line}")
     if cfg.tie_embed and cfg.head_init == "zero" and cfg.init == "remix":
         run.log(
-            "notice: a tied table cannot start at zero, as it is the input too: it starts "
-            "uniform in +-1/sqrt(dim)"
+            "notice: a tied table cannot start at zero, as it is the input too: it starts uniform "
+            "in +-1/sqrt(dim)"
         )
     for line in pattern_notices(cfg, model):
         run.log(f"notice: {line}")
@@ -4925,21 +4905,19 @@ def centering_notices(cfg: Config) -> list[str]:
     moved = [k for k in on if k != "z_loss"]
     if moved and cfg.tie_embed:
         lines.append(
-            f"{' and '.join(moved)} with a tied table: the input embeddings are shifted as "
-            "well, so the loss is "
-            "changed and not only the mean logit"
+            f"{' and '.join(moved)} with a tied table: the input embeddings are shifted as well, "
+            "so the loss is changed and not only the mean logit"
         )
     if on and cfg.softcap:
         lines.append(
-            f"{names} with softcap = {cfg.softcap:g}: capped logits are not free to shift, so "
-            "a common offset costs "
-            "loss and centering changes it; log(Z) is at most softcap + ln(vocab) anyway"
+            f"{names} with softcap = {cfg.softcap:g}: capped logits are not free to shift, so a "
+            "common offset costs loss and centering changes it; log(Z) is at most softcap + "
+            "ln(vocab) anyway"
         )
     if moved and cfg.optimizer == "muon":
         lines.append(
-            f"{' and '.join(moved)} with Muon on the blocks: they do not see mu; the head "
-            "stays AdamW's, whose steps "
-            "move mu (a polar factor has column sums of zero and would not)"
+            f"{' and '.join(moved)} with Muon on the blocks: they do not see mu; the head stays "
+            "AdamW's, whose steps move mu (a polar factor has column sums of zero and would not)"
         )
     return lines
 
@@ -5004,10 +4982,9 @@ def warm_up(p: Parts) -> None:
             plan.seconds = p.cfg.max_seconds - run.agree(gptq_seconds(p))
             if plan.seconds < p.cfg.max_seconds / 2:
                 raise UserError(
-                    f"gptq = {p.cfg.gptq} rows would take "
-                    f"{p.cfg.max_seconds - plan.seconds:.1f} of max_seconds = "
-                    f"{p.cfg.max_seconds:g}, more than half: fewer rows, such as --gptq "
-                    f"{max(1, p.cfg.gptq // 4)}"
+                    f"gptq = {p.cfg.gptq} rows would take {p.cfg.max_seconds - plan.seconds:.1f} "
+                    f"of max_seconds = {p.cfg.max_seconds:g}, more than half: fewer rows, such as "
+                    f"--gptq {max(1, p.cfg.gptq // 4)}"
                 )
             run.log(f"gptq: {plan.seconds:.1f} of {p.cfg.max_seconds:.0f} s are left for steps")
     finally:
@@ -5115,11 +5092,9 @@ def validate_all(p: Parts, step: int, now: Now) -> dict:
     run.metric("val", step, steps=p.cfg.steps, **found, train_time_ms=ms, wall_time_s=run.wall())
     if not math.isfinite(found["val_loss"]):
         raise Diverged(
-            f"step {step}: the validation loss is {found['val_loss']} although the training "
-            "loss was finite a step "
-            "ago: lower the learning rates; if they are low, compare with --compile 0 and "
-            "report which graph went "
-            "wrong"
+            f"step {step}: the validation loss is {found['val_loss']} although the training loss "
+            "was finite a step ago: lower the learning rates; if they are low, compare with "
+            "--compile 0 and report which graph went wrong"
         )
     return found
 
@@ -5158,10 +5133,9 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
             kept = f"Last good checkpoint: {good[-1]}; it is kept"
         start = ", which may start from those weights with --init_from" if good else ""
         raise Diverged(
-            f"step {step}: loss {loss}, gradient norm {size}: not finite, stopped (lr "
-            f"multiplier {now.lr:.4g}, repeats "
-            f"{now.repeats}). {kept}. Lower the learning rates or set --grad_clip 1 in another "
-            f"--run{start}"
+            f"step {step}: loss {loss}, gradient norm {size}: not finite, stopped (lr multiplier "
+            f"{now.lr:.4g}, repeats {now.repeats}). {kept}. Lower the learning rates or set "
+            f"--grad_clip 1 in another --run{start}"
         )
     log_switch(p, step, now, seconds)
     if step % cfg.log_every == 0 or step == cfg.steps:
@@ -5186,8 +5160,8 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
         more = "".join(f"{k}:{v:.4g} " for k, v in terms.items())
         run.live(
             f"step:{step}/{cfg.steps} train_loss:{loss:.4f} {more}lr:{now.lr:.3g} "
-            f"{now.batch_tokens / seconds:,.0f} tok/s "
-            f"{100 * fraction:.1f}% eta:{int(eta // 60)}m{int(eta % 60):02d}s"
+            f"{now.batch_tokens / seconds:,.0f} tok/s {100 * fraction:.1f}% "
+            f"eta:{int(eta // 60)}m{int(eta % 60):02d}s"
         )
 
 
@@ -5345,9 +5319,9 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
     end = plan.at(cfg.steps, 1.0)  # as all who read the artifact apply it
     if (now.repeats, now.window) != (end.repeats, end.window):
         run.log(
-            f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, "
-            "and the evaluation is of these; artifact and sample are of the schedules' end, "
-            f"repeats {end.repeats}, window {end.window}"
+            f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, and "
+            "the evaluation is of these; artifact and sample are of the schedules' end, repeats "
+            f"{end.repeats}, window {end.window}"
         )
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
     result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}
@@ -5362,8 +5336,8 @@ def check_folder(cfg: Config, folder: Path) -> None:
     """Refuse a name that is taken, and to go on with what was begun under another configuration."""
     if folder.exists() and not cfg.resume:
         raise UserError(
-            f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with "
-            "--resume, or delete it"
+            f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, "
+            "or delete it"
         )
     # else what is done behind the last step may still be done otherwise
     finished = is_finished(folder)
@@ -5567,8 +5541,8 @@ def explain(e: BaseException) -> str | None:
     lost = "(closed|reset) by peer|remote process exited"
     if isinstance(e, RuntimeError) and re.search(lost, text):
         return (
-            "another rank has left, so this one leaves, too: its message stands above, or on "
-            f"its node; complete checkpoints are kept. ({text.splitlines()[0][:200]})"
+            "another rank has left, so this one leaves, too: its message stands above, or on its "
+            f"node; complete checkpoints are kept. ({text.splitlines()[0][:200]})"
         )
     if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return (
@@ -5577,8 +5551,8 @@ def explain(e: BaseException) -> str | None:
         )
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"the disk is full ({e}); complete checkpoints are kept: make room and continue "
-            "with --resume"
+            f"the disk is full ({e}); complete checkpoints are kept: make room and continue with "
+            "--resume"
         )
     if isinstance(e, OSError) and e.errno in (
         errno.EACCES,

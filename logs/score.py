@@ -685,8 +685,8 @@ def refuse_dropout(cfg: Config, modes: str) -> None:
     if re.search("ttt|lora", modes) and (cfg.attn_dropout or cfg.mlp_dropout or cfg.stoch_depth):
         raise UserError(
             f"mode = {modes!r} trains on what it scored, and with attn_dropout, mlp_dropout or "
-            "stoch_depth by "
-            "chance: no decoder could follow; use another mode, or a model without them"
+            "stoch_depth by chance: no decoder could follow; use another mode, or a model without "
+            "them"
         )
 
 
@@ -859,8 +859,7 @@ def stretch(tokens: np.ndarray, tokenizer: tg.Tokenizer, least: int) -> tuple[np
             return tokens[:end], text
     raise UserError(
         f"asked were {least} bytes of text, the stream holds {sizes[-1]} by the tokenizer's "
-        "pieces; if "
-        "those are enough, the pieces and the decoded text disagree about their length"
+        "pieces; if those are enough, the pieces and the decoded text disagree about their length"
     )
 
 
@@ -953,8 +952,8 @@ def selected(s: Subject, result: dict, found: dict) -> dict:
         chosen |= {"val_loss_best_epoch": best[0], "best_epoch": best[1]}
         s.run.log(f"best epoch: {best[1]}, val_loss:{best[0]:.5f} (selected on validation)")
     s.run.log(
-        f"slowrun's figure, the least of these: val_loss:{losses[name]:.5f} from {name} "
-        "(selected on validation)"
+        f"slowrun's figure, the least of these: val_loss:{losses[name]:.5f} from {name} (selected "
+        "on validation)"
     )
     on_validation = [k for k in ("val_loss_best_epoch", "slowrun_val_loss") if k in chosen]
     return chosen | {"selected_on_validation": on_validation}
