@@ -57,7 +57,7 @@ import tyro
 from scipy.special import ndtr, ndtri
 from tqdm import tqdm
 
-import train_gpt as t
+import train_gpt as tg
 from train_gpt import Config, UserError
 
 ########################################
@@ -144,7 +144,7 @@ FOLLOWS = {
 # the value that it has.
 TEXT = {"data": "", "tokenizer": "", "doc_token": 0, "doc_mask": 0, "train_tokens": 0, "shuffle": 0}
 IDLE = {
-    name: t.FIELDS[name].default
+    name: tg.FIELDS[name].default
     for name in (
         *("track", "average_epochs", "export", "export_codec", "artifact_limit", "gptq", "qat"),
         "qat_noise",
@@ -221,10 +221,10 @@ COMPAT = {
 # Fields that make the model, as they stand in Config; what documents mean is no part of it.
 MODEL = [
     name
-    for name in t.FIELDS
-    if list(t.FIELDS).index("depth")
-    <= list(t.FIELDS).index(name)
-    < list(t.FIELDS).index("optimizer")
+    for name in tg.FIELDS
+    if list(tg.FIELDS).index("depth")
+    <= list(tg.FIELDS).index(name)
+    < list(tg.FIELDS).index("optimizer")
     and name != "doc_mask"
 ]
 
@@ -255,7 +255,7 @@ def refuse_idle(values: dict, where: str = "") -> None:
                 f"{where}{key} = {value!r}: in pre-pre-training it follows from {FOLLOWS[key]}: "
                 "give those instead"
             )
-        if key in IDLE and str(value) != str(IDLE[key]) or key in t.TABLES and value:
+        if key in IDLE and str(value) != str(IDLE[key]) or key in tg.TABLES and value:
             raise UserError(
                 f"{where}{key} = {value!r}: does nothing in pre-pre-training, which knows no text, "
                 "no artifact and no leaderboard: leave it out (of a language run's preset --like "
@@ -280,7 +280,7 @@ class Flags(PrePreConfig):
 
     __annotations__ = {
         f.name: Annotated[f.type, tyro.conf.Suppress]
-        for f in t.FIELDS.values()
+        for f in tg.FIELDS.values()
         if f.name in FOLLOWS or f.name in IDLE
     }
 
@@ -289,8 +289,8 @@ def read_preset(name: str) -> dict:
     """Values of a preset. What follows from others follows anew where the preset is the resolved
     configuration of a run, which holds every field.
     """
-    path = t.preset_path(name)
-    values = t.read_toml(path, PrePreConfig)
+    path = tg.preset_path(name)
+    values = tg.read_toml(path, PrePreConfig)
     if FOLLOWS.keys() | IDLE.keys() <= values.keys():
         values = {k: v for k, v in values.items() if k not in FOLLOWS}
     refuse_idle(values, f"{path}: ")
@@ -329,7 +329,7 @@ def parse_args(argv: list[str]) -> PrePreConfig:
     presets.pop("config", None)
     model: dict = {}
     for name in given.like or presets.get("like", ()):
-        model |= t.read_toml(t.preset_path(name))
+        model |= tg.read_toml(tg.preset_path(name))
     model = {k: v for k, v in model.items() if k in MODEL}
     compat = given.nca_compat or presets.get("nca_compat", PrePreConfig.nca_compat)
     if model and compat == "pr63":
@@ -360,7 +360,7 @@ def derive(cfg: PrePreConfig) -> None:
     cfg.vocab = cfg.nca_vocab or vocabulary(cfg)
     cfg.seq_len, cfg.eval_seq_len = str(row_inputs(cfg)), 0
     cfg.val_tokens, cfg.epochs = cfg.nca_val_tokens, cfg.nca_epochs
-    rows = int(max(t.Schedule("batch_tokens", cfg.batch_tokens).values())) // row_inputs(cfg)
+    rows = int(max(tg.Schedule("batch_tokens", cfg.batch_tokens).values())) // row_inputs(cfg)
     cfg.steps = max(1, cfg.nca_epochs * (row_count(cfg, "train") // max(1, rows)))
 
 
@@ -380,7 +380,7 @@ def validate(cfg: PrePreConfig) -> None:
     for key, allowed in CHOICES.items():
         value, choices = getattr(cfg, key), ", ".join(map(repr, allowed))
         need(value in allowed, f"{key} = {value!r}: must be one of {choices}")
-    t.check_numbers(cfg, NCA_LIMITS)
+    tg.check_numbers(cfg, NCA_LIMITS)
     check_patches(cfg)
     check_rows(cfg)
     band(cfg)
@@ -390,12 +390,12 @@ def validate(cfg: PrePreConfig) -> None:
         "small as these (the pull request's did not): pre-pre-training keeps float32 masters",
     )
     need(
-        len(t.Schedule("batch_tokens", cfg.batch_tokens).points) == 1,
+        len(tg.Schedule("batch_tokens", cfg.batch_tokens).points) == 1,
         f"batch_tokens = {cfg.batch_tokens!r}: the steps of an epoch are counted in batches of one "
         "size: give one number",
     )
     derive(cfg)
-    t.validate(cfg)
+    tg.validate(cfg)
 
 
 def need(ok: bool, message: str) -> None:
@@ -1078,7 +1078,7 @@ class Cache:
         part = self.folder / f"{name}.{os.getpid()}"  # ranks may make the same file at once
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            t.write_whole(part, json.dumps(meta).encode() + b"\n" + data)
+            tg.write_whole(part, json.dumps(meta).encode() + b"\n" + data)
             os.replace(part, self.folder / name)
         except OSError as e:
             raise UserError(
@@ -1280,7 +1280,7 @@ class NcaData:
 class NcaLoader:
     """Batches for train_gpt's loop: batch s has an epoch's order[s*B : (s+1)*B], split by ranks."""
 
-    def __init__(self, cfg: PrePreConfig, run: t.Run):
+    def __init__(self, cfg: PrePreConfig, run: tg.Run):
         self.cfg, self.run, self.rows = cfg, run, int(cfg.batch_tokens) // row_inputs(cfg)
         need = row_inputs(cfg) * run.world
         if int(cfg.batch_tokens) % need or not self.rows:
@@ -1331,7 +1331,7 @@ class NcaLoader:
 
     def tensors(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, labels = inputs_and_labels(rows, self.cfg)
-        return t.to_device(inputs, device), t.to_device(labels, device)
+        return tg.to_device(inputs, device), tg.to_device(labels, device)
 
     def fingerprint(self) -> str:
         """sha256 over all that makes the rows, the rules accepted included."""
@@ -1358,7 +1358,7 @@ class NcaLoader:
 class NcaValidation:
     """Rows of rules that training never sees."""
 
-    def __init__(self, cfg: PrePreConfig, run: t.Run, loader: NcaLoader):
+    def __init__(self, cfg: PrePreConfig, run: tg.Run, loader: NcaLoader):
         self.cfg, self.tensors, self.bytes, self.seq_len = cfg, loader.tensors, 0, row_inputs(cfg)
         data = NcaData(cfg, "val", run.rank, run.world, say=run.log, poll=run.agree)
         data.prepare(0)
@@ -1379,7 +1379,7 @@ class NcaValidation:
         return x, y
 
     @torch.no_grad()
-    def measure(self, p: t.Parts, step: int, shape: t.Shape) -> dict:
+    def measure(self, p: tg.Parts, step: int, shape: tg.Shape) -> dict:
         """Greedy next-grid accuracy on held-out rules, by every rank; tokens follow true ones."""
         guesses, patches = [], vocabulary(self.cfg) - 2
         for low in range(0, len(self.measured), shape.rows):
@@ -1396,14 +1396,14 @@ class NcaValidation:
         return score | {"last_cell_accuracy": by_context["cell_by_context"][-1]}
 
 
-def build(cfg: PrePreConfig, run: t.Run) -> t.Parts:
+def build(cfg: PrePreConfig, run: tg.Run) -> tg.Parts:
     """train_gpt's parts around automata; rules and validation rows are found before the clock."""
-    plan = t.Plan(cfg)
+    plan = tg.Plan(cfg)
     with run.interruptible():
         loader = NcaLoader(cfg, run)
         plan.train_shapes(run.world)  # refuses micro-batches that do not divide
         val = NcaValidation(cfg, run, loader)
-    return t.assemble(cfg, run, plan, loader, val, None)
+    return tg.assemble(cfg, run, plan, loader, val, None)
 
 
 ########################################
@@ -1515,10 +1515,10 @@ def main(argv: list[str] | None = None) -> int:
             return generate_only(cfg)
         if cfg.picture:
             return 0
-        with t.Run(cfg) as run:
+        with tg.Run(cfg) as run:
             try:
-                code = t.train(cfg, run, build)
-            except t.Interrupted:  # while build searched for rules: there is nothing to save yet
+                code = tg.train(cfg, run, build)
+            except tg.Interrupted:  # while build searched for rules: there is nothing to save yet
                 run.log(
                     f"interrupted by {signal.Signals(run.signal).name} while rules were searched: "
                     "nothing is changed; the same command goes on, with what the cache holds"
@@ -1528,7 +1528,7 @@ def main(argv: list[str] | None = None) -> int:
                 draw_picture(cfg, run.folder / "nca.png", candidates=256)
             return code
     except (UserError, RuntimeError, OSError) as e:
-        message = t.explain(e)
+        message = tg.explain(e)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -656,7 +656,7 @@ def test_a_flag_that_does_nothing_here_is_refused_by_name(name, capsys):
 
 
 def test_what_does_nothing_here_is_refused_in_a_preset_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(nca.t, "train", None)  # nothing gets so far
+    monkeypatch.setattr(nca.tg, "train", None)  # nothing gets so far
     (tmp_path / "a.toml").write_text("nca_epochs = 2\nsteps = 10\n")
     (tmp_path / "b.toml").write_text('[score]\nmodes = "sliding"\n')
     (tmp_path / "c.toml").write_text("[rule]\np = 0.01\n")
