@@ -125,6 +125,27 @@ def names(flags):
             )
 
 
+def get_data(folder):
+    """Get what presets read, unless it is there; a folder that data/get.py does not make is taken."""
+    shards = int(os.environ.get("SHARDS", 24))
+    name = Path(folder).name
+    known = {
+        "data/sample": ["sample"],
+        "data/fineweb10B": ["fineweb10B", "--shards", str(shards)],
+        "data/fineweb100B": ["fineweb100B", "--shards", str(max(shards, 132))],  # 100,000 steps
+        "data/slowrun": ["slowrun"],
+    }
+    if re.fullmatch(r"data/sample\d+", folder):
+        known[folder] = ["sample", "--vocab", name.removeprefix("sample"), "--out", folder]
+    if folder.startswith("data/golf_"):
+        known[folder] = ["golf", "--variant", name.removeprefix("golf_")]
+    if folder not in known:
+        print(f"data: {folder} is taken as it is", file=sys.stderr)
+        return
+    command = [sys.executable, "data/get.py", *known[folder]]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
 def list_gpus():
     try:
         return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
