@@ -145,26 +145,14 @@ FOLLOWS = {
 # What is about text, an artifact of it, samples or a leaderboard, and so does nothing here; with
 # the value that it has.
 TEXT = {"data": "", "tokenizer": "", "doc_token": 0, "doc_mask": 0, "train_tokens": 0, "shuffle": 0}
-IDLE = (
-    TEXT
-    | {
-        name: t.FIELDS[name].default
-        for name in (
-            *("track", "average_epochs", "export", "export_codec", "artifact_limit", "gptq", "qat"),
-            *(
-                "qat_noise",
-                "score",
-                "stride",
-                "prove_bytes",
-                "sample_from",
-                "prompt",
-                "sample_tokens",
-            ),
-            *("temperature", "top_k", *(name for name in t.FIELDS if name.startswith("rule_"))),
-        )
-    }
-    | {"export": ""}
-)
+IDLE = {
+    name: t.FIELDS[name].default
+    for name in (
+        *("track", "average_epochs", "export", "export_codec", "artifact_limit", "gptq", "qat"),
+        "qat_noise",
+    )
+}
+IDLE |= TEXT | {"export": ""}
 # Differences between the two sources, and what they were trained with. Presets and flags win over
 # these.
 COMPAT = {

@@ -3,8 +3,8 @@ nanoremix: one GPT trainer for three leaderboards (speedrun, slowrun, golf), in 
 
     python train_gpt.py --config tiny_cpu                                     # a laptop, minutes
     torchrun --standalone --nproc_per_node=8 -- train_gpt.py --config remix_m # one node
-    python train_gpt.py --config remix_m --resume                             # continue a broken run
-    python logs/dry_run.py --config remix_m                                   # costs, without GPU or data
+    python train_gpt.py --config remix_m --resume  # continue a broken run
+    python logs/dry_run.py --config remix_m  # costs, without GPU or data
 
 Read it from top to bottom:
     Config       every flag; the comment behind a field is its --help text
@@ -15,15 +15,17 @@ Read it from top to bottom:
     Data         shards, the loader, bytes per token
     Averaging    EMA and SWA of the weights
     Evaluation   nats per token and bits per byte of the validation prefix
-    Export       weights read strictly; the artifact, its scores and proofs are golf.py's
+    Export       rounding, GPTQ, coders, the artifact: one file, read strictly
     Checkpoint   written whole or not at all; transfer between runs
-    Train        warm-up, the loop, the end of a run, sampling, main
+    Train        warm-up, the loop, the end of a run, main
 
 Letters: B batch, T time, D width, H heads, K head_dim, V vocabulary, N = B*T tokens. A tensor whose
 layout is not obvious carries it as a suffix (q_BTHK). `steps` are optimizer steps; `repeats` are
 passes through looped blocks; a `block` owns matrices; a `position` is one application of a block.
 Losses are nats per token, sizes decimal bytes. Nothing happens at import.
 """
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
@@ -32,6 +34,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import io
 import json
 import lzma
 import math
@@ -41,23 +44,29 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 import tomllib
+import typing
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+import brotli
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 import zstandard
+from constriction import stream as coder
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as tensors_of_bytes
+from safetensors.torch import save as tensors_as_bytes
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -265,12 +274,11 @@ class Config:
     ema: float = 0.0  # decay per step of an exponential moving average of the weights; 0: none
     swa_every: int = 0  # steps between the snapshots of a plain average of the weights; 0: none
     swa_start: float = 0.75  # fraction of training from which those snapshots are taken
-    # keep the weights of the last n epochs in the run's folder, and score averages of them at the
-    # end
+    # keep the weights of the last n epochs in the run's folder, for logs/score.py to average
     average_epochs: int = 0
     final_weights: str = "live"  # which weights are exported and sampled: live, ema or swa
 
-    # --- artifact and sample
+    # --- artifact
 
     # bits of the artifact's weights, e.g. "int6 mlp:5 head:8"; fit: by artifact_limit; empty: none
     export: str = "int8"
@@ -285,27 +293,41 @@ class Config:
     # 1: qat adds noise of a rounding step instead of rounding, to looped blocks alone if there are
     # any
     qat_noise: int = 0
-    score: str = ""  # further scores of the artifact, any of: sliding mixture ttt lora (golf.py)
-    stride: int = 64  # tokens that such a score takes from each window
-    # validation text that is encoded and decoded from the artifact, by the last of those scores
-    prove_bytes: int = 0
-    sample_from: str = ""  # run folder, checkpoint folder or artifact: print a sample and leave
-    prompt: str = ""  # text that a sample continues; empty: the start of a document
-    sample_tokens: int = 0  # length of a sample; at the end of training 0 prints none
-    temperature: float = 0.8  # of sampling; 0: always the likeliest token
-    top_k: int = 50  # sample among so many likeliest tokens; 0: all
 
-    # --- rule of the track, read by logs/report.py
+    # --- tables of a preset that other programs read
 
-    rule_metric: str = "val_loss"  # metric of result.json that the rule is about
-    rule_target: float = 0.0  # the mean over seeds must be below this; 0: no rule
-    rule_margin: float = 0.0  # by at least this much
-    rule_p: float = 0.0  # at this level of a one-sided one-sample t-test; 0: no t-test
-    rule_z: float = 0.0  # (target - mean) * sqrt(n) must reach this; 0: not asked
-    rule_max_seconds: float = 0.0  # cap of the training clock; 0: none
-    rule_max_bytes: int = 0  # cap of total_bytes; 0: none
+    rule: Annotated[dict, tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
+    score: Annotated[dict, tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
 
 
+# The keys of those tables and the values that ask for nothing, which also say the types.
+TABLES: dict[str, dict[str, object]] = {
+    "rule": {  # of the leaderboard, for logs/report.py and logs/submit.py
+        "metric": "val_loss",  # of result.json, that the rule is about
+        "target": 0.0,  # the mean over seeds must be below this; 0: no rule
+        "margin": 0.0,  # by at least this much
+        "p": 0.0,  # at this level of a one-sided one-sample t-test; 0: no t-test
+        "z": 0.0,  # (target - mean) * sqrt(n) must reach this; 0: not asked
+        "max_seconds": 0.0,  # cap of the training clock; 0: none
+        "max_bytes": 0,  # cap of total_bytes; 0: none
+    },
+    "score": {  # of the weights, for logs/score.py, whose flags these are
+        "modes": "",
+        "stride": 64,
+        "share": 0.0,
+        "logit_temperature": 1.0,
+        "ttt_chunk": 32768,
+        "ttt_epochs": 3,
+        "ttt_lr": 0.002,
+        "lora_rank": 8,
+        "lora_lr": 0.001,
+        "prove_bytes": 0,
+        "sample_tokens": 0,
+        "prompt": "",
+        "temperature": 0.8,
+        "top_k": 50,
+    },
+}
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 # What a resumed run may change without becoming another experiment.
 FREE_ON_RESUME = {
@@ -321,27 +343,25 @@ FREE_ON_RESUME = {
         "wandb",
         "device",
     ),
-    *("compile", "micro_tokens", "loss_chunk", "prompt", "sample_tokens", "temperature", "top_k"),
+    *("compile", "micro_tokens", "loss_chunk", "rule", "score"),
     *("auto_micro", "embed_stats", "nca_cache", "nca_threads", "nca_measured"),
 }
 # What is asked for behind the last step alone: an unfinished run may change it, or its end might be
 # impossible.
-AFTER_TRAINING = {
-    "export",
-    "export_codec",
-    "artifact_limit",
-    "gptq",
-    "score",
-    "stride",
-    "prove_bytes",
-    "final_weights",
-}
+AFTER_TRAINING = {"export", "export_codec", "artifact_limit", "gptq", "final_weights"}
 GRAPHS = ("repeats", "seq_len", "window", "batch_tokens")  # schedules that make another graph
 SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", *GRAPHS)
 # Flags that this version lacks: {name: the value at which it did nothing}. What was written with
 # that value is read as if the name were not there; any other value is an error. A flag that is new
 # has such a value as its default, so what was written before it means what it meant.
-REMOVED: dict[str, object] = {}
+REMOVED: dict[str, object] = {"sample_from": ""}
+# Flags that became keys of a table.
+MOVED = {f"rule_{key}": ("rule", key) for key in TABLES["rule"]}
+MOVED |= {"score": ("score", "modes")}
+MOVED |= {
+    key: ("score", key)
+    for key in ("stride", "prove_bytes", "sample_tokens", "prompt", "temperature", "top_k")
+}
 
 BELOW_ONE = 1 - 2**-24  # the next number below 1 in fp32
 MANY, TOKENS = 10**9, 10**12
@@ -356,7 +376,7 @@ RANGES = (
         "loop_embed "
         "cross_repeat doc_mask tie_embed pad_vocab mu_centering row_norm decay_by_shape "
         "independent_wd "
-        "qat qat_noise swa_start rule_p norm_eps",
+        "qat qat_noise swa_start norm_eps",
     ),
     (0, 2, "compile shuffle unet cautious"),
     (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth beta1 beta2 momentum normuon ema"),
@@ -364,28 +384,21 @@ RANGES = (
     (
         0,
         1000,
-        "attn_scale mlp_ratio z_loss temperature lr weight_decay slow_lr lr_floor matrix_wd "
-        "embed_wd scalar_wd "
-        "rule_target rule_margin rule_z",
+        "attn_scale mlp_ratio z_loss lr weight_decay slow_lr lr_floor matrix_wd embed_wd scalar_wd",
     ),
     # diverged runs are a sweep's business
     (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),
-    (0, 10**6, "softcap mu_loss epochs lr_cycles average_epochs sample_tokens gptq"),
-    (
-        0,
-        MANY,
-        "save_every swa_every max_seconds grad_clip window prove_bytes embed_stats "
-        "rule_max_seconds",
-    ),
-    (0, TOKENS, "val_tokens train_tokens artifact_limit rule_max_bytes"),
-    (0, 65536, "doc_token kv_heads head_dim attn_gate value_proj top_k"),
+    (0, 10**6, "softcap mu_loss epochs lr_cycles average_epochs gptq"),
+    (0, MANY, "save_every swa_every max_seconds grad_clip window embed_stats"),
+    (0, TOKENS, "val_tokens train_tokens artifact_limit"),
+    (0, 65536, "doc_token kv_heads head_dim attn_gate value_proj"),
     (0, 2**22, "eval_seq_len"),
     (0, 2**32 - 1, "seed"),
     (1, 100, "polar_steps"),
     (1, 1000, "depth repeats"),
     (1, 65536, "dim heads head_multiple mlp_multiple"),
     (1, 2**22, "seq_len"),
-    (1, MANY, "steps log_every keep micro_tokens loss_chunk batch_tokens stride"),
+    (1, MANY, "steps log_every keep micro_tokens loss_chunk batch_tokens"),
     (1, 10**12, "rope_base"),
     (2, 65536, "vocab"),
     (1e-30, 1, "adam_eps"),
@@ -436,8 +449,15 @@ def checked(raw: dict, where: str, config: type = Config) -> dict:
     The same keys and values in the types of Config, or of a class made from it; all else is an
     error that names it.
     """
-    values, fields = {}, {f.name: f for f in dataclasses.fields(config)}
+    values, fields = {}, typing.get_type_hints(config)
+    tables = {name: dict(raw[name]) for name in TABLES if isinstance(raw.get(name), dict)}
     for key, value in raw.items():
+        if key in tables:
+            continue
+        if key in MOVED:
+            name, inner = MOVED[key]
+            tables.setdefault(name, {})[inner] = value
+            continue
         if key in REMOVED and key not in fields:
             need(
                 value == REMOVED[key],
@@ -453,7 +473,7 @@ def checked(raw: dict, where: str, config: type = Config) -> dict:
                 else "; `python train_gpt.py --help` lists all"
             )
             raise UserError(f"{where}: unknown key {key} = {value!r}{hint}")
-        kind = fields[key].type
+        kind = fields[key]
         listed = kind == tuple[str, ...]
         if listed and isinstance(value, list) and all(isinstance(v, str) for v in value):
             value = tuple(value)
@@ -466,6 +486,27 @@ def checked(raw: dict, where: str, config: type = Config) -> dict:
             word = "a list of strings" if listed else getattr(kind, "__name__", kind)
             raise UserError(
                 f"{where}: {key} = {value!r} is a {type(value).__name__}, but {key} must be {word}"
+            )
+        values[key] = value
+    return values | {name: checked_table(name, table, where) for name, table in tables.items()}
+
+
+def checked_table(name: str, table: dict, where: str) -> dict:
+    """The same keys and values in the types of TABLES; all else is an error that names it."""
+    values = {}
+    for key, value in table.items():
+        if key not in TABLES[name]:
+            raise UserError(
+                f"{where}: unknown key {key} = {value!r} in [{name}]; its keys are "
+                f"{', '.join(TABLES[name])}"
+            )
+        kind = type(TABLES[name][key])
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or kind is float and not math.isfinite(value):
+            raise UserError(
+                f"{where}: {key} = {value!r} in [{name}] must be a {kind.__name__}"
+                + " that is finite" * (kind is float)
             )
         values[key] = value
     return values
@@ -487,7 +528,10 @@ def parse_args(argv: list[str]) -> Config:
         i += 1
     merged: dict = {}
     for name in names:
-        merged |= read_toml(preset_path(name))
+        layer = read_toml(preset_path(name))
+        for table in TABLES:  # key by key
+            layer[table] = merged.get(table, {}) | layer.get(table, {})
+        merged |= layer
     if names and is_layer(preset_path(names[0])):
         raise UserError(
             f"--config {' '.join(names)}: {names[0]} is a layer, which changes a preset: name "
@@ -559,12 +603,10 @@ def validate(cfg: Config) -> None:
         "on: lower --swa_every or --swa_start",
     )
     if cfg.export:
-        import golf
-
-        golf.validate(cfg)
+        check_export(cfg)
     need(
-        bool(cfg.export) or not (cfg.score or cfg.prove_bytes or cfg.gptq),
-        "score, prove_bytes and gptq are about an artifact, but export is empty: set --export int8",
+        bool(cfg.export) or not cfg.gptq,
+        "gptq is about an artifact, but export is empty: set --export int8",
     )
     need(
         Schedule("qat", cfg.qat).values() == [0] or cfg.export not in ("", "fit"),
@@ -639,11 +681,10 @@ def check_values(cfg: Config) -> None:
         and 0 <= float(cfg.head_init) <= 100,
         f"head_init = {cfg.head_init!r}: zero, uniform or a standard deviation such as 0.005",
     )
-    for key in ("softcap", "temperature"):
-        need(
-            getattr(cfg, key) == 0 or getattr(cfg, key) >= 1e-3,
-            f"{key} = {getattr(cfg, key)}: 0, or from 0.001 on, as logits are divided by it",
-        )
+    need(
+        cfg.softcap == 0 or cfg.softcap >= 1e-3,
+        f"softcap = {cfg.softcap}: 0, or from 0.001 on, as logits are divided by it",
+    )
     for key in (
         "adamw_matrices",
         "slow",
@@ -712,9 +753,7 @@ def check_texts(cfg: Config) -> None:
                     not re.search("[\ud800-\udfff]", text),
                     f"{f.name} = {ascii(text)} is no UTF-8 text",
                 )
-                need(
-                    "\0" not in text or f.name == "prompt", f"{f.name} = {text!r} holds a zero byte"
-                )
+                need("\0" not in text, f"{f.name} = {text!r} holds a zero byte")
 
 
 def check_numbers(cfg: Config, limits: dict[str, tuple[float, float]]) -> None:
@@ -820,7 +859,6 @@ def refuse_idle(cfg: Config) -> None:
         ),
         ("rope_dims", "rope = 'standard' or 'interleaved'", cfg.rope != "truncated"),
         ("qat_noise", "qat, such as '0 0.8:1'", 1 in Schedule("qat", cfg.qat).values()),
-        ("sample_tokens", "a tokenizer", bool(cfg.tokenizer or cfg.sample_from)),
         ("stoch_depth", "depth > 1, as block 0 always takes part", cfg.depth > 1),
         ("mtp", "rows of 2 tokens or more", min(Schedule("seq_len", cfg.seq_len).values()) > 1),
         *[
@@ -903,14 +941,17 @@ def own_rates(cfg: Config) -> list[OwnRate]:
 
 def config_toml(cfg: Config) -> str:
     """The resolved configuration as TOML that --config accepts again."""
-    lines = []
-    for name in (f.name for f in dataclasses.fields(cfg)):
-        if name in ("config", "resume"):
-            continue
-        value = getattr(cfg, name)
-        # so JSON's values are TOML's
-        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        lines.append(f"{name} = {text}")
+
+    def line(key: str, value: object) -> str:  # JSON's values are TOML's, but for this character
+        return f"{key} = " + json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+    named = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    lines = [
+        line(key, value) for key, value in named.items() if key not in ("config", "resume", *TABLES)
+    ]
+    for name in TABLES:
+        if named[name]:
+            lines += ["", f"[{name}]", *(line(key, value) for key, value in named[name].items())]
     return "\n".join(lines) + "\n"
 
 
@@ -1194,107 +1235,17 @@ class Clock:
         self.start()
 
 
-class Run:
+class Ranks:
     """
-    Ranks, device, the run's folder and log, signals. The only code beside the optimizer that knows
-    of ranks.
+    The processes that work together, and what they tell each other: beside the optimizer the only
+    code that knows of ranks. By default one that is alone.
     """
 
-    def __init__(self, cfg: Config):
-        self.cfg = cfg
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.is_main = self.rank == 0
-        # torchrun says how many ranks are here; where nobody says it, they may be anywhere
-        self.one_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == self.world
-        self.device = choose_device(cfg)
-        self.dtype = choose_dtype(cfg, self.device)
-        self.folder = Path(cfg.log_dir) / cfg.run
-        self.began, self.earlier_wall = time.perf_counter(), 0.0
-        self.signal, self.leave_at_once = 0, False
-        self.trained: Now | None = None  # the schedules of the last step that was trained
-        self.owns_group = False
-        self.log_file = self.metrics_file = self.lock_file = self.wandb = None
-        self.paces: list[tuple[list, float]] = []  # graph and seconds of the last steps, as agreed
-        self.over = False  # the last step has been made
-        self.complete = False  # result.json is written
-        self.early: list[str] = []  # lines from before the log was there
-        self.live_line, self.last_print = False, 0.0
-        self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
-
-    def prepare_machine(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        elif sys.platform == "linux":
-            # glibc hands large blocks back to the kernel at every free and faults them in anew,
-            # which a CPU training step feels (tests/bench_textbook.py --against faulting). Keep
-            # them (M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1 of malloc.h).
-            with contextlib.suppress(OSError, AttributeError):
-                libc = ctypes.CDLL(None)
-                libc.mallopt(-3, 1 << 30)
-                libc.mallopt(-1, (1 << 31) - 1)
-
-    def __enter__(self) -> "Run":
-        self.prepare_machine()
-        self.meet()
-        for number_ in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number_, self.on_signal)
-        return self
-
-    def meet(self) -> None:
-        """
-        Join the process group, unless a sweep has already done so for all of its runs: one per
-        process works, two hang.
-        """
-        if self.world > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            try:
-                dist.init_process_group(backend)
-            except (RuntimeError, ValueError) as e:
-                raise UserError(
-                    f"{self.world} ranks could not meet at {os.environ.get('MASTER_ADDR')}:"
-                    f"{os.environ.get('MASTER_PORT')}: {str(e).splitlines()[0]}; is the port "
-                    "in use? set MASTER_PORT "
-                    "to a free one, or use torchrun --standalone"
-                ) from e
-            self.owns_group = True
-
-    def part(self) -> None:
-        if self.owns_group:
-            dist.destroy_process_group()
-        self.owns_group = False
-
-    def __exit__(self, *exc) -> None:
-        for number_ in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number_, signal.SIG_DFL)
-        for f in (self.log_file, self.metrics_file, self.lock_file):
-            if f:
-                f.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=0 if self.complete else 1)  # 0 is shown as "finished"
-        if exc[0] is None:
-            self.part()
-
-    def on_signal(self, number_: int, frame) -> None:
-        if self.signal and number_ == signal.SIGINT:
-            os._exit(128 + number_)  # the second Ctrl-C means now
-        self.signal = number_
-        at_once, self.leave_at_once = self.leave_at_once, False
-        if at_once:
-            raise Interrupted
-
-    @contextlib.contextmanager
-    def interruptible(self):
-        """
-        Inside, a signal takes effect at once: for compiling, which can take minutes between two
-        polls. Several ranks cannot leave so: one of them would save while the others still wait for
-        its part of a sum.
-        """
-        self.leave_at_once = self.world == 1
-        try:
-            yield
-        finally:
-            self.leave_at_once = False
+    def __init__(self, device: torch.device, rank: int = 0, world: int = 1):
+        self.device, self.rank, self.world = device, rank, world
+        self.is_main = rank == 0
+        self.one_node = True
+        self.signal = 0  # that asked this process to leave
 
     def agree(self, seconds: float = 0.0) -> float:
         """
@@ -1372,6 +1323,120 @@ class Run:
                 f"on {first} has: give every node the same flags, sources and data",
             )
 
+    def together(self, work):
+        """Call work() on every rank, for what may fail on one alone: it is then raised on all."""
+        answer, failure = None, None
+        try:
+            answer = work()
+        except Exception as e:  # whatever it is, the others would wait for this rank
+            failure = portable(e)
+        if self.world > 1:
+            failures = [None] * self.world
+            dist.all_gather_object(failures, failure)
+            failure = next((e for e in failures if e), None)
+        if failure:
+            raise failure
+        return answer
+
+
+class Run(Ranks):
+    """One run: the ranks and device of this process, the run's folder, log, clocks, signals."""
+
+    def __init__(self, cfg: Config):
+        env = {key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+        super().__init__(choose_device(cfg), int(env["RANK"] or 0), int(env["WORLD_SIZE"] or 1))
+        # torchrun says how many ranks are here; where nobody says it, they may be anywhere
+        self.one_node = int(env["LOCAL_WORLD_SIZE"] or 1) == self.world
+        self.cfg = cfg
+        self.dtype = choose_dtype(cfg, self.device)
+        self.folder = Path(cfg.log_dir) / cfg.run
+        self.began, self.earlier_wall = time.perf_counter(), 0.0
+        self.leave_at_once = False
+        self.trained: Now | None = None  # the schedules of the last step that was trained
+        self.owns_group = False
+        self.log_file = self.metrics_file = self.lock_file = self.wandb = None
+        self.paces: list[tuple[list, float]] = []  # graph and seconds of the last steps, as agreed
+        self.over = False  # the last step has been made
+        self.complete = False  # result.json is written
+        self.early: list[str] = []  # lines from before the log was there
+        self.live_line, self.last_print = False, 0.0
+        self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
+
+    def prepare_machine(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        elif sys.platform == "linux":
+            # glibc hands large blocks back to the kernel at every free and faults them in anew,
+            # which a CPU training step feels (tests/bench_textbook.py --against faulting). Keep
+            # them (M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1 of malloc.h).
+            with contextlib.suppress(OSError, AttributeError):
+                libc = ctypes.CDLL(None)
+                libc.mallopt(-3, 1 << 30)
+                libc.mallopt(-1, (1 << 31) - 1)
+
+    def __enter__(self) -> Run:
+        self.prepare_machine()
+        self.meet()
+        for number_ in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number_, self.on_signal)
+        return self
+
+    def meet(self) -> None:
+        """
+        Join the process group, unless a sweep has already done so for all of its runs: one per
+        process works, two hang.
+        """
+        if self.world > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            try:
+                dist.init_process_group(backend)
+            except (RuntimeError, ValueError) as e:
+                raise UserError(
+                    f"{self.world} ranks could not meet at {os.environ.get('MASTER_ADDR')}:"
+                    f"{os.environ.get('MASTER_PORT')}: {str(e).splitlines()[0]}; is the port "
+                    "in use? set MASTER_PORT "
+                    "to a free one, or use torchrun --standalone"
+                ) from e
+            self.owns_group = True
+
+    def part(self) -> None:
+        if self.owns_group:
+            dist.destroy_process_group()
+        self.owns_group = False
+
+    def __exit__(self, *exc) -> None:
+        for number_ in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number_, signal.SIG_DFL)
+        for f in (self.log_file, self.metrics_file, self.lock_file):
+            if f:
+                f.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if self.complete else 1)  # 0 is shown as "finished"
+        if exc[0] is None:
+            self.part()
+
+    def on_signal(self, number_: int, frame) -> None:
+        if self.signal and number_ == signal.SIGINT:
+            os._exit(128 + number_)  # the second Ctrl-C means now
+        self.signal = number_
+        at_once, self.leave_at_once = self.leave_at_once, False
+        if at_once:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """
+        Inside, a signal takes effect at once: for compiling, which can take minutes between two
+        polls. Several ranks cannot leave so: one of them would save while the others still wait for
+        its part of a sum.
+        """
+        self.leave_at_once = self.world == 1
+        try:
+            yield
+        finally:
+            self.leave_at_once = False
+
     def lock_folder(self) -> None:
         """
         Keep every other process out of the run's folder for as long as this one lives. The kernel
@@ -1405,21 +1470,6 @@ class Run:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         self.lock_file = lock
-
-    def together(self, work):
-        """Call work() on every rank, for what may fail on one alone: it is then raised on all."""
-        answer, failure = None, None
-        try:
-            answer = work()
-        except Exception as e:  # whatever it is, the others would wait for this rank
-            failure = portable(e)
-        if self.world > 1:
-            failures = [None] * self.world
-            dist.all_gather_object(failures, failure)
-            failure = next((e for e in failures if e), None)
-        if failure:
-            raise failure
-        return answer
 
     def wall(self) -> float:
         """
@@ -1833,6 +1883,8 @@ def attend_bands(
 
 
 Start = Callable[[torch.Size, torch.Generator], Tensor]  # draws an initial value in fp32
+# A matrix's name, what it is multiplied with and the product -> what is used as the product.
+Watch = Callable[[str, Tensor, Tensor], Tensor]
 
 
 class Declared(NamedTuple):
@@ -1845,12 +1897,14 @@ class Declared(NamedTuple):
 class Declaring(nn.Module):
     """
     A module that makes its parameters by declare(), and no others: initial values, groups of the
-    optimizer and what a transfer takes are read from there.
+    optimizer, what a transfer takes and what an artifact quantises are read from there.
     """
 
     def __init__(self):
         super().__init__()
         self.declared: dict[str, Declared] = {}
+        self.path = ""  # of the module within the model, with a dot behind it
+        self.watch: Watch | None = None  # see watching()
 
     def declare(self, name: str, group: str, start: float | Start, *shape: int, on=True) -> None:
         """Make the parameter `name`; where it is not `on`, the attribute is None."""
@@ -1858,6 +1912,27 @@ class Declaring(nn.Module):
         self.register_parameter(name, nn.Parameter(torch.empty(shape)) if on else None)
         if on:
             self.declared[name] = Declared(group, start)
+
+    def linear(self, x: Tensor, name: str, w: Tensor | None = None) -> Tensor:
+        """
+        x [..., cols] times the matrix `name` [rows, cols], or a stack of matrices as if they were
+        one; w: the same matrix in another type.
+        """
+        y = linear(x, getattr(self, name).flatten(0, -2) if w is None else w)
+        return y if self.watch is None else self.watch(self.path + name, x, y)
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, watch: Watch):
+    """Inside, watch() sees every product with a declared matrix, by name, and may change it."""
+    modules = [module for module in model.modules() if isinstance(module, Declaring)]
+    for module in modules:
+        module.watch = watch
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.watch = None
 
 
 def declarations(model: nn.Module) -> dict[str, Declared]:
@@ -1969,7 +2044,7 @@ class Attention(Declaring):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        seen: "Seen",
+        seen: Seen,
         xsa: bool,
         values: Tensor | None = None,
     ) -> Tensor:
@@ -1979,16 +2054,19 @@ class Attention(Declaring):
         """
         B, T, _ = x_BTD.shape
         if self.heads == self.kv_heads:
-            w = self.qkv if self.iha is None else self.iha @ self.qkv.view(3, self.heads, -1)
-            qkv = linear(x_BTD, w.view(-1, x_BTD.size(-1))).view(
-                B, T, 3 * self.heads, self.head_dim
-            )
+            if self.iha is None:
+                qkv = self.linear(x_BTD, "qkv")
+            else:  # a mixture is none of the matrices: nobody watches it
+                mixed = self.iha @ self.qkv.view(3, self.heads, -1)
+                qkv = linear(x_BTD, mixed.view(-1, x_BTD.size(-1)))
+            qkv = qkv.view(B, T, 3 * self.heads, self.head_dim)
         else:
-            q, kv = linear(x_BTD, self.q), linear(x_BTD, self.kv.flatten(0, 1))
+            q, kv = self.linear(x_BTD, "q"), self.linear(x_BTD, "kv")
             qkv = torch.cat([q, kv], dim=-1).view(B, T, -1, self.head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.value_gate is not None:
-            gate = 2 * torch.sigmoid(linear(x_BTD[..., : self.value_gate.size(1)], self.value_gate))
+            few = x_BTD[..., : self.value_gate.size(1)]
+            gate = 2 * torch.sigmoid(self.linear(few, "value_gate"))
             v = v + gate.unsqueeze(-1) * values.view_as(v)
         if self.qk_norm:
             q_scale, k_scale = self.qk_gains if self.qk_gains is not None else (None, None)
@@ -2007,10 +2085,9 @@ class Attention(Declaring):
             y = y.float().unflatten(2, (self.kv_heads, -1))
             y = (y - (y * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3).to(v.dtype)
         if self.attn_gate is not None:
-            y = y * torch.sigmoid(
-                linear(x_BTD[..., : self.attn_gate.size(1)], self.attn_gate)
-            ).unsqueeze(-1)
-        return linear(y.reshape(B, T, -1), self.proj)
+            few = x_BTD[..., : self.attn_gate.size(1)]
+            y = y * torch.sigmoid(self.linear(few, "attn_gate")).unsqueeze(-1)
+        return self.linear(y.reshape(B, T, -1), "proj")
 
 
 class MLP(Declaring):
@@ -2034,11 +2111,11 @@ class MLP(Declaring):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            gate, h = linear(x, self.fc.flatten(0, 1)).chunk(2, dim=-1)
-            return linear(F.silu(gate) * h, self.proj)
-        h = linear(x, self.fc)
+            gate, h = self.linear(x, "fc").chunk(2, dim=-1)
+            return self.linear(F.silu(gate) * h, "proj")
+        h = self.linear(x, "fc")
         h = F.leaky_relu(h, self.slope) if self.slope else F.relu(h)
-        return linear(h.square(), self.proj)
+        return self.linear(h.square(), "proj")
 
 
 class Block(Declaring):
@@ -2067,7 +2144,7 @@ class Block(Declaring):
         x0: Tensor,
         added: list[tuple[Tensor, Tensor]],
         rope: tuple[Tensor, Tensor],
-        seen: "Seen",
+        seen: Seen,
         xsa: bool,
         shrink: Tensor | None = None,
         keep: Tensor | None = None,
@@ -2089,7 +2166,7 @@ class Block(Declaring):
             x = self.resid_lambda.to(x.dtype) * x
         if self.x0_lambda is not None:
             x = x + self.x0_lambda.to(x.dtype) * x0
-        values = linear(x0, self.value_proj) if self.value_proj is not None else None
+        values = self.linear(x0, "value_proj") if self.value_proj is not None else None
         if self.mix is not None:
             mix, scales = self.mix.to(x.dtype), self.scales.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
@@ -2293,6 +2370,9 @@ class GPT(Declaring):
         cos, sin = rope_table(cfg, seq_len)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        for path, module in self.named_modules():
+            if path and isinstance(module, Declaring):
+                module.path = f"{path}."
 
     def documents(self, tokens_BT: Tensor) -> Tensor | None:
         """
@@ -2314,8 +2394,8 @@ class GPT(Declaring):
 
     def hidden(self, tokens_BT: Tensor, repeats: int, window: int, cache=None) -> Tensor:
         """
-        tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache:
-        golf.Cache, which holds what attention needs of the tokens before these.
+        tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: that
+        of logs/score.py, which holds what attention needs of the tokens before these.
         """
         cfg = self.cfg
         docs, x = self.documents(tokens_BT), self.embedded(tokens_BT)
@@ -2358,7 +2438,7 @@ class GPT(Declaring):
         activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple; head: the same
         in another type.
         """
-        z = linear(x, self.head if head is None else head)
+        z = self.linear(x, "head", head)
         z = (z[..., : self.cfg.vocab] if self.cfg.pad_vocab else z).float()
         if self.cfg.logit_dim_power:
             z = z * self.cfg.dim**self.cfg.logit_dim_power
@@ -2406,9 +2486,8 @@ class GPT(Declaring):
         token behind the target, times T/(T-1), as a row's last target has none behind it.
         """
         T = targets_BT.size(1)
-        h = linear(
-            torch.cat([x_BTD, self.embedded(targets_BT.clamp_min(0))], dim=-1), self.mtp_proj
-        )
+        both = torch.cat([x_BTD, self.embedded(targets_BT.clamp_min(0))], dim=-1)
+        h = self.linear(both, "mtp_proj")
         keep = None
         if self.cfg.stoch_depth and torch.is_grad_enabled():
             keep = torch.rand((), device=h.device) >= drop_chance(self.cfg, self.cfg.depth)
@@ -3434,7 +3513,7 @@ class Validation:
         assert len(x) == size
         return x, y
 
-    def measure(self, p: "Parts", step: int, shape: Shape) -> dict:
+    def measure(self, p: Parts, step: int, shape: Shape) -> dict:
         """More than the loss to know at an evaluation; there is nothing more to know of text."""
         return {}
 
@@ -3528,6 +3607,34 @@ class Averages:
                 b.from_names(shard, {name: named[f"{name}:{kind}"] for name in b.params}, rank)
 
 
+def keep_epoch(p: Parts, step: int) -> None:
+    """Write the weights of the end of an epoch, whole or not at all. Collective."""
+    final = p.run.folder / "epochs" / f"{step:06d}"
+    part = final.with_name(f".{final.name}.part")
+    now = p.plan.at(step - 1, (step - 1) / p.cfg.steps)  # what the last step was trained with
+
+    def write() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        weights = {
+            name: w.detach().cpu().contiguous().clone() for name, w in p.model.named_parameters()
+        }
+        try:
+            write_tensors(weights, part / "model.safetensors")
+            (part / "config.toml").write_text(config_toml(p.cfg), encoding="utf-8")
+            state = {"step": step, "repeats": now.repeats, "window": now.window}
+            (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            sync_folder(part)
+        except OSError:
+            shutil.rmtree(part, ignore_errors=True)  # a full disk needs its room
+            raise
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(part, final)
+        sync_folder(final.parent)
+
+    p.run.on_main(write)
+
+
 ########################################
 #              Evaluation              #
 ########################################
@@ -3562,20 +3669,731 @@ def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, flo
     return loss, bits_per_byte(loss, val.scored, val.bytes)
 
 
-def compressors_bpb(val: Validation, tokenizer: Tokenizer) -> dict[str, float]:
-    """
-    Bits per byte of xz -9e and zstd -19 on the scored text itself, to compare with: they need no
-    training.
-    """
-    text = tokenizer.decode(val.tokens[1:]).encode()
-    xz = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
-    zstd = len(zstandard.ZstdCompressor(level=19).compress(text))
-    return {"xz_bpb": xz * 8 / len(text), "zstd_bpb": zstd * 8 / len(text)}
+########################################
+#                Export                #
+########################################
+
+# fractions of a row's largest entry at which it may be clipped
+CLIPS = tuple(1 - i / 20 for i in range(13))
+# finest first
+LADDER = ("int8", "int7", "int7 mlp:6", "int6", "int6 mlp:5", "int5", "int5 mlp:4", "int4")
 
 
-########################################
-#         Export (see golf.py)         #
-########################################
+def levels_of(bits: int) -> int:
+    """The largest integer of symmetric `bits`-bit codes: 127 for 8, 31 for 6, 7 for 4."""
+    return 2 ** (bits - 1) - 1
+
+
+def quantised_names(model: nn.Module) -> list[str]:
+    """What an artifact stores as integers: matrices and tables with 64 rows and columns or more."""
+    said = declarations(model)
+    large = {name for name, p in model.named_parameters() if min(p.shape[-2:]) >= 64}
+    return [name for name in said if name in large and said[name].group != "scalar"]
+
+
+class Bits(NamedTuple):
+    """
+    Bits by tensor: "int6 mlp:5 head:8" is 5 where the name matches mlp, 8 where it matches head,
+    else 6.
+    """
+
+    default: int
+    rules: tuple[tuple[str, int], ...]
+
+    def of(self, name: str) -> int:
+        return next(
+            (bits for pattern, bits in self.rules if re.search(pattern, name)), self.default
+        )
+
+
+def parse_bits(text: str) -> Bits:
+    words = text.split()
+    rules = [re.fullmatch(r"(.+):([4-8])", word) for word in words[1:]]
+    if not words or not re.fullmatch("int[4-8]", words[0]) or None in rules:
+        raise UserError(
+            f"export = {text!r}: write int8, int7, int6, int5 or int4, then regular "
+            "expressions over names "
+            "with other bits, for example 'int6 mlp:5 head:8'; or 'fit' to choose by artifact_limit"
+        )
+    for rule in rules:
+        try:
+            re.compile(rule[1])
+        except re.error as e:
+            raise UserError(f"export = {text!r}: {rule[1]!r} is no regular expression: {e}") from e
+    return Bits(int(words[0][3:]), tuple((rule[1], int(rule[2])) for rule in rules))
+
+
+def check_bits(text: str, matrices: list[str]) -> Bits:
+    """parse_bits, and UserError where a rule is about none of these names."""
+    bits = parse_bits(text)
+    for pattern, _ in bits.rules:
+        if not any(re.search(pattern, name) for name in matrices):
+            raise UserError(
+                f"export = {text!r}: {pattern!r} matches no matrix of the model; they are "
+                f"{', '.join(matrices)}"
+            )
+    return bits
+
+
+def quantize_rows(w: Tensor, levels: int = 127) -> tuple[Tensor, Tensor]:
+    """
+    Weights [..., rows, cols] -> integers in +-levels and fp16 scales [..., rows, 1]: the largest
+    entry of a row maps to `levels`. The rounding uses the scale as stored, so an entry is off by
+    half a scale at most.
+    """
+    top = torch.finfo(torch.float16)
+    scale = (w.float().abs().amax(-1, keepdim=True) / levels).clamp(2.0**-24, top.max)
+    stored = scale.half()
+    larger = stored.nextafter(torch.full_like(stored, top.max))
+    stored = torch.where(stored.float() * levels < scale * levels, larger, stored)
+    q = (w.float() / stored.float()).round().clamp(-levels, levels).to(torch.int8)
+    return q, stored
+
+
+def dequantize_rows(q: Tensor, scale: Tensor) -> Tensor:
+    return q.float() * scale.float()
+
+
+def codes(w: Tensor, scale: Tensor, levels: int) -> Tensor:
+    """Nearest integers, with the scale as it is stored (fp16)."""
+    return (w.float() / scale.float()).round().clamp(-levels, levels).to(torch.int8)
+
+
+def clip_search(w: Tensor, levels: int) -> Tensor:
+    """
+    fp16 scales [..., rows, 1] of weights [..., rows, cols]: of several clips the one with the least
+    squared error of the row. parameter-golf's GPTQ-lite, with fractions of the largest entry in
+    place of quantiles: at 6 bits and below the best clip lies far under the quantiles that it
+    tries.
+    """
+    _, best = quantize_rows(w, levels)
+    least = (
+        (dequantize_rows(codes(w, best, levels), best) - w.float()).square().sum(-1, keepdim=True)
+    )
+    widest = best.float()
+    for clip in CLIPS[1:]:
+        scale = (widest * clip).half().clamp_min(2.0**-24)
+        error = (
+            (dequantize_rows(codes(w, scale, levels), scale) - w.float())
+            .square()
+            .sum(-1, keepdim=True)
+        )
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def gptq(w: Tensor, hessian: Tensor, scale: Tensor, levels: int, block: int = 128) -> Tensor:
+    """
+    Codes [rows, cols] that lessen tr((W-Q) H (W-Q)^T), where H [cols, cols] is the mean of x x^T
+    over the inputs of W: columns are rounded by falling H_ii, and the error of each is made up for
+    by those behind it (Frantar et al. 2022). In float64; damping is 1 % of the mean diagonal. The
+    scale of a row is given and stays.
+    """
+    w, h, scale = w.double().clone(), hessian.double().clone(), scale.double()
+    diagonal = h.diagonal()
+    dead = diagonal == 0  # inputs that never fired: their weights are free, and 0 costs least
+    diagonal[dead] = 1
+    w[:, dead] = 0
+    diagonal += 0.01 * diagonal.mean()
+    order = diagonal.argsort(descending=True, stable=True)
+    w, h = w[:, order], h[order][:, order]
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    q = torch.empty_like(w)
+    for low in range(0, w.size(1), block):
+        high = min(low + block, w.size(1))
+        errors = torch.empty_like(w[:, low:high])
+        for j in range(low, high):
+            q[:, j] = (w[:, j] / scale[:, 0]).round().clamp(-levels, levels)
+            errors[:, j - low] = (w[:, j] - q[:, j] * scale[:, 0]) / upper[j, j]
+            w[:, j:high] -= errors[:, j - low, None] * upper[j, j:high]
+        w[:, high:] -= errors @ upper[low:high, high:]
+    return q[:, order.argsort()].to(torch.int8)
+
+
+class OutOfTime(Exception):
+    """The training clock has come to the end of what calibration may take, within a row."""
+
+
+@torch.compiler.set_stance("force_eager")  # compiled graphs have no place to watch
+@torch.no_grad()
+def record_hessians(
+    model: GPT, rows: np.ndarray, repeats: int, window: int, run: Ranks, until: float = math.inf
+) -> tuple[dict[str, Tensor], int]:
+    """
+    Mean of x x^T [cols, cols] over the inputs of every matrix to be quantised, by name, from rows
+    [n, T+1] of TRAINING tokens (collecting them counts as training time under the rules). All uses
+    of a shared matrix add up; a tied table gets the final norm's output. Ranks take turns with
+    rows and share the sums. When the training clock says `until`, it ends for all of them, also
+    within a row. Gives the number of rows that were seen whole as well.
+    """
+    timed = until < math.inf
+
+    def is_late() -> bool:
+        run.clock.sync()  # the host runs ahead of a GPU
+        return run.clock.seconds() >= until
+
+    parameters = dict(model.named_parameters())
+    sums = {}
+    for name in quantised_names(model):
+        columns = parameters[name].size(-1)
+        sums[name] = parameters[name].new_zeros(columns, columns, dtype=torch.float32)
+
+    def record(name: str, x: Tensor, y: Tensor) -> Tensor:
+        if timed and is_late():
+            raise OutOfTime
+        if name in sums:
+            flat = x.detach().reshape(-1, x.size(-1)).float()
+            sums[name] += flat.mT @ flat
+        return y
+
+    whole = 0
+    with watching(model, record):
+        for turn in range(0, len(rows), run.world):  # as many on every rank: each asks the others
+            if run.agree(float(timed and is_late())):
+                break
+            for row in rows[turn + run.rank :][:1]:
+                with contextlib.suppress(OutOfTime):  # the others end at their next turn
+                    model(*tensors(row[None], run.device), repeats, window)
+                    whole += 1
+    # A rank without a row has seen no name: all sums are exchanged, and those without an input are
+    # zero on every rank.
+    seen = int(run.sum(torch.tensor(whole, device=run.device)))
+    found = {name: run.sum(h) / (seen * (rows.shape[1] - 1)) for name, h in sums.items() if seen}
+    return {name: h for name, h in found.items() if bool(h.any())}, seen
+
+
+def row_scales(w: Tensor, levels: int) -> Tensor:
+    """fp16 scales [..., rows, 1]: 8 bits keep the whole range of a row, fewer search a clip."""
+    return quantize_rows(w)[1] if levels == 127 else clip_search(w, levels)
+
+
+def quantise(
+    matrices: dict[str, Tensor], bits: Bits, hessians: dict[str, Tensor] | None = None
+) -> dict[str, tuple]:
+    """Codes, fp16 scales and levels of each; GPTQ rounds where there is a Hessian."""
+    found = {}
+    for name, w in matrices.items():
+        levels, w = levels_of(bits.of(name)), w.detach().float()
+        scale = row_scales(w, levels)
+        q = codes(w, scale, levels)
+        if hessians and name in hessians:
+            flat = w.flatten(0, -2), hessians[name].to(w.device), scale.flatten(0, -2)
+            q = gptq(*flat, levels).view_as(w)
+        found[name] = q.cpu().contiguous(), scale.cpu().contiguous(), levels
+    return found
+
+
+@contextlib.contextmanager
+def rounded(model: GPT, cfg: Config, step: int):
+    """
+    Inside, matrices have the values that cfg.export would store. With qat_noise, they are off by up
+    to half a rounding step at random (Noisy Quantisation, Fan et al. 2020) instead, and only those
+    of looped blocks where there is a loop: their error adds up over repeats (parameter-golf #363).
+    Gradients taken inside are applied to the exact weights, which is the straight-through
+    estimator. Every rank rounds alike.
+    """
+    looped = "|".join(map(str, range(*loop_span(cfg))))
+    chosen = rf"blocks\.({looped})\." if cfg.qat_noise and looped else ""
+    parameters = dict(model.named_parameters())
+    exact = {
+        name: parameters[name].detach().clone()
+        for name in quantised_names(model)
+        if re.match(chosen, name)
+    }
+    rng, bits = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step), parse_bits(cfg.export)
+    try:
+        with torch.no_grad():
+            for name in exact:
+                p, levels = parameters[name], levels_of(bits.of(name))
+                scale = row_scales(p, levels)
+                if cfg.qat_noise:  # from the CPU, as every rank rounds alike; no wait for a GPU
+                    noise = torch.rand(p.shape, generator=rng, pin_memory=p.is_cuda)
+                    noise = noise.to(p.device, non_blocking=True).to(p.dtype) - 0.5
+                    p.add_(noise * scale.to(p))
+                else:
+                    p.copy_(dequantize_rows(codes(p, scale, levels), scale))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, own in exact.items():
+                parameters[name].copy_(own)
+
+
+def unzstd(data: bytes, size: int) -> bytes:
+    return (
+        zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        .stream_reader(io.BytesIO(data))
+        .read(size)
+    )
+
+
+def unbrotli(data: bytes, size: int) -> bytes:
+    decoder, parts, left = brotli.Decompressor(), [], size
+    while left > 0 and not decoder.is_finished():
+        part = decoder.process(data, output_buffer_limit=left)
+        if not part and not data:
+            break  # cut short: nothing left to give it
+        data = b""
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)[:size]  # the library takes its limit for a rough one
+
+
+def unxz(data: bytes, size: int) -> bytes:
+    return lzma.LZMADecompressor(memlimit=1 << 30).decompress(data, size)
+
+
+# name -> compress(data), decompress(data, most bytes to give)
+CODECS: dict[str, tuple[Callable, Callable]] = {
+    "zstd": (lambda data: zstandard.ZstdCompressor(level=22).compress(data), unzstd),
+    "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24), unbrotli),
+    "xz": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME), unxz),
+}
+ENTROPY = "entropy"  # the range coder below for the codes, the smallest of the above for the rest
+# widths of a class of spreads, in eighths of an octave; the last: all in one class
+STEPS = (2, 4, 16, 1 << 20)
+
+
+def spread_classes(rows: np.ndarray, cols: np.ndarray, step: int) -> np.ndarray:
+    """
+    Class of every entry [R, C] from the logarithms of its row's and column's spread (int8, eighths
+    of octaves).
+    """
+    both = (rows.astype(np.int64)[:, None] + cols.astype(np.int64)) // step
+    return both - both.min()
+
+
+def log_spread(x: np.ndarray) -> np.ndarray:
+    return np.round(8 * np.log2(np.maximum(x, 2.0**-12))).clip(-127, 127).astype(np.int8)
+
+
+def histogram(counts: np.ndarray):
+    """
+    The coder's model of counts: the same IEEE divisions on every machine; what has no count keeps
+    2^-24.
+    """
+    return coder.model.Categorical(counts.astype(np.float64) / counts.sum(), perfect=False)
+
+
+def encode_codes(q: np.ndarray, levels: int) -> tuple[dict[str, np.ndarray], int, np.ndarray]:
+    """
+    Codes [R, C] in +-levels -> tables, step, range-coded words. Entries whose row and column spread
+    alike share a class and its histogram, so what is fitted is the shape of the distribution and
+    not only its width. Classes are as wide as pays for their tables.
+    """
+    size = np.abs(q.astype(np.float64))
+    row_mean = size.mean(1)
+    rows = log_spread(row_mean)
+    cols = log_spread((size / np.maximum(row_mean, 2.0**-12)[:, None]).mean(0))
+    symbols, width = q.astype(np.int64) + levels, 2 * levels + 1
+    best = None
+    for step in STEPS:
+        classes = spread_classes(rows, cols, step)
+        least = (classes.max() + 1) * width
+        counts = np.bincount((classes * width + symbols).ravel(), minlength=least).reshape(
+            -1, width
+        )
+        totals = counts.sum(1, keepdims=True)
+        bits = -(
+            counts * np.log2(np.maximum(counts, 1) / np.maximum(totals, 1))
+        ).sum() + 8 * np.count_nonzero(counts)
+        if best is None or bits < best[0]:
+            best = bits, step, classes, counts
+    _, step, classes, counts = best
+    counts = np.ceil(counts * min(1.0, 65535 / counts.max())).astype(np.uint16)
+    order, encoder = np.argsort(classes.ravel(), kind="stable"), coder.queue.RangeEncoder()
+    symbols, sizes = (
+        symbols.ravel()[order].astype(np.int32),
+        np.bincount(classes.ravel(), minlength=len(counts)),
+    )
+    for part, row in zip(np.split(symbols, np.cumsum(sizes)[:-1]), counts):
+        if len(part):
+            encoder.encode(part, histogram(row))
+    return {"rows": rows, "cols": cols, "counts": counts}, step, encoder.get_compressed()
+
+
+def decode_codes(
+    tables: dict[str, np.ndarray], step: int, words: np.ndarray, levels: int
+) -> np.ndarray:
+    """The inverse of encode_codes. ValueError where the tables cannot belong together."""
+    rows, cols, counts = tables["rows"], tables["cols"], tables["counts"]
+    if step not in STEPS:
+        raise ValueError(f"classes of width {step}")
+    classes = spread_classes(rows, cols, step)
+    sizes = np.bincount(classes.ravel())
+    if counts.shape != (len(sizes), 2 * levels + 1):
+        raise ValueError(
+            f"histograms {counts.shape} for {len(sizes)} classes of {2 * levels + 1} codes"
+        )
+    decoder, parts = coder.queue.RangeDecoder(words), []
+    for size, row in zip(sizes, counts):
+        if size:
+            parts.append(decoder.decode(histogram(row), int(size)))
+    if not decoder.maybe_exhausted():
+        raise ValueError("codes are left over")
+    q = np.empty(classes.size, np.int8)
+    q[np.argsort(classes.ravel(), kind="stable")] = np.concatenate(parts) - levels
+    return q.reshape(classes.shape)
+
+
+MAGIC = b"NANORMX2"
+MOST = 1 << 33  # bytes that an artifact may unpack to, whatever its header says ...
+MOST_RATIO = 1024  # ... nor may it unpack to more than so many times its own size and 64 MiB
+
+
+def pack_artifact(
+    named: dict[str, Tensor], found: dict[str, tuple], cfg: Config, codec: str, note: str = ""
+) -> bytes:
+    """
+    One file: magic, length of a JSON header, header (configuration, kind of every tensor, codec,
+    sizes), compressed safetensors, range-coded words, sha256 of all before. `found` is quantise's;
+    its codes are int8 tensors among the others, or with the codec "entropy" words behind them.
+    Beside 8-bit codes small tensors stay exact, else fp16.
+    """
+    out, kinds, words = {}, {}, []
+    exact = all(levels == 127 for _, _, levels in found.values())
+    for name, w in named.items():
+        if name in found:
+            q, out[f"{name}:scale"], levels = found[name]
+            kinds[name] = {"kind": "rows", "shape": list(q.shape), "levels": levels}
+            if codec == ENTROPY:
+                tables, step, stream = encode_codes(q.flatten(0, -2).numpy(), levels)
+                out |= {f"{name}:{key}": torch.from_numpy(table) for key, table in tables.items()}
+                kinds[name] |= {"step": step, "words": len(stream)}
+                words.append(stream.astype("<u4").tobytes())
+            else:
+                out[f"{name}:q"] = q
+        else:
+            w = w.detach().cpu().contiguous()
+            top = torch.finfo(torch.float16).max
+            out[name] = w if exact or w.abs().max() > top else w.half()
+            kinds[name] = {"kind": "plain"}
+    payload = tensors_as_bytes(out)
+    inner_codecs = CODECS if codec == ENTROPY else (codec,)
+    packed, inner = min(
+        ((CODECS[c][0](payload), c) for c in inner_codecs), key=lambda pair: len(pair[0])
+    )
+    header = json.dumps(
+        {
+            "codec": codec,
+            "rest": inner,
+            "payload_bytes": len(payload),
+            "packed_bytes": len(packed),
+            "bits": note,
+            "tensors": kinds,
+            "config": config_toml(cfg),
+        }
+    ).encode()
+    body = b"".join([MAGIC, struct.pack("<I", len(header)), header, packed, *words])
+    return body + hashlib.sha256(body).digest()
+
+
+def smallest_artifact(
+    model: GPT,
+    bits: str,
+    codec: str,
+    hessians: dict[str, Tensor] | None = None,
+    most: int = 0,
+    log: Callable = lambda line: None,
+) -> tuple[bytes, str]:
+    """
+    The artifact of the model's weights, and what was chosen for it ("int6_entropy"). Codec "best"
+    keeps the smallest of all codecs' results. Bits "fit" go down LADDER until the file has at most
+    `most` bytes; where even the last has more, that one is given.
+    """
+    named, cfg = dict(model.named_parameters()), model.cfg
+    matrices = {name: named[name] for name in quantised_names(model)}
+    codecs = (*CODECS, ENTROPY) if codec == "best" else (codec,)
+    for choice in LADDER if bits == "fit" else (bits,):
+        rule = parse_bits(choice) if bits == "fit" else check_bits(choice, list(matrices))
+        found = quantise(matrices, rule, hessians)
+        packed = {codec: pack_artifact(named, found, cfg, codec, choice) for codec in codecs}
+        codec = min(packed, key=lambda c: len(packed[c]))
+        sizes = " ".join(f"{c}:{len(p)}" for c, p in packed.items())
+        how, limit = " gptq" if hessians else "", f", limit {most}" if most else ""
+        log(f"artifact: {choice}{how} {sizes} -> {codec}{limit}")
+        if len(packed[codec]) <= most:
+            break
+    return packed[codec], re.sub(r"\W+", "_", f"{choice}_{codec}")
+
+
+def unpack_artifact(data: bytes, where: str) -> tuple[Config, dict[str, Tensor], dict]:
+    """
+    Configuration, fp32 weights and header of an artifact's bytes. Executes nothing; any damage is a
+    UserError.
+    """
+
+    def bad(why: str) -> UserError:
+        return UserError(
+            f"{where} is no usable artifact: {why}; export it again from its checkpoint"
+        )
+
+    start = len(MAGIC) + 4
+    if not data.startswith(MAGIC):
+        raise bad("it does not begin with the artifact's magic")
+    if len(data) < start + 32 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise bad("its checksum does not match: it is cut short or changed")
+    try:
+        (length,) = struct.unpack("<I", data[start - 4 : start])
+        header = json.loads(data[start : start + length])
+        size, packed_size = header["payload_bytes"], header["packed_bytes"]
+        shapes = [kind["shape"] for kind in header["tensors"].values() if kind["kind"] == "rows"]
+        total = size + sum(math.prod(shape) for shape in shapes)
+        if not all(
+            type(n) is int and n >= 0
+            for n in (size, packed_size, *(n for shape in shapes for n in shape))
+        ):
+            raise bad("its sizes are no numbers")
+        if total > min(MOST, max(1 << 26, MOST_RATIO * len(data))):
+            raise bad(f"its header wants {total} bytes")
+        packed, stream = (
+            data[start + length : -32][part]
+            for part in (slice(packed_size), slice(packed_size, None))
+        )
+        payload = CODECS[header["rest"]][1](packed, size + 1)
+        if len(payload) != size:
+            raise bad("its payload has another size than its header says")
+        named = stored_tensors(header, tensors_of_bytes(payload), np.frombuffer(stream, "<u4"))
+        cfg = Config(**checked(tomllib.loads(header["config"]), where))
+        check_values(cfg)
+        fits(cfg, named)
+    except UserError as e:
+        raise (e if where in str(e) else bad(str(e))) from None
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ArithmeticError,
+        MemoryError,
+        AssertionError,
+        zstandard.ZstdError,
+        brotli.error,
+        lzma.LZMAError,
+        SafetensorError,
+    ) as e:
+        raise bad(f"{type(e).__name__}: {e}") from e
+    return cfg, named, header
+
+
+LONGEST = 1 << 20  # tokens of a row that an artifact may ask for ...
+ANGLES = 1 << 27  # ... and numbers in its rotary table: 512 MiB
+
+
+def fits(cfg: Config, named: dict[str, Tensor]) -> None:
+    """
+    ValueError unless the model of cfg has these tensors: what a header says of sizes must not cost
+    more than the file.
+    """
+    plan = Plan(cfg)
+    longest, width = max(plan.max_seq_len, plan.eval_seq_len), head_width(cfg)
+    if cfg.depth > len(named) or longest > LONGEST or longest * width > ANGLES:
+        raise ValueError(
+            f"its configuration has {cfg.depth} blocks, rows of {longest} tokens and heads of "
+            f"{width}"
+        )
+    model = build_model(cfg, torch.device("meta"), torch.float32, 8)
+    if {k: list(w.shape) for k, w in model.named_parameters()} != {
+        k: list(w.shape) for k, w in named.items()
+    }:
+        raise ValueError("its tensors are not those of its configuration's model")
+
+
+def stored_tensors(header: dict, stored: dict[str, Tensor], words: np.ndarray) -> dict[str, Tensor]:
+    """
+    The tensors that a header tells of, from the payload's and the coded words. ValueError where
+    they disagree.
+    """
+    named = {}
+    for name, kind in header["tensors"].items():
+        if kind["kind"] == "plain":
+            w = stored.pop(name)
+            named[name] = w.float() if w.dtype == torch.float16 else w
+        elif kind["kind"] == "rows":
+            shape, scale, levels = kind["shape"], stored.pop(f"{name}:scale"), kind["levels"]
+            if levels not in map(levels_of, range(4, 9)):
+                raise ValueError(f"{name} has codes up to {levels}")
+            if header["codec"] == ENTROPY:
+                tables = {
+                    key: stored.pop(f"{name}:{key}").numpy() for key in ("rows", "cols", "counts")
+                }
+                count, step = kind["words"], kind["step"]
+                sizes = tables["rows"].size, tables["cols"].size
+                if sizes != (math.prod(shape[:-1]), shape[-1]) or not 0 <= count <= len(words):
+                    raise ValueError(f"{name} has other tables than its shape asks for")
+                q = torch.from_numpy(decode_codes(tables, step, words[:count], levels)).view(shape)
+                words = words[count:]
+            else:
+                q = stored.pop(f"{name}:q")
+            if (
+                list(q.shape) != shape
+                or list(scale.shape) != [*shape[:-1], 1]
+                or q.dtype != torch.int8
+            ):
+                raise ValueError(f"{name} has another shape than its header says")
+            named[name] = dequantize_rows(q, scale)
+        else:
+            raise ValueError(f"{name} is stored as {kind['kind']!r}, which is unknown")
+        if not (named[name].is_floating_point() and bool(named[name].isfinite().all())):
+            raise ValueError(f"{name} is not made of finite numbers")
+    if stored or len(words):
+        raise ValueError(f"its header does not tell of {sorted(stored)[:5]} and {len(words)} words")
+    return named
+
+
+def load_artifact(path: Path) -> tuple[Config, dict[str, Tensor]]:
+    """Configuration and fp32 weights of an artifact file."""
+    return unpack_artifact(Path(path).read_bytes(), str(path))[:2]
+
+
+def check_export(cfg: Config) -> None:
+    """Refuse what the end of a run could not do, before it begins."""
+    if cfg.export == "fit":
+        if not cfg.artifact_limit:
+            raise UserError(
+                "export = 'fit' chooses bits by artifact_limit, which is not set: "
+                "--artifact_limit 16000000"
+            )
+    else:
+        parse_bits(cfg.export)
+    qat = Schedule("qat", cfg.qat).values()
+    if set(qat) - {0, 1}:
+        raise UserError(f"qat = {cfg.qat!r}: 0 is off and 1 is on, there is nothing between")
+    if cfg.qat_noise and 1 not in qat:
+        raise UserError(
+            f"qat_noise = {cfg.qat_noise} is the noise of quantisation-aware training, but qat "
+            f"= {cfg.qat!r} never "
+            "begins it: for example --qat '0 0.8:1'"
+        )
+
+
+def check_artifact(cfg: Config, model: GPT) -> list[str]:
+    """
+    Refuse, before training, an artifact that this model could not have behind it. Returns notices
+    of what will be less than was asked for.
+    """
+    notices, matrices = [], quantised_names(model)
+    if cfg.export != "fit":
+        check_bits(cfg.export, matrices)
+    rounds = [key for key, on in (("qat", cfg.qat != "0"), ("gptq", cfg.gptq)) if on]
+    if rounds and not matrices:
+        raise UserError(
+            f"{' and '.join(rounds)} round matrices of 64 rows and columns or more, and this "
+            "model has none"
+        )
+    if cfg.gptq and (rows := calibration_rows(cfg, cfg.gptq)) < cfg.gptq:
+        notices.append(
+            f"gptq = {cfg.gptq} rows, but the first train shard holds {rows}: they are all"
+        )
+    code = source_bytes(cfg)
+    if 0 < cfg.artifact_limit <= code:
+        raise UserError(
+            f"artifact_limit = {cfg.artifact_limit}: the source alone has {code} bytes; "
+            "python logs/pack.py makes one small file of it"
+        )
+    return notices
+
+
+def calibration_rows(cfg: Config, count: int) -> int:
+    """How many of `count` rows the first train shard holds; UserError where it is none."""
+    shard, length = find_shards(cfg, "train")[0], Plan(cfg).eval_seq_len
+    # others it was not trained on
+    tokens = min(shard_tokens(shard), cfg.train_tokens or math.inf)
+    if tokens <= length:
+        raise UserError(
+            f"GPTQ looks at rows of {length} training tokens, but {shard} has only {tokens}: lower "
+            "--eval_seq_len, or --gptq 0"
+        )
+    return min(count, (tokens - 1) // length)
+
+
+def calibration(cfg: Config, count: int) -> np.ndarray:
+    """The first rows [count, T+1] of the training shards."""
+    length, count = Plan(cfg).eval_seq_len, calibration_rows(cfg, count)
+    tokens = read_shard(find_shards(cfg, "train")[0], cfg.vocab)
+    return np.stack([tokens[i * length :][: length + 1] for i in range(count)])
+
+
+def calibrate(p: Parts, rows: np.ndarray, until: float) -> tuple[dict[str, Tensor], int]:
+    """record_hessians with the model applied as the artifact's readers apply it."""
+    end = p.plan.at(p.cfg.steps, 1.0)
+    return record_hessians(p.model, rows, end.repeats, end.window, p.run, until)
+
+
+def gptq_seconds(p: Parts) -> float:
+    """
+    What calibration will take behind the last step, from two rows; a third more, as a clock cap is
+    a cap.
+    """
+    rows = calibration(p.cfg, 2 * p.run.world)
+    for _ in range(2):  # the first is slower
+        p.run.clock.sync()
+        began = time.perf_counter()
+        calibrate(p, rows, until=sys.float_info.max)  # it looks at the clock as it will then
+        p.run.clock.sync()
+        seconds = time.perf_counter() - began
+    return 1.33 * seconds * calibration_rows(p.cfg, p.cfg.gptq) / len(rows)
+
+
+def calibrated(p: Parts) -> dict[str, Tensor] | None:
+    """
+    Hessians for GPTQ, on the training clock. A clock cap is a cap: on a machine that has become
+    slower than the warm-up foresaw, they are of fewer rows, or there are none. What summing them up
+    takes is kept back from the time foreseen.
+    """
+    cfg, run, rows = p.cfg, p.run, calibration(p.cfg, p.cfg.gptq)
+    kept_back = (cfg.max_seconds - p.plan.seconds) * min(0.1, run.world / len(rows))
+    until = cfg.max_seconds - kept_back if cfg.max_seconds else math.inf
+    before = run.clock.seconds()
+    run.clock.start()
+    hessians, seen = calibrate(p, rows, until)
+    run.clock.stop()
+    fewer = "" if seen == len(rows) else f" of {len(rows)} (max_seconds allowed no more)"
+    after = run.clock.seconds()
+    run.log(
+        f"gptq: {seen} rows{fewer} of training tokens, train_time:{after - before:.1f}s of "
+        f"{after:.1f}s" + ("" if seen else "; weights are rounded to the nearest instead")
+    )
+    return hessians or None
+
+
+def export_artifact(p: Parts) -> dict:
+    """
+    Behind the last step, with the weights to be exported in the model: calibrate (on the training
+    clock), write the artifact, read it back strictly into the model, evaluate it. Entries of
+    result.json.
+    """
+    cfg, run, path = p.cfg, p.run, p.run.folder / "model.nrx"
+    hessians = calibrated(p) if cfg.gptq else None
+    code = source_bytes(cfg)
+    most = max(0, cfg.artifact_limit - code)
+
+    def write() -> tuple[str, int]:
+        how = cfg.export, cfg.export_codec, hessians, most
+        data, chosen = smallest_artifact(p.model, *how, log=run.log)
+        write_whole(path, data)
+        return chosen, len(data)
+
+    chosen, size = run.on_main(write)
+    load_weights(p.model, run.read_on_main(lambda: (load_artifact(path)[1], None))[0], str(path))
+    began = time.perf_counter()
+    loss, bpb = evaluate(run, p.graph, p.val, p.plan.eval_shape(p.plan.at(cfg.steps, 1.0)))
+    seconds = time.perf_counter() - began
+    bits = f" val_bpb:{bpb:.8f}" if bpb else ""
+    run.log(f"final_{chosen}_roundtrip val_loss:{loss:.8f}{bits} eval_time:{seconds * 1000:.0f}ms")
+    over = "OVER the limit of" if size + code > cfg.artifact_limit else "within the limit of"
+    limit = f", {over} {cfg.artifact_limit}" if cfg.artifact_limit else ""
+    run.log(f"artifact: {path} {size} bytes + code {code} bytes = {size + code} bytes{limit}")
+    return {
+        "roundtrip_val_loss": loss,
+        "roundtrip_val_bpb": bpb,
+        "artifact_bytes": size,
+        "code_bytes": code,
+        "total_bytes": size + code,
+        "artifact_bits": chosen,
+        "eval_time_s": seconds,
+    }
 
 
 def load_weights(model: nn.Module, named: dict[str, Tensor], where: str) -> None:
@@ -3597,19 +4415,20 @@ def load_weights(model: nn.Module, named: dict[str, Tensor], where: str) -> None
 
 def source_files(cfg: Config) -> list[Path]:
     """
-    The project's sources that a run executes, the started script first: they go into the log and
-    are counted.
+    The project's sources that a run needs, the started script first: they go into the log and are
+    counted. A score beyond the evaluation of whole rows needs its scorer.
     """
-    here = Path(__file__).resolve()
-    started = Path(sys.argv[0]).resolve()
-    found = [started, here, here.with_name("golf.py")] + [here.with_name("slowrun.py")] * bool(
-        cfg.average_epochs
-    )
-    return list(
-        dict.fromkeys(
-            p for p in found if p.suffix == ".py" and p.parent == here.parent and p.is_file()
-        )
-    )
+    here, started = Path(__file__).resolve(), Path(sys.argv[0]).resolve()
+    found = [here]
+    if started.suffix == ".py" and started.parent == here.parent:
+        found.insert(0, started)
+    if cfg.score.get("modes"):
+        found.append(here.parent / "logs" / "score.py")
+    return list(dict.fromkeys(path for path in found if path.is_file()))
+
+
+def source_bytes(cfg: Config) -> int:
+    return sum(path.stat().st_size for path in source_files(cfg))
 
 
 ########################################
@@ -3786,9 +4605,7 @@ def open_source(
             )
         path = found[-1 if exact else 0]
     if path.is_file():
-        import golf
-
-        cfg, named = golf.load(path)
+        cfg, named = load_artifact(path)
         return found_near(cfg, path), named, path
     if not (path / "model.safetensors").exists():
         raise UserError(f"{where}: no such run folder, checkpoint or artifact")
@@ -4033,12 +4850,8 @@ def build(cfg: Config, run: Run) -> Parts:
         run.log(f"notice: no bits per byte and no samples: {e}")
     val = run.together(lambda: Validation(cfg, plan, tokenizer))
     p = assemble(cfg, run, plan, loader, val, tokenizer)
-    if tokenizer and cfg.sample_tokens:
-        prompt_tokens(tokenizer, cfg)
     if cfg.export:
-        import golf
-
-        for line in golf.check(cfg, dict(p.model.named_parameters()), p.val, tokenizer):
+        for line in check_artifact(cfg, p.model):
             run.log(f"notice: {line}")
     return p
 
@@ -4185,9 +4998,7 @@ def warm_up(p: Parts) -> None:
                     with torch.no_grad():
                         p.graph(x, y, shape.repeats, shape.window)
         if p.cfg.gptq and p.cfg.max_seconds:
-            import golf
-
-            plan.seconds = p.cfg.max_seconds - run.agree(golf.gptq_seconds(p))
+            plan.seconds = p.cfg.max_seconds - run.agree(gptq_seconds(p))
             if plan.seconds < p.cfg.max_seconds / 2:
                 raise UserError(
                     f"gptq = {p.cfg.gptq} rows would take "
@@ -4209,9 +5020,7 @@ def rounded_weights(p: Parts, step: int, now: Now):
     """
     if not now.qat:
         return contextlib.nullcontext()
-    import golf
-
-    return golf.rounded(p.model, p.cfg, step)
+    return rounded(p.model, p.cfg, step)
 
 
 def extra_terms(cfg: Config) -> list[str]:
@@ -4308,10 +5117,7 @@ def validate_all(p: Parts, step: int, now: Now) -> dict:
         run.log(f"  at:{step} " + " ".join(f"{k}:{v:.5f}" for k, v in more.items()))
     found["eval_time_s"] = time.perf_counter() - began
     if p.cfg.embed_stats and math.isfinite(found["val_loss"]):
-        # statistics live outside; logs/ is beside this file
-        from logs.embeddings import during_training
-
-        found |= run.on_main(lambda: during_training(p, now))
+        found |= run.on_main(lambda: embedding_statistics(p, now))
     run.metric("val", step, steps=p.cfg.steps, **found, train_time_ms=ms, wall_time_s=run.wall())
     if not math.isfinite(found["val_loss"]):
         raise Diverged(
@@ -4322,6 +5128,29 @@ def validate_all(p: Parts, step: int, now: Now) -> dict:
             "wrong"
         )
     return found
+
+
+@torch.no_grad()
+def embedding_statistics(p: Parts, now: Now) -> dict[str, float]:
+    """
+    How far the head's rows share a direction mu (their mean), and how large logits are on the first
+    embed_stats tokens of validation: the signals of output-embedding centering (arXiv 2601.02031),
+    named as in its tables. logs/embeddings.py has many more, of a checkpoint.
+    """
+    model, shape = p.model, p.plan.eval_shape(now)
+    head = model.head[: model.logit_rows].double()
+    size = head.mean(0).norm()
+    found = {"O.mu norm": size, "O.ratio norm": size / head.norm(dim=1).mean().clamp_min(1e-300)}
+    tokens, sums = min(p.cfg.embed_stats, p.val.scored), torch.zeros(3, dtype=torch.float64)
+    for low in range(0, -(-tokens // shape.seq_len), shape.rows):
+        x, _ = p.val.batch(range(low, low + shape.rows), p.run.device, shape.rows)
+        hidden = model.hidden(x, shape.repeats, shape.window).flatten(0, 1)
+        for piece in hidden[: tokens - low * shape.seq_len].split(p.cfg.loss_chunk):
+            logits = model.logits(piece)
+            each = logits.mean(-1), logits.abs().amax(-1), logits.logsumexp(-1).square()
+            sums += torch.stack(each).double().sum(1).cpu()
+    names = "O.logits_mean_mean", "O.logits_mean_absmax", "H.mean_logsqZ"
+    return {key: float(x) for key, x in (found | dict(zip(names, sums / tokens))).items()}
 
 
 def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds: float) -> None:
@@ -4456,9 +5285,7 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
                 if saving:  # before evaluating: what crashes there must not cost the checkpoint
                     save_checkpoint(run, p.model, p.opt, p.avg, p.loader, step)
                 if keeping:
-                    import slowrun
-
-                    slowrun.keep_epoch(p, step)
+                    keep_epoch(p, step)
                 if evaluating:
                     found = validate_all(p, step, run.trained or now)
         if last:
@@ -4505,8 +5332,8 @@ def trained_is_kept(p: Parts, begun: int):
 
 def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
     """
-    After the last step, its schedules and its evaluation `found`: export, read back, score, prove,
-    compare, sample.
+    After the last step, its schedules and its evaluation `found`: write the artifact and evaluate
+    what is read back. Scores, proofs and samples are logs/score.py's.
     """
     cfg, run, plan = p.cfg, p.run, p.plan
     end = plan.at(cfg.steps, 1.0)  # as all who read the artifact apply it
@@ -4521,94 +5348,8 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
     result |= {k: v for k, v in found.items() if k not in result}
     with weights_kept(p.opt.buckets), p.avg.swapped_in(cfg.final_weights):
         if cfg.export:
-            import golf
-
-            result |= golf.export_and_score(p, end)
-        short = p.tokenizer and p.val.bytes and p.val.bytes < 8e6
-        if more := run.on_main(lambda: compressors_bpb(p.val, p.tokenizer) if short else {}):
-            result |= more
-            run.log(
-                f"same text: xz -9e {result['xz_bpb']:.4f} bpb, zstd -19 "
-                f"{result['zstd_bpb']:.4f} bpb"
-            )
-        wanted = p.tokenizer and cfg.sample_tokens
-        text = run.on_main(
-            lambda: generate(p.model, p.tokenizer, cfg, plan.max_seq_len, end) if wanted else None
-        )
-        if text is not None:
-            run.log(f"sample from the {'artifact' if cfg.export else 'weights'}:\n{text}")
-        if cfg.average_epochs:
-            import slowrun
-
-            result |= slowrun.score_epochs(p, result)
+            result |= export_artifact(p)
     return {k: v for k, v in result.items() if v is not None}
-
-
-def prompt_tokens(tokenizer: Tokenizer, cfg: Config) -> list[int]:
-    """A document's start and the prompt, all of them tokens that the model knows."""
-    tokens = [cfg.doc_token, *tokenizer.encode(cfg.prompt)]
-    bad = [t for t in tokens if t >= cfg.vocab]
-    if bad:
-        raise UserError(
-            f"the tokenizer gives token {bad[0]}, which is not below the model's vocab = "
-            f"{cfg.vocab}"
-        )
-    return tokens
-
-
-@torch.compiler.set_stance("force_eager")  # every length would be a graph of its own
-@torch.no_grad()
-def generate(model: GPT, tokenizer: Tokenizer, cfg: Config, seq_len: int, now: Now) -> str:
-    """
-    Continue cfg.prompt (or a new document) by cfg.sample_tokens tokens; stops where a document
-    ends.
-    """
-    device = model.head.device
-    rng = torch.Generator(device).manual_seed(cfg.seed)
-    tokens = prompt_tokens(tokenizer, cfg)
-    for _ in range(cfg.sample_tokens):
-        context = torch.tensor([tokens[-seq_len:]], device=device)
-        logits = model.logits(model.hidden(context, now.repeats, now.window)[0, -1])[: cfg.vocab]
-        if cfg.top_k:
-            least = logits.topk(min(cfg.top_k, cfg.vocab)).values[-1]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        if cfg.temperature > 0:
-            tokens.append(
-                int(torch.multinomial((logits / cfg.temperature).softmax(-1), 1, generator=rng))
-            )
-        else:
-            tokens.append(int(logits.argmax()))
-        if tokens[-1] == cfg.doc_token:
-            break
-    return tokenizer.decode(tokens)
-
-
-def sample(flags: Config) -> int:
-    """
-    Print a sample from flags.sample_from; what is sampled comes from there, how it is sampled from
-    the flags.
-    """
-    cfg, named, path = open_source(flags.sample_from)
-    for key in ("prompt", "temperature", "top_k", "seed"):
-        setattr(cfg, key, getattr(flags, key))
-    cfg.sample_tokens = flags.sample_tokens or 200
-    plan, device = Plan(cfg), choose_device(flags)
-    model = build_model(cfg, device, choose_dtype(flags, device), plan.max_seq_len)
-    load_weights(model, named, str(path))
-    if not cfg.tokenizer:
-        raise UserError(
-            f"{path} was trained without a tokenizer: there is nothing to turn text into tokens"
-        )
-    print(
-        generate(
-            model,
-            Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token),
-            cfg,
-            plan.max_seq_len,
-            plan.at(cfg.steps, 1.0),
-        )
-    )
-    return 0
 
 
 def check_folder(cfg: Config, folder: Path) -> None:
@@ -4854,14 +5595,8 @@ def explain(e: BaseException) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["golf"]:  # golf.py's commands, for a packed source that is one file
-        import golf
-
-        return golf.main(argv[1:])
     try:
         cfg = parse_args(argv)
-        if cfg.sample_from:
-            return sample(cfg)
         with Run(cfg) as run:
             return train(cfg, run)
     except (UserError, RuntimeError, OSError) as e:
@@ -4877,6 +5612,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # of what the console lacks
-    # what imports train_gpt from here on gets this very module
-    sys.modules["train_gpt"] = sys.modules["__main__"]
     sys.exit(main())

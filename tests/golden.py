@@ -73,9 +73,6 @@ SMALL = {
     "log_every": 1,
     "save_every": 0,
     "embed_stats": 0,
-    "sample_tokens": 0,
-    "score": "",
-    "prove_bytes": 0,
     "artifact_limit": 0,
     "ema": 0.9,
     "swa_every": 2,
@@ -135,6 +132,7 @@ NCA = {
     "dtype": "float32",
     "compile": 0,
 }
+GOLDEN = ("--run", "golden")  # whose numbers are kept
 NCA_ROW = {"pr63": 252, "paper": 256}  # inputs of a row of at most 256 tokens
 
 
@@ -147,11 +145,13 @@ def command(changes: dict) -> list[str]:
 
 
 def runs() -> dict[str, list[tuple[str, list[str]]]]:
-    """Name of each run -> its program and command line; of a run with two phases, both."""
-    found = {}
+    """Name of each run -> program and command line of each of its phases, in order."""
+    found, phase1 = {}, {}
     for name, (preset, changes) in ({p: (p, {}) for p in presets()} | BESIDE).items():
         flags = SMALL | FITTED.get(preset, {}) | changes
-        found[name] = [("train_gpt", ["--config", preset, "on_cpu", *command(flags)])]
+        found[name] = [("train_gpt", ["--config", preset, "on_cpu", *command(flags), *GOLDEN])]
+        if "average_epochs" in flags:
+            found[name].append(("score", ["logs/golden", "--modes", "", "--sample_tokens", "0"]))
     for compat in ("pr63", "paper"):
         row = NCA_ROW[compat]
         sizes = {
@@ -161,10 +161,13 @@ def runs() -> dict[str, list[tuple[str, list[str]]]]:
             "batch_tokens": 4 * row,
             "micro_tokens": 2 * row,
         }
-        found[f"nca {compat}"] = [("pre_pre_train", command(NCA | sizes | {"nca_compat": compat}))]
+        phase1[compat] = command(NCA | sizes | {"nca_compat": compat})
+        found[f"nca {compat}"] = [("pre_pre_train", [*phase1[compat], *GOLDEN])]
     transfer = SMALL | {"init_from": "logs/phase1", "transfer": "attn"}
-    phase2 = ("train_gpt", ["--config", "nca_cpu", "on_cpu", *command(transfer)])
-    found["nca pr63, then nca_cpu"] = [*found["nca pr63"], phase2]
+    found["nca pr63, then nca_cpu"] = [
+        ("pre_pre_train", [*phase1["pr63"], "--run", "phase1"]),
+        ("train_gpt", ["--config", "nca_cpu", "on_cpu", *command(transfer), *GOLDEN]),
+    ]
     return {
         f"{name}, {world} rank{'s' * (world > 1)}": how
         for name, how in found.items()
@@ -253,15 +256,14 @@ def work(
 
     import pre_pre_train
     import train_gpt
+    from logs import score
 
     torch.set_num_threads(1)
     pre_pre_train.draw_picture = lambda *how, **more: None  # it takes longer than the run
-    name = "golden" if last else "phase1"
-    code = {"train_gpt": train_gpt, "pre_pre_train": pre_pre_train}[program].main(
-        [*argv, "--run", name]
-    )
+    programs = {"train_gpt": train_gpt, "pre_pre_train": pre_pre_train, "score": score}
+    code = programs[program].main(argv)
     if code == 0 and rank == 0 and last:
-        (folder / "found.json").write_text(json.dumps(collect(folder / "logs" / name)))
+        (folder / "found.json").write_text(json.dumps(collect(folder / "logs" / "golden")))
     return code
 
 

@@ -1,0 +1,1618 @@
+"""
+Phase 3: what the weights of a run are worth, each figure a code length that could be decoded.
+
+    python logs/score.py logs/RUN               # all that the [score] table of its preset asks for
+    python logs/score.py logs/RUN --modes "sliding mixture" --stride 64   # and with other settings
+    python logs/score.py logs/RUN/model.nrx --modes ttt   # of an artifact alone: printed, not kept
+    python logs/score.py sample logs/RUN --prompt "The people"
+    python logs/score.py prove logs/RUN --mode mixture --bytes 16384
+    python logs/score.py table logs/RUN         # bytes and bits per byte lost, choice by choice
+    python logs/score.py export logs/RUN --out small.nrx --bits fit --limit 16000000
+
+The first form runs under torchrun too, with as many ranks as there are GPUs. It adds to the run's
+log.txt and result.json: at the top what was asked for last, under `scores` every figure that was
+ever taken, by its settings. A figure that is there is not taken again, so what was killed goes on where it was.
+
+Read it from top to bottom:
+    Scorers      chunked, sliding window, online mixture, score-first test-time training
+    Proof        distributions that sum to 1 and know no future; a text back from its code
+    Epochs       averages of the weights that a run kept at the ends of its epochs
+    Figures      result.json
+    Programs     the phase, sample, prove, decode, table, export
+
+Every scorer gives the probability of each token of a stream behind its predecessors, and does so
+twice: `score` takes a whole stream at the speed of the batched forward pass, `distribution` and
+`observe` walk one token at a time and cannot look ahead. The first is what is claimed, the second
+is what decodes; `prove` ties them. Letters as in train_gpt.py: B, T, D, V; losses in nats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+import lzma
+import math
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+import zstandard
+from constriction import stream as coder
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # started as a script, which sees its own folder alone
+    sys.path.insert(0, str(ROOT))
+
+import train_gpt as tg  # noqa: E402
+from train_gpt import Config, UserError  # noqa: E402
+
+########################################
+#               Scorers                #
+########################################
+
+
+@dataclass
+class Settings:
+    """How a stream is scored; encoder and decoder must be given the same."""
+
+    # tokens scored per window; every one has at least row - stride tokens before it
+    stride: int = 64
+    logit_temperature: float = 1.0  # divides the logits; choose it on training tokens
+    # mixture: weight spread over the experts after every token; 0: Bayes, regret at most ln 4
+    share: float = 0.0
+    ttt_chunk: int = 32768  # ttt: tokens scored before they are trained on
+    ttt_epochs: int = 3  # ttt: passes over each chunk
+    # ttt: learning rate of SGD with momentum 0.9, falling to 0 as a cosine over the chunks
+    ttt_lr: float = 0.002
+    lora_rank: int = 8  # lora: rank of the products that are trained on a document
+    lora_lr: float = 0.001  # lora: learning rate of AdamW
+
+
+@dataclass
+class OneScore(Settings):
+    """The settings of one scorer."""
+
+    # chunked, sliding, mixture (with n-grams), ttt or lora (training on what was scored)
+    mode: str = "sliding"
+
+
+class Scores(NamedTuple):
+    nats: Tensor  # [n] float64: of every target
+    times: Tensor  # [n] int32: how often it was scored; anything but 1 is a bug
+    given: dict[int, np.ndarray]  # the whole distribution at the targets that were asked for
+
+
+def window_plan(n: int, length: int, stride: int) -> np.ndarray:
+    """
+    Windows [k, 3] over n targets: first input, first target scored, end of the targets scored.
+    Window k starts at k*stride; the first scores all that it covers, the others their last
+    `stride`; the last may be cut short. Every target is scored once; behind the first window each
+    has at least length - stride tokens before it.
+    """
+    count = max(1, -(-(n - length) // stride) + 1)
+    starts = np.arange(count) * stride
+    firsts = np.where(starts == 0, 0, starts + length - stride)
+    return np.stack([starts, firsts, np.minimum(starts + length, n)], axis=1)
+
+
+class Cache:
+    """
+    Keys and values of a row that grows: stands in for train_gpt.Seen, so that the model's own code
+    computes the activations of new tokens alone. Feeding a row in pieces gives what one pass over
+    it gives, up to float order.
+    """
+
+    def __init__(self, model: tg.GPT, repeats: int, window: int):
+        self.model, self.repeats, self.window, self.size, self.docs = (
+            model,
+            repeats,
+            window,
+            0,
+            None,
+        )
+        self.windows = [window if p.windowed else 0 for p in tg.wiring(model.cfg, repeats)]
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.turn = 0
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Activations [T, D] of the next tokens [T]."""
+        x = self.model.hidden(tokens[None], self.repeats, self.window, cache=self)[0]
+        self.size += len(tokens)
+        return x
+
+    def seen(self, docs: Tensor | None) -> Cache:
+        """Begin a pass over the blocks for tokens of the documents docs [1, T]."""
+        self.turn = 0
+        if docs is not None:  # documents are counted within what is fed: go on from the last one
+            self.docs = (
+                docs if self.docs is None else torch.cat([self.docs, docs + self.docs[:, -1:]], 1)
+            )
+        return self
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bound: float) -> Tensor:
+        if self.turn < len(self.kept):
+            k, v = (torch.cat(pair, 2) for pair in zip(self.kept[self.turn], (k, v)))
+            self.kept[self.turn] = k, v
+        else:
+            self.kept.append((k, v))
+        self.turn += 1
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        pos = torch.arange(k.size(2), device=q.device)
+        new = pos[k.size(2) - q.size(2) :, None]
+        docs = (
+            (self.docs[:, None, new], self.docs[:, None, None])
+            if self.docs is not None
+            else (None, None)
+        )
+        ok = tg.visible(new, pos, *docs, self.windows[self.turn - 1])
+        return ((q * scale) @ k.mT).float().masked_fill(~ok, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+class Sliding:
+    """
+    The model over windows of the stream. Chunked is the plan whose stride is the whole row. Batches
+    have one shape, ranks take turns with them. Temperature divides the logits; ids beyond the
+    vocabulary get no probability.
+    """
+
+    def __init__(self, model: tg.GPT, how: OneScore, shape: tg.Shape, run: tg.Ranks | None = None):
+        self.model, self.how, self.shape = model, how, shape
+        self.run = run or tg.Ranks(model.head.device)
+        self.length = shape.seq_len
+        self.stride = shape.seq_len if how.mode == "chunked" else how.stride
+        if not 1 <= self.stride <= self.length:
+            raise UserError(
+                f"stride = {how.stride}: must lie between 1 and the row's {self.length} tokens"
+            )
+        self.losses = (
+            torch.compile(self.plain_losses, dynamic=False)
+            if model.cfg.compile
+            else self.plain_losses
+        )
+        self.hidden = self.whole(model.hidden)
+
+    def whole(self, f: Callable) -> Callable:
+        """
+        Compiled as one graph where the model is (compile = 2); else its blocks are compiled by
+        themselves, or nothing is.
+        """
+        return torch.compile(f, dynamic=False) if self.model.cfg.compile == 2 else f
+
+    def warm_up(self) -> None:
+        """Compile every graph that scoring needs, on random tokens of one document."""
+        tokens = np.random.default_rng(0).integers(
+            self.model.cfg.vocab - 1, size=self.length + self.stride + 1
+        )
+        self.score(tokens + (tokens >= self.model.cfg.doc_token))
+
+    def log_probs(self, x: Tensor) -> Tensor:
+        """Activations [..., D] -> log probabilities [..., V] in fp32."""
+        return (
+            self.model.logits(x)[..., : self.model.cfg.vocab] / self.how.logit_temperature
+        ).log_softmax(-1)
+
+    def plain_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.nll_loss(self.log_probs(x), targets, reduction="none")
+
+    def score(self, tokens: np.ndarray, want: tuple[int, ...] = ()) -> Scores:
+        """Of tokens [n+1] the n targets tokens[1:], each given its predecessors."""
+        n, device = len(tokens) - 1, self.run.device
+        stream = torch.from_numpy(tokens.astype(np.int64)).to(device)
+        zeros = [torch.zeros(n, dtype=kind, device=device) for kind in (torch.float64, torch.int32)]
+        scores = Scores(*zeros, {})
+        self.score_windows(stream, window_plan(n, self.length, self.stride), scores, want)
+        return Scores(self.run.sum(scores.nats), self.run.sum(scores.times), scores.given)
+
+    @torch.no_grad()
+    def score_windows(
+        self, stream: Tensor, plan: np.ndarray, scores: Scores, want: tuple[int, ...]
+    ) -> None:
+        run, rows = self.run, self.shape.rows
+        plan = torch.from_numpy(plan).to(run.device)
+        within = torch.arange(self.length, device=run.device)
+        for low in range(0, len(plan), rows * run.world):
+            run.agree()
+            mine = plan[low + run.rank * rows :][:rows]
+            # what is missing scores nothing
+            start, first, end = F.pad(mine, (0, 0, 0, rows - len(mine))).T[..., None]
+            at = start + within  # of inputs in the stream, and of their targets among the targets
+            hidden = self.hidden(
+                stream[at.clamp_max(len(stream) - 2)], self.shape.repeats, self.shape.window
+            )
+            scored = ((at >= first) & (at < end)).flatten().nonzero()[:, 0]
+            at, hidden = at.flatten(), hidden.flatten(0, 1)
+            for part in scored.split(rows * self.stride):
+                padded = F.pad(part, (0, rows * self.stride - len(part)))
+                nats = self.losses(
+                    hidden[padded], stream[(at[padded] + 1).clamp_max(len(stream) - 1)]
+                )[: len(part)]
+                scores.nats.index_add_(0, at[part], nats.double())
+                scores.times.index_add_(0, at[part], torch.ones_like(part, dtype=torch.int32))
+            for t in want:
+                for i in scored[at[scored] == t]:
+                    scores.given[t] = self.log_probs(hidden[i]).double().softmax(-1).cpu().numpy()
+
+    def reset(self, first: int, n: int) -> None:
+        """Begin to walk along n targets behind the token `first`."""
+        self.past, self.end = [first], 0
+
+    @torch.no_grad()
+    def distribution(self) -> np.ndarray:
+        """
+        Probabilities [V] in float64 of the token behind those observed. Called once before each
+        observe.
+        """
+        t = len(self.past) - 1
+        if t == self.end:  # a new window: see its context again
+            self.start, self.end = self.next_window(t)
+            self.cache, self.fed = (
+                Cache(self.model, self.shape.repeats, self.shape.window),
+                self.start,
+            )
+        x = self.feed(torch.tensor(self.past[self.fed :], device=self.run.device))
+        self.fed = t + 1
+        return self.log_probs(x).double().softmax(-1).cpu().numpy()
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Activations [D] behind the last of the next tokens of a walk."""
+        return self.cache.feed(tokens)[-1]
+
+    def next_window(self, t: int) -> tuple[int, int]:
+        """
+        First input and end of the targets of the window that first scores target t. A scorer that
+        trains does it here.
+        """
+        start = 0 if t == 0 else self.start + self.stride
+        return start, start + self.length
+
+    def observe(self, token: int) -> None:
+        self.past.append(token)
+
+
+ALPHA, BIGRAM_STRENGTH, TRIGRAM_STRENGTH = 0.1, 8.0, 4.0
+
+
+class NGrams:
+    """
+    Unigram, bigram and trigram distributions from counts of the tokens seen so far. Each is a
+    distribution over the whole vocabulary: the unigram is smoothed by ALPHA, the longer ones by the
+    next shorter with the weight of so many counts (MacKay and Peto 1995).
+    """
+
+    def __init__(self, vocab: int, first: int):
+        # `vocab` stands for nothing: before the first token
+        self.total, self.context = 0, (vocab, first)
+        self.unigram, self.longer = np.zeros(vocab), defaultdict(Counter)
+
+    def distributions(self) -> np.ndarray:
+        """[3, V]"""
+        rows = [(self.unigram + ALPHA) / (self.total + ALPHA * len(self.unigram))]
+        for context, strength in (
+            (self.context[1:], BIGRAM_STRENGTH),
+            (self.context, TRIGRAM_STRENGTH),
+        ):
+            counts = self.longer[context]
+            row = strength * rows[-1]
+            row[list(counts)] += list(counts.values())
+            rows.append(row / (counts.total() + strength))
+        return np.stack(rows)
+
+    def observe(self, token: int) -> None:
+        self.total += 1
+        self.unigram[token] += 1
+        self.longer[self.context[1:]][token] += 1
+        self.longer[self.context][token] += 1
+        self.context = (self.context[1], token)
+
+
+def earlier(key: Tensor) -> Tensor:
+    """
+    How often each entry occurs before itself: what its count was when it was scored, for a whole
+    stream at once.
+    """
+    ordered, order = key.sort(stable=True)
+    place = torch.arange(len(key), device=key.device)
+    first = (
+        torch.where(F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True), place, 0)
+        .cummax(0)
+        .values
+    )
+    return torch.empty_like(place).index_copy_(0, order, place - first).double()
+
+
+def ngram_log_probs(tokens: Tensor, vocab: int) -> Tensor:
+    """
+    What NGrams gave to each target of a stream [n+1], just before it counted it: [n, 3] float64.
+    """
+    y, x = tokens[1:], tokens[:-1]
+    w = F.pad(x[:-1], (1, 0), value=vocab)
+    place = torch.arange(len(y), device=y.device, dtype=torch.float64)
+    p = [(earlier(y) + ALPHA) / (place + ALPHA * vocab)]
+    for context, strength in ((x, BIGRAM_STRENGTH), (w * vocab + x, TRIGRAM_STRENGTH)):
+        p.append((earlier(context * vocab + y) + strength * p[-1]) / (earlier(context) + strength))
+    return torch.stack(p, 1).log()
+
+
+def mixing_weights(experts: Tensor, share: float) -> Tensor:
+    """
+    Log weights before each target, from the log probabilities [n, K] that the experts gave to all
+    targets: Bayes' rule, then `share` of the weight is spread evenly (Herbster and Warmuth 1998).
+    One such step is a K x K matrix, so blocks of the stream are walked side by side: once for the
+    product of their matrices, once more from the weights at their start.
+    """
+    n, k = experts.shape
+    if share == 0:
+        return F.pad(experts.cumsum(0)[:-1], (0, 0, 1, 0)).log_softmax(1)
+    size = math.isqrt(n - 1) + 1
+    p = F.pad(
+        (experts - experts.amax(1, keepdim=True)).exp(), (0, 0, 0, -n % size), value=1.0
+    ).view(-1, size, k)
+    flow = (1 - share) * torch.eye(k).to(p) + share / k
+    product = torch.eye(k).to(p).expand(len(p), k, k)
+    for j in range(size):
+        product = flow @ (p[:, j, :, None] * product)
+        product = product / product.sum((1, 2), keepdim=True)
+    weights = [p.new_full((k,), 1 / k)]
+    for block in product[:-1]:
+        weights.append(block @ weights[-1])
+        weights[-1] = weights[-1] / weights[-1].sum()
+    before, now = [], torch.stack(weights)
+    for j in range(size):
+        before.append(now)
+        now = p[:, j] * now
+        now = now / now.sum(1, keepdim=True) @ flow
+    return torch.stack(before, 1).view(-1, k)[:n].log()
+
+
+class Mixture(Sliding):
+    """
+    Neural, unigram, bigram and trigram, mixed by Bayes' rule: an expert's weight is its share of
+    the probability given to the tokens so far (Hedge on log loss with learning rate 1), so the
+    whole text costs at most ln 4 nats more than the best expert alone. Weights and counts change
+    after a token is scored. A sum of distributions with weights that sum to 1 is one. The counts of
+    a whole stream come from sorting it: the pass costs what the sliding pass costs.
+    """
+
+    def score(self, tokens: np.ndarray, want: tuple[int, ...] = ()) -> Scores:
+        neural, vocab = super().score(tokens, want), self.model.cfg.vocab
+        stream = torch.from_numpy(tokens.astype(np.int64)).to(self.run.device)
+        experts = torch.cat([-neural.nats[:, None], ngram_log_probs(stream, vocab)], 1)
+        before = mixing_weights(experts, self.how.share)
+        given, ngrams = {}, NGrams(vocab, int(tokens[0]))
+        for t in range(max(neural.given, default=-1) + 1):
+            if t in neural.given:
+                given[t] = before[t].exp().cpu().numpy() @ np.stack(
+                    [neural.given[t], *ngrams.distributions()]
+                )
+            ngrams.observe(int(tokens[t + 1]))
+        return Scores(-(before + experts).logsumexp(1), neural.times, given)
+
+    def reset(self, first: int, n: int) -> None:
+        super().reset(first, n)
+        self.log_weights, self.ngrams = (
+            np.full(4, -math.log(4)),
+            NGrams(self.model.cfg.vocab, first),
+        )
+
+    def distribution(self) -> np.ndarray:
+        self.experts = np.stack([super().distribution(), *self.ngrams.distributions()])
+        return np.exp(self.log_weights) @ self.experts
+
+    def observe(self, token: int) -> None:
+        super().observe(token)
+        posterior = self.log_weights + np.log(self.experts[:, token])
+        posterior -= np.logaddexp.reduce(posterior)
+        share = self.how.share
+        self.log_weights = (
+            np.logaddexp(posterior + np.log1p(-share), np.log(share / 4)) if share else posterior
+        )
+        self.ngrams.observe(token)
+
+
+class TestTime(Sliding):
+    """
+    Score-first test-time training (parameter-golf #549): chunks of targets are scored by sliding
+    windows, then SGD takes some passes over what was just scored, and only then the next chunk is
+    scored. A window belongs to the chunk of its first scored target. The last chunk is never
+    trained on. Behind `score` the model has its own weights again; a walk by `distribution` and
+    `observe` leaves it trained.
+    """
+
+    def __init__(self, model: tg.GPT, how: OneScore, shape: tg.Shape, run: tg.Ranks | None = None):
+        super().__init__(model, how, shape, run)
+        self.graph = self.whole(model)
+
+    def warm_up(self) -> None:
+        super().warm_up()
+        with self.kept():
+            self.start_training(1)
+            self.train_step(torch.zeros(2, dtype=torch.long, device=self.run.device), range(1), 0.0)
+
+    def score(self, tokens: np.ndarray, want: tuple[int, ...] = ()) -> Scores:
+        with self.kept():
+            return super().score(tokens, want)
+
+    def score_windows(
+        self, stream: Tensor, plan: np.ndarray, scores: Scores, want: tuple[int, ...]
+    ) -> None:
+        self.start_training(len(stream) - 1)
+        chunk = plan[:, 1] // self.how.ttt_chunk
+        for c in np.unique(chunk):
+            self.train_until(c, stream)
+            super().score_windows(stream, plan[chunk == c], scores, want)
+
+    def reset(self, first: int, n: int) -> None:
+        super().reset(first, n)
+        self.start_training(n)
+
+    def next_window(self, t: int) -> tuple[int, int]:
+        with torch.enable_grad():
+            self.train_until(
+                t // self.how.ttt_chunk, torch.tensor(self.past, device=self.run.device)
+            )
+        return super().next_window(t)
+
+    @contextlib.contextmanager
+    def kept(self):
+        """The model's weights are put back behind it."""
+        own = copy.deepcopy(self.model.state_dict())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
+
+    def start_training(self, n: int) -> None:
+        self.trained, self.chunks = 0, -(-n // self.how.ttt_chunk)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.how.ttt_lr, momentum=0.9)
+
+    def train_until(self, chunk: int, stream: Tensor) -> None:
+        """Train on the chunks before `chunk`, all scored; targets behind them are not looked at."""
+        for c in range(self.trained, int(chunk)):
+            lr = self.how.ttt_lr * 0.5 * (1 + math.cos(math.pi * c / max(1, self.chunks - 1)))
+            low, high = c * self.how.ttt_chunk, (c + 1) * self.how.ttt_chunk
+            rows = range(low, high, self.length)
+            for _ in range(self.how.ttt_epochs):
+                for first in range(0, len(rows), 32):
+                    self.train_step(stream[: high + 1], rows[first : first + 32], lr)
+        self.trained = max(self.trained, int(chunk))
+
+    def train_step(self, stream: Tensor, starts: range, lr: float) -> None:
+        """
+        One step of SGD on rows of the stream, of which ranks take turns; the gradient's norm is at
+        most 1.
+        """
+        self.optimizer.zero_grad()
+        tokens = sum(min(self.length, len(stream) - 1 - s) for s in starts)
+        mine, rows = list(starts)[self.run.rank :: self.run.world], self.shape.rows
+        for low in range(0, len(mine), rows):
+            some = torch.tensor(mine[low : low + rows], device=self.run.device)
+            if self.model.cfg.compile:  # one shape is one graph: rows without a target fill it up
+                some = F.pad(some, (0, rows - len(some)), value=len(stream))
+            at = some[:, None] + torch.arange(self.length, device=self.run.device)
+            x, y = (
+                stream[at.clamp_max(len(stream) - 1)],
+                stream[(at + 1).clamp_max(len(stream) - 1)],
+            )
+            y = y.masked_fill(at + 1 >= len(stream), -1)
+            (self.graph(x, y, self.shape.repeats, self.shape.window).sum() / tokens).backward()
+        for p in self.model.parameters():
+            p.grad = self.run.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+
+class LoRA(Sliding):
+    """
+    Score-first training per document (parameter-golf #77, Hu et al. 2021): a document starts with
+    the artifact's weights plus low-rank products that are zero; each `stride` tokens are scored,
+    and the same forward pass then gives one step of AdamW. A document's last tokens are never
+    trained on, and the model's own weights never change. Documents of one batch are walked side by
+    side, each with its own products.
+    """
+
+    def __init__(self, model: tg.GPT, how: OneScore, shape: tg.Shape, run: tg.Ranks | None = None):
+        super().__init__(model, how, shape, run)
+        self.adapted = adapted_matrices(model)
+        self.watch = self.add_product  # one object: graphs are kept by it
+        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        if not self.adapted:
+            raise UserError(NO_LORA)
+        self.graph = self.whole(self.log_probs_at)
+
+    def add_product(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """x W^T -> x (W + B A)^T, with A [R, rank, cols] and B [R, rows, rank] of each document."""
+        if name not in self.pairs:
+            return y
+        a, b = self.pairs[name]
+        return y + (x @ a.to(x.dtype).mT) @ b.to(x.dtype).mT
+
+    def begin(self, rows: int) -> None:
+        """New products for so many documents; every document starts with the same random halves."""
+        self.products, rank = {}, self.how.lora_rank
+        for i, (name, p) in enumerate(self.adapted.items()):
+            w, rng = p.detach().flatten(0, -2), torch.Generator().manual_seed(i)
+            a = torch.randn(rank, w.size(1), generator=rng).to(w.device) * w.size(1) ** -0.5
+            b = w.new_zeros(rows, w.size(0), rank, dtype=torch.float32)
+            pair = a.expand(rows, -1, -1).clone(), b
+            self.products[name] = tuple(x.requires_grad_() for x in pair)
+        self.parts = [x for pair in self.products.values() for x in pair]
+        how = {"lr": self.how.lora_lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
+        self.optimizer = torch.optim.AdamW(self.parts, **how)
+
+    @contextlib.contextmanager
+    def adapting(self):
+        """
+        Inside, a forward pass of the model adds the products. Blocks that are compiled by
+        themselves run eagerly.
+        """
+        stance = contextlib.nullcontext()
+        if self.model.cfg.compile != 2:
+            stance = torch.compiler.set_stance("force_eager")
+        with tg.watching(self.model, self.watch), stance:
+            self.pairs = self.products
+            yield
+
+    def log_probs_at(self, tokens: Tensor, places: Tensor, pairs: dict) -> Tensor:
+        """
+        Log probabilities [R, n, V] behind the tokens at places [n] of rows [R, T], under the
+        products `pairs`.
+        """
+        self.pairs = pairs
+        hidden = self.model.hidden(tokens, self.shape.repeats, self.shape.window)
+        return self.log_probs(hidden[:, places])
+
+    def chunk(self, stream: Tensor, starts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """
+        Log probabilities [R, stride, V] of chunk k of the documents that begin at starts [R], and
+        its targets' places.
+        """
+        end = (k + 1) * self.stride
+        low, size = max(0, end - self.length), min(end, self.length)
+        # a few lengths are a few graphs; what lies behind the chunk, it does not see
+        if self.model.cfg.compile == 2:
+            size = min(self.length, self.stride << k.bit_length())
+        at = starts[:, None] + torch.arange(low, low + size, device=stream.device)
+        # what lies behind a document's end, no earlier token sees
+        tokens = stream[at.clamp_max(len(stream) - 1)]
+        places = torch.arange(end - self.stride - low, end - low, device=stream.device)
+        with self.adapting():
+            return self.graph(tokens, places, self.products), at[:, places]
+
+    def train(self, log_probs: Tensor, targets: Tensor, go_on: Tensor) -> None:
+        """
+        One step on a chunk that was scored, log_probs [R, stride, V], of the documents for which
+        go_on [R] is true.
+        """
+        with torch.enable_grad():
+            losses = -log_probs.gather(-1, targets[..., None])[..., 0].mean(1)
+            self.optimizer.zero_grad()
+            (losses * go_on).sum().backward(inputs=self.parts)
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def score(self, tokens: np.ndarray, want: tuple[int, ...] = ()) -> Scores:
+        n, run = len(tokens) - 1, self.run
+        stream = torch.from_numpy(tokens.astype(np.int64)).to(run.device)
+        nats, times = (
+            torch.zeros(n, dtype=kind, device=run.device) for kind in (torch.float64, torch.int32)
+        )
+        given = {}
+        begins = np.array([0, *(np.flatnonzero(tokens[1:n] == self.model.cfg.doc_token) + 1)])
+        sizes = np.diff(begins, append=n)
+        # alike lengths side by side
+        order, rows = np.argsort(-sizes, kind="stable"), self.shape.rows
+        for low in range(0, len(order), rows * run.world):
+            mine = order[low + run.rank * rows :][:rows]
+            starts, left = (torch.from_numpy(x[mine]).to(run.device) for x in (begins, sizes))
+            if self.model.cfg.compile == 2:  # documents of no length, so that there is one shape
+                starts, left = (F.pad(x, (0, rows - len(x))) for x in (starts, left))
+            self.begin(len(starts))
+            # rank 0 has the longest: all ask as often
+            for k in range(-(-int(sizes[order[low]]) // self.stride)):
+                run.agree()
+                if not bool((left > k * self.stride).any()):
+                    continue
+                go_on = left > (k + 1) * self.stride
+                with torch.set_grad_enabled(bool(go_on.any())):
+                    log_probs, at = self.chunk(stream, starts, k)
+                targets = stream[(at + 1).clamp_max(n)]
+                scored = at < (starts + left)[:, None]
+                p = log_probs.detach()[scored]
+                nats[at[scored]] = -p.gather(1, targets[scored][:, None])[:, 0].double()
+                times[at[scored]] += 1
+                for t in want:
+                    for i in (at[scored] == t).nonzero()[:, 0]:
+                        given[t] = p[i].double().exp().cpu().numpy()
+                if log_probs.requires_grad:
+                    self.train(log_probs, targets, go_on)
+        return Scores(run.sum(nats), run.sum(times), given)
+
+    def reset(self, first: int, n: int) -> None:
+        super().reset(first, n)
+        self.document = 0
+        self.begin(1)
+
+    def next_window(self, t: int) -> tuple[int, int]:
+        k = (t - self.document) // self.stride
+        if k:
+            here, past = torch.tensor([self.document]), torch.tensor(self.past)
+            here, past = here.to(self.run.device), past.to(self.run.device)
+            with torch.enable_grad():
+                log_probs, at = self.chunk(past, here, k - 1)
+                self.train(log_probs, past[at + 1], torch.ones_like(here))
+        end = (k + 1) * self.stride
+        return self.document + max(0, end - self.length), self.document + end
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        with self.adapting():
+            return super().feed(tokens)
+
+    def log_probs(self, x: Tensor) -> Tensor:
+        if x.ndim > 1:  # within the graph, which adapts
+            return super().log_probs(x)
+        with self.adapting():
+            return super().log_probs(x[None, None])[0, 0]
+
+    def observe(self, token: int) -> None:
+        super().observe(token)
+        # the next one begins: with it a new window and new products
+        if token == self.model.cfg.doc_token:
+            self.document = self.end = len(self.past) - 1
+            self.begin(1)
+
+
+def adapted_matrices(model: tg.GPT) -> dict[str, Tensor]:
+    """The large matrices that activations are multiplied with: no table of the input."""
+    named = dict(model.named_parameters())
+    tables = ("embed", "value_embeds")
+    return {name: named[name] for name in tg.quantised_names(model) if name not in tables}
+
+
+NO_LORA = "mode = 'lora' adapts matrices of 64 rows and columns or more, and this model has none"
+SCORERS = {
+    "chunked": Sliding,
+    "sliding": Sliding,
+    "mixture": Mixture,
+    "ttt": TestTime,
+    "lora": LoRA,
+}
+
+
+def refuse_dropout(cfg: Config, modes: str) -> None:
+    if re.search("ttt|lora", modes) and (cfg.attn_dropout or cfg.mlp_dropout or cfg.stoch_depth):
+        raise UserError(
+            f"mode = {modes!r} trains on what it scored, and with attn_dropout, mlp_dropout or "
+            "stoch_depth by "
+            "chance: no decoder could follow; use another mode, or a model without them"
+        )
+
+
+def make_scorer(
+    model: tg.GPT, how: OneScore, shape: tg.Shape, run: tg.Ranks | None = None
+) -> Sliding:
+    """
+    The scorer of how.mode. shape: rows per batch, tokens per row, repeats, window; run: for several
+    ranks.
+    """
+    if how.mode not in SCORERS:
+        raise UserError(f"mode = {how.mode!r}: must be one of {', '.join(SCORERS)}")
+    refuse_dropout(model.cfg, how.mode)
+    limits = {
+        "logit_temperature": (1e-3, 1e3),
+        "share": (0, 0.5),
+        "ttt_chunk": (1, 1 << 40),
+        "ttt_epochs": (0, 100),
+        "ttt_lr": (0, 10),
+        "lora_rank": (1, 1 << 12),
+        "lora_lr": (0, 10),
+    }
+    for key, (low, high) in limits.items():
+        if not low <= getattr(how, key) <= high:
+            raise UserError(f"{key} = {getattr(how, key)}: must lie between {low} and {high}")
+    return SCORERS[how.mode](model, how, shape, run)
+
+
+########################################
+#                Proof                 #
+########################################
+
+
+@contextlib.contextmanager
+def one_thread():
+    """
+    For walks token by token: threads cost such small operations more than they bring, and sums then
+    have one order.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def encode(scorer, tokens: np.ndarray) -> tuple[bytes, list[np.ndarray]]:
+    """
+    Tokens [n+1] as bytes: their number, the first token, then a range code (constriction, 24-bit
+    probabilities) of each under the scorer's step-wise distribution. Also those distributions' sums
+    and probabilities of the tokens, [n, 2].
+    """
+    encoder, seen = coder.queue.RangeEncoder(), []
+    scorer.reset(int(tokens[0]), len(tokens) - 1)
+    for token in tokens[1:].tolist():
+        p = scorer.distribution()
+        seen.append((p.sum(), p[token]))
+        encoder.encode(token, coder.model.Categorical(p, perfect=False))
+        scorer.observe(token)
+    head = struct.pack("<IH", len(tokens) - 1, int(tokens[0]))
+    return head + encoder.get_compressed().astype("<u4").tobytes(), np.array(seen)
+
+
+@one_thread()
+def decode(scorer, code: bytes, most: int = 1 << 28) -> np.ndarray:
+    """
+    The tokens of a code, by the same walk as encode's. It needs the same arithmetic: the same kind
+    of machine and build of torch. UserError where it is no code.
+    """
+    if len(code) < 6 or len(code) % 4 != 2 or struct.unpack_from("<I", code)[0] > most:
+        raise UserError(f"{len(code)} bytes are no code that prove wrote")
+    n, first = struct.unpack_from("<IH", code)
+    decoder, tokens = (
+        coder.queue.RangeDecoder(np.frombuffer(code[6:], "<u4").astype(np.uint32)),
+        [first],
+    )
+    scorer.reset(first, n)
+    for _ in range(n):
+        tokens.append(
+            int(decoder.decode(coder.model.Categorical(scorer.distribution(), perfect=False)))
+        )
+        scorer.observe(tokens[-1])
+    return np.array(tokens, dtype=np.uint16)
+
+
+def prove(
+    scorer, tokens: np.ndarray, decoder: Callable[[bytes], np.ndarray], flips: int = 3
+) -> dict:
+    """
+    Show that the scorer's claim for tokens [n+1] is a code length, or raise UserError that names
+    what it is not. Shown: every target is scored once; at `flips` targets the distribution behind
+    the claim sums to 1 and gives its target what was claimed; changing such a target changes no
+    score before it and not the distribution at it; the step-wise distributions all sum to 1; they
+    encode the tokens in the claimed number of bits; and decoder(code), which is given nothing but
+    the code, gives the same tokens back. Returns what was measured.
+    """
+    n, vocab = len(tokens) - 1, scorer.model.cfg.vocab
+
+    def need(ok: bool, why: str) -> None:
+        if not ok:
+            raise UserError(f"mode {scorer.how.mode}: no code length: {why}")
+
+    places = tuple(sorted({round((i + 1) * (n - 1) / (flips + 1)) for i in range(flips)}))
+    claim = scorer.score(tokens, places)
+    nats = claim.nats.cpu()
+    often = int(claim.times.min()), int(claim.times.max())
+    need(often == (1, 1), f"targets are scored {often[0]} to {often[1]} times")
+    need(bool(nats.isfinite().all()), "scores are not finite")
+    for t in places:
+        p, own = claim.given[t], int(tokens[t + 1])
+        need(
+            p.shape == (vocab,) and bool((p >= 0).all()) and abs(p.sum() - 1) < 1e-6,
+            f"the probabilities at target {t} sum to {p.sum():.6g}",
+        )
+        need(
+            abs(-math.log(p[own]) - float(nats[t])) < 1e-3,
+            f"target {t} is scored {float(nats[t]):.6f} nats, but its "
+            f"distribution gives {-math.log(p[own]):.6f}",
+        )
+        changed = tokens.copy()
+        changed[t + 1] = (own + 1) % vocab
+        other = scorer.score(changed, (t,))
+        moved = float((other.nats.cpu() - nats)[:t].abs().amax()) if t else 0.0
+        need(moved < 1e-5, f"changing target {t} moves a score before it by {moved:.3g} nats")
+        need(
+            np.abs(other.given[t] - p).max() < 1e-6,
+            f"changing target {t} changes the distribution at it",
+        )
+    began = time.perf_counter()
+    code, seen = encode(scorer, tokens)
+    encode_seconds = time.perf_counter() - began
+    worst = float(np.abs(seen[:, 0] - 1).max())
+    need(worst < 1e-6, f"step-wise probabilities sum to 1 +- {worst:.3g}")
+    claimed_bits, stepwise_bits = float(nats.sum()) / math.log(2), float(-np.log2(seen[:, 1]).sum())
+    # 6 bytes of head, at most two words of rounding at the end; the two passes round floats
+    # differently.
+    need(
+        8 * len(code) <= claimed_bits * 1.005 + 112,
+        f"{claimed_bits:.0f} bits are claimed, the code has {8 * len(code)}",
+    )
+    began = time.perf_counter()
+    need(np.array_equal(decoder(code), tokens), "what is decoded is another text")
+    decode_seconds = time.perf_counter() - began
+    return {
+        "tokens": n,
+        "claimed_bits": claimed_bits,
+        "stepwise_bits": stepwise_bits,
+        "code_bytes": len(code),
+        "flips": len(places),
+        "worst_sum": worst,
+        "encode_s": encode_seconds,
+        "decode_s": decode_seconds,
+    }
+
+
+def text_of(tokenizer: tg.Tokenizer, tokens: np.ndarray) -> bytes:
+    """The text that tokens [n+1] add behind the first, document by document."""
+    cuts = np.flatnonzero(tokens == tokenizer.doc_token)
+    return b"".join(tokenizer.decode(part.tolist()).encode() for part in np.split(tokens, cuts))
+
+
+def stretch(tokens: np.ndarray, tokenizer: tg.Tokenizer, least: int) -> tuple[np.ndarray, bytes]:
+    """
+    The first tokens of a stream, which begins with a document's token, that stand for at least
+    `least` bytes of text, and that text. It ends where the bytes of the pieces and of the text
+    agree: not within a character.
+    """
+    base, space, edge = tokenizer.tables()
+    sizes = np.cumsum(base[tokens[1:]] + (space[tokens[1:]] & ~edge[tokens[:-1]]))
+    first = int(np.searchsorted(sizes, least)) + 2
+    for end in range(first, min(first + 8, len(tokens) + 1)):
+        text = text_of(tokenizer, tokens[:end])
+        if len(text) == sizes[end - 2]:
+            return tokens[:end], text
+    raise UserError(
+        f"asked were {least} bytes of text, the stream holds {sizes[-1]} by the tokenizer's "
+        "pieces; if "
+        "those are enough, the pieces and the decoded text disagree about their length"
+    )
+
+
+########################################
+#                Epochs                #
+########################################
+
+
+def kept_epochs(folder: Path) -> list[Path]:
+    """The epochs kept by a run, oldest first."""
+    return sorted(p for p in folder.glob("epochs/*") if p.name.isdigit())
+
+
+def averaging_weights(n: int) -> dict[str, list[float]]:
+    """equal: every checkpoint counts the same; recency: the k-th of n counts k / (1 + ... + n)."""
+    return {"equal": [1 / n] * n, "recency": [2 * k / (n * (n + 1)) for k in range(1, n + 1)]}
+
+
+@torch.no_grad()
+def token_losses(s: Subject, repeats: int, window: int) -> Tensor:
+    """Losses in nats, float64 on the CPU, of the validation targets that fall to this rank."""
+    run, rows, losses = s.run, s.shape.rows, []
+    for low in range(0, s.val.rows, rows * run.world):
+        run.agree()
+        first = low + run.rank * rows
+        x, y = s.val.batch(range(first, first + rows), run.device, rows)
+        losses.append(s.graph(x, y, repeats, window)[y.flatten() >= 0].double().cpu())
+    return torch.cat(losses)
+
+
+def mean_over_ranks(s: Subject, losses: Tensor) -> float:
+    return float(s.run.sum(losses.sum().to(s.run.device))) / s.val.scored
+
+
+def score_epochs(s: Subject, last: int) -> dict:
+    """
+    Losses of averages over the last epochs that the run kept, each applied with the depth and
+    windows of its time: prob_* of the probabilities that each checkpoint gives to the target,
+    which is a distribution (averaged logits would not be that of anything), weights_* of the
+    weights themselves. Leaves the model with other weights. Collective.
+    """
+
+    def listed() -> list[tuple[Path, dict]]:
+        paths = kept_epochs(s.folder)[-last:]
+        texts = [(path / "state.json").read_text(encoding="utf-8") for path in paths]
+        return [(path, json.loads(text)) for path, text in zip(paths, texts)]
+
+    def weights_of(path: Path) -> dict[str, Tensor]:
+        return s.run.read_on_main(lambda: (tg.read_tensors(path / "model.safetensors"), None))[0]
+
+    kept = s.run.on_main(listed)
+    if len(kept) < last:
+        raise UserError(f"{s.folder}/epochs holds {len(kept)} of {last} epochs to average")
+    found, losses = {}, []
+    for path, state in kept:
+        tg.load_weights(s.model, weights_of(path), str(path))
+        losses.append(token_losses(s, state["repeats"], state["window"]))
+        loss = mean_over_ranks(s, losses[-1])
+        s.run.log(f"epoch weights of step {state['step']}: val_loss:{loss:.5f}")
+    stacked, end = torch.stack(losses), kept[-1][1]
+    for name, weights in averaging_weights(len(kept)).items():
+        log_weights = torch.tensor(weights, dtype=torch.float64).log()[:, None]
+        mixture = -torch.logsumexp(log_weights - stacked, 0)
+        found[f"val_loss_prob_{name}"] = mean_over_ranks(s, mixture)
+    for name, weights in averaging_weights(len(kept)).items():
+        average = {n: torch.zeros(w.shape) for n, w in s.model.named_parameters()}
+        for (path, _), weight in zip(kept, weights):
+            for n, w in weights_of(path).items():
+                average[n].add_(w.float(), alpha=weight)
+        tg.load_weights(s.model, average, str(s.folder))
+        averaged = token_losses(s, end["repeats"], end["window"])
+        found[f"val_loss_weights_{name}"] = mean_over_ranks(s, averaged)
+    for name, loss in found.items():
+        s.run.log(f"average over {len(kept)} epochs: {name}:{loss:.5f}")
+    return found | {"averaged_steps": [state["step"] for _, state in kept]}
+
+
+def selected(s: Subject, result: dict, found: dict) -> dict:
+    """
+    The best epoch, and the least of all losses as slowrun's board takes it: both are chosen on the
+    validation set itself, which `selected_on_validation` says.
+    """
+    best = best_epoch(s.folder, s.plan)
+    last = {key: result.get(key) for key in ("val_loss", "val_loss_ema", "val_loss_swa")}
+    losses = last | {k: v for k, v in found.items() if k.startswith("val_loss")}
+    losses |= {"val_loss_best_epoch": best[0]} if best else {}
+    name = min((n for n in losses if losses[n] is not None), key=losses.get)
+    chosen = {"slowrun_val_loss": losses[name], "slowrun_val_loss_is": name}
+    if best:
+        chosen |= {"val_loss_best_epoch": best[0], "best_epoch": best[1]}
+        s.run.log(f"best epoch: {best[1]}, val_loss:{best[0]:.5f} (selected on validation)")
+    s.run.log(
+        f"slowrun's figure, the least of these: val_loss:{losses[name]:.5f} from {name} "
+        "(selected on validation)"
+    )
+    on_validation = [k for k in ("val_loss_best_epoch", "slowrun_val_loss") if k in chosen]
+    return chosen | {"selected_on_validation": on_validation}
+
+
+def best_epoch(folder: Path, plan: tg.Plan) -> tuple[float, int] | None:
+    """Least loss among the evaluations at ends of epochs, and its epoch; None without any."""
+    cfg, losses = plan.cfg, []
+    metrics = folder / "metrics.jsonl"
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.exists() else ""
+    for record in filter(None, map(tg.parse_metric, text.splitlines())):
+        if record["kind"] == "val" and plan.ends_epoch(record["step"]):
+            losses.append((record["val_loss"], record["step"] * cfg.epochs // cfg.steps))
+    return min(losses, default=None)
+
+
+########################################
+#               Figures                #
+########################################
+
+# what a mode's bits per byte are called in result.json
+RESULT = {
+    "chunked": "chunked_val_bpb",
+    "sliding": "sliding_val_bpb",
+    "mixture": "mixed_val_bpb",
+    "ttt": "ttt_val_bpb",
+    "lora": "lora_val_bpb",
+}
+# the settings that each mode looks at
+LOOKS_AT = {
+    "chunked": ("logit_temperature",),
+    "sliding": ("stride", "logit_temperature"),
+    "mixture": ("stride", "logit_temperature", "share"),
+    "ttt": ("stride", "logit_temperature", "ttt_chunk", "ttt_epochs", "ttt_lr"),
+    "lora": ("stride", "logit_temperature", "lora_rank", "lora_lr"),
+}
+
+
+class Figures:
+    """
+    The figures of a run folder: result.json, which rank 0 reads and writes, whole or not at all.
+    A source that is no finished run has none, and what is found is only printed.
+    """
+
+    def __init__(self, s: Subject):
+        self.subject, self.path = s, s.folder / "result.json"
+        self.keeps = bool(s.run.on_main(lambda: s.is_run and s.own_text and self.path.exists()))
+        self.result: dict = s.run.on_main(self.read) if self.keeps else {}
+
+    def read(self) -> dict:
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise UserError(f"{self.path} cannot be read ({e}); train the run again") from e
+
+    def take(self, name: str, work: Callable[[], tuple[dict, dict]]) -> None:
+        """
+        Unless the figure `name` of these very weights is there, find it by work(), which gives it
+        and what of it stands at the top of result.json: what was asked for last stands there.
+        """
+        scores = self.result.setdefault("scores", {})
+        known = scores.pop(name, None)
+        if known and known["of"] == self.subject.digest:
+            self.subject.run.log(f"{name}: taken before: {json.dumps(known['top'])}")
+        else:
+            figure, top = work()
+            known = figure | {"top": top, "of": self.subject.digest}
+        scores[name] = known  # the newest is the last
+        self.result |= known["top"]
+        if self.keeps:
+            self.result["eval_time_s"] = self.seconds()
+            text = json.dumps(self.result, indent=1) + "\n"
+            self.subject.run.on_main(lambda: tg.write_whole(self.path, text.encode()))
+
+    def seconds(self) -> float:
+        """Of the evaluation behind training and of the newest score in each mode."""
+        first = self.result.setdefault("first_eval_time_s", self.result.get("eval_time_s", 0.0))
+        newest = {}
+        for name, figure in self.result["scores"].items():
+            newest[name.split()[0]] = figure.get("eval_time_s", 0.0)
+        return first + sum(newest.values())
+
+
+########################################
+#               Programs               #
+########################################
+
+
+@dataclass
+class Subject:
+    """What is scored: weights in their model, how they are applied, the text, and who works."""
+
+    cfg: Config
+    run: tg.Run
+    plan: tg.Plan
+    model: tg.GPT
+    graph: Callable  # the model, compiled or not
+    shape: tg.Shape
+    path: Path  # of the weights: an artifact, or a checkpoint's folder
+    folder: Path  # of the run, or the one that the weights lie in
+    is_run: bool  # whether a run folder was asked for
+    own_text: bool  # whether the text is what the run was evaluated on
+    digest: str  # of the weights' file
+
+    def __post_init__(self):
+        cfg, self.tokenizer = self.cfg, None
+        if cfg.tokenizer:
+            self.tokenizer = tg.Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token)
+
+    @functools.cached_property
+    def val(self) -> tg.Validation:
+        return tg.Validation(self.cfg, self.plan, self.tokenizer)
+
+
+@dataclass
+class Source:
+    """Which weights, on which text, on which machine."""
+
+    source: Annotated[str, tyro.conf.Positional]  # run folder, checkpoint folder or artifact
+    # scored prefix of the validation stream; 0: all of it; -1: what the run was evaluated on
+    val_tokens: int = -1
+    data: str = ""  # folder of the shards; empty: the run's own
+    device: str = "auto"  # auto, cpu or cuda
+    rows: int = 0  # windows per batch; 0: as many as micro_tokens holds
+
+
+def opened(flags: Source, compiled: bool = False, exact: bool = False) -> Subject:
+    """The weights that `flags` name, in a model; exact: those of a checkpoint, not rounded."""
+    cfg, named, path = tg.open_source(flags.source, exact)
+    if exact and path.is_file():
+        raise UserError(
+            f"{path} is an artifact: quantising needs the exact weights, of a checkpoint "
+            "(ckpt/*/DONE)"
+        )
+    source = Path(flags.source)
+    is_run = source.is_dir() and not (source / "model.safetensors").exists()
+    folder = source if is_run else path.parent
+    cfg.log_dir, cfg.run, cfg.wandb = str(folder.absolute().parent), folder.absolute().name, ""
+    cfg.device, cfg.data = flags.device, flags.data or cfg.data
+    cfg.val_tokens = cfg.val_tokens if flags.val_tokens < 0 else flags.val_tokens
+    on_cpu = tg.choose_device(cfg).type == "cpu"
+    if on_cpu and isinstance(flags, (Prove, Decode)):
+        cfg.dtype = "float32"  # a walk token by token would spend its time on casting weights
+    if on_cpu or not compiled:
+        cfg.compile = 0  # takes longer than it saves
+    run, plan = tg.Run(cfg), tg.Plan(cfg)
+    model = tg.build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
+    tg.load_weights(model, named, str(path))
+    shape = plan.eval_shape(plan.at(cfg.steps, 1.0))
+    shape = shape._replace(rows=flags.rows or shape.rows)
+    weights = path if path.is_file() else path / "model.safetensors"
+    with open(weights, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    graph = tg.compile_model(model, cfg)
+    own_text = not flags.data and flags.val_tokens < 0
+    return Subject(cfg, run, plan, model, graph, shape, path, folder, is_run, own_text, digest)
+
+
+@dataclass
+class Phase(Settings, Source):
+    """
+    Take the figures that a run's [score] table asks for, or that the flags do: scores, a proof,
+    averages over epochs where some were kept, and a sample.
+    """
+
+    modes: str = ""  # any of chunked sliding mixture ttt lora, in this order; empty: none
+    prove_bytes: int = 0  # validation text to encode and decode, under the last mode; 0: none
+    sample_tokens: int = 0  # length of a sample; 0: none
+    prompt: str = ""  # text that it continues; empty: the start of a document
+    temperature: float = 0.8  # of sampling; 0: always the likeliest token
+    top_k: int = 50  # sample among so many likeliest tokens; 0: all
+    # average over so many of the last epochs; 0: as many as average_epochs says; -1: over none
+    last_epochs: int = 0
+
+
+def phase(argv: list[str]) -> int:
+    """The exit code of phase 3 on the run folder, checkpoint or artifact argv[0]."""
+    cfg, _, _ = tg.open_source(argv[0])
+    flags = tyro.cli(
+        Phase,
+        args=argv,
+        default=Phase(source=argv[0], **cfg.score),
+        prog="score.py",
+        description=__doc__.split("Read it")[0],
+        use_underscores=True,
+    )
+    check(flags)
+    s = opened(flags, compiled=True)
+    try:
+        with s.run:
+            s.run.on_main(lambda: begin(s, flags))
+            take_figures(s, flags)
+            if flags.sample_tokens:
+                s.run.on_main(lambda: log_sample(s, flags))
+            s.run.complete = True
+    except tg.Interrupted:
+        name = signal.Signals(s.run.signal).name
+        s.run.log(f"interrupted by {name}: what was taken is kept; start again to go on")
+        return 128 + s.run.signal
+    return 0
+
+
+def check(flags: Phase) -> None:
+    """Refuse what no weights could be scored with."""
+    modes = flags.modes.split()
+    for mode in modes:
+        if mode not in SCORERS:
+            raise UserError(f"modes = {flags.modes!r}: {mode!r} is none of {', '.join(SCORERS)}")
+    if len(set(modes)) < len(modes):
+        raise UserError(f"modes = {flags.modes!r} names one twice")
+    for key in ("prove_bytes", "sample_tokens", "top_k"):
+        if getattr(flags, key) < 0:
+            raise UserError(f"{key} = {getattr(flags, key)}: must not be negative")
+
+
+def begin(s: Subject, flags: Phase) -> None:
+    """Go on with the run's log, and keep others out of its folder; of no run, only say what is."""
+    if s.is_run:
+        s.run.lock_folder()
+        s.run.open_log(None)
+    told = {k: v for k, v in dataclasses.asdict(flags).items() if k != "source"}
+    s.run.log("=" * 100, console=False)
+    s.run.log(f"scores of {s.path}: {json.dumps(told)}", console=False)
+    if not s.own_text:
+        s.run.log("notice: on another text than the run's own: figures are not kept")
+
+
+def take_figures(s: Subject, flags: Phase) -> None:
+    """Every figure that was asked for, each written as soon as it is there. Collective."""
+    figures, modes = Figures(s), flags.modes.split()
+    for mode in modes:
+        how = OneScore(mode=mode, **settings_of(flags))
+        figures.take(label(how), lambda how=how: one_score(s, how))
+    if flags.prove_bytes:
+        how = OneScore(mode=(modes or ["chunked"])[-1], **settings_of(flags))
+        name = f"proof {label(how)} bytes={flags.prove_bytes}"
+        figures.take(name, lambda: one_proof(s, how, flags))
+    epochs = flags.last_epochs or s.cfg.average_epochs
+    if epochs > 0 and (s.is_run or flags.last_epochs):
+        official = epochs == s.cfg.average_epochs
+        figures.take(f"epochs {epochs}", lambda: averaged(s, figures, epochs, official))
+    if s.tokenizer and 0 < s.val.bytes < 8e6:
+        figures.take("compressors", lambda: compressors_bpb(s))
+
+
+def settings_of(flags: Settings) -> dict:
+    return {f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)}
+
+
+def label(how: OneScore) -> str:
+    """A figure's name: the mode, its stride, and what differs from the defaults of its settings."""
+    plain = OneScore()
+    words = [
+        f"{key}={getattr(how, key):g}"
+        for key in LOOKS_AT[how.mode]
+        if key == "stride" or getattr(how, key) != getattr(plain, key)
+    ]
+    return " ".join([how.mode, *words])
+
+
+def one_score(s: Subject, how: OneScore) -> tuple[dict, dict]:
+    """Score the validation text; graphs are compiled before the clock, on random tokens."""
+    scorer = make_scorer(s.model, how, s.shape, s.run)
+    if s.cfg.compile:
+        scorer.warm_up()
+    found = score_all(scorer, s.val)
+    ms, rate = found["eval_time_s"] * 1000, found["tok_s"]
+    s.run.log(
+        f"final_{how.mode} val_loss:{found['val_loss']:.8f} val_bpb:{found['val_bpb']:.8f} "
+        f"window:{s.shape.seq_len} stride:{scorer.stride} eval_time:{ms:.0f}ms tok_s:{rate:.0f}"
+    )
+    bpb = None if math.isnan(found["val_bpb"]) else found["val_bpb"]
+    key = RESULT[how.mode]
+    top = {key.replace("bpb", "loss"): found["val_loss"]} | ({key: bpb} if bpb else {})
+    return {"world_size": s.run.world, "eval_time_s": found["eval_time_s"]}, top
+
+
+def one_proof(s: Subject, how: OneScore, flags: Phase) -> tuple[dict, dict]:
+    """Have a process of its own encode and decode a stretch of text from the weights alone."""
+    words = {"bytes": flags.prove_bytes, "device": s.run.device.type, "data": s.cfg.data}
+    words |= dataclasses.asdict(how)
+    argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+
+    def work() -> str:
+        return fresh_process("prove", str(s.path), *argv, asked_to_stop=lambda: bool(s.run.signal))
+
+    lines = s.run.on_main(work)
+    s.run.agree()  # a signal that came meanwhile
+    s.run.log(lines.rstrip())
+    found = dict(re.findall(r"(\w+_bpb|code_bytes):([\d.]+)", lines))
+    decoded = float(found["decoded_bpb"])
+    figure = {key: float(value) for key, value in found.items()}
+    return figure, {"proven_bytes": flags.prove_bytes, "decoded_bpb": decoded}
+
+
+def averaged(s: Subject, figures: Figures, last: int, official: bool) -> tuple[dict, dict]:
+    """
+    Averages over the last epochs. At the top of result.json stand those over as many as the run
+    says; `val_loss` there stays the loss of the last step.
+    """
+    own = {name: w.detach().clone() for name, w in s.model.named_parameters()}
+    try:
+        found = score_epochs(s, last)
+    finally:
+        tg.load_weights(s.model, own, str(s.path))
+    if not official:
+        s.run.log(f"the top of result.json keeps averages over {s.cfg.average_epochs} epochs")
+        return found, {}
+    chosen = s.run.on_main(lambda: selected(s, figures.result, found))
+    return {}, found | chosen
+
+
+def compressors_bpb(s: Subject) -> tuple[dict, dict]:
+    """xz -9e and zstd -19 on the scored text itself, to compare with: they need no training."""
+
+    def work() -> dict[str, float]:
+        text = s.tokenizer.decode(s.val.tokens[1:]).encode()
+        xz = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+        zstd = len(zstandard.ZstdCompressor(level=19).compress(text))
+        return {"xz_bpb": xz * 8 / len(text), "zstd_bpb": zstd * 8 / len(text)}
+
+    found = s.run.on_main(work)
+    bits = ", ".join(f"{key.removesuffix('_bpb')} {x:.4f} bpb" for key, x in found.items())
+    s.run.log(f"same text: {bits}")
+    return {}, found
+
+
+@dataclass
+class Sample(Source):
+    """Continue a text with the weights of a run, a checkpoint or an artifact."""
+
+    prompt: str = ""  # text to continue; empty: the start of a document
+    tokens: int = 200  # length of the sample at most; a document's end ends it
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int = 50  # among so many likeliest tokens; 0: all
+    seed: int = 1
+
+
+def prompt_tokens(s: Subject, prompt: str) -> list[int]:
+    """A document's start and the prompt, all of them tokens that the model knows."""
+    if not s.tokenizer:
+        raise UserError(f"{s.path} was trained without a tokenizer: there is no text to sample")
+    tokens = [s.cfg.doc_token, *s.tokenizer.encode(prompt)]
+    if bad := [t for t in tokens if t >= s.cfg.vocab]:
+        raise UserError(
+            f"the tokenizer gives token {bad[0]}, which is not below the model's vocab = "
+            f"{s.cfg.vocab}"
+        )
+    return tokens
+
+
+@torch.compiler.set_stance("force_eager")  # every length would be a graph of its own
+@torch.no_grad()
+def generate(s: Subject, how: Sample) -> str:
+    """The prompt and what the model goes on with; it stops where a document ends."""
+    model, device, vocab = s.model, s.run.device, s.cfg.vocab
+    rng = torch.Generator(device).manual_seed(how.seed)
+    tokens = prompt_tokens(s, how.prompt)
+    for _ in range(how.tokens):
+        context = torch.tensor([tokens[-s.plan.max_seq_len :]], device=device)
+        hidden = model.hidden(context, s.shape.repeats, s.shape.window)
+        logits = model.logits(hidden[0, -1])[:vocab]
+        if how.top_k:
+            least = logits.topk(min(how.top_k, vocab)).values[-1]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if how.temperature > 0:
+            p = (logits / how.temperature).softmax(-1)
+            tokens.append(int(torch.multinomial(p, 1, generator=rng)))
+        else:
+            tokens.append(int(logits.argmax()))
+        if tokens[-1] == s.cfg.doc_token:
+            break
+    return s.tokenizer.decode(tokens)
+
+
+def log_sample(s: Subject, flags: Phase) -> None:
+    how = Sample(
+        source=flags.source,
+        prompt=flags.prompt,
+        tokens=flags.sample_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        seed=s.cfg.seed,
+    )
+    what = "artifact" if s.path.is_file() else "weights"
+    s.run.log(f"sample from the {what}:\n{generate(s, how)}")
+
+
+def sample_command(flags: Sample) -> None:
+    for key, least, most in (("tokens", 0, 10**6), ("temperature", 0, 1000), ("top_k", 0, 65536)):
+        value = getattr(flags, key)
+        if not least <= value <= most:
+            raise UserError(f"{key} = {value}: must lie between {least} and {most}")
+    print(generate(opened(flags), flags))
+
+
+def fresh_process(*arguments: str, asked_to_stop: Callable[[], bool] = lambda: False) -> str:
+    """
+    What `score.py ARGUMENTS` prints, in a process that shares nothing with this one; UserError
+    where it fails. Once asked_to_stop() it is ended as by Ctrl-C, with what it has started, and gives "".
+    """
+    packed = [] if Path(__file__).name == "score.py" else ["logs.score"]  # within one file
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    env = {key: value for key, value in os.environ.items() if key not in ranks}
+    command = [sys.executable, __file__, *packed, *arguments]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                out, err = process.communicate(timeout=0.2)
+                break
+            if asked_to_stop():
+                return ""
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=10)
+            process.kill()
+            process.wait()
+    if asked_to_stop():  # the terminal's Ctrl-C reached it as well
+        return ""
+    if process.returncode:
+        raise UserError(f"score.py {arguments[0]} left with {process.returncode}: {err[-2000:]}")
+    return out
+
+
+def score_all(scorer: Sliding, val: tg.Validation) -> dict[str, float]:
+    """
+    Score a validation prefix: nats per token, bits per byte (nan where the bytes are unknown),
+    seconds, tokens/s.
+    """
+    began = time.perf_counter()
+    scores = scorer.score(val.tokens)
+    assert bool((scores.times == 1).all()), "a target was not scored exactly once"
+    n = len(val.tokens) - 1
+    loss, seconds = float(scores.nats.sum()) / n, time.perf_counter() - began
+    bpb = tg.bits_per_byte(loss, n, val.bytes)
+    bpb = math.nan if bpb is None else bpb
+    return {"val_loss": loss, "val_bpb": bpb, "eval_time_s": seconds, "tok_s": n / seconds}
+
+
+@dataclass
+class Prove(OneScore, Source):
+    """
+    Encode a stretch of validation text, decode it in a fresh process, and check that the score is
+    a code length.
+    """
+
+    bytes: int = 16384  # text at least
+
+
+def prove_command(flags: Prove) -> None:
+    s = opened(flags)
+    if not s.tokenizer:
+        raise UserError(
+            f"{flags.source} was trained without a tokenizer: there is no text to encode"
+        )
+    tokens, text = stretch(s.val.tokens, s.tokenizer, flags.bytes)
+    note = ""
+    if flags.mode == "ttt" and flags.ttt_chunk > len(tokens) // 4:  # else nothing is trained
+        flags.ttt_chunk = len(tokens) // 4
+        note = f", ttt_chunk:{flags.ttt_chunk}: this stretch in four chunks"
+    with tempfile.TemporaryDirectory() as folder:
+        code, out = Path(folder) / "code", Path(folder) / "tokens"
+        words = {f.name: getattr(flags, f.name) for f in dataclasses.fields(OneScore)}
+        words |= {"device": flags.device, "code": code, "out": out}
+        argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+
+        def decode_afresh(data: bytes) -> np.ndarray:
+            """Decode in a new process, which is given the weights and the code."""
+            code.write_bytes(data)
+            fresh_process("decode", flags.source, *argv)
+            return np.fromfile(out, "<u2")
+
+        found = prove(make_scorer(s.model, flags, s.shape), tokens, decode_afresh)
+        same = text_of(s.tokenizer, np.fromfile(out, "<u2")) == text
+    if not same:
+        raise UserError("the tokens came back, but not the text")
+    bpb = {
+        "decoded_bpb": 8 * found["code_bytes"] / len(text),
+        "claimed_bpb": found["claimed_bits"] / len(text),
+        "stepwise_bpb": found["stepwise_bits"] / len(text),
+    }
+    bits = " ".join(f"{key}:{value:.6f}" for key, value in bpb.items())
+    print(f"prove:{flags.mode} text_bytes:{len(text)} code_bytes:{found['code_bytes']} {bits}")
+    print(
+        f"  tokens:{found['tokens']} each scored once, {found['flips']} flips, sums within "
+        f"{found['worst_sum']:.1e} of 1, encode:{found['encode_s']:.1f}s "
+        f"decode:{found['decode_s']:.1f}s{note}, the text came back: proven"
+    )
+
+
+@dataclass
+class Decode(OneScore, Source):
+    """Decode a code that prove wrote, from the weights alone."""
+
+    code: str = ""  # file with the code
+    out: str = ""  # file for the tokens, uint16 little endian
+
+
+def decode_command(flags: Decode) -> None:
+    if not flags.code or not flags.out:
+        raise UserError(
+            "say which file holds the code and where the tokens go: --code FILE --out FILE"
+        )
+    s = opened(flags)
+    code = Path(flags.code).read_bytes()
+    decode(make_scorer(s.model, flags, s.shape), code).astype("<u2").tofile(flags.out)
+
+
+@dataclass
+class Table(OneScore, Source):
+    """The same weights stored in different ways: bytes, and bits per byte lost."""
+
+    mode: str = "chunked"  # how to score: chunked, sliding, mixture, ttt or lora
+    calibration_rows: int = 32  # rows of training tokens for GPTQ
+    choices: tuple[str, ...] = (
+        "int8",
+        "int7",
+        "int6",
+        "int6 gptq",
+        "int6 mlp:5 gptq",
+        "int5 gptq",
+        "int4 gptq",
+    )
+
+
+def table_command(flags: Table) -> None:
+    s = opened(flags, exact=True)
+    named = {name: w.detach().clone() for name, w in s.model.named_parameters()}
+    matrices = {name: named[name] for name in tg.quantised_names(s.model)}
+    for choice in flags.choices:
+        tg.check_bits(choice.removesuffix(" gptq"), list(matrices))
+    rows = tg.calibration(s.cfg, flags.calibration_rows)
+    repeats, window = s.shape.repeats, s.shape.window
+    hessians, _ = tg.record_hessians(s.model, rows, repeats, window, s.run)
+    scorer = make_scorer(s.model, flags, s.shape)
+    exact, base, codecs = score_all(scorer, s.val), 0, (*tg.CODECS, tg.ENTROPY)
+    print(
+        f"exact weights: {exact['val_loss']:.5f} nats, {exact['val_bpb']:.5f} bpb; "
+        f"{sum(w.numel() for w in named.values())} parameters; {flags.mode}, "
+        f"{len(s.val.tokens) - 1} tokens; GPTQ on {rows.size} training tokens"
+    )
+    print(f"| weights | {' | '.join(codecs)} | smallest / (int8 + zstd) | bpb lost |")
+    print("|-|" + "-:|" * (len(codecs) + 2))
+    for choice in flags.choices:
+        bits = choice.removesuffix(" gptq")
+        found = tg.quantise(matrices, tg.parse_bits(bits), hessians if bits != choice else None)
+        packed = {codec: tg.pack_artifact(named, found, s.cfg, codec) for codec in codecs}
+        base = base or len(packed["zstd"])
+        tg.load_weights(s.model, tg.unpack_artifact(packed[tg.ENTROPY], choice)[1], choice)
+        lost = score_all(scorer, s.val)["val_bpb"] - exact["val_bpb"]
+        sizes = [len(p) for p in packed.values()]
+        columns = " | ".join(map(str, sizes))
+        print(f"| {choice} | {columns} | {min(sizes) / base:.3f} | {lost:+.5f} |", flush=True)
+
+
+@dataclass
+class Export(Source):
+    """Write an artifact from the newest checkpoint of a run."""
+
+    out: str = "model.nrx"  # the file to write; it must not exist
+    # int4 to int8, with exceptions such as "int6 mlp:5 head:8"; fit: the most that --limit allows
+    bits: str = "int6"
+    codec: str = "best"  # zstd, brotli, xz, entropy, or best: the smallest of them
+    calibration_rows: int = 32  # rows of training tokens for GPTQ; 0: nearest integers instead
+    limit: int = 0  # bytes of the file at most; 0: any
+
+
+def export_command(flags: Export) -> None:
+    codecs = (*tg.CODECS, tg.ENTROPY, "best")
+    if Path(flags.out).exists():
+        raise UserError(f"out = {flags.out!r} exists: choose another name, or delete it")
+    if not Path(flags.out).parent.is_dir():
+        raise UserError(f"out = {flags.out!r}: there is no folder {Path(flags.out).parent}")
+    if flags.bits == "fit" and not flags.limit:
+        raise UserError("bits = 'fit' chooses by limit, which is not set: --limit 16000000")
+    if flags.codec not in codecs:
+        raise UserError(f"codec = {flags.codec!r}: must be one of {', '.join(codecs)}")
+    s = opened(flags, exact=True)
+    hessians = None
+    if flags.calibration_rows:
+        rows = tg.calibration(s.cfg, flags.calibration_rows)
+        repeats, window = s.shape.repeats, s.shape.window
+        hessians, _ = tg.record_hessians(s.model, rows, repeats, window, s.run)
+    how = flags.bits, flags.codec, hessians, flags.limit
+    data, _ = tg.smallest_artifact(s.model, *how, log=print)
+    if flags.limit and len(data) > flags.limit:
+        more = "" if flags.bits == "fit" else ", or --bits fit"
+        raise UserError(
+            f"the artifact has {len(data)} bytes, but limit = {flags.limit}: choose a smaller "
+            f"model{more}"
+        )
+    tg.write_whole(Path(flags.out), data)
+    print(f"artifact: {flags.out} {len(data)} bytes; score it: python logs/score.py {flags.out}")
+
+
+VERBS = {
+    "sample": (Sample, sample_command),
+    "prove": (Prove, prove_command),
+    "decode": (Decode, decode_command),
+    "table": (Table, table_command),
+    "export": (Export, export_command),
+}
+
+
+def program(argv: list[str]) -> int:
+    if argv[0] not in VERBS:
+        return phase(argv)
+    kind, work = VERBS[argv[0]]
+    work(tyro.cli(kind, args=argv[1:], prog=f"score.py {argv[0]}", use_underscores=True))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0].startswith("-"):
+        print(__doc__)
+        tyro.cli(Phase, args=["--help"], prog="score.py", use_underscores=True)
+    try:
+        return program(argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except (UserError, RuntimeError, OSError) as e:
+        message = tg.explain(e)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
+    sys.exit(main())
