@@ -10,44 +10,35 @@ end, --ema and --swa_every, or have fewer columns.
 import math
 from pathlib import Path
 
-import golf
 import train_gpt as tg
+from logs import score
 from logs.report import mean_sd
 
 
 def scores(folder: Path) -> dict[str, float]:
-    """
-    Bits per byte (nats per token where bytes are unknown) by "live", "live rounded", "ema", ...
-    """
-    saved = tg.checkpoints(folder)
-    if not saved:
+    """Bits per byte (nats per token where bytes are unknown) by "live", "live rounded", "ema"..."""
+    if not tg.checkpoints(folder):
         raise tg.UserError(
             f"{folder} holds no complete checkpoint (ckpt/*/DONE): it was not kept, or the run "
             "is not finished"
         )
-    path = saved[-1]
-    cfg, live = tg.checkpoint_config(path), tg.read_tensors(path / "model.safetensors")
-    averages = tg.read_tensors(path / "averages.safetensors")
+    s = score.opened(score.Source(str(folder)), exact=True)
+    live = tg.read_tensors(s.path / "model.safetensors")
+    averages = tg.read_tensors(s.path / "averages.safetensors")
     kinds = {"live": live}
     for kind in ("ema", "swa"):
         if f"{next(iter(live))}:{kind}" in averages:
             kinds[kind] = {name: averages[f"{name}:{kind}"].view_as(w) for name, w in live.items()}
-    cfg.compile, plan = 0, tg.Plan(cfg)
-    device = tg.choose_device(cfg)
-    model = tg.build_model(
-        cfg, device, tg.choose_dtype(cfg, device), max(plan.max_seq_len, plan.eval_seq_len)
-    )
-    val, _ = golf.validation(model)
-    scorer = golf.make_scorer(
-        model, golf.How(mode="chunked"), plan.eval_shape(plan.at(cfg.steps, 1.0))
-    )
-    found = {}
+    scorer = score.make_scorer(s.model, score.OneScore(mode="chunked"), s.shape)
+    found, bits = {}, tg.parse_bits(s.cfg.export)
     for kind, named in kinds.items():
-        data = golf.pack(named, golf.quantise(named, golf.parse_bits(cfg.export)), cfg, "zstd")
-        for word, weights in ((kind, named), (f"{kind} rounded", golf.unpack(data, kind)[1])):
-            tg.load_weights(model, weights, word)
-            result = golf.score_all(scorer, val)
-            found[word] = result["bpb"] if val.bytes else result["loss"]
+        rounded = tg.quantise({name: named[name] for name in tg.quantised_names(s.model)}, bits)
+        data = tg.pack_artifact(named, rounded, s.cfg, "zstd")
+        read = tg.unpack_artifact(data, kind)[1]
+        for word, weights in ((kind, named), (f"{kind} rounded", read)):
+            tg.load_weights(s.model, weights, word)
+            result = score.score_all(scorer, s.val)
+            found[word] = result["val_bpb"] if s.val.bytes else result["val_loss"]
     return found
 
 

@@ -70,8 +70,8 @@ KINDS = {
     str | dict: "baseline",
 }
 KEYS = {key: kind for kind, keys in KINDS.items() for key in keys.split()}
-# what names a run or says where it is kept, and so differs between any two
-NAMES = {"config", "run", "arm", "log_dir", "resume"}
+# what names a run, says where it is kept, or is read by other programs
+NAMES = {"config", "run", "arm", "track", "log_dir", "resume", "rule", "score"}
 
 ########################################
 #                 Arms                 #
