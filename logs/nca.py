@@ -36,26 +36,30 @@ from logs.endings import ending  # noqa: E402
 ########################################
 
 
+def measure(argv: list[str]) -> dict:
+    """What --generate_only says, in a process of its own, whose time nothing else shares."""
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, str(ROOT / "pre_pre_train.py"), *argv, "--generate_only", "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=alone)
+    if done.returncode:
+        raise train_gpt.UserError(
+            f"generating the data of phase 1 ended with code {done.returncode}"
+        )
+    return json.loads(done.stdout)
+
+
 def generation(study, name: str) -> dict:
-    """What --generate_only says of the data of these runs: measured once, kept while they are so."""
+    """How long the data of these runs takes: measured once, kept for as long as they are so."""
     kept, argv = study.out / f"generate-{name}.json", study.phase1_argv(name, study.seeds[0])
     made_by = train_gpt.config_hash(pre_pre_train.parse_args(argv))
     try:
         made = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     except ValueError:  # damaged: measured once more
         made = {}
-    if made.get("config_sha256") == made_by:
-        return made
-    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, str(ROOT / "pre_pre_train.py"), *argv, "--generate_only", "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=alone)
-    if done.returncode:
-        raise train_gpt.UserError(
-            f"generating the data of {name} ended with code {done.returncode}"
-        )
-    made = json.loads(done.stdout) | {"config_sha256": made_by}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    train_gpt.write_whole(kept, (json.dumps(made) + "\n").encode())
+    if made.get("config_sha256") != made_by:
+        made = measure(argv) | {"config_sha256": made_by}
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        train_gpt.write_whole(kept, (json.dumps(made) + "\n").encode())
     return made
 
 

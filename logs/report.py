@@ -763,7 +763,7 @@ def time_section(arms: dict[str, list[Run]], baseline: str, metric: str) -> str:
                 continue
             mean, sd = mean_sd(reached)
             spread = "" if math.isnan(sd) else f" +- {sd:.3f}"
-            factor = f"{1 / mean:.2f} times less" if mean < 1 else f"{mean:.2f} times as much"
+            factor = f"{1 / mean:.2f} times less" if 0 < mean < 1 else f"{mean:.2f} times as much"
             lines.append(
                 f"{arm} needs {mean:.3f}{spread} of {baseline}'s training {what} "
                 f"(n={len(reached)}), {factor}: {each}"

@@ -156,6 +156,10 @@ def trick_arms(tricks: dict[str, dict]) -> dict[str, dict]:
 def grid_arms(said: dict) -> dict[str, Arm]:
     """A cell is called by its places on all axes; a number has its axis before it."""
     axes, arms, baseline = said["grid"], {}, said.get("baseline", "")
+    for axis, values in axes.items():
+        rows = values.values() if isinstance(values, dict) else [{}]
+        if not (isinstance(values, list | dict) and values and all(type(v) is dict for v in rows)):
+            raise ReportError(f"[grid] {axis}: give a list of numbers, or tables NAME = {{ flags }}")
     place = lambda axis, v: v if isinstance(v, str) else f"{axis}{v:g}"
     named = lambda cell: "-".join(itertools.starmap(place, cell.items()))
     for values in itertools.product(*axes.values()):
