@@ -2,7 +2,7 @@
 The analysis of ./run.sh study centering: output-embedding centering's methods over learning rates,
 scales and seeds, in tables and figures.
 
-    python logs/centering.py tables loss_overview.csv          # the same of the paper's own overview
+    python logs/centering.py tables loss_overview.csv          # of the paper's own overview
     python logs/centering.py overhead --config centering_cpu   # step time of each method, paired
 
 Contents: overview | tables | figures | overhead | command line
@@ -510,9 +510,9 @@ def draw_sensitivity(ax, groups: dict, scales: list[str]) -> None:
     ax.set_xticks([], minor=True)
 
 
-NOTES = """Means over seeds (sample standard deviation); !k: k runs more diverged. LRS: mean over the rates of
-min(loss, initial loss) - best loss; `3 of 5!`: over 3 rates, when others have 5. In the figure bands are
-ranges over seeds, bars standard deviations."""
+NOTES = """Means over seeds (sample standard deviation); !k: k runs more diverged. LRS: mean over
+the rates of min(loss, initial loss) - best loss; `3 of 5!`: over 3 rates, when others have 5.
+In the figure bands are ranges over seeds, bars standard deviations."""
 
 
 def analyse(study, found: dict[str, list[Run]], out: Path) -> tuple[dict[str, str], list[str]]:

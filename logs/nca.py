@@ -6,7 +6,7 @@ equal steps, where pre-pre-training is for free, and equal total time, where its
 generation of its data are charged; an arm that is `longer` gives the run without it that time as
 further steps. Nothing is corrected for the number of arms.
 
-    python logs/nca.py logs/nca/pre-adamw-s1 logs/nca/pre-muon-s1 --out learns.png   # what it learns
+    python logs/nca.py logs/nca/pre-*-s1 --out learns.png   # picture of what phase 1 itself learns
 
 Contents: time of pre-pre-training | tables | figures | command line
 """
@@ -64,7 +64,7 @@ def generation(study, name: str) -> dict:
 
 
 def charge(study, name: str, seed: int) -> float:
-    """Seconds of a pre-pre-training run: its clock, its search for rules, the making of its rows."""
+    """Seconds of a pre-pre-training run: its clock, search for rules, making of its rows."""
     cfg = pre_pre_train.parse_args(study.phase1_argv(name, seed))
     made = generation(study, name)
     rows = made["tokens"] * (cfg.nca_epochs if cfg.nca_regen else 1) / made["tokens_per_s"]

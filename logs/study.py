@@ -159,7 +159,7 @@ def grid_arms(said: dict) -> dict[str, Arm]:
     for axis, values in axes.items():
         rows = values.values() if isinstance(values, dict) else [{}]
         if not (isinstance(values, list | dict) and values and all(type(v) is dict for v in rows)):
-            raise ReportError(f"[grid] {axis}: give a list of numbers, or tables NAME = {{ flags }}")
+            raise ReportError(f"[grid] {axis}: give a list of numbers or tables NAME = {{ flags }}")
     place = lambda axis, v: v if isinstance(v, str) else f"{axis}{v:g}"
     named = lambda cell: "-".join(itertools.starmap(place, cell.items()))
     for values in itertools.product(*axes.values()):
