@@ -249,9 +249,8 @@ def outcome(folder: Path) -> dict:
 
 def check(seed: int, folder: Path, flags: dict | None = None) -> tuple[dict, list[str]]:
     """
-    Try one combination: its flags without those that were refused, and the refusals. What is
-    refused must be so before the first step, in one line that names one of the flags; that one is
-    taken out.
+    Try one combination; returns the flags that were accepted, and the refusals. A refusal must come
+    before the first step and be one line that names a flag; that flag is then left out.
     """
     flags, refused = dict(sample(seed) if flags is None else flags), []
     while True:
