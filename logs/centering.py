@@ -11,6 +11,7 @@ Contents: overview | tables | figures | overhead | command line
 import contextlib
 import csv
 import io
+import json
 import math
 import re
 import sys
@@ -74,13 +75,24 @@ def read_run(run: Run, folder: Path, cell: dict) -> dict:
         "diverged": int(not run.finished),
         "test_perplexity": math.exp(loss) if math.isfinite(loss) else math.inf,
     }
-    # as older runs called them
-    ours = {"isotropy": "isotropy of both signs", "Smin/Smax": "Smin over Smax"}
-    for key, value in last.items():
-        prefix, _, name = key.partition(".")
-        if prefix in ("I", "O", "OC", "H"):
-            row[f"{prefix}.{ours.get(name, name)}"] = value
+    statistics = last | (all_statistics(folder, cfg["embed_stats"]) if run.finished else {})
+    row |= {k: v for k, v in statistics.items() if k.partition(".")[0] in ("I", "O", "OC", "H")}
     return row | {"time": run.result.get("train_time_s", "")}
+
+
+def all_statistics(folder: Path, tokens: int) -> dict[str, float]:
+    """Those of embeddings and logits of a run's last checkpoint, taken once; none without one."""
+    import train_gpt as tg
+    from logs import embeddings
+
+    saved = tg.checkpoints(folder)
+    if not saved or not tokens:
+        return {}
+    kept = saved[-1] / f"embeddings-{tokens}.json"
+    if not kept.is_file():
+        found, _ = embeddings.of_source(str(folder), tokens)
+        tg.write_whole(kept, (json.dumps(found) + "\n").encode())
+    return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def read_overview(path: Path) -> list[dict]:
