@@ -11,6 +11,7 @@ Contents: overview | tables | figures | overhead | command line
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -186,17 +187,12 @@ def size(rows: list[dict]) -> float:
 
 def grouped(rows: list[dict]) -> dict[tuple[str, str], dict[int, dict[float, dict]]]:
     """(scale, method) -> seed -> learning rate -> row; scales by size."""
-    sizes = {
-        scale: size([r for r in rows if r["scale"] == scale])
-        for scale in dict.fromkeys(r["scale"] for r in rows)
-    }
+    sizes = {r["scale"]: size([x for x in rows if x["scale"] == r["scale"]]) for r in rows}
+    sizes = {scale: 0 if math.isnan(n) else n for scale, n in sizes.items()}
     out: dict = {}
-    for row in sorted(
-        rows, key=lambda r: (0 if math.isnan(sizes[r["scale"]]) else sizes[r["scale"]], r["lr"])
-    ):
-        out.setdefault((row["scale"], row["method"]), {}).setdefault(int(row["seed"]), {})[
-            row["lr"]
-        ] = row
+    for row in sorted(rows, key=lambda r: (sizes[r["scale"]], r["lr"])):
+        by_seed = out.setdefault((row["scale"], row["method"]), {})
+        by_seed.setdefault(int(row["seed"]), {})[row["lr"]] = row
     return out
 
 
@@ -260,51 +256,31 @@ def paired(rows: list[dict], key: str) -> dict[tuple[str, str], dict[float, list
 
 
 def pairs(rows: list[dict]) -> str:
-    """
-    Differences of loss and anisotropy to the baseline, over all pairs of runs; empty where there is
-    none.
-    """
-    body, found = [], {key: paired(rows, key) for key in ("test_loss", "O.ratio norm")}
+    """Differences of loss and anisotropy to the baseline, over all pairs of runs, if there are."""
+    keys, body = ("test_loss", "O.ratio norm"), []
+    found = {key: paired(rows, key) for key in keys}
     for method in dict.fromkeys(r["method"] for r in rows if r["method"] != "baseline"):
         loss, ratio = (
             [
                 x
                 for (_, of), by_lr in found[key].items()
+                for x in itertools.chain(*by_lr.values())
                 if of == method
-                for v in by_lr.values()
-                for x in v
             ]
-            for key in ("test_loss", "O.ratio norm")
+            for key in keys
         )
         if loss:
             above = f"{sum(x > 0 for x in ratio)} of {len(ratio)}" if ratio else "-"
             body.append([method, str(len(loss)), spread(loss, 4), spread(ratio, 4), above])
-    return (
-        table(["method", "n", "test loss", "ratio norm", "ratio above the baseline's"], body)
-        if body
-        else ""
-    )
+    heads = ["method", "n", "test loss", "ratio norm", "ratio above the baseline's"]
+    return table(heads, body) if body else ""
 
 
-def sections(rows: list[dict]) -> dict[str, str]:
-    """
-    Tables by title. Numbers are means over seeds, behind them in brackets the sample standard
-    deviation.
-    """
-    groups = grouped(rows)
-    heads = [
-        "scale",
-        "method",
-        "n",
-        "rates",
-        "diverged",
-        "optimal loss",
-        "optimal lr",
-        "LRS /(n-1)",
-        "LRS /n",
-        "train s",
-    ]
-    main = []
+def main_table(groups: dict) -> str:
+    """Of each scale and method: optimal loss and rate, and sensitivity by both conventions."""
+    heads = ["scale", "method", "n", "rates", "diverged", "optimal loss", "optimal lr"]
+    heads += ["LRS /(n-1)", "LRS /n", "train s"]
+    body = []
     for (scale, method), seeds in groups.items():
         rates = all_rates(groups, scale)
         s, runs = summary(seeds, rates), [row for by_lr in seeds.values() for row in by_lr.values()]
@@ -316,42 +292,36 @@ def sections(rows: list[dict]) -> dict[str, str]:
             spread(s[k]) if any(map(math.isfinite, s[k])) else "nan"
             for k in ("loss", "lrs_n1", "lrs_n")
         )
-        main.append(
-            [
-                scale,
-                method,
-                str(len(s["loss"])),
-                few,
-                str(lost),
-                loss,
-                best or "-",
-                n1,
-                n,
-                spread(times, 1),
-            ]
-        )
-    out = {"Optimal loss and sensitivity to the learning rate": table(heads, main)}
+        counts = [str(len(s["loss"])), few, str(lost)]
+        body.append([scale, method, *counts, loss, best or "-", n1, n, spread(times, 1)])
+    return table(heads, body)
+
+
+# columns that have a table over the learning rates: title, digits
+BY_RATE = {
+    "test_loss": ("Test loss", 3),
+    "O.ratio norm": ("Anisotropy: |mu| over the mean row norm", 3),
+    "O.mu norm": ("|mu| of the output embedding", 3),
+    "O.logits_mean_mean": ("Mean logit", 2),
+    "O.logits_mean_absmax": ("Largest logit", 2),
+    "O.centering_ratio": ("B_ratio", 2),
+}
+
+
+def sections(rows: list[dict]) -> dict[str, str]:
+    """Tables by title: means over seeds, behind them in brackets the sample standard deviation."""
+    groups = grouped(rows)
+    out = {"Optimal loss and sensitivity to the learning rate": main_table(groups)}
     if differences := pairs(rows):
         out["Paired with the baseline of the same scale, rate and seed"] = differences
     rates = sorted({row["lr"] for row in rows})
-    for key, title, digits in (
-        ("test_loss", "Test loss", 3),
-        ("O.ratio norm", "Anisotropy: |mu| over the mean row norm", 3),
-        ("O.mu norm", "|mu| of the output embedding", 3),
-        ("O.logits_mean_mean", "Mean logit", 2),
-        ("O.logits_mean_absmax", "Largest logit", 2),
-        ("O.centering_ratio", "B_ratio", 2),
-    ):
+    for key, (title, digits) in BY_RATE.items():
         body = []
         for (scale, method), seeds in groups.items():
-            cells = []
-            for lr in rates:
-                values = [
-                    by_lr[lr][key]
-                    for by_lr in seeds.values()
-                    if lr in by_lr and isinstance(by_lr[lr].get(key), float)
-                ]
-                cells.append(spread(values, digits))
+            found = [
+                [by_lr[lr].get(key) for by_lr in seeds.values() if lr in by_lr] for lr in rates
+            ]
+            cells = [spread([x for x in v if isinstance(x, float)], digits) for v in found]
             body.append([scale, method, *cells])
         if any(cell != "-" for line in body for cell in line[2:]):
             out[title] = table(["scale", "method", *(f"{lr:g}" for lr in rates)], body)
@@ -445,21 +415,12 @@ def draw_panel(ax, values: dict[str, dict[float, list[float]]], linear: float) -
     for method, by_lr in values.items():
         keep = {lr: v for lr, v in by_lr.items() if v}
         if keep:
-            ax.plot(
-                list(keep), [float(np.mean(v)) for v in keep.values()], label=method, **look(method)
-            )
-            ax.fill_between(
-                list(keep),
-                [min(v) for v in keep.values()],
-                [max(v) for v in keep.values()],
-                color=look(method)["color"],
-                alpha=0.15,
-                lw=0,
-            )
+            rates, found, style = list(keep), list(keep.values()), look(method)
+            ax.plot(rates, [float(np.mean(v)) for v in found], label=method, **style)
+            low, high = [min(v) for v in found], [max(v) for v in found]
+            ax.fill_between(rates, low, high, color=style["color"], alpha=0.15, lw=0)
     if "baseline" not in values:  # differences to it
-        ax.axhline(
-            0, lw=2.5, **{k: v for k, v in look("baseline").items() if k == "color"}, zorder=1
-        )
+        ax.axhline(0, lw=2.5, color=look("baseline")["color"], zorder=1)
     every = [x for by_lr in values.values() for v in by_lr.values() for x in v]
     if linear and max(map(abs, every), default=0) > 30 * linear:
         ax.set_yscale("symlog", linthresh=linear)
@@ -469,26 +430,13 @@ def draw_panel(ax, values: dict[str, dict[float, list[float]]], linear: float) -
 
 
 def draw_sensitivity(ax, groups: dict, scales: list[str]) -> None:
-    """
-    Against the number of parameters, with the standard deviation over seeds; only over all rates of
-    a scale.
-    """
-    sizes, told = (
-        {
-            scale: size(
-                [
-                    r
-                    for (of, _), seeds in groups.items()
-                    if of == scale
-                    for by_lr in seeds.values()
-                    for r in by_lr.values()
-                ]
-            )
-            / 1e6
-            for scale in scales
-        },
-        [],
-    )
+    """Against size, with the standard deviation over seeds; only over all rates of a scale."""
+    sizes, told = {}, []
+    for scale in scales:
+        by_seed = [
+            by_lr for (of, _), seeds in groups.items() if of == scale for by_lr in seeds.values()
+        ]
+        sizes[scale] = size([row for by_lr in by_seed for row in by_lr.values()]) / 1e6
     methods = list(dict.fromkeys(m for _, m in groups))
     for i, method in enumerate(methods):
         points = []
@@ -500,15 +448,8 @@ def draw_sensitivity(ax, groups: dict, scales: list[str]) -> None:
                 points.append((sizes[scale] * 1.03 ** (i - len(methods) / 2), *mean_sd(values)))
         if points:
             x, y, sd = zip(*points)
-            ax.errorbar(
-                x,
-                y,
-                [0.0 if math.isnan(v) else v for v in sd],
-                label=method,
-                capsize=2,
-                elinewidth=1,
-                **look(method),
-            )
+            bars = [0.0 if math.isnan(v) else v for v in sd]
+            ax.errorbar(x, y, bars, label=method, capsize=2, elinewidth=1, **look(method))
             told += y
     ax.set(xlabel="parameters (millions)", ylabel="sensitivity to the learning rate")
     ticks = sorted(v for v in sizes.values() if math.isfinite(v))
