@@ -423,6 +423,16 @@ def compare(runs: list[Run], base: list[Run], metric: str) -> tuple[str, str, fl
     return "Welch", f"{len(x)}, {len(y)}", mean_x - mean_y, math.hypot(sd_x, sd_y), p
 
 
+def paired(runs: list[Run], base: list[Run], metric: str) -> dict[str, float]:
+    """Mean difference over common seeds, its sd, half its 95 % interval, two-sided p; or nan."""
+    test, n, mean, sd, lower = compare(runs, base, metric)
+    if test != "paired":
+        return dict.fromkeys(("difference", "difference_sd", "half", "p"), math.nan)
+    half = float(stats.t.ppf(0.975, int(n) - 1)) * sd / math.sqrt(int(n))
+    p = 2 * min(lower, 1 - lower)
+    return {"difference": mean, "difference_sd": sd, "half": half, "p": p}
+
+
 def time_to_loss(val: list[dict], target: float, metric: str, clock: str) -> float | None:
     """The value of `clock` (train_time_ms or step) where a validation curve first reaches `target`,
     linear between the two evaluations around it; None if it never does.
@@ -749,6 +759,11 @@ def y_limits(runs: list[Run], metric: str, target: float) -> tuple[float, float]
         low, high = min(low, target), max(high, target)
     pad = 0.05 * (high - low) or 0.05
     return low - pad, high + pad
+
+
+def arm_style(i: int) -> dict:
+    """Colour and line of the i-th arm of a figure."""
+    return {"color": COLORS[i % len(COLORS)], "ls": ("-", "--", "-.")[i // len(COLORS) % 3]}
 
 
 def draw_arm(ax, runs: list[Run], metric: str, clock: str, scale: float, arm: str, style: dict):
