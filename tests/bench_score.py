@@ -2,7 +2,7 @@
 What scoring costs: the compiled forward pass, the sliding window, the mixture, in turns on the same
 tokens.
 
-    python tests/bench_golf.py [--rounds 5] [--config golf_cpu] [--tokens 16384] [--stride 64]
+    python tests/bench_score.py [--rounds 5] [--config golf_cpu] [--tokens 16384] [--stride 64]
 
 Weights are random: time does not depend on them. The forward pass is the model's own, with its
 loss, over rows of seq_len. A sliding pass sees a token about seq_len/stride times; its rate counts
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import golf  # noqa: E402
 import train_gpt as tg  # noqa: E402
+from logs import score  # noqa: E402
 
 
 def main() -> None:
@@ -41,12 +41,12 @@ def main() -> None:
     graph = tg.compile_model(model, cfg)
     stream = np.random.default_rng(0).integers(cfg.vocab, size=args.tokens + 1)
     scorers = {
-        mode: golf.make_scorer(model, golf.How(mode=mode, stride=args.stride), shape)
+        mode: score.make_scorer(model, score.OneScore(mode=mode, stride=args.stride), shape)
         for mode in ("sliding", "mixture")
     }
     x, y = tg.tensors(stream[: shape.rows * shape.seq_len + 1][None], run.device)
     x, y = (t.view(shape.rows, shape.seq_len) for t in (x, y))
-    seen = len(golf.window_plan(args.tokens, shape.seq_len, args.stride)) * shape.seq_len
+    seen = len(score.window_plan(args.tokens, shape.seq_len, args.stride)) * shape.seq_len
     passes = seen // x.numel()
 
     @torch.no_grad()
