@@ -1167,17 +1167,17 @@ def phase(argv: list[str]) -> int:
     )
     check(flags)
     s = opened(flags, compiled=True)
-    try:
-        with s.run:
+    with s.run:
+        try:
             s.run.on_main(lambda: begin(s, flags))
             take_figures(s, flags)
             if flags.sample_tokens:
                 s.run.on_main(lambda: log_sample(s, flags))
-            s.run.complete = True
-    except tg.Interrupted:
-        name = signal.Signals(s.run.signal).name
-        s.run.log(f"interrupted by {name}: what was taken is kept; start again to go on")
-        return 128 + s.run.signal
+        except tg.Interrupted:  # in here, where the log is still open
+            name = signal.Signals(s.run.signal).name
+            s.run.log(f"interrupted by {name}: what was taken is kept; start again to go on")
+            return 128 + s.run.signal
+        s.run.complete = True
     return 0
 
 
