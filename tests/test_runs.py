@@ -154,7 +154,7 @@ def free_port() -> int:
 
 
 def start_ranks(
-    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None
+    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None, **how
 ) -> list:
     """One process per rank, as torchrun starts them; `when` goes to the last rank."""
     env = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -164,15 +164,16 @@ def start_ranks(
             cwd=cwd,
             when=when if rank == world - 1 else None,
             env={k: str(v) for k, v in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            **how,
         )
         for rank in range(world)
     ]
 
 
 def run_ranks(
-    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None
+    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None, **how
 ) -> list[Ended]:
-    return [fork.wait() for fork in start_ranks(server, world, argv, cwd, when)]
+    return [fork.wait() for fork in start_ranks(server, world, argv, cwd, when, **how)]
 
 
 def succeed(ended: Ended | list[Ended]) -> None:

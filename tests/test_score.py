@@ -1,8 +1,16 @@
 """A score is a code length, what is none is refused, and figures are taken once and kept."""
 
+# ruff: noqa: F811 (fixtures of another file are arguments here)
+
 import dataclasses
 import functools
+import hashlib
+import json
 import math
+import shutil
+import signal
+import time
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +20,17 @@ from helpers import build, tg, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_export import LOOPED, model_of, small, weights
+from test_runs import (  # noqa: F401 (fixtures)
+    assert_refused,
+    data,
+    flags,
+    folder_hash,
+    newest,
+    run_ranks,
+    server,
+    spoken,
+    succeed,
+)
 
 from logs import score
 
@@ -365,3 +384,274 @@ def test_greedy_sample_is_the_likeliest_token_behind_the_last_row():
         if tokens[-1] == 0:
             break
     assert got == [t for t in tokens if t]
+
+
+# --- figures: what phase 3 keeps in the folder of a run
+
+
+@pytest.fixture(scope="session")
+def runs(server, flags, spoken, tmp_path_factory):
+    """
+    A folder with the finished runs `tiny` and `other`, which differ in the seed: text, an artifact,
+    ends of epochs, and a [score] table that asks for two scores.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "scored.toml").write_text('[score]\nmodes = "sliding mixture"\nstride = 8\n')
+    for name, seed in (("tiny", 1), ("other", 2)):
+        argv = flags(
+            config="scored.toml",
+            run=name,
+            seed=seed,
+            data=spoken[0],
+            tokenizer=spoken[0] / "tokenizer.model",
+            vocab=96,
+            doc_token=1,
+            val_tokens=320,
+            dim=64,
+            steps=8,
+            epochs=2,
+            average_epochs=2,
+            train_tokens=1100,
+            eval_every=-1,
+        )
+        succeed(server.run(*argv, cwd=folder))
+    return folder / "logs"
+
+
+@pytest.fixture(scope="session")
+def whole(server, runs, tmp_path_factory):
+    """A copy of the run `tiny` that was scored as its table asks, and the calls that it took."""
+    folder = shutil.copytree(runs / "tiny", tmp_path_factory.mktemp("whole") / "tiny")
+    counts = folder.parent / "counts.json"
+    when = {"calls": "files", "count": str(counts)}
+    succeed(server.run(folder, program="logs.score", when=when))
+    return folder, json.loads(counts.read_text())
+
+
+def copied(source: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(source, tmp_path / "logs" / source.name)
+
+
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def untimed(result: dict) -> dict:
+    """All that is not read from a clock, figures in the order of their names."""
+    scores = {
+        name: {k: v for k, v in figure.items() if k != "eval_time_s"}
+        for name, figure in sorted(result["scores"].items())
+    }
+    return {k: v for k, v in result.items() if k != "eval_time_s"} | {"scores": scores}
+
+
+NAMES = ["sliding stride=8", "mixture stride=8", "epochs 2", "compressors"]
+
+
+def test_the_table_of_the_run_says_what_is_scored_and_where_it_stands(runs, whole):
+    before, result = result_of(runs / "tiny"), result_of(whole[0])
+    assert list(result["scores"]) == NAMES and "scores" not in before
+    untouched = before.keys() - {"eval_time_s"}
+    assert {k: result[k] for k in untouched} == {k: before[k] for k in untouched}
+    top = {}
+    for figure in result["scores"].values():
+        top |= figure["top"]
+    assert {k: v for k, v in result.items() if k not in before} == top | {
+        "scores": result["scores"],
+        "first_eval_time_s": before["eval_time_s"],
+    }
+    assert top.keys() > {"sliding_val_loss", "sliding_val_bpb", "mixed_val_bpb", "xz_bpb"}
+    assert top.keys() > {"zstd_bpb", "slowrun_val_loss", "val_loss_prob_equal", "averaged_steps"}
+    seconds = sum(f.get("eval_time_s", 0) for f in result["scores"].values())
+    assert result["eval_time_s"] == pytest.approx(before["eval_time_s"] + seconds)
+    digest = hashlib.sha256((whole[0] / "model.nrx").read_bytes()).hexdigest()
+    assert {figure["of"] for figure in result["scores"].values()} == {digest}
+    # the figure itself, from the artifact and the scorer alone
+    s = score.opened(score.Source(str(whole[0]), device="cpu"))
+    how = score.OneScore(mode="sliding", stride=8)
+    found = score.score_all(score.make_scorer(s.model, how, s.shape), s.val)
+    assert result["sliding_val_loss"] == pytest.approx(found["val_loss"], rel=1e-6)
+    assert result["sliding_val_bpb"] == pytest.approx(found["val_bpb"], rel=1e-6)
+    log = (whole[0] / "log.txt").read_text()
+    assert log.startswith((runs / "tiny" / "log.txt").read_text())
+    assert f"final_sliding val_loss:{result['sliding_val_loss']:.8f}" in log
+
+
+def test_scoring_twice_takes_nothing_again(whole, tmp_path, monkeypatch, capsys):
+    folder = copied(whole[0], tmp_path)
+
+    def forbidden(*given):
+        raise AssertionError("was taken again")
+
+    for name in ("one_score", "averaged", "compressors_bpb"):
+        monkeypatch.setattr(score, name, forbidden)
+    assert score.main([str(folder)]) == 0
+    assert result_of(folder) == result_of(whole[0])
+    said = capsys.readouterr().out
+    for name in NAMES:
+        assert f"{name}: taken before: " in said
+
+
+def test_other_settings_add_figures_and_the_last_asked_for_stand_at_the_top(whole, tmp_path):
+    folder, first = copied(whole[0], tmp_path), result_of(whole[0])
+    assert score.main([str(folder), "--modes", "ttt sliding", "--stride", "4"]) == 0
+    second = result_of(folder)
+    assert list(second["scores"])[:2] == NAMES[:2]
+    assert {name: second["scores"][name] for name in NAMES} == first["scores"]
+    assert set(second["scores"]) == {*NAMES, "ttt stride=4", "sliding stride=4"}
+    assert (
+        second["sliding_val_bpb"] == second["scores"]["sliding stride=4"]["top"]["sliding_val_bpb"]
+    )
+    assert second["sliding_val_bpb"] != first["sliding_val_bpb"]
+    assert second["mixed_val_bpb"] == first["mixed_val_bpb"] and "ttt_val_bpb" in second
+    # a setting that the mode does not look at is no other figure; one that it looks at is
+    assert score.main([str(folder), "--modes", "sliding", "--share", "0.1"]) == 0
+    third = result_of(folder)
+    assert third["scores"].keys() == second["scores"].keys()
+    assert third["sliding_val_bpb"] == first["sliding_val_bpb"]
+    assert score.main([str(folder), "--modes", "mixture", "--share", "0.1"]) == 0
+    assert result_of(folder)["scores"].keys() - third["scores"] == {"mixture stride=8 share=0.1"}
+
+
+def test_figures_of_other_weights_are_taken_anew(runs, whole, tmp_path):
+    folder, other = copied(whole[0], tmp_path), copied(runs / "other", tmp_path)
+    shutil.copyfile(other / "model.nrx", folder / "model.nrx")
+    for name in (folder, other):
+        assert score.main([str(name), "--modes", "sliding mixture"]) == 0
+    mine, its, old = result_of(folder), result_of(other), result_of(whole[0])
+    for name in NAMES[:2]:
+        assert mine["scores"][name]["of"] == its["scores"][name]["of"]
+        assert mine["scores"][name]["top"] == its["scores"][name]["top"]
+        assert mine["scores"][name]["of"] != old["scores"][name]["of"]
+    # the n-grams outweigh both runs in the mixture
+    assert mine["sliding_val_bpb"] == its["sliding_val_bpb"] != old["sliding_val_bpb"]
+
+
+def test_scoring_killed_at_any_change_of_a_file_ends_as_if_it_never_was(
+    server, runs, whole, tmp_path
+):
+    """Every figure is written by a few calls; SIGKILL comes in turn before each third of them."""
+    calls = whole[1]["take"]
+    assert calls >= 4 * len(NAMES)
+    done = []
+    for at in range(3, calls + 1, 3):
+        folder = copied(runs / "tiny", tmp_path / str(at))
+        when = {"phase": "take", "calls": "files", "send": [[at, signal.SIGKILL]]}
+        assert server.run(folder, program="logs.score", when=when).code == -signal.SIGKILL
+        done.append(list(result_of(folder).get("scores", {})))
+        ended = server.run(folder, program="logs.score")
+        succeed(ended)
+        assert ended.out.count("taken before") == len(done[-1])
+        assert untimed(result_of(folder)) == untimed(result_of(whole[0]))
+        assert not list(folder.rglob("*.part"))
+    assert [] in done and NAMES[:1] in done and NAMES[:3] in done  # kills came before and behind
+
+
+@pytest.mark.parametrize("world, at", [(1, 15), (2, 9)])
+def test_a_signal_leaves_with_143_and_keeps_what_was_taken(
+    server, runs, whole, tmp_path, world, at
+):
+    """To one rank, in the second score: each adds up five batches over all ranks, by two calls."""
+    folder = copied(runs / "tiny", tmp_path)
+    when = {"phase": "one_score", "calls": "index_add_", "send": [[at, signal.SIGTERM]]}
+    ended = run_ranks(server, world, [folder], tmp_path, when=when, program="logs.score")
+    for e in ended:
+        assert e.code == 143 and "Traceback" not in e.text, e.text
+    assert "interrupted by SIGTERM: what was taken is kept" in ended[0].out
+    assert "interrupted by SIGTERM" in (folder / "log.txt").read_text()
+    assert list(result_of(folder)["scores"]) == NAMES[:1]
+    succeed(server.run(folder, program="logs.score"))
+    result = untimed(result_of(folder))
+    result["scores"][NAMES[0]]["world_size"] = 1
+    if world == 1:
+        assert result == untimed(result_of(whole[0]))
+    else:
+        assert result["sliding_val_loss"] == pytest.approx(result_of(whole[0])["sliding_val_loss"])
+
+
+def test_any_number_of_ranks_takes_the_same_figures(server, runs, whole, tmp_path):
+    argv = ["--modes", "chunked sliding mixture ttt lora", "--prove_bytes", "60"]
+    found = []
+    for world in (1, 2):
+        folder = copied(runs / "tiny", tmp_path / str(world))
+        succeed(run_ranks(server, world, [folder, *argv], tmp_path, program="logs.score"))
+        found.append(result_of(folder))
+    one, two = found
+    assert one["scores"].keys() == two["scores"].keys() and len(one["scores"]) == 8
+    assert two["scores"]["ttt stride=8"]["world_size"] == 2
+    for name in one["scores"]:
+        mine, its = one["scores"][name]["top"], two["scores"][name]["top"]
+        assert mine.keys() == its.keys()
+        for key, value in mine.items():
+            assert its[key] == pytest.approx(value, rel=1e-5) if type(value) is float else value
+    assert one["proven_bytes"] == 60
+    for result in found:
+        assert result["decoded_bpb"] == pytest.approx(result["lora_val_bpb"], rel=1)
+        assert "lora" in next(name for name in result["scores"] if name.startswith("proof"))
+
+
+def test_two_scorings_of_one_folder_at_once_are_refused_by_the_lock(server, runs, tmp_path):
+    folder = copied(runs / "tiny", tmp_path)
+    when = {"phase": "one_score", "send": [[9, signal.SIGSTOP]]}
+    first = server.start(folder, program="logs.score", when=when)
+    end = time.monotonic() + 60
+    while f"signal {signal.SIGSTOP} " not in first.read(1):
+        assert time.monotonic() < end and first.poll() is None, first.read(0) + first.read(1)
+        time.sleep(0.01)
+    before = folder_hash(folder)
+    second = server.run(folder, program="logs.score")
+    assert_refused(second, [str(folder), f"in use by process {first.pid}", "wait until"])
+    assert folder_hash(folder) == before
+    first.signal(signal.SIGCONT)
+    assert first.wait().code == 0
+    assert list(result_of(folder)["scores"]) == NAMES
+
+
+def test_an_artifact_a_checkpoint_and_another_text_change_no_figures(whole, tmp_path, capsys):
+    """Of the first two nothing is written at all, of the third the log is."""
+    folder = copied(whole[0], tmp_path)
+    before = folder_hash(folder)
+    for source in (folder / "model.nrx", newest(folder)):
+        assert score.main([str(source), "--modes", "chunked"]) == 0
+        said = capsys.readouterr().out
+        assert "final_chunked val_loss:" in said and "average over" not in said
+        assert folder_hash(folder) == before
+    result = (folder / "result.json").read_bytes()
+    for more in (["--val_tokens", "64"], ["--data", tg.open_source(str(folder))[0].data]):
+        assert score.main([str(folder), "--modes", "chunked", *more]) == 0
+        assert "figures are not kept" in capsys.readouterr().out
+        assert (folder / "result.json").read_bytes() == result
+
+
+REFUSED = {
+    "an unknown mode": (["--modes", "sliding guess"], ["modes", "'guess'", "lora"]),
+    "a mode twice": (["--modes", "sliding sliding"], ["names one twice"]),
+    "a stride over the row": (["--modes", "sliding", "--stride", "33"], ["stride = 33", "32"]),
+    "no tokens of a sample": (["--sample_tokens", "-1"], ["sample_tokens = -1", "negative"]),
+    "no bytes of a proof": (["--prove_bytes", "-1"], ["prove_bytes = -1", "negative"]),
+    "a negative top_k": (["--top_k", "-1"], ["top_k = -1", "negative"]),
+    "more text than there is": (["--prove_bytes", "999999"], ["999999 bytes of text"]),
+    "more epochs than there are": (["--last_epochs", "3"], ["holds 2 of 3 epochs"]),
+    "an unknown flag": (["--modess", "x"], ["modess", "modes"]),
+    "a word for a number": (["--stride", "many"], ["stride", "many"]),
+    "a share that is none": (["--modes", "mixture", "--share", "2"], ["share = 2"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_scored_is_refused_in_one_line(server, whole, tmp_path, name):
+    argv, words = REFUSED[name]
+    folder = copied(whole[0], tmp_path)
+    ended = server.run(folder, *argv, program="logs.score")
+    assert_refused(ended, words)
+    assert untimed(result_of(folder)) == untimed(result_of(whole[0]))
+
+
+def test_the_flags_of_the_program_are_the_table_of_a_preset():
+    """With the same defaults; beside them it asks what is scored, on which text and machine."""
+    fields = {f.name: f.default for f in dataclasses.fields(score.Phase)}
+    beside = {"source", "data", "device", "rows", "val_tokens", "last_epochs"}
+    assert fields.keys() - tg.TABLES["score"] == beside
+    assert {k: v for k, v in fields.items() if k not in beside} == tg.TABLES["score"]
+    kinds = typing.get_type_hints(score.Phase)
+    assert all(kinds[key] is type(value) for key, value in tg.TABLES["score"].items())
