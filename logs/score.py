@@ -1107,6 +1107,8 @@ class Source:
 
 def opened(flags: Source, compiled: bool = False, exact: bool = False) -> Subject:
     """The weights that `flags` name, in a model; exact: those of a checkpoint, not rounded."""
+    if flags.rows < 0:
+        raise UserError(f"rows = {flags.rows}: must not be negative; 0 are as many as fit")
     cfg, named, path = tg.open_source(flags.source, exact)
     if exact and path.is_file():
         raise UserError(
@@ -1170,6 +1172,7 @@ def phase(argv: list[str]) -> int:
     with s.run:
         try:
             s.run.on_main(lambda: begin(s, flags))
+            s.run.on_main(lambda: check_possible(s, flags))
             take_figures(s, flags)
             if flags.sample_tokens:
                 s.run.on_main(lambda: log_sample(s, flags))
@@ -1189,9 +1192,22 @@ def check(flags: Phase) -> None:
             raise UserError(f"modes = {flags.modes!r}: {mode!r} is none of {', '.join(SCORERS)}")
     if len(set(modes)) < len(modes):
         raise UserError(f"modes = {flags.modes!r} names one twice")
-    for key in ("prove_bytes", "sample_tokens", "top_k"):
-        if getattr(flags, key) < 0:
-            raise UserError(f"{key} = {getattr(flags, key)}: must not be negative")
+    if flags.prove_bytes < 0:
+        raise UserError(f"prove_bytes = {flags.prove_bytes}: must not be negative")
+    check_sampling(flags.sample_tokens, flags.temperature, flags.top_k)
+
+
+def check_possible(s: Subject, flags: Phase) -> None:
+    """Refuse what these weights cannot be scored with, before any figure is taken."""
+    for mode in flags.modes.split():
+        make_scorer(s.model, OneScore(mode=mode, **settings_of(flags)), s.shape)
+    if flags.prove_bytes and not s.tokenizer:
+        raise UserError(
+            f"prove_bytes = {flags.prove_bytes}: {s.path} was trained without a tokenizer: there "
+            "is no text to encode"
+        )
+    if flags.sample_tokens:
+        prompt_tokens(s, flags.prompt)
 
 
 def begin(s: Subject, flags: Phase) -> None:
@@ -1319,6 +1335,8 @@ class Sample(Source):
 
 def prompt_tokens(s: Subject, prompt: str) -> list[int]:
     """A document's start and the prompt, all of them tokens that the model knows."""
+    if re.search("[\ud800-\udfff]", prompt):
+        raise UserError(f"prompt = {ascii(prompt)} is no UTF-8 text")
     if not s.tokenizer:
         raise UserError(f"{s.path} was trained without a tokenizer: there is no text to sample")
     tokens = [s.cfg.doc_token, *s.tokenizer.encode(prompt)]
@@ -1367,11 +1385,19 @@ def log_sample(s: Subject, flags: Phase) -> None:
     s.run.log(f"sample from the {what}:\n{generate(s, how)}")
 
 
+def check_sampling(tokens: int, temperature: float, top_k: int) -> None:
+    limits = {"sample_tokens": 10**6, "temperature": 1000, "top_k": 65536}
+    for (key, most), value in zip(limits.items(), (tokens, temperature, top_k)):
+        if not 0 <= value <= most:
+            raise UserError(f"{key} = {value}: must lie between 0 and {most}")
+    if 0 < temperature < 1e-3:
+        raise UserError(
+            f"temperature = {temperature}: 0, or from 0.001 on, as logits are divided by it"
+        )
+
+
 def sample_command(flags: Sample) -> None:
-    for key, least, most in (("tokens", 0, 10**6), ("temperature", 0, 1000), ("top_k", 0, 65536)):
-        value = getattr(flags, key)
-        if not least <= value <= most:
-            raise UserError(f"{key} = {value}: must lie between {least} and {most}")
+    check_sampling(flags.tokens, flags.temperature, flags.top_k)
     print(generate(opened(flags), flags))
 
 
