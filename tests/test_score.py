@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import build, tg, tiny
+from helpers import build, parts, tg, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_export import LOOPED, model_of, small, weights
@@ -626,25 +626,68 @@ def test_an_artifact_a_checkpoint_and_another_text_change_no_figures(whole, tmp_
 REFUSED = {
     "an unknown mode": (["--modes", "sliding guess"], ["modes", "'guess'", "lora"]),
     "a mode twice": (["--modes", "sliding sliding"], ["names one twice"]),
-    "a stride over the row": (["--modes", "sliding", "--stride", "33"], ["stride = 33", "32"]),
-    "no tokens of a sample": (["--sample_tokens", "-1"], ["sample_tokens = -1", "negative"]),
-    "no bytes of a proof": (["--prove_bytes", "-1"], ["prove_bytes = -1", "negative"]),
-    "a negative top_k": (["--top_k", "-1"], ["top_k = -1", "negative"]),
+    "a stride over the row": (["--modes", "chunked sliding", "--stride", "33"], ["stride = 33"]),
+    "a sample of -1 tokens": (["--sample_tokens", "-1"], ["sample_tokens = -1"]),
+    "a proof of -1 bytes": (["--prove_bytes", "-1"], ["prove_bytes = -1"]),
+    "batches of -1 rows": (["--rows", "-1"], ["rows = -1"]),
+    "a negative top_k": (["--top_k", "-1"], ["top_k = -1"]),
+    "a temperature near 0": (["--temperature", "1e-45"], ["temperature = 1e-45", "0.001"]),
+    "a temperature that is none": (["--temperature", "nan"], ["temperature = nan"]),
+    "an infinite temperature": (["--temperature", "inf"], ["temperature = inf"]),
+    "a share that is none": (["--modes", "mixture", "--share", "nan"], ["share = nan"]),
+    "an infinite rate": (["--modes", "chunked ttt", "--ttt_lr", "inf"], ["ttt_lr = inf"]),
     "more text than there is": (["--prove_bytes", "999999"], ["999999 bytes of text"]),
     "more epochs than there are": (["--last_epochs", "3"], ["holds 2 of 3 epochs"]),
     "an unknown flag": (["--modess", "x"], ["modess", "modes"]),
     "a word for a number": (["--stride", "many"], ["stride", "many"]),
-    "a share that is none": (["--modes", "mixture", "--share", "2"], ["share = 2"]),
+    "a prompt that is no text": (
+        ["--sample_tokens", "3", "--prompt", "caf\udce9"],
+        ["prompt = 'caf\\udce9'", "UTF-8"],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_scored_is_refused_in_one_line(server, whole, tmp_path, name):
+    """Before a figure is taken: those that the run had stay, and none is added."""
     argv, words = REFUSED[name]
     folder = copied(whole[0], tmp_path)
     ended = server.run(folder, *argv, program="logs.score")
     assert_refused(ended, words)
+    assert "final_" not in ended.out
     assert untimed(result_of(folder)) == untimed(result_of(whole[0]))
+
+
+@pytest.mark.parametrize(
+    "changes, argv, words",
+    [
+        ({}, ["--modes", "chunked lora"], ["lora", "64 rows and columns", "has none"]),
+        ({"mlp_dropout": 0.1}, ["--modes", "sliding ttt"], ["ttt", "by chance"]),
+        ({}, ["--modes", "chunked", "--prove_bytes", "9"], ["prove_bytes = 9", "tokenizer"]),
+        ({}, ["--modes", "chunked", "--sample_tokens", "9"], ["without a tokenizer"]),
+    ],
+    ids=str,
+)
+def test_what_these_weights_cannot_do_is_refused_before_a_figure_is_taken(
+    tmp_path, capsys, changes, argv, words
+):
+    """A model of small matrices, with dropout, without a tokenizer."""
+    p = parts(tmp_path, log_dir=str(tmp_path), **changes)
+    tg.save_checkpoint(p.run, p.model, p.opt, p.avg, p.loader, 1)
+    (p.run.folder / "result.json").write_text('{"val_loss": 1.0}')
+    assert score.main([str(p.run.folder), "--stride", "8", *argv]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and "final_" not in said.out
+    assert all(word in said.err for word in words), said.err
+    assert json.loads((p.run.folder / "result.json").read_text()) == {"val_loss": 1.0}
+
+
+def test_a_prompt_beyond_the_vocabulary_is_refused_before_a_figure_is_taken():
+    s = subject(tiny())
+    for prompt, words in (("5 96", "token 96, which is not below"), ("caf\udce9", "UTF-8")):
+        with pytest.raises(tg.UserError, match=words):
+            score.check_possible(s, score.Phase("x", sample_tokens=3, prompt=prompt))
+    score.check_possible(s, score.Phase("x", sample_tokens=3, prompt="5 95"))
 
 
 def test_the_flags_of_the_program_are_the_table_of_a_preset():
