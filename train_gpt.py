@@ -408,6 +408,23 @@ RANGES = (
     (-100, 100, "x0_lambda"),
 )
 LIMITS = {name: (least, most) for least, most, names in RANGES for name in names.split()}
+# The same of the numbers in tables.
+TABLE_RANGES = (
+    (0, 0.5, "share"),
+    (0, 1, "p"),
+    (0, 10, "ttt_lr lora_lr"),
+    (0, 100, "ttt_epochs"),
+    (0, 1000, "target margin z temperature"),
+    (0, 65536, "top_k"),
+    (0, 10**6, "sample_tokens"),
+    (0, MANY, "max_seconds prove_bytes"),
+    (0, TOKENS, "max_bytes"),
+    (1e-3, 1000, "logit_temperature"),
+    (1, 1 << 12, "lora_rank"),
+    (1, MANY, "stride"),
+    (1, 1 << 40, "ttt_chunk"),
+)
+TABLE_LIMITS = {name: (low, high) for low, high, names in TABLE_RANGES for name in names.split()}
 
 
 def preset_path(name: str) -> Path:
@@ -502,14 +519,21 @@ def checked_table(name: str, table: dict, where: str) -> dict:
             )
         kind = type(TABLES[name][key])
         if kind is float and type(value) is int:
-            value = float(value)
+            value = float(max(-(10**300), min(value, 10**300)))
         if type(value) is not kind or kind is float and not math.isfinite(value):
             raise UserError(
                 f"{where}: {key} = {value!r} in [{name}] must be a {kind.__name__}"
                 + " that is finite" * (kind is float)
             )
+        if kind is not str:
+            check_table_number(key, value, f"{where}, [{name}]: ")
         values[key] = value
     return values
+
+
+def check_table_number(key: str, value: float, where: str = "") -> None:
+    low, high = TABLE_LIMITS[key]
+    need(low <= value <= high, f"{where}{key} = {value}: must lie between {low} and {high}")
 
 
 def parse_args(argv: list[str]) -> Config:

@@ -718,18 +718,8 @@ def make_scorer(
     if how.mode not in SCORERS:
         raise UserError(f"mode = {how.mode!r}: must be one of {', '.join(SCORERS)}")
     refuse_dropout(model.cfg, how.mode)
-    limits = {
-        "logit_temperature": (1e-3, 1e3),
-        "share": (0, 0.5),
-        "ttt_chunk": (1, 1 << 40),
-        "ttt_epochs": (0, 100),
-        "ttt_lr": (0, 10),
-        "lora_rank": (1, 1 << 12),
-        "lora_lr": (0, 10),
-    }
-    for key, (low, high) in limits.items():
-        if not low <= getattr(how, key) <= high:
-            raise UserError(f"{key} = {getattr(how, key)}: must lie between {low} and {high}")
+    for f in dataclasses.fields(Settings):
+        tg.check_table_number(f.name, getattr(how, f.name))
     return SCORERS[how.mode](model, how, shape, run)
 
 
@@ -1192,8 +1182,7 @@ def check(flags: Phase) -> None:
             raise UserError(f"modes = {flags.modes!r}: {mode!r} is none of {', '.join(SCORERS)}")
     if len(set(modes)) < len(modes):
         raise UserError(f"modes = {flags.modes!r} names one twice")
-    if flags.prove_bytes < 0:
-        raise UserError(f"prove_bytes = {flags.prove_bytes}: must not be negative")
+    tg.check_table_number("prove_bytes", flags.prove_bytes)
     check_sampling(flags.sample_tokens, flags.temperature, flags.top_k)
 
 
@@ -1386,10 +1375,9 @@ def log_sample(s: Subject, flags: Phase) -> None:
 
 
 def check_sampling(tokens: int, temperature: float, top_k: int) -> None:
-    limits = {"sample_tokens": 10**6, "temperature": 1000, "top_k": 65536}
-    for (key, most), value in zip(limits.items(), (tokens, temperature, top_k)):
-        if not 0 <= value <= most:
-            raise UserError(f"{key} = {value}: must lie between 0 and {most}")
+    named = {"sample_tokens": tokens, "temperature": temperature, "top_k": top_k}
+    for key, value in named.items():
+        tg.check_table_number(key, value)
     if 0 < temperature < 1e-3:
         raise UserError(
             f"temperature = {temperature}: 0, or from 0.001 on, as logits are divided by it"
