@@ -4436,6 +4436,21 @@ TABLES: dict[str, dict[str, object]] = {
         "top_k": 50,
     },
 }
+TABLE_LIMITS = limits(
+    (0, 0.5, "share"),
+    (0, 1, "p"),
+    (0, 10, "ttt_lr lora_lr"),
+    (0, 100, "ttt_epochs"),
+    (0, 1000, "target margin z temperature"),
+    (0, 65536, "top_k"),
+    (0, 10**6, "sample_tokens"),
+    (0, 10**9, "max_seconds prove_bytes"),
+    (0, 10**12, "max_bytes"),
+    (1e-3, 1000, "logit_temperature"),
+    (1, 1 << 12, "lora_rank"),
+    (1, 10**9, "stride"),
+    (1, 1 << 40, "ttt_chunk"),
+)
 # What a resumed run may change without becoming another experiment.
 FREE_ON_RESUME = set(
     "config resume log_dir log_every eval_every save_every save_last keep wandb device compile "
@@ -4517,8 +4532,7 @@ def checked(raw: dict, where: str, config: type = Config) -> dict:
         if listed and isinstance(value, list) and all(isinstance(v, str) for v in value):
             value = tuple(value)
         elif kind is float and type(value) is int:
-            # more than a float holds is too much in any case
-            value = float(max(-(10**300), min(value, 10**300)))
+            value = as_float(value)
         elif key in SCHEDULES and type(value) in (int, float):
             value = str(value)  # a constant schedule
         elif listed or type(value) is not kind:
@@ -4541,14 +4555,26 @@ def checked_table(name: str, table: dict, where: str) -> dict:
             )
         kind = type(TABLES[name][key])
         if kind is float and type(value) is int:
-            value = float(value)
+            value = as_float(value)
         if type(value) is not kind or kind is float and not math.isfinite(value):
+            finite = " that is finite" if kind is float else ""
             raise UserError(
-                f"{where}: {key} = {value!r} in [{name}] must be a {kind.__name__}"
-                + " that is finite" * (kind is float)
+                f"{where}: {key} = {value!r} in [{name}] must be a {kind.__name__}{finite}"
             )
+        if kind is not str:
+            check_table_number(key, value, f"{where}, [{name}]: ")
         values[key] = value
     return values
+
+
+def check_table_number(key: str, value: float, where: str = "") -> None:
+    low, high = TABLE_LIMITS[key]
+    require(low <= value <= high, f"{where}{key} = {value}: must lie between {low} and {high}")
+
+
+def as_float(value: int) -> float:
+    """More than a float holds is too much in any case."""
+    return float(max(-(10**300), min(value, 10**300)))
 
 
 def parse_args(argv: list[str]) -> Config:

@@ -687,7 +687,7 @@ def time_line(ratios: dict[str, float | None], baseline: str, what: str) -> str:
         return f"gets there in {counts}; of {baseline}'s {what}: {each}"
     mean, sd = mean_sd(reached)
     spread = "" if math.isnan(sd) else f" +- {sd:.3f}"
-    factor = f"{1 / mean:.2f} times less" if mean < 1 else f"{mean:.2f} times as much"
+    factor = f"{1 / mean:.2f} times less" if 0 < mean < 1 else f"{mean:.2f} times as much"
     part = f"{mean:.3f}{spread} of {baseline}'s training {what} (n={len(reached)})"
     return f"needs {part}, {factor}: {each}"
 

@@ -697,18 +697,8 @@ def make_scorer(
     if how.mode not in SCORERS:
         raise UserError(f"mode = {how.mode!r}: must be one of {', '.join(SCORERS)}")
     refuse_dropout(model.cfg, how.mode)
-    limits = {
-        "logit_temperature": (1e-3, 1e3),
-        "share": (0, 0.5),
-        "ttt_chunk": (1, 1 << 40),
-        "ttt_epochs": (0, 100),
-        "ttt_lr": (0, 10),
-        "lora_rank": (1, 1 << 12),
-        "lora_lr": (0, 10),
-    }
-    for key, (low, high) in limits.items():
-        if not low <= getattr(how, key) <= high:
-            raise UserError(f"{key} = {getattr(how, key)}: must lie between {low} and {high}")
+    for f in dataclasses.fields(Settings):
+        tg.check_table_number(f.name, getattr(how, f.name))
     return SCORERS[how.mode](model, how, shape, run)
 
 
@@ -1082,6 +1072,8 @@ class Source:
 
 def opened(flags: Source, compiled: bool = False, exact: bool = False) -> Subject:
     """The weights that `flags` name, in a model; exact: those of a checkpoint, not rounded."""
+    if flags.rows < 0:
+        raise UserError(f"rows = {flags.rows}: must not be negative; 0 are as many as fit")
     cfg, named, path = tg.open_source(flags.source, exact)
     if exact and path.is_file():
         raise UserError(
@@ -1145,14 +1137,15 @@ def phase(argv: list[str]) -> int:
     with s.run:
         try:
             s.run.on_main(lambda: begin(s, flags))
+            s.run.on_main(lambda: check_possible(s, flags))
             take_figures(s, flags)
             if flags.sample_tokens:
                 s.run.on_main(lambda: log_sample(s, flags))
-            s.run.complete = True
-        except tg.Interrupted:
+        except tg.Interrupted:  # in here, where the log is still open
             name = signal.Signals(s.run.signal).name
             s.run.log(f"interrupted by {name}: what was taken is kept; start again to go on")
             return 128 + s.run.signal
+        s.run.complete = True
     return 0
 
 
@@ -1164,9 +1157,21 @@ def check(flags: Phase) -> None:
             raise UserError(f"modes = {flags.modes!r}: {mode!r} is none of {', '.join(SCORERS)}")
     if len(set(modes)) < len(modes):
         raise UserError(f"modes = {flags.modes!r} names one twice")
-    for key in ("prove_bytes", "sample_tokens", "top_k"):
-        if getattr(flags, key) < 0:
-            raise UserError(f"{key} = {getattr(flags, key)}: must not be negative")
+    tg.check_table_number("prove_bytes", flags.prove_bytes)
+    check_sampling(flags.sample_tokens, flags.temperature, flags.top_k)
+
+
+def check_possible(s: Subject, flags: Phase) -> None:
+    """Refuse what these weights cannot be scored with, before any figure is taken."""
+    for mode in flags.modes.split():
+        make_scorer(s.model, OneScore(mode=mode, **settings_of(flags)), s.shape)
+    if flags.prove_bytes and not s.tokenizer:
+        raise UserError(
+            f"prove_bytes = {flags.prove_bytes}: {s.path} was trained without a tokenizer: there "
+            "is no text to encode"
+        )
+    if flags.sample_tokens:
+        prompt_tokens(s, flags.prompt)
 
 
 def begin(s: Subject, flags: Phase) -> None:
@@ -1279,8 +1284,8 @@ def compressors_bpb(s: Subject) -> tuple[dict, dict]:
         return {"xz_bpb": xz * 8 / len(text), "zstd_bpb": zstd * 8 / len(text)}
 
     found = s.run.on_main(work)
-    bits = ", ".join(f"{key.removesuffix('_bpb')} {x:.4f} bpb" for key, x in found.items())
-    s.run.log(f"same text: {bits}")
+    xz, zstd = found["xz_bpb"], found["zstd_bpb"]
+    s.run.log(f"same text: xz -9e {xz:.4f} bpb, zstd -19 {zstd:.4f} bpb")
     return {}, found
 
 
@@ -1297,6 +1302,8 @@ class Sample(Source):
 
 def prompt_tokens(s: Subject, prompt: str) -> list[int]:
     """A document's start and the prompt, all of them tokens that the model knows."""
+    if re.search("[\ud800-\udfff]", prompt):
+        raise UserError(f"prompt = {ascii(prompt)} is no UTF-8 text")
     if not s.tokenizer:
         raise UserError(f"{s.path} was trained without a tokenizer: there is no text to sample")
     tokens = [s.cfg.doc_token, *s.tokenizer.encode(prompt)]
@@ -1345,11 +1352,18 @@ def log_sample(s: Subject, flags: Phase) -> None:
     s.run.log(f"sample from the {what}:\n{generate(s, how)}")
 
 
+def check_sampling(tokens: int, temperature: float, top_k: int) -> None:
+    named = {"sample_tokens": tokens, "temperature": temperature, "top_k": top_k}
+    for key, value in named.items():
+        tg.check_table_number(key, value)
+    if 0 < temperature < 1e-3:
+        raise UserError(
+            f"temperature = {temperature}: 0, or from 0.001 on, as logits are divided by it"
+        )
+
+
 def sample_command(flags: Sample) -> None:
-    for key, least, most in (("tokens", 0, 10**6), ("temperature", 0, 1000), ("top_k", 0, 65536)):
-        value = getattr(flags, key)
-        if not least <= value <= most:
-            raise UserError(f"{key} = {value}: must lie between {least} and {most}")
+    check_sampling(flags.tokens, flags.temperature, flags.top_k)
     print(generate(opened(flags), flags))
 
 

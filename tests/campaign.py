@@ -51,19 +51,9 @@ SMALL = {
     "ema": 0.9,
     "swa_every": 2,
     "swa_start": 0.3,
-    "sample_tokens": 0,
 }
-GOLF = {
-    "kv_heads": 1,
-    "export": "int6",
-    "export_codec": "entropy",
-    "artifact_limit": 0,
-    "gptq": 4,
-    "score": "sliding mixture",
-    "stride": 64,
-    "prove_bytes": 0,
-    "sample_tokens": 8,
-}
+GOLF = {"kv_heads": 1, "export": "int6", "export_codec": "entropy", "artifact_limit": 0, "gptq": 4}
+SCORES = ["--modes", "sliding mixture", "--prove_bytes", "0", "--sample_tokens", "8"]
 SLOWRUN = {
     "depth": 4,
     "loop": "1:3",
@@ -100,7 +90,7 @@ PRE = {
 
 @dataclass
 class Stage:
-    """One run: a program and its flags. Several in a row are a preset's phases."""
+    """A program and its flags, and the run that it works on. Several are a preset's phases."""
 
     program: str
     argv: list[str]
@@ -112,11 +102,16 @@ def stage(run: str, *words: str, program: str = "train_gpt", **flags) -> Stage:
     return Stage(program, [*words, *given, "--run", run, "--resume"], run)
 
 
+def scoring(run: str, *words: str) -> Stage:
+    """It goes on where it was stopped without being told to."""
+    return Stage("logs.score", [f"logs/{run}", *words], run)
+
+
 def presets(data: Path) -> dict[str, list[Stage]]:
     text = SMALL | {"data": data, "tokenizer": data / "tokenizer.model"}
     return {
-        "golf": [stage("run", "--config", "golf_cpu", **text | GOLF)],
-        "slowrun": [stage("run", "--config", "slowrun_cpu", **text | SLOWRUN)],
+        "golf": [stage("run", "--config", "golf_cpu", **text | GOLF), scoring("run", *SCORES)],
+        "slowrun": [stage("run", "--config", "slowrun_cpu", **text | SLOWRUN), scoring("run")],
         "remix": [
             stage("run", "--config", "remix_m", "on_cpu", **text | {"param_dtype": "bfloat16"})
         ],

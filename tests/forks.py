@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Functions of train_gpt.py and golf.py that name a phase of a run; the innermost one that is at
-# work counts.
+# Functions of train_gpt.py and logs/score.py that name a phase of a run; the innermost one that is
+# at work counts.
 PHASES = {
     "parse_args",
     "prepare_folder",
@@ -36,10 +36,14 @@ PHASES = {
     "log_step",
     "evaluate",
     "save_checkpoint",
-    "export_and_score",
+    "export_artifact",
     "finish",
     "write_result",
+    "take",
+    "one_score",
+    "averaged",
 }
+PROGRAMS = "train_gpt.py", "score.py"
 # Calls that change or sync files: between two of them a kill leaves another state on the disk.
 FILE_CALLS = {
     "open",
@@ -188,7 +192,7 @@ class Watch:
     def __call__(self, frame, event: str, arg) -> None:
         if event == "call" or event == "return":
             code = frame.f_code
-            if code.co_name in PHASES and code.co_filename.endswith(("train_gpt.py", "golf.py")):
+            if code.co_name in PHASES and code.co_filename.endswith(PROGRAMS):
                 if event == "call":
                     self.stack.append(code.co_name)
                     self.steps += code.co_name == "train_step"
@@ -279,8 +283,8 @@ def serve() -> None:
     sys.path.insert(0, str(ROOT))
     import torch._dynamo  # noqa: F401 (what a run imports late)
 
-    import logs.score  # noqa: F401
     import train_gpt
+    from logs import score  # noqa: F401
 
     train_gpt.parse_args(["--run", "warm"])  # tyro's first parsing is slow
 

@@ -1,7 +1,7 @@
 """
 Random combinations of the switches: each is refused in one line, or it trains, goes on from a
-checkpoint with the same bits, and leaves an artifact that reads back as what was scored; and a
-switch that is taken back changes something.
+checkpoint with the same bits, and leaves an artifact that reads back as what was evaluated and is
+scored; and a switch that is taken back changes something.
 
     python tests/sampler.py --first 0 --count 300      # by hand: seeds 0 to 299, half a second each
 
@@ -14,6 +14,7 @@ import dataclasses
 import io
 import json
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -26,7 +27,7 @@ import torch
 from helpers import tg, tiny, write_shard
 from safetensors.torch import load_file
 
-import golf
+from logs import score
 
 STEPS = 3
 # What every sample starts from: matrices of 64 rows and columns (smaller ones are not rounded),
@@ -51,7 +52,6 @@ BASE = {
     "export": "",
     "epochs": 0,
     "val_tokens": 64,
-    "stride": 8,
     "q_gain": 1.0,
 }
 # Switches and choices, each with the values that it may take beside its own.
@@ -132,8 +132,7 @@ SWITCHES = {
     "gptq": (2, 1000),
     "qat": ("1", "0:0 1s:1"),
     "qat_noise": (1,),
-    "score": ("sliding", "mixture ttt", "lora"),
-    "stride": (4,),
+    "score": ({"modes": "sliding"}, {"modes": "mixture ttt"}, {"modes": "lora", "stride": 4}),
     "param_dtype": ("bfloat16",),
     "epochs": (1, 3),
     "auto_micro": (1,),
@@ -159,7 +158,6 @@ SILENT = {
     "own_lr",
     "window",
     "xsa",
-    "stride",
     "gptq",
     "rope_dims",
     "head_dim",
@@ -182,7 +180,6 @@ def sample(seed: int) -> dict:
         "repeats": "loop",
         "qat_noise": "qat",
         "qat": "export",
-        "score": "export",
         "gptq": "export",
         "window_pattern": "window",
         "slow": "slow_lr",
@@ -215,18 +212,27 @@ def make_data(folder: Path) -> str:
 
 def config(flags: dict, folder: Path, run: str) -> tg.Config:
     """As parse_args makes one; UserError where it refuses."""
-    cfg = tiny(
-        **(BASE | flags | {"data": make_data(folder / "data"), "log_dir": str(folder), "run": run})
-    )
+    own = {"data": make_data(folder / "data"), "log_dir": str(folder), "run": run}
+    if "score" in flags:
+        own["score"] = {"stride": 8} | flags["score"]
+    cfg = tiny(**(BASE | flags | own))
     tg.validate(cfg)
     tg.refuse_idle(cfg)
     return cfg
 
 
 def trained(cfg: tg.Config) -> Path:
+    """Train it, and score it where it asks for that; UserError where the scores are refused."""
     with contextlib.redirect_stdout(io.StringIO()), tg.Run(cfg) as run:
         assert tg.train(cfg, run) == 0
-    return Path(cfg.log_dir) / cfg.run
+    folder = Path(cfg.log_dir) / cfg.run
+    if cfg.score or cfg.average_epochs:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            code = score.main([str(folder)])
+        if code:
+            raise tg.UserError(said.getvalue().removeprefix("error: ").rstrip("\n"))
+    return folder
 
 
 def outcome(folder: Path) -> dict:
@@ -241,18 +247,28 @@ def outcome(folder: Path) -> dict:
         "train_time_s",
         "wall_time_s",
         "eval_time_s",
+        "first_eval_time_s",
+        "scores",
         "git",
     }
     weights = {name: w.view(torch.uint8).numpy().tobytes() for name, w in named.items()}
     return weights | {k: v for k, v in result.items() if k not in timed}
 
 
-def check(seed: int, folder: Path, flags: dict | None = None) -> tuple[dict, list[str]]:
+def refused_flag(e: tg.UserError, flags: dict) -> str:
+    """The flag to take out: the first that a refusal names, in one line."""
+    assert "\n" not in str(e)
+    named = sorted((str(e).find(name), name) for name in flags if name in str(e))
+    assert named, f"names none of its flags: {e}"
+    return named[0][1]
+
+
+def finished(flags: dict, folder: Path) -> tuple[tg.Config, Path, list[str]]:
     """
-    Try one combination; returns the flags that were accepted, and the refusals. A refusal must come
-    before the first step and be one line that names a flag; that flag is then left out.
+    Train with these flags but for those that are refused, which are taken out of them: before the
+    first step and before a folder is made, or, what is about scores, before a figure is taken.
     """
-    flags, refused = dict(sample(seed) if flags is None else flags), []
+    refused: list[str] = []
     while True:
         try:
             cfg = config(flags, folder, "a")
@@ -260,15 +276,27 @@ def check(seed: int, folder: Path, flags: dict | None = None) -> tuple[dict, lis
                 tg.build(cfg, tg.Run(cfg))  # the data are asked here, still before a folder is made
             break
         except tg.UserError as e:
-            assert not (folder / "a").exists() and "\n" not in str(e)
+            assert not (folder / "a").exists()
             refused.append(str(e))
-            named = sorted((str(e).find(name), name) for name in flags if name in str(e))
-            assert named, f"names none of its flags: {e}"
-            flags.pop(named[0][1])
-    first = trained(cfg)
+            flags.pop(refused_flag(e, flags))
+    try:
+        return cfg, trained(cfg), refused
+    except tg.UserError as e:
+        assert "\n" not in str(e) and re.match("(mode|stride) = ", str(e)), e
+        assert "scores" not in json.loads((folder / "a" / "result.json").read_text())
+        del flags["score"]
+        shutil.rmtree(folder / "a")
+        cfg, first, more = finished(flags, folder)
+        return cfg, first, [*refused, str(e), *more]
+
+
+def check(seed: int, folder: Path, flags: dict | None = None) -> tuple[dict, list[str]]:
+    """Try one combination: its flags without those that were refused, and the refusals."""
+    flags = dict(sample(seed) if flags is None else flags)
+    cfg, first, refused = finished(flags, folder)
     done = outcome(first)
-    if cfg.export:  # what was scored reads back, strictly
-        kept, named = golf.load(first / "model.nrx")
+    if cfg.export:  # what was evaluated reads back, strictly
+        kept, named = tg.load_artifact(first / "model.nrx")
         assert tg.config_hash(kept) == tg.config_hash(cfg) and kept == dataclasses.replace(
             cfg, config=()
         )

@@ -243,7 +243,10 @@ def test_a_run_compiles_before_the_clock_and_its_artifact_decodes(tmp_path, text
     assert (
         "\nrecompiles:0\n" in log and len(re.findall(r"^switch:\d+ repeats:[23] ", log, re.M)) == 2
     )
+    modes = ["--modes", "sliding mixture ttt lora", "--prove_bytes", "300"]
+    python("logs/score.py", str(folder), *modes, cwd=tmp_path)
     result = json.loads((folder / "result.json").read_text())
+    assert {"ttt_val_bpb", "lora_val_bpb"} < result.keys()
     assert result["roundtrip_val_bpb"] == pytest.approx(result["val_bpb"], rel=0.02)
     assert result["sliding_val_bpb"] == pytest.approx(result["roundtrip_val_bpb"], rel=0.01)
     assert result["mixed_val_bpb"] <= result["sliding_val_bpb"] + 1e-3

@@ -56,7 +56,7 @@ def rule(parts, batch: int, seq_len: int, rank: int, world: int, epochs: int = 1
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("seq_len", [8, 16])
-def test_batches_break_the_rule_of_the_speedrun(tmp_path, world, seq_len):
+def test_batches_keep_the_rule_of_the_speedrun(tmp_path, world, seq_len):
     """Shards that end one token before, at, and behind a border, and one too short for a batch."""
     parts = shards(tmp_path, 3 * 128, 3 * 128 + 1, 3 * 128 + 2, 100, 1000)
     cfg = config(tmp_path, seq_len=str(seq_len), epochs=2)
@@ -75,7 +75,7 @@ def test_batches_break_the_rule_of_the_speedrun(tmp_path, world, seq_len):
 
 @pytest.mark.parametrize("shuffle", [0, 1])
 @pytest.mark.parametrize("world", [2, 4, 8])
-def test_ranks_see_other_tokens_together_than_one_process_alone(tmp_path, world, shuffle):
+def test_ranks_together_see_the_tokens_of_one_process(tmp_path, world, shuffle):
     shards(tmp_path, 700, 900)
     cfg = config(tmp_path, seq_len="16", shuffle=shuffle)
     alone, ranks = loader(cfg), [loader(cfg, r, world) for r in range(world)]
@@ -92,7 +92,7 @@ def sparse_shard(path, count: int) -> None:
     os.truncate(path, 1024 + 2 * count)
 
 
-def test_shard_of_100m_tokens_does_not_give_190_batches(tmp_path):
+def test_shard_of_100m_tokens_gives_190_batches(tmp_path):
     """
     Spec 1.1: 190 batches of 524,288 a shard; remix A needs 24 shards and M 14. Found before the
     first step.
@@ -124,7 +124,7 @@ def test_shard_of_100m_tokens_does_not_give_190_batches(tmp_path):
         loader(cfg)
 
 
-def test_batch_size_that_grows_skips_or_repeats_tokens(tmp_path):
+def test_batch_size_that_grows_skips_and_repeats_no_token(tmp_path):
     parts = shards(tmp_path, 2000)
     ours = loader(config(tmp_path, seq_len="16", batch_tokens="0:64 0.5:128", micro_tokens=64))
     seen = [ours.batch(s, size, 16)[:, :-1].ravel() for s, size in enumerate((64, 64, 128, 128))]
@@ -135,7 +135,7 @@ def test_batch_size_that_grows_skips_or_repeats_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_shuffled_epoch_is_no_permutation(tmp_path, world):
+def test_shuffled_epoch_is_a_permutation(tmp_path, world):
     """
     Every block of every shard once an epoch, in another order each time, the same for any number of
     ranks.
@@ -168,7 +168,7 @@ def whole_world(cfg):
     return [ours.batch(s, 128, 32)[:, 0] for s in range(19)]
 
 
-def test_seed_does_not_change_the_order(tmp_path):
+def test_seed_changes_the_order(tmp_path):
     shards(tmp_path, 2000)
     first = [
         loader(config(tmp_path, shuffle=1, seed=s)).batch(0, 128, 32).tolist() for s in (1, 2, 1)
@@ -176,7 +176,7 @@ def test_seed_does_not_change_the_order(tmp_path):
     assert first[0] == first[2] != first[1]
 
 
-def test_shorter_rows_leave_out_tokens_of_their_block(tmp_path):
+def test_shorter_rows_hold_all_tokens_of_their_block(tmp_path):
     """
     While seq_len grows, a block is cut into rows: the same blocks in the same order, the same
     tokens.
@@ -199,7 +199,7 @@ def test_shorter_rows_leave_out_tokens_of_their_block(tmp_path):
 
 
 @pytest.mark.parametrize("shuffle", [0, 1])
-def test_resumed_loader_gives_other_tokens(tmp_path, shuffle):
+def test_resumed_loader_gives_the_same_tokens(tmp_path, shuffle):
     shards(tmp_path, 500, 700, 300)
     cfg = config(
         tmp_path, shuffle=shuffle, epochs=0, seq_len="16", batch_tokens="64", micro_tokens=64
@@ -224,7 +224,7 @@ def test_resumed_loader_gives_other_tokens(tmp_path, shuffle):
 # --- too little
 
 
-def test_missing_shards_are_found_in_the_middle_of_training(tmp_path):
+def test_missing_shards_are_found_before_training(tmp_path):
     with pytest.raises(tg.UserError, match=r"no train shards.*get.py tokenize"):
         loader(config(tmp_path))
     with pytest.raises(tg.UserError, match=r"no train shards.*get.py fineweb10B"):
@@ -373,7 +373,7 @@ def test_a_document_across_shards_is_one_document(tmp_path):
 
 
 @pytest.mark.parametrize("shuffle, steps", [(0, 2), (1, 3)])
-def test_end_of_data_is_not_explained(tmp_path, shuffle, steps):
+def test_end_of_data_is_explained(tmp_path, shuffle, steps):
     shards(tmp_path, 128 * 3 + 1)
     ours = loader(config(tmp_path, shuffle=shuffle, max_seconds=1.0))
     for step in range(steps):
@@ -393,7 +393,7 @@ def test_end_of_data_is_not_explained(tmp_path, shuffle, steps):
     st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_accepted_run_has_too_few_tokens_or_refused_run_has_enough(
+def test_a_run_is_accepted_exactly_if_it_has_enough_tokens(
     tmp_path_factory, lengths, epochs, batch, steps, shuffle
 ):
     """
@@ -427,7 +427,7 @@ def test_accepted_run_has_too_few_tokens_or_refused_run_has_enough(
 
 @given(st.lists(st.integers(0, 65535), max_size=300))
 @settings(max_examples=50)
-def test_shard_does_not_come_back_as_written(tmp_path_factory, tokens):
+def test_shard_comes_back_as_written(tmp_path_factory, tokens):
     path = write_shard(tmp_path_factory.mktemp("s") / "a.bin", tokens)
     assert tg.shard_tokens(path) == len(tokens)
     assert tg.read_shard(path).tolist() == tokens
@@ -436,7 +436,7 @@ def test_shard_does_not_come_back_as_written(tmp_path_factory, tokens):
 
 @given(st.lists(st.integers(0, 65535), max_size=50), st.data())
 @settings(max_examples=150)
-def test_damaged_shard_is_read_or_crashes(tmp_path_factory, tokens, data):
+def test_damaged_shard_is_refused(tmp_path_factory, tokens, data):
     """
     Any other length of file, any other value of the three numbers of the header, is a UserError
     that names it.
@@ -467,7 +467,7 @@ def test_damaged_shard_is_read_or_crashes(tmp_path_factory, tokens, data):
         ({"count": 11}, ("promises 11 tokens", "1046 bytes", "has 1044", "data/get.py")),
     ],
 )
-def test_message_about_a_shard_names_no_number(tmp_path, change, words):
+def test_message_about_a_shard_names_its_numbers(tmp_path, change, words):
     path = write_shard(tmp_path / "a.bin", range(10), **change)
     with pytest.raises(tg.UserError) as e:
         tg.read_shard(path)
@@ -475,7 +475,7 @@ def test_message_about_a_shard_names_no_number(tmp_path, change, words):
         assert word in str(e.value)
 
 
-def test_token_over_the_vocabulary_reaches_the_model(tmp_path):
+def test_token_over_the_vocabulary_is_refused(tmp_path):
     tokens = np.arange(1000) % 90
     tokens[777] = 96
     write_shard(tmp_path / "x_train_000000.bin", tokens)
@@ -489,7 +489,7 @@ def test_token_over_the_vocabulary_reaches_the_model(tmp_path):
     assert loader(config(tmp_path, vocab=97)).batch(0, 128, 32).shape == (4, 33)
 
 
-def test_targets_are_not_the_next_tokens(tmp_path):
+def test_targets_are_the_next_tokens(tmp_path):
     shards(tmp_path, 1000)
     x, y = tg.tensors(loader(config(tmp_path)).batch(0, 128, 32), torch.device("cpu"))
     assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (4, 32)
@@ -540,7 +540,7 @@ def test_shards_that_cannot_be_read_are_named(tmp_path):
 # --- validation
 
 
-def test_validation_scores_other_tokens_than_its_prefix(tmp_path):
+def test_validation_scores_the_tokens_of_its_prefix(tmp_path):
     """
     The first val_tokens over all shards, cut into rows; the last batch is filled up with targets of
     -1.
@@ -573,7 +573,7 @@ def test_validation_scores_other_tokens_than_its_prefix(tmp_path):
 
 
 @pytest.mark.parametrize("world, rows", [(1, 1), (1, 3), (1, 64), (2, 3), (4, 2)])
-def test_validation_loss_depends_on_batches_or_ranks(tmp_path, world, rows):
+def test_validation_loss_is_the_same_for_all_batches_and_ranks(tmp_path, world, rows):
     """evaluate() over any layout is the mean over the rows by themselves."""
     from helpers import alone, build
 
@@ -597,13 +597,13 @@ def test_validation_loss_depends_on_batches_or_ranks(tmp_path, world, rows):
     assert total == pytest.approx(torch.cat(by_row).double().mean().item(), abs=1e-6)
 
 
-def test_bits_per_byte_is_not_nats_over_ln2_times_tokens_per_byte():
+def test_bits_per_byte_is_nats_over_ln2_times_tokens_per_byte():
     assert tg.bits_per_byte(np.log(2), 100, 400) == pytest.approx(0.25)
     assert tg.bits_per_byte(3.28, 10, 45) == pytest.approx(3.28 * 1.4426950408889634 * 10 / 45)
     assert tg.bits_per_byte(3.28, 10, 0) is None
 
 
-def test_data_sets_have_the_same_fingerprint(tmp_path):
+def test_data_sets_have_fingerprints_of_their_own(tmp_path):
     for name, tokens in (("a", 500), ("b", 501)):
         shards(tmp_path / name, tokens)
         shards(tmp_path / name, 100, split="val")
@@ -777,7 +777,7 @@ def stream(documents: list[list[int]], separator: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("model", ["golf", "default"])
-def test_bytes_of_sentencepiece_are_not_those_of_the_decoded_text(sp_models, model):
+def test_bytes_of_sentencepiece_are_those_of_the_decoded_text(sp_models, model):
     """
     parameter-golf 1.3: a leading space counts, but not at the start of a document, where decoding
     drops it.
@@ -797,7 +797,7 @@ def test_bytes_of_sentencepiece_are_not_those_of_the_decoded_text(sp_models, mod
     )
 
 
-def test_bytes_of_runs_of_spaces_or_own_symbols_are_miscounted(sp_models):
+def test_bytes_of_runs_of_spaces_and_own_symbols_are_counted(sp_models):
     """A model that keeps white space decodes to the text itself."""
     tok = tg.Tokenizer(sp_models["spaces"], 512, 1)
     for text in ("a\n    b\n        c", "the people  of   this", "one\n\ntwo 1789"):
@@ -811,7 +811,7 @@ def test_bytes_of_runs_of_spaces_or_own_symbols_are_miscounted(sp_models):
     st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40)),
 )
 @settings(max_examples=150)
-def test_some_text_has_other_bytes_than_counted(sp_models, model, texts):
+def test_any_text_has_the_bytes_that_are_counted(sp_models, model, texts):
     tok = tg.Tokenizer(sp_models[model], 512, 1)
     documents = [tok.encode(t) for t in texts]
     assert tok.count_bytes(stream([*documents, []], 1)) == sum(
@@ -819,7 +819,7 @@ def test_some_text_has_other_bytes_than_counted(sp_models, model, texts):
     )
 
 
-def test_bytes_of_gpt2_are_not_those_of_the_text(gpt2_files):
+def test_bytes_of_gpt2_are_those_of_the_text(gpt2_files):
     tok = tg.Tokenizer("gpt2", 50257, 50256)
     documents = [tok.encode(t) for t in TEXTS]
     for text, ids in zip(TEXTS, documents):
@@ -834,7 +834,7 @@ def test_bytes_of_gpt2_are_not_those_of_the_text(gpt2_files):
     assert base[50256] == 0 and base.sum() > 300000
 
 
-def test_tokenizer_that_is_none_ends_in_a_traceback(tmp_path, monkeypatch):
+def test_tokenizer_that_is_none_is_refused(tmp_path, monkeypatch):
     with pytest.raises(tg.UserError, match="no such file.*get.py sample"):
         tg.Tokenizer(str(tmp_path / "x.model"), 100, 0)
     for content in (b"", b"no model", b"\x0a\xff\xff"):
@@ -843,7 +843,7 @@ def test_tokenizer_that_is_none_ends_in_a_traceback(tmp_path, monkeypatch):
             tg.Tokenizer(str(tmp_path / "bad.model"), 100, 0)
 
 
-def test_validation_counts_no_bytes(tmp_path, sp_models):
+def test_validation_counts_its_bytes(tmp_path, sp_models):
     tok = tg.Tokenizer(sp_models["golf"], 512, 1)
     documents = [tok.encode(" ".join(WORDS) * 3), tok.encode("Zahl 1234567890, naïve café")]
     tokens = stream(documents, 1)

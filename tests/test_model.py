@@ -66,12 +66,12 @@ def same_bits(a: tuple, b: tuple) -> bool:
         ("remix_m", ("--optimizer", "adamw"), 162_165_504),
     ],
 )
-def test_parameter_count_is_off(name, flags, golden):
+def test_parameter_count_is_the_golden_one(name, flags, golden):
     model = tg.build_model(preset(*name.split(), flags=flags), META, torch.bfloat16, 64)
     assert sum(p.numel() for p in model.parameters()) == golden
 
 
-def test_muon_gets_other_tensors_than_the_48_matrices_of_remix_m():
+def test_muon_gets_the_48_matrices_of_remix_m():
     cfg = preset("remix_m")
     model = tg.build_model(cfg, META, torch.bfloat16, 64)
     buckets = tg.param_buckets(cfg, model, alone())
@@ -96,7 +96,7 @@ def test_muon_gets_other_tensors_than_the_48_matrices_of_remix_m():
     assert rest == {"head": 0.22, "embed": 0.6}
 
 
-def test_depth_matters_for_the_loss_before_the_first_step():
+def test_depth_does_not_matter_for_the_loss_before_the_first_step():
     """
     Every block's two output projections start at zero, so x + 0 + 0: one block is enough for golden
     losses.
@@ -107,7 +107,7 @@ def test_depth_matters_for_the_loss_before_the_first_step():
         assert torch.equal(shallow, deep)
 
 
-def test_first_loss_of_remix_m_is_not_ln_50304():
+def test_first_loss_of_remix_m_is_ln_50304():
     """
     Spec 8.2 and the published log: 10.8258, because the head starts at zero. One block (see the
     test above).
@@ -120,7 +120,7 @@ def test_first_loss_of_remix_m_is_not_ln_50304():
     assert model.head.dtype == torch.bfloat16
 
 
-def test_first_loss_of_remix_a_misses_the_published_one():
+def test_first_loss_of_remix_a_is_the_published_one():
     """
     Spec finding 3: 14.93 +- 0.05 with norm_eps 2^-7 and 16.0 with a small epsilon, on i.i.d.
     tokens. Full width and vocabulary, one block (see above), a short row: nothing in the loss
@@ -135,7 +135,7 @@ def test_first_loss_of_remix_a_misses_the_published_one():
         assert model(x[:, :256], y[:, :256]).mean().item() == pytest.approx(16.0, abs=0.1)
 
 
-def test_initial_values_differ_from_the_original():
+def test_initial_values_are_those_of_the_original():
     """Spec 1.7: bounds and standard deviations, at full width."""
     model = tg.build_model(
         preset("remix_m", flags=("--depth", "1", "--vocab", "2000", "--doc_token", "0")),
@@ -167,7 +167,7 @@ def test_initial_values_differ_from_the_original():
 # --- rotary embedding
 
 
-def test_rotary_frequencies_or_still_dims_are_wrong():
+def test_rotary_frequencies_and_still_dims_are_right():
     """Spec 1.4 and 8.3: w_k = 1024^-(k/31) on 32 pairs, dims 32..63 and 96..127 do not turn."""
     cfg = preset("remix_m")
     cos, sin = tg.rope_table(cfg, 300)
@@ -195,7 +195,7 @@ def test_rotary_frequencies_or_still_dims_are_wrong():
 
 
 @pytest.mark.parametrize("rope", ["truncated", "standard"])
-def test_rotary_scores_depend_on_absolute_position(rope):
+def test_rotary_scores_depend_on_distance_alone(rope):
     cos, sin = tg.rope_table(tiny(rope=rope, dim=64, heads=2), 100)
     q, k = torch.randn(32), torch.randn(32)
     spread = lambda x: x.expand(1, 100, 1, 32)
@@ -207,7 +207,7 @@ def test_rotary_scores_depend_on_absolute_position(rope):
     assert (scores[1, 0] - scores[0, 0]).abs() > 1e-3
 
 
-def test_standard_rotary_differs_from_complex_multiplication():
+def test_standard_rotary_is_complex_multiplication():
     cos, sin = tg.rope_table(tiny(rope="standard", rope_base=10000.0, dim=64, heads=2), 50)
     x = torch.randn(1, 50, 1, 32)
     z = torch.complex(x[..., :16], x[..., 16:])
@@ -220,7 +220,7 @@ def test_standard_rotary_differs_from_complex_multiplication():
 # --- norm, softcap, MLP, loss
 
 
-def test_swiglu_gates_the_wrong_half():
+def test_swiglu_gates_the_right_half():
     cfg = tiny(activation="swiglu", mlp_ratio=2.5)
     mlp = awake(build(cfg)).blocks[0].mlp
     assert mlp.fc.shape == (2, 80, 32) and mlp.proj.shape == (32, 80)
@@ -233,7 +233,7 @@ def test_swiglu_gates_the_wrong_half():
     assert muon.kind == "muon" and muon.unit == (80, 32)  # the halves are orthogonalised one by one
 
 
-def test_norm_has_another_epsilon_or_precision_than_asked():
+def test_norm_has_the_epsilon_and_precision_that_were_asked_for():
     x = torch.randn(5, 64).double()
     expected = torch.from_numpy(
         x.numpy() / np.sqrt((x.numpy() ** 2).mean(-1, keepdims=True) + 2**-7)
@@ -249,7 +249,7 @@ def test_norm_has_another_epsilon_or_precision_than_asked():
     )
 
 
-def test_softcap_of_remix_m_is_not_the_sigmoid_of_the_original():
+def test_softcap_of_remix_m_is_the_sigmoid_of_the_original():
     """Spec 1.6: 30*sigmoid(logits/(7.5*sqrt(d))), and 30*sigmoid(u/7.5) = 15 + 15*tanh(u/15)."""
     cfg = tiny(softcap=15.0, logit_dim_power=-0.5)
     model = awake(build(cfg))
@@ -261,7 +261,7 @@ def test_softcap_of_remix_m_is_not_the_sigmoid_of_the_original():
     assert model.logits(x).abs().max() > 14
 
 
-def test_loss_leaves_padding_columns_out_of_the_softmax():
+def test_loss_counts_padding_columns_in_the_softmax():
     """Spec 1.2: the columns behind the vocabulary are in the sum; targets of -1 are not."""
     cfg = tiny(vocab=90)
     model = awake(build(cfg))
@@ -276,7 +276,7 @@ def test_loss_leaves_padding_columns_out_of_the_softmax():
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 63])
-def test_chunks_change_loss_or_gradient(chunk):
+def test_chunks_change_neither_loss_nor_gradient(chunk):
     cfg = tiny(softcap=15.0)
     x, y = random_tokens(cfg, 4, 16)
     y[1, 2:9] = -1
@@ -286,7 +286,7 @@ def test_chunks_change_loss_or_gradient(chunk):
         assert torch.allclose(whole[1][name], parts[1][name], atol=1e-6), name
 
 
-def test_micro_batches_or_rows_influence_each_other():
+def test_micro_batches_and_rows_do_not_influence_each_other():
     cfg = tiny(doc_mask=1, window="8")
     x, y = random_tokens(cfg, 4, 32)
     model = awake(build(cfg))
@@ -295,7 +295,7 @@ def test_micro_batches_or_rows_influence_each_other():
         assert torch.allclose(together[i], model(x[i : i + 1], y[i : i + 1], 1, 8), atol=1e-5)
 
 
-def test_bf16_weights_or_compute_give_another_model():
+def test_bf16_weights_and_compute_give_nearly_the_same_model():
     cfg = tiny(doc_mask=1)
     x, y = random_tokens(cfg, 2, 32)
     model = awake(build(cfg))
@@ -315,7 +315,7 @@ def test_bf16_weights_or_compute_give_another_model():
 # --- the mask rule
 
 
-def test_mask_rule_fails_a_hand_case():
+def test_mask_rule_is_right_in_hand_cases():
     """
     Spec 8.4: distance 1023 is seen and 1024 is not; no future; a document token sees itself alone,
     and is seen.
@@ -339,7 +339,7 @@ def reach(cfg: tg.Config, x: torch.Tensor, changed: int, window: int = 0) -> set
     return set((a != b).any(-1)[0].nonzero().flatten().tolist())
 
 
-def test_model_sees_the_future_or_another_document_or_beyond_its_window():
+def test_model_sees_no_future_no_other_document_and_nothing_beyond_its_window():
     x = torch.arange(1, 41)[None]
     assert reach(tiny(), x, 10) == set(range(10, 40))
     assert reach(tiny(depth=1), x, 10, window=5) == set(range(10, 15))
@@ -408,7 +408,7 @@ CASES = [
 
 @pytest.mark.parametrize("docs", [True, False], ids=["docs", "nodocs"])
 @pytest.mark.parametrize("T, window, G", CASES)
-def test_blocks_or_bands_differ_from_dense_attention(T, window, G, docs):
+def test_blocks_and_bands_are_dense_attention(T, window, G, docs):
     q, k, v, ids = material(T, G=G, docs=docs)
     expected = with_gradients(dense, q, k, v, ids, window, 0.3)
     bound = 0.3 * float(q.norm(dim=-1).max() * k.norm(dim=-1).max())
@@ -432,7 +432,7 @@ def test_blocks_or_bands_differ_from_dense_attention(T, window, G, docs):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_exceed_the_bound_that_lets_exp_go_unchecked(flags, dtype):
+def test_scores_keep_the_bound_that_lets_exp_go_unchecked(flags, dtype):
     cfg = tiny(**flags)
     model, largest = build(cfg, dtype=dtype), []
     attn = model.blocks[0].attn
@@ -456,14 +456,14 @@ def test_scores_exceed_the_bound_that_lets_exp_go_unchecked(flags, dtype):
 
 @given(st.integers(1, 80), st.integers(1, 90), st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
-def test_some_length_or_window_breaks_the_bands(T, window, seed):
+def test_bands_hold_for_any_length_and_window(T, window, seed):
     q, k, v, ids = material(T, H=2, G=2, B=1, seed=seed)
     want = dense(q, k, v, ids, window, 1.0)
     assert torch.allclose(bands(q, k, v, ids, window, 1.0), want, atol=2e-5)
     assert torch.allclose(tg.attend_blocks(q, k, v, ids, window, 1.0), want, atol=2e-5)
 
 
-def test_long_rows_take_a_path_with_another_result(monkeypatch):
+def test_long_rows_take_a_path_with_the_same_result(monkeypatch):
     q, k, v, ids = material(4200, H=1, G=1, B=1, K=4)
     taken = []
     monkeypatch.setattr(
@@ -487,7 +487,7 @@ def test_long_rows_take_a_path_with_another_result(monkeypatch):
         (7, 3, 4, True),
     ],
 )
-def test_the_gpu_path_has_another_mask(T, window, G, docs):
+def test_the_gpu_path_has_the_same_mask(T, window, G, docs):
     """flex_attention, which trains on CUDA, run forward on the CPU."""
     q, k, v, ids = material(T, G=G, docs=docs)
     with torch.no_grad():
@@ -499,7 +499,7 @@ def test_the_gpu_path_has_another_mask(T, window, G, docs):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_compiled_gpu_path_has_another_mask():
+def test_the_compiled_gpu_path_has_the_same_mask():
     q, k, v, ids = material(384, H=4, G=2, K=32)
     with torch.no_grad():
         mask = tg.flex_mask(q, ids, 100)
@@ -544,7 +544,7 @@ def test_a_gpu_runs_the_flex_kernels_compiled_or_not_at_all(monkeypatch, stance)
     )
 
 
-def test_grouped_heads_read_the_wrong_keys():
+def test_grouped_heads_read_the_keys_of_their_group():
     """
     kv_heads copies of a full-head model in which the heads of a group share their keys give the
     same output.
@@ -565,7 +565,7 @@ def test_grouped_heads_read_the_wrong_keys():
 # --- depth
 
 
-def test_loop_applies_blocks_in_another_order():
+def test_loop_applies_blocks_in_order():
     cfg = tiny(depth=6, loop="2:4")
     assert tg.layer_order(cfg, 1) == [0, 1, 2, 3, 4, 5]
     assert tg.layer_order(cfg, 3) == [0, 1, 2, 3, 2, 3, 2, 3, 4, 5]
@@ -574,7 +574,7 @@ def test_loop_applies_blocks_in_another_order():
 
 
 @given(st.integers(1, 8), st.data())
-def test_deeper_phase_does_not_begin_with_the_shallower_one(depth, data):
+def test_deeper_phase_begins_with_the_shallower_one(depth, data):
     """
     All but the blocks behind the loop is a prefix of the order with more repeats; they close both.
     """
@@ -660,7 +660,7 @@ def by_hand(
     ],
     ids=str,
 )
-def test_model_is_not_the_one_of_the_specification(changes, window, repeats):
+def test_model_is_the_one_of_the_specification(changes, window, repeats):
     cfg = tiny(**changes)
     x, _ = random_tokens(cfg, 2, 32)
     x[:, 13] = 0
@@ -673,7 +673,7 @@ def test_model_is_not_the_one_of_the_specification(changes, window, repeats):
     ).abs().max() > 0.1
 
 
-def test_gradient_of_a_looped_block_is_not_the_sum_over_its_passes():
+def test_gradient_of_a_looped_block_is_the_sum_over_its_passes():
     """Against blocks of their own, one for every position, with the same weights."""
     cfg = tiny(depth=3, loop="1:3", repeats="2")
     x, y = random_tokens(cfg, 2, 32)
@@ -717,7 +717,7 @@ def test_gradient_of_a_looped_block_is_not_the_sum_over_its_passes():
     ],
     ids=str,
 )
-def test_switch_at_its_neutral_value_changes_bits(changes, window):
+def test_switch_at_its_neutral_value_changes_no_bit(changes, window):
     """No new parameter, and the same bits of losses and gradients."""
     x, y = random_tokens(tiny(), 2, 32)
     x = x.clamp(min=1)  # no document token
@@ -739,7 +739,7 @@ def test_switch_at_its_neutral_value_changes_bits(changes, window):
     ],
     ids=str,
 )
-def test_switch_changes_the_initial_values_of_other_parameters(changes):
+def test_switch_keeps_the_initial_values_of_other_parameters(changes):
     plain = dict(build(tiny()).named_parameters())
     other = dict(build(tiny(**changes)).named_parameters())
     common = [n for n in plain if n in other and plain[n].shape == other[n].shape]
@@ -749,7 +749,7 @@ def test_switch_changes_the_initial_values_of_other_parameters(changes):
             assert torch.equal(plain[name], other[name]), name
 
 
-def test_seed_is_ignored_or_parameters_share_their_values():
+def test_seed_and_name_give_every_parameter_its_own_values():
     a, b, again = (dict(build(tiny(seed=s)).named_parameters()) for s in (1, 2, 1))
     drawn = [n for n in a if a[n].any()]
     assert set(a) - set(drawn) == {
@@ -761,7 +761,7 @@ def test_seed_is_ignored_or_parameters_share_their_values():
     assert not torch.equal(a["blocks.0.mlp.fc"], a["blocks.1.mlp.fc"])
 
 
-def test_global_random_state_is_touched_by_building_a_model():
+def test_building_a_model_leaves_the_global_random_state():
     torch.manual_seed(3)
     build(tiny())
     after = torch.rand(1)
@@ -830,9 +830,7 @@ SMALL = (
     ],
     ids=lambda v: "_".join(v).replace("--", "") if isinstance(v, tuple) else str(v),
 )
-def test_halfway_house_between_a_and_m_is_more_than_one_flag_or_does_not_train(
-    names, flags, tied, capped, muon
-):
+def test_halfway_house_between_a_and_m_is_one_flag_and_trains(names, flags, tied, capped, muon):
     cfg = preset(names, "on_cpu", flags=SMALL + flags)
     model = build(cfg)
     opt = tg.MuonAdamW(cfg, model, alone())

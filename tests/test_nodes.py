@@ -218,8 +218,6 @@ WRITTEN = {
     "average_epochs": 2,
     "vocab": 2112,
     "export": "int6",
-    "score": "sliding",
-    "stride": 16,
 }
 
 
@@ -233,6 +231,7 @@ def start_nodes(server, argv, folders, **more):
             cwd=folder,
             env=env | {"RANK": str(rank), "LOCAL_RANK": "0"},
             when=more.get("when"),
+            program=more.get("program", "train_gpt"),
         )
         for rank, folder in enumerate(folders)
     ]
@@ -252,6 +251,9 @@ def test_ranks_without_rank_0s_disk_end_alike(server, flags, tmp_path):
     assert newest(one / "logs/tiny")
     succeed(start_nodes(server, [*argv, "--resume"], (one, two)))
     same_end(one / "logs/tiny", reference)
+    scores = ["--modes", "sliding", "--stride", "16"]
+    for run in (one / "logs/tiny", reference):  # two nodes with a common disk
+        succeed(start_nodes(server, [run, *scores], (one, one), program="logs.score"))
     mine, other = (
         json.loads((f / "result.json").read_text()) for f in (one / "logs/tiny", reference)
     )
@@ -276,12 +278,11 @@ def test_nodes_with_other_flags_or_other_data_are_refused(server, flags, data, t
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one folder", "two folders"])
-def test_two_torchrun_agents(flags, tmp_path, shared):
+def test_two_torchrun_agents_train_and_go_on(flags, tmp_path, shared):
     """Two nodes on loopback, of one project or two copies: a run, and one that goes on."""
     one = tmp_path / "one"
-    for name in ("train_gpt.py", "golf.py", "slowrun.py"):
-        one.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, one / name)
+    one.mkdir()
+    shutil.copy(ROOT / "train_gpt.py", one)  # the trainer needs nothing else
     two = one if shared else shutil.copytree(one, tmp_path / "two")
     argv = flags(micro_tokens=64, steps=6, save_every=2, keep=9, ema=0.9, vocab=2112, shuffle=1)
 
@@ -392,7 +393,7 @@ def test_a_stall_ends_no_run_and_resumed_it_makes_no_step_more(server, flags, tm
     script = tmp_path / "timed.py"
     script.write_text(TIMED.format(root=str(ROOT), durations=[0.5] * 4 + [11.0] + [0.5] * 99))
     argv = flags(steps=100000, max_seconds=20, eval_every=0, epochs=0)
-    killed = {"phase": "export_and_score", "send": [[1, signal.SIGKILL]]}
+    killed = {"phase": "export_artifact", "send": [[1, signal.SIGKILL]]}
     assert server.run(*argv, cwd=tmp_path, file=script, when=killed).code == -signal.SIGKILL
     state = json.loads((newest(tmp_path / "logs/tiny") / "state.json").read_text())
     assert state["over"] and state["train_seconds"] == 19.5 and state["step"] == 18

@@ -37,7 +37,7 @@ def set_gradients(model, seed: int = 0, scale: float = 1.0) -> None:
 
 
 @pytest.mark.parametrize("wd", [0.0, 0.1, 3.0])
-def test_adamw_differs_from_torch(wd):
+def test_adamw_is_that_of_torch(wd):
     cfg = tiny(beta1=0.8, beta2=0.95, adam_eps=1e-10)
     w, other = randn(1000), torch.nn.Parameter(randn(1000))
     m, v = torch.zeros(1000), torch.zeros(1000)
@@ -56,7 +56,7 @@ def test_adamw_differs_from_torch(wd):
     assert (w - randn(1000)).abs().mean() > 0.05
 
 
-def test_epsilon_of_adamw_stands_at_another_place():
+def test_epsilon_of_adamw_stands_where_it_does_in_torch():
     """With a large epsilon its place shows: behind the corrected root, as in torch."""
     cfg = tiny(adam_eps=0.5)
     w, other = randn(50), torch.nn.Parameter(randn(50))
@@ -81,7 +81,7 @@ def test_epsilon_of_adamw_stands_at_another_place():
     assert torch.allclose(w, other, atol=1e-6)
 
 
-def test_decay_is_lost_in_bf16_weights():
+def test_decay_is_not_lost_in_bf16_weights():
     """
     Remix A holds weights in bf16, where a decay of 2e-4 a step rounds to nothing if it is applied
     by itself (spec 1.2). torch's fused AdamW rounds once; so must this, eager or compiled. Measured
@@ -153,7 +153,7 @@ def with_ours(stack, gradients, lrs, momenta, wd, cfg, dtype):
 
 @pytest.mark.parametrize("wd", [0.0, 0.5])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_muon_differs_from_torch(monkeypatch, shape, wd):
+def test_muon_is_that_of_torch(monkeypatch, shape, wd):
     """
     Both in full precision (torch's cast to bf16 is taken out to compare the algebra), then both in
     bf16.
@@ -179,7 +179,7 @@ def spectrum(rows: int, cols: int, low: float, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("method, low, high", [("ns5", 0.68, 1.16), ("polar_express", 0.85, 1.15)])
 @pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128)], ids=str)
-def test_polar_factor_leaves_its_band_or_turns_the_bases(method, low, high, shape):
+def test_polar_factor_keeps_its_band_and_the_bases(method, low, high, shape):
     """
     U and V are those of the SVD, and singular values lie in the spec's band: each is the scalar
     polynomials' value, with Muon's constants or those of Polar Express as printed to four digits.
@@ -207,7 +207,7 @@ def test_polar_factor_leaves_its_band_or_turns_the_bases(method, low, high, shap
         assert torch.allclose(core.diagonal(), s, atol=3e-3)
 
 
-def test_polar_express_is_no_better_than_newton_schulz():
+def test_polar_express_is_better_than_newton_schulz():
     g = randn(1, 96, 96)
     error = {
         m: (tg.polar_factor(g, m, 5, torch.float32)[0] - exact_polar(g[0])).norm()
@@ -216,14 +216,14 @@ def test_polar_express_is_no_better_than_newton_schulz():
     assert error["polar_express"] < 0.7 * error["ns5"]
 
 
-def test_more_polar_steps_than_coefficients_crash_or_diverge():
+def test_more_polar_steps_than_coefficients_converge():
     x = tg.polar_factor(spectrum(32, 32, 0.05, 3)[None], "polar_express", 9, torch.float32)[0]
     assert (torch.linalg.svdvals(x) - 1).abs().max() < 0.15
     few, more = (tg.polar_factor(randn(1, 16, 16), "ns5", n, torch.float32) for n in (3, 4))
     assert not torch.equal(few, more)
 
 
-def test_stacked_matrices_influence_each_other():
+def test_stacked_matrices_do_not_influence_each_other():
     stack = randn(5, 20, 30) * torch.logspace(-4, 4, 5)[:, None, None]
     for method in ("ns5", "polar_express"):
         together = tg.polar_factor(stack, method, 5, torch.float32)
@@ -235,7 +235,7 @@ def test_stacked_matrices_influence_each_other():
             )
 
 
-def test_empty_gradient_becomes_nan():
+def test_empty_gradient_changes_no_weight():
     """Padding to the ranks is zero, and a frozen matrix may be."""
     for cfg in (tiny(), tiny(polar="polar_express", normuon=0.9, row_norm=1, cautious=1)):
         w = with_ours(
@@ -247,7 +247,7 @@ def test_empty_gradient_becomes_nan():
 @pytest.mark.parametrize(
     "changes", [{}, {"polar": "polar_express"}, {"normuon": 0.9}, {"row_norm": 1}], ids=str
 )
-def test_muon_depends_on_the_scale_of_the_gradient(changes):
+def test_muon_is_independent_of_the_scale_of_the_gradient(changes):
     cfg = tiny(**changes)
     gradients = [randn(2, 16, 48, seed=s) for s in range(3)]
     run = lambda scale: with_ours(
@@ -264,7 +264,7 @@ def test_muon_depends_on_the_scale_of_the_gradient(changes):
     )
 
 
-def test_qkv_is_orthogonalised_as_one_matrix_or_a_shape_gets_the_wrong_factor():
+def test_qkv_is_orthogonalised_matrix_by_matrix_with_the_factor_of_its_shape():
     """
     Spec 1.8: q, k and v each by itself; factor 2 on the 4 times taller fc, 1 on the rest. Momentum
     0: one step.
@@ -331,7 +331,7 @@ def test_buffer_of_muon_is_a_mean_or_a_sum_as_asked(buffer):
     assert torch.allclose(stepped("lerp", [0.9] * 6), stepped("sum", [0.9] * 6), atol=1e-4)
 
 
-def test_row_norm_is_not_muoneq():
+def test_row_norm_is_muoneq():
     """Rows of the update are divided by their length before the polar factor."""
     g = randn(24, 24) * torch.logspace(-2, 2, 24)[:, None]
     rows = g.numpy() / np.sqrt((g.numpy() ** 2).sum(1, keepdims=True))
@@ -341,7 +341,7 @@ def test_row_norm_is_not_muoneq():
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)], ids=str)
-def test_normuon_changes_the_size_or_takes_the_wrong_side(shape):
+def test_normuon_keeps_the_size_and_takes_the_right_side(shape):
     """
     One second moment per row where there are at least as many rows as columns, else one per column.
     """
@@ -394,7 +394,7 @@ def test_normuon_keeps_its_second_moment_in_fp32_beside_bf16_weights(compiled):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
 
 
-def test_cautious_decay_decays_against_the_update():
+def test_cautious_decay_never_decays_against_the_update():
     """w shrinks by lr*wd where u*w >= 0, as torch would decay it; elsewhere it does not shrink."""
     w, g = randn(16, 16, seed=5), randn(16, 16)
     u = one_step(tiny(), torch.zeros(16, 16), g, lr=0.1).numpy() / -0.1
@@ -407,7 +407,7 @@ def test_cautious_decay_decays_against_the_update():
     assert 50 < (u * w.numpy() >= 0).sum() < 206
 
 
-def test_cautious_decay_of_adamw_decays_against_the_update():
+def test_cautious_decay_of_adamw_never_decays_against_the_update():
     w, g = randn(200, seed=5), randn(200)
     plain, cautious = w.clone(), w.clone()
     for x, flag in ((plain, 0), (cautious, 1)):
@@ -446,7 +446,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("changes", LAYOUTS, ids=str)
-def test_parameter_is_in_no_bucket_or_in_two(changes):
+def test_every_parameter_is_in_one_bucket(changes):
     cfg = tiny(**changes)
     model = build(cfg)
     buckets = tg.param_buckets(cfg, model, alone())
@@ -467,7 +467,7 @@ def test_parameter_is_in_no_bucket_or_in_two(changes):
             assert b.kind == ("adamw" if wants_adamw else "muon"), name
 
 
-def test_a_parameter_that_is_not_declared_has_neither_group_nor_start():
+def test_a_parameter_that_is_not_declared_is_refused():
     """A new matrix must not become AdamW's at scalar_lr because nobody said what it is."""
     cfg = tiny()
     model = build(cfg)
@@ -479,7 +479,7 @@ def test_a_parameter_that_is_not_declared_has_neither_group_nor_start():
         model.blocks[1].mlp.declare("up", "matrices", 0.0, 64, 32)
 
 
-def test_bucket_is_a_copy_of_the_weights():
+def test_bucket_is_no_copy_of_the_weights():
     """Updating a bucket must update the module, and a backward pass must fill the bucket."""
     cfg = tiny(depth=3)
     model = build(cfg)
@@ -503,7 +503,7 @@ def test_bucket_is_a_copy_of_the_weights():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_learning_rate_or_decay_goes_to_the_wrong_kind():
+def test_learning_rate_and_decay_go_to_their_kind():
     cfg = tiny(
         matrix_lr=1.0,
         embed_lr=2.0,
@@ -525,7 +525,7 @@ def test_learning_rate_or_decay_goes_to_the_wrong_kind():
     assert told["head"] == (5.0, 0.2) and told["blocks.0.mlp.fc"] == (6.0, 0.1)
 
 
-def test_schedule_does_not_reach_the_update():
+def test_schedule_reaches_the_update():
     """
     lr and weight_decay of the schedules multiply; the decay a step is their product with both
     bases.
@@ -539,7 +539,7 @@ def test_schedule_does_not_reach_the_update():
 
 
 @pytest.mark.parametrize("limit, scale", [(1.0, 1.0), (1.0, 1e-4), (0.01, 10.0)])
-def test_clipping_differs_from_torch(limit, scale):
+def test_clipping_is_that_of_torch(limit, scale):
     """
     The norm is global and that before clipping; AdamW's first moment shows the gradient that was
     used.
@@ -560,7 +560,7 @@ def test_clipping_differs_from_torch(limit, scale):
         )
 
 
-def test_gradient_norm_is_not_reported_without_clipping():
+def test_gradient_norm_is_reported_without_clipping():
     cfg = tiny()
     model = build(cfg)
     opt = tg.MuonAdamW(cfg, model, alone())
@@ -652,7 +652,7 @@ def trained(cfg, steps, seed=0):
 
 @pytest.mark.parametrize("world", [2, 3, 8])
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_sharded_update_or_state_differs_from_the_whole(changes, world):
+def test_sharded_update_and_state_are_those_of_the_whole(changes, world):
     """
     Every rank of a pretended world loads the state that one process saved, gets its slice of the
     summed gradients and updates it: the shards together are the weights of one process, and its
@@ -696,7 +696,7 @@ def test_sharded_update_or_state_differs_from_the_whole(changes, world):
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_loaded_optimizer_goes_on_with_other_numbers(changes):
+def test_loaded_optimizer_goes_on_with_the_same_numbers(changes):
     cfg = tiny(**changes)
     model, opt = trained(cfg, 3)
     again = build(cfg)
@@ -741,7 +741,7 @@ def test_a_frozen_head_keeps_every_bit_whatever_moves_heads(tmp_path, optimizer)
     assert head.mean(0).norm() < 1e-6 < start.mean(0).norm()
 
 
-def test_saved_state_changes_with_the_next_step():
+def test_saved_state_stays_when_steps_follow():
     """state_dict must be a copy: averages and a checkpoint on its way to the disk depend on it."""
     model, opt = trained(tiny(), 1)
     saved = opt.state_dict()
@@ -752,7 +752,7 @@ def test_saved_state_changes_with_the_next_step():
     assert not torch.equal(opt.state_dict()["embed:exp_avg"], kept["embed:exp_avg"])
 
 
-def test_warm_up_leaves_a_trace():
+def test_warm_up_leaves_no_trace():
     """
     snapshot and restore put back weights, gradients, both kinds of state and the step count, bit by
     bit.
@@ -778,7 +778,7 @@ def test_what_the_warm_up_keeps_lies_on_the_host(tmp_path):
     assert kept == [(("cpu",), {"copy": True})] * len(opt.changing())
 
 
-def test_compiled_update_gives_other_weights():
+def test_compiled_update_gives_the_same_weights():
     """Schedules are tensors: new values of lr, momentum and decay use the same graphs."""
     # two graphs: one stack, one table
     cfg = tiny(normuon=0.9, cautious=1, matrix_wd=0.1, mlp_ratio=1.0, tie_embed=1)

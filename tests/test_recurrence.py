@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from helpers import build, parts, random_tokens, tg, tiny
 
-import golf
-
 CPU = torch.device("cpu")
 SMALL = {
     "depth": 2,
@@ -56,7 +54,7 @@ def awake(model: tg.GPT) -> tg.GPT:
         ("golf_progressive_4h", 17_150_040),
     ],
 )
-def test_preset_has_other_parameters_than_the_original(name, count):
+def test_preset_has_the_parameters_of_the_original(name, count):
     cfg = tg.parse_args(["--config", name])
     model = tg.build_model(cfg, torch.device("meta"), torch.bfloat16, 1024)
     assert sum(p.numel() for p in model.parameters()) == count
@@ -117,7 +115,7 @@ def plain_forward(model: tg.GPT, tokens: torch.Tensor, repeats: int) -> torch.Te
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
-def test_forward_differs_from_the_formulae(repeats):
+def test_forward_is_that_of_the_formulae(repeats):
     cfg = tiny(**SMALL)
     model, (x, y) = awake(build(cfg)), random_tokens(cfg, 2, 12)
     want = plain_forward(model, x, repeats)
@@ -131,7 +129,7 @@ def test_forward_differs_from_the_formulae(repeats):
             assert torch.allclose(got[name], p.grad, atol=2e-4), name
 
 
-def test_shallow_phase_uses_what_belongs_to_deeper_ones():
+def test_shallow_phase_leaves_alone_what_belongs_to_deeper_ones():
     """
     Rows of positions that are not there have no gradient; a row keeps its meaning when depth grows.
     """
@@ -205,7 +203,7 @@ def test_what_is_learned_for_a_position_keeps_its_owner_when_depth_grows(repeats
     )
 
 
-def test_step_0_loss_is_not_that_of_a_uniform_guess():
+def test_step_0_loss_is_that_of_a_uniform_guess():
     """
     Outputs of all branches start at zero, and the tied table is small: ln V, as the originals' logs
     begin.
@@ -234,7 +232,7 @@ def test_step_0_loss_is_not_that_of_a_uniform_guess():
         assert float(model(x, y, 3).mean().detach()) == pytest.approx(math.log(1024), abs=0.05)
 
 
-def test_depth_changes_elsewhere_than_at_the_schedules_borders():
+def test_depth_changes_at_the_schedules_borders_alone():
     plan = tg.Plan(tg.parse_args(["--config", "golf_progressive"]))
     for fraction, repeats in (
         (0, 2),
@@ -310,21 +308,25 @@ def test_a_clock_that_ends_before_the_last_depth_is_told(tmp_path, monkeypatch):
     The artifact's readers know the schedules alone: it is scored as they apply it, whatever the
     last step was.
     """
-    p, said, scored = parts(tmp_path, loop="0:2", repeats="0:1 0.9:2", max_seconds=10.0), [], []
+    p, said, applied = parts(tmp_path, loop="0:2", repeats="0:1 0.9:2", max_seconds=10.0), [], []
     monkeypatch.setattr(p.run, "log", said.append)
-    monkeypatch.setattr(golf, "export_and_score", lambda p, now: scored.append(now.repeats) or {})
+    loss = tg.evaluate(p.run, p.graph, p.val, p.plan.eval_shape(p.plan.at(20, 1.0)))
+    evaluate = lambda run, graph, val, shape: applied.append(shape.repeats) or loss
+    monkeypatch.setattr(tg, "evaluate", evaluate)
     p.cfg.export = "int8"
+    p.run.folder = tmp_path
     for fraction in (0.8, 0.95):
         tg.finish(p, 5, p.plan.at(5, fraction), {"val_loss": 1.0})
-    assert scored == [2, 2]
+    assert applied == [2, 2]
+    told = [line for line in said if "ended training at" in line]
     assert (
-        len(said) == 1
-        and "ended training at repeats 1" in said[0]
-        and "schedules' end, repeats 2" in said[0]
+        len(told) == 1
+        and "ended training at repeats 1" in told[0]
+        and "schedules' end, repeats 2" in told[0]
     )
 
 
-def test_bits_per_byte_of_a_uniform_guess_are_not_ten_bits_a_token():
+def test_bits_per_byte_of_a_uniform_guess_are_ten_bits_a_token():
     """On parameter-golf's validation set, 62,021,632 tokens and 151.08 MB."""
     bpb = tg.bits_per_byte(math.log(1024), 62_021_632, 151_080_000)
     assert bpb == pytest.approx(10 / 2.4359, rel=1e-4)

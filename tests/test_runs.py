@@ -154,7 +154,7 @@ def free_port() -> int:
 
 
 def start_ranks(
-    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None
+    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None, **how
 ) -> list:
     """One process per rank, as torchrun starts them; `when` goes to the last rank."""
     env = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -164,15 +164,16 @@ def start_ranks(
             cwd=cwd,
             when=when if rank == world - 1 else None,
             env={k: str(v) for k, v in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            **how,
         )
         for rank in range(world)
     ]
 
 
 def run_ranks(
-    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None
+    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None, **how
 ) -> list[Ended]:
-    return [fork.wait() for fork in start_ranks(server, world, argv, cwd, when)]
+    return [fork.wait() for fork in start_ranks(server, world, argv, cwd, when, **how)]
 
 
 def succeed(ended: Ended | list[Ended]) -> None:
@@ -235,7 +236,7 @@ def test_any_number_of_ranks_gives_the_same_losses(server, flags, tmp_path, opti
             np.testing.assert_allclose(many[key], one[key], rtol=1e-5, err_msg=which)
 
 
-def test_ranks_whose_clocks_differ_stop_at_different_steps(server, flags, tmp_path):
+def test_ranks_whose_clocks_differ_stop_at_one_step(server, flags, tmp_path):
     """
     Under max_seconds the step to stop at is one for all, or the rest waits forever for a gradient.
     """
@@ -262,7 +263,9 @@ sys.exit(tg.main(sys.argv[1:]))
     assert 0 < result["steps"] < 100000 and result["train_time_s"] < 1
 
 
-def test_ranks_with_unequal_shares_of_scoring_or_calibration_wait_forever(server, flags, tmp_path):
+def test_ranks_with_unequal_shares_of_calibration_and_scores_give_the_numbers_of_one(
+    server, flags, tmp_path
+):
     """
     Three ranks, four rows for GPTQ, five scorers, documents of uneven lengths: the numbers of one
     process.
@@ -276,23 +279,26 @@ def test_ranks_with_unequal_shares_of_scoring_or_calibration_wait_forever(server
             gptq=4,
             export="int6",
             val_tokens=500,
-            score="sliding mixture ttt lora",
-            stride=8,
             dim=64,
             heads=1,
             steps=3,
         )
         succeed(run_ranks(server, world, argv, tmp_path))
-        return json.loads((tmp_path / f"logs/w{world}/result.json").read_text())
+        folder = tmp_path / f"logs/w{world}"
+        modes = ["--modes", "chunked sliding mixture ttt lora", "--stride", "8"]
+        succeed(run_ranks(server, world, [folder, *modes], tmp_path, program="logs.score"))
+        result = json.loads((folder / "result.json").read_text())
+        assert {f.get("world_size") for f in result["scores"].values()} == {world}
+        return result
 
     one, three = scores(1), scores(3)
     found = [key for key in one if key.endswith("val_loss")]
-    assert len(found) >= 6, found
+    assert len(found) >= 7, found
     for key in found:
         assert one[key] == pytest.approx(three[key], rel=1e-4), key
 
 
-def test_saved_on_four_ranks_and_resumed_on_one_and_two(server, flags, tmp_path):
+def test_saved_on_four_ranks_a_run_goes_on_alike_on_one_and_two(server, flags, tmp_path):
     """
     A checkpoint does not know how many ranks wrote it: what goes on from it follows the
     uninterrupted run.
@@ -321,7 +327,7 @@ def test_saved_on_four_ranks_and_resumed_on_one_and_two(server, flags, tmp_path)
             )
 
 
-def test_torchrun_and_its_sigterm(flags, tmp_path):
+def test_torchrun_works_and_its_sigterm_saves_one_checkpoint(flags, tmp_path):
     """
     `torchrun --standalone` works as documented; SIGTERM to it reaches both ranks, which save one
     checkpoint.
@@ -419,7 +425,7 @@ def _copy(source: Path, target: Path) -> Path:
 KILLS = (
     [("train_step", "all")] * 5
     + [("evaluate", "all")] * 4
-    + [("export_and_score", "all")] * 2
+    + [("export_artifact", "all")] * 2
     + [
         *[("save_checkpoint", "all")] * 2,
         *[("save_checkpoint", "files")] * 2,
@@ -433,7 +439,7 @@ KILLS = (
 
 
 @pytest.mark.parametrize("number", range(len(KILLS)))
-def test_sigkill_at_any_instant_and_resume(server, breakable, tmp_path, number):
+def test_killed_at_any_instant_and_resumed_a_run_ends_alike(server, breakable, tmp_path, number):
     """
     Killed, resumed, killed again and resumed until it ends, a run ends bit-identical to the
     uninterrupted one.
@@ -461,7 +467,7 @@ def test_sigkill_at_any_instant_and_resume(server, breakable, tmp_path, number):
     )
 
 
-def test_sigkill_by_the_clock_until_it_ends(server, breakable, tmp_path):
+def test_killed_ten_times_from_outside_a_run_ends_alike(server, breakable, tmp_path):
     """
     Killed from outside ten times, after random times, inside system calls too; it always ends
     alike.
@@ -610,7 +616,7 @@ def test_weights_read_back_from_the_artifact_are_not_saved(server, breakable, tm
     assert timeless(metrics(folder / "logs/tiny")) == timeless(metrics(reference))
 
 
-def test_sigterm_while_compiling(server, flags, tmp_path):
+def test_sigterm_while_compiling_leaves_at_once(server, flags, tmp_path):
     """
     Tracing and compiling take long: the signal does not wait for their end, and step 0 is saved as
     it was.
@@ -631,7 +637,7 @@ def test_sigterm_while_compiling(server, flags, tmp_path):
     same_end(tmp_path / "logs/tiny", tmp_path / "straight/logs/tiny")
 
 
-def test_ctrl_c_before_the_run_begins(server, flags, tmp_path):
+def test_ctrl_c_before_the_run_begins_is_one_line(server, flags, tmp_path):
     """While flags are read there is nothing to save: exit 130, no traceback, no folder."""
     ended = server.run(
         *flags(), cwd=tmp_path, when={"phase": "parse_args", "send": [[500, signal.SIGINT]]}
@@ -669,7 +675,9 @@ def test_the_second_ctrl_c_leaves_at_once(server, breakable, tmp_path, phase, wh
 @pytest.mark.parametrize(
     "phase, where", [("train_step", 0.5), ("evaluate", 0.5), ("evaluate", 0.97), ("warm_up", 0.5)]
 )
-def test_sigterm_to_one_rank_of_two(server, breakable, two_ranks, tmp_path, phase, where):
+def test_sigterm_to_one_rank_of_two_saves_one_checkpoint(
+    server, breakable, two_ranks, tmp_path, phase, where
+):
     """
     The ranks agree: both save and leave, although one alone was asked to; resumed on both, the end
     is the same.
@@ -697,7 +705,7 @@ def two_ranks(server, breakable, tmp_path_factory):
     return folder / "logs/tiny", json.loads(count.read_text())
 
 
-def test_ctrl_c_on_the_command_itself(flags, tmp_path):
+def test_ctrl_c_on_the_command_itself_saves(flags, tmp_path):
     """`python train_gpt.py`, Ctrl-C in training, `--resume`: as a person does it."""
     argv = [sys.executable, TRAINER, *flags(steps=250, eval_every=0, epochs=0)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -773,7 +781,7 @@ def toml(tmp_path: Path, text: str) -> dict:
 
 def artifact(finished: Path, tmp_path: Path, change) -> dict:
     (tmp_path / "a.nrx").write_bytes(change(bytearray((finished / "model.nrx").read_bytes())))
-    return {"sample_from": "a.nrx"}
+    return {"init_from": "a.nrx"}
 
 
 def flipped(at: float):
@@ -884,12 +892,15 @@ BAD = {
         )
         for at in (0, 0.002, 0.01, 0.5, 1)
     },
-    "nothing to sample from": ({"sample_from": "nowhere"}, ["nowhere", "artifact"]),
-    "a run without anything to sample": (
-        lambda d, f, t: ((t / "empty").mkdir(), {"sample_from": "empty"})[1],
+    "a run without anything to start from": (
+        lambda d, f, t: ((t / "empty").mkdir(), {"init_from": "empty"})[1],
         ["empty", "model.nrx"],
     ),
-    "nothing to start from": ({"init_from": "nowhere"}, ["nowhere"]),
+    "nothing to start from": ({"init_from": "nowhere"}, ["nowhere", "artifact"]),
+    "an unknown key of a table": (
+        lambda d, f, t: toml(t, "[score]\nmode = 'ttt'"),
+        ["mine.toml", "[score]", "mode = 'ttt'", "modes"],
+    ),
     "weights of another shape": (
         lambda d, f, t: {"init_from": f, "dim": 64},
         ["32", "64", "--transfer"],
@@ -929,6 +940,20 @@ def test_bad_input_is_refused(server, flags, data, finished, tmp_path, name):
     assert folder_hash(*watched) == before
 
 
+@pytest.mark.parametrize("verb", [[], ["sample"], ["prove"], ["table"], ["export"]], ids=str)
+@pytest.mark.parametrize("name", [n for n in BAD if "artifact" in n or "start from" in n])
+def test_what_cannot_be_scored_sampled_or_exported_is_refused(
+    server, data, finished, tmp_path, name, verb
+):
+    """A damaged artifact, a folder without weights, nothing at all."""
+    given, words = BAD[name]
+    given = given(data, finished, tmp_path) if callable(given) else given
+    before = folder_hash(finished, tmp_path)
+    ended = server.run(*verb, given["init_from"], cwd=tmp_path, program="logs.score")
+    assert_refused(ended, words)
+    assert folder_hash(finished, tmp_path) == before
+
+
 def assert_refused(ended: Ended, words: list[str]) -> None:
     assert ended.code == 2 and "Traceback" not in ended.text and "Exception" not in ended.text, (
         ended.text
@@ -937,7 +962,7 @@ def assert_refused(ended: Ended, words: list[str]) -> None:
     assert not [w for w in words if w not in plain], plain
 
 
-def test_run_name_taken(server, flags, finished, tmp_path):
+def test_a_run_name_that_is_taken_is_refused(server, flags, finished, tmp_path):
     """A second run of one name does not touch the first."""
     folder = _copy(finished.parent.parent, tmp_path / "run")
     before = folder_hash(folder)
@@ -948,7 +973,7 @@ def test_run_name_taken(server, flags, finished, tmp_path):
     assert folder_hash(folder) == before
 
 
-def test_resume_with_another_configuration(server, flags, tmp_path):
+def test_resume_with_another_configuration_is_refused_with_the_difference(server, flags, tmp_path):
     """The message is the diff; what may change freely is not in it."""
     left = server.run(
         *flags(), cwd=tmp_path, when={"phase": "train_step", "send": [[900, signal.SIGTERM]]}
@@ -964,7 +989,9 @@ def test_resume_with_another_configuration(server, flags, tmp_path):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_token_over_the_vocabulary_in_a_later_shard(server, flags, data, tmp_path, world):
+def test_token_over_the_vocabulary_in_a_later_shard_is_refused(
+    server, flags, data, tmp_path, world
+):
     """Found when the shard is opened, in mid-run: all steps are saved, it goes on once mended."""
     given = damaged(data, tmp_path, "train_000002", put(64, 1024, "<u2"))
     argv = flags(steps=30, save_every=10, micro_tokens=128, **given)
@@ -1089,7 +1116,7 @@ def test_too_few_shards_are_found_on_every_rank(server, flags, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def test_run_name_taken_on_two_ranks(server, flags, finished, tmp_path):
+def test_a_run_name_that_is_taken_is_refused_on_two_ranks(server, flags, finished, tmp_path):
     """Rank 0 finds it, all leave."""
     folder = _copy(finished.parent.parent, tmp_path / "run")
     before = folder_hash(folder)
@@ -1098,7 +1125,7 @@ def test_run_name_taken_on_two_ranks(server, flags, finished, tmp_path):
     assert folder_hash(folder) == before
 
 
-def test_empty_document_set(spoken, tmp_path):
+def test_files_without_a_document_make_no_data_set(spoken, tmp_path):
     """data/get.py on files without a document makes no data set."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "empty.jsonl").write_text("")
@@ -1121,7 +1148,7 @@ def test_empty_document_set(spoken, tmp_path):
     assert not list(tmp_path.rglob("*.bin"))
 
 
-def test_misspelt_flag_on_the_command_itself(tmp_path):
+def test_misspelt_flag_on_the_command_itself_is_explained(tmp_path):
     """The same through the interpreter: exit code 2, no traceback, no folder."""
     ended = subprocess.run(
         [sys.executable, TRAINER, "--config", "tiny_cpu", "--stepps", "3"],
@@ -1133,7 +1160,7 @@ def test_misspelt_flag_on_the_command_itself(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_read_only_file_system(server, flags, data, tmp_path):
+def test_read_only_file_system_is_named(server, flags, data, tmp_path):
     """A folder of a file system that was mounted read-only, as root meets it."""
     with mounted(tmp_path / "logs", "ro"):
         ended = server.run(*flags(), cwd=tmp_path)
@@ -1160,7 +1187,7 @@ FULL = {"in the head of the log": 64, "in the first checkpoint": 400, "in a late
 
 
 @pytest.mark.parametrize("where", FULL)
-def test_full_disk(server, breakable, tmp_path, where):
+def test_a_full_disk_keeps_the_old_checkpoint(server, breakable, tmp_path, where):
     """
     A tmpfs fills up: one message, exit code 2, the complete checkpoint kept; with room again it
     ends the same.
@@ -1181,7 +1208,7 @@ def test_full_disk(server, breakable, tmp_path, where):
         same_end(folder / "logs/tiny", reference)
 
 
-def test_full_disk_on_two_ranks(server, breakable, tmp_path):
+def test_a_full_disk_on_two_ranks_ends_both(server, breakable, tmp_path):
     """Only rank 0 writes; what it meets ends both, with the same message."""
     argv, clean, _, _, _ = breakable
     folder = _copy(clean, tmp_path / "run")
@@ -1190,7 +1217,7 @@ def test_full_disk_on_two_ranks(server, breakable, tmp_path):
             assert_refused(ended, ["the disk is full", "--resume"])
 
 
-def test_file_larger_than_allowed(flags, tmp_path):
+def test_a_file_larger_than_allowed_is_named(flags, tmp_path):
     """
     `ulimit -f` (a quota that every user can set): the same message where no tmpfs can be mounted.
     """
@@ -1211,7 +1238,7 @@ def test_file_larger_than_allowed(flags, tmp_path):
     )
 
 
-def test_port_in_use(server, flags, tmp_path):
+def test_a_port_in_use_is_named(server, flags, tmp_path):
     """
     Two ranks are to meet where another program listens: rank 0 says so, and names the port and the
     fix.
@@ -1231,7 +1258,7 @@ def test_port_in_use(server, flags, tmp_path):
 ########################################
 
 
-def test_log(server, flags, tmp_path):
+def test_the_log_holds_what_a_record_needs(server, flags, tmp_path):
     """
     log.txt: sources, environment, configuration, then the speedrun's lines in the speedrun's order.
     """
@@ -1347,7 +1374,7 @@ def test_nothing_is_really_compiled_inside_the_clock(compiling):
 ########################################
 
 
-def test_clock_cap(server, flags, tmp_path):
+def test_the_clock_caps_training(server, flags, tmp_path):
     """
     max_seconds: the training clock ends at the cap (one short step over at most) and the schedule
     with it.
@@ -1377,7 +1404,7 @@ def test_clock_cap(server, flags, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_not_a_finite_loss(server, flags, tmp_path, optimizer):
+def test_a_loss_that_is_not_finite_ends_the_run(server, flags, tmp_path, optimizer):
     """
     It stops at once with exit code 2, names the step and the last good checkpoint, and keeps that.
     """
@@ -1414,7 +1441,7 @@ PRESETS += [["remix_m", "on_cpu"], ["remix_m", "one_gpu"]]
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=" ".join)
-def test_dry_run(server, tmp_path, preset):
+def test_the_dry_run_counts_what_a_run_would_cost(server, tmp_path, preset):
     """
     For every preset on eight ranks, without GPU and data: one JSON object, exit code 0, nothing
     written.
@@ -1434,7 +1461,7 @@ def test_dry_run(server, tmp_path, preset):
     assert not list(tmp_path.iterdir())
 
 
-def test_dry_run_on_the_command_itself(tmp_path):
+def test_the_dry_run_works_from_any_folder(tmp_path):
     """What a person types, from any folder; the table names the parts."""
     program = ROOT / "logs" / "dry_run.py"
     ended = subprocess.run(
@@ -1485,11 +1512,19 @@ def spoken(tmp_path_factory):
     return folder, pieces, held_out
 
 
+TOLD = """[score]
+modes = "ttt mixture sliding"
+stride = 16
+prove_bytes = 150
+sample_tokens = 20
+"""
+
+
 @pytest.fixture(scope="session")
 def told(server, flags, spoken, tmp_path_factory):
     """
-    A finished run on text, with everything that a run does and reports; it was tracked with wandb,
-    offline.
+    A finished run on text, with everything that a run does and reports, and what scoring it said;
+    it was tracked with wandb, offline.
     """
     folder = tmp_path_factory.mktemp("told")
     argv = flags(
@@ -1500,7 +1535,7 @@ def told(server, flags, spoken, tmp_path_factory):
         val_tokens=0,
         steps=30,
         eval_every=10,
-        sample_tokens=20,
+        config="told.toml",
         ema=0.9,
         epochs=0,
         arm="x",
@@ -1512,17 +1547,17 @@ def told(server, flags, spoken, tmp_path_factory):
         artifact_limit=400_000,
         gptq=2,
         qat="0:0 0.8:1",
-        score="ttt mixture sliding",
-        stride=16,
-        prove_bytes=150,
     )
+    (folder / "told.toml").write_text(TOLD)
     env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(folder)}
     ended = server.run(*argv, cwd=folder, env=env, full_exit=True)
     succeed(ended)
-    return folder / "results/tiny", ended
+    scored = server.run("results/tiny", cwd=folder, program="logs.score")
+    succeed(scored)
+    return folder / "results/tiny", scored
 
 
-def test_result(told, spoken):
+def test_the_result_has_its_keys_and_they_agree(told, spoken):
     """result.json: the keys of the design that apply, and they agree with each other."""
     folder, ended = told
     result = json.loads((folder / "result.json").read_text())
@@ -1545,9 +1580,8 @@ def test_result(told, spoken):
         30 * 256,
     )
     assert result["artifact_bytes"] == (folder / "model.nrx").stat().st_size
-    assert (
-        result["code_bytes"] == TRAINER.stat().st_size + TRAINER.with_name("golf.py").stat().st_size
-    )
+    scorers = ROOT / "logs" / "score.py"
+    assert result["code_bytes"] == TRAINER.stat().st_size + scorers.stat().st_size
     assert result["total_bytes"] == result["artifact_bytes"] + result["code_bytes"]
     tokens = np.fromfile(spoken[0] / "x_val_000000.bin", dtype="<u2")[512:]
     scored = (len(tokens) - 1) // 32 * 32
@@ -1566,7 +1600,7 @@ def test_result(told, spoken):
     )
 
 
-def test_samples(server, told, tmp_path):
+def test_samples_follow_seed_and_source(server, told, tmp_path):
     """
     From the run's folder and from the artifact the same text for the same seed; another seed,
     another text.
@@ -1574,14 +1608,9 @@ def test_samples(server, told, tmp_path):
     folder, _ = told
 
     def say(source: Path, seed: int, **more) -> str:
-        given = {
-            "sample_from": source,
-            "prompt": "the old",
-            "seed": seed,
-            "device": "cpu",
-            "sample_tokens": 30,
-        } | more
-        ended = server.run(*[w for k, v in given.items() for w in (f"--{k}", v)], cwd=tmp_path)
+        given = {"prompt": "the old", "seed": seed, "device": "cpu", "tokens": 30} | more
+        words = [word for key, value in given.items() for word in (f"--{key}", value)]
+        ended = server.run("sample", source, *words, cwd=tmp_path, program="logs.score")
         succeed(ended)
         return ended.out
 
@@ -1595,7 +1624,7 @@ def test_samples(server, told, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_wandb_offline(told):
+def test_wandb_records_a_run_offline(told):
     """
     With WANDB_MODE=offline a run is recorded below its own folder, with its configuration and its
     numbers.
@@ -1614,7 +1643,7 @@ def test_wandb_offline(told):
         assert word in raw, word
 
 
-def test_wandb_without_a_login(server, flags, tmp_path):
+def test_wandb_without_a_login_says_how_and_the_run_goes_on(server, flags, tmp_path):
     """Asked for, but not logged in: the message says how, and the run goes on from there."""
     argv, home = (
         flags(steps=2, wandb="nanoremix-test"),

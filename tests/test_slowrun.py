@@ -6,6 +6,7 @@ averages.
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from helpers import alone, build, random_tokens, tg, tiny, write_shard
 from test_model import awake, dense, preset
 from test_runs import run_ranks, succeed
 
-import slowrun
+from logs import score
 
 META = torch.device("meta")
 
@@ -43,12 +44,12 @@ ALL = {"depth": 6, "dim": 64, "heads": 2, "activation": "swiglu", "mlp_ratio": 2
         ("slowrun_tiny", "", 316_935_720),
     ],
 )
-def test_parameter_count_is_off(name, flags, golden):
+def test_parameter_count_is_the_golden_one(name, flags, golden):
     model = tg.build_model(preset(name, flags=tuple(flags.split())), META, torch.float32, 8)
     assert sum(p.numel() for p in model.parameters()) == golden
 
 
-def test_groups_of_the_main_track_are_other_ones():
+def test_groups_of_the_main_track_have_their_golden_sizes():
     """
     Transformer 1,169,829,360, value projections 48,168,960, lm_head 90,144,768, other 90,144,843.
     """
@@ -63,7 +64,7 @@ def test_groups_of_the_main_track_are_other_ones():
     assert sum(size.values()) - sum(size[n] for n in (*body, *projections, "head")) == 90_144_843
 
 
-def test_optimizer_groups_have_other_rates():
+def test_optimizer_groups_have_the_rates_of_the_specification():
     """Specification 3.2, at the width of the preset and two blocks."""
     cfg = preset("slowrun_1h", flags=("--depth", "2", "--loop", "", "--repeats", "1"))
     buckets = tg.param_buckets(cfg, tg.build_model(cfg, META, torch.float32, 8), alone())
@@ -86,7 +87,7 @@ def test_optimizer_groups_have_other_rates():
     )
 
 
-def test_initial_values_differ_from_the_original():
+def test_initial_values_are_those_of_the_original():
     cfg = preset(
         "slowrun_1h",
         flags=(
@@ -183,7 +184,7 @@ def shaken(model: tg.GPT) -> tg.GPT:
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_model_is_not_the_one_of_the_specification(repeats):
+def test_model_is_the_one_of_the_specification(repeats):
     cfg = tiny(**ALL)
     x, y = random_tokens(cfg, 2, 32)
     model = shaken(build(cfg))
@@ -205,7 +206,7 @@ NEUTRAL = {"attn_gate": 0, "value_proj": 0, "iha": 0, "resid_lambda": 0.0, "x0_l
            "proj_init": 0.0, "own_lr": "", "lr_cycles": 0, "decay_by_shape": 0, "train_tokens": 0}  # fmt: skip
 
 
-def test_neutral_value_of_a_flag_is_not_its_default():
+def test_neutral_value_of_a_flag_is_its_default():
     assert {k: getattr(tg.Config(), k) for k in NEUTRAL} == NEUTRAL
 
 
@@ -230,9 +231,7 @@ def test_neutral_value_of_a_flag_is_not_its_default():
     [{}, {"tie_embed": 1, "kv_heads": 1, "block_scales": 1, "xsa": -1, "doc_mask": 1}],
     ids=["plain", "golf"],
 )
-def test_mechanism_moves_the_other_initial_values_or_does_not_train_with_other_presets(
-    base, changes
-):
+def test_mechanism_leaves_other_initial_values_and_trains_with_other_presets(base, changes):
     cfg = tiny(**(base | changes | ({"kv_heads": 0} if "iha" in changes else {})))
     plain = dict(
         build(tiny(**(base | ({"kv_heads": 0} if "iha" in changes else {})))).named_parameters()
@@ -252,7 +251,7 @@ def test_mechanism_moves_the_other_initial_values_or_does_not_train_with_other_p
     assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
 
 
-def test_mtp_predicts_another_token_or_enters_the_evaluation():
+def test_mtp_predicts_the_token_after_next_and_stays_out_of_the_evaluation():
     """
     Its loss by hand: token after next, one block on [activation; embedding of the next token], mean
     over T-1.
@@ -279,7 +278,7 @@ def test_mtp_predicts_another_token_or_enters_the_evaluation():
     assert torch.allclose(three[[0, 2]], training, atol=1e-5) and three[1] > 0
 
 
-def test_dropout_or_stochastic_depth_is_on_in_evaluation_or_of_another_size():
+def test_dropout_and_stochastic_depth_have_their_size_and_are_off_in_evaluation():
     cfg = tiny(depth=3, attn_dropout=0.4, mlp_dropout=0.0, stoch_depth=0.6)
     x, y = random_tokens(cfg, 2, 32)
     model, plain = awake(build(cfg)), awake(build(tiny(depth=3)))
@@ -345,12 +344,12 @@ def test_stochastic_depth_leaves_out_the_block_of_mtp_as_one_behind_the_last():
         ("", 3, [9, 9, 9]),
     ],
 )
-def test_pattern_gives_a_block_another_window(pattern, depth, windows):
+def test_pattern_gives_every_block_its_window(pattern, depth, windows):
     cfg = tiny(depth=depth, window_pattern=pattern, window="9")
     assert [9 if place.windowed else 0 for place in tg.wiring(cfg, 1)] == windows
 
 
-def test_pattern_of_windows_that_cover_the_row_changes_bits():
+def test_pattern_of_windows_that_cover_the_row_changes_no_bit():
     x, y = random_tokens(tiny(), 2, 32)
     losses = [awake(build(tiny(window_pattern=w)))(x, y, 1, 0) for w in ("", "SL", "L")]
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
@@ -372,7 +371,7 @@ def test_pattern_of_windows_that_cover_the_row_changes_bits():
     ],
     ids=str,
 )
-def test_mechanism_is_taken_where_it_cannot_work(changes, words):
+def test_mechanism_that_cannot_work_is_refused(changes, words):
     with pytest.raises(tg.UserError) as caught:
         tg.validate(tiny(**changes))
     assert all(w in str(caught.value) for w in words), caught.value
@@ -381,7 +380,7 @@ def test_mechanism_is_taken_where_it_cannot_work(changes, words):
 # --- optimizer and schedules
 
 
-def test_main_schedule_misses_its_vectors():
+def test_main_schedule_meets_its_vectors():
     """
     Specification 7.3: step, LR multiplier, decay multiplier, at 2097 steps, 11 epochs, 3 cycles.
     """
@@ -399,7 +398,7 @@ def test_main_schedule_misses_its_vectors():
     assert sum(plan.ends_epoch(s) for s in range(2098)) == 11 and plan.ends_epoch(2097)
 
 
-def test_two_hour_schedule_misses_its_vectors():
+def test_two_hour_schedule_meets_its_vectors():
     saw = " ".join(f"{k}/22:0.65 {k + 1}/22>1.5" for k in range(15, 22))
     flags = ("--steps", "4194", "--epochs", "22", "--lr_cycles", "8", "--lr", "0:1 3355/4194:1 1>0^0.5", "--repeats", "1",
              "--weight_decay", f"0:1 0.4:1 14/22>0.65 15/22>1.5 {saw}")  # fmt: skip
@@ -416,7 +415,7 @@ def test_two_hour_schedule_misses_its_vectors():
 
 
 @pytest.mark.parametrize("cautious, by_shape", [(2, 1), (2, 0), (1, 0), (0, 0)])
-def test_decay_falls_on_other_weights_than_asked(cautious, by_shape):
+def test_decay_falls_on_the_weights_that_were_asked_for(cautious, by_shape):
     """
     Muon's decay by shape and only where it agrees with the step; AdamW's of everything at cautious
     = 2.
@@ -466,7 +465,7 @@ def drawn(loader: tg.Loader, count: int, cfg: tg.Config) -> list[np.ndarray]:
     return [row for i in range(count) for row in loader.batch(i, 128, int(cfg.seq_len))]
 
 
-def test_rows_of_shuffled_documents_share_tokens_or_miss_some(tmp_path):
+def test_rows_of_shuffled_documents_hold_every_token_once(tmp_path):
     """
     Epoch 0: the stream of the files cut into rows of 33 that share nothing; later: documents whole,
     in another order.
@@ -506,7 +505,7 @@ def loader_at(cfg: tg.Config, epoch: int) -> tg.Loader:
     return loader
 
 
-def test_document_shuffle_depends_on_ranks_or_on_where_it_was_resumed(tmp_path):
+def test_document_shuffle_depends_on_the_seed_alone(tmp_path):
     cfg = shards(tmp_path, documents(40, np.random.default_rng(1)), 200)
     plan = tg.Plan(cfg)
     whole = tg.Loader(cfg, plan)
@@ -522,7 +521,7 @@ def test_document_shuffle_depends_on_ranks_or_on_where_it_was_resumed(tmp_path):
     assert not np.array_equal(other.batch(0, 128, 32), tg.Loader(cfg, plan).batch(0, 128, 32))
 
 
-def test_hundred_million_tokens_make_another_number_of_rows(tmp_path, monkeypatch):
+def test_hundred_million_tokens_make_the_rows_of_the_specification(tmp_path, monkeypatch):
     """Specification 7.3: 48,804 rows of 2,049; 2,097 and 4,766 steps fit into 11 and 25 epochs."""
     write_shard(tmp_path / "x_train_000001.bin", np.zeros(8))
     monkeypatch.setattr(tg, "shard_tokens", lambda path: 100_000_000)
@@ -538,7 +537,7 @@ def test_hundred_million_tokens_make_another_number_of_rows(tmp_path, monkeypatc
     assert cfg.val_tokens == 4864 * 2048 == 9_961_472
 
 
-def test_budget_of_tokens_is_passed_over(tmp_path):
+def test_budget_of_tokens_is_kept(tmp_path):
     cfg = shards(tmp_path, documents(40, np.random.default_rng(2)), 301)
     flat = np.concatenate([tg.read_shard(f) for f in tg.find_shards(cfg, "train")])
     for shuffle in (0, 1, 2):
@@ -576,7 +575,7 @@ def windows(x: np.ndarray, n: int) -> np.ndarray:
     ],
     ids=str,
 )
-def test_epochs_are_counted_where_there_are_none(tmp_path, changes, words):
+def test_counting_epochs_where_there_are_none_is_refused(tmp_path, changes, words):
     cfg = dataclasses.replace(
         shards(tmp_path, documents(40, np.random.default_rng(3)), 301), **changes
     )
@@ -589,8 +588,8 @@ def test_epochs_are_counted_where_there_are_none(tmp_path, changes, words):
 # --- averages over epochs, in whole runs
 
 
-def test_weights_of_an_average_are_other_ones():
-    weights = slowrun.mixing_weights(3)
+def test_weights_of_an_average_sum_to_one_and_follow_their_rule():
+    weights = score.averaging_weights(3)
     assert weights["equal"] == pytest.approx([1 / 3] * 3) and weights["recency"] == pytest.approx(
         [1 / 6, 2 / 6, 3 / 6]
     )
@@ -604,7 +603,7 @@ FLAGS = {"attn_gate": 12, "value_proj": 20, "iha": 1, "resid_lambda": 1.0, "x0_l
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A whole run of three epochs through the command line's own path, and its folder."""
+    """A whole run of three epochs through the command line's own path, and its scores."""
     folder = tmp_path_factory.mktemp("slowrun")
     return start(folder, folder / "logs")
 
@@ -618,6 +617,10 @@ def start(data: Path, logs: Path, **changes) -> Path:
     with tg.Run(cfg) as run:
         code = tg.train(cfg, run)
     assert code in (0, 143)
+    if code == 0:
+        before = json.loads((logs / "test" / "result.json").read_text())
+        assert not any("slowrun" in key or "prob" in key for key in before)
+        assert score.main([str(logs / "test"), "--device", "cpu"]) == 0
     return logs / "test"
 
 
@@ -638,9 +641,9 @@ def own_losses(folder: Path, named: dict, repeats: int) -> torch.Tensor:
     return torch.cat(losses).double()
 
 
-def test_averages_are_other_ones_or_final_and_selected_results_are_mixed_up(trained):
+def test_averages_are_those_by_hand_and_selected_results_are_named(trained):
     result = json.loads((trained / "result.json").read_text())
-    paths = slowrun.epochs(trained)
+    paths = score.kept_epochs(trained)
     assert [p.name for p in paths] == ["000015", "000022"] and result["averaged_steps"] == [15, 22]
     named = [tg.read_tensors(p / "model.safetensors") for p in paths]
     # the second epoch ended without replays
@@ -683,48 +686,53 @@ def test_evaluation_at_the_end_of_an_epoch_applies_the_model_as_it_was_trained(t
         2,
     )  # counted from 1: the last step of the epoch, and the next
     found = next(r["val_loss"] for r in lines if r["kind"] == "val" and r["step"] == 15)
-    named = tg.read_tensors(slowrun.epochs(trained)[0] / "model.safetensors")
+    named = tg.read_tensors(score.kept_epochs(trained)[0] / "model.safetensors")
     assert found == pytest.approx(own_losses(trained, named, 1).mean().item(), abs=1e-5)
     assert found != pytest.approx(own_losses(trained, named, 2).mean().item(), abs=1e-3)
 
 
-def test_evaluation_by_hand_forgets_replays_and_windows(trained, capsys):
-    """
-    slowrun.py on the folder alone gives the same figures, and leaves the others in result.json as
-    they were.
-    """
-    before = json.loads((trained / "result.json").read_text())
-    state = json.loads((slowrun.epochs(trained)[1] / "state.json").read_text())
+def test_averages_over_other_epochs_are_kept_but_do_not_stand_at_the_top(trained, tmp_path, capsys):
+    """Over as many as the run says they are taken again to the same figures."""
+    folder = shutil.copytree(trained, tmp_path / "logs" / "test")
+    path = folder / "result.json"
+    before = json.loads(path.read_text())
+    state = json.loads((score.kept_epochs(trained)[1] / "state.json").read_text())
     assert state == {"step": 22, "repeats": 2, "window": 5}
-    named = tg.read_tensors(slowrun.epochs(trained)[1] / "model.safetensors")
+    named = tg.read_tensors(score.kept_epochs(trained)[1] / "model.safetensors")
     # replays matter
     assert (own_losses(trained, named, 1) - own_losses(trained, named, 2)).abs().max() > 1e-3
-    assert slowrun.main([str(trained), "--device", "cpu"]) == 0
-    assert json.loads((trained / "result.json").read_text()) == before
+    kept = before["scores"].pop("epochs 2")
+    path.write_text(json.dumps({k: v for k, v in before.items() if k not in kept["top"]}))
+    assert score.main([str(folder), "--device", "cpu"]) == 0
     assert "selected on validation" in capsys.readouterr().out
-    assert slowrun.main([str(trained), "--device", "cpu", "--last", "1"]) == 0
-    assert "is left as it is" in capsys.readouterr().out
-    assert json.loads((trained / "result.json").read_text()) == before, (
-        "averages over other epochs are not the run's"
-    )
-    assert (
-        slowrun.main([str(trained), "--last", "3"]) == 2
-        and "holds 2 epochs" in capsys.readouterr().err
-    )
-    assert (
-        slowrun.main([str(trained / "epochs")]) == 2
-        and "--average_epochs" in capsys.readouterr().err
-    )
+    after = json.loads(path.read_text())
+    assert after["scores"]["epochs 2"] == kept and {k: after[k] for k in kept["top"]} == kept["top"]
+    assert score.main([str(folder), "--device", "cpu", "--last_epochs", "1"]) == 0
+    assert "keeps averages over 2 epochs" in capsys.readouterr().out
+    with_other = path.read_bytes()
+    other = json.loads(with_other)
+    assert other["scores"].pop("epochs 1")["averaged_steps"] == [22]
+    assert other == after, "averages over other epochs are not the run's"
+    assert score.main([str(folder), "--device", "cpu", "--last_epochs", "-1"]) == 0
+    assert "average over" not in capsys.readouterr().out and path.read_bytes() == with_other
+    assert score.main([str(folder), "--last_epochs", "3"]) == 2
+    assert "holds 2 of 3 epochs" in capsys.readouterr().err
+    assert score.main([str(folder / "epochs")]) == 2
+    assert "neither an artifact (model.nrx) nor a complete checkpoint" in capsys.readouterr().err
 
 
-def test_a_mean_that_is_lower_than_the_last_steps_loss_is_passed_over():
+def test_the_figure_of_slowrun_is_the_least_of_all_losses(tmp_path):
     """The EMA is one of the evaluations that the leaderboard takes the least of."""
-    p = SimpleNamespace(run=SimpleNamespace(on_main=lambda work: None, log=lambda line: None))
-    chosen = slowrun.select(p, {"val_loss": 3.0, "val_loss_ema": 2.5}, {"val_loss_prob_equal": 2.7})
+    run = SimpleNamespace(log=lambda line: None)
+    s = SimpleNamespace(run=run, folder=tmp_path, plan=tg.Plan(tiny()))
+    result, found = {"val_loss": 3.0, "val_loss_ema": 2.5}, {"val_loss_prob_equal": 2.7}
+    chosen = score.selected(s, result, found)
     assert (chosen["slowrun_val_loss"], chosen["slowrun_val_loss_is"]) == (2.5, "val_loss_ema")
 
 
-def test_interrupted_run_with_dropout_and_epochs_ends_otherwise(trained, tmp_path, monkeypatch):
+def test_interrupted_run_with_dropout_and_epochs_ends_with_the_same_bits(
+    trained, tmp_path, monkeypatch
+):
     """
     Stopped in the last epoch and continued: the same bits, so dropout's random state is part of the
     checkpoint.
@@ -741,7 +749,7 @@ def test_interrupted_run_with_dropout_and_epochs_ends_otherwise(trained, tmp_pat
     assert not (folder / "result.json").exists()
     monkeypatch.setattr(tg, "train_step", old)
     start(tmp_path, tmp_path / "logs", resume=True)
-    ends = [slowrun.epochs(f)[-1] / "model.safetensors" for f in (trained, folder)]
+    ends = [score.kept_epochs(f)[-1] / "model.safetensors" for f in (trained, folder)]
     a, b = (tg.read_tensors(e) for e in ends)
     assert all(torch.equal(a[n], b[n]) for n in a)
     a, b = (json.loads((f / "result.json").read_text()) for f in (trained, folder))
@@ -750,7 +758,7 @@ def test_interrupted_run_with_dropout_and_epochs_ends_otherwise(trained, tmp_pat
     }
 
 
-def test_two_ranks_average_to_other_losses_than_one(tmp_path):
+def test_two_ranks_average_to_the_losses_of_one(tmp_path):
     """
     Without dropout the losses are those of one rank; each rank scores its own rows, one of them
     fills up the last batch.
@@ -774,6 +782,8 @@ def test_two_ranks_average_to_other_losses_than_one(tmp_path):
     try:
         for world in (1, 2):
             succeed(run_ranks(server, world, [*argv, "--run", f"w{world}"], tmp_path))
+            folder = tmp_path / "logs" / f"w{world}"
+            succeed(run_ranks(server, world, [folder], tmp_path, program="logs.score"))
     finally:
         server.close()
     one, two = (
@@ -791,7 +801,7 @@ def test_two_ranks_average_to_other_losses_than_one(tmp_path):
     "changes, most",
     [(ALL | {"mtp": 0.3}, 11), ({"loop": "0:2", "repeats": "3", "block_scales": 1}, 1)],
 )
-def test_blocks_compiled_by_themselves_crash_or_take_graphs_for_one_position(changes, most):
+def test_blocks_compiled_by_themselves_share_graphs_over_positions(changes, most):
     """
     Blocks are given lists of several lengths and x0, which at the first position must not be the
     very tensor x.

@@ -68,7 +68,7 @@ EXTRAS = {"block_scales": 1, "unet": 1, "q_gain": 1.5, "value_embeds": 1}
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_transfer_takes_other_matrices_than_asked(tmp_path, mode, taken, grouped):
+def test_transfer_takes_the_matrices_that_were_asked_for(tmp_path, mode, taken, grouped):
     model = EXTRAS | ({"heads": 4, "kv_heads": 2} if grouped else {})
     where, old = source(tmp_path / "old", **model)
     _, p = started(tmp_path / "new", init_from=where, transfer=mode, **model)
@@ -84,7 +84,7 @@ def test_transfer_takes_other_matrices_than_asked(tmp_path, mode, taken, grouped
             assert torch.equal(mine, its if leaf and i in taken[leaf] else own), f"{name} {i}"
 
 
-def test_tables_of_another_vocabulary_are_taken_or_stop_all(tmp_path):
+def test_tables_of_another_vocabulary_are_left_out(tmp_path):
     where, old = source(tmp_path / "old", vocab=200)
     run, p = started(tmp_path / "new", init_from=where, transfer="all")
     fresh = dict(build(p.cfg).named_parameters())
@@ -99,7 +99,7 @@ def test_tables_of_another_vocabulary_are_taken_or_stop_all(tmp_path):
         started(tmp_path / "named", init_from=where, transfer="embed")
 
 
-def test_report_of_a_transfer_lacks_a_tensor(tmp_path):
+def test_report_of_a_transfer_names_every_tensor(tmp_path):
     where, old = source(tmp_path / "old", unet=1)
     run, p = started(tmp_path / "new", init_from=where, transfer="qk+scalars", block_scales=1)
     said = [line for line in run.early if line.startswith("transfer:")]
@@ -118,7 +118,7 @@ def test_report_of_a_transfer_lacks_a_tensor(tmp_path):
     )
 
 
-def test_console_is_not_told_what_was_taken(tmp_path, capsys):
+def test_console_is_told_what_was_taken(tmp_path, capsys):
     where, old = source(tmp_path / "old", unet=1, depth=3)
     capsys.readouterr()
     _, p = started(tmp_path / "new", init_from=where, transfer="attn", block_scales=1)
@@ -148,14 +148,14 @@ def test_console_is_not_told_what_was_taken(tmp_path, capsys):
         ),
     ],
 )
-def test_attention_of_other_heads_is_taken_as_shapes_agree(tmp_path, theirs, mine, key):
+def test_attention_of_other_heads_is_refused_though_shapes_agree(tmp_path, theirs, mine, key):
     where, _ = source(tmp_path / "old", **theirs)
     with pytest.raises(tg.UserError, match=key):
         started(tmp_path / "new", init_from=where, transfer="attn", **mine)
     started(tmp_path / "mlp", init_from=where, transfer="mlp", **mine)
 
 
-def test_other_rotations_are_taken_without_a_word(tmp_path):
+def test_other_rotations_are_told(tmp_path):
     where, _ = source(tmp_path / "old")
     run, _ = started(tmp_path / "new", init_from=where, transfer="qk", rope_base=128.0)
     assert any(
@@ -165,7 +165,7 @@ def test_other_rotations_are_taken_without_a_word(tmp_path):
     assert not any("notice: init_from" in line for line in run.early)
 
 
-def test_transfer_skip_is_ignored_and_wrong_sources_pass(tmp_path):
+def test_transfer_skip_is_heeded_and_wrong_sources_are_refused(tmp_path):
     where, old = source(tmp_path / "old")
     _, p = started(tmp_path / "new", init_from=where, transfer="attn", transfer_skip=r"blocks\.0\.")
     fresh, mine = dict(build(p.cfg).named_parameters()), dict(p.model.named_parameters())
@@ -180,7 +180,7 @@ def test_transfer_skip_is_ignored_and_wrong_sources_pass(tmp_path):
 
 
 @pytest.mark.parametrize("control", ["shuffled", "random"])
-def test_control_keeps_what_it_should_destroy(tmp_path, control):
+def test_control_destroys_what_it_should(tmp_path, control):
     where, old = source(tmp_path / "old")
     a, b, c = (
         dict(
@@ -211,7 +211,7 @@ def test_control_keeps_what_it_should_destroy(tmp_path, control):
 
 @pytest.mark.parametrize("kind", ["ema", "swa"])
 def test_of_a_run_that_exports_an_average_the_average_is_taken(tmp_path, capsys, kind):
-    """By transfer, samples, statistics of embeddings and golf, which all open it in one place."""
+    """By transfer, scores, samples and statistics of embeddings, which all open it in one place."""
     run, p = started(tmp_path / "old", ema=0.5, swa_every=1, swa_start=0.0, final_weights=kind)
     for step in (1, 2):
         with torch.no_grad():
@@ -252,7 +252,7 @@ def test_an_average_without_a_snapshot_is_not_taken(tmp_path, capsys):
 # --- slow: frozen and ramped up
 
 
-def test_ramp_is_not_that_of_the_pull_request():
+def test_ramp_is_that_of_the_pull_request():
     sched = tg.Schedule("slow_lr", "0 250s:0 450s>1")
     for step, value in ((0, 0), (249, 0), (250, 0), (251, 0.005), (350, 0.5), (450, 1), (451, 1)):
         assert sched.at(step, 0.0) == pytest.approx(value)
@@ -261,7 +261,7 @@ def test_ramp_is_not_that_of_the_pull_request():
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_frozen_tensor_changes_by_a_bit(tmp_path, optimizer):
+def test_frozen_tensor_keeps_every_bit(tmp_path, optimizer):
     """
     Frozen for two steps by schedule, without any checkpoint: attention keeps every bit, the rest
     moves as ever.
@@ -299,7 +299,7 @@ def test_frozen_tensor_changes_by_a_bit(tmp_path, optimizer):
     assert not any(b.slow for b in q.opt.buckets)
 
 
-def test_slow_learning_rate_reaches_other_tensors():
+def test_slow_learning_rate_reaches_its_tensors_alone():
     cfg = tiny(slow="mlp", slow_lr="0.25", optimizer="adamw", matrix_wd=0.1)
     half = [
         tg.MuonAdamW(c, build(c), alone()) for c in (cfg, tiny(optimizer="adamw", matrix_wd=0.1))
@@ -319,12 +319,12 @@ def test_slow_learning_rate_reaches_other_tensors():
         ), name
 
 
-def test_slow_that_matches_nothing_passes(tmp_path):
+def test_slow_that_matches_nothing_is_refused(tmp_path):
     with pytest.raises(tg.UserError, match="slow = 'zzz' matches no tensor"):
         started(tmp_path / "a", slow="zzz")
 
 
-def test_hybrid_leaves_muon_to_what_was_taken():
+def test_hybrid_gives_what_was_taken_to_adamw():
     cfg = tiny(adamw_matrices=r"\.attn\.", slow="mlp", optimizer="muon")
     kinds = {
         n: (b.kind, b.slow) for b in tg.param_buckets(cfg, build(cfg), alone()) for n in b.params
@@ -338,7 +338,7 @@ def test_hybrid_leaves_muon_to_what_was_taken():
 # --- a small part of the data
 
 
-def test_more_tokens_than_allowed_are_trained_on(tmp_path):
+def test_no_more_tokens_than_allowed_are_trained_on(tmp_path):
     for name, count in (("train_000000", 500), ("train_000001", 500), ("val_000000", 200)):
         write_shard(tmp_path / f"x_{name}.bin", np.arange(count) % 60 + (1 if "1" in name else 0))
     base = dict(data=str(tmp_path), epochs=0, batch_tokens="64", seq_len="32", train_tokens=600)
