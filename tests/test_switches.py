@@ -571,7 +571,7 @@ def test_configuration_written_before_loads_and_new_flags_are_neutral():
         else:
             assert getattr(cfg, f.name) == f.default
     tables = {f"rule_{key}" for key in moved["rule"]} | moved["score"]
-    assert raw.keys() - tg.FIELDS - tables == {"sample_from"}
+    assert raw.keys() - tg.FIELDS - tables == tg.REMOVED.keys() - {"score"}
     assert "sample_from = 'x'" in refusal(lambda: tg.checked({"sample_from": "x"}, "x"))
 
 
