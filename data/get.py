@@ -827,10 +827,8 @@ def tokenize(
     Args:
         inputs: Files, or folders that hold such files; also as .gz, .xz or .zst.
         out: Folder of the data set.
-        tokenizer: gpt2, the path of a SentencePiece model, or train:VOCAB: one trained on the
-            train part.
-        val_fraction: Share of the documents for validation, picked by hash of their text; 0.05 if
-            not given.
+        tokenizer: gpt2, path of a SentencePiece model, or train:VOCAB, trained on the train part.
+        val_fraction: Share of the documents for validation, by hash of their text; else 0.05.
         val_docs: Number of different documents for validation, instead of a share.
         split: Regular expression that cuts .txt files into documents; '\n\n+' cuts at blank lines.
         text_field: Key of the text in .jsonl lines.
@@ -1423,13 +1421,10 @@ def golf(
     """Download parameter-golf's shards of FineWeb and their SentencePiece tokenizer.
 
     Args:
-        variant: Tokenizer of the challenge: sp1024 and others; a wrong name prints those that
-            exist.
-        shards: Training shards of 100M tokens (200 MB each); all validation shards always come
-            along.
+        variant: Tokenizer of the challenge: sp1024 and others; a wrong name prints all.
+        shards: Training shards of 100M tokens (200 MB each); all validation shards come along.
         out: Folder of the data set; data/golf_VARIANT if not given.
-        repo: Data set repository on the hub; others have published more tokenizers in the same
-            layout.
+        repo: Data set repository on the hub; others publish more tokenizers in this layout.
         root: Folder in the repository that holds manifest.json.
     """
     out = out or Path(f"data/golf_{variant}")
