@@ -54,7 +54,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table that reads well as text, too; columns that say nothing are left out."""
     columns = [c for c in zip(header, *rows) if any(cell not in ("", "-", "0") for cell in c[1:])]
     out = []
-    for column in columns:
+    for cells in columns:
+        column = [cell.replace("|", "\\|") for cell in cells]  # else they would be two
         left = column[0] in ("arm", "to", "note", "field")
         width = max(3, *map(len, column))
         rule = "-" * width if left else "-" * (width - 1) + ":"

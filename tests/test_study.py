@@ -11,7 +11,7 @@ from helpers import ROOT, write_shard
 from scipy import stats
 
 import train_gpt as tg
-from logs import nca, report, study
+from logs import nca, report, study, study_report
 
 LM = """device = "cpu"
 dtype = "float32"
@@ -265,6 +265,12 @@ def test_arms_take_turns_and_the_table_has_what_scipy_says(here, capsys, tmp_pat
     assert "| capped |" in text and "logits within 15" in text and "| softcap |" in text
     assert (tmp_path / "logs/report-plain/study.png").stat().st_size > 5000
     assert "capped needs" in out or "capped gets there" in out
+
+
+def test_a_tables_cell_may_hold_a_bar_and_empty_columns_are_left_out():
+    rows = [["a|b", "", "1"], ["c", "-", "12"]]
+    lines = study_report.markdown(["arm", "nothing", "n"], rows).splitlines()
+    assert lines == ["| arm  |   n |", "| ---- | --: |", "| a\\|b |   1 |", "| c    |  12 |"]
 
 
 def test_what_is_finished_is_not_trained_again_and_other_flags_are_refused(here, capsys):
