@@ -4,9 +4,9 @@ tokens, 16 rows, vocabulary 1024, bfloat16, compiled, the loss, gradients and op
 step.
 
     python tests/bench_textbook.py [--pairs 10] [--dtype bfloat16]
-    python tests/bench_textbook.py --recipe              # ours with Muon, softcap and document mask, as tiny_cpu has them
-    python tests/bench_textbook.py --against faulting    # ours against ours with glibc's habit of returning memory
-    python tests/bench_textbook.py --attention           # one layer's attention alone, forward and backward
+    python tests/bench_textbook.py --recipe     # ours with Muon, softcap, document mask: tiny_cpu
+    python tests/bench_textbook.py --against faulting  # ours where glibc returns memory, as it does
+    python tests/bench_textbook.py --attention  # one layer's attention alone, forward and backward
 
 The textbook is written as most tutorials write it: pre-norm blocks with nn.LayerNorm and nn.Linear,
 GELU, scaled_dot_product_attention, learned positions, tied head, autocast, torch.compile of the
