@@ -1,14 +1,12 @@
-"""
-Pre-pre-training: a GPT learns the trajectories of random neural cellular automata (NCA) before it
-sees any text.
+"""Pre-pre-training: a GPT learns the trajectories of random neural cellular automata (NCA) before
+it sees any text.
 
-    python pre_pre_train.py --like tiny_cpu --run nca            # a model like that preset's; then train_gpt.py can start
-                                                                 # with --init_from logs/nca
-                                                                 --transfer attn
-    python pre_pre_train.py --generate_only                      # make rules and tokens, say how fast
-    python pre_pre_train.py --generate_only --json               # the same as one JSON object
-    python pre_pre_train.py --picture nca.png                    # sample trajectories, accepted and rejected rules
-    python pre_pre_train.py --nca_compat paper --generate_only   # the paper's choices instead of the pull request's
+    python pre_pre_train.py --like tiny_cpu --run nca       # a model like that preset's
+    python train_gpt.py --config tiny_cpu --init_from logs/nca --transfer attn
+    python pre_pre_train.py --generate_only                 # make rules and tokens, say how fast
+    python pre_pre_train.py --generate_only --json          # the same as one JSON object
+    python pre_pre_train.py --generate_only --nca_compat paper    # the paper's choices
+    python pre_pre_train.py --picture nca.png               # accepted and rejected rules
 
 A rule is a tiny random convolution that maps a 12x12 grid of 10 colours to the next one. A row of
 training data shows one rule's grids one after another, each cut into patches that are one token
@@ -19,7 +17,7 @@ flag here: see COMPAT.
 
 Read it from top to bottom:
     Config       flags; the two published sets of choices; what cannot work
-    Streams      random numbers by counter: a value depends on what it is for, never on what was drawn before
+    Streams      random numbers by counter: they depend on what for, never on what was drawn before
     Rules        weights of many rules at once
     Simulation   many rules at once, fast, and exactly what the definition in float64 says
     Tokens       grids to tokens, inputs and labels, next-grid accuracy
@@ -59,7 +57,7 @@ import tyro
 from scipy.special import ndtr, ndtri
 from tqdm import tqdm
 
-import train_gpt as t
+import train_gpt as tg
 from train_gpt import Config, UserError
 
 ########################################
@@ -146,7 +144,7 @@ FOLLOWS = {
 # the value that it has.
 TEXT = {"data": "", "tokenizer": "", "doc_token": 0, "doc_mask": 0, "train_tokens": 0, "shuffle": 0}
 IDLE = {
-    name: t.FIELDS[name].default
+    name: tg.FIELDS[name].default
     for name in (
         *("track", "average_epochs", "export", "export_codec", "artifact_limit", "gptq", "qat"),
         "qat_noise",
@@ -223,10 +221,10 @@ COMPAT = {
 # Fields that make the model, as they stand in Config; what documents mean is no part of it.
 MODEL = [
     name
-    for name in t.FIELDS
-    if list(t.FIELDS).index("depth")
-    <= list(t.FIELDS).index(name)
-    < list(t.FIELDS).index("optimizer")
+    for name in tg.FIELDS
+    if list(tg.FIELDS).index("depth")
+    <= list(tg.FIELDS).index(name)
+    < list(tg.FIELDS).index("optimizer")
     and name != "doc_mask"
 ]
 
@@ -254,14 +252,14 @@ def refuse_idle(values: dict, where: str = "") -> None:
     for key, value in values.items():
         if key in FOLLOWS:
             raise UserError(
-                f"{where}{key} = {value!r}: in pre-pre-training it follows from "
-                f"{FOLLOWS[key]}: give those instead"
+                f"{where}{key} = {value!r}: in pre-pre-training it follows from {FOLLOWS[key]}: "
+                "give those instead"
             )
-        if key in IDLE and str(value) != str(IDLE[key]):
+        if key in IDLE and str(value) != str(IDLE[key]) or key in tg.TABLES and value:
             raise UserError(
-                f"{where}{key} = {value!r}: does nothing in pre-pre-training, which knows "
-                "no text, no artifact and no leaderboard: leave it out (of a language "
-                "run's preset --like takes the model alone)"
+                f"{where}{key} = {value!r}: does nothing in pre-pre-training, which knows no text, "
+                "no artifact and no leaderboard: leave it out (of a language run's preset --like "
+                "takes the model alone)"
             )
 
 
@@ -282,18 +280,17 @@ class Flags(PrePreConfig):
 
     __annotations__ = {
         f.name: Annotated[f.type, tyro.conf.Suppress]
-        for f in t.FIELDS.values()
+        for f in tg.FIELDS.values()
         if f.name in FOLLOWS or f.name in IDLE
     }
 
 
 def read_preset(name: str) -> dict:
-    """
-    Values of a preset. What follows from others follows anew where the preset is the resolved
+    """Values of a preset. What follows from others follows anew where the preset is the resolved
     configuration of a run, which holds every field.
     """
-    path = t.preset_path(name)
-    values = t.read_toml(path, PrePreConfig)
+    path = tg.preset_path(name)
+    values = tg.read_toml(path, PrePreConfig)
     if FOLLOWS.keys() | IDLE.keys() <= values.keys():
         values = {k: v for k, v in values.items() if k not in FOLLOWS}
     refuse_idle(values, f"{path}: ")
@@ -318,9 +315,7 @@ def compat_values(compat: str) -> dict:
 
 
 def parse_args(argv: list[str]) -> PrePreConfig:
-    """
-    Defaults < choices of nca_compat < the model of `like` < presets from left to right < flags.
-    """
+    """Defaults < choices of nca_compat < model of `like` < presets from left to right < flags."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", nargs="*", action="extend", default=[])
     early.add_argument("--like", nargs="*", action="extend", default=[])
@@ -334,7 +329,7 @@ def parse_args(argv: list[str]) -> PrePreConfig:
     presets.pop("config", None)
     model: dict = {}
     for name in given.like or presets.get("like", ()):
-        model |= t.read_toml(t.preset_path(name))
+        model |= tg.read_toml(tg.preset_path(name))
     model = {k: v for k, v in model.items() if k in MODEL}
     compat = given.nca_compat or presets.get("nca_compat", PrePreConfig.nca_compat)
     if model and compat == "pr63":
@@ -365,84 +360,84 @@ def derive(cfg: PrePreConfig) -> None:
     cfg.vocab = cfg.nca_vocab or vocabulary(cfg)
     cfg.seq_len, cfg.eval_seq_len = str(row_inputs(cfg)), 0
     cfg.val_tokens, cfg.epochs = cfg.nca_val_tokens, cfg.nca_epochs
-    rows = int(max(t.Schedule("batch_tokens", cfg.batch_tokens).values())) // row_inputs(cfg)
+    rows = int(max(tg.Schedule("batch_tokens", cfg.batch_tokens).values())) // row_inputs(cfg)
     cfg.steps = max(1, cfg.nca_epochs * (row_count(cfg, "train") // max(1, rows)))
+
+
+CHOICES = {
+    "nca_compat": tuple(COMPAT),
+    "nca_rule_init": ("normal", "lecun"),
+    "nca_start": ("uniform", "skewed"),
+    "nca_record": ("after", "before"),
+    "nca_last": ("whole", "cut"),
+    "nca_filter": ("pr63", "paper", "none"),
+    "nca_control": ("", "random", "shuffled", "still"),
+}
 
 
 def validate(cfg: PrePreConfig) -> None:
     """Refuse what cannot work: each message names the key, the value and the fix."""
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise UserError(message)
-
-    for key, allowed in {
-        "nca_compat": COMPAT,
-        "nca_rule_init": ("normal", "lecun"),
-        "nca_start": ("uniform", "skewed"),
-        "nca_record": ("after", "before"),
-        "nca_last": ("whole", "cut"),
-        "nca_filter": ("pr63", "paper", "none"),
-        "nca_control": ("", "random", "shuffled", "still"),
-    }.items():
-        value = getattr(cfg, key)
-        need(
-            value in allowed,
-            f"{key} = {value!r}: must be one of {', '.join(repr(a) for a in allowed)}",
-        )
-    t.check_numbers(cfg, NCA_LIMITS)
-    below = cfg.nca_grid - cfg.nca_grid % cfg.nca_patch
-    near = f"{below} or {below + cfg.nca_patch}" if below else f"{cfg.nca_patch}"
+    for key, allowed in CHOICES.items():
+        value, choices = getattr(cfg, key), ", ".join(map(repr, allowed))
+        need(value in allowed, f"{key} = {value!r}: must be one of {choices}")
+    tg.check_numbers(cfg, NCA_LIMITS)
+    check_patches(cfg)
+    check_rows(cfg)
+    band(cfg)
     need(
-        cfg.nca_grid % cfg.nca_patch == 0,
-        f"nca_grid = {cfg.nca_grid} cannot be cut into patches of nca_patch = "
-        f"{cfg.nca_patch} cells: choose --nca_grid {near}",
+        cfg.param_dtype == "float32",
+        f"param_dtype = {cfg.param_dtype!r}: an embedding in bfloat16 cannot move by steps as "
+        "small as these (the pull request's did not): pre-pre-training keeps float32 masters",
     )
-    need(2 <= cfg.nca_colors <= 16, f"nca_colors = {cfg.nca_colors}: 2 to 16 colours are possible")
+    need(
+        len(tg.Schedule("batch_tokens", cfg.batch_tokens).points) == 1,
+        f"batch_tokens = {cfg.batch_tokens!r}: the steps of an epoch are counted in batches of one "
+        "size: give one number",
+    )
+    derive(cfg)
+    tg.validate(cfg)
+
+
+def need(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def check_patches(cfg: PrePreConfig) -> None:
+    """Grids can be cut into patches, and there are few enough of these to be tokens."""
+    grid, patch, colors = cfg.nca_grid, cfg.nca_patch, cfg.nca_colors
+    below = grid - grid % patch
+    near = f"{below} or {below + patch}" if below else f"{patch}"
+    need(
+        grid % patch == 0,
+        f"nca_grid = {grid} cannot be cut into patches of nca_patch = {patch} cells: choose "
+        f"--nca_grid {near}",
+    )
+    need(2 <= colors <= 16, f"nca_colors = {colors}: 2 to 16 colours are possible")
+    possible = [p for p in range(1, 5) if colors ** (p * p) + 2 <= 65536 and grid % p == 0]
     # told as a power: the number itself may have more digits than Python prints
-    fits = max(
-        (
-            p
-            for p in range(1, 5)
-            if cfg.nca_colors ** (p * p) + 2 <= 65536 and cfg.nca_grid % p == 0
-        ),
-        default=1,
-    )
     need(
-        cfg.nca_patch < 5 and vocabulary(cfg) <= 65536,
-        f"nca_colors = {cfg.nca_colors} and nca_patch = {cfg.nca_patch} make "
-        f"{cfg.nca_colors}^{cfg.nca_patch**2} tokens, but rows hold uint16: choose fewer "
-        f"colours or --nca_patch {fits}",
+        patch < 5 and vocabulary(cfg) <= 65536,
+        f"nca_colors = {colors} and nca_patch = {patch} make {colors}^{patch**2} tokens, but rows "
+        f"hold uint16: choose fewer colours or --nca_patch {max(possible, default=1)}",
     )
     need(
         cfg.nca_vocab == 0 or cfg.nca_vocab >= vocabulary(cfg),
         f"nca_vocab = {cfg.nca_vocab}: there are {vocabulary(cfg)} tokens; 0 takes just these",
     )
-    grids = cfg.nca_min_grid + 1
+
+
+def check_rows(cfg: PrePreConfig) -> None:
+    """A row holds a grid to predict, and there is a row of each split."""
+    grids, size = cfg.nca_min_grid + 1, grid_tokens(cfg)
     need(
-        row_width(cfg) >= grids * grid_tokens(cfg),
-        f"nca_seq_len = {cfg.nca_seq_len}: a row needs {grids} grids of "
-        f"{grid_tokens(cfg)} tokens, the first {cfg.nca_min_grid} of them as context: at least "
-        f"{grids * grid_tokens(cfg)}",
+        row_width(cfg) >= grids * size,
+        f"nca_seq_len = {cfg.nca_seq_len}: a row needs {grids} grids of {size} tokens, the first "
+        f"{cfg.nca_min_grid} of them as context: at least {grids * size}",
     )
     for key in ("nca_tokens", "nca_val_tokens"):
-        need(
-            getattr(cfg, key) >= row_inputs(cfg),
-            f"{key} = {getattr(cfg, key)}: less than one row of {row_inputs(cfg)} tokens",
-        )
-    band(cfg)
-    need(
-        cfg.param_dtype == "float32",
-        f"param_dtype = {cfg.param_dtype!r}: an embedding in bfloat16 cannot move by steps "
-        "as small as these (the pull request's did not): pre-pre-training keeps float32 masters",
-    )
-    need(
-        len(t.Schedule("batch_tokens", cfg.batch_tokens).points) == 1,
-        f"batch_tokens = {cfg.batch_tokens!r}: the steps of "
-        "an epoch are counted in batches of one size: give one number",
-    )
-    derive(cfg)
-    t.validate(cfg)
+        value, row = getattr(cfg, key), row_inputs(cfg)
+        need(value >= row, f"{key} = {value}: less than one row of {row} tokens")
 
 
 def band(cfg: PrePreConfig) -> tuple[float, float]:
@@ -454,8 +449,8 @@ def band(cfg: PrePreConfig) -> tuple[float, float]:
         limits = 1.0, 0.0
     if not colon or not limits[0] < limits[1]:
         raise UserError(
-            f"nca_band = {cfg.nca_band!r}: must read low:high with low < high, such as 0.3:0.4 "
-            "or 0.5:"
+            f"nca_band = {cfg.nca_band!r}: must read low:high with low < high, such as 0.3:0.4 or "
+            "0.5:"
         )
     return limits
 
@@ -471,20 +466,19 @@ def grid_tokens(cfg: PrePreConfig) -> int:
 
 
 def grids_per_row(cfg: PrePreConfig) -> int:
-    whole = cfg.nca_last == "whole"
-    return cfg.nca_seq_len // grid_tokens(cfg) if whole else -(-cfg.nca_seq_len // grid_tokens(cfg))
+    if cfg.nca_last == "whole":
+        return cfg.nca_seq_len // grid_tokens(cfg)
+    return math.ceil(cfg.nca_seq_len / grid_tokens(cfg))
 
 
 def row_width(cfg: PrePreConfig) -> int:
-    """
-    Tokens that a row holds: whole grids, or one more than the inputs so that each has a label.
-    """
+    """Tokens that a row holds (W): whole grids, or one more than its inputs, for the last label."""
     tokens = grids_per_row(cfg) * grid_tokens(cfg)
     return tokens if cfg.nca_last == "whole" else min(tokens, cfg.nca_seq_len + 1)
 
 
 def row_inputs(cfg: PrePreConfig) -> int:
-    """Inputs (and labels) that a row makes; tokens are counted and paid for in these."""
+    """Inputs, and labels, that a row makes (L); tokens are counted and paid for in these."""
     return row_width(cfg) - (0 if cfg.nca_last == "whole" else 1)
 
 
@@ -497,27 +491,24 @@ def row_count(cfg: PrePreConfig, split: str) -> int:
 #               Streams                #
 ########################################
 
-# What a stream of random numbers is for: its first key.
+# what a stream of random numbers is for: its first key
 RULE, START, STEP, FILTER_START, FILTER_STEP, ORDER, CONTROL = range(1, 8)
-GOLDEN, MIX1, MIX2 = (
-    np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
+# SplitMix64 (Steele, Lea, Flood 2014), with the constants of Vigna's splitmix64.c
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+MIX2 = np.uint64(0x94D049BB133111EB)
 
 
 def mix(z: np.ndarray) -> np.ndarray:
-    """
-    The output function of SplitMix64 (Steele, Lea, Flood 2014; constants of Vigna's splitmix64.c).
-    uint64.
-    """
+    """SplitMix64's output function, uint64 [...] -> uint64 [...]."""
     z = (z ^ (z >> np.uint64(30))) * MIX1
     z = (z ^ (z >> np.uint64(27))) * MIX2
     return z ^ (z >> np.uint64(31))
 
 
 def stream(*parts) -> np.ndarray:
-    """
-    Keys (uint64) of the private streams named by `parts`: whole numbers, or arrays of them that
-    broadcast.
+    """Keys (uint64) of the private streams that `parts` name: whole numbers, or arrays of them; the
+    keys have the shape to which these broadcast, [1] of numbers alone.
     """
     with np.errstate(over="ignore"):
         key = np.zeros(1, np.uint64)
@@ -527,28 +518,22 @@ def stream(*parts) -> np.ndarray:
 
 
 def bits(keys: np.ndarray, counter: np.ndarray) -> np.ndarray:
-    """
-    Output number `counter` of the SplitMix64 generators that start at `keys`; uint64, any order,
-    any subset.
+    """Outputs number `counter` (0, 1, ..., in any order) of the generators that start at `keys`:
+    uint64 of the shape to which the two broadcast.
     """
     with np.errstate(over="ignore"):
         return mix(keys + GOLDEN * (np.asarray(counter).astype(np.uint64) + np.uint64(1)))
 
 
 def uniform(keys: np.ndarray, counter: np.ndarray, resolution: int = 52) -> np.ndarray:
-    """
-    float64 in (0, 1): midpoints of 2^resolution equal intervals, so never nearer to 0 or 1 than
-    half of one.
-    """
-    return (
-        (bits(keys, counter) >> np.uint64(64 - resolution)).astype(np.float64) + 0.5
-    ) * 2.0**-resolution
+    """As bits, but float64 in (0, 1): midpoints of 2^resolution intervals, so never at an end."""
+    interval = bits(keys, counter) >> np.uint64(64 - resolution)
+    return (interval.astype(np.float64) + 0.5) * 2.0**-resolution
 
 
 def choose(p: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """
-    Sample from weights p [..., d] by u [...] in (0, 1): the first index whose cumulative share
-    exceeds u. uint8.
+    """Samples uint8 [...] from weights p [..., d], by u [...] in (0, 1): the first index whose
+    cumulative share exceeds u.
     """
     total = p.cumsum(-1)
     return (total[..., :-1] <= u[..., None] * total[..., -1:]).sum(-1).astype(np.uint8)
@@ -564,10 +549,7 @@ SPLIT_START = {"train": 0, "val": 1 << 31}
 
 
 class Weights(NamedTuple):
-    """
-    Weights of N rules, float32, shaped as torch's convolutions have them; a rule is 614 numbers at
-    10 colours.
-    """
+    """Weights of N rules, float32, shaped as torch's convolutions: 614 numbers at 10 colours."""
 
     conv1: np.ndarray  # [N, 4, d, 3, 3], circular padding, no activation behind it
     bias1: np.ndarray  # [N, 4]
@@ -578,8 +560,7 @@ class Weights(NamedTuple):
 
 
 def draw_weights(ids: np.ndarray, cfg: PrePreConfig) -> Weights:
-    """
-    Weights of the rules with these ids. "normal" (slowrun PR 63): weights and biases N(0,1).
+    """Weights of the rules with these ids [N]. "normal" (slowrun PR 63): weights and biases N(0,1).
     "lecun" (the paper, by way of Flax's nn.Conv): a normal cut at two standard deviations and
     widened to variance 1/fan_in again, biases zero. The paper pads all axes of the grid around, the
     colours' too: its first convolution sees the last colour, all colours, the first colour, 9 * (d
@@ -588,38 +569,40 @@ def draw_weights(ids: np.ndarray, cfg: PrePreConfig) -> Weights:
     d = cfg.nca_colors
     lecun = cfg.nca_rule_init == "lecun"
     shapes = Weights(
-        (HIDDEN1, d, 3, 3), (HIDDEN1,), (HIDDEN2, HIDDEN1), (HIDDEN2,), (d, HIDDEN2), (d,)
+        conv1=(HIDDEN1, d, 3, 3),
+        bias1=(HIDDEN1,),
+        conv2=(HIDDEN2, HIDDEN1),
+        bias2=(HIDDEN2,),
+        conv3=(d, HIDDEN2),
+        bias3=(d,),
     )
-    sizes = [math.prod(s) for s in shapes]
+    sizes = [math.prod(shape) for shape in shapes]
     again = (HIDDEN1, 2, 3, 3)  # the second kernels of the paper's first colour and of its last
     count = sum(sizes) + math.prod(again) * lecun
     u = uniform(stream(cfg.nca_seed, RULE, ids)[:, None], np.arange(count))
     if lecun:
         # 0.8796...: standard deviation of a normal cut at +-2, as in
         # jax.nn.initializers.variance_scaling
-        u = ndtri(ndtr(-2) + u * (ndtr(2) - ndtr(-2))) / 0.87962566103423978
+        normal = ndtri(ndtr(-2) + u * (ndtr(2) - ndtr(-2))) / 0.87962566103423978
         fan_in = (9 * (d + 2), math.inf, HIDDEN1, math.inf, HIDDEN2, math.inf, 9 * (d + 2))
-        scale = [n**-0.5 for n in fan_in]
-        u *= np.repeat(scale, [*sizes, math.prod(again)])
+        normal *= np.repeat([n**-0.5 for n in fan_in], [*sizes, math.prod(again)])
     else:
-        u = ndtri(u)
-    parts = np.split(u.astype(np.float32), np.cumsum(sizes), axis=1)
-    w = Weights(*(p.reshape(len(ids), *s) for p, s in zip(parts, shapes)))
+        normal = ndtri(u)
+    parts = np.split(normal.astype(np.float32), np.cumsum(sizes), axis=1)
+    w = Weights(*(part.reshape(len(ids), *shape) for part, shape in zip(parts, shapes)))
     if lecun:
         w.conv1[:, :, [0, d - 1]] += parts[-1].reshape(len(ids), *again)
     return w
 
 
 class Tables(NamedTuple):
-    """
-    N rules made ready to run. Behind the first convolution there is no activation and its input is
-    one-hot, so the 16 hidden numbers of a cell are a sum of nine table rows, one for the colour of
-    each neighbour. With width = 2, pairs of cells side by side are looked up: larger tables with
+    """N rules made ready to run. Behind the first convolution there is no activation and its input
+    is one-hot, so the 16 hidden numbers of a cell are a sum of nine table rows, one for the colour
+    of each neighbour. With width = 2, pairs of cells side by side are looked up: larger tables with
     longer rows, but 6 lookups serve 2 cells.
     """
 
-    # [N*9*d, 16] float64, row (rule*9 + neighbour)*d + colour, biases in the middle neighbour's
-    # rows
+    # [N*9*d, 16] float64, row (rule*9 + neighbour)*d + colour; the middle neighbour has the biases
     exact: np.ndarray
     exact_head: np.ndarray  # [N, 16, d] float64
     # [N*symbols*d^width, width*16] float32, row (rule*symbols + symbol)*d^width + its cells' digits
@@ -631,11 +614,10 @@ class Tables(NamedTuple):
 
 
 def make_tables(w: Weights, cfg: PrePreConfig, width: int = 1) -> Tables:
-    """
-    Tables, and a bound on float32's error. Let S be the largest sum of |terms| of a logit, in units
-    of 2^-24. Nine rounded table entries added in any order err by 10 S at most, 16 products and a
-    bias by 17 S more, and the comparison of `rollout` by 2 S: 32 S covers them, for each of the two
-    logits of a lead.
+    """Tables, and a bound on float32's error. Let S be the largest sum of |terms| of a logit, in
+    units of 2^-24. Nine rounded table entries added in any order err by 10 S at most, 16 products
+    and a bias by 17 S more, and the comparison of `rollout` by 2 S: 32 S covers them, for each of
+    the two logits of a lead.
     """
     N, d = len(w.conv1), cfg.nca_colors
     # [N, 9, d, 4]
@@ -648,9 +630,8 @@ def make_tables(w: Weights, cfg: PrePreConfig, width: int = 1) -> Tables:
         middle = middle + w.bias1[:, j, None] * second[:, :, j]
     exact[:, 4] += middle[:, None]
     largest = np.abs(exact).max(axis=2).sum(axis=1)  # [N, 16], of the hidden numbers' terms
-    size = ((np.abs(w.conv3) * largest[:, None]).sum(-1) + np.abs(w.bias3)).max(-1) + abs(
-        cfg.nca_identity
-    )
+    logit = (np.abs(w.conv3) * largest[:, None]).sum(-1) + np.abs(w.bias3)  # [N, d], likewise
+    size = logit.max(-1) + abs(cfg.nca_identity)
     doubt = (2 * 32 * 2.0**-24 * size).astype(np.float32)
     fast = exact.astype(np.float32)
     if width > 1:
@@ -680,18 +661,14 @@ ROWS_AT_ONCE = 384
 
 
 def symbols(width: int) -> int:
-    """
-    Symbols of `width` cells in a block of `width` cells and its neighbours: three lines of width +
-    2 cells.
-    """
+    """Symbols of `width` cells in a block of `width` cells with its neighbours, width + 2 by 3."""
     return 3 * ((width + 2) // width)
 
 
 @functools.lru_cache
 def neighbours(grid: int, width: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Where neighbours are on the torus. First [width, C/width]: the cells of each symbol. A symbol is
-    a cell; or a pair, the cell left of a block of two and the block's first. Then [C/width,
+    """Where neighbours are on the torus. First [width, C/width]: the cells of each symbol. A symbol
+    is a cell; or a pair, the cell left of a block of two and the block's first. Then [C/width,
     symbols]: the symbols around each block, line by line as in a 3x3 kernel.
     """
     blocks = grid // width
@@ -702,7 +679,6 @@ def neighbours(grid: int, width: int = 1) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(cells), np.stack(near, axis=1)
 
 
-@torch.no_grad()
 def rollout(
     rules: Tables,
     slot: np.ndarray,
@@ -711,8 +687,7 @@ def rollout(
     times: range,
     cfg: PrePreConfig,
 ) -> np.ndarray:
-    """
-    States of R automata at `times` (0 is the start): uint8 [R, len(times), C].
+    """States of R automata at `times` (0 is the start): uint8 [R, len(times), C].
 
     Row r runs rule slot[r] from the colours start[r, C]; keys[r] is the stream of its choices. A
     cell's next colour is drawn from softmax((logits + identity*[own colour])/T) by u, number step*C
@@ -721,66 +696,86 @@ def rollout(
     of them whatever u is (a 24-bit midpoint: v = 2^-25); the others are computed as defined, in
     float64 and in one order. So the result does not depend on what else is in the batch.
     """
-    R, C, d, width = *start.shape, cfg.nca_colors, rules.width
-    cells, near = neighbours(cfg.nca_grid, width)
-    codes, size, group = d**width, near.size, rows_per_rule(slot)
-    U, Q = R // group, group * C  # rows of one rule side by side are one matrix product
+    R, C = start.shape
+    automata = Automata(rules, slot, C, cfg)
     recorded, state = np.empty((R, len(times), C), np.uint8), start.astype(np.int32)
-    index, bags = (
-        np.empty((R, size), np.int32),
-        torch.arange(0, R * size, symbols(width), dtype=torch.int32),
-    )
-    table_of = (slot[:, None] * (symbols(width) * codes)).astype(np.int32)
-    row_of = np.tile(np.arange(symbols(width), dtype=np.int32) * codes, len(near))
-    head, bias = (
-        rules.head[torch.from_numpy(slot[::group])],
-        torch.from_numpy(rules.bias[slot[::group]])[:, :, None],
-    )
-    margin = torch.from_numpy(rules.doubt[slot[::group]] + np.float32(lead_for(2.0**-25, cfg)))[
-        :, None
-    ]
-    close, logits_np = np.empty((U, d, Q), np.bool_), np.empty((U, d, Q), np.float32)
-    logits = torch.from_numpy(logits_np)
-    marks = np.arange(16, 16 + d, dtype=np.uint16 if d > 11 else np.uint8)
     for step in range(times[-1] + 1):
         if step in times:
             recorded[:, times.index(step)] = state
         if step == times[-1]:
-            return recorded
-        code = (
-            state + table_of
-            if width == 1
-            else state[:, cells[0]] + state[:, cells[1]] * np.int32(d) + table_of
-        )
-        np.take(code, near.ravel(), axis=1, out=index, mode="clip")
-        index += row_of
-        hidden = F.embedding_bag(
-            torch.from_numpy(index).view(-1), rules.fast, bags, mode="sum"
-        ).relu_()
-        torch.baddbmm(bias, head, hidden.view(U, Q, HIDDEN2).transpose(1, 2), out=logits)
-        if cfg.nca_identity:
-            own = torch.from_numpy(state).long().view(U, 1, Q)
-            logits.scatter_add_(1, own, torch.full(own.shape, cfg.nca_identity))
-        least = logits.amax(1).sub_(margin)
-        np.greater_equal(logits_np, least.numpy()[:, None], out=close)
-        # Colour c marks 16 + c: a sum below 32 is the only colour close to the best, and says which
-        # it is.
-        marked = np.einsum("udq,d->uq", close.view(np.uint8), marks).reshape(R, C)
-        after = marked.astype(np.int32) - 16
-        open_ = np.flatnonzero(marked >= 32)
-        if len(open_):
-            u = uniform(keys[open_ // C], step * C + open_ % C, 24)
-            if len(open_) > 50:  # worth a look at each one's u
-                some = logits_np[open_ // Q, :, open_ % Q]
-                second, first = np.partition(some, d - 2)[:, d - 2 :].T
-                after.ravel()[open_] = some.argmax(1)
-                still = first - second <= rules.doubt[slot[open_ // C]] + lead_for(
-                    np.minimum(u, 1 - u), cfg
-                )
-                open_, u = open_[still], u[still]
-            after.ravel()[open_] = decide(rules, slot, state, open_, u, cfg)
+            break
+        after, doubtful = automata.settle(state)
+        if len(doubtful):
+            u = uniform(keys[doubtful // C], step * C + doubtful % C, 24)
+            if len(doubtful) > 50:  # worth a look at each one's u
+                best, still = automata.leads(doubtful, u)
+                after.ravel()[doubtful] = best
+                doubtful, u = doubtful[still], u[still]
+            after.ravel()[doubtful] = decide(rules, slot, state, doubtful, u, cfg)
         state = after
     return recorded
+
+
+class Automata:
+    """One step of R automata in float32, in buffers that are made once: row r runs rule slot[r].
+
+    `group` rows of one rule side by side are one matrix product: U products of Q cells each.
+    """
+
+    def __init__(self, rules: Tables, slot: np.ndarray, C: int, cfg: PrePreConfig):
+        self.rules, self.slot, self.cfg, self.d = rules, slot, cfg, cfg.nca_colors
+        R, width, group = len(slot), rules.width, rows_per_rule(slot)
+        self.R, self.C, self.U, self.Q = R, C, R // group, group * C
+        self.cells, near = neighbours(cfg.nca_grid, width)
+        self.near = near.ravel()
+        codes, count = self.d**width, symbols(width)
+        self.table_of = (slot[:, None] * (count * codes)).astype(np.int32)
+        self.row_of = np.tile(np.arange(count, dtype=np.int32) * codes, len(near))
+        self.index = np.empty((R, near.size), np.int32)
+        self.bags = torch.arange(0, self.index.size, count, dtype=torch.int32)
+        of_group = slot[::group]
+        self.head = rules.head[torch.from_numpy(of_group)]
+        self.bias = torch.from_numpy(rules.bias[of_group])[:, :, None]
+        margin = rules.doubt[of_group] + np.float32(lead_for(2.0**-25, cfg))
+        self.margin = torch.from_numpy(margin)[:, None]
+        shape = (self.U, self.d, self.Q)
+        self.close, self.logits = np.empty(shape, np.bool_), np.empty(shape, np.float32)
+        # Colour c marks 16 + c: a sum below 32 is of one colour, and says which it is.
+        self.marks = np.arange(16, 16 + self.d, dtype=np.uint16 if self.d > 11 else np.uint8)
+
+    @torch.no_grad()
+    def settle(self, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The next states int32 [R, C] of states int32 [R, C], and the cells row*C + cell among
+        them that float32 leaves open, as several colours are close to the best.
+        """
+        logits, U, Q = torch.from_numpy(self.logits), self.U, self.Q
+        code = state
+        if self.rules.width == 2:
+            code = state[:, self.cells[0]] + state[:, self.cells[1]] * np.int32(self.d)
+        np.take(code + self.table_of, self.near, axis=1, out=self.index, mode="clip")
+        self.index += self.row_of
+        index = torch.from_numpy(self.index).view(-1)
+        hidden = F.embedding_bag(index, self.rules.fast, self.bags, mode="sum").relu_()
+        hidden = hidden.view(U, Q, HIDDEN2).transpose(1, 2)
+        torch.baddbmm(self.bias, self.head, hidden, out=logits)
+        if self.cfg.nca_identity:
+            own = torch.from_numpy(state).long().view(U, 1, Q)
+            logits.scatter_add_(1, own, torch.full(own.shape, self.cfg.nca_identity))
+        least = logits.amax(1).sub_(self.margin)
+        np.greater_equal(self.logits, least.numpy()[:, None], out=self.close)
+        marked = np.einsum("udq,d->uq", self.close.view(np.uint8), self.marks)
+        marked = marked.reshape(self.R, self.C)
+        return marked.astype(np.int32) - 16, np.flatnonzero(marked >= 32)
+
+    def leads(self, cells: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the n cells row*C + cell and their u [n], after settle: the best colour, and whether
+        its lead is too small for this u.
+        """
+        logits = self.logits[cells // self.Q, :, cells % self.Q]  # [n, d]
+        second, first = np.partition(logits, self.d - 2)[:, self.d - 2 :].T
+        doubt = self.rules.doubt[self.slot[cells // self.C]]
+        needed = doubt + lead_for(np.minimum(u, 1 - u), self.cfg)
+        return logits.argmax(1), first - second <= needed
 
 
 def lead_for(v: float | np.ndarray, cfg: PrePreConfig) -> float | np.ndarray:
@@ -796,38 +791,30 @@ def decide(
     u: np.ndarray,
     cfg: PrePreConfig,
 ) -> np.ndarray:
-    """
-    The definition of a cell's next colour, for the n cells row*C + cell of states [R, C] with
-    numbers u [n].
-    """
+    """Next colours [n] as defined, of the cells row*C + cell [n] of states [R, C], by u [n]."""
     d = cfg.nca_colors
     row, cell = np.divmod(where, state.shape[1])
     slot, around = slot[row], state[row[:, None], neighbours(cfg.nca_grid)[1][cell]]  # [n], [n, 9]
-    hidden = np.maximum(rules.exact[(slot[:, None] * 9 + np.arange(9)) * d + around].sum(axis=1), 0)
     # numpy adds along a middle axis in order, for one cell as for many
+    terms = rules.exact[(slot[:, None] * 9 + np.arange(9)) * d + around]  # [n, 9, 16]
+    hidden = np.maximum(terms.sum(axis=1), 0)
     logits = (rules.exact_head[slot] * hidden[:, :, None]).sum(axis=1) + rules.bias[slot]
     logits[np.arange(len(row)), state[row, cell]] += cfg.nca_identity
     logits -= logits.max(-1, keepdims=True)
-    return (
-        choose(np.exp(logits / cfg.nca_temperature), u)
-        if cfg.nca_temperature
-        else logits.argmax(-1)
-    )
+    if not cfg.nca_temperature:
+        return logits.argmax(-1)
+    return choose(np.exp(logits / cfg.nca_temperature), u)
 
 
 def rows_per_rule(slot: np.ndarray) -> int:
-    """
-    How many rows stand side by side for each rule in turn; 1 if they do not, or not as many for
-    each.
-    """
+    """How many rows stand side by side for each rule in turn; 1 if not for all alike. slot: [R]."""
     group = int(np.argmax(slot != slot[0])) or len(slot)
     alike = len(slot) % group == 0 and (slot.reshape(-1, group) == slot[::group, None]).all()
     return group if alike else 1
 
 
 def start_grids(keys: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
-    """
-    [R, C] uint8 start grids, one per key. "uniform" (PR 63): each cell any colour. "skewed" (the
+    """Start grids uint8 [R, C] of keys [R]. "uniform" (PR 63): each cell any colour. "skewed" (the
     paper): the colours' frequencies in a grid are the softmax of N(0,1) draws.
     """
     C, d = cfg.nca_grid**2, cfg.nca_colors
@@ -839,18 +826,13 @@ def start_grids(keys: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
 
 
 def recorded_times(cfg: PrePreConfig) -> range:
-    """
-    Steps whose grids make a row. The paper records before stepping; PR 63 steps first and never
-    shows the start.
-    """
+    """Steps whose grids make a row. The paper records and steps, PR 63 steps first and records."""
     first = cfg.nca_init_steps + (cfg.nca_dt if cfg.nca_record == "after" else 0)
     return range(first, first + grids_per_row(cfg) * cfg.nca_dt, cfg.nca_dt)
 
 
 def simulate(ids: np.ndarray, sims: np.ndarray, epoch: int, cfg: PrePreConfig) -> np.ndarray:
-    """
-    Recorded grids [R, n, C] of rules `ids` [R] in their simulations number `sims` [R] of an epoch.
-    """
+    """Recorded grids uint8 [R, n, C] of an epoch's simulations `sims` [R] of rules `ids` [R]."""
     distinct, slot = np.unique(ids, return_inverse=True)
     C, times = cfg.nca_grid**2, recorded_times(cfg)
     start = start_grids(stream(cfg.nca_seed, START, ids, sims, epoch), cfg)
@@ -878,43 +860,37 @@ IGNORE = -1  # the label without a loss, as in train_gpt.GPT.losses
 
 
 def tokenize(grids: np.ndarray, cfg: PrePreConfig, delimiters: bool = True) -> np.ndarray:
+    """Grids uint8 [R, n, C] -> tokens uint16 [R, n * tokens of a grid]. Patches go row by row; a
+    patch's token is the number whose digits in base d are its cells, row by row, the first being
+    the least. Start is d^(p*p), end the one behind.
     """
-    Grids [R, n, C] -> tokens uint16 [R, n * tokens of a grid]. Patches go row by row; a patch's
-    token is the number whose digits in base d are its cells, row by row, the first being the least.
-    Start is d^(p*p), end the one behind.
-    """
-    R, n, C = grids.shape
+    R, n, _ = grids.shape
     d, p, side = cfg.nca_colors, cfg.nca_patch, cfg.nca_grid // cfg.nca_patch
     cells = grids.reshape(R, n, side, p, side, p).astype(np.uint16)
-    patches = sum(cells[:, :, :, k // p, :, k % p] * np.uint16(d**k) for k in range(p * p)).reshape(
-        R, n, side**2
-    )
+    patches = sum(cells[:, :, :, k // p, :, k % p] * np.uint16(d**k) for k in range(p * p))
+    patches = patches.reshape(R, n, side**2)
     if not delimiters:
         return patches.reshape(R, -1)
     tokens = np.empty((R, n, side**2 + 2), np.uint16)
-    tokens[..., 0], tokens[..., 1:-1], tokens[..., -1] = (
-        vocabulary(cfg) - 2,
-        patches,
-        vocabulary(cfg) - 1,
-    )
+    tokens[..., 0] = vocabulary(cfg) - 2
+    tokens[..., 1:-1] = patches
+    tokens[..., -1] = vocabulary(cfg) - 1
     return tokens.reshape(R, -1)
 
 
 def digits(tokens: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
-    """Colours [..., p*p] of patch tokens; 255 where the token is no patch."""
+    """Colours uint8 [..., p*p] of patch tokens [...]; 255 where the token is no patch."""
     tokens, d = np.asarray(tokens).astype(np.int64)[..., None], cfg.nca_colors
-    power = d ** np.arange(cfg.nca_patch**2)
-    return np.where(
-        (0 <= tokens) & (tokens < vocabulary(cfg) - 2), tokens // power % d, 255
-    ).astype(np.uint8)
+    colours = tokens // d ** np.arange(cfg.nca_patch**2) % d
+    is_patch = (0 <= tokens) & (tokens < vocabulary(cfg) - 2)
+    return np.where(is_patch, colours, 255).astype(np.uint8)
 
 
 def inputs_and_labels(rows: np.ndarray, cfg: PrePreConfig) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Rows [R, W] -> inputs and next-token labels, int64 [R, L], with labels IGNORE where there is no
-    loss: the first nca_min_grid grids, and start and end tokens unless nca_delimiter_loss. Where
-    the last grid is whole, the row ends in one padding input (token 0, no label), which makes L = W
-    as PR 63 has it; else L = W - 1.
+    """Rows uint16 [R, W] -> inputs and next-token labels, int64 [R, L], with labels IGNORE where
+    there is no loss: the first nca_min_grid grids, and start and end tokens unless
+    nca_delimiter_loss. Where the last grid is whole, the row ends in one padding input (token 0, no
+    label), which makes L = W as PR 63 has it; else L = W - 1.
     """
     inputs, labels = rows.astype(np.int64), rows.astype(np.int64)
     labels[:, : cfg.nca_min_grid * grid_tokens(cfg)] = IGNORE
@@ -929,9 +905,8 @@ def inputs_and_labels(rows: np.ndarray, cfg: PrePreConfig) -> tuple[np.ndarray, 
 
 
 def next_grid_accuracy(predicted: np.ndarray, rows: np.ndarray, cfg: PrePreConfig) -> dict:
-    """
-    How well tokens predicted [R, at least W-1], where predicted[:, i] stands for rows[:, i+1], give
-    the next grids.
+    """How well tokens predicted [R, at least W-1], where predicted[:, i] stands for rows[:, i+1],
+    give the next grids of rows [R, W].
 
     Returns shares: cell_accuracy (chance is 1/d), token_accuracy (chance 1/d^(p*p)), grid_accuracy
     (all cells right), and lists of cell and grid accuracy by the number of grids in the context,
@@ -941,19 +916,18 @@ def next_grid_accuracy(predicted: np.ndarray, rows: np.ndarray, cfg: PrePreConfi
     if rows.shape[1] % size == size - 1:  # only the end token is missing
         rows, whole = np.pad(rows, ((0, 0), (0, 1))), whole + 1
 
-    def patches(tokens: np.ndarray) -> np.ndarray:  # [R, grids, patches, p*p]
-        return digits(tokens[:, : whole * size].reshape(len(rows), whole, size)[:, 1:, 1:-1], cfg)
+    def patches(tokens: np.ndarray) -> np.ndarray:  # [R, grids but the first, patches, p*p]
+        grids = tokens[:, : whole * size].reshape(len(rows), whole, size)
+        return digits(grids[:, 1:, 1:-1], cfg)
 
     # made to stand at the places of what they predict
     shifted = np.zeros((len(rows), whole * size), np.int64)
     n = min(whole * size - 1, predicted.shape[1])
     shifted[:, 1 : n + 1] = predicted[:, :n]
     right = patches(shifted) == patches(rows)
-    cells, tokens, grids = (
-        right.mean((0, 2, 3)),
-        right.all(-1).mean((0, 2)),
-        right.all((2, 3)).mean(0),
-    )
+    # by the number of grids in the context
+    cells, tokens = right.mean((0, 2, 3)), right.all(-1).mean((0, 2))
+    grids = right.all((2, 3)).mean(0)
     return {
         "cell_accuracy": float(cells.mean()),
         "token_accuracy": float(tokens.mean()),
@@ -964,10 +938,7 @@ def next_grid_accuracy(predicted: np.ndarray, rows: np.ndarray, cfg: PrePreConfi
 
 
 def copy_accuracy(rows: np.ndarray, cfg: PrePreConfig) -> float:
-    """
-    Share of the cells of the next grid that are right if it is taken for the last one again; a
-    model must go above.
-    """
+    """cell_accuracy of taking a grid for the one before: a model must go above. rows: [R, W]."""
     behind = grid_tokens(cfg) - 1
     guess = np.zeros_like(rows)
     guess[:, behind:] = rows[:, : rows.shape[1] - behind]
@@ -975,10 +946,7 @@ def copy_accuracy(rows: np.ndarray, cfg: PrePreConfig) -> float:
 
 
 def unigram_loss(rows: np.ndarray, cfg: PrePreConfig) -> float:
-    """
-    Nats per label of the best constant guess: the entropy of the tokens that bear a loss. A model
-    must go below.
-    """
+    """Nats per label of the best constant guess for rows [R, W]; a model must go below."""
     labels = inputs_and_labels(rows, cfg)[1]
     count = np.bincount(labels[labels != IGNORE])
     p = count[count > 0] / count.sum()
@@ -994,33 +962,22 @@ ROUND = 256, 8192
 
 
 def raw_size(cfg: PrePreConfig) -> int:
-    """
-    Bytes that a rule's ten grids have before compression: int32 tokens, with delimiters in PR 63
-    only.
-    """
+    """Bytes of a rule's ten grids before compression: int32 tokens; only PR 63 has delimiters."""
     return 4 * 10 * (grid_tokens(cfg) - (0 if cfg.nca_filter == "pr63" else 2))
 
 
 def compressed_sizes(ids: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
-    """
-    gzip sizes (level 9) in bytes of ten grids of each rule, as little-endian int32 tokens: the
-    tokens' width is part of the measure, noise scores 0.67 in int32 and 0.35 in int64. PR 63 runs
-    every rule from one and the same start grid and takes steps 1 to 10; the paper takes the run's
-    own time steps behind its initial ones.
+    """gzip sizes (level 9) in bytes, int32 [N], of ten grids of each rule of ids [N], as
+    little-endian int32 tokens: the tokens' width is part of the measure, noise scores 0.67 in int32
+    and 0.35 in int64. PR 63 runs every rule from one and the same start grid and takes steps 1 to
+    10; the paper takes the run's own time steps behind its initial ones.
     """
     alike = cfg.nca_filter == "pr63"
     first, dt = (1, 1) if alike else (cfg.nca_init_steps, cfg.nca_dt)
-    start = start_grids(
-        stream(cfg.nca_seed, FILTER_START, np.zeros_like(ids) if alike else ids), cfg
-    )
-    grids = rollout(
-        make_tables(draw_weights(ids, cfg), cfg),
-        np.arange(len(ids)),
-        start,
-        stream(cfg.nca_seed, FILTER_STEP, ids),
-        range(first, first + 10 * dt, dt),
-        cfg,
-    )
+    start = stream(cfg.nca_seed, FILTER_START, np.zeros_like(ids) if alike else ids)
+    tables, slot = make_tables(draw_weights(ids, cfg), cfg), np.arange(len(ids))
+    keys, times = stream(cfg.nca_seed, FILTER_STEP, ids), range(first, first + 10 * dt, dt)
+    grids = rollout(tables, slot, start_grids(start, cfg), keys, times, cfg)
     tokens = tokenize(grids, cfg, delimiters=alike).astype("<i4")
     return np.array([gzip_size(row.tobytes()) for row in tokens], np.int32)
 
@@ -1033,11 +990,9 @@ def gzip_size(data: bytes) -> int:
 def passes(sizes: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
     """Which compressed sizes lie in the band; its ends belong to it in PR 63, not in the paper."""
     score, (low, high) = sizes / raw_size(cfg), band(cfg)
-    return (
-        (low <= score) & (score <= high)
-        if cfg.nca_filter == "pr63"
-        else (low < score) & (score < high)
-    )
+    if cfg.nca_filter == "pr63":
+        return (low <= score) & (score <= high)
+    return (low < score) & (score < high)
 
 
 def refuse_band(sizes: np.ndarray, accepted: int, cfg: PrePreConfig) -> None:
@@ -1045,12 +1000,11 @@ def refuse_band(sizes: np.ndarray, accepted: int, cfg: PrePreConfig) -> None:
     low, *middle, high = np.quantile(sizes / raw_size(cfg), [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
     raise UserError(
         f"nca_band = {cfg.nca_band!r}: {accepted} of {len(sizes)} candidate rules passed, an "
-        "acceptance rate of "
-        f"{accepted / len(sizes):.2%}, and fewer than one in nca_tries = {cfg.nca_tries} ends "
-        "the search. Compressed "
-        f"sizes go from {low:.3f} to {high:.3f}; 5, 25, 50, 75 and 95 % of them lie below "
-        f"{', '.join(f'{q:.3f}' for q in middle)}: choose a band among these, for example "
-        f"--nca_band {middle[1]:.2f}:{middle[3]:.2f}, or raise --nca_tries"
+        f"acceptance rate of {accepted / len(sizes):.2%}, and fewer than one in nca_tries = "
+        f"{cfg.nca_tries} ends the search. Compressed sizes go from {low:.3f} to {high:.3f}; 5, "
+        f"25, 50, 75 and 95 % of them lie below {', '.join(f'{q:.3f}' for q in middle)}: choose a "
+        f"band among these, for example --nca_band {middle[1]:.2f}:{middle[3]:.2f}, or raise "
+        "--nca_tries"
     )
 
 
@@ -1058,55 +1012,38 @@ def refuse_band(sizes: np.ndarray, accepted: int, cfg: PrePreConfig) -> None:
 #                Cache                 #
 ########################################
 
-# By nca_rule_init: counts up whenever the same flags come to mean other data.
+# by nca_rule_init: counts up whenever the same flags come to mean other data
 GENERATOR = {"normal": 1, "lecun": 2}
 
 
 @functools.lru_cache
 def zlib_mark() -> list:
     """What tells compressors apart: another zlib may give other sizes and so accept other rules."""
-    s, noise = 12345, []
+    state, noise = 12345, []
     for _ in range(360):
-        s = (1103515245 * s + 12345) % 2**31
-        noise.append((s >> 8) % 10000)
-    return [
-        zlib.ZLIB_RUNTIME_VERSION,
-        gzip_size(np.array(noise, "<i4").tobytes()),
-        gzip_size(bytes(1440)),
-    ]
+        state = (1103515245 * state + 12345) % 2**31
+        noise.append((state >> 8) % 10000)
+    sizes = gzip_size(np.array(noise, "<i4").tobytes()), gzip_size(bytes(1440))
+    return [zlib.ZLIB_RUNTIME_VERSION, *sizes]
 
 
 def facts(cfg: PrePreConfig, rows: bool) -> dict:
     """All that rows, or else only rules' compressed sizes, depend on."""
-    names = [
-        "seed",
-        "grid",
-        "patch",
-        "colors",
-        "dt",
-        "init_steps",
-        "temperature",
-        "identity",
-        "rule_init",
-        "start",
-    ]
-    names += [
-        "filter",
-        *(["record", "seq_len", "last", "sims_per_rule", "control"] if rows else []),
-    ]
-    names += ["band"] if rows and cfg.nca_filter != "none" else []
+    filtered = cfg.nca_filter != "none"
+    names = ["seed", "grid", "patch", "colors", "dt", "init_steps", "temperature", "identity"]
+    names += ["rule_init", "start", "filter"]
+    if rows:
+        names += ["record", "seq_len", "last", "sims_per_rule", "control"]
+        names += ["band"] if filtered else []
     of = {name: getattr(cfg, f"nca_{name}") for name in names}
-    return {
-        "generator": GENERATOR[cfg.nca_rule_init],
-        "zlib": zlib_mark() if cfg.nca_filter != "none" else None,
-    } | of
+    made = {"generator": GENERATOR[cfg.nca_rule_init], "zlib": zlib_mark() if filtered else None}
+    return made | of
 
 
 class Cache:
-    """
-    Arrays in files under <folder>/<hash of facts>/. A file is one line of JSON and the bytes that
-    it describes; it appears whole or not at all, and one that does not match its sha256 is reported
-    and taken for missing.
+    """Arrays in files under <folder>/<hash of facts>/. A file is one line of JSON and the bytes
+    that it describes; it appears whole or not at all, and one that does not match its sha256 is
+    reported and taken for missing.
     """
 
     def __init__(self, folder: str, facts: dict, say=print):
@@ -1119,25 +1056,21 @@ class Cache:
         if path is None or not path.exists():
             return None
         head, _, data = path.read_bytes().partition(b"\n")
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             meta = json.loads(head)
             array = np.frombuffer(data, np.dtype(meta["dtype"])).reshape(meta["shape"])
-            right = (
-                meta["sha256"] == hashlib.sha256(data).hexdigest() and meta["facts"] == self.facts
-            )
-        except (ValueError, KeyError, TypeError):
-            right = False
-        if right:
-            return array
+            if meta["sha256"] == hashlib.sha256(data).hexdigest() and meta["facts"] == self.facts:
+                return array
         self.say(f"warning: {path} is damaged (its sha256 does not match): generating it anew")
         return None
 
     def save(self, name: str, array: np.ndarray) -> None:
         if self.folder is None:
             return
-        data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        little = array.dtype.newbyteorder("<")
+        data = array.astype(little).tobytes()
         meta = {
-            "dtype": array.dtype.newbyteorder("<").str,
+            "dtype": little.str,
             "shape": array.shape,
             "facts": self.facts,
             "sha256": hashlib.sha256(data).hexdigest(),
@@ -1145,13 +1078,12 @@ class Cache:
         part = self.folder / f"{name}.{os.getpid()}"  # ranks may make the same file at once
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            t.write_whole(part, json.dumps(meta).encode() + b"\n" + data)
+            tg.write_whole(part, json.dumps(meta).encode() + b"\n" + data)
             os.replace(part, self.folder / name)
         except OSError as e:
             raise UserError(
                 f"nca_cache = {self.root!r}: cannot write {self.folder / name} ({e.strerror}); "
-                "choose "
-                "another folder, or --nca_cache '' for none"
+                "choose another folder, or --nca_cache '' for none"
             ) from e
 
 
@@ -1169,10 +1101,7 @@ def thread_count(cfg: PrePreConfig) -> int:
 
 
 def pieces(n: int, cfg: PrePreConfig) -> list[slice]:
-    """
-    n rows cut for the threads: one piece each or, of many rows, pieces of ROWS_AT_ONCE, all of
-    whole rules.
-    """
+    """n rows cut for the threads, of whole rules: a piece each, or of many rows ROWS_AT_ONCE."""
     size = min(ROWS_AT_ONCE, max(32, -(-n // thread_count(cfg))))
     size = max(1, size // cfg.nca_sims_per_rule) * cfg.nca_sims_per_rule
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
@@ -1180,8 +1109,7 @@ def pieces(n: int, cfg: PrePreConfig) -> list[slice]:
 
 @contextlib.contextmanager
 def workers(cfg: PrePreConfig):
-    """
-    Threads, each computing alone: many small operations would spend their time waiting for each
+    """Threads, each computing alone: many small operations would spend their time waiting for each
     other. Torch's number of threads is one setting for the process, so nothing else should compute
     on the CPU meanwhile; it is restored.
     """
@@ -1207,11 +1135,10 @@ def gather_from_ranks(mine: np.ndarray, world: int) -> list[np.ndarray]:
 
 
 class NcaData:
-    """
-    Rows of one split, "train" or "val". Row r of an epoch is simulation r % sims_per_rule of rule r
-    // sims_per_rule, so it is the same on any number of ranks and in any batch. `gather` stands in
-    for torch.distributed in tests. `poll` is called between rounds of the search for rules, by
-    every rank as often: a signal ends it there.
+    """Rows of one split, "train" or "val". Row r of an epoch is simulation r % sims_per_rule of
+    rule r // sims_per_rule, so it is the same on any number of ranks and in any batch. `gather`
+    stands in for torch.distributed in tests. `poll` is called between rounds of the search for
+    rules, by every rank as often: a signal ends it there.
     """
 
     def __init__(
@@ -1225,18 +1152,11 @@ class NcaData:
         read_cache: bool = True,
         poll=lambda: None,
     ):
-        self.poll = poll
-        self.cfg, self.split, self.rank, self.world, self.say, self.gather = (
-            cfg,
-            split,
-            rank,
-            world,
-            say,
-            gather,
-        )
-        self.read_cache = read_cache
+        self.cfg, self.split, self.rank, self.world = cfg, split, rank, world
+        self.say, self.gather, self.read_cache, self.poll = say, gather, read_cache, poll
         self.rows = row_count(cfg, split)
-        self.scored, self.score_seconds, self.made, self.make_seconds = 0, 0.0, 0, 0.0
+        self.scored, self.score_seconds = 0, 0.0  # candidate rules, and what that took
+        self.made, self.make_seconds = 0, 0.0  # tokens, likewise
         self.size_cache = Cache(cfg.nca_cache, facts(cfg, rows=False), say)
         self.row_cache = Cache(cfg.nca_cache, facts(cfg, rows=True), say)
         self.kept: dict[tuple, np.ndarray] = {}
@@ -1245,31 +1165,24 @@ class NcaData:
         self.rules = self.find_rules(-(-self.rows // cfg.nca_sims_per_rule))
 
     def find_rules(self, count: int) -> np.ndarray:
-        """
-        Ids of the first `count` rules of this split that pass the filter, in order. Bounded: see
-        refuse_band.
-        """
+        """Ids of the split's first `count` rules that pass; refuse_band ends a search in vain."""
         cfg, start = self.cfg, SPLIT_START[self.split]
         if cfg.nca_filter == "none":
             return start + np.arange(count)
         known = self.size_cache.load(f"sizes-{self.split}") if self.read_cache else None
         # Ranks of other machines may not see this file: all go on from what one of them knows.
         self.sizes = max(self.gather(self.sizes if known is None else known, self.world), key=len)
+        bar = tqdm(total=count, desc=f"{self.split} rules", disable=None, leave=False)
         try:
-            with (
-                workers(cfg) as pool,
-                tqdm(total=count, desc=f"{self.split} rules", disable=None, leave=False) as bar,
-            ):
+            with workers(cfg) as pool, bar:
                 while (accepted := int(passes(self.sizes, cfg).sum())) < count:
                     self.poll()
                     bar.update(min(accepted, count) - bar.n)
-                    tried, size = (
-                        len(self.sizes),
-                        min(ROUND[1], max(ROUND[0], 2 * (count - accepted))),
-                    )
+                    tried = len(self.sizes)
                     if tried >= 20 * cfg.nca_tries and accepted * cfg.nca_tries < tried:
                         refuse_band(self.sizes, accepted, cfg)
-                    self.score_round(start + np.arange(tried, tried + size), pool)
+                    more = min(ROUND[1], max(ROUND[0], 2 * (count - accepted)))
+                    self.score_round(start + np.arange(tried, tried + more), pool)
         finally:  # an interrupted search goes on from here
             if self.scored and self.rank == 0:
                 self.size_cache.save(f"sizes-{self.split}", self.sizes)
@@ -1279,32 +1192,26 @@ class NcaData:
         """Compressed sizes of these candidates; each rank makes its share and all get all."""
         began = time.perf_counter()
         mine = np.array_split(ids, self.world)[self.rank]
-        sizes = list(
-            pool.map(
-                lambda some: compressed_sizes(mine[some], self.cfg), pieces(len(mine), self.cfg)
-            )
-        )
-        self.sizes = np.concatenate([self.sizes, *self.gather(np.concatenate(sizes), self.world)])
-        self.scored, self.score_seconds = (
-            self.scored + len(ids),
-            self.score_seconds + time.perf_counter() - began,
-        )
+        score = lambda some: compressed_sizes(mine[some], self.cfg)
+        sizes = np.concatenate(list(pool.map(score, pieces(len(mine), self.cfg))))
+        self.sizes = np.concatenate([self.sizes, *self.gather(sizes, self.world)])
+        self.scored += len(ids)
+        self.score_seconds += time.perf_counter() - began
 
     @property
     def accept_rate(self) -> float:
         return float(passes(self.sizes, self.cfg).mean()) if len(self.sizes) else 1.0
 
     def generate(self, epoch: int, rows: np.ndarray) -> np.ndarray:
-        """Tokens uint16 [len(rows), W] of these rows, made now by this rank."""
+        """Tokens uint16 [R, W] of the rows with these numbers [R], made now by this rank."""
         cfg, began = self.cfg, time.perf_counter()
-        epoch = epoch if cfg.nca_regen and self.split == "train" else 0
+        epoch = self.grids_of(epoch)
         ids, sims = self.rules[rows // cfg.nca_sims_per_rule], rows % cfg.nca_sims_per_rule
         out = np.empty((len(rows), row_width(cfg)), np.uint16)
 
         def make(some: slice) -> None:
-            out[some] = tokenize(simulate(ids[some], sims[some], epoch, cfg), cfg)[
-                :, : out.shape[1]
-            ]
+            tokens = tokenize(simulate(ids[some], sims[some], epoch, cfg), cfg)
+            out[some] = tokens[:, : out.shape[1]]
 
         with workers(cfg) as pool:
             list(pool.map(make, pieces(len(rows), cfg)))
@@ -1312,12 +1219,16 @@ class NcaData:
         self.make_seconds += time.perf_counter() - began
         return out
 
+    def grids_of(self, epoch: int) -> int:
+        """The epoch whose start grids this one has."""
+        return epoch if self.cfg.nca_regen and self.split == "train" else 0
+
     def chunks(self) -> list[Span]:
         return [(a, min(a + CHUNK_ROWS, self.rows)) for a in range(0, self.rows, CHUNK_ROWS)]
 
     def chunk(self, epoch: int, span: Span) -> np.ndarray:
         """Rows span[0] up to span[1], from the cache or made and put there."""
-        epoch = epoch if self.cfg.nca_regen and self.split == "train" else 0
+        epoch = self.grids_of(epoch)
         name = f"{self.split}-epoch{epoch}-rows{span[0]}-{span[1]}"
         rows = self.row_cache.load(name) if self.read_cache else None
         if rows is None:
@@ -1326,21 +1237,19 @@ class NcaData:
         return rows
 
     def prepare(self, epoch: int) -> None:
-        """
-        Make this rank's share of an epoch's cache files. A barrier behind it, and every rank finds
-        all of them.
-        """
+        """Make this rank's share of an epoch's cache files; behind a barrier all are there."""
         if self.cfg.nca_cache:
-            for span in tqdm(
-                self.chunks()[self.rank :: self.world], desc="rows", disable=None, leave=False
-            ):
+            mine = self.chunks()[self.rank :: self.world]
+            for span in tqdm(mine, desc="rows", disable=None, leave=False):
                 self.chunk(epoch, span)
 
     def take(self, epoch: int, rows: np.ndarray) -> np.ndarray:
-        """Tokens of these rows, by way of the cache if there is one; else only these are made."""
+        """Tokens uint16 [R, W] of the rows with these numbers [R], from the cache if there is one;
+        else only these are made.
+        """
         if not self.cfg.nca_cache:
             return self.generate(epoch, rows)
-        self.kept = {key: rows_ for key, rows_ in self.kept.items() if key[0] == epoch}
+        self.kept = {key: chunk for key, chunk in self.kept.items() if key[0] == epoch}
         out = np.empty((len(rows), row_width(self.cfg)), np.uint16)
         for span in self.chunks():
             here = (span[0] <= rows) & (rows < span[1])
@@ -1351,10 +1260,7 @@ class NcaData:
         return out
 
     def order(self, epoch: int) -> np.ndarray:
-        """
-        The rows of an epoch in their order of training: step s of batch B takes [s*B, (s+1)*B),
-        ranks split that.
-        """
+        """The numbers of an epoch's rows in their order of training, int64 [rows]."""
         keys = bits(stream(self.cfg.nca_seed, ORDER, epoch), np.arange(self.rows))
         return keys.argsort(kind="stable")
 
@@ -1372,26 +1278,21 @@ class NcaData:
 
 
 class NcaLoader:
-    """
-    Batches for train_gpt's loop: row s*B + i of an epoch's order is row i of its batch s, whatever
-    the ranks.
-    """
+    """Batches for train_gpt's loop: batch s has an epoch's order[s*B : (s+1)*B], split by ranks."""
 
-    def __init__(self, cfg: PrePreConfig, run: t.Run):
+    def __init__(self, cfg: PrePreConfig, run: tg.Run):
         self.cfg, self.run, self.rows = cfg, run, int(cfg.batch_tokens) // row_inputs(cfg)
         need = row_inputs(cfg) * run.world
         if int(cfg.batch_tokens) % need or not self.rows:
             raise UserError(
-                f"batch_tokens = {cfg.batch_tokens} on {run.world} ranks: must be a multiple "
-                f"of {need}, a row of "
-                f"{row_inputs(cfg)} tokens for each: choose "
+                f"batch_tokens = {cfg.batch_tokens} on {run.world} ranks: must be a multiple of "
+                f"{need}, a row of {row_inputs(cfg)} tokens for each: choose "
                 f"{max(1, round(int(cfg.batch_tokens) / need)) * need}"
             )
         if row_count(cfg, "train") < self.rows:
             raise UserError(
                 f"nca_tokens = {cfg.nca_tokens}: an epoch of {row_count(cfg, 'train')} rows is "
-                "less than one batch "
-                f"of {self.rows}: raise it, or lower --batch_tokens"
+                f"less than one batch of {self.rows}: raise it, or lower --batch_tokens"
             )
         self.data = NcaData(cfg, "train", run.rank, run.world, say=run.log, poll=run.agree)
         self.epoch = self.pos = 0  # the next batch is batch `pos` of the epoch
@@ -1401,25 +1302,19 @@ class NcaLoader:
         self.scored = int((inputs_and_labels(row, cfg)[1] != IGNORE).sum())
 
     def prepare(self) -> None:
-        """
-        Make an epoch's rows, while the training clock stands still: what that took is told beside
-        it.
-        """
+        """Make an epoch's rows, while the training clock stands still: the log says how long."""
         began = time.perf_counter()
         with self.run.clock.paused(), self.run.interruptible():
             self.data.prepare(self.epoch)
             if self.run.world > 1:
                 dist.barrier()
         self.prepared, self.order = self.epoch, self.data.order(self.epoch)
-        self.run.log(
-            f"nca epoch:{self.epoch} rows:{self.data.rows} generated in "
-            f"{time.perf_counter() - began:.1f}s"
-        )
+        took = f"{time.perf_counter() - began:.1f}s"
+        self.run.log(f"nca epoch:{self.epoch} rows:{self.data.rows} generated in {took}")
 
     def batch(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
-        """
-        This rank's rows of the next batch, uint16 [B/world, W]; then move on. The last part of a
-        batch is dropped.
+        """This rank's rows of the next batch, uint16 [B/world, W]. Rows for no whole batch at an
+        epoch's end are dropped.
         """
         if (self.pos + 1) * self.rows > self.data.rows:
             self.epoch, self.pos = self.epoch + 1, 0
@@ -1436,7 +1331,7 @@ class NcaLoader:
 
     def tensors(self, rows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, labels = inputs_and_labels(rows, self.cfg)
-        return t.to_device(inputs, device), t.to_device(labels, device)
+        return tg.to_device(inputs, device), tg.to_device(labels, device)
 
     def fingerprint(self) -> str:
         """sha256 over all that makes the rows, the rules accepted included."""
@@ -1463,7 +1358,7 @@ class NcaLoader:
 class NcaValidation:
     """Rows of rules that training never sees."""
 
-    def __init__(self, cfg: PrePreConfig, run: t.Run, loader: NcaLoader):
+    def __init__(self, cfg: PrePreConfig, run: tg.Run, loader: NcaLoader):
         self.cfg, self.tensors, self.bytes, self.seq_len = cfg, loader.tensors, 0, row_inputs(cfg)
         data = NcaData(cfg, "val", run.rank, run.world, say=run.log, poll=run.agree)
         data.prepare(0)
@@ -1478,47 +1373,37 @@ class NcaValidation:
     def batch(
         self, rows: range, device: torch.device, size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The given rows as inputs and labels [size, L]; rows that are missing to size have no labels.
-        """
+        """Rows as inputs and labels int64 [size, L]; those beyond the last one have no labels."""
         x, y = self.tensors(self.data[np.minimum(rows, self.rows - 1)], device)
         y[[i for i, r in enumerate(rows) if r >= self.rows]] = IGNORE
         return x, y
 
     @torch.no_grad()
-    def measure(self, p: t.Parts, step: int, shape: t.Shape) -> dict:
-        """
-        Greedy next-grid accuracy on held-out rules, each token given the true ones before it; every
-        rank does all.
-        """
-        guesses = []
+    def measure(self, p: tg.Parts, step: int, shape: tg.Shape) -> dict:
+        """Greedy next-grid accuracy on held-out rules, by every rank; tokens follow true ones."""
+        guesses, patches = [], vocabulary(self.cfg) - 2
         for low in range(0, len(self.measured), shape.rows):
             rows = self.measured[low : low + shape.rows]
-            # one shape, one graph
-            full = np.concatenate([rows, rows[np.zeros(shape.rows - len(rows), int)]])
+            missing = shape.rows - len(rows)
+            full = np.concatenate([rows, rows[np.zeros(missing, int)]])  # one shape, one graph
             x, _ = self.tensors(full, p.run.device)
             hidden = p.model.hidden(x, shape.repeats, shape.window)[: len(rows)]
-            guesses += [
-                p.model.logits(row)[:, : vocabulary(self.cfg) - 2].argmax(-1).cpu().numpy()
-                for row in hidden
-            ]
+            for row in hidden:
+                guesses.append(p.model.logits(row)[:, :patches].argmax(-1).cpu().numpy())
         score = next_grid_accuracy(np.stack(guesses), self.measured, self.cfg)
         by_context = {k: score.pop(k) for k in ("cell_by_context", "grid_by_context")}
         p.run.metric("nca", step, **by_context, unigram_loss=self.unigram)
         return score | {"last_cell_accuracy": by_context["cell_by_context"][-1]}
 
 
-def build(cfg: PrePreConfig, run: t.Run) -> t.Parts:
-    """
-    train_gpt's parts around cellular automata: rules are searched and validation rows made here,
-    before the clock.
-    """
-    plan = t.Plan(cfg)
+def build(cfg: PrePreConfig, run: tg.Run) -> tg.Parts:
+    """train_gpt's parts around automata; rules and validation rows are found before the clock."""
+    plan = tg.Plan(cfg)
     with run.interruptible():
         loader = NcaLoader(cfg, run)
         plan.train_shapes(run.world)  # refuses micro-batches that do not divide
         val = NcaValidation(cfg, run, loader)
-    return t.assemble(cfg, run, plan, loader, val, None)
+    return tg.assemble(cfg, run, plan, loader, val, None)
 
 
 ########################################
@@ -1526,74 +1411,63 @@ def build(cfg: PrePreConfig, run: t.Run) -> t.Parts:
 ########################################
 
 
-def draw_picture(
-    cfg: PrePreConfig, path: str | Path, candidates: int = 1024, shown: int = 6, frames: int = 10
-) -> None:
-    """
-    PNG: trajectories of accepted and of rejected rules side by side, and all candidates' scores
-    with the band.
-    """
-    import matplotlib
+SHOWN, FRAMES = 6, 10  # rules of each kind, and grids of each
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+
+def draw_picture(cfg: PrePreConfig, path: str | Path, candidates: int = 1024) -> None:
+    """PNG of accepted and of rejected rules side by side, and of all candidates' scores."""
+    from matplotlib.figure import Figure  # pyplot would look for a display
 
     judged = cfg if cfg.nca_filter != "none" else dataclasses.replace(cfg, nca_filter="pr63")
     ids = np.arange(candidates)
     with workers(cfg) as pool:
-        sizes = np.concatenate(
-            list(pool.map(lambda p: compressed_sizes(ids[p], judged), pieces(candidates, cfg)))
-        )
-    ok, score = passes(sizes, judged), sizes / raw_size(judged)
-    fig = plt.figure(figsize=(15, 8.5))
+        sizes = pool.map(lambda some: compressed_sizes(ids[some], judged), pieces(candidates, cfg))
+        sizes = np.concatenate(list(sizes))
+    accepted, score = passes(sizes, judged), sizes / raw_size(judged)
+    fig = Figure(figsize=(15, 8.5))
     top, bottom = fig.subfigures(2, 1, height_ratios=[3, 1])
-    for side, kind, title in zip(top.subfigures(1, 2), (ok, ~ok), ("accepted", "rejected")):
-        side.suptitle(f"{title}: {kind.sum()} of {candidates} rules", y=0.99)
-        some = ids[kind][np.argsort(score[kind])]  # spread over the scores
-        some = some[
-            np.unique(np.linspace(0, len(some) - 1, min(shown, len(some))).round().astype(int))
-        ]
-        axes = side.subplots(shown, frames, squeeze=False)
-        side.subplots_adjust(left=0.12, right=0.99, top=0.9, bottom=0.02, wspace=0.06, hspace=0.06)
-        grids = simulate(some, np.zeros_like(some), 0, cfg)[:, :frames] if len(some) else []
-        for ax in axes.flat:
-            ax.set_axis_off()
-        for ax, at in zip(axes[0], recorded_times(cfg)):
-            ax.set_title(f"step {at}", fontsize=7)
-        for row, rule, states in zip(axes, some, grids):
-            row[0].text(
-                -0.1,
-                0.5,
-                f"rule {rule}\n{score[rule]:.3f}",
-                fontsize=8,
-                ha="right",
-                va="center",
-                transform=row[0].transAxes,
-            )
-            for ax, state in zip(row, states):
-                ax.imshow(
-                    state.reshape(cfg.nca_grid, -1),
-                    cmap="tab10" if cfg.nca_colors <= 10 else "tab20",
-                    vmin=0,
-                    vmax=max(9, cfg.nca_colors - 1),
-                    interpolation="nearest",
-                )
+    left, right = top.subfigures(1, 2)
+    left.suptitle(f"accepted: {accepted.sum()} of {candidates} rules", y=0.99)
+    draw_rules(left, ids[accepted], score, cfg)
+    right.suptitle(f"rejected: {(~accepted).sum()} of {candidates} rules", y=0.99)
+    draw_rules(right, ids[~accepted], score, cfg)
     ax, (low, high) = bottom.subplots(), band(judged)
     bottom.subplots_adjust(bottom=0.25, top=0.95, left=0.05, right=0.99)
     ax.hist(score, bins=80, color="0.5")
-    ax.axvspan(
-        low,
-        min(high, score.max() + 0.02),
-        color="tab:green",
-        alpha=0.2,
-        label=f"accepted: {cfg.nca_band}",
-    )
+    high = min(high, score.max() + 0.02)
+    ax.axvspan(low, high, color="tab:green", alpha=0.2, label=f"accepted: {cfg.nca_band}")
     ax.set_xlabel("score: compressed size / raw size (gzip -9, int32 tokens of ten grids)")
     ax.set_ylabel("rules")
     ax.legend(loc="upper center")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=110, format="png")
-    plt.close(fig)
+
+
+def draw_rules(figure, ids: np.ndarray, score: np.ndarray, cfg: PrePreConfig) -> None:
+    """The first grids of SHOWN of these rules, spread over their scores; score is by id."""
+    ids = ids[np.argsort(score[ids])]
+    spread = np.linspace(0, len(ids) - 1, min(SHOWN, len(ids)))
+    ids = ids[np.unique(spread.round().astype(int))]
+    axes = figure.subplots(SHOWN, FRAMES, squeeze=False)
+    figure.subplots_adjust(left=0.12, right=0.99, top=0.9, bottom=0.02, wspace=0.06, hspace=0.06)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, at in zip(axes[0], recorded_times(cfg)):
+        ax.set_title(f"step {at}", fontsize=7)
+    if not len(ids):
+        return
+    colours = {
+        "cmap": "tab10" if cfg.nca_colors <= 10 else "tab20",
+        "vmin": 0,
+        "vmax": max(9, cfg.nca_colors - 1),
+        "interpolation": "nearest",
+    }
+    grids = simulate(ids, np.zeros_like(ids), 0, cfg)
+    for row, rule, states in zip(axes, ids, grids):
+        label, place = f"rule {rule}\n{score[rule]:.3f}", row[0].transAxes
+        row[0].text(-0.1, 0.5, label, fontsize=8, ha="right", va="center", transform=place)
+        for ax, state in zip(row, states):
+            ax.imshow(state.reshape(cfg.nca_grid, -1), **colours)
 
 
 ########################################
@@ -1602,10 +1476,7 @@ def draw_picture(
 
 
 def generate_only(cfg: PrePreConfig) -> int:
-    """
-    Rules, epoch 0 and validation rows, generated whatever the cache holds and then kept there;
-    speed and hashes.
-    """
+    """Makes rules, epoch 0 and validation rows anew, into the cache; prints speed and hashes."""
     say = functools.partial(print, file=sys.stderr)
     train, val = (NcaData(cfg, split, say=say, read_cache=False) for split in ("train", "val"))
     out = {"sha256": train.sha256(0), "val_sha256": val.sha256(0)}
@@ -1644,21 +1515,20 @@ def main(argv: list[str] | None = None) -> int:
             return generate_only(cfg)
         if cfg.picture:
             return 0
-        with t.Run(cfg) as run:
+        with tg.Run(cfg) as run:
             try:
-                code = t.train(cfg, run, build)
-            except t.Interrupted:  # while build searched for rules: there is nothing to save yet
+                code = tg.train(cfg, run, build)
+            except tg.Interrupted:  # while build searched for rules: there is nothing to save yet
                 run.log(
                     f"interrupted by {signal.Signals(run.signal).name} while rules were searched: "
-                    "nothing is "
-                    "changed; the same command goes on, with what the cache holds"
+                    "nothing is changed; the same command goes on, with what the cache holds"
                 )
                 return 128 + run.signal
             if code == 0 and run.is_main and not (run.folder / "nca.png").exists():
                 draw_picture(cfg, run.folder / "nca.png", candidates=256)
             return code
     except (UserError, RuntimeError, OSError) as e:
-        message = t.explain(e)
+        message = tg.explain(e)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr, flush=True)

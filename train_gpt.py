@@ -6,8 +6,7 @@ nanoremix: one GPT trainer for three leaderboards (speedrun, slowrun, golf), in 
     python train_gpt.py --config remix_m --resume  # continue a broken run
     python logs/dry_run.py --config remix_m  # costs, without GPU or data
 
-Read it from top to bottom:
-    Config       every flag; the comment behind a field is its --help text
+Read it from top to bottom. A section begins with its flags; the comment of a field is its help:
     Schedules    one grammar for all that varies in time: "0:1 0.5:2 1>0"
     Run          ranks, folder, log, clocks, signals
     Model        GPT: attention under one mask rule, blocks, order of layers, loss
@@ -17,6 +16,7 @@ Read it from top to bottom:
     Evaluation   nats per token and bits per byte of the validation prefix
     Export       rounding, GPTQ, coders, the artifact: one file, read strictly
     Checkpoint   written whole or not at all; transfer between runs
+    Config       all sections' flags; presets, their tables, what older files said otherwise
     Train        warm-up, the loop, the end of a run, main
 
 Letters: B batch, T time, D width, H heads, K head_dim, V vocabulary, N = B*T tokens. A tensor whose
@@ -54,7 +54,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import brotli
 import numpy as np
@@ -73,78 +73,60 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
 ########################################
-#                Config                #
+#            Configuration             #
 ########################################
 
 
 class UserError(Exception):
-    """
-    Something that the user can mend: what was given, why it cannot work, what to do. Exit code 2,
-    no traceback.
-    """
+    """What the user can mend: what was given, why it cannot work, what to do. Exit code 2."""
 
 
 class Diverged(UserError):
     """A loss or a gradient is not finite, on every rank alike; a sweep counts such runs."""
 
 
+class Section:
+    """
+    A part of the configuration, at the head of the code that it is about: fields, whose comments
+    are their help, and what must hold of them whether they were given or read from a file.
+    """
+
+    # least and most of each number, or of the values of a schedule: what lies beyond would
+    # overflow, divide by zero, or need a machine that nobody has
+    LIMITS: ClassVar[dict[str, tuple[float, float]]] = {}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    def check(self) -> None:
+        """UserError that names the key, the value and the fix."""
+
+
+def limits(*rows: tuple[float, float, str]) -> dict[str, tuple[float, float]]:
+    return {name: (least, most) for least, most, names in rows for name in names.split()}
+
+
+BELOW_ONE = 1 - 2**-24  # the next number below 1 in fp32
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def require_regex(key: str, text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as e:
+        raise UserError(f"{key} = {text!r} is no regular expression: {e}") from e
+
+
+########################################
+#              Schedules               #
+########################################
+
+
 @dataclass
-class Config:
-    # --- run
-
-    # presets (a path, or a name in configs/), layered left to right; flags win over all
-    config: tuple[str, ...] = ()
-    run: str = ""  # name of the run and of its folder under log_dir; empty: preset and seed
-    arm: str = ""  # which arm of an ablation this is; the report groups runs by it
-    track: str = ""  # leaderboard: speedrun, slowrun or golf
-    seed: int = 1  # seeds the initial weights and the order of shuffled data
-    log_dir: str = "logs"  # where run folders live
-    resume: bool = False  # continue the run of this name from its newest complete checkpoint
-    init_from: str = ""  # run folder, checkpoint folder or artifact whose weights start this run
-    # what init_from gives: all, attn, qk, vo, mlp, scalars joined by +, or a regular expression
-    transfer: str = "all"
-    transfer_skip: str = ""  # regular expression: tensors that are left out of it
-    # wrong on purpose: shuffled (entries within each matrix) or random (normal, same norm)
-    transfer_control: str = ""
-    # steps between evaluations; 0: only at the end; -1: at the end of each epoch
-    eval_every: int = 125
-    log_every: int = 1  # steps between training lines in log.txt and metrics.jsonl
-    # tokens on which each evaluation takes statistics of logits and embeddings; 0: none
-    embed_stats: int = 0
-    save_every: int = 0  # steps between checkpoints; 0: only when interrupted
-    save_last: int = 1  # 1: keep a checkpoint of the end of training
-    keep: int = 2  # newest checkpoints kept
-    wandb: str = ""  # Weights & Biases project to log to as well; empty: none
-
-    # --- machine
-
-    device: str = "auto"  # auto, cpu or cuda
-    # compute type: bfloat16, float32, or auto (bfloat16 where the machine is fast at it)
-    dtype: str = "auto"
-    param_dtype: str = "float32"  # type of weights, gradients, optimizer's state; remix: bfloat16
-    # torch.compile before the clock starts: 1: one block, for all; 2: the whole model; 0: eager
-    compile: int = 1
-    micro_tokens: int = 65536  # tokens a rank takes at once; fewer save memory, same result
-    # 1: micro_tokens is a ceiling; the most rows below it that divide the batch are taken
-    auto_micro: int = 0
-    loss_chunk: int = 16384  # tokens whose logits exist at once
-
-    # --- data
-
-    data: str = "data/fineweb10B"  # folder of *_train_*.bin and *_val_*.bin shards
-    # gpt2, or the path of a SentencePiece model; needed for bits per byte and samples
-    tokenizer: str = "gpt2"
-    vocab: int = 50257  # token ids in use
-    doc_token: int = 50256  # the token that starts every document
-    val_tokens: int = 10485760  # scored prefix of the validation stream; 0: all of it
-    # only so many tokens of the training shards are used, from their start; 0: all
-    train_tokens: int = 0
-    epochs: int = 1  # passes over the training shards that the run may make; 0: as many as it needs
-    # 0: shards in the order of their names; each epoch anew 1: rows, 2: documents and rows
-    # (slowrun)
-    shuffle: int = 0
-
-    # --- length
+class LengthConfig(Section):
+    """How long training is, and how its tokens are cut."""
 
     steps: int = 2500  # optimizer steps at most
     max_seconds: float = 0.0  # cap of the training clock; schedules then run on time; 0: none
@@ -152,844 +134,17 @@ class Config:
     seq_len: str = "65536"  # [sched] tokens per row
     eval_seq_len: int = 0  # tokens per row in evaluation; 0: the largest seq_len
 
-    # --- model
-
-    depth: int = 12  # blocks
-    dim: int = 768  # width
-    heads: int = 6  # query heads
-    kv_heads: int = 0  # key and value heads; 0: as many as heads
-    head_dim: int = 0  # width of a head; 0: dim / heads
-    mlp_ratio: float = 4.0  # hidden width of the MLP over dim
-    mlp_multiple: int = 1  # that width is rounded up to a multiple of this
-    norm_eps: float = 1e-6  # epsilon of every norm; remix ran at bfloat16's 2^-7 and depends on it
-    # 1: every norm is a LayerNorm with a learned gain (no bias); 0: RMS norm without gain
-    layer_norm: int = 0
-    embed_norm: int = 1  # 1: norm behind the embedding
-    qk_norm: int = 1  # 1: norm on queries and keys
-    attn_scale: float = 0.0  # factor on attention scores; 0: 1/sqrt(head_dim)
-    # truncated (half of the dims, base^-linspace), standard (base^-(2k/dims)) or interleaved
-    rope: str = "truncated"
-    rope_base: float = 1024.0  # longest period over 2 pi of the rotary frequencies
-    # standard, interleaved (pairs are neighbours): so many first dims turn; 0: all, -1: half
-    rope_dims: int = 0
-    # of the MLP: relu2, leaky_relu2 (slope 0.5, then squared) or swiglu (two maps in)
-    activation: str = "relu2"
-    q_gain: float = 0.0  # start of a learned factor per query head, behind the rotation; 0: none
-    # each head's output times sigmoid of a learned map of the input's first n dims; 0: none
-    attn_gate: int = 0
-    # every 2nd block adds to its values a map of the embedding, gated by n input dims; 0: none
-    value_proj: int = 0
-    # 1: learned mixing of the heads' weights of queries, keys and values (slowrun's IHA)
-    iha: int = 0
-    # exclusive self-attention (no component along the own value) in the last n positions; -1: in
-    # all
-    xsa: int = 0
-    # 1: blocks learn vectors that mix in the embedding and scale both branches
-    block_scales: int = 0
-    resid_lambda: float = 0.0  # start of a learned factor per block on the residual stream; 0: none
-    x0_lambda: float = 0.0  # start of a learned share of the embedding per block; 0: none
-    # learned skips from the first half to the second: 1: a vector per position; 2: a number per
-    # block
-    unet: int = 0
-    layer_scale: int = 0  # 1: normed inputs of block l's branches are divided by sqrt(l + 1)
-    loop_embed: int = 0  # 1: each position adds a learned vector
-    value_embeds: int = 0  # token tables of which each position adds a learned share; 0: none
-    # 1: a looped block adds a learned share of its own output one repeat before
-    cross_repeat: int = 0
-    doc_mask: int = 1  # 1: a token sees its own document only
-    window: str = "0"  # [sched] keys a token sees, itself included; 0: the whole row
-    # such as SSSL, repeated over blocks: S has the window, L (and the last) the row; empty: all S
-    window_pattern: str = ""
-    loop: str = ""  # "a:b": blocks a..b-1 are applied `repeats` times; empty: none
-    repeats: str = "1"  # [sched] passes through the looped blocks
-    tie_embed: int = 0  # 1: one table is input embedding and head
-    attn_dropout: float = 0.0  # share of the attention branch's output that is zeroed in training
-    mlp_dropout: float = 0.0  # share of the MLP branch's output that is zeroed in training
-    stoch_depth: float = 0.0  # chance that training skips the last block, linear from 0 at block 0
-    mtp: float = 0.0  # weight of the loss of the token after next, by one more block; 0: none
-    head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
-    # 1: the embedding has those rows too, and rows beyond vocab give no logits (slowrun)
-    pad_vocab: int = 0
-    embed_init: float = 1.0  # standard deviation of the untied input embedding
-    # head (or tied table) at the start: zero, uniform (1/sqrt(dim)) or a standard deviation
-    head_init: str = "zero"
-    # std of q, k, v and the MLP's input, times sqrt(dim); 0: remix's 0.5 and 1/sqrt(3)
-    init_std: float = 0.0
-    proj_init: float = 0.0  # std of both output projections, times sqrt(dim); 0: they start at zero
-    logit_dim_power: float = 0.0  # logits are multiplied by dim to this power; remix M has -0.5
-    softcap: float = 0.0  # logits become cap*tanh(logits/cap); 0: none
-    # initial values: remix, or xavier (normal; embedding 1/sqrt(dim), attn.proj .02/sqrt(2*depth))
-    init: str = "remix"
-    # weight in the training loss of the mean of log(Z)^2, Z being the sum of softmax; 0: none
-    z_loss: float = 0.0
-    # weight in the training loss of |mu|^2, mu being the mean row of the head; 0: none
-    mu_loss: float = 0.0
-    mu_centering: int = 0  # 1: after every step mu is subtracted from every row of the head
-
-    # --- optimizer
-
-    optimizer: str = "muon"  # what updates the matrices of the blocks: muon or adamw
-    # regular expression: these matrices get AdamW although optimizer is muon
-    adamw_matrices: str = ""
-    matrix_lr: float = 0.05  # learning rate of Muon
-    adamw_lr: float = 0.0021  # learning rate of AdamW on matrices
-    embed_lr: float = 0.6  # learning rate of the untied input embedding
-    head_lr: float = 0.22  # learning rate of the untied head
-    tied_lr: float = 0.0021  # learning rate of a tied table
-    scalar_lr: float = 0.04  # learning rate of vectors and scalars
-    # "pattern=rate pattern=rate/beta1/beta2/decay": AdamW's rate (and more) of names that the
-    # pattern finds
-    own_lr: str = ""
-    lr: str = "0:1 0.6:1 1>0.1"  # [sched] multiplies every learning rate
-    # in each of the last n epochs the rate falls from its schedule to lr_floor by half a cosine
-    lr_cycles: int = 0
-    lr_floor: float = 0.05  # lowest multiplier in those epochs
-    # regular expression: tensors whose learning rate is multiplied by slow_lr as well
-    slow: str = ""
-    # [sched] e.g. "0 250s:0 450s>1": frozen to the bit for 250 steps, then ramped up over 200
-    slow_lr: str = "1"
-    beta1: float = 0.8  # AdamW: decay of the first moment
-    beta2: float = 0.95  # AdamW: decay of the second moment
-    adam_eps: float = 1e-10  # AdamW: epsilon
-    momentum: str = "0:0.85 300/2500>0.95"  # [sched] Muon: Nesterov momentum
-    muon_buffer: str = "lerp"  # Muon's momentum buffer: lerp (m*buf + (1-m)*g) or sum (m*buf + g)
-    polar: str = "ns5"  # Muon: ns5 (Newton-Schulz) or polar_express
-    polar_steps: int = 5  # Muon: iterations towards the polar factor
-    row_norm: int = 0  # Muon: 1 divides each row of the update by its norm first (MuonEq-R)
-    normuon: float = 0.0  # Muon: decay of NorMuon's second moment per neuron; 0: off
-    # weight decay only where it agrees with the update: 1: of all weights, 2: of Muon's matrices
-    cautious: int = 0
-    # 1: Muon's decay has the factor sqrt(max(1, rows/cols)) of its step as well (slowrun)
-    decay_by_shape: int = 0
-    matrix_wd: float = 0.0  # decoupled weight decay of matrices (weights shrink by lr*wd a step)
-    embed_wd: float = 0.0  # decoupled weight decay of embedding, head and tied table
-    scalar_wd: float = 0.0  # decoupled weight decay of vectors and scalars
-    weight_decay: str = "1"  # [sched] multiplies every weight decay
-    # 1: weights shrink by wd a step whatever the learning rate; 0: by lr*wd
-    independent_wd: int = 0
-    grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
-
-    # --- averaging
-
-    ema: float = 0.0  # decay per step of an exponential moving average of the weights; 0: none
-    swa_every: int = 0  # steps between the snapshots of a plain average of the weights; 0: none
-    swa_start: float = 0.75  # fraction of training from which those snapshots are taken
-    # keep the weights of the last n epochs in the run's folder, for logs/score.py to average
-    average_epochs: int = 0
-    final_weights: str = "live"  # which weights are exported and sampled: live, ema or swa
-
-    # --- artifact
-
-    # bits of the artifact's weights, e.g. "int6 mlp:5 head:8"; fit: by artifact_limit; empty: none
-    export: str = "int8"
-    # of the artifact: zstd, brotli, xz, entropy, or best: the smallest of these
-    export_codec: str = "zstd"
-    artifact_limit: int = 0  # bytes that source and artifact may have together; 0: no limit
-    # rows of training tokens on which GPTQ looks at activations, inside the clock; 0: plain
-    # rounding
-    gptq: int = 0
-    # [sched] 1: forward and backward see the weights as export would round them; 0: as they are
-    qat: str = "0"
-    # 1: qat adds noise of a rounding step instead of rounding, to looped blocks alone if there are
-    # any
-    qat_noise: int = 0
-
-    # --- tables of a preset that other programs read
-
-    rule: Annotated[dict, tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
-    score: Annotated[dict, tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
+    LIMITS = limits(
+        (0, 10**9, "max_seconds"),
+        (0, 2**22, "eval_seq_len"),
+        (1, 10**9, "steps batch_tokens"),
+        (1, 2**22, "seq_len"),
+    )
 
 
-# The keys of those tables and the values that ask for nothing, which also say the types.
-TABLES: dict[str, dict[str, object]] = {
-    "rule": {  # of the leaderboard, for logs/report.py and logs/submit.py
-        "metric": "val_loss",  # of result.json, that the rule is about
-        "target": 0.0,  # the mean over seeds must be below this; 0: no rule
-        "margin": 0.0,  # by at least this much
-        "p": 0.0,  # at this level of a one-sided one-sample t-test; 0: no t-test
-        "z": 0.0,  # (target - mean) * sqrt(n) must reach this; 0: not asked
-        "max_seconds": 0.0,  # cap of the training clock; 0: none
-        "max_bytes": 0,  # cap of total_bytes; 0: none
-    },
-    "score": {  # of the weights, for logs/score.py, whose flags these are
-        "modes": "",
-        "stride": 64,
-        "share": 0.0,
-        "logit_temperature": 1.0,
-        "ttt_chunk": 32768,
-        "ttt_epochs": 3,
-        "ttt_lr": 0.002,
-        "lora_rank": 8,
-        "lora_lr": 0.001,
-        "prove_bytes": 0,
-        "sample_tokens": 0,
-        "prompt": "",
-        "temperature": 0.8,
-        "top_k": 50,
-    },
-}
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-# What a resumed run may change without becoming another experiment.
-FREE_ON_RESUME = {
-    *(
-        "config",
-        "resume",
-        "log_dir",
-        "log_every",
-        "eval_every",
-        "save_every",
-        "save_last",
-        "keep",
-        "wandb",
-        "device",
-    ),
-    *("compile", "micro_tokens", "loss_chunk", "rule", "score"),
-    *("auto_micro", "embed_stats", "nca_cache", "nca_threads", "nca_measured"),
-}
-# What is asked for behind the last step alone: an unfinished run may change it, or its end might be
-# impossible.
-AFTER_TRAINING = {"export", "export_codec", "artifact_limit", "gptq", "final_weights"}
 GRAPHS = ("repeats", "seq_len", "window", "batch_tokens")  # schedules that make another graph
 SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", *GRAPHS)
-# Flags that this version lacks: {name: the value at which it did nothing}. What was written with
-# that value is read as if the name were not there; any other value is an error. A flag that is new
-# has such a value as its default, so what was written before it means what it meant.
-REMOVED: dict[str, object] = {"sample_from": ""}
-# Flags that became keys of a table.
-MOVED = {f"rule_{key}": ("rule", key) for key in TABLES["rule"]}
-MOVED |= {"score": ("score", "modes")}
-MOVED |= {
-    key: ("score", key)
-    for key in ("stride", "prove_bytes", "sample_tokens", "prompt", "temperature", "top_k")
-}
-
-BELOW_ONE = 1 - 2**-24  # the next number below 1 in fp32
-MANY, TOKENS = 10**9, 10**12
-# Least and most of each number, or of the values of a schedule. What lies beyond would overflow,
-# divide by zero, or need a machine that nobody has; an artifact's configuration has these limits
-# too.
-RANGES = (
-    (
-        0,
-        1,
-        "save_last auto_micro layer_norm embed_norm qk_norm iha block_scales layer_scale "
-        "loop_embed "
-        "cross_repeat doc_mask tie_embed pad_vocab mu_centering row_norm decay_by_shape "
-        "independent_wd "
-        "qat qat_noise swa_start norm_eps",
-    ),
-    (0, 2, "compile shuffle unet cautious"),
-    (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth beta1 beta2 momentum normuon ema"),
-    (0, 100, "mtp q_gain resid_lambda embed_init init_std proj_init value_embeds"),
-    (
-        0,
-        1000,
-        "attn_scale mlp_ratio z_loss lr weight_decay slow_lr lr_floor matrix_wd embed_wd scalar_wd",
-    ),
-    # diverged runs are a sweep's business
-    (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),
-    (0, 10**6, "softcap mu_loss epochs lr_cycles average_epochs gptq"),
-    (0, MANY, "save_every swa_every max_seconds grad_clip window embed_stats"),
-    (0, TOKENS, "val_tokens train_tokens artifact_limit"),
-    (0, 65536, "doc_token kv_heads head_dim attn_gate value_proj"),
-    (0, 2**22, "eval_seq_len"),
-    (0, 2**32 - 1, "seed"),
-    (1, 100, "polar_steps"),
-    (1, 1000, "depth repeats"),
-    (1, 65536, "dim heads head_multiple mlp_multiple"),
-    (1, 2**22, "seq_len"),
-    (1, MANY, "steps log_every keep micro_tokens loss_chunk batch_tokens"),
-    (1, 10**12, "rope_base"),
-    (2, 65536, "vocab"),
-    (1e-30, 1, "adam_eps"),
-    (-1, MANY, "eval_every"),
-    (-1, 65536, "rope_dims xsa"),
-    (-4, 4, "logit_dim_power"),
-    (-100, 100, "x0_lambda"),
-)
-LIMITS = {name: (least, most) for least, most, names in RANGES for name in names.split()}
-# The same of the numbers in tables.
-TABLE_RANGES = (
-    (0, 0.5, "share"),
-    (0, 1, "p"),
-    (0, 10, "ttt_lr lora_lr"),
-    (0, 100, "ttt_epochs"),
-    (0, 1000, "target margin z temperature"),
-    (0, 65536, "top_k"),
-    (0, 10**6, "sample_tokens"),
-    (0, MANY, "max_seconds prove_bytes"),
-    (0, TOKENS, "max_bytes"),
-    (1e-3, 1000, "logit_temperature"),
-    (1, 1 << 12, "lora_rank"),
-    (1, MANY, "stride"),
-    (1, 1 << 40, "ttt_chunk"),
-)
-TABLE_LIMITS = {name: (low, high) for low, high, names in TABLE_RANGES for name in names.split()}
-
-
-def preset_path(name: str) -> Path:
-    """
-    A preset is a path, or the name of a file in configs/, beside this file or in the working
-    directory.
-    """
-    folders = [Path(__file__).resolve().parent / "configs", Path("configs")]
-    for path in (Path(name), *(folder / f"{name}.toml" for folder in folders)):
-        if path.is_file():
-            return path
-    known = sorted({p.stem for folder in folders for p in folder.glob("*.toml")})
-    raise UserError(
-        f"--config {name}: no such file and no such preset; presets: {', '.join(known)}"
-    )
-
-
-def is_layer(path: Path) -> bool:
-    """A layer says so in its first line; alone it would train a model of defaults."""
-    with open(path, "rb") as f:
-        return re.match(rb"# \w+: a layer\b", f.readline(200)) is not None
-
-
-def read_toml(path: Path, kind: type = Config) -> dict:
-    """
-    Checked values of one preset file: unknown keys and wrong types are errors that name key, value
-    and fix.
-    """
-    try:
-        # some editors begin a file with a mark
-        raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise UserError(f"{path} is not TOML: {e}") from e
-    return checked(raw, str(path), kind)
-
-
-def checked(raw: dict, where: str, config: type = Config) -> dict:
-    """
-    The same keys and values in the types of Config, or of a class made from it; all else is an
-    error that names it.
-    """
-    values, fields = {}, typing.get_type_hints(config)
-    tables = {name: dict(raw[name]) for name in TABLES if isinstance(raw.get(name), dict)}
-    for key, value in raw.items():
-        if key in tables:
-            continue
-        if key in MOVED:
-            name, inner = MOVED[key]
-            tables.setdefault(name, {})[inner] = value
-            continue
-        if key in REMOVED and key not in fields:
-            need(
-                value == REMOVED[key],
-                f"{where}: {key} = {value!r}, but this version has no {key}; it reads what was "
-                f"written with {key} = {REMOVED[key]!r}, the rest needs the version that wrote it",
-            )
-            continue
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=3)
-            hint = (
-                f"; did you mean {' or '.join(close)}?"
-                if close
-                else "; `python train_gpt.py --help` lists all"
-            )
-            raise UserError(f"{where}: unknown key {key} = {value!r}{hint}")
-        kind = fields[key]
-        listed = kind == tuple[str, ...]
-        if listed and isinstance(value, list) and all(isinstance(v, str) for v in value):
-            value = tuple(value)
-        elif kind is float and type(value) is int:
-            # more than a float holds is too much in any case
-            value = float(max(-(10**300), min(value, 10**300)))
-        elif key in SCHEDULES and type(value) in (int, float):
-            value = str(value)  # a constant schedule
-        elif listed or type(value) is not kind:
-            word = "a list of strings" if listed else getattr(kind, "__name__", kind)
-            raise UserError(
-                f"{where}: {key} = {value!r} is a {type(value).__name__}, but {key} must be {word}"
-            )
-        values[key] = value
-    return values | {name: checked_table(name, table, where) for name, table in tables.items()}
-
-
-def checked_table(name: str, table: dict, where: str) -> dict:
-    """The same keys and values in the types of TABLES; all else is an error that names it."""
-    values = {}
-    for key, value in table.items():
-        if key not in TABLES[name]:
-            raise UserError(
-                f"{where}: unknown key {key} = {value!r} in [{name}]; its keys are "
-                f"{', '.join(TABLES[name])}"
-            )
-        kind = type(TABLES[name][key])
-        if kind is float and type(value) is int:
-            value = float(max(-(10**300), min(value, 10**300)))
-        if type(value) is not kind or kind is float and not math.isfinite(value):
-            raise UserError(
-                f"{where}: {key} = {value!r} in [{name}] must be a {kind.__name__}"
-                + " that is finite" * (kind is float)
-            )
-        if kind is not str:
-            check_table_number(key, value, f"{where}, [{name}]: ")
-        values[key] = value
-    return values
-
-
-def check_table_number(key: str, value: float, where: str = "") -> None:
-    low, high = TABLE_LIMITS[key]
-    need(low <= value <= high, f"{where}{key} = {value}: must lie between {low} and {high}")
-
-
-def parse_args(argv: list[str]) -> Config:
-    """
-    Defaults < presets from left to right < flags. `--config a b` and `--config=a` are both
-    understood.
-    """
-    names, i = [], 0
-    while i < len(argv):
-        if argv[i] == "--config":
-            while i + 1 < len(argv) and not argv[i + 1].startswith("-"):
-                i += 1
-                names.append(argv[i])
-        elif argv[i].startswith("--config="):
-            names.append(argv[i].split("=", 1)[1])
-        i += 1
-    merged: dict = {}
-    for name in names:
-        layer = read_toml(preset_path(name))
-        for table in TABLES:  # key by key
-            layer[table] = merged.get(table, {}) | layer.get(table, {})
-        merged |= layer
-    if names and is_layer(preset_path(names[0])):
-        raise UserError(
-            f"--config {' '.join(names)}: {names[0]} is a layer, which changes a preset: name "
-            "that first, for "
-            f"example --config remix_m {names[0]}"
-        )
-    merged.pop("config", None)
-    cfg = tyro.cli(
-        Config,
-        args=argv,
-        default=Config(**merged),
-        description=__doc__.split("Read it")[0],
-        use_underscores=True,
-    )
-    cfg.config = tuple(names)
-    if not cfg.run:
-        cfg.run = "-".join([Path(n).stem for n in names] or ["run"]) + f"-s{cfg.seed}"
-    validate(cfg)
-    # that run has its configuration
-    if not (cfg.resume and (Path(cfg.log_dir) / cfg.run / "config.toml").is_file()):
-        refuse_idle(cfg)
-    return cfg
-
-
-def need(ok: bool, message: str) -> None:
-    if not ok:
-        raise UserError(message)
-
-
-def validate(cfg: Config) -> None:
-    """
-    Refuse what cannot work, before anything is created. Each message names the key, the value and
-    the fix.
-    """
-    check_values(cfg)
-    by_epoch = [
-        k
-        for k, on in (
-            ("lr_cycles", cfg.lr_cycles),
-            ("average_epochs", cfg.average_epochs),
-            ("eval_every", cfg.eval_every < 0),
-        )
-        if on
-    ]
-    need(
-        not by_epoch or 0 < cfg.epochs <= cfg.steps and not cfg.max_seconds,
-        f"{' and '.join(by_epoch)} count epochs by "
-        f"steps: they need epochs (now {cfg.epochs}) from 1 to steps = {cfg.steps}, and no "
-        "max_seconds",
-    )
-    need(
-        max(cfg.lr_cycles, cfg.average_epochs) <= (cfg.epochs or 1),
-        f"lr_cycles = {cfg.lr_cycles}, average_epochs = "
-        f"{cfg.average_epochs}: at most epochs = {cfg.epochs}",
-    )
-    need(
-        cfg.final_weights != "ema" or cfg.ema > 0,
-        "final_weights = 'ema' needs ema > 0, for example --ema 0.997",
-    )
-    need(
-        cfg.final_weights != "swa" or cfg.swa_every > 0, "final_weights = 'swa' needs swa_every > 0"
-    )
-    # on the clock nobody knows the last step
-    last = cfg.swa_every and cfg.steps // cfg.swa_every * cfg.swa_every
-    need(
-        not cfg.swa_every or cfg.max_seconds > 0 or last and last / cfg.steps >= cfg.swa_start,
-        f"swa_every = {cfg.swa_every} takes no snapshot in steps = {cfg.steps} from swa_start "
-        f"= {cfg.swa_start:g} of them "
-        "on: lower --swa_every or --swa_start",
-    )
-    if cfg.export:
-        check_export(cfg)
-    need(
-        bool(cfg.export) or not cfg.gptq,
-        "gptq is about an artifact, but export is empty: set --export int8",
-    )
-    need(
-        Schedule("qat", cfg.qat).values() == [0] or cfg.export not in ("", "fit"),
-        f"qat = {cfg.qat!r} rounds as export "
-        f"does, but export = {cfg.export!r} names no bits: set it, for example --export int6",
-    )
-    validate_schedules(cfg)
-
-
-def check_values(cfg: Config) -> None:
-    """
-    What holds for every configuration, whether it is trained or was read from a file: an artifact's
-    may be forged.
-    """
-
-    def one_of(key: str, *allowed: str) -> None:
-        value = getattr(cfg, key)
-        need(
-            value in allowed,
-            f"{key} = {value!r}: must be one of {', '.join(repr(a) for a in allowed)}",
-        )
-
-    check_texts(cfg)
-    check_numbers(cfg, LIMITS)
-    need(
-        not re.search(r"[\s/\\]|^\.*$", cfg.run),
-        f"run = {cfg.run!r}: a run's name is a folder's name, without / or blanks",
-    )
-    need(
-        len(cfg.run.encode()) <= 255,
-        f"run = {cfg.run[:40]!r}...: a folder's name has 255 bytes at most",
-    )
-    one_of("device", "auto", "cpu", "cuda")
-    one_of("dtype", "auto", "float32", "bfloat16")
-    one_of("param_dtype", "float32", "bfloat16")
-    one_of("rope", "truncated", "standard", "interleaved")
-    one_of("init", "remix", "xavier")
-    one_of("activation", "relu2", "leaky_relu2", "swiglu")
-    one_of("optimizer", "muon", "adamw")
-    one_of("polar", "ns5", "polar_express")
-    one_of("muon_buffer", "lerp", "sum")
-    one_of("final_weights", "live", "ema", "swa")
-    one_of("export_codec", "zstd", "brotli", "xz", "entropy", "best")
-    one_of("transfer_control", "", "shuffled", "random")
-    need(
-        0 <= cfg.doc_token < cfg.vocab,
-        f"doc_token = {cfg.doc_token}: not below vocab = {cfg.vocab}",
-    )
-    need(
-        cfg.head_dim > 0 or cfg.dim % cfg.heads == 0,
-        f"dim = {cfg.dim} is no multiple of heads = {cfg.heads}",
-    )
-    need(
-        head_width(cfg) % 4 == 0,
-        f"head_dim = {head_width(cfg)}: rotary embedding needs a multiple of 4",
-    )
-    need(
-        cfg.rope_dims == -1 or cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_width(cfg),
-        f"rope_dims = "
-        f"{cfg.rope_dims}: an even number up to head_dim = {head_width(cfg)}, or -1 for half of it",
-    )
-    need(
-        cfg.heads % (cfg.kv_heads or cfg.heads) == 0,
-        f"heads = {cfg.heads}: no multiple of kv_heads = {cfg.kv_heads}",
-    )
-    need(
-        cfg.mlp_ratio * cfg.dim >= 1, f"mlp_ratio = {cfg.mlp_ratio}: leaves the MLP no hidden unit"
-    )
-    need(
-        cfg.head_init in ("zero", "uniform")
-        or is_number(cfg.head_init)
-        and 0 <= float(cfg.head_init) <= 100,
-        f"head_init = {cfg.head_init!r}: zero, uniform or a standard deviation such as 0.005",
-    )
-    need(
-        cfg.softcap == 0 or cfg.softcap >= 1e-3,
-        f"softcap = {cfg.softcap}: 0, or from 0.001 on, as logits are divided by it",
-    )
-    for key in (
-        "adamw_matrices",
-        "slow",
-        "transfer_skip",
-        *(["transfer"] if cfg.init_from else []),
-    ):
-        try:
-            re.compile(getattr(cfg, key))
-        except re.error as e:
-            raise UserError(f"{key} = {getattr(cfg, key)!r} is no regular expression: {e}") from e
-    for key in ("attn_gate", "value_proj"):
-        need(
-            0 <= getattr(cfg, key) <= cfg.dim,
-            f"{key} = {getattr(cfg, key)}: a number of input dims, dim = {cfg.dim} at most",
-        )
-    need(
-        not cfg.iha or cfg.heads == (cfg.kv_heads or cfg.heads),
-        f"iha = 1 mixes the weights of {cfg.heads} heads, but "
-        f"keys and values have {cfg.kv_heads}: set --kv_heads 0",
-    )
-    need(
-        re.fullmatch("[SL]*", cfg.window_pattern) is not None,
-        f"window_pattern = {cfg.window_pattern!r}: letters S (the "
-        "window) and L (the whole row), for example SSSL",
-    )
-    need(
-        cfg.unet != 2 or cfg.depth > 1,
-        "unet = 2 ties the second half of the blocks to the first: depth = 1 has no halves",
-    )
-    own_rates(cfg)
-    low, high = loop_span(cfg)
-    need(
-        0 <= low <= high <= cfg.depth,
-        f"loop = {cfg.loop!r}: must lie within the {cfg.depth} blocks",
-    )
-    repeats = Schedule("repeats", cfg.repeats).values()
-    need(
-        bool(cfg.loop) or repeats == [1],
-        f"repeats = {cfg.repeats!r} without looped blocks: set loop, e.g. --loop 4:6",
-    )
-    positions = cfg.depth + (high - low) * (max(repeats) - 1)
-    need(
-        positions <= 10_000,
-        f"loop = {cfg.loop!r}, repeats = {cfg.repeats!r}: {positions:g} applications of a block, "
-        "10000 at most",
-    )
-    need(
-        cfg.unet != 1 or positions > 1,
-        "unet = 1 ties the second half of the blocks to the first: one block has no halves",
-    )
-    need(
-        not cfg.cross_repeat or max(repeats) > 1,
-        f"cross_repeat = 1 adds a looped block's output one repeat before, but "
-        f"loop = {cfg.loop!r} and repeats = {cfg.repeats!r} repeat nothing: --cross_repeat 0, "
-        "or --loop 1:3 --repeats 2",
-    )
-
-
-def check_texts(cfg: Config) -> None:
-    """Every text can be written to a file: what a console gives need not be UTF-8."""
-    for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str):
-                need(
-                    not re.search("[\ud800-\udfff]", text),
-                    f"{f.name} = {ascii(text)} is no UTF-8 text",
-                )
-                need("\0" not in text, f"{f.name} = {text!r} holds a zero byte")
-
-
-def check_numbers(cfg: Config, limits: dict[str, tuple[float, float]]) -> None:
-    """
-    Every number, and every value of a schedule, within `limits` (where it has some), and none
-    infinite or nan.
-    """
-    for f in dataclasses.fields(cfg):
-        value, (least, most) = getattr(cfg, f.name), limits.get(f.name, (-math.inf, math.inf))
-        if f.name in SCHEDULES:
-            sched = Schedule(f.name, value)
-            if f.name in (*GRAPHS, "qat"):
-                sched.require_plateaus()
-            for x in sched.values():
-                need(
-                    least <= x <= most,
-                    f"{f.name} = {value!r}: its values must lie between {least} and {most}",
-                )
-        elif isinstance(value, (int, float)):
-            need(
-                not isinstance(value, float) or math.isfinite(value),
-                f"{f.name} = {value}: must be a finite number",
-            )
-            need(
-                value >= least,
-                f"{f.name} = {value}: must not be negative"
-                if least == 0
-                else f"{f.name} = {value}: must be at least {least}",
-            )
-            need(value <= most, f"{f.name} = {value}: must be at most {most}")
-
-
-def validate_schedules(cfg: Config) -> None:
-    """Refuse schedules that shape graphs, or round, where their last value might not be reached."""
-    for key in (*GRAPHS, "qat"):
-        sched = Schedule(key, getattr(cfg, key))
-        need(
-            not cfg.max_seconds or not any(p.at for p in sched.points if p.in_steps),
-            f"{key} = {sched.text!r} counts "
-            f"steps, but under max_seconds = {cfg.max_seconds:g} nobody knows whether they are "
-            "reached: give fractions "
-            "of the time, such as 0.5 for half of it",
-        )
-        # on the clock nobody knows what the last step is
-        steps = math.inf if cfg.max_seconds else cfg.steps
-        late = [
-            p
-            for p in sched.points
-            if p.at
-            and (
-                math.ceil(p.at) >= cfg.steps
-                if p.in_steps
-                else p.at >= 1 or p.at * steps - 1e-9 > steps - 1
-            )
-        ]
-        need(
-            not late,
-            f"{key} = {sched.text!r}: its last value is the one that is scored and exported, "
-            "but the run "
-            f"of {cfg.steps} steps ends before it is reached",
-        )
-
-
-def refuse_idle(cfg: Config) -> None:
-    """
-    Refuse switches that are on and would do nothing. What only tunes a switch (a rate, a size, a
-    choice) may stand there while that is off: a study turns off the switch alone.
-    """
-    plain = Config()
-    decays = [k for k in ("matrix_wd", "embed_wd", "scalar_wd") if getattr(cfg, k)]
-    muon = ("row_norm", "normuon", "decay_by_shape", "adamw_matrices")
-    rules = [  # switch, what it needs, whether that is there
-        *[(k, "optimizer = 'muon'", cfg.optimizer == "muon") for k in muon],
-        (
-            "cautious",
-            "Muon's matrices: set 1, or optimizer = 'muon'",
-            cfg.optimizer == "muon" or cfg.cautious != 2,
-        ),
-        (
-            "cautious",
-            "a decay that it acts on, such as --matrix_wd 0.1",
-            bool(decays) if cfg.cautious < 2 else cfg.matrix_wd > 0,
-        ),
-        ("decay_by_shape", "matrix_wd > 0", cfg.matrix_wd > 0),
-        *[
-            (k, "matrix_wd, embed_wd or scalar_wd", bool(decays))
-            for k in ("independent_wd", "weight_decay")
-        ],
-        (
-            "slow",
-            "a slow_lr other than 1, such as '0 250s:0 450s>1'",
-            Schedule("slow_lr", cfg.slow_lr).values() != [1],
-        ),
-        ("slow_lr", "slow, the names of what it slows", bool(cfg.slow)),
-        *[
-            (k, "init_from", bool(cfg.init_from))
-            for k in ("transfer", "transfer_skip", "transfer_control")
-        ],
-        (
-            "window",
-            "an S in window_pattern before its last block",
-            any(is_windowed(cfg, i) for i in range(cfg.depth)),
-        ),
-        ("rope_dims", "rope = 'standard' or 'interleaved'", cfg.rope != "truncated"),
-        ("qat_noise", "qat, such as '0 0.8:1'", 1 in Schedule("qat", cfg.qat).values()),
-        ("stoch_depth", "depth > 1, as block 0 always takes part", cfg.depth > 1),
-        ("mtp", "rows of 2 tokens or more", min(Schedule("seq_len", cfg.seq_len).values()) > 1),
-        *[
-            (k, "init = 'remix', as xavier sets every start", cfg.init == "remix")
-            for k in ("init_std", "proj_init", "head_init", "embed_init")
-        ],
-    ]
-    for key, needs, there in rules:
-        need(
-            there or getattr(cfg, key) == getattr(plain, key),
-            f"{key} = {getattr(cfg, key)!r} does nothing here: it "
-            f"needs {needs}; or leave it at {getattr(plain, key)!r}",
-        )
-
-
-def is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def head_width(cfg: Config) -> int:
-    return cfg.head_dim or cfg.dim // cfg.heads
-
-
-def hidden_width(cfg: Config) -> int:
-    """Hidden width of the MLP."""
-    return -(-int(cfg.mlp_ratio * cfg.dim) // cfg.mlp_multiple) * cfg.mlp_multiple
-
-
-def rotary_dims(cfg: Config) -> int:
-    """Dims of a head that turn under rope = standard or interleaved."""
-    return head_width(cfg) // 2 if cfg.rope_dims == -1 else cfg.rope_dims or head_width(cfg)
-
-
-def loop_span(cfg: Config) -> tuple[int, int]:
-    """First looped block and the one behind the last; (0, 0) without a loop."""
-    if not cfg.loop:
-        return 0, 0
-    match = re.fullmatch(r"(\d+):(\d+)", cfg.loop)
-    if not match or int(match[1]) >= int(match[2]):
-        raise UserError(
-            f"loop = {cfg.loop!r}: must read 'first:end', for example 4:6 for blocks 4 and 5"
-        )
-    return int(match[1]), int(match[2])
-
-
-class OwnRate(NamedTuple):
-    """What own_lr says of the names that `pattern` finds; None: as for the others."""
-
-    pattern: re.Pattern
-    rate: float
-    beta1: float | None = None
-    beta2: float | None = None
-    decay: float | None = None
-
-
-def own_rates(cfg: Config) -> list[OwnRate]:
-    rates = []
-    for word in cfg.own_lr.split():
-        pattern, _, values = word.rpartition("=")
-        try:
-            rate = OwnRate(re.compile(pattern), *map(float, values.split("/")))
-            for value, key in zip(rate[1:], ("adamw_lr", "beta1", "beta2", "matrix_wd")):
-                # nan does not either
-                if value is not None and not LIMITS[key][0] <= value <= LIMITS[key][1]:
-                    raise ValueError(
-                        f"{value} does not lie between {LIMITS[key][0]} and {LIMITS[key][1]}"
-                    )
-        except (re.error, ValueError, TypeError) as e:
-            raise UserError(
-                f"own_lr = {cfg.own_lr!r}: {word!r} is not pattern=rate, /beta1, /beta2 and "
-                "/decay behind it as "
-                f"far as they are needed ({e}); for example x0_lambda=0.025/0.96"
-            ) from e
-        rates.append(rate)
-    return rates
-
-
-def config_toml(cfg: Config) -> str:
-    """The resolved configuration as TOML that --config accepts again."""
-
-    def line(key: str, value: object) -> str:  # JSON's values are TOML's, but for this character
-        return f"{key} = " + json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-    named = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
-    lines = [
-        line(key, value) for key, value in named.items() if key not in ("config", "resume", *TABLES)
-    ]
-    for name in TABLES:
-        if named[name]:
-            lines += ["", f"[{name}]", *(line(key, value) for key, value in named[name].items())]
-    return "\n".join(lines) + "\n"
-
-
-def config_hash(cfg: Config) -> str:
-    """sha256 over everything that makes two runs different experiments, the seed included."""
-    keep = {
-        k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_ON_RESUME | {"run", "arm"}
-    }
-    return hashlib.sha256(json.dumps(keep, sort_keys=True).encode()).hexdigest()
-
-
-########################################
-#              Schedules               #
-########################################
+CYCLE_FLOOR = 0.05  # the least multiplier of lr_cycles
 
 
 class Point(NamedTuple):
@@ -1135,7 +290,7 @@ class Plan:
         # epochs since the cycles began
         cycle = fraction * self.cfg.epochs - (self.cfg.epochs - self.cfg.lr_cycles)
         if self.cfg.lr_cycles and cycle >= 0:
-            floor = self.cfg.lr_floor
+            floor = CYCLE_FLOOR
             v["lr"] = (
                 floor + (max(v["lr"], floor) - floor) * (1 + math.cos(math.pi * (cycle % 1))) / 2
             )
@@ -1173,10 +328,9 @@ class Plan:
         if not micro or now.batch_tokens % (world * micro) or micro % now.seq_len:
             raise UserError(
                 f"batch_tokens = {now.batch_tokens} on {world} ranks does not divide into "
-                "micro-batches of "
-                f"micro_tokens = {self.cfg.micro_tokens} made of rows of seq_len = "
-                f"{now.seq_len}: choose batch_tokens = "
-                "ranks * micro_tokens * a whole number, and micro_tokens = seq_len * a whole number"
+                f"micro-batches of micro_tokens = {self.cfg.micro_tokens} made of rows of seq_len "
+                f"= {now.seq_len}: choose batch_tokens = ranks * micro_tokens * a whole number, "
+                "and micro_tokens = seq_len * a whole number"
             )
         return micro // now.seq_len
 
@@ -1221,18 +375,65 @@ class Plan:
 ########################################
 
 
+@dataclass
+class RunConfig(Section):
+    """Which run this is, what it writes and on which machine."""
+
+    config: tuple[str, ...] = ()  # presets (paths, or names in configs/), left to right; flags win
+    run: str = ""  # name of the run and of its folder under log_dir; empty: preset and seed
+    arm: str = ""  # which arm of an ablation this is; the report groups runs by it
+    track: str = ""  # leaderboard: speedrun, slowrun or golf
+    seed: int = 1  # seeds the initial weights and the order of shuffled data
+    log_dir: str = "logs"  # where run folders live
+    resume: bool = False  # continue the run of this name from its newest complete checkpoint
+    wandb: str = ""  # Weights & Biases project to log to as well; empty: none
+
+    eval_every: int = 125  # steps between evaluations; 0: at the end; -1: at each epoch's end
+    log_every: int = 1  # steps between training lines in log.txt and metrics.jsonl
+    embed_stats: int = 0  # validation tokens for statistics of logits and embeddings; 0: none
+    save_every: int = 0  # steps between checkpoints; 0: only when interrupted
+    save_last: int = 1  # 1: keep a checkpoint of the end of training
+    keep: int = 2  # newest checkpoints kept
+
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # of compute: bfloat16, float32, or auto (bfloat16 where that is fast)
+    param_dtype: str = "float32"  # type of weights, gradients, optimizer's state; remix: bfloat16
+    compile: int = 1  # before the clock starts: 1: one block, for all; 2: the whole model; 0: no
+    micro_tokens: int = 65536  # tokens a rank takes at once; fewer save memory, same result
+    auto_micro: int = 0  # 1: micro_tokens is a ceiling; the most rows that divide the batch
+    loss_chunk: int = 16384  # tokens whose logits exist at once
+
+    LIMITS = limits(
+        (0, 1, "save_last auto_micro"),
+        (0, 2, "compile"),
+        (0, 2**32 - 1, "seed"),
+        (0, 10**9, "save_every embed_stats"),
+        (1, 10**9, "log_every keep micro_tokens loss_chunk"),
+        (-1, 10**9, "eval_every"),
+    )
+    CHOICES = {
+        "device": ("auto", "cpu", "cuda"),
+        "dtype": ("auto", "float32", "bfloat16"),
+        "param_dtype": ("float32", "bfloat16"),
+    }
+
+    def check(self) -> None:
+        require(
+            not re.search(r"[\s/\\]|^\.*$", self.run),
+            f"run = {self.run!r}: a run's name is a folder's name, without / or blanks",
+        )
+        require(
+            len(self.run.encode()) <= 255,
+            f"run = {self.run[:40]!r}...: a folder's name has 255 bytes at most",
+        )
+
+
 class Interrupted(BaseException):
-    """
-    SIGTERM or Ctrl-C, raised at a place where every rank can leave together. Not an Exception:
-    nobody swallows it.
-    """
+    """SIGTERM or Ctrl-C, raised where all ranks can leave; no Exception: nobody swallows it."""
 
 
 class Clock:
-    """
-    The track's timed clock: seconds of training. Warm-up, evaluation and saving happen while it
-    stands still.
-    """
+    """The timed clock of training: it stands still in warm-up, evaluation and saving."""
 
     def __init__(self, sync):
         self.sync, self.total, self.started = sync, 0.0, None
@@ -1272,10 +473,7 @@ class Ranks:
         self.signal = 0  # that asked this process to leave
 
     def agree(self, seconds: float = 0.0) -> float:
-        """
-        Once a step and an evaluation batch: all ranks leave together if one was asked to, and share
-        one clock.
-        """
+        """Once a step or batch: all ranks leave if one was asked to, and share one clock."""
         stop = self.signal
         if self.world > 1:
             both = torch.tensor([float(stop), seconds], dtype=torch.float64)
@@ -1341,10 +539,10 @@ class Ranks:
         first, right = found[0]
         for rank, (host, theirs) in enumerate(found):
             other = [f"{k} = {v!r}" for k, v in theirs.items() if right[k] != v]
-            need(
+            require(
                 not other,
-                f"rank {rank} on {host} has {', '.join(other)}, which is not what rank 0 "
-                f"on {first} has: give every node the same flags, sources and data",
+                f"rank {rank} on {host} has {', '.join(other)}, which is not what rank 0 on "
+                f"{first} has: give every node the same flags, sources and data",
             )
 
     def together(self, work):
@@ -1407,20 +605,17 @@ class Run(Ranks):
         return self
 
     def meet(self) -> None:
-        """
-        Join the process group, unless a sweep has already done so for all of its runs: one per
-        process works, two hang.
-        """
+        """Join the process group once per process: a sweep has already done so for its runs."""
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
                 dist.init_process_group(backend)
             except (RuntimeError, ValueError) as e:
                 raise UserError(
-                    f"{self.world} ranks could not meet at {os.environ.get('MASTER_ADDR')}:"
-                    f"{os.environ.get('MASTER_PORT')}: {str(e).splitlines()[0]}; is the port "
-                    "in use? set MASTER_PORT "
-                    "to a free one, or use torchrun --standalone"
+                    f"{self.world} ranks could not meet at "
+                    f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
+                    f"{str(e).splitlines()[0]}; is the port in use? set MASTER_PORT to a free one, "
+                    "or use torchrun --standalone"
                 ) from e
             self.owns_group = True
 
@@ -1483,8 +678,8 @@ class Run(Ranks):
             lock.close()
             if e.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(
-                    f"{self.folder} is in use by {holder}: wait until it has ended, or "
-                    "choose another --run"
+                    f"{self.folder} is in use by {holder}: wait until it has ended, or choose "
+                    "another --run"
                 ) from e
             self.log(
                 f"notice: {path}: {e.strerror}: see that nobody else starts this run meanwhile"
@@ -1502,10 +697,7 @@ class Run(Ranks):
         return self.earlier_wall + time.perf_counter() - self.began
 
     def open_log(self, step: int | None) -> None:
-        """
-        Start log.txt and metrics.jsonl, or go on with them; on resuming, metrics behind `step` are
-        forgotten.
-        """
+        """Begin log.txt and metrics.jsonl, or go on with them without metrics behind `step`."""
         if self.is_main:
             metrics = self.folder / "metrics.jsonl"
             if step is not None and metrics.exists():
@@ -1535,8 +727,7 @@ class Run(Ranks):
             except Exception as e:  # whatever its login, its server or its files raise
                 raise UserError(
                     f"--wandb {self.cfg.wandb}: {e}; log in with `wandb login`, or set "
-                    "WANDB_MODE=offline, and "
-                    "continue with --resume"
+                    "WANDB_MODE=offline, and continue with --resume"
                 ) from e
 
     def log(self, line: str, console: bool = True) -> None:
@@ -1551,10 +742,7 @@ class Run(Ranks):
             print(line, flush=True)
 
     def metric(self, kind: str, step: int, **values) -> None:
-        """
-        One line of metrics.jsonl (and of wandb); values that are None were not measured and are
-        left out.
-        """
+        """One line of metrics.jsonl (and of wandb), without the values that are None."""
         if not self.is_main:
             return
         values = {k: v for k, v in values.items() if v is not None}
@@ -1563,10 +751,7 @@ class Run(Ranks):
             self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
 
     def live(self, line: str) -> None:
-        """
-        The console's training line: rewritten in place on a terminal, else printed every few
-        seconds.
-        """
+        """The console's training line: rewritten on a terminal, else printed every 10 s."""
         if not self.is_main:
             return
         if sys.stdout.isatty():
@@ -1630,9 +815,8 @@ def write_whole(path: Path, data: bytes) -> None:
 def choose_device(cfg: Config) -> torch.device:
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "device = 'cuda', but torch sees no CUDA device here; on a laptop layer on_cpu "
-            "over the preset: "
-            f"--config {' '.join(cfg.config) or 'PRESET'} on_cpu"
+            "device = 'cuda', but torch sees no CUDA device here; on a laptop layer on_cpu over "
+            f"the preset: --config {' '.join(cfg.config) or 'PRESET'} on_cpu"
         )
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -1640,10 +824,7 @@ def choose_device(cfg: Config) -> torch.device:
 
 
 def choose_dtype(cfg: Config, device: torch.device) -> torch.dtype:
-    """
-    bfloat16 on GPUs from Ampere on and on CPUs with AMX or AVX512-BF16; elsewhere it would be
-    slower than fp32.
-    """
+    """bfloat16 where it is fast: GPUs from Ampere on, CPUs with AMX or AVX512-BF16."""
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     if device.type == "cuda":
@@ -1693,6 +874,211 @@ def git_revision() -> str:
 ########################################
 
 
+@dataclass
+class ModelConfig(Section):
+    """The model and its loss. Neutral values leave the graph of the plain one."""
+
+    depth: int = 12  # blocks
+    dim: int = 768  # width
+    heads: int = 6  # query heads
+    kv_heads: int = 0  # key and value heads; 0: as many as heads
+    head_dim: int = 0  # width of a head; 0: dim / heads
+    mlp_ratio: float = 4.0  # hidden width of the MLP over dim
+    mlp_multiple: int = 1  # that width is rounded up to a multiple of this
+    norm_eps: float = 1e-6  # of every norm; remix ran at bfloat16's 2^-7 and depends on it
+    layer_norm: int = 0  # 1: norms are LayerNorms with a gain (no bias); 0: RMS without gain
+    embed_norm: int = 1  # 1: norm behind the embedding
+    qk_norm: int = 1  # 1: norm on queries and keys
+    attn_scale: float = 0.0  # factor on attention scores; 0: 1/sqrt(head_dim)
+    rope: str = "truncated"  # truncated (half turn, base^-linspace), standard or interleaved
+    rope_base: float = 1024.0  # longest period over 2 pi of the rotary frequencies
+    rope_dims: int = 0  # standard, interleaved: so many first dims turn; 0: all, -1: half
+    activation: str = "relu2"  # relu2, leaky_relu2 (slope 0.5, then squared) or swiglu
+
+    q_gain: float = 0.0  # start of a learned factor per query head, behind the rotation; 0: none
+    attn_gate: int = 0  # heads times sigmoid of a map of the input's first n dims; 0: none
+    value_proj: int = 0  # every 2nd block adds a map of the embedding, gated by n input dims
+    iha: int = 0  # 1: learned mixing of the heads' weights of queries, keys, values (slowrun)
+    # exclusive self-attention (no component along the own value) in the last n positions; -1: in
+    # all
+    xsa: int = 0
+    xsa_learned: int = 0  # 1: of that component, tanh of a number learned by head, from 0
+    block_scales: int = 0  # 1: learned vectors mix in the embedding and scale both branches
+    resid_lambda: float = 0.0  # start of a learned factor per block on the residual stream; 0: none
+    x0_lambda: float = 0.0  # start of a learned share of the embedding per block; 0: none
+    # learned skips from the first half to the second: 1: a vector per position; 2: a number per
+    # block
+    unet: int = 0
+    layer_scale: int = 0  # 1: normed inputs of block l's branches are divided by sqrt(l + 1)
+    loop_embed: int = 0  # 1: each position adds a learned vector
+    value_embeds: int = 0  # token tables of which each position adds a learned share; 0: none
+    cross_repeat: int = 0  # 1: a looped block adds a learned share of its last output
+
+    doc_mask: int = 1  # 1: a token sees its own document only
+    window: str = "0"  # [sched] keys a token sees, itself included; 0: the whole row
+    window_pattern: str = ""  # SSSL, repeated over blocks: S window, L row; the last block L
+    loop: str = ""  # "a:b": blocks a..b-1 are applied `repeats` times; empty: none
+    repeats: str = "1"  # [sched] passes through the looped blocks
+
+    attn_dropout: float = 0.0  # share of the attention branch's output that is zeroed in training
+    mlp_dropout: float = 0.0  # share of the MLP branch's output that is zeroed in training
+    stoch_depth: float = 0.0  # chance that training skips the last block, linear from 0 at block 0
+    mtp: float = 0.0  # weight of the loss of the token after next, by one more block; 0: none
+
+    tie_embed: int = 0  # 1: one table is input embedding and head
+    head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
+    pad_vocab: int = 0  # 1: the embedding has those rows too; beyond vocab there are no logits
+    embed_init: float = 1.0  # standard deviation of the untied input embedding
+    head_init: str = "zero"  # of head or tied table: zero, uniform (1/sqrt(dim)), or a deviation
+    init_std: float = 0.0  # std of q, k, v, MLP input, times sqrt(dim); 0: 0.5 and 1/sqrt(3)
+    proj_init: float = 0.0  # std of both output projections, times sqrt(dim); 0: they start at zero
+    # initial values: remix, or xavier (normal; embedding 1/sqrt(dim), attn.proj .02/sqrt(2*depth))
+    init: str = "remix"
+    logit_dim_power: float = 0.0  # logits are multiplied by dim to this power; remix M has -0.5
+    softcap: float = 0.0  # logits become cap*tanh(logits/cap); 0: none
+
+    z_loss: float = 0.0  # weight of the mean of log(Z)^2, Z the sum of softmax; 0: none
+    mu_loss: float = 0.0  # weight of |mu|^2, mu the mean row of the head; 0: none
+    mu_centering: int = 0  # 1: after every step mu is subtracted from every row of the head
+
+    LIMITS = limits(
+        (0, 1, "layer_norm embed_norm qk_norm iha block_scales layer_scale loop_embed"),
+        (0, 1, "cross_repeat doc_mask tie_embed pad_vocab mu_centering norm_eps xsa_learned"),
+        (0, 2, "unet"),
+        (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth"),
+        (0, 100, "mtp q_gain resid_lambda embed_init init_std proj_init value_embeds"),
+        (0, 1000, "attn_scale mlp_ratio z_loss"),
+        (0, 10**6, "softcap mu_loss"),
+        (0, 10**9, "window"),
+        (0, 65536, "kv_heads head_dim attn_gate value_proj"),
+        (1, 1000, "depth repeats"),
+        (1, 65536, "dim heads head_multiple mlp_multiple"),
+        (1, 10**12, "rope_base"),
+        (-1, 65536, "rope_dims xsa"),
+        (-4, 4, "logit_dim_power"),
+        (-100, 100, "x0_lambda"),
+    )
+    CHOICES = {
+        "rope": ("truncated", "standard", "interleaved"),
+        "activation": ("relu2", "leaky_relu2", "swiglu"),
+        "init": ("remix", "xavier"),
+    }
+
+    def check(self) -> None:
+        self.check_sizes()
+        self.check_loop()
+        for key in ("attn_gate", "value_proj"):
+            value = getattr(self, key)
+            require(
+                0 <= value <= self.dim,
+                f"{key} = {value}: a number of input dims, dim = {self.dim} at most",
+            )
+        require(
+            not self.iha or self.heads == (self.kv_heads or self.heads),
+            f"iha = 1 mixes the weights of {self.heads} heads, but keys and values have "
+            f"{self.kv_heads}: set --kv_heads 0",
+        )
+        require(
+            not self.xsa_learned or self.xsa != 0,
+            "xsa_learned = 1 learns how much xsa takes away, but xsa = 0: set it, e.g. --xsa -1",
+        )
+        require(
+            re.fullmatch("[SL]*", self.window_pattern) is not None,
+            f"window_pattern = {self.window_pattern!r}: letters S (the window) and L (the whole "
+            "row), for example SSSL",
+        )
+        require(
+            self.head_init in ("zero", "uniform")
+            or is_number(self.head_init)
+            and 0 <= float(self.head_init) <= 100,
+            f"head_init = {self.head_init!r}: zero, uniform or a standard deviation such as 0.005",
+        )
+        require(
+            self.softcap == 0 or self.softcap >= 1e-3,
+            f"softcap = {self.softcap}: 0, or from 0.001 on, as logits are divided by it",
+        )
+
+    def check_sizes(self) -> None:
+        require(
+            self.head_dim > 0 or self.dim % self.heads == 0,
+            f"dim = {self.dim} is no multiple of heads = {self.heads}",
+        )
+        width = head_width(self)
+        require(width % 4 == 0, f"head_dim = {width}: rotary embedding needs a multiple of 4")
+        require(
+            self.rope_dims == -1 or self.rope_dims % 2 == 0 and self.rope_dims <= width,
+            f"rope_dims = {self.rope_dims}: an even number up to head_dim = {width}, or -1 for "
+            "half of it",
+        )
+        require(
+            self.heads % (self.kv_heads or self.heads) == 0,
+            f"heads = {self.heads}: no multiple of kv_heads = {self.kv_heads}",
+        )
+        require(
+            self.mlp_ratio * self.dim >= 1,
+            f"mlp_ratio = {self.mlp_ratio}: leaves the MLP no hidden unit",
+        )
+
+    def check_loop(self) -> None:
+        low, high = loop_span(self)
+        loop, repeats = f"loop = {self.loop!r}", f"repeats = {self.repeats!r}"
+        require(0 <= low <= high <= self.depth, f"{loop}: must lie within the {self.depth} blocks")
+        values = Schedule("repeats", self.repeats).values()
+        require(
+            bool(self.loop) or values == [1],
+            f"{repeats} without looped blocks: set loop, e.g. --loop 4:6",
+        )
+        places = self.depth + (high - low) * (max(values) - 1)
+        require(
+            places <= 10_000,
+            f"{loop}, {repeats}: {places:g} applications of a block, 10000 at most",
+        )
+        require(
+            not self.cross_repeat or max(values) > 1,
+            f"cross_repeat = 1 adds a looped block's output one repeat before, but {loop} and "
+            f"{repeats} repeat nothing: --cross_repeat 0, or --loop 1:3 --repeats 2",
+        )
+        halves = self.depth > 1 if self.unet == 2 else places > 1
+        require(
+            not self.unet or halves,
+            f"unet = {self.unet} ties the second half of the blocks to the first: one block has "
+            "no halves",
+        )
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def head_width(cfg: Config) -> int:
+    return cfg.head_dim or cfg.dim // cfg.heads
+
+
+def hidden_width(cfg: Config) -> int:
+    """Hidden width of the MLP."""
+    return -(-int(cfg.mlp_ratio * cfg.dim) // cfg.mlp_multiple) * cfg.mlp_multiple
+
+
+def rotary_dims(cfg: Config) -> int:
+    """Dims of a head that turn under rope = standard or interleaved."""
+    return head_width(cfg) // 2 if cfg.rope_dims == -1 else cfg.rope_dims or head_width(cfg)
+
+
+def loop_span(cfg: Config) -> tuple[int, int]:
+    """First looped block and the one behind the last; (0, 0) without a loop."""
+    if not cfg.loop:
+        return 0, 0
+    match = re.fullmatch(r"(\d+):(\d+)", cfg.loop)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(
+            f"loop = {cfg.loop!r}: must read 'first:end', for example 4:6 for blocks 4 and 5"
+        )
+    return int(match[1]), int(match[2])
+
+
 def norm(x: Tensor, eps: float) -> Tensor:
     """RMS norm over the last dim, without gain, computed in fp32."""
     return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -1704,18 +1090,12 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
 
 
 def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
-    """
-    The table's rows; a CPU would sum their gradients in bfloat16 where that is the table's type, a
-    GPU sums in fp32.
-    """
+    """The table's rows. A CPU would sum their gradients in bfloat16, a GPU does in fp32."""
     return F.embedding(tokens, table if table.is_cuda else table.float())
 
 
 def normed(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
-    """
-    LayerNorm (Ba et al. 2016) with its gain but no bias, in fp32; the RMS norm where there is no
-    gain.
-    """
+    """LayerNorm (Ba et al. 2016) with gain, without bias, in fp32; no gain: the RMS norm."""
     return (
         norm(x, eps)
         if gain is None
@@ -1754,10 +1134,7 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def half_split(x_BTHK: Tensor, dims: int) -> Tensor:
-    """
-    Neighbours (2k, 2k + 1) of the first dims -> rotate()'s pairs. Of q and k alike: their products
-    see no order.
-    """
+    """Neighbours (2k, 2k + 1) -> rotate()'s pairs. Products of q and k see no order."""
     return torch.cat([x_BTHK[..., 1:dims:2], x_BTHK[..., 0:dims:2], x_BTHK[..., dims:]], dim=-1)
 
 
@@ -1916,6 +1293,8 @@ class Declared(NamedTuple):
 
     group: str  # what updates it: matrix (Muon, unless AdamW is asked for), embed, head or scalar
     start: float | Start  # its initial value
+    rate: float = 1.0  # of AdamW: factor on the group's learning rate
+    betas: tuple[float, float] | None = None  # of AdamW, where they are not beta1 and beta2
 
 
 class Declaring(nn.Module):
@@ -1930,12 +1309,21 @@ class Declaring(nn.Module):
         self.path = ""  # of the module within the model, with a dot behind it
         self.watch: Watch | None = None  # see watching()
 
-    def declare(self, name: str, group: str, start: float | Start, *shape: int, on=True) -> None:
+    def declare(
+        self,
+        name: str,
+        group: str,
+        start: float | Start,
+        *shape: int,
+        on: object = True,
+        rate: float = 1.0,
+        betas: tuple[float, float] | None = None,
+    ) -> None:
         """Make the parameter `name`; where it is not `on`, the attribute is None."""
         assert group in ("matrix", "embed", "head", "scalar"), f"{name}: no group is called {group}"
         self.register_parameter(name, nn.Parameter(torch.empty(shape)) if on else None)
         if on:
-            self.declared[name] = Declared(group, start)
+            self.declared[name] = Declared(group, start, rate, betas)
 
     def linear(self, x: Tensor, name: str, w: Tensor | None = None) -> Tensor:
         """
@@ -2063,6 +1451,8 @@ class Attention(Declaring):
         self.declare("attn_gate", "matrix", 0.0, cfg.heads, cfg.attn_gate, on=cfg.attn_gate)
         self.declare("value_gate", "matrix", 0.0, self.kv_heads, cfg.value_proj, on=values)
         self.declare("iha", "scalar", identities, 3, cfg.heads, cfg.heads, on=cfg.iha)
+        own = {"rate": 0.8, "betas": (0.9, 0.95)}  # slowrun's
+        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=cfg.xsa_learned, **own)
 
     def forward(
         self,
@@ -2072,10 +1462,7 @@ class Attention(Declaring):
         xsa: bool,
         values: Tensor | None = None,
     ) -> Tensor:
-        """
-        `values` [B, T, kv_heads*K] are added to the own values, times 2*sigmoid of each head's
-        gate.
-        """
+        """`values` [B, T, kv_heads*K] join the own ones, times 2*sigmoid of a head's gate."""
         B, T, _ = x_BTD.shape
         if self.heads == self.kv_heads:
             if self.iha is None:
@@ -2107,7 +1494,10 @@ class Attention(Declaring):
         if xsa:
             v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
             y = y.float().unflatten(2, (self.kv_heads, -1))
-            y = (y - (y * v_hat).sum(-1, keepdim=True) * v_hat).flatten(2, 3).to(v.dtype)
+            own = (y * v_hat).sum(-1, keepdim=True) * v_hat
+            if self.xsa_alpha is not None:  # slowrun #11, modded-nanogpt #82
+                own = torch.tanh(self.xsa_alpha.float()).view(self.kv_heads, -1, 1) * own
+            y = (y - own).flatten(2, 3).to(v.dtype)
         if self.attn_gate is not None:
             few = x_BTD[..., : self.attn_gate.size(1)]
             y = y * torch.sigmoid(self.linear(few, "attn_gate")).unsqueeze(-1)
@@ -2115,10 +1505,7 @@ class Attention(Declaring):
 
 
 class MLP(Declaring):
-    """
-    Squared ReLU (So et al. 2021), squared leaky ReLU or SwiGLU (Shazeer 2020), hidden width
-    mlp_ratio * dim.
-    """
+    """Squared ReLU (So et al. 2021), squared leaky ReLU or SwiGLU (Shazeer 2020)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -2207,10 +1594,7 @@ class Block(Declaring):
 
 
 class Seen:
-    """
-    What the tokens of a batch may see, made once for all layers of one window: documents, window,
-    flex mask.
-    """
+    """What the tokens of a batch may see, made once for all layers of one window."""
 
     def __init__(self, docs_BT: Tensor | None, window: int, like: Tensor):
         self.docs, self.window = docs_BT, 0 if window >= like.size(1) else window
@@ -2320,10 +1704,7 @@ def is_windowed(cfg: Config, block: int) -> bool:
 
 
 def drop_chance(cfg: Config, block: int) -> float:
-    """
-    The chance of stochastic depth that a training pass leaves a block out; MTP's block is the one
-    behind the last.
-    """
+    """The chance that a training pass leaves a block out; MTP's is behind the last."""
     return cfg.stoch_depth * block / max(1, cfg.depth - 1)
 
 
@@ -2421,36 +1802,60 @@ class GPT(Declaring):
         tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: that
         of logs/score.py, which holds what attention needs of the tokens before these.
         """
-        cfg = self.cfg
-        docs, x = self.documents(tokens_BT), self.embedded(tokens_BT)
-        first = cache.size if cache else 0
+        places, x = self.places.get(repeats) or wiring(self.cfg, repeats), self.embedded(tokens_BT)
         # A copy: compiled blocks would guard against meeting one tensor twice, and take a graph for
-        # the first position alone.
-        x0, rope = x.clone(), (self.cos[first:], self.sin[first:])
-        places = self.places.get(repeats) or wiring(cfg, repeats)
-        windows = [window if place.windowed else 0 for place in places]
-        seen = {w: cache.seen(docs) if cache else Seen(docs, w, x) for w in dict.fromkeys(windows)}
-        tables = self.value_embeds if cfg.value_embeds else ()
-        values = [rows_of(t, tokens_BT).to(self.dtype) for t in tables]
-        one = torch.ones((), dtype=self.dtype, device=x.device)
-        drawn = None
-        if cfg.stoch_depth and torch.is_grad_enabled():
-            drawn = torch.rand(len(places), device=x.device)
-        kept: dict[int, Tensor] = {}  # outputs that later places add
+        # the first place alone.
+        x0, first = x.clone(), cache.size if cache else 0
+        rope = self.cos[first:], self.sin[first:]
+        seen = self.seen(places, self.documents(tokens_BT), window, x, cache)
+        values, one = self.token_values(tokens_BT), torch.ones((), dtype=x.dtype, device=x.device)
+        keep = self.kept_places(places)
+        outputs: dict[int, Tensor] = {}  # that later places add
         for at, place in enumerate(places):
-            added = [(self.skips[place.skip.row], kept[place.skip.source])] if place.skip else []
-            added += [(self.loop_embed[place.row], one)] if cfg.loop_embed else []
-            added += [(self.value_scales[place.row, e], v) for e, v in enumerate(values)]
-            if place.again:
-                added.append((self.cross_scales[place.again.row], kept[place.again.source]))
+            added = self.added(place, outputs, values, one)
             # A tensor, as a number would make a graph of each block.
-            shrink = one * place.shrink if cfg.layer_scale else None
-            keep = None if drawn is None else drawn[at] >= place.drop
+            shrink = one * place.shrink if self.cfg.layer_scale else None
             block = self.blocks[place.block]
-            x = block(x, x0, added, rope, seen[windows[at]], place.xsa, shrink, keep)
+            x = block(x, x0, added, rope, seen[at], place.xsa, shrink, keep[at])
             if place.kept:
-                kept[at] = x
+                outputs[at] = x
         return self.final(x)
+
+    def seen(
+        self, places: list[Place], docs: Tensor | None, window: int, x: Tensor, cache
+    ) -> list[Seen]:
+        """What each place sees of activations x [B, T, D]: one object for all of one window."""
+        if cache:
+            return [cache.seen(docs)] * len(places)
+        windows = [window if place.windowed else 0 for place in places]
+        made = {w: Seen(docs, w, x) for w in dict.fromkeys(windows)}
+        return [made[w] for w in windows]
+
+    def token_values(self, tokens_BT: Tensor) -> list[Tensor]:
+        """The rows [B, T, D] of each value table."""
+        tables = self.value_embeds if self.cfg.value_embeds else ()
+        return [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
+
+    def kept_places(self, places: list[Place]) -> list[Tensor | None]:
+        """Of each place, whether stochastic depth lets it take part: a truth value []."""
+        if not (self.cfg.stoch_depth and torch.is_grad_enabled()):
+            return [None] * len(places)
+        drawn = torch.rand(len(places), device=self.head.device)
+        return [drawn[at] >= place.drop for at, place in enumerate(places)]
+
+    def added(
+        self, place: Place, outputs: dict[int, Tensor], values: list[Tensor], one: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What a place adds to its input: pairs of a learned vector [D] and what it scales."""
+        pairs = []
+        if place.skip:
+            pairs.append((self.skips[place.skip.row], outputs[place.skip.source]))
+        if self.loop_embed is not None:
+            pairs.append((self.loop_embed[place.row], one))
+        pairs += [(self.value_scales[place.row, table], v) for table, v in enumerate(values)]
+        if place.again:
+            pairs.append((self.cross_scales[place.again.row], outputs[place.again.source]))
+        return pairs
 
     @property
     def logit_rows(self) -> int:
@@ -2458,10 +1863,7 @@ class GPT(Declaring):
         return self.cfg.vocab if self.cfg.pad_vocab else len(self.head)
 
     def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
-        """
-        activations [..., D] -> fp32 logits [..., V], V rounded up to head_multiple; head: the same
-        in another type.
-        """
+        """activations [..., D] -> fp32 logits [..., V]; head: the same in another type."""
         z = self.linear(x, "head", head)
         z = (z[..., : self.cfg.vocab] if self.cfg.pad_vocab else z).float()
         if self.cfg.logit_dim_power:
@@ -2552,6 +1954,104 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: 
 ########################################
 #              Optimizer               #
 ########################################
+
+
+@dataclass
+class OptimConfig(Section):
+    """What updates the weights, and how fast."""
+
+    optimizer: str = "muon"  # what updates the matrices of the blocks: muon or adamw
+    adamw_matrices: str = ""  # regex: these matrices get AdamW although optimizer is muon
+    matrix_lr: float = 0.05  # learning rate of Muon
+    adamw_lr: float = 0.0021  # learning rate of AdamW on matrices
+    embed_lr: float = 0.6  # learning rate of the untied input embedding
+    head_lr: float = 0.22  # learning rate of the untied head
+    tied_lr: float = 0.0021  # learning rate of a tied table
+    scalar_lr: float = 0.04  # learning rate of vectors and scalars
+    # "pattern=rate pattern=rate/beta1/beta2/decay": AdamW's rate (and more) of names that the
+    # pattern finds
+    own_lr: str = ""
+
+    lr: str = "0:1 0.6:1 1>0.1"  # [sched] multiplies every learning rate
+    # in each of the last n epochs the rate falls from its schedule to 5 % by half a cosine
+    lr_cycles: int = 0
+    slow: str = ""  # regex: tensors whose learning rate is multiplied by slow_lr as well
+    # [sched] e.g. "0 250s:0 450s>1": frozen to the bit for 250 steps, then ramped up over 200
+    slow_lr: str = "1"
+
+    beta1: float = 0.8  # AdamW: decay of the first moment
+    beta2: float = 0.95  # AdamW: decay of the second moment
+    adam_eps: float = 1e-10  # AdamW: epsilon
+    momentum: str = "0:0.85 300/2500>0.95"  # [sched] Muon: Nesterov momentum
+    muon_buffer: str = "lerp"  # Muon's momentum buffer: lerp (m*buf + (1-m)*g) or sum (m*buf + g)
+    polar: str = "ns5"  # Muon: ns5 (Newton-Schulz) or polar_express
+    polar_steps: int = 5  # Muon: iterations towards the polar factor
+    row_norm: int = 0  # Muon: 1 divides each row of the update by its norm first (MuonEq-R)
+    normuon: float = 0.0  # Muon: decay of NorMuon's second moment per neuron; 0: off
+
+    matrix_wd: float = 0.0  # decoupled weight decay of matrices (weights shrink by lr*wd a step)
+    embed_wd: float = 0.0  # decoupled weight decay of embedding, head and tied table
+    scalar_wd: float = 0.0  # decoupled weight decay of vectors and scalars
+    weight_decay: str = "1"  # [sched] multiplies every weight decay
+    independent_wd: int = 0  # 1: weights shrink by wd a step whatever the rate; 0: by lr*wd
+    cautious: int = 0  # decay only where it agrees with the update: 1: all, 2: Muon's matrices
+    decay_by_shape: int = 0  # 1: Muon's decay times sqrt(max(1, rows/cols)), as its step
+    grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
+
+    LIMITS = limits(
+        (0, 1, "row_norm decay_by_shape independent_wd"),
+        (0, 2, "cautious"),
+        (0, BELOW_ONE, "beta1 beta2 momentum normuon"),
+        (0, 1000, "lr weight_decay slow_lr matrix_wd embed_wd scalar_wd"),
+        # diverged runs are a sweep's business
+        (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),
+        (0, 10**6, "lr_cycles"),
+        (0, 10**9, "grad_clip"),
+        (1, 100, "polar_steps"),
+        (1e-30, 1, "adam_eps"),
+    )
+    CHOICES = {
+        "optimizer": ("muon", "adamw"),
+        "polar": ("ns5", "polar_express"),
+        "muon_buffer": ("lerp", "sum"),
+    }
+
+    def check(self) -> None:
+        for key in ("adamw_matrices", "slow"):
+            require_regex(key, getattr(self, key))
+        own_rates(self)
+
+
+class OwnRate(NamedTuple):
+    """What own_lr says of the names that `pattern` finds; None: as for the others."""
+
+    pattern: re.Pattern
+    rate: float
+    beta1: float | None = None
+    beta2: float | None = None
+    decay: float | None = None
+
+
+def own_rates(cfg: Config) -> list[OwnRate]:
+    rates = []
+    for word in cfg.own_lr.split():
+        pattern, _, values = word.rpartition("=")
+        try:
+            rate = OwnRate(re.compile(pattern), *map(float, values.split("/")))
+            for value, key in zip(rate[1:], ("adamw_lr", "beta1", "beta2", "matrix_wd")):
+                # nan does not either
+                if value is not None and not LIMITS[key][0] <= value <= LIMITS[key][1]:
+                    raise ValueError(
+                        f"{value} does not lie between {LIMITS[key][0]} and {LIMITS[key][1]}"
+                    )
+        except (re.error, ValueError, TypeError) as e:
+            raise UserError(
+                f"own_lr = {cfg.own_lr!r}: {word!r} is not pattern=rate, /beta1, /beta2 and /decay "
+                f"behind it as far as they are needed ({e}); for example x0_lambda=0.025/0.96"
+            ) from e
+        rates.append(rate)
+    return rates
+
 
 # Keller Jordan's quintic, the same every iteration (Muon, 2024).
 NS5 = ((3.4445, -4.7750, 2.0315),)
@@ -2662,20 +2162,12 @@ class Bucket:
     numbers; both are padded to the ranks.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        lr: float,
-        wd: float,
-        params: dict[str, Tensor],
-        run: Run,
-        cfg: Config,
-        slow: bool = False,
-    ):
-        self.kind, self.lr, self.wd, self.params, self.slow = kind, lr, wd, params, slow
-        self.cfg = cfg  # beta1 may be its own
-        first = next(iter(params.values()))
-        self.unit = tuple(first.shape[-2:]) if kind == "muon" else ()  # shape of what is never cut
+    def __init__(self, rule: Rule, params: dict[str, Tensor], run: Ranks, cfg: Config):
+        self.kind, self.lr, self.wd, self.params = rule.kind, rule.lr, rule.wd, params
+        self.slow, self.group = rule.slow, rule.group
+        self.cfg = dataclasses.replace(cfg, beta1=rule.beta1, beta2=rule.beta2)
+        first, kind = next(iter(params.values())), rule.kind
+        self.unit = rule.shape  # of what is never cut
         per = math.prod(self.unit)
         self.spans, count = {}, 0
         for name, p in params.items():
@@ -2734,10 +2226,7 @@ class Bucket:
         return whole
 
     def by_name(self, shard: Tensor) -> dict[str, Tensor]:
-        """
-        CPU copies of a sharded tensor, cut by parameter; independent of the number of ranks.
-        Collective.
-        """
+        """CPU copies of a sharded tensor by parameter, whatever the ranks. Collective."""
         whole = self.gather(shard).cpu()
         return {name: whole[low:high].clone() for name, (low, high) in self.spans.items()}
 
@@ -2749,54 +2238,53 @@ class Bucket:
         shard.copy_(whole[rank * self.share : (rank + 1) * self.share])
 
 
-def param_buckets(cfg: Config, model: nn.Module, run: Run) -> list[Bucket]:
-    """
-    Every parameter in exactly one bucket: matrices of blocks by shape, embedding, head, and the
-    rest.
-    """
-    groups: dict[tuple, dict[str, Tensor]] = {}
+class Rule(NamedTuple):
+    """How a parameter is updated; those of one rule (and, with Muon, one shape) share a bucket."""
+
+    kind: str  # muon or adamw
+    group: str
+    shape: tuple[int, ...]  # of a matrix that Muon updates
+    lr: float
+    wd: float
+    beta1: float
+    beta2: float
+    slow: bool
+
+
+def rule_of(cfg: Config, name: str, p: Tensor, said: Declared) -> Rule:
+    """What the declaration and the flags say of a parameter; own_lr is heard last."""
+    slow = bool(cfg.slow and re.search(cfg.slow, name))
+    by_pattern = cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)
+    if said.group == "matrix" and cfg.optimizer == "muon" and not by_pattern:
+        lr, wd = cfg.matrix_lr, cfg.matrix_wd
+        return Rule("muon", "matrix", tuple(p.shape[-2:]), lr, wd, cfg.beta1, cfg.beta2, slow)
+    lr, wd = {
+        "matrix": (cfg.adamw_lr, cfg.matrix_wd),
+        "embed": (cfg.embed_lr, cfg.embed_wd),
+        "head": (cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd),
+        "scalar": (cfg.scalar_lr, cfg.scalar_wd),
+    }[said.group]
+    beta1, beta2 = said.betas or (cfg.beta1, cfg.beta2)
+    usual = lr * said.rate, beta1, beta2, wd
+    own = next((own[1:] for own in own_rates(cfg) if own.pattern.search(name)), (None,) * 4)
+    lr, beta1, beta2, wd = (b if a is None else a for a, b in zip(own, usual))
+    return Rule("adamw", said.group, (), lr, wd, beta1, beta2, slow)
+
+
+def param_buckets(cfg: Config, model: nn.Module, run: Ranks) -> list[Bucket]:
+    """Every parameter in exactly one bucket, by its rule."""
+    groups: dict[Rule, dict[str, Tensor]] = {}
     said = declarations(model)
     for name, p in model.named_parameters():
-        group = said[name].group
-        if group == "head":
-            key = ("adamw", "head", cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd)
-        elif group == "embed":
-            key = ("adamw", "embed", cfg.embed_lr, cfg.embed_wd)
-        elif group == "scalar":
-            key = ("adamw", "scalar", cfg.scalar_lr, cfg.scalar_wd)
-        elif cfg.optimizer == "adamw" or (
-            cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)
-        ):
-            key = ("adamw", "matrix", cfg.adamw_lr, cfg.matrix_wd)
-        else:
-            key = ("muon", tuple(p.shape[-2:]), cfg.matrix_lr, cfg.matrix_wd)
-        slow = bool(cfg.slow and re.search(cfg.slow, name))
-        own = [r for r in own_rates(cfg) if key[0] == "adamw" and r.pattern.search(name)]
-        usual = (key[2], cfg.beta1, cfg.beta2, key[3])
-        rate, beta1, beta2, decay = (
-            b if a is None else a for a, b in zip(own[0][1:] if own else [None] * 4, usual)
-        )
-        groups.setdefault((key[0], key[1], rate, decay, beta1, beta2, slow), {})[name] = p
-    if cfg.slow and not any(k[-1] for k in groups):
-        names = [name for group in groups.values() for name in group]
+        groups.setdefault(rule_of(cfg, name, p, said[name]), {})[name] = p
+    if cfg.slow and not any(rule.slow for rule in groups):
         raise UserError(
             f"slow = {cfg.slow!r} matches no tensor of this model; names are such as "
-            f"{', '.join(names[:3])}"
+            f"{', '.join(list(said)[:3])}"
         )
     # Big ones first: their communication then runs while the others are computed.
-    order = sorted(groups, key=lambda k: -sum(p.numel() for p in groups[k].values()))
-    return [
-        Bucket(
-            k[0],
-            k[2],
-            k[3],
-            groups[k],
-            run,
-            dataclasses.replace(cfg, beta1=k[4], beta2=k[5]),
-            k[-1],
-        )
-        for k in order
-    ]
+    order = sorted(groups, key=lambda rule: -sum(p.numel() for p in groups[rule].values()))
+    return [Bucket(rule, groups[rule], run, cfg) for rule in order]
 
 
 class MuonAdamW:
@@ -2921,10 +2409,7 @@ class MuonAdamW:
                 )
 
     def snapshot(self) -> tuple[int, list[Tensor]]:
-        """
-        Copies of all that a step changes, for the warm-up to restore; on the host, as the device
-        may be full.
-        """
+        """Copies of all that a step changes, on the host: the device may be full."""
         return self.count, [t.to("cpu", copy=True) for t in self.changing()]
 
     def restore(self, kept: tuple[int, list[Tensor]]) -> None:
@@ -2939,6 +2424,37 @@ class MuonAdamW:
 ########################################
 #                 Data                 #
 ########################################
+
+
+@dataclass
+class DataConfig(Section):
+    """Shards of tokens, and what they stand for."""
+
+    data: str = "data/fineweb10B"  # folder of *_train_*.bin and *_val_*.bin shards
+    tokenizer: str = "gpt2"  # gpt2 or a SentencePiece model; for bits per byte and samples
+    vocab: int = 50257  # token ids in use
+    doc_token: int = 50256  # the token that starts every document
+    val_tokens: int = 10485760  # scored prefix of the validation stream; 0: all of it
+    train_tokens: int = 0  # use only so many tokens of the training shards, from their start
+    epochs: int = 1  # passes over the training shards that the run may make; 0: as many as it needs
+    # 0: shards in the order of their names; each epoch anew 1: rows, 2: documents and rows
+    # (slowrun)
+    shuffle: int = 0
+
+    LIMITS = limits(
+        (0, 2, "shuffle"),
+        (0, 10**6, "epochs"),
+        (0, 10**12, "val_tokens train_tokens"),
+        (0, 65536, "doc_token"),
+        (2, 65536, "vocab"),
+    )
+
+    def check(self) -> None:
+        require(
+            0 <= self.doc_token < self.vocab,
+            f"doc_token = {self.doc_token}: not below vocab = {self.vocab}",
+        )
+
 
 # as in llm.c, modded-nanogpt and parameter-golf
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024
@@ -2967,8 +2483,8 @@ def shard_tokens(path: str | Path) -> int:
         )
     if header[1] != SHARD_VERSION:
         raise UserError(
-            f"{path} has shard version {header[1]}; only version {SHARD_VERSION} (uint16 "
-            "tokens) is read"
+            f"{path} has shard version {header[1]}; only version {SHARD_VERSION} (uint16 tokens) "
+            "is read"
         )
     if size != SHARD_HEADER + 2 * int(header[2]):
         raise UserError(
@@ -2985,10 +2501,7 @@ def unreadable(path: str | Path, e: OSError) -> UserError:
 
 
 def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
-    """
-    The tokens of one shard, a read-only uint16 memory map; with vocab > 0 every id is checked
-    against it.
-    """
+    """The tokens of a shard, a uint16 memory map; vocab > 0: each is checked against it."""
     count = shard_tokens(path)
     tokens = np.zeros(0, "<u2")
     if count:
@@ -2999,9 +2512,9 @@ def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
     if vocab and count and int(tokens.max()) >= vocab:
         where = int(np.argmax(tokens >= vocab))
         raise UserError(
-            f"{path}: token {tokens[where]} at position {where} is not below vocab = {vocab}; "
-            "the shard was "
-            "made with another tokenizer: set --vocab, or get the data that belongs to this preset"
+            f"{path}: token {tokens[where]} at position {where} is not below vocab = {vocab}; the "
+            "shard was made with another tokenizer: set --vocab, or get the data that belongs to "
+            "this preset"
         )
     return tokens
 
@@ -3028,8 +2541,8 @@ def find_shards(cfg: Config, split: str) -> list[str]:
         near = sorted(path.name for path in Path(cfg.data).glob(f"*{split}*.bin"))
         but = f" ({near[0]} does not: six digits end the name of a shard)" if near else ""
         raise UserError(
-            f"no {split} shards: nothing in {cfg.data} matches *_{split}_NNNNNN.bin"
-            f"{but}; run: {get_command(cfg)}"
+            f"no {split} shards: nothing in {cfg.data} matches *_{split}_NNNNNN.bin{but}; run: "
+            f"{get_command(cfg)}"
         )
     return files
 
@@ -3070,8 +2583,7 @@ class Loader:
         if cfg.train_tokens and left:
             raise UserError(
                 f"train_tokens = {cfg.train_tokens}, but the train shards in {cfg.data} hold "
-                f"{sum(self.counts)}; "
-                f"lower it, or run: {get_command(cfg, 2 * len(self.files))}"
+                f"{sum(self.counts)}; lower it, or run: {get_command(cfg, 2 * len(self.files))}"
             )
         self.block = plan.max_seq_len
         self.opened: dict[int, np.ndarray] = {}
@@ -3090,9 +2602,8 @@ class Loader:
         for now in plan.moments():
             if cfg.shuffle and (now.batch_tokens % self.block or self.block % now.seq_len):
                 raise UserError(
-                    f"with shuffle = 1 the largest seq_len = {self.block} must divide "
-                    "batch_tokens = "
-                    f"{now.batch_tokens} and be a multiple of every other seq_len, here "
+                    f"with shuffle = 1 the largest seq_len = {self.block} must divide batch_tokens "
+                    f"= {now.batch_tokens} and be a multiple of every other seq_len, here "
                     f"{now.seq_len}"
                 )
             if not self.per_epoch(now.batch_tokens):
@@ -3103,12 +2614,10 @@ class Loader:
             cfg.lr_cycles or cfg.average_epochs or cfg.eval_every < 0
         ) and needed < 0.95 * cfg.epochs * held:
             raise UserError(
-                f"steps = {steps} read {needed} tokens, {needed / held:.2f} epochs of {held}, "
-                "but lr_cycles, "
-                f"average_epochs and eval_every -1 take them for epochs = {cfg.epochs}: set "
-                "--epochs "
-                f"{max(1, round(needed / held))}, --steps {int(cfg.epochs * held // first)}, "
-                "or --train_tokens"
+                f"steps = {steps} read {needed} tokens, {needed / held:.2f} epochs of {held}, but "
+                f"lr_cycles, average_epochs and eval_every -1 take them for epochs = {cfg.epochs}: "
+                f"set --epochs {max(1, round(needed / held))}, --steps "
+                f"{int(cfg.epochs * held // first)}, or --train_tokens"
             )
         if not cfg.epochs or cfg.max_seconds:
             return
@@ -3118,10 +2627,10 @@ class Loader:
             more = max(len(self.files) + 1, math.ceil(needed / per / cfg.epochs))
             raise UserError(
                 f"too little data for {steps} steps: they need {needed} tokens, that is "
-                f"{needed / per / cfg.epochs:.1f} "
-                f"train shards, found {len(self.files)} in {cfg.data} with {usable // cfg.epochs} "
-                f"usable tokens; run: {get_command(cfg, more)}, or lower --steps, or allow more "
-                "epochs with --epochs (0: as many as needed)"
+                f"{needed / per / cfg.epochs:.1f} train shards, found {len(self.files)} in "
+                f"{cfg.data} with {usable // cfg.epochs} usable tokens; run: "
+                f"{get_command(cfg, more)}, or lower --steps, or allow more epochs with --epochs "
+                "(0: as many as needed)"
             )
 
     def no_batch(self, batch_tokens: int) -> UserError:
@@ -3130,21 +2639,20 @@ class Loader:
         found = f"the {len(self.files)} train shards in {self.cfg.data} hold {held} tokens"
         if held <= batch_tokens:
             return UserError(
-                f"{found}, less than one batch of {batch_tokens} and the token behind "
-                f"it; lower --batch_tokens or run: {get_command(self.cfg)}"
+                f"{found}, less than one batch of {batch_tokens} and the token behind it; lower "
+                f"--batch_tokens or run: {get_command(self.cfg)}"
             )
         if self.cfg.shuffle:
             why = " (with shuffle = 1 a row lies in one shard)" if self.cfg.shuffle == 1 else ""
             return UserError(
-                f"{found}, which make {self.rows()} rows of {self.block} and its last "
-                f"target{why}, too few for a batch of {batch_tokens}; lower "
-                "--batch_tokens or --seq_len"
+                f"{found}, which make {self.rows()} rows of {self.block} and its last target{why}, "
+                f"too few for a batch of {batch_tokens}; lower --batch_tokens or --seq_len"
             )
         return UserError(
-            f"{found}, but none holds a batch of {batch_tokens}: without shuffle a "
-            "batch is a stretch of one shard, and the largest has room for "
-            f"{max(self.counts) - 2}; lower --batch_tokens, set --shuffle 1, or make "
-            "larger shards (get.py tokenize --shard_tokens)"
+            f"{found}, but none holds a batch of {batch_tokens}: without shuffle a batch is a "
+            f"stretch of one shard, and the largest has room for {max(self.counts) - 2}; lower "
+            "--batch_tokens, set --shuffle 1, or make larger shards (get.py tokenize "
+            "--shard_tokens)"
         )
 
     def tokens_in_order(self, plan: Plan) -> int:
@@ -3199,10 +2707,7 @@ class Loader:
         return all(p + batch_tokens + 1 >= n for p, n in zip(pos, self.counts[self.shard :]))
 
     def batch(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
-        """
-        This rank's rows of the next batch, uint16 [batch_tokens / seq_len / world, seq_len + 1];
-        then move on.
-        """
+        """This rank's rows of the next batch [n, seq_len + 1] in uint16; then move on."""
         before = self.state_dict()
         try:
             return self.next_rows(step, batch_tokens, seq_len)
@@ -3298,9 +2803,8 @@ class Loader:
         if self.cfg.epochs and self.epoch >= self.cfg.epochs:
             raise UserError(
                 f"ran out of train shards at step {step}: {len(self.files)} found in "
-                f"{self.cfg.data}; run: "
-                f"{get_command(self.cfg, 2 * len(self.files))}, or raise --epochs (now "
-                f"{self.cfg.epochs})"
+                f"{self.cfg.data}; run: {get_command(self.cfg, 2 * len(self.files))}, or raise "
+                f"--epochs (now {self.cfg.epochs})"
             )
 
     def identity(self) -> dict:
@@ -3340,9 +2844,8 @@ class Loader:
         if wrong:
             some = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             raise UserError(
-                f"the data in {self.cfg.data} is not what this run was trained on: "
-                f"{some}; put the old shards back, or start another --run (--init_from "
-                "takes over the weights)"
+                f"the data in {self.cfg.data} is not what this run was trained on: {some}; put the "
+                "old shards back, or start another --run (--init_from takes over the weights)"
             )
         said = "shards that this run has not yet read have changed: "
         return said + "; ".join(unread) if unread else ""
@@ -3370,10 +2873,7 @@ class Loader:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """
-    Without a wait: to a GPU from pinned memory, as from other memory the copy waits for what was
-    begun before.
-    """
+    """Without a wait: from pinned memory, as else a copy waits for what was begun."""
     x = torch.from_numpy(array)
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
@@ -3432,9 +2932,8 @@ class Tokenizer:
                 self.gpt2 = tiktoken.get_encoding("gpt2")
             except Exception as e:  # tiktoken raises whatever its download raises
                 raise UserError(
-                    f"tokenizer gpt2: tiktoken could not load its files ({type(e).__name__}); "
-                    "they are "
-                    "fetched once over the network and then cached in TIKTOKEN_CACHE_DIR"
+                    f"tokenizer gpt2: tiktoken could not load its files ({type(e).__name__}); they "
+                    "are fetched once over the network and then cached in TIKTOKEN_CACHE_DIR"
                 ) from e
             self.sp = None
         else:
@@ -3455,9 +2954,9 @@ class Tokenizer:
             # becomes the three bytes of U+2581, which would count as three and decode to that sign.
             if "\u2581" in self.sp.decode(self.sp.encode("\ue000 \ue001 \ue002")):
                 raise UserError(
-                    f"tokenizer = {name!r} has no piece for a space by itself: spaces "
-                    "would count as three bytes, and bits per byte be too low; train "
-                    "one that has (get.py tokenize --tokenizer train:VOCAB)"
+                    f"tokenizer = {name!r} has no piece for a space by itself: spaces would count "
+                    "as three bytes, and bits per byte be too low; train one that has (get.py "
+                    "tokenize --tokenizer train:VOCAB)"
                 )
 
     def encode(self, text: str) -> list[int]:
@@ -3510,26 +3009,22 @@ class Validation:
                 have += len(parts[-1])
         if cfg.val_tokens and have < want:
             raise UserError(
-                f"val_tokens = {cfg.val_tokens}, but the val shards in {cfg.data} hold {have} "
-                "(one more than "
-                f"scored is needed); lower --val_tokens, or 0 for all, or run: {get_command(cfg)}"
+                f"val_tokens = {cfg.val_tokens}, but the val shards in {cfg.data} hold {have} (one "
+                "more than scored is needed); lower --val_tokens, or 0 for all, or run: "
+                f"{get_command(cfg)}"
             )
         self.rows = (have - 1) // self.seq_len
         if self.rows < 1:
             raise UserError(
                 f"the val shards in {cfg.data} hold {have} tokens, less than one row of "
-                f"{self.seq_len}; lower "
-                "--eval_seq_len"
+                f"{self.seq_len}; lower --eval_seq_len"
             )
         self.tokens = np.concatenate(parts)[: self.rows * self.seq_len + 1]
         self.scored = self.rows * self.seq_len  # targets
         self.bytes = tokenizer.count_bytes(self.tokens) if tokenizer else 0
 
     def batch(self, rows: range, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
-        """
-        The given rows as inputs and targets [size, T]; rows that are missing to size have targets
-        -1.
-        """
+        """Rows as inputs and targets [size, T]; what is missing to size has targets -1."""
         T = self.seq_len
         data = np.stack([self.tokens[min(r, self.rows - 1) * T :][: T + 1] for r in rows])
         x, y = tensors(data, device)
@@ -3547,12 +3042,28 @@ class Validation:
 ########################################
 
 
+@dataclass
+class AverageConfig(Section):
+    """Averages of the weights, and which weights are kept."""
+
+    ema: float = 0.0  # decay per step of an exponential moving average of the weights; 0: none
+    swa_every: int = 0  # steps between the snapshots of a plain average of the weights; 0: none
+    swa_start: float = 0.75  # fraction of training from which those snapshots are taken
+    average_epochs: int = 0  # keep the weights of the last n epochs for logs/score.py
+    final_weights: str = "live"  # which weights are exported and sampled: live, ema or swa
+
+    LIMITS = limits(
+        (0, 1, "swa_start"),
+        (0, BELOW_ONE, "ema"),
+        (0, 10**6, "average_epochs"),
+        (0, 10**9, "swa_every"),
+    )
+    CHOICES = {"final_weights": ("live", "ema", "swa")}
+
+
 @contextlib.contextmanager
 def weights_kept(buckets: list[Bucket]):
-    """
-    Inside, the model may be given other weights; behind it, it has its own again, also after an
-    interruption.
-    """
+    """Behind it the model has its own weights again, also after an interruption."""
     kept = [b.weights.clone() for b in buckets]
     try:
         yield
@@ -3593,10 +3104,7 @@ class Averages:
                 avg.lerp_(b.shard.float(), 1 / self.swa_count)
 
     def close(self) -> None:
-        """
-        At the end of training: where a capped clock left no time for a snapshot, the last weights
-        are the only one.
-        """
+        """Where a capped clock left no time for a snapshot, the last weights are the only one."""
         if "swa" in self.shards and not self.swa_count:
             self.swa_count = 1
             for avg, b in zip(self.shards["swa"], self.buckets):
@@ -3632,31 +3140,16 @@ class Averages:
 
 
 def keep_epoch(p: Parts, step: int) -> None:
-    """Write the weights of the end of an epoch, whole or not at all. Collective."""
-    final = p.run.folder / "epochs" / f"{step:06d}"
-    part = final.with_name(f".{final.name}.part")
+    """Write the weights of the end of an epoch, for logs/score.py to average. Collective."""
     now = p.plan.at(step - 1, (step - 1) / p.cfg.steps)  # what the last step was trained with
 
-    def write() -> None:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        weights = {
-            name: w.detach().cpu().contiguous().clone() for name, w in p.model.named_parameters()
-        }
-        try:
-            write_tensors(weights, part / "model.safetensors")
-            (part / "config.toml").write_text(config_toml(p.cfg), encoding="utf-8")
-            state = {"step": step, "repeats": now.repeats, "window": now.window}
-            (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            sync_folder(part)
-        except OSError:
-            shutil.rmtree(part, ignore_errors=True)  # a full disk needs its room
-            raise
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(part, final)
-        sync_folder(final.parent)
+    def write(part: Path) -> None:
+        write_tensors(weights_on_cpu(p.model), part / "model.safetensors")
+        (part / "config.toml").write_text(config_toml(p.cfg), encoding="utf-8")
+        state = {"step": step, "repeats": now.repeats, "window": now.window}
+        (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
-    p.run.on_main(write)
+    p.run.on_main(lambda: write_folder(p.run.folder / "epochs" / f"{step:06d}", write))
 
 
 ########################################
@@ -3697,6 +3190,24 @@ def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, flo
 #                Export                #
 ########################################
 
+
+@dataclass
+class ExportConfig(Section):
+    """The artifact: weights in a few bits, in one file."""
+
+    export: str = "int8"  # bits, e.g. "int6 mlp:5 head:8"; fit: by artifact_limit; empty: no file
+    export_codec: str = "zstd"  # zstd, brotli, xz, entropy, or best: the smallest of these
+    artifact_limit: int = 0  # bytes that source and artifact may have together; 0: no limit
+    gptq: int = 0  # rows of training tokens that GPTQ looks at, inside the clock; 0: rounding
+    qat: str = "0"  # [sched] 1: the loss sees the weights as export would round them
+    # 1: qat adds noise of a rounding step instead of rounding, to looped blocks alone if there are
+    # any
+    qat_noise: int = 0
+
+    LIMITS = limits((0, 1, "qat qat_noise"), (0, 10**6, "gptq"), (0, 10**12, "artifact_limit"))
+    CHOICES = {"export_codec": ("zstd", "brotli", "xz", "entropy", "best")}
+
+
 # fractions of a row's largest entry at which it may be clipped
 CLIPS = tuple(1 - i / 20 for i in range(13))
 # finest first
@@ -3716,10 +3227,7 @@ def quantised_names(model: nn.Module) -> list[str]:
 
 
 class Bits(NamedTuple):
-    """
-    Bits by tensor: "int6 mlp:5 head:8" is 5 where the name matches mlp, 8 where it matches head,
-    else 6.
-    """
+    """Bits by name: "int6 mlp:5 head:8" is 5 where it matches mlp, 8 for head, else 6."""
 
     default: int
     rules: tuple[tuple[str, int], ...]
@@ -3735,9 +3243,9 @@ def parse_bits(text: str) -> Bits:
     rules = [re.fullmatch(r"(.+):([4-8])", word) for word in words[1:]]
     if not words or not re.fullmatch("int[4-8]", words[0]) or None in rules:
         raise UserError(
-            f"export = {text!r}: write int8, int7, int6, int5 or int4, then regular "
-            "expressions over names "
-            "with other bits, for example 'int6 mlp:5 head:8'; or 'fit' to choose by artifact_limit"
+            f"export = {text!r}: write int8, int7, int6, int5 or int4, then regular expressions "
+            "over names with other bits, for example 'int6 mlp:5 head:8'; or 'fit' to choose by "
+            "artifact_limit"
         )
     for rule in rules:
         try:
@@ -3979,10 +3487,7 @@ STEPS = (2, 4, 16, 1 << 20)
 
 
 def spread_classes(rows: np.ndarray, cols: np.ndarray, step: int) -> np.ndarray:
-    """
-    Class of every entry [R, C] from the logarithms of its row's and column's spread (int8, eighths
-    of octaves).
-    """
+    """Class of every entry [R, C] from its row's and column's spread (see log_spread)."""
     both = (rows.astype(np.int64)[:, None] + cols.astype(np.int64)) // step
     return both - both.min()
 
@@ -3992,10 +3497,7 @@ def log_spread(x: np.ndarray) -> np.ndarray:
 
 
 def histogram(counts: np.ndarray):
-    """
-    The coder's model of counts: the same IEEE divisions on every machine; what has no count keeps
-    2^-24.
-    """
+    """The coder's model of counts, alike on every machine; what has none keeps 2^-24."""
     return coder.model.Categorical(counts.astype(np.float64) / counts.sum(), perfect=False)
 
 
@@ -4142,10 +3644,7 @@ def smallest_artifact(
 
 
 def unpack_artifact(data: bytes, where: str) -> tuple[Config, dict[str, Tensor], dict]:
-    """
-    Configuration, fp32 weights and header of an artifact's bytes. Executes nothing; any damage is a
-    UserError.
-    """
+    """Configuration, fp32 weights and header of an artifact; any damage is a UserError."""
 
     def bad(why: str) -> UserError:
         return UserError(
@@ -4179,7 +3678,7 @@ def unpack_artifact(data: bytes, where: str) -> tuple[Config, dict[str, Tensor],
             raise bad("its payload has another size than its header says")
         named = stored_tensors(header, tensors_of_bytes(payload), np.frombuffer(stream, "<u4"))
         cfg = Config(**checked(tomllib.loads(header["config"]), where))
-        check_values(cfg)
+        check_config(cfg)
         fits(cfg, named)
     except UserError as e:
         raise (e if where in str(e) else bad(str(e))) from None
@@ -4206,10 +3705,7 @@ ANGLES = 1 << 27  # ... and numbers in its rotary table: 512 MiB
 
 
 def fits(cfg: Config, named: dict[str, Tensor]) -> None:
-    """
-    ValueError unless the model of cfg has these tensors: what a header says of sizes must not cost
-    more than the file.
-    """
+    """ValueError unless the model of cfg has these tensors: a header may be forged."""
     plan = Plan(cfg)
     longest, width = max(plan.max_seq_len, plan.eval_seq_len), head_width(cfg)
     if cfg.depth > len(named) or longest > LONGEST or longest * width > ANGLES:
@@ -4225,10 +3721,7 @@ def fits(cfg: Config, named: dict[str, Tensor]) -> None:
 
 
 def stored_tensors(header: dict, stored: dict[str, Tensor], words: np.ndarray) -> dict[str, Tensor]:
-    """
-    The tensors that a header tells of, from the payload's and the coded words. ValueError where
-    they disagree.
-    """
+    """The tensors that a header lists, from payload and coded words; else ValueError."""
     named = {}
     for name, kind in header["tensors"].items():
         if kind["kind"] == "plain":
@@ -4286,9 +3779,8 @@ def check_export(cfg: Config) -> None:
         raise UserError(f"qat = {cfg.qat!r}: 0 is off and 1 is on, there is nothing between")
     if cfg.qat_noise and 1 not in qat:
         raise UserError(
-            f"qat_noise = {cfg.qat_noise} is the noise of quantisation-aware training, but qat "
-            f"= {cfg.qat!r} never "
-            "begins it: for example --qat '0 0.8:1'"
+            f"qat_noise = {cfg.qat_noise} is the noise of quantisation-aware training, but qat = "
+            f"{cfg.qat!r} never begins it: for example --qat '0 0.8:1'"
         )
 
 
@@ -4303,8 +3795,8 @@ def check_artifact(cfg: Config, model: GPT) -> list[str]:
     rounds = [key for key, on in (("qat", cfg.qat != "0"), ("gptq", cfg.gptq)) if on]
     if rounds and not matrices:
         raise UserError(
-            f"{' and '.join(rounds)} round matrices of 64 rows and columns or more, and this "
-            "model has none"
+            f"{' and '.join(rounds)} round matrices of 64 rows and columns or more, and this model "
+            "has none"
         )
     if cfg.gptq and (rows := calibration_rows(cfg, cfg.gptq)) < cfg.gptq:
         notices.append(
@@ -4313,8 +3805,8 @@ def check_artifact(cfg: Config, model: GPT) -> list[str]:
     code = source_bytes(cfg)
     if 0 < cfg.artifact_limit <= code:
         raise UserError(
-            f"artifact_limit = {cfg.artifact_limit}: the source alone has {code} bytes; "
-            "python logs/pack.py makes one small file of it"
+            f"artifact_limit = {cfg.artifact_limit}: the source alone has {code} bytes; python "
+            "logs/pack.py makes one small file of it"
         )
     return notices
 
@@ -4346,10 +3838,7 @@ def calibrate(p: Parts, rows: np.ndarray, until: float) -> tuple[dict[str, Tenso
 
 
 def gptq_seconds(p: Parts) -> float:
-    """
-    What calibration will take behind the last step, from two rows; a third more, as a clock cap is
-    a cap.
-    """
+    """Seconds of calibration, from two rows, and a third more: a clock cap is a cap."""
     rows = calibration(p.cfg, 2 * p.run.world)
     for _ in range(2):  # the first is slower
         p.run.clock.sync()
@@ -4460,6 +3949,23 @@ def source_bytes(cfg: Config) -> int:
 ########################################
 
 
+@dataclass
+class TransferConfig(Section):
+    """Weights of another run to start from."""
+
+    init_from: str = ""  # run folder, checkpoint folder or artifact whose weights start this run
+    transfer: str = "all"  # what it gives: all, attn, qk, vo, mlp, scalars joined by +, or a regex
+    transfer_skip: str = ""  # regex: tensors that are left out of it
+    transfer_control: str = ""  # wrong on purpose: shuffled (in each matrix) or random (same norm)
+
+    CHOICES = {"transfer_control": ("", "shuffled", "random")}
+
+    def check(self) -> None:
+        require_regex("transfer_skip", self.transfer_skip)
+        if self.init_from:
+            require_regex("transfer", self.transfer)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """
     Complete checkpoints of a run, oldest first: those with their final name and a DONE marker.
@@ -4484,66 +3990,79 @@ def save_checkpoint(
     instant leaves the older one whole. Collective.
     """
     final = run.folder / "ckpt" / f"{step:06d}"
-    part = final.with_name(f".{final.name}.part")
     optimizer, averages = opt.state_dict(), avg.state_dict()
-    rng = [None] * run.world
-    mine = {"cpu": torch.get_rng_state().numpy().tobytes().hex()}
-    if run.device.type == "cuda":
-        mine["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
-    if run.world > 1:
-        dist.all_gather_object(rng, mine)
-    else:
-        rng = [mine]
+    state = {
+        "step": step,
+        "train_seconds": run.clock.seconds(),
+        "wall_seconds": run.wall(),
+        "loader": loader.state_dict(),
+        "rng": rng_of_ranks(run),
+        "world_size": run.world,
+        "torch": torch.__version__,
+        "paces": run.paces,
+        "over": run.over,
+        "trained": run.trained and run.trained._asdict(),
+    }
 
-    def write() -> None:
-        part.mkdir(parents=True)
-        weights = {
-            name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters()
-        }
+    def write(part: Path) -> None:
+        weights = weights_on_cpu(model)
         for name, named in (("model", weights), ("optimizer", optimizer), ("averages", averages)):
             write_tensors(named, part / f"{name}.safetensors")
-        state = {
-            "step": step,
-            "train_seconds": run.clock.seconds(),
-            "wall_seconds": run.wall(),
-            "loader": loader.state_dict(),
-            "data": loader.identity(),
-            "rng": rng,
-            "world_size": run.world,
-            "torch": torch.__version__,
-            "paces": run.paces,
-            "over": run.over,
-            "trained": run.trained and run.trained._asdict(),
-        }
-        (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        text = json.dumps(state | {"data": loader.identity()})
+        (part / "state.json").write_text(text, encoding="utf-8")
         (part / "config.toml").write_text(config_toml(run.cfg), encoding="utf-8")
         sync_folder(part)
         (part / "DONE").touch()
-        sync_folder(part)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(part, final)
-        sync_folder(final.parent)
 
     def save() -> None:
-        shutil.rmtree(part, ignore_errors=True)
         # of one step there is one state: what is whole is never replaced
         if final not in checkpoints(run.folder):
-            try:
-                write()
-            except OSError:
-                # on a full disk it would take the room of the next attempt
-                shutil.rmtree(part, ignore_errors=True)
-                raise
-        kept = checkpoints(run.folder)[-run.cfg.keep :]
-        # no copies of the user
-        own = {p for p in final.parent.iterdir() if re.fullmatch(r"[0-9]+|\.[0-9]+\.part", p.name)}
-        for old in own - set(kept):
-            # first, so that half a checkpoint is never taken for a whole one
-            (old / "DONE").unlink(missing_ok=True)
-            shutil.rmtree(old)
+            write_folder(final, write)
+        remove_checkpoints(final.parent, checkpoints(run.folder)[-run.cfg.keep :])
 
     run.on_main(save)
     return final
+
+
+def rng_of_ranks(run: Run) -> list[dict[str, str]]:
+    """The state of every rank's generators, in hexadecimal. Collective."""
+    mine = {"cpu": torch.get_rng_state().numpy().tobytes().hex()}
+    if run.device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    found = [mine] * run.world
+    if run.world > 1:
+        dist.all_gather_object(found, mine)
+    return found
+
+
+def weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of each parameter, by name."""
+    return {name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters()}
+
+
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder: beside, then synced and renamed, so that it is whole or not there."""
+    part = final.with_name(f".{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        write(part)
+        sync_folder(part)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)  # a full disk needs its room for the next attempt
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(part, final)
+    sync_folder(final.parent)
+
+
+def remove_checkpoints(folder: Path, kept: list[Path]) -> None:
+    """All but those kept; what the user copied there has another name and stays."""
+    own = {p for p in folder.iterdir() if re.fullmatch(r"[0-9]+|\.[0-9]+\.part", p.name)}
+    for old in own - set(kept):
+        # first, so that half a checkpoint is never taken for a whole one
+        (old / "DONE").unlink(missing_ok=True)
+        shutil.rmtree(old)
 
 
 def write_tensors(named: dict[str, Tensor], path: Path) -> None:
@@ -4575,8 +4094,8 @@ def load_checkpoint(
             return json.loads((path / "state.json").read_text(encoding="utf-8"))
         except ValueError as e:
             raise UserError(
-                f"{path / 'state.json'} cannot be read ({e}); delete its folder to go "
-                "back to the one before"
+                f"{path / 'state.json'} cannot be read ({e}); delete its folder to go back to the "
+                "one before"
             ) from e
 
     def tensors_of(part: str) -> dict[str, Tensor]:
@@ -4585,8 +4104,8 @@ def load_checkpoint(
     state = run.on_main(read_state)
     if "data" not in state:
         run.log(
-            f"notice: {path} does not say what data it was trained on: whether these are the "
-            "same is not known"
+            f"notice: {path} does not say what data it was trained on: whether these are the same "
+            "is not known"
         )
     elif notice := run.on_main(lambda: loader.accept(state["data"], state["loader"])):
         run.log(f"notice: {notice}")
@@ -4669,34 +4188,29 @@ def found_near(cfg: Config, source: Path) -> Config:
     return cfg
 
 
+# Parts of attention that each parameter is, or each matrix of a stack.
+ATTENTION_PARTS = {
+    "qkv": ("qk", "qk", "vo"),
+    "kv": ("qk", "vo"),
+    "q": ("qk",),
+    "q_gain": ("qk",),
+    "proj": ("vo",),
+}
+
+
 def parts_of(name: str, group: str) -> list[set[str]]:
-    """
-    The words of `transfer` that take a tensor, or each matrix of a stack: q, k, v are one parameter
-    of three.
-    """
-    leaf, words = name.split(".")[-1], {"all"}
-    words |= {w for w in ("attn", "mlp") if f".{w}." in name}
+    """The words of `transfer` that take a tensor, or each matrix of a stack."""
+    words = {"all"} | {word for word in ("attn", "mlp") if f".{word}." in name}
     if group == "scalar":
         words.add("scalars")
     if "attn" not in words:
         return [words]
-    return [
-        words | {w}
-        for w in {
-            "qkv": ("qk", "qk", "vo"),
-            "kv": ("qk", "vo"),
-            "q": ("qk",),
-            "q_gain": ("qk",),
-            "proj": ("vo",),
-        }.get(leaf, ("attn",))
-    ]
+    leaf = name.split(".")[-1]
+    return [words | {part} for part in ATTENTION_PARTS.get(leaf, ("attn",))]
 
 
 def transferred(w: Tensor, name: str, cfg: Config) -> Tensor:
-    """
-    The weights as they are or, as a control, shuffled within each matrix, or normal numbers of its
-    norm.
-    """
+    """The weights or, as a control, shuffled in each matrix or noise of their norm."""
     if not cfg.transfer_control:
         return w
     seed = (
@@ -4733,9 +4247,8 @@ def compare_sources(cfg: Config, theirs: Config, attention: bool, path: Path) ->
     ]
     if attention and other:
         raise UserError(
-            f"init_from {path}: {', '.join(other)}: the same numbers would make other heads; "
-            "build both alike, or "
-            "leave attention out with --transfer"
+            f"init_from {path}: {', '.join(other)}: the same numbers would make other heads; build "
+            "both alike, or leave attention out with --transfer"
         )
     turning = [
         f"{key} = {a!r} there and {b!r} here"
@@ -4764,75 +4277,558 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
     """
 
     def read() -> tuple[dict[str, Tensor], tuple[Config, Path]]:
-        theirs, named, path = open_source(
-            cfg.init_from, exact=True, say=lambda line: run.log(f"notice: {line}")
-        )
+        say = lambda line: run.log(f"notice: {line}")
+        theirs, named, path = open_source(cfg.init_from, exact=True, say=say)
         return named, (theirs, path)
 
     named, (theirs, path) = run.read_on_main(read)
-    asked, words = set(cfg.transfer.split("+")), {"all", "attn", "qk", "vo", "mlp", "scalars"}
-    lines, count, attention, said = [], 0, False, declarations(model)
-    # (fate, name without number): tensors, squared norms now and before
-    kinds: dict[tuple[str, str], list] = {}
+    said, attention, found = declarations(model), False, []
     for name, p in model.named_parameters():
-        parts = parts_of(name, said[name].group)
-        if not asked <= words:
-            taken = range(len(parts)) if re.search(cfg.transfer, name) else []
-        else:
-            taken = [i for i, part in enumerate(parts) if part & asked]
-        if cfg.transfer_skip and re.search(cfg.transfer_skip, name):
-            taken = []
-        word, was = "fresh", float(p.detach().float().norm())
-        if taken and name not in named:
-            word = "missing"  # asked for, but the source has none
-        elif taken and p.shape != named[name].shape:
-            table = said[name].group in ("embed", "head")
-            if "all" not in asked or not table or p.shape[-1] != named[name].shape[-1]:
-                raise UserError(
-                    f"init_from {path}: {name} is {list(named[name].shape)} there and "
-                    f"{list(p.shape)} here; "
-                    "leave it out with --transfer or --transfer_skip, or build the same shape"
-                )
-            word = "fresh (another vocabulary)"
-        elif taken:
-            whole, source = len(taken) == len(parts), transferred(named[name], name, cfg)
-            word, count = "loaded" if whole else f"loaded {len(taken)} of {len(parts)}", count + 1
+        parts = taken_parts(cfg, name, said[name].group)
+        was = float(p.detach().float().norm())
+        fate = fate_of(cfg, name, said[name].group, p, parts, named, path)
+        if fate.startswith("loaded"):
+            source = transferred(named[name], name, cfg)
             attention |= ".attn." in name and p.ndim > 1
             with torch.no_grad():
-                for i in [...] if whole else taken:
+                for i in [...] if all(parts) else [i for i, taken in enumerate(parts) if taken]:
                     p[i] = source[i]
-        size = float(p.detach().float().norm())
-        lines.append(
-            f"transfer:{word} {name} {list(p.shape)} norm {size:.4g}"
-            + (f" (was {was:.4g})" if word.startswith("loaded") else "")
-        )
-        kind = kinds.setdefault((word, re.sub(r"\.\d+\.", ".*.", name)), [0, 0.0, 0.0])
-        kind[:] = kind[0] + 1, kind[1] + size**2, kind[2] + was**2
-    notices = compare_sources(cfg, theirs, attention, path)
-    unused = sorted(named.keys() - {name for name, _ in model.named_parameters()})
-    lines += [f"transfer:unused {name} {list(named[name].shape)}" for name in unused]
-    if not count:
+        found.append(Fate(name, fate, list(p.shape), float(p.detach().float().norm()), was))
+    if not any(f.fate.startswith("loaded") for f in found):
         raise UserError(
-            f"transfer = {cfg.transfer!r} takes nothing from {path}: no name of this model "
-            "matches it there"
+            f"transfer = {cfg.transfer!r} takes nothing from {path}: no name of this model matches "
+            "it there"
         )
-    for line in lines:
-        run.log(line, console=False)
-    for (word, name), (n, now, before) in kinds.items():
-        was = f" (was {math.sqrt(before):.4g})" if word.startswith("loaded") else ""
-        run.log(f"  {word:14} {name:24} x{n:<3} norm {math.sqrt(now):.4g}{was}")
-    if unused:
-        run.log(
-            "  in the source only: "
-            f"{', '.join(dict.fromkeys(re.sub(r'[.][0-9]+[.]', '.*.', name) for name in unused))}"
-        )
+    notices = compare_sources(cfg, theirs, attention, path)
+    unused = {name: list(named[name].shape) for name in sorted(named.keys() - said.keys())}
+    log_transfer(run, found, unused)
     for line in notices:
         run.log(f"notice: init_from {path}: {line}")
-    kind = f", {cfg.transfer_control} on purpose" * bool(cfg.transfer_control)
+    loaded = sum(f.fate.startswith("loaded") for f in found)
+    control = f", {cfg.transfer_control} on purpose" if cfg.transfer_control else ""
     run.log(
-        f"transfer:{count} of {len(list(model.parameters()))} tensors loaded from "
-        f"{path}{kind}; each one: log.txt"
+        f"transfer:{loaded} of {len(found)} tensors loaded from {path}{control}; each one: log.txt"
     )
+
+
+class Fate(NamedTuple):
+    """What a transfer did with a parameter, and its norm now and before."""
+
+    name: str
+    fate: str
+    shape: list[int]
+    norm: float
+    was: float
+
+
+def taken_parts(cfg: Config, name: str, group: str) -> list[bool]:
+    """Whether `transfer` asks for a tensor, or for each matrix of a stack."""
+    parts = parts_of(name, group)
+    asked, words = set(cfg.transfer.split("+")), {"all", "attn", "qk", "vo", "mlp", "scalars"}
+    if cfg.transfer_skip and re.search(cfg.transfer_skip, name):
+        return [False] * len(parts)
+    if asked <= words:
+        return [bool(part & asked) for part in parts]
+    return [bool(re.search(cfg.transfer, name))] * len(parts)
+
+
+def fate_of(
+    cfg: Config,
+    name: str,
+    group: str,
+    p: Tensor,
+    parts: list[bool],
+    named: dict[str, Tensor],
+    path: Path,
+) -> str:
+    """fresh, missing or loaded; UserError where a shape is not the source's."""
+    if not any(parts):
+        return "fresh"
+    if name not in named:
+        return "missing"  # asked for, but the source has none
+    theirs = named[name].shape
+    if p.shape == theirs:
+        return "loaded" if all(parts) else f"loaded {sum(parts)} of {len(parts)}"
+    table = group in ("embed", "head") and p.shape[-1] == theirs[-1]
+    if table and "all" in cfg.transfer.split("+"):
+        return "fresh (another vocabulary)"
+    raise UserError(
+        f"init_from {path}: {name} is {list(theirs)} there and {list(p.shape)} here; leave it out "
+        "with --transfer or --transfer_skip, or build the same shape"
+    )
+
+
+def log_transfer(run: Run, found: list[Fate], unused: dict[str, list[int]]) -> None:
+    """By tensor in log.txt; on the console by kind, a name without its number."""
+    kinds: dict[tuple[str, str], list[Fate]] = {}
+    for f in found:
+        was = f" (was {f.was:.4g})" if f.fate.startswith("loaded") else ""
+        line = f"transfer:{f.fate} {f.name} {f.shape} norm {f.norm:.4g}{was}"
+        run.log(line, console=False)
+        kinds.setdefault((f.fate, without_number(f.name)), []).append(f)
+    for name, shape in unused.items():
+        run.log(f"transfer:unused {name} {shape}", console=False)
+    for (fate, name), alike in kinds.items():
+        now, before = (math.hypot(*(f[i] for f in alike)) for i in (3, 4))
+        was = f" (was {before:.4g})" if fate.startswith("loaded") else ""
+        run.log(f"  {fate:14} {name:24} x{len(alike):<3} norm {now:.4g}{was}")
+    if unused:
+        names = dict.fromkeys(map(without_number, unused))
+        run.log(f"  in the source only: {', '.join(names)}")
+
+
+def without_number(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+########################################
+#                Config                #
+########################################
+
+
+SECTIONS = (
+    RunConfig,
+    LengthConfig,
+    ModelConfig,
+    OptimConfig,
+    DataConfig,
+    AverageConfig,
+    ExportConfig,
+    TransferConfig,
+)
+
+
+@dataclass
+class Config(*reversed(SECTIONS)):  # of which the last one's fields come first
+    """Every flag, and the tables of a preset that other programs read in the run's folder."""
+
+    rule: Annotated[dict, tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
+    score: Annotated[dict, tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+LIMITS = {name: limit for part in SECTIONS for name, limit in part.LIMITS.items()}
+# The keys of those tables and the values that ask for nothing, which also say the types.
+TABLES: dict[str, dict[str, object]] = {
+    "rule": {  # of the leaderboard, for logs/report.py and logs/submit.py
+        "metric": "val_loss",  # of result.json, that the rule is about
+        "target": 0.0,  # the mean over seeds must be below this; 0: no rule
+        "margin": 0.0,  # by at least this much
+        "p": 0.0,  # at this level of a one-sided one-sample t-test; 0: no t-test
+        "z": 0.0,  # (target - mean) * sqrt(n) must reach this; 0: not asked
+        "max_seconds": 0.0,  # cap of the training clock; 0: none
+        "max_bytes": 0,  # cap of total_bytes; 0: none
+    },
+    "score": {  # of the weights, for logs/score.py, whose flags these are
+        "modes": "",
+        "stride": 64,
+        "share": 0.0,
+        "logit_temperature": 1.0,
+        "ttt_chunk": 32768,
+        "ttt_epochs": 3,
+        "ttt_lr": 0.002,
+        "lora_rank": 8,
+        "lora_lr": 0.001,
+        "prove_bytes": 0,
+        "sample_tokens": 0,
+        "prompt": "",
+        "temperature": 0.8,
+        "top_k": 50,
+    },
+}
+TABLE_LIMITS = limits(
+    (0, 0.5, "share"),
+    (0, 1, "p"),
+    (0, 10, "ttt_lr lora_lr"),
+    (0, 100, "ttt_epochs"),
+    (0, 1000, "target margin z temperature"),
+    (0, 65536, "top_k"),
+    (0, 10**6, "sample_tokens"),
+    (0, 10**9, "max_seconds prove_bytes"),
+    (0, 10**12, "max_bytes"),
+    (1e-3, 1000, "logit_temperature"),
+    (1, 1 << 12, "lora_rank"),
+    (1, 10**9, "stride"),
+    (1, 1 << 40, "ttt_chunk"),
+)
+# What a resumed run may change without becoming another experiment.
+FREE_ON_RESUME = set(
+    "config resume log_dir log_every eval_every save_every save_last keep wandb device compile "
+    "micro_tokens auto_micro loss_chunk embed_stats rule score "
+    "nca_cache nca_threads nca_measured".split()
+)
+# What is asked for behind the last step alone: an unfinished run may change it, or its end might be
+# impossible.
+AFTER_TRAINING = {"export", "export_codec", "artifact_limit", "gptq", "final_weights"}
+# Flags that this version lacks: {name: the value at which it did nothing}. What was written with
+# that value is read as if the name were not there; any other value is an error. A flag that is new
+# has such a value as its default, so what was written before it means what it meant.
+REMOVED: dict[str, object] = {"sample_from": "", "lr_floor": 0.05}
+# Flags that became keys of a table.
+MOVED = {f"rule_{key}": ("rule", key) for key in TABLES["rule"]}
+MOVED |= {"score": ("score", "modes")}
+MOVED |= {
+    key: ("score", key)
+    for key in ("stride", "prove_bytes", "sample_tokens", "prompt", "temperature", "top_k")
+}
+
+
+def preset_path(name: str) -> Path:
+    """A path, or the name of a file in configs/ beside this file or where we are."""
+    folders = [Path(__file__).resolve().parent / "configs", Path("configs")]
+    for path in (Path(name), *(folder / f"{name}.toml" for folder in folders)):
+        if path.is_file():
+            return path
+    known = sorted({p.stem for folder in folders for p in folder.glob("*.toml")})
+    raise UserError(
+        f"--config {name}: no such file and no such preset; presets: {', '.join(known)}"
+    )
+
+
+def is_layer(path: Path) -> bool:
+    """A layer says so in its first line; alone it would train a model of defaults."""
+    with open(path, "rb") as f:
+        return re.match(rb"# \w+: a layer\b", f.readline(200)) is not None
+
+
+def read_toml(path: Path, kind: type | None = None) -> dict:
+    """Values of one preset file; unknown keys and wrong types are errors that name them."""
+    try:
+        # some editors begin a file with a mark
+        raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise UserError(f"{path} is not TOML: {e}") from e
+    return checked(raw, str(path), kind or Config)
+
+
+def checked(raw: dict, where: str, config: type = Config) -> dict:
+    """The same in the types of `config`; all else is an error that names it."""
+    values, fields = {}, typing.get_type_hints(config)
+    tables = {name: dict(raw[name]) for name in TABLES if isinstance(raw.get(name), dict)}
+    for key, value in raw.items():
+        if key in tables:
+            continue
+        if key in MOVED:
+            name, inner = MOVED[key]
+            tables.setdefault(name, {})[inner] = value
+            continue
+        if key in REMOVED and key not in fields:
+            require(
+                value == REMOVED[key],
+                f"{where}: {key} = {value!r}, but this version has no {key}; it reads what was "
+                f"written with {key} = {REMOVED[key]!r}, the rest needs the version that wrote it",
+            )
+            continue
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=3)
+            hint = (
+                f"; did you mean {' or '.join(close)}?"
+                if close
+                else "; `python train_gpt.py --help` lists all"
+            )
+            raise UserError(f"{where}: unknown key {key} = {value!r}{hint}")
+        kind = fields[key]
+        listed = kind == tuple[str, ...]
+        if listed and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            value = tuple(value)
+        elif kind is float and type(value) is int:
+            value = as_float(value)
+        elif key in SCHEDULES and type(value) in (int, float):
+            value = str(value)  # a constant schedule
+        elif listed or type(value) is not kind:
+            word = "a list of strings" if listed else getattr(kind, "__name__", kind)
+            raise UserError(
+                f"{where}: {key} = {value!r} is a {type(value).__name__}, but {key} must be {word}"
+            )
+        values[key] = value
+    return values | {name: checked_table(name, table, where) for name, table in tables.items()}
+
+
+def checked_table(name: str, table: dict, where: str) -> dict:
+    """The same keys and values in the types of TABLES; all else is an error that names it."""
+    values = {}
+    for key, value in table.items():
+        if key not in TABLES[name]:
+            raise UserError(
+                f"{where}: unknown key {key} = {value!r} in [{name}]; its keys are "
+                f"{', '.join(TABLES[name])}"
+            )
+        kind = type(TABLES[name][key])
+        if kind is float and type(value) is int:
+            value = as_float(value)
+        if type(value) is not kind or kind is float and not math.isfinite(value):
+            finite = " that is finite" if kind is float else ""
+            raise UserError(
+                f"{where}: {key} = {value!r} in [{name}] must be a {kind.__name__}{finite}"
+            )
+        if kind is not str:
+            check_table_number(key, value, f"{where}, [{name}]: ")
+        values[key] = value
+    return values
+
+
+def check_table_number(key: str, value: float, where: str = "") -> None:
+    low, high = TABLE_LIMITS[key]
+    require(low <= value <= high, f"{where}{key} = {value}: must lie between {low} and {high}")
+
+
+def as_float(value: int) -> float:
+    """More than a float holds is too much in any case."""
+    return float(max(-(10**300), min(value, 10**300)))
+
+
+def parse_args(argv: list[str]) -> Config:
+    """Defaults < presets from left to right < flags."""
+    names, i = [], 0
+    while i < len(argv):
+        if argv[i] == "--config":
+            while i + 1 < len(argv) and not argv[i + 1].startswith("-"):
+                i += 1
+                names.append(argv[i])
+        elif argv[i].startswith("--config="):
+            names.append(argv[i].split("=", 1)[1])
+        i += 1
+    merged: dict = {}
+    for name in names:
+        layer = read_toml(preset_path(name))
+        for table in TABLES:  # key by key
+            layer[table] = merged.get(table, {}) | layer.get(table, {})
+        merged |= layer
+    if names and is_layer(preset_path(names[0])):
+        raise UserError(
+            f"--config {' '.join(names)}: {names[0]} is a layer, which changes a preset: name that "
+            f"first, for example --config remix_m {names[0]}"
+        )
+    merged.pop("config", None)
+    cfg = tyro.cli(
+        Config,
+        args=argv,
+        default=Config(**merged),
+        description=__doc__.split("Read it")[0],
+        use_underscores=True,
+    )
+    cfg.config = tuple(names)
+    if not cfg.run:
+        cfg.run = "-".join([Path(n).stem for n in names] or ["run"]) + f"-s{cfg.seed}"
+    validate(cfg)
+    # that run has its configuration
+    if not (cfg.resume and (Path(cfg.log_dir) / cfg.run / "config.toml").is_file()):
+        refuse_idle(cfg)
+    return cfg
+
+
+def validate(cfg: Config) -> None:
+    """Refuse what cannot work, before anything is created: key, value and fix."""
+    check_config(cfg)
+    by_epoch = [
+        k
+        for k, on in (
+            ("lr_cycles", cfg.lr_cycles),
+            ("average_epochs", cfg.average_epochs),
+            ("eval_every", cfg.eval_every < 0),
+        )
+        if on
+    ]
+    require(
+        not by_epoch or 0 < cfg.epochs <= cfg.steps and not cfg.max_seconds,
+        f"{' and '.join(by_epoch)} count epochs by steps: they need epochs (now {cfg.epochs}) "
+        f"from 1 to steps = {cfg.steps}, and no max_seconds",
+    )
+    require(
+        max(cfg.lr_cycles, cfg.average_epochs) <= (cfg.epochs or 1),
+        f"lr_cycles = {cfg.lr_cycles}, average_epochs = {cfg.average_epochs}: at most epochs = "
+        f"{cfg.epochs}",
+    )
+    require(
+        cfg.final_weights != "ema" or cfg.ema > 0,
+        "final_weights = 'ema' needs ema > 0, for example --ema 0.997",
+    )
+    require(
+        cfg.final_weights != "swa" or cfg.swa_every > 0, "final_weights = 'swa' needs swa_every > 0"
+    )
+    # on the clock nobody knows the last step
+    last = cfg.swa_every and cfg.steps // cfg.swa_every * cfg.swa_every
+    require(
+        not cfg.swa_every or cfg.max_seconds > 0 or last and last / cfg.steps >= cfg.swa_start,
+        f"swa_every = {cfg.swa_every} takes no snapshot in steps = {cfg.steps} from swa_start = "
+        f"{cfg.swa_start:g} of them on: lower --swa_every or --swa_start",
+    )
+    if cfg.export:
+        check_export(cfg)
+    require(
+        bool(cfg.export) or not cfg.gptq,
+        "gptq is about an artifact, but export is empty: set --export int8",
+    )
+    require(
+        Schedule("qat", cfg.qat).values() == [0] or cfg.export not in ("", "fit"),
+        f"qat = {cfg.qat!r} rounds as export does, but export = {cfg.export!r} names no bits: set "
+        "it, for example --export int6",
+    )
+    validate_schedules(cfg)
+
+
+def check_config(cfg: Section) -> None:
+    """What holds for every configuration, also one that was read and may be forged."""
+    check_texts(cfg)
+    parts = [part for part in SECTIONS if isinstance(cfg, part)]
+    for part in parts:
+        check_numbers(cfg, part.LIMITS)
+        check_choices(cfg, part.CHOICES)
+    for part in parts:
+        part.check(cfg)
+
+
+def check_choices(cfg: Section, choices: dict[str, tuple[str, ...]]) -> None:
+    for key, allowed in choices.items():
+        value = getattr(cfg, key)
+        words = ", ".join(repr(word) for word in allowed)
+        require(value in allowed, f"{key} = {value!r}: must be one of {words}")
+
+
+def check_texts(cfg: Section) -> None:
+    """Every text can be written to a file: what a console gives need not be UTF-8."""
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                require(
+                    not re.search("[\ud800-\udfff]", text),
+                    f"{f.name} = {ascii(text)} is no UTF-8 text",
+                )
+                require("\0" not in text, f"{f.name} = {text!r} holds a zero byte")
+
+
+def check_numbers(cfg: Section, ranges: dict[str, tuple[float, float]]) -> None:
+    """Each number, and each value of a schedule, is finite and within its range."""
+    for name, (least, most) in ranges.items():
+        value = getattr(cfg, name)
+        if name not in SCHEDULES:
+            values, what = [value], f"{name} = {value}"
+        else:
+            schedule = Schedule(name, value)
+            if name in (*GRAPHS, "qat"):
+                schedule.require_plateaus()
+            values, what = schedule.values(), f"{name} = {value!r}: its values"
+        for x in values:
+            require(math.isfinite(x), f"{what}: must be a finite number")
+            if name in SCHEDULES:
+                ok = least <= x <= most
+                require(ok, f"{what} must lie between {least} and {most}")
+            require(
+                x >= least,
+                f"{what}: must {'not be negative' if least == 0 else f'be at least {least}'}",
+            )
+            require(x <= most, f"{what}: must be at most {most}")
+
+
+def validate_schedules(cfg: Config) -> None:
+    """Refuse schedules that shape graphs, or round, where their last value might not be reached."""
+    for key in (*GRAPHS, "qat"):
+        sched = Schedule(key, getattr(cfg, key))
+        require(
+            not cfg.max_seconds or not any(p.at for p in sched.points if p.in_steps),
+            f"{key} = {sched.text!r} counts steps, but under max_seconds = {cfg.max_seconds:g} "
+            "nobody knows whether they are reached: give fractions of the time, such as 0.5 for "
+            "half of it",
+        )
+        # on the clock nobody knows what the last step is
+        steps = math.inf if cfg.max_seconds else cfg.steps
+        late = [
+            p
+            for p in sched.points
+            if p.at
+            and (
+                math.ceil(p.at) >= cfg.steps
+                if p.in_steps
+                else p.at >= 1 or p.at * steps - 1e-9 > steps - 1
+            )
+        ]
+        require(
+            not late,
+            f"{key} = {sched.text!r}: its last value is the one that is scored and exported, but "
+            f"the run of {cfg.steps} steps ends before it is reached",
+        )
+
+
+def refuse_idle(cfg: Config) -> None:
+    """
+    Refuse switches that are on and would do nothing. What only tunes a switch (a rate, a size, a
+    choice) may stand there while that is off: a study turns off the switch alone.
+    """
+    plain = Config()
+    decays = [k for k in ("matrix_wd", "embed_wd", "scalar_wd") if getattr(cfg, k)]
+    muon = ("row_norm", "normuon", "decay_by_shape", "adamw_matrices")
+    rules = [  # switch, what it needs, whether that is there
+        *[(k, "optimizer = 'muon'", cfg.optimizer == "muon") for k in muon],
+        (
+            "cautious",
+            "Muon's matrices: set 1, or optimizer = 'muon'",
+            cfg.optimizer == "muon" or cfg.cautious != 2,
+        ),
+        (
+            "cautious",
+            "a decay that it acts on, such as --matrix_wd 0.1",
+            bool(decays) if cfg.cautious < 2 else cfg.matrix_wd > 0,
+        ),
+        ("decay_by_shape", "matrix_wd > 0", cfg.matrix_wd > 0),
+        *[
+            (k, "matrix_wd, embed_wd or scalar_wd", bool(decays))
+            for k in ("independent_wd", "weight_decay")
+        ],
+        (
+            "slow",
+            "a slow_lr other than 1, such as '0 250s:0 450s>1'",
+            Schedule("slow_lr", cfg.slow_lr).values() != [1],
+        ),
+        ("slow_lr", "slow, the names of what it slows", bool(cfg.slow)),
+        *[
+            (k, "init_from", bool(cfg.init_from))
+            for k in ("transfer", "transfer_skip", "transfer_control")
+        ],
+        (
+            "window",
+            "an S in window_pattern before its last block",
+            any(is_windowed(cfg, i) for i in range(cfg.depth)),
+        ),
+        ("rope_dims", "rope = 'standard' or 'interleaved'", cfg.rope != "truncated"),
+        ("qat_noise", "qat, such as '0 0.8:1'", 1 in Schedule("qat", cfg.qat).values()),
+        ("stoch_depth", "depth > 1, as block 0 always takes part", cfg.depth > 1),
+        ("mtp", "rows of 2 tokens or more", min(Schedule("seq_len", cfg.seq_len).values()) > 1),
+        *[
+            (k, "init = 'remix', as xavier sets every start", cfg.init == "remix")
+            for k in ("init_std", "proj_init", "head_init", "embed_init")
+        ],
+    ]
+    for key, needs, there in rules:
+        require(
+            there or getattr(cfg, key) == getattr(plain, key),
+            f"{key} = {getattr(cfg, key)!r} does nothing here: it needs {needs}; or leave it at "
+            f"{getattr(plain, key)!r}",
+        )
+
+
+def config_toml(cfg: Config) -> str:
+    """The resolved configuration as TOML that --config accepts again."""
+
+    def line(key: str, value: object) -> str:  # JSON's values are TOML's, but for this character
+        return f"{key} = " + json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+    named = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    lines = [
+        line(key, value) for key, value in named.items() if key not in ("config", "resume", *TABLES)
+    ]
+    for name in TABLES:
+        if named[name]:
+            lines += ["", f"[{name}]", *(line(key, value) for key, value in named[name].items())]
+    return "\n".join(lines) + "\n"
+
+
+def config_hash(cfg: Config) -> str:
+    """sha256 over everything that makes two runs different experiments, the seed included."""
+    keep = {
+        k: v for k, v in dataclasses.asdict(cfg).items() if k not in FREE_ON_RESUME | {"run", "arm"}
+    }
+    return hashlib.sha256(json.dumps(keep, sort_keys=True).encode()).hexdigest()
 
 
 ########################################
@@ -4859,10 +4855,7 @@ class Parts:
 
 
 def build(cfg: Config, run: Run) -> Parts:
-    """
-    Make every part; all that can be wrong with config and data is found here, before anything is
-    compiled.
-    """
+    """Make every part; what is wrong with config or data is found here."""
     plan = Plan(cfg)
     plan.train_shapes(run.world)  # refuses batches that do not divide
     loader = run.together(lambda: Loader(cfg, plan, run.rank, run.world, run.together))
@@ -4887,10 +4880,10 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
         run.log(f"notice: {line}")
     if cfg.tie_embed and cfg.head_init == "zero" and cfg.init == "remix":
         run.log(
-            "notice: a tied table cannot start at zero, as it is the input too: it starts "
-            "uniform in +-1/sqrt(dim)"
+            "notice: a tied table cannot start at zero, as it is the input too: it starts uniform "
+            "in +-1/sqrt(dim)"
         )
-    for line in pattern_notices(cfg, declarations(model)):
+    for line in pattern_notices(cfg, model):
         run.log(f"notice: {line}")
     if cfg.init_from:
         transfer_weights(model, cfg, run)
@@ -4910,57 +4903,47 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
     )
 
 
-def pattern_notices(cfg: Config, names: dict[str, Declared]) -> list[str]:
+def pattern_notices(cfg: Config, model: GPT) -> list[str]:
     """
     Refuse a pattern of adamw_matrices that finds nothing. A rate of own_lr may wait, as other rates
-    do, but is told.
+    do, but this is said.
     """
-    matrices = [n for n, said in names.items() if said.group == "matrix"]
-    adamws = [
-        n
-        for n in names
-        if n not in matrices
-        or cfg.optimizer == "adamw"
-        or cfg.adamw_matrices
-        and re.search(cfg.adamw_matrices, n)
-    ]
-    need(
-        not cfg.adamw_matrices or any(n in adamws for n in matrices),
-        f"adamw_matrices = {cfg.adamw_matrices!r} matches no "
-        f"matrix of this model; they are such as {', '.join(matrices[:3])}",
+    said = declarations(model)
+    rules = {name: rule_of(cfg, name, p, said[name]) for name, p in model.named_parameters()}
+    matrices = [name for name, rule in rules.items() if rule.group == "matrix"]
+    adamws = [name for name, rule in rules.items() if rule.kind == "adamw"]
+    require(
+        not cfg.adamw_matrices or any(name in adamws for name in matrices),
+        f"adamw_matrices = {cfg.adamw_matrices!r} matches no matrix of this model; they are such "
+        f"as {', '.join(matrices[:3])}",
     )
     return [
         f"own_lr: {own.pattern.pattern!r} is the name of nothing that AdamW updates here"
         for own in own_rates(cfg)
-        if not any(own.pattern.search(n) for n in adamws)
+        if not any(own.pattern.search(name) for name in adamws)
     ]
 
 
 def centering_notices(cfg: Config) -> list[str]:
-    """
-    What theory says of centering's assumptions under this configuration; logs/explain_centering.py
-    shows each.
-    """
+    """What theory says of centering here; logs/explain_centering.py shows each."""
     on = [k for k in ("mu_centering", "mu_loss", "z_loss") if getattr(cfg, k)]
     lines, names = [], " and ".join(on)
     moved = [k for k in on if k != "z_loss"]
     if moved and cfg.tie_embed:
         lines.append(
-            f"{' and '.join(moved)} with a tied table: the input embeddings are shifted as "
-            "well, so the loss is "
-            "changed and not only the mean logit"
+            f"{' and '.join(moved)} with a tied table: the input embeddings are shifted as well, "
+            "so the loss is changed and not only the mean logit"
         )
     if on and cfg.softcap:
         lines.append(
-            f"{names} with softcap = {cfg.softcap:g}: capped logits are not free to shift, so "
-            "a common offset costs "
-            "loss and centering changes it; log(Z) is at most softcap + ln(vocab) anyway"
+            f"{names} with softcap = {cfg.softcap:g}: capped logits are not free to shift, so a "
+            "common offset costs loss and centering changes it; log(Z) is at most softcap + "
+            "ln(vocab) anyway"
         )
     if moved and cfg.optimizer == "muon":
         lines.append(
-            f"{' and '.join(moved)} with Muon on the blocks: they do not see mu; the head "
-            "stays AdamW's, whose steps "
-            "move mu (a polar factor has column sums of zero and would not)"
+            f"{' and '.join(moved)} with Muon on the blocks: they do not see mu; the head stays "
+            "AdamW's, whose steps move mu (a polar factor has column sums of zero and would not)"
         )
     return lines
 
@@ -5025,10 +5008,9 @@ def warm_up(p: Parts) -> None:
             plan.seconds = p.cfg.max_seconds - run.agree(gptq_seconds(p))
             if plan.seconds < p.cfg.max_seconds / 2:
                 raise UserError(
-                    f"gptq = {p.cfg.gptq} rows would take "
-                    f"{p.cfg.max_seconds - plan.seconds:.1f} of max_seconds = "
-                    f"{p.cfg.max_seconds:g}, more than half: fewer rows, such as --gptq "
-                    f"{max(1, p.cfg.gptq // 4)}"
+                    f"gptq = {p.cfg.gptq} rows would take {p.cfg.max_seconds - plan.seconds:.1f} "
+                    f"of max_seconds = {p.cfg.max_seconds:g}, more than half: fewer rows, such as "
+                    f"--gptq {max(1, p.cfg.gptq // 4)}"
                 )
             run.log(f"gptq: {plan.seconds:.1f} of {p.cfg.max_seconds:.0f} s are left for steps")
     finally:
@@ -5038,10 +5020,7 @@ def warm_up(p: Parts) -> None:
 
 
 def rounded_weights(p: Parts, step: int, now: Now):
-    """
-    Quantisation-aware training: inside, the model has rounded weights; their gradients are taken
-    for the true ones'.
-    """
+    """Inside, under qat, weights are rounded; gradients are taken for the true ones'."""
     if not now.qat:
         return contextlib.nullcontext()
     return rounded(p.model, p.cfg, step)
@@ -5081,10 +5060,7 @@ def add_mu_loss(head: nn.Parameter, weight: float, world: int, rows: int | None 
 
 @torch.no_grad()
 def center(head: Tensor) -> None:
-    """
-    Subtract the mean row: logits of a token then have the mean 0. Every rank does the same on its
-    own copy.
-    """
+    """Subtract the mean row, so that a token's logits have the mean 0, on every rank."""
     head.sub_(head.float().mean(0).to(head.dtype))
 
 
@@ -5120,10 +5096,7 @@ def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
 
 
 def validate_all(p: Parts, step: int, now: Now) -> dict:
-    """
-    Evaluate the live weights and the averages beside them; log a line in the speedrun's format and
-    a second with more.
-    """
+    """Evaluate live weights and averages; a line in the speedrun's format and one more."""
     run, ms = p.run, p.run.clock.seconds() * 1000
     began, found = time.perf_counter(), {}
     for name in ["live", *p.avg.ready()]:
@@ -5145,11 +5118,9 @@ def validate_all(p: Parts, step: int, now: Now) -> dict:
     run.metric("val", step, steps=p.cfg.steps, **found, train_time_ms=ms, wall_time_s=run.wall())
     if not math.isfinite(found["val_loss"]):
         raise Diverged(
-            f"step {step}: the validation loss is {found['val_loss']} although the training "
-            "loss was finite a step "
-            "ago: lower the learning rates; if they are low, compare with --compile 0 and "
-            "report which graph went "
-            "wrong"
+            f"step {step}: the validation loss is {found['val_loss']} although the training loss "
+            "was finite a step ago: lower the learning rates; if they are low, compare with "
+            "--compile 0 and report which graph went wrong"
         )
     return found
 
@@ -5178,10 +5149,7 @@ def embedding_statistics(p: Parts, now: Now) -> dict[str, float]:
 
 
 def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds: float) -> None:
-    """
-    Read the numbers of a finished step (this waits for the device), stop if they are not finite,
-    write the lines.
-    """
+    """Read a finished step's numbers (a wait), stop if not finite, write the lines."""
     (loss, *extra), size, run, cfg = loss.tolist(), float(size), p.run, p.cfg
     terms = dict(zip(extra_terms(cfg), extra))
     if not (math.isfinite(loss) and math.isfinite(size)):
@@ -5191,10 +5159,9 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
             kept = f"Last good checkpoint: {good[-1]}; it is kept"
         start = ", which may start from those weights with --init_from" if good else ""
         raise Diverged(
-            f"step {step}: loss {loss}, gradient norm {size}: not finite, stopped (lr "
-            f"multiplier {now.lr:.4g}, repeats "
-            f"{now.repeats}). {kept}. Lower the learning rates or set --grad_clip 1 in another "
-            f"--run{start}"
+            f"step {step}: loss {loss}, gradient norm {size}: not finite, stopped (lr multiplier "
+            f"{now.lr:.4g}, repeats {now.repeats}). {kept}. Lower the learning rates or set "
+            f"--grad_clip 1 in another --run{start}"
         )
     log_switch(p, step, now, seconds)
     if step % cfg.log_every == 0 or step == cfg.steps:
@@ -5219,16 +5186,13 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
         more = "".join(f"{k}:{v:.4g} " for k, v in terms.items())
         run.live(
             f"step:{step}/{cfg.steps} train_loss:{loss:.4f} {more}lr:{now.lr:.3g} "
-            f"{now.batch_tokens / seconds:,.0f} tok/s "
-            f"{100 * fraction:.1f}% eta:{int(eta // 60)}m{int(eta % 60):02d}s"
+            f"{now.batch_tokens / seconds:,.0f} tok/s {100 * fraction:.1f}% "
+            f"eta:{int(eta // 60)}m{int(eta % 60):02d}s"
         )
 
 
 def log_switch(p: Parts, step: int, now: Now, seconds: float) -> None:
-    """
-    Where the graph changed a step ago: the time of the step before, of that one and of this one. A
-    stall would show.
-    """
+    """Where the graph changed a step ago: times before, at and after. A stall shows."""
     p.paces = [*p.paces[-2:], (now, seconds)]
     if len(p.paces) == 3:
         (old, before), (new, at), (_, after) = p.paces
@@ -5238,6 +5202,11 @@ def log_switch(p: Parts, step: int, now: Now, seconds: float) -> None:
         if changed:
             ms = f"before:{1000 * before:.0f}ms at:{1000 * at:.0f}ms after:{1000 * after:.0f}ms"
             p.run.log(f"switch:{step - 1} {changed} {ms}")
+
+
+def graph_of(now: Now) -> list[int]:
+    """What decides which graph a step runs."""
+    return [getattr(now, key) for key in GRAPHS]
 
 
 def next_step_seconds(paces: list[tuple[list, float]], graph: list) -> float:
@@ -5250,19 +5219,68 @@ def next_step_seconds(paces: list[tuple[list, float]], graph: list) -> float:
     return 1.1 * seconds[max(0, len(seconds) - 2)] if seconds else 0.0
 
 
+def is_over(p: Parts, step: int, now: Now, seconds: float) -> bool:
+    """Whether no step is begun behind `step`, at these seconds of the clock."""
+    cfg, run, plan = p.cfg, p.run, p.plan
+    # A clock cap is a cap: no step is begun that would end behind it. The clocks that all ranks
+    # agreed on decide, or one rank would leave alone.
+    took = next_step_seconds(run.paces, graph_of(now))
+    if run.device.type == "cuda":
+        took *= 2  # it may still be busy with the step before
+    capped = cfg.max_seconds and seconds + took > plan.seconds
+    if run.over or step >= cfg.steps or capped:
+        return True
+    # When the data of a capped run ends, nobody could know before: it ends training as a cap does.
+    ended = bool(cfg.max_seconds) and p.loader.ended(now.batch_tokens)
+    if ended:
+        run.log(
+            f"notice: the data ended at step {step}, after {seconds:.1f} of {plan.seconds:.1f} s, "
+            "and with it training, before the schedules did; more shards or more --epochs would "
+            "have used the rest"
+        )
+    return ended
+
+
+class Due(NamedTuple):
+    """What is to be done behind a step while the clock stands still."""
+
+    save: bool
+    keep: bool  # the weights of the end of an epoch
+    evaluate: bool
+
+
+def due(plan: Plan, step: int, last: bool) -> Due:
+    cfg, epoch_ends = plan.cfg, plan.ends_epoch(step)
+    save = cfg.save_every > 0 and step > 0 and step % cfg.save_every == 0
+    keep = epoch_ends and step * cfg.epochs // cfg.steps > cfg.epochs - cfg.average_epochs
+    if cfg.eval_every < 0:
+        evaluate = epoch_ends or step == 0
+    else:
+        evaluate = cfg.eval_every > 0 and step % cfg.eval_every == 0
+    return Due(save or last and bool(cfg.save_last), keep, evaluate or last)
+
+
+def pause(p: Parts, step: int, now: Now, todo: Due) -> dict:
+    """Do what is due, the clock standing still; gives what an evaluation found."""
+    with p.run.clock.paused():
+        if todo.save:  # before evaluating: what crashes there must not cost the checkpoint
+            save_checkpoint(p.run, p.model, p.opt, p.avg, p.loader, step)
+        if todo.keep:
+            keep_epoch(p, step)
+        return validate_all(p, step, p.run.trained or now) if todo.evaluate else {}
+
+
 def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
     """
     From `step` to the end of training; gives the last step, its schedules and its evaluation. The
     state is whole wherever a signal can raise Interrupted.
     """
-    cfg, run, plan = p.cfg, p.run, p.plan
-    before, pending = None, None
+    run, plan = p.run, p.plan
+    before, unlogged = None, []  # what the last look at the clock said; finished steps without line
 
-    def flush() -> None:
-        nonlocal pending
-        if pending:
-            log_step(p, *pending)
-        pending = None
+    def log_all_but(count: int) -> None:
+        while len(unlogged) > count:
+            log_step(p, *unlogged.pop(0))
 
     run.step = step
     run.clock.start()
@@ -5270,68 +5288,32 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
         try:
             seconds = run.agree(run.clock.seconds())
         except Interrupted:
-            flush()  # the last step's line, and no checkpoint if it was not finite
+            log_all_but(0)  # and no checkpoint if the last step was not finite
             raise
         now = plan.at(step, plan.fraction(step, seconds))
-        # A clock cap is a cap: no step is begun that would end behind it. The clocks that all ranks
-        # agreed on decide, or one rank would leave alone.
-        graph = [getattr(now, key) for key in GRAPHS]
         if before:
             run.paces = [*run.paces[-19:], (before[0], seconds - before[1])]
-        took = next_step_seconds(run.paces, graph)
-        if run.device.type == "cuda":
-            took *= 2  # it may still be busy with the step before
-        capped = bool(cfg.max_seconds and seconds + took > plan.seconds)
-        last = run.over or step >= cfg.steps or capped
-        if not last and cfg.max_seconds and p.loader.ended(now.batch_tokens):
-            last = True  # nobody could know before when that is: it ends training as the cap does
-            run.log(
-                f"notice: the data ended at step {step}, after {seconds:.1f} of "
-                f"{plan.seconds:.1f} s, and with it training, before the schedules did; more "
-                "shards or more --epochs would have used the rest"
-            )
-        run.over, before = last, (graph, seconds)
-        ending = plan.ends_epoch(step)
-        evaluating = last or (
-            step % cfg.eval_every == 0
-            if cfg.eval_every > 0
-            else cfg.eval_every < 0 and (ending or not step)
-        )
-        keeping = ending and step * cfg.epochs // cfg.steps > cfg.epochs - cfg.average_epochs
-        saving = (
-            last and cfg.save_last or cfg.save_every and step % cfg.save_every == 0 and step > 0
-        )
-        if last:
+        before = graph_of(now), seconds
+        run.over = is_over(p, step, now, seconds)
+        if run.over:
             p.avg.close()
-        if evaluating or saving or keeping:
-            flush()
-            with run.clock.paused():
-                if saving:  # before evaluating: what crashes there must not cost the checkpoint
-                    save_checkpoint(run, p.model, p.opt, p.avg, p.loader, step)
-                if keeping:
-                    keep_epoch(p, step)
-                if evaluating:
-                    found = validate_all(p, step, run.trained or now)
-        if last:
+        if any(todo := due(plan, step, run.over)):
+            log_all_but(0)
+            found = pause(p, step, now, todo)
+        if run.over:
             break
         try:
             loss, size = train_step(p, step, now)
-        # as above; the loader may be asked to leave while it makes rows
-        except (UserError, Interrupted):
-            flush()
+        except (UserError, Interrupted):  # the loader may be asked to leave while it makes rows
+            log_all_but(0)
             raise
         step += 1
         run.step, run.trained = step, now
         p.avg.update(step, plan.fraction(step, seconds))
-        previous, pending = (
-            pending,
-            (step, now, loss, size, max(1e-9, run.clock.seconds() - seconds)),
-        )
-        if previous:
-            # one step late: the device is not kept waiting for the host to read a number
-            log_step(p, *previous)
-        if run.device.type == "cpu":
-            flush()
+        took = max(1e-9, run.clock.seconds() - seconds)
+        unlogged.append((step, now, loss, size, took))
+        # One step late: a GPU is not kept waiting for the host to read a number.
+        log_all_but(0 if run.device.type == "cpu" else 1)
     run.clock.stop()
     return step, run.trained or now, found
 
@@ -5363,9 +5345,9 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
     end = plan.at(cfg.steps, 1.0)  # as all who read the artifact apply it
     if (now.repeats, now.window) != (end.repeats, end.window):
         run.log(
-            f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, "
-            "and the evaluation is of these; artifact and sample are of the schedules' end, "
-            f"repeats {end.repeats}, window {end.window}"
+            f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, and "
+            "the evaluation is of these; artifact and sample are of the schedules' end, repeats "
+            f"{end.repeats}, window {end.window}"
         )
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
     result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}
@@ -5380,8 +5362,8 @@ def check_folder(cfg: Config, folder: Path) -> None:
     """Refuse a name that is taken, and to go on with what was begun under another configuration."""
     if folder.exists() and not cfg.resume:
         raise UserError(
-            f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with "
-            "--resume, or delete it"
+            f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, "
+            "or delete it"
         )
     # else what is done behind the last step may still be done otherwise
     finished = is_finished(folder)
@@ -5401,10 +5383,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def changed_fields(cfg: Config, folder: Path, free: set[str] = FREE_ON_RESUME) -> list[str]:
-    """
-    Lines about the fields that a run folder's configuration has other values for; none where there
-    is no folder.
-    """
+    """A line for each field that a run folder's configuration has another value of."""
     saved = folder / "config.toml"
     old = type(cfg)(**read_toml(saved, type(cfg))) if saved.exists() else cfg
     return [
@@ -5468,10 +5447,7 @@ def log_head(run: Run, step: int | None) -> None:
 
 
 def train(cfg: Config, run: Run, build=build) -> int:
-    """
-    A whole run, from folder to result.json; the exit code. `build` makes its parts, from other data
-    where it is told.
-    """
+    """A whole run, from folder to result.json; the exit code. `build` makes its parts."""
     if run.on_main(lambda: enter_folder(run)):
         run.log(f"{run.folder} is finished: nothing to resume")
         return 0
@@ -5591,8 +5567,8 @@ def explain(e: BaseException) -> str | None:
     lost = "(closed|reset) by peer|remote process exited"
     if isinstance(e, RuntimeError) and re.search(lost, text):
         return (
-            "another rank has left, so this one leaves, too: its message stands above, or on "
-            f"its node; complete checkpoints are kept. ({text.splitlines()[0][:200]})"
+            "another rank has left, so this one leaves, too: its message stands above, or on its "
+            f"node; complete checkpoints are kept. ({text.splitlines()[0][:200]})"
         )
     if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return (
@@ -5601,8 +5577,8 @@ def explain(e: BaseException) -> str | None:
         )
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"the disk is full ({e}); complete checkpoints are kept: make room and continue "
-            "with --resume"
+            f"the disk is full ({e}); complete checkpoints are kept: make room and continue with "
+            "--resume"
         )
     if isinstance(e, OSError) and e.errno in (
         errno.EACCES,

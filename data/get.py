@@ -1,24 +1,25 @@
-"""
-Get a data set: make one from the shipped text or from own text, or download a published one. Every
-command leaves a folder of the same shape, which `train_gpt.py --data FOLDER` reads.
+"""Get a data set: make one from the shipped text or from own text, or download a published one.
+Every command leaves a folder of the same shape, which `train_gpt.py --data FOLDER` reads.
 
-    python data/get.py sample                              # offline: shipped English, 1024-piece tokenizer
+    python data/get.py sample                   # offline: shipped English, 1024-piece tokenizer
     python data/get.py tokenize a.txt b.jsonl.zst --out data/mine --tokenizer gpt2
     python data/get.py tokenize b.jsonl --out data/mine --tokenizer train:4096 --val_docs 100
-    python data/get.py fineweb10B --shards 9               # GPT-2 shards; also fineweb100B, finewebedu10B
-    python data/get.py golf --variant sp1024 --shards 80   # the 16 MB challenge: its shards and tokenizer
-    python data/get.py slowrun                             # FineWeb: 100M tokens, and 10M for validation
-    python data/get.py from_slowrun fineweb_data           # the same from the track's own .pt files; to_slowrun writes them
-    python data/get.py check data/sample                   # verify shards, hashes, byte counts, the split
+    python data/get.py fineweb10B --shards 9    # GPT-2 shards; also fineweb100B, finewebedu10B
+    python data/get.py golf --variant sp1024    # the 16 MB challenge: its shards and tokenizer
+    python data/get.py slowrun                  # FineWeb: 100M tokens, and 10M for validation
+    python data/get.py from_slowrun DIR         # the same from the track's own .pt files
+    python data/get.py to_slowrun data/slowrun  # and back into such files
+    python data/get.py check data/sample        # verify shards, hashes, byte counts, the split
 
 The folder:
-    *_val_000000.bin    256 little-endian int32 (20240520, 1, token count, zeros), then uint16 tokens: the
-    *_train_000001.bin  format of llm.c, modded-nanogpt and parameter-golf. A document is its separator token,
-    ...                 then its text; documents run across shards. Six digits end the name: what
-                        has another ("x_train_000001 (1).bin") is no shard, and no run reads it.
+    *_val_000000.bin    256 little-endian int32 (20240520, 1, token count, zeros), then uint16
+    *_train_000001.bin  tokens: the format of llm.c, modded-nanogpt and parameter-golf. A document
+    ...                 is its separator token, then its text; documents run across shards. Six
+                        digits end the name: what has another ("x_train_000001 (1).bin") is no
+                        shard, and no run reads it.
     tokenizer.model     the SentencePiece model; absent where the tokenizer is gpt2
-    val.txt             the validation text byte for byte as it decodes, without separators: its size is what
-                        bits per byte divides by; absent where tokens were downloaded
+    val.txt             the validation text byte for byte as it decodes, without separators: its
+                        size is what bits per byte divides by; absent where tokens were downloaded
     manifest.json       where all came from; counts, sizes and SHA-256 of every file
 
 Nothing passes for complete that is not: files get their name when they are whole, a download
@@ -43,6 +44,7 @@ import time
 import zipfile
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count, pairwise
@@ -57,6 +59,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, Python only looks in data/
 
+from logs.endings import UserError, written_whole  # noqa: E402
 from logs.start import WAIT_SECONDS, Overdue, turn  # noqa: E402
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
@@ -70,16 +73,9 @@ SAMPLE = Path(__file__).with_name("sample.jsonl.xz")
 SAMPLE_RULE = "within each source, in order, every 20th document from the third on is validation"
 
 
-class UserError(Exception):
-    """
-    Something that the user can mend: what was given, why it cannot work, what to do. Exit code 2,
-    no traceback.
-    """
-
-
 def from_trainer(name: str, *args):
-    """What train_gpt.py's function or class of this name returns. Imported late: its torch alone
-    takes 200 MB, and the command that promises to need little memory has no use for it.
+    """What train_gpt.py's function or class of this name returns. Imported late: its torch takes
+    seconds and 200 MB, and the command that promises to need little memory has no use for it.
     """
     import train_gpt
 
@@ -96,10 +92,7 @@ def side(name: str) -> str:
 
 
 def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
-    """
-    The tokens of one shard, a read-only uint16 memory map; with vocab > 0 every id is checked
-    against it.
-    """
+    """The tokens of one shard, a read-only uint16 memory map; with vocab > 0 all are below that."""
     return from_trainer("read_shard", path, vocab)
 
 
@@ -120,22 +113,19 @@ def sample_documents() -> list[Document]:
     presidents quote their earlier messages, and 0.2 % of the 80-character windows of these
     documents also occur in a training document.
     """
-    seen = {}  # documents so far, by source
     documents = []
+    before = Counter()  # documents of each source so far
     for line in lzma.decompress(SAMPLE.read_bytes()).decode().splitlines():
         record = json.loads(line)
         source = record["id"].partition("/")[0]
-        documents.append(
-            Document(record["text"], "val" if seen.get(source, 0) % 20 == 2 else "train")
-        )
-        seen[source] = seen.get(source, 0) + 1
+        split = "val" if before[source] % 20 == 2 else "train"
+        documents.append(Document(record["text"], split))
+        before[source] += 1
     return documents
 
 
 class ZstReader(io.RawIOBase):
-    """The content of a .zst file. zstandard's own reader takes a file that was cut short for a
-    complete one.
-    """
+    """The content of a .zst file. zstandard's own reader takes one that was cut short for whole."""
 
     def __init__(self, raw: BinaryIO):
         self.raw = raw
@@ -170,7 +160,13 @@ def unpacked(raw: BinaryIO, suffix: str) -> BinaryIO:
         return gzip.open(raw)
     if suffix == ".xz":
         return lzma.open(raw)
-    return io.BufferedReader(ZstReader(raw), 1 << 17) if suffix == ".zst" else raw
+    if suffix == ".zst":
+        return io.BufferedReader(ZstReader(raw), 1 << 17)
+    return raw
+
+
+# what unpacking a damaged file raises
+DAMAGES = (gzip.BadGzipFile, zlib.error, EOFError, lzma.LZMAError, zstandard.ZstdError)
 
 
 class Reader:
@@ -191,26 +187,14 @@ class Reader:
             if given.is_dir():
                 for path in self.below(given):
                     (own if path.name in made(path.parent) else self.paths).append(path)
-                continue
-            if not given.exists():
-                raise UserError(f"{given}: no such file or folder")
-            if not given.is_file():
-                raise UserError(
-                    f"{given}: a pipe or device gives its text once, and it is read "
-                    "several times; write it to a file first"
-                )
-            if not self.kind(given):
-                raise UserError(
-                    f"{given}: unknown kind of file; give .txt, .jsonl or .ndjson, "
-                    "or .gz, .xz or .zst of them"
-                )
-            self.paths.append(given)
+            else:
+                self.paths.append(self.usable(given))
         if own:
             print(f"passed over, as get.py made it: {', '.join(map(str, own))}")
         if not self.paths:
             raise UserError(
-                "no input: name .txt, .jsonl or .ndjson files, or .gz, .xz or .zst of "
-                "them, or a folder that holds such files"
+                "no input: name .txt, .jsonl or .ndjson files, or .gz, .xz or .zst of them, or a "
+                "folder that holds such files"
             )
         try:
             self.split = re.compile(split) if split else None
@@ -223,6 +207,22 @@ class Reader:
             raise UserError(
                 f"--split {split!r}: a group would return as text; write (?:...) for (...)"
             )
+
+    @classmethod
+    def usable(cls, given: Path) -> Path:
+        if not given.exists():
+            raise UserError(f"{given}: no such file or folder")
+        if not given.is_file():
+            raise UserError(
+                f"{given}: a pipe or device gives its text once, and it is read several times; "
+                "write it to a file first"
+            )
+        if not cls.kind(given):
+            raise UserError(
+                f"{given}: unknown kind of file; give .txt, .jsonl or .ndjson, or .gz, .xz or .zst "
+                "of them"
+            )
+        return given
 
     @classmethod
     def below(cls, folder: Path) -> list[Path]:
@@ -267,19 +267,11 @@ class Reader:
                 text = stream.read().decode("utf-8-sig")
                 yield from self.split.split(text) if self.split else [text]
         except UnicodeDecodeError as error:
-            line = f", line {number}" if number else ""
-            raise UserError(
-                f"{path}{line}, byte {error.start}: not UTF-8; convert it first"
-            ) from None
+            where = f"{path}, line {number}" if number else str(path)
+            raise UserError(f"{where}, byte {error.start}: not UTF-8; convert it first") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: {error}") from None
-        except (
-            gzip.BadGzipFile,
-            zlib.error,
-            EOFError,
-            lzma.LZMAError,
-            zstandard.ZstdError,
-        ) as error:
+        except DAMAGES as error:
             raise UserError(f"{path}: damaged or cut short ({error}); fetch it again") from None
 
     def field(self, record: object) -> str:
@@ -306,12 +298,11 @@ class HashSplit:
     """The side of a document, by a hash of what it says and nothing else: adding documents moves no
     other one, and a document that comes twice is on one side. Texts count as the same when they
     differ only in what SentencePiece's nmt_nfkc drops (runs of white space, compatibility forms,
-    control characters), for then their tokens are the same.
+    control characters): then their tokens are the same.
     """
 
     def __init__(self, threshold: int):
-        # hashes lie below 2**64; those below the threshold are validation
-        self.threshold = threshold
+        self.threshold = threshold  # of the hashes 0 to 2**64 - 1 those below it are validation
 
     def __call__(self, text: str) -> str:
         return "val" if self.key(text) < self.threshold else "train"
@@ -322,9 +313,7 @@ class HashSplit:
 
     @classmethod
     def of(cls, reader: Reader, val_fraction: float | None, val_docs: int | None) -> Self:
-        """
-        About `val_fraction` of the documents, or the `val_docs` documents with the smallest hashes.
-        """
+        """About `val_fraction` of the documents, or the `val_docs` with the smallest hashes."""
         if val_fraction is not None and val_docs is not None:
             raise UserError("--val_fraction and --val_docs exclude each other; keep one")
         if val_docs is None:
@@ -362,10 +351,8 @@ def hash64(data: bytes) -> int:
 
 
 class Encoder:
-    """gpt2 (tiktoken) or a SentencePiece model by path, with what counts its bytes.
-
-    Raises UserError if it cannot be loaded, has more ids than uint16 holds, or has no separator
-    token.
+    """gpt2 (tiktoken) or a SentencePiece model by path, with what counts its bytes. Raises
+    UserError if it cannot be loaded, has more ids than uint16 holds, or has no separator token.
     """
 
     def __init__(self, name: str):
@@ -384,13 +371,10 @@ class Encoder:
                 self.model.LoadFromSerializedProto(Path(name).read_bytes())
                 self.vocab, self.separator = self.model.get_piece_size(), self.model.bos_id()
         except (OSError, RuntimeError, ValueError) as error:
-            advice = "give gpt2 or the path of a SentencePiece model"
+            remedy = "give gpt2 or the path of a SentencePiece model"
             if name == "gpt2":
-                advice = (
-                    "tiktoken downloads two files once; without a network put them in "
-                    "TIKTOKEN_CACHE_DIR"
-                )
-            raise UserError(f"tokenizer {name} cannot be loaded: {error}; {advice}") from None
+                remedy = "tiktoken downloads two files once; offline put them in TIKTOKEN_CACHE_DIR"
+            raise UserError(f"tokenizer {name} cannot be loaded: {error}; {remedy}") from None
         if self.vocab > 65536:
             raise UserError(
                 f"tokenizer {name} has {self.vocab} ids and shards hold uint16: at most 65536"
@@ -403,10 +387,7 @@ class Encoder:
         self.base_bytes, self.leading_space, self.boundary = tokenizer.tables()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """
-        Documents as uint16: the separator, then the text, of which nothing is read as a special
-        token.
-        """
+        """Documents as uint16: the separator, then the text, where nothing is a special token."""
         if self.name == "gpt2":
             ids = self.model.encode_ordinary_batch(texts, num_threads=THREADS)
         else:
@@ -414,16 +395,11 @@ class Encoder:
         return [np.array([self.separator, *document], np.uint16) for document in ids]
 
     def decode(self, document: np.ndarray) -> bytes:
-        """
-        The text of one document with its separator in front, as bytes: it may end within a
-        character.
-        """
+        """The text of a document behind its separator, as bytes: it may end within a character."""
         ids = document[1:].tolist()
-        return (
-            self.model.decode_bytes(ids)
-            if self.name == "gpt2"
-            else self.model.decode(ids, out_type=bytes)
-        )
+        if self.name == "gpt2":
+            return self.model.decode_bytes(ids)
+        return self.model.decode(ids, out_type=bytes)
 
     def count_bytes(self, document: np.ndarray) -> int:
         """Bytes of text by the pieces alone, as parameter-golf counts them: a leading space counts
@@ -434,9 +410,7 @@ class Encoder:
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
-    """
-    Lines for the SentencePiece trainer, which passes over those above 4,192 bytes and stops at NUL.
-    """
+    """Lines for SentencePiece's trainer, which skips those above 4,192 bytes and stops at NUL."""
     for text in texts:
         for sentence in re.split(r"(?<=[.!?;:])\s+|\n+", text.replace("\0", " ")):
             for start in range(0, len(sentence), 1000):  # 1,000 characters are at most 4,000 bytes
@@ -491,24 +465,6 @@ def train_tokenizer(path: Path, texts: Iterable[str], vocab: int) -> None:
 ########################################
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """
-    A file that gets its name when all of it is on disk; until then, and after an error, there is
-    none.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """One shard of uint16 tokens, fewer than 2**31."""
     header = np.zeros(HEADER_INTS, "<i4")
@@ -524,9 +480,7 @@ def file_hash(path: Path) -> str:
 
 
 def describe(path: Path, separator: int) -> dict:
-    """A file's entry in a manifest: bytes, SHA-256, and of a shard its tokens and documents that
-    start there.
-    """
+    """A file's entry in a manifest: bytes, SHA-256, of a shard also tokens and document starts."""
     entry = {"size": path.stat().st_size, "sha256": file_hash(path)}
     if side(path.name):
         tokens = read_shard(path)
@@ -571,13 +525,12 @@ def is_manifest(found: object) -> bool:
         return isinstance(what, dict) and all(isinstance(what.get(k), t) for k, t in keys.items())
 
     counts = {"tokens": int, "documents": int}
-    return (
-        holds(found, MANIFEST)
-        and all(holds(found[split], counts) for split in ("train", "val"))
-        and all(
-            holds(entry, {"size": int, "sha256": str} | (counts if side(name) else {}))
-            for name, entry in found["files"].items()
-        )
+    of_file = {"size": int, "sha256": str}
+    if not holds(found, MANIFEST) or not all(holds(found[s], counts) for s in ("train", "val")):
+        return False
+    return all(
+        holds(entry, of_file | counts if side(name) else of_file)
+        for name, entry in found["files"].items()
     )
 
 
@@ -589,17 +542,17 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 def altered_files(folder: Path, entries: dict) -> list[str]:
     """Names among a manifest's entries whose file is missing or has another content."""
     altered = []
-    for name, entry in tqdm(
-        entries.items(), desc="checking hashes", unit="file", leave=False, delay=1
-    ):
+    for name, entry in file_bar(entries.items(), "checking hashes"):
         path = folder / name
-        if (
-            not path.is_file()
-            or path.stat().st_size != entry["size"]
-            or file_hash(path) != entry["sha256"]
-        ):
+        as_long = path.is_file() and path.stat().st_size == entry["size"]
+        if not as_long or file_hash(path) != entry["sha256"]:
             altered.append(name)
     return altered
+
+
+def file_bar(files: Iterable, title: str) -> Iterable:
+    """The files with a bar, which shows where they take longer than a second."""
+    return tqdm(files, desc=title, unit="file", leave=False, delay=1)
 
 
 def summary(manifest: dict) -> str:
@@ -616,10 +569,8 @@ def summary(manifest: dict) -> str:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """
-    Makes the folder if need be and keeps other processes of this program out of it: they wait, and
-    then find the data set there. So nodes that share a folder get it once, and those that do not
-    get each their own.
+    """Makes the folder if need be and keeps other processes of this program out of it: they wait,
+    and then find the data set there. So nodes that share a folder get it once.
     """
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -630,8 +581,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def made_in(folder: Path) -> Container[str]:
-    """Names of the files in a folder that this program made: those that a manifest lists, and what
-    a killed process left."""
+    """Files in a folder that this program made: its manifest's, and what a killed process left."""
     if folder.name == "building" and (folder.parent / ".lock").exists():
         return os.listdir(folder)
     try:
@@ -646,7 +596,8 @@ def shards_in(folder: Path) -> list[Path]:
 
 def nothing_to_do(out: Path, source: dict, force: bool) -> bool:
     """Whether `out` holds the data set of this source whole and unaltered. Asked before `out` is
-    locked, and nothing is written: a disk may be read-only, several processes may ask at once."""
+    locked, and nothing is written: a disk may be read-only, several processes may ask at once.
+    """
     manifest = None if force else read_manifest(out)
     if manifest is None or manifest["source"] != source or altered_files(out, manifest["files"]):
         return False
@@ -702,11 +653,11 @@ class DataSet:
         shutil.rmtree(self.building, ignore_errors=True)
         self.building.mkdir()
         self.model = self.building / "tokenizer.model"
-        self.buffers = {split: np.empty(shard_tokens, np.uint16) for split in ("train", "val")}
-        self.counts = {
-            split: {"tokens": 0, "documents": 0, "bytes": 0} for split in ("train", "val")
-        }
-        self.hashes = {"train": array("Q"), "val": array("Q")}  # of the documents' tokens
+        self.buffers, self.counts, self.hashes = {}, {}, {}
+        for split in ("train", "val"):
+            self.buffers[split] = np.empty(shard_tokens, np.uint16)
+            self.counts[split] = {"tokens": 0, "documents": 0, "bytes": 0}
+            self.hashes[split] = array("Q")  # of the documents' tokens
         self.files = []
 
     def __enter__(self) -> Self:
@@ -716,10 +667,8 @@ class DataSet:
         shutil.rmtree(self.building)
 
     def fill(self, tokenizer: Encoder, documents: Iterable[tuple[Document, np.ndarray]]) -> None:
-        """Takes all documents, tokenised.
-
-        Raises UserError if a side gets none, or if the tokenizer's pieces do not count the bytes of
-        the text.
+        """Takes all documents, tokenised. Raises UserError if a side gets none, or if the
+        tokenizer's pieces do not count the bytes of the text.
         """
         self.tokenizer = tokenizer
         with (self.building / "val.txt").open("wb") as val_text:
@@ -735,15 +684,14 @@ class DataSet:
                             f"byte_fallback model (the document starts {document.text[:40]!r})"
                         )
                 self.add(document.split, tokens, size)
+        total = sum(counts["documents"] for counts in self.counts.values())
         for split, counts in self.counts.items():
             if not counts["documents"]:
-                total = sum(counts["documents"] for counts in self.counts.values())
                 raise UserError(
                     f"none of the {total} documents is for {split}; give more text, cut it by "
                     "--split, or set the share: --val_docs 1 keeps one document for validation"
                 )
-            rest = counts["tokens"] % len(self.buffers[split])
-            if rest:
+            if rest := counts["tokens"] % len(self.buffers[split]):
                 self.write(split, self.buffers[split][:rest])
 
     def add(self, split: str, tokens: np.ndarray, size: int) -> None:
@@ -788,12 +736,10 @@ class DataSet:
             **self.counts,
             "files": {path.name: describe(path, self.tokenizer.separator) for path in files},
         }
-        for path in [
-            self.out / "manifest.json",
-            *shards_in(self.out),
-            self.out / "tokenizer.model",
-        ]:
-            path.unlink(missing_ok=True)
+        (self.out / "manifest.json").unlink(missing_ok=True)  # from here on there is no data set
+        (self.out / "tokenizer.model").unlink(missing_ok=True)
+        for path in shards_in(self.out):
+            path.unlink()
         for path in files:
             os.replace(path, self.out / path.name)
         write_manifest(self.out, manifest)
@@ -804,9 +750,7 @@ class DataSet:
 def encoded(
     documents: Iterable[Document], tokenizer: Encoder
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """
-    Documents with their tokens. Batches of about BATCH_CHARS go to the libraries' own threads.
-    """
+    """Documents with their tokens. Batches of BATCH_CHARS or so go to the libraries' threads."""
     batch, chars = [], 0
 
     def flush():
@@ -826,6 +770,26 @@ def encoded(
 ########################################
 
 
+def make(
+    out: Path,
+    prefix: str,
+    source: dict,
+    fill: Callable[[DataSet], None],
+    force: bool,
+    shard_tokens: int = SHARD_TOKENS,
+    published_split: bool = False,
+) -> dict | None:
+    """Make a data set by fill(data); its manifest, or None where `out` holds it already."""
+    if nothing_to_do(out, source, force):
+        return None
+    with locked(out):
+        if complete(out, source, force):
+            return None
+        with DataSet(out, prefix, shard_tokens) as data:
+            fill(data)
+            return data.finish(source, published_split)
+
+
 def sample(out: Path = Path("data/sample"), vocab: int = 1024, force: bool = False) -> None:
     """Make the shipped sample, offline: 12 MB of public-domain English, and its own tokenizer.
 
@@ -834,25 +798,16 @@ def sample(out: Path = Path("data/sample"), vocab: int = 1024, force: bool = Fal
         vocab: Pieces of the SentencePiece model.
         force: Replace whatever data set is there.
     """
-    source = {
-        "command": "sample",
-        "text_sha256": file_hash(SAMPLE),
-        "rule": SAMPLE_RULE,
-        "vocab": vocab,
-    }
-    if nothing_to_do(out, source, force):
-        return
-    with locked(out):
-        if complete(out, source, force):
-            return
+
+    def fill(data: DataSet) -> None:
         documents = sample_documents()
-        with DataSet(out, "sample", SHARD_TOKENS) as data:
-            train_tokenizer(data.model, (d.text for d in documents if d.split == "train"), vocab)
-            tokenizer = Encoder(str(data.model))
-            data.fill(
-                tokenizer, encoded(tqdm(documents, desc="tokenising", unit="document"), tokenizer)
-            )
-            data.finish(source)
+        train_tokenizer(data.model, (d.text for d in documents if d.split == "train"), vocab)
+        tokenizer = Encoder(str(data.model))
+        bar = tqdm(documents, desc="tokenising", unit="document")
+        data.fill(tokenizer, encoded(bar, tokenizer))
+
+    text = {"text_sha256": file_hash(SAMPLE), "rule": SAMPLE_RULE}
+    make(out, "sample", {"command": "sample", **text, "vocab": vocab}, fill, force)
 
 
 def tokenize(
@@ -867,29 +822,28 @@ def tokenize(
     shard_tokens: int = SHARD_TOKENS,
     force: bool = False,
 ) -> None:
-    r"""Make a data set from own text: .txt (a document) and .jsonl (one a line), also as .gz, .xz
-    or .zst.
+    r"""Make a data set from own text: .txt (a document) and .jsonl (one a line), also packed.
 
     Args:
-        inputs: Files, or folders that hold such files. out: Folder of the data set. tokenizer:
-        gpt2, the path of a SentencePiece model, or train:VOCAB: one trained on the train part.
+        inputs: Files, or folders that hold such files; also as .gz, .xz or .zst.
+        out: Folder of the data set.
+        tokenizer: gpt2, the path of a SentencePiece model, or train:VOCAB: one trained on the
+            train part.
         val_fraction: Share of the documents for validation, picked by hash of their text; 0.05 if
-        not given. val_docs: Number of different documents for validation, instead of a share.
+            not given.
+        val_docs: Number of different documents for validation, instead of a share.
         split: Regular expression that cuts .txt files into documents; '\n\n+' cuts at blank lines.
-        text_field: Key of the text in .jsonl lines. shard_tokens: Tokens in a shard. force: Replace
-        whatever data set is there.
+        text_field: Key of the text in .jsonl lines.
+        shard_tokens: Tokens in a shard.
+        force: Replace whatever data set is there.
     """
     reader = Reader(inputs, split, text_field)
     sides = HashSplit.of(reader, val_fraction, val_docs)
-    # the source is what the files hold, not their names or dates: a copy of them gives the same
-    # data set
-    hashes = [
-        file_hash(path)
-        for path in tqdm(reader.paths, desc="hashing input", unit="file", leave=False)
-    ]
+    # the source is what the files hold, not their names or dates: copies give the same data set
+    bar = tqdm(reader.paths, desc="hashing input", unit="file", leave=False)
     source = {
         "command": "tokenize",
-        "input_sha256": hashes,
+        "input_sha256": [file_hash(path) for path in bar],
         "split": split,
         "text_field": text_field,
         "val_below": sides.threshold,
@@ -900,23 +854,30 @@ def tokenize(
     if not trained and tokenizer != "gpt2":
         Encoder(tokenizer)  # what is wrong with it is said before anything is written
         source["tokenizer"] = file_hash(Path(tokenizer))
-    if nothing_to_do(out, source, force):
-        return
-    with locked(out):
-        if complete(out, source, force):
-            return
-        with DataSet(out, "text", shard_tokens) as data:
-            if trained:
-                texts = (
-                    text for text in reader.read("training the tokenizer") if sides(text) == "train"
-                )
-                train_tokenizer(data.model, texts, int(trained[1]))
-            elif tokenizer != "gpt2":
-                shutil.copyfile(tokenizer, data.model)
-            model = Encoder("gpt2" if tokenizer == "gpt2" else str(data.model))
-            documents = (Document(text, sides(text)) for text in reader.read("tokenising"))
-            data.fill(model, encoded(documents, model))
-            data.finish(source)
+
+    def fill(data: DataSet) -> None:
+        if trained:
+            texts = reader.read("training the tokenizer")
+            kept = (text for text in texts if sides(text) == "train")
+            train_tokenizer(data.model, kept, int(trained[1]))
+        elif tokenizer != "gpt2":
+            shutil.copyfile(tokenizer, data.model)
+        model = Encoder("gpt2" if tokenizer == "gpt2" else str(data.model))
+        documents = (Document(text, sides(text)) for text in reader.read("tokenising"))
+        data.fill(model, encoded(documents, model))
+
+    make(out, "text", source, fill, force, shard_tokens)
+
+
+# what the track trains on, and the training documents in the files that it publishes
+SLOWRUN = {
+    "command": "slowrun",
+    "dataset": "HuggingFaceFW/fineweb",
+    "subset": "sample-10BT",
+    "val_tokens": 10_000_000,
+    "train_tokens": 100_000_000,
+}
+SLOWRUN_DOCUMENTS = 143_651
 
 
 def slowrun(
@@ -938,12 +899,17 @@ def slowrun(
         subset: Its configuration; empty for none.
         force: Replace whatever data set is there.
     """
-    import datasets
-
     if train_tokens < 1 or val_tokens < 1:
         raise UserError(
             f"--train_tokens {train_tokens} --val_tokens {val_tokens}: both must be at least 1"
         )
+    budgets = {"val": val_tokens, "train": train_tokens}
+
+    def fill(data: DataSet) -> None:
+        tokenizer = Encoder("gpt2")
+        documents = encoded(hub_documents(dataset, subset), tokenizer)
+        data.fill(tokenizer, cut_to_budgets(documents, budgets))
+
     source = {
         "command": "slowrun",
         "dataset": dataset,
@@ -951,47 +917,32 @@ def slowrun(
         "val_tokens": val_tokens,
         "train_tokens": train_tokens,
     }
-    if nothing_to_do(out, source, force):
-        return
-    with locked(out):
-        if complete(out, source, force):
-            return
-        tokenizer = Encoder("gpt2")
-        with DataSet(out, "fineweb", SHARD_TOKENS) as data:
-            try:
-                rows = datasets.load_dataset(
-                    dataset, name=subset or None, split="train", streaming=True
-                )
-                documents = encoded((Document(row["text"], "") for row in rows), tokenizer)
-                data.fill(
-                    tokenizer, cut_to_budgets(documents, {"val": val_tokens, "train": train_tokens})
-                )
-            except UserError:
-                raise
-            except Exception as error:  # of datasets or of an HTTP client, after their own retries
-                if isinstance(error, OSError) and error.errno in OWN_FAULTS:
-                    raise
-                raise UserError(
-                    f"{dataset} cannot be read ({type(error).__name__}: {error}); see that the "
-                    "name is right and the network is up, then run the command again"
-                ) from error
-            documents = data.finish(source, published_split=True)["train"]["documents"]
+    made = make(out, "fineweb", source, fill, force, published_split=True)
     # slowrun publishes SHA-256 of files by torch.save, whose bytes change with torch's version: no
-    # such hash can be had from token streams. The number of training documents in its files can be
-    # compared.
-    published = {
-        "command": "slowrun",
-        "dataset": "HuggingFaceFW/fineweb",
-        "subset": "sample-10BT",
-        "val_tokens": 10_000_000,
-        "train_tokens": 100_000_000,
-    }
-    if source == published and documents != 143_651:
+    # such hash can be had from token streams. The number of training documents can be compared.
+    if made and source == SLOWRUN and made["train"]["documents"] != SLOWRUN_DOCUMENTS:
         print(
-            f"warning: {documents:,} training documents, and slowrun's files have 143,651: "
-            "FineWeb has "
-            "changed, so losses cannot be compared with the leaderboard"
+            f"warning: {made['train']['documents']:,} training documents, and slowrun's files have "
+            f"{SLOWRUN_DOCUMENTS:,}: FineWeb has changed, so losses cannot be compared with the "
+            "leaderboard"
         )
+
+
+def hub_documents(dataset: str, subset: str) -> Iterator[Document]:
+    """The texts of a data set on the hub in its order, for no side yet, read as they arrive."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(dataset, name=subset or None, split="train", streaming=True)
+        for row in rows:
+            yield Document(row["text"], "")
+    except Exception as error:  # of datasets or of an HTTP client, after their own retries
+        if isinstance(error, OSError) and error.errno in OWN_FAULTS:
+            raise
+        raise UserError(
+            f"{dataset} cannot be read ({type(error).__name__}: {error}); see that the name is "
+            "right and the network is up, then run the command again"
+        ) from error
 
 
 def cut_to_budgets(
@@ -1011,8 +962,8 @@ def cut_to_budgets(
                 document, tokens = next(stream, (None, None))
                 if document is None:
                     raise UserError(
-                        f"the data set ended {left:,} tokens short of the {budget:,} for "
-                        f"{split}; lower --{split}_tokens or name a larger --subset"
+                        f"the data set ended {left:,} tokens short of the {budget:,} for {split}; "
+                        f"lower --{split}_tokens or name a larger --subset"
                     )
                 tokens = tokens[:left]
                 left -= len(tokens)
@@ -1037,21 +988,16 @@ def slowrun_stream(path: Path, vocab: int) -> np.ndarray:
         counts = [int(n) for n in found["valid_counts"]]
         if len(counts) != len(chunks) or not all(0 <= n <= rows for n in counts):
             raise UserError(
-                f"{path}: {len(chunks)} chunks of {rows} rows, but valid_counts says "
-                f"{counts[:5]}..."
+                f"{path}: {len(chunks)} chunks of {rows} rows, but valid_counts is {counts[:5]}..."
             )
-        return as_uint16(
-            np.concatenate([chunk[:n].ravel() for chunk, n in zip(chunks, counts)]), vocab, path
-        )
-    except (OSError, EOFError):
-        raise
-    except UserError:
+        whole = np.concatenate([chunk[:n].ravel() for chunk, n in zip(chunks, counts)])
+        return as_uint16(whole, vocab, path)
+    except (OSError, EOFError, UserError):
         raise
     except Exception as error:  # torch's unpickler and zip reader have half a dozen of their own
         raise UserError(
-            f"{path} is none of slowrun's files ({type(error).__name__}: {str(error)[:200]}): "
-            "it must hold "
-            "tokens, or chunks, valid_counts, batch_size and sequence_size"
+            f"{path} is none of slowrun's files ({type(error).__name__}: {str(error)[:200]}): it "
+            "must hold tokens, or chunks, valid_counts, batch_size and sequence_size"
         ) from error
 
 
@@ -1063,17 +1009,15 @@ def as_uint16(tokens: np.ndarray, vocab: int, path: Path) -> np.ndarray:
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise UserError(
             f"{path}: its tokens are {tokens.dtype} of shape {tokens.shape}, and must be whole "
-            "numbers in one row; "
-            "make the file again with slowrun's prepare_data.py"
+            "numbers in one row; make the file again with slowrun's prepare_data.py"
         )
     for low in range(0, len(tokens), 1 << 22):
         piece = tokens[low : low + (1 << 22)]
         wrong = np.flatnonzero((piece < 0) | (piece >= vocab))
         if len(wrong):
             raise UserError(
-                f"{path}: token {piece[wrong[0]]} at position {low + wrong[0]} is none of "
-                f"GPT-2's {vocab}; "
-                "make the file again with slowrun's prepare_data.py"
+                f"{path}: token {piece[wrong[0]]} at position {low + wrong[0]} is none of GPT-2's "
+                f"{vocab}; make the file again with slowrun's prepare_data.py"
             )
     return tokens.astype(np.uint16, copy=False)
 
@@ -1081,8 +1025,7 @@ def as_uint16(tokens: np.ndarray, vocab: int, path: Path) -> np.ndarray:
 def from_slowrun(
     folder: tyro.conf.Positional[Path], /, out: Path = Path("data/slowrun"), force: bool = False
 ) -> None:
-    """Make a data set from slowrun's own fineweb_train.pt and fineweb_val.pt, in either of its two
-    formats.
+    """Make a data set from slowrun's own fineweb_train.pt and fineweb_val.pt, in either format.
 
     Args:
         folder: Where the two files are.
@@ -1090,28 +1033,20 @@ def from_slowrun(
         force: Replace whatever data set is there.
     """
     paths = {split: folder / f"fineweb_{split}.pt" for split in ("val", "train")}
-    source = {
-        "command": "from_slowrun",
-        **{split: file_hash(path) for split, path in paths.items()},
-    }
-    if nothing_to_do(out, source, force):
-        return
-    with locked(out):
-        if complete(out, source, force):
-            return
+    hashes = {split: file_hash(path) for split, path in paths.items()}
+
+    def documents(tokenizer: Encoder) -> Iterator[tuple[Document, np.ndarray]]:
+        for split, path in paths.items():
+            stream = slowrun_stream(path, tokenizer.vocab)
+            for tokens in documents_of([stream], tokenizer.separator):
+                yield Document("", split), np.ascontiguousarray(tokens)
+
+    def fill(data: DataSet) -> None:
         tokenizer = Encoder("gpt2")
-        with DataSet(out, "fineweb", SHARD_TOKENS) as data:
-            data.fill(
-                tokenizer,
-                (
-                    (Document("", split), np.ascontiguousarray(tokens))
-                    for split, path in paths.items()
-                    for tokens in documents_of(
-                        [slowrun_stream(path, tokenizer.vocab)], tokenizer.separator
-                    )
-                ),
-            )
-            data.finish(source, published_split=True)
+        data.fill(tokenizer, documents(tokenizer))
+
+    source = {"command": "from_slowrun", **hashes}
+    make(out, "fineweb", source, fill, force, published_split=True)
 
 
 def to_slowrun(
@@ -1130,50 +1065,51 @@ def to_slowrun(
         raise UserError(
             f"{folder} has no manifest of GPT-2 tokens; run: python data/get.py slowrun"
         )
-    sides = {
-        split: {name: entry for name, entry in manifest["files"].items() if side(name) == split}
-        for split in ("val", "train")
-    }
+    sides = {"val": {}, "train": {}}
+    for name, entry in manifest["files"].items():
+        if side(name):
+            sides[side(name)][name] = entry
     for split, shards in sides.items():
         if not sum(entry["tokens"] for entry in shards.values()):
             raise UserError(
-                f"{folder} has no {split} tokens; slowrun reads both sides: get a data set "
-                "that has them"
+                f"{folder} has no {split} tokens; slowrun reads both sides: get a data set that "
+                "has them"
             )
         if altered := altered_files(folder, shards):
             raise UserError(
                 f"{folder}: {', '.join(altered)} missing or altered; get the data set again"
             )
     out.mkdir(parents=True, exist_ok=True)
-    for (split, shards), seed in zip(sides.items(), (42, 43)):
-        path, total = out / f"fineweb_{split}.pt", sum(entry["tokens"] for entry in shards.values())
-        starts = array("q")
-        for low, piece in token_pieces(folder, shards):
-            starts.extend((low + np.flatnonzero(piece == manifest["separator"])).tolist())
-        content = {
-            "tokens": FlatTensor("0", "uint16", total),
-            "doc_starts": FlatTensor("1", "int64", len(starts)),
-            "bos_id": manifest["separator"],
-            "seq_shuffle_seed": seed,
-            "seq_size": 2049,
-        }
-        with written_whole(path) as file, zipfile.ZipFile(file, "w") as archive:
-            add_record(archive, "archive/data.pkl", [torch_pickle(content)])
-            add_record(archive, "archive/byteorder", [b"little"])
-            add_record(
-                archive,
-                "archive/data/0",
-                (piece for _, piece in token_pieces(folder, shards)),
-                2 * total,
-            )
-            add_record(archive, "archive/data/1", [np.array(starts, "<i8")])
-            add_record(archive, "archive/version", [b"3\n"])
-        print(f"{path}: {total:,} tokens, {len(starts):,} documents")
+    for (split, shards), seed in zip(sides.items(), (42, 43)):  # the seeds of slowrun's own files
+        write_slowrun(out / f"fineweb_{split}.pt", folder, shards, manifest["separator"], seed)
+
+
+def write_slowrun(path: Path, folder: Path, shards: dict, separator: int, seed: int) -> None:
+    """One of slowrun's files, of the tokens of a data set's shards."""
+    total = sum(entry["tokens"] for entry in shards.values())
+    starts = array("q")
+    for low, piece in token_pieces(folder, shards):
+        starts.extend((low + np.flatnonzero(piece == separator)).tolist())
+    content = {
+        "tokens": FlatTensor("0", "uint16", total),
+        "doc_starts": FlatTensor("1", "int64", len(starts)),
+        "bos_id": separator,
+        "seq_shuffle_seed": seed,
+        "seq_size": 2049,
+    }
+    pieces = (piece for _, piece in token_pieces(folder, shards))
+    with written_whole(path) as file, zipfile.ZipFile(file, "w") as archive:
+        add_record(archive, "archive/data.pkl", [torch_pickle(content)])
+        add_record(archive, "archive/byteorder", [b"little"])
+        add_record(archive, "archive/data/0", pieces, 2 * total)
+        add_record(archive, "archive/data/1", [np.array(starts, "<i8")])
+        add_record(archive, "archive/version", [b"3\n"])
+    print(f"{path}: {total:,} tokens, {len(starts):,} documents")
 
 
 def token_pieces(folder: Path, shards: Iterable[str]) -> Iterator[tuple[int, np.ndarray]]:
-    """The tokens of these shards in pieces of at most 4 MB, each with its place in the stream. They
-    are read, not mapped: pages of a map count as memory of the process for as long as it stands.
+    """Pieces of these shards' tokens, at most 4 MB each, with their places in the stream. They are
+    read, not mapped: pages of a map count as memory of the process for as long as it stands.
     """
     at = 0
     for name in shards:
@@ -1201,45 +1137,25 @@ def torch_pickle(content: dict) -> bytes:
         return pickle.dumps(value, 2)[2:-1]  # without the mark of the protocol and the stop
 
     def tensor(t: FlatTensor) -> bytes:
-        # a dtype from before torch 2.3 has a storage class of its own, one from after it is named
-        # behind an untyped storage
-        typed = t.dtype == "int64"
-        storage, count = (
-            (b"ctorch\nLongStorage\n", t.size)
-            if typed
-            else (b"ctorch.storage\nUntypedStorage\n", 2 * t.size)
-        )
-        return (
-            b"ctorch._utils\n"
-            + (b"_rebuild_tensor_v2\n" if typed else b"_rebuild_tensor_v3\n")
-            + b"(("
-            + plain("storage")
-            + storage
-            + plain(t.key)
-            + plain("cpu")
-            + plain(count)
-            + b"tQ"
-            + plain(0)
-            + plain((t.size,))
-            + plain((1,))
-            + plain(False)
-            + b"ccollections\nOrderedDict\n)R"
-            + (b"" if typed else b"ctorch\nuint16\n")
-            + b"tR"
-        )
+        if t.dtype == "int64":  # a dtype from before torch 2.3: its storage has a class of its own
+            rebuild, dtype = b"_rebuild_tensor_v2\n", b""
+            storage, count = b"ctorch\nLongStorage\n", t.size
+        else:  # one from after it is named, behind an untyped storage
+            rebuild, dtype = b"_rebuild_tensor_v3\n", b"ctorch\nuint16\n"
+            storage, count = b"ctorch.storage\nUntypedStorage\n", 2 * t.size
+        where = plain("storage") + storage + plain(t.key) + plain("cpu") + plain(count)
+        shape = plain(0) + plain((t.size,)) + plain((1,)) + plain(False)  # offset, size, stride
+        hooks = b"ccollections\nOrderedDict\n)R"
+        return b"ctorch._utils\n" + rebuild + b"((" + where + b"tQ" + shape + hooks + dtype + b"tR"
 
-    items = (
-        plain(k) + (tensor(v) if isinstance(v, FlatTensor) else plain(v))
-        for k, v in content.items()
-    )
-    return b"\x80\x02}(" + b"".join(items) + b"u."
+    items = b""
+    for key, value in content.items():
+        items += plain(key) + (tensor(value) if isinstance(value, FlatTensor) else plain(value))
+    return b"\x80\x02}(" + items + b"u."
 
 
 def add_record(archive: zipfile.ZipFile, name: str, pieces: Iterable, size: int = 0) -> None:
-    """
-    One stored record, its content at a multiple of 64 bytes as torch.save has it, so that a map of
-    it is aligned.
-    """
+    """One stored record, its content at a multiple of 64 bytes: so a map of it is aligned."""
     info, large = zipfile.ZipInfo(name), size > (1 << 30)
     content = archive.fp.tell() + 30 + len(name) + (20 if large else 0) + 4
     padding = -content % 64
@@ -1266,10 +1182,8 @@ class HubFile(NamedTuple):
 
 
 def with_retries(what: str, action: Callable[[], object]) -> object:
-    """The action's result, tried up to ATTEMPTS times while the network or the hub fails.
-
-    Raises UserError if it goes on failing, or at once where the hub refuses (no such repository, no
-    access).
+    """The action's result, tried up to ATTEMPTS times while the network or the hub fails. Raises
+    UserError if it goes on failing, or at once where the hub refuses: no such name, no access.
     """
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -1308,16 +1222,15 @@ def hub_listing(repo: str, revision: str) -> tuple[str, dict[str, HubFile]]:
     api = HfApi()
     what = f"the list of files of {repo}"
     commit = with_retries(what, lambda: api.dataset_info(repo, revision=revision).sha)
-    tree = with_retries(
-        what,
-        lambda: list(
-            api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
-        ),
-    )
-    files = [entry for entry in tree if isinstance(entry, RepoFile)]
-    return commit, {
-        f.path: HubFile(f.path, f.size, f.lfs.sha256 if f.lfs else f.blob_id) for f in files
-    }
+
+    def tree() -> list:
+        entries = api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
+        return [entry for entry in entries if isinstance(entry, RepoFile)]
+
+    files = {}
+    for f in with_retries(what, tree):
+        files[f.path] = HubFile(f.path, f.size, f.lfs.sha256 if f.lfs else f.blob_id)
+    return commit, files
 
 
 def is_published(path: Path, file: HubFile) -> bool:
@@ -1330,12 +1243,10 @@ def is_published(path: Path, file: HubFile) -> bool:
 
 
 def download(repo: str, commit: str, file: HubFile, path: Path) -> None:
-    """One file, through `path.part`, which a broken or killed download leaves and the next one
-    continues.
+    """One file, through `path.part`, which a killed download leaves and the next one continues.
 
     huggingface_hub reads the stream, continues it where the connection breaks and draws the bar.
-    What hf_hub_download lacks is added here: it begins anew in a new process, checks no hash and
-    gives up at a 503.
+    hf_hub_download would begin anew in a new process, check no hash and give up at a 503.
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -1370,28 +1281,21 @@ def download(repo: str, commit: str, file: HubFile, path: Path) -> None:
 
 
 def fetch(out: Path, repo: str, commit: str, wanted: dict[str, HubFile]) -> None:
-    """Downloads those of the files (by local name) that `out` does not hold as published, if the
-    disk has room.
-    """
+    """Downloads those files (by local name) that `out` lacks as published, if the disk has room."""
     missing = {}
-    for name, file in tqdm(
-        wanted.items(), desc="checking what is here", unit="file", leave=False, delay=1
-    ):
+    for name, file in file_bar(wanted.items(), "checking what is here"):
         if not is_published(out / name, file):
             missing[name] = file
             if (out / name).exists():
-                print(
-                    f"{out / name} is not the published file (size or hash); downloading it again"
-                )
-    needed = sum(file.size for file in missing.values())
-    needed -= sum(
-        part.stat().st_size for name in missing if (part := out / f"{name}.part").exists()
-    )
+                print(f"{out / name} is not the published file (size or hash): fetching it again")
+    parts = [out / f"{name}.part" for name in missing]
+    begun = sum(part.stat().st_size for part in parts if part.exists())
+    needed = sum(file.size for file in missing.values()) - begun
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
-            f"{out}: {needed / 1e9:.1f} GB are to be downloaded and {free / 1e9:.1f} GB free; "
-            "ask for fewer --shards or give an --out on a larger disk"
+            f"{out}: {needed / 1e9:.1f} GB are to be downloaded and {free / 1e9:.1f} GB free; ask "
+            "for fewer --shards or give an --out on a larger disk"
         )
     for number, (name, file) in enumerate(missing.items(), 1):
         print(f"[{number}/{len(missing)}] {name}", flush=True)
@@ -1401,17 +1305,14 @@ def fetch(out: Path, repo: str, commit: str, wanted: dict[str, HubFile]) -> None
 def chosen_shards(
     listing: dict[str, HubFile], folder: str, prefix: str, shards: int, repo: str
 ) -> dict[str, HubFile]:
-    """All validation shards and the first `shards` training shards under a folder of the
-    repository, by name.
-    """
-    val, train = (
-        sorted(fnmatch.filter(listing, f"{folder}{prefix}_{split}_{'[0-9]' * 6}.bin"))
-        for split in ("val", "train")
-    )
+    """All validation and the first `shards` training shards of a repository's folder, by name."""
+    number = "[0-9]" * 6
+    val = sorted(fnmatch.filter(listing, f"{folder}{prefix}_val_{number}.bin"))
+    train = sorted(fnmatch.filter(listing, f"{folder}{prefix}_train_{number}.bin"))
     if not val or not train:
         raise UserError(
-            f"{repo} has no {folder}{prefix}_train_*.bin with a {prefix}_val_*.bin; the "
-            "repository has changed, or another one is meant"
+            f"{repo} has no {folder}{prefix}_train_*.bin with a {prefix}_val_*.bin; the repository "
+            "has changed, or another one is meant"
         )
     if shards > len(train):
         raise UserError(
@@ -1422,8 +1323,8 @@ def chosen_shards(
 
 
 def here_already(out: Path, source: dict, shards: int) -> bool:
-    """Whether the folder's manifest has that many training shards and the files are unaltered: then
-    no network is needed. Raises UserError if the folder holds another data set.
+    """Whether the folder has that many training shards, unaltered, so that no network is needed.
+    Raises UserError if it holds another data set.
     """
     manifest = read_manifest(out)
     if shards < 0:
@@ -1433,9 +1334,8 @@ def here_already(out: Path, source: dict, shards: int) -> bool:
     if {key: manifest["source"].get(key) for key in source} != source:
         raise UserError(f"{out} holds another data set ({manifest['source']}); give another --out")
     train = sorted(name for name in manifest["files"] if side(name) == "train")
-    needed = {
-        name: entry for name, entry in manifest["files"].items() if name not in train[shards:]
-    }
+    beyond = train[shards:]
+    needed = {name: entry for name, entry in manifest["files"].items() if name not in beyond}
     if len(train) < shards or altered_files(out, needed):
         return False
     print(f"{out} is complete, nothing to do: {summary(manifest)}")
@@ -1445,21 +1345,18 @@ def here_already(out: Path, source: dict, shards: int) -> bool:
 def finish_download(
     out: Path, source: dict, wanted: Iterable[str], tokenizer: str, vocab: int, separator: int
 ) -> None:
-    """Reads every shard through (header, size, ids) and writes the manifest of these and earlier
-    downloads."""
+    """Reads every shard through (header, size, ids); writes the manifest of all downloads here."""
     earlier = read_manifest(out) or {"files": {}}
     entries = {name: entry for name, entry in earlier["files"].items() if (out / name).is_file()}
-    for name in tqdm(wanted, desc="checking shards", unit="file", leave=False, delay=1):
+    for name in file_bar(wanted, "checking shards"):
         if side(name):
             read_shard(out / name, vocab)
         entries[name] = describe(out / name, separator)
-    totals = {
-        split: {
-            key: sum(entry[key] for name, entry in entries.items() if side(name) == split)
-            for key in ("tokens", "documents")
-        }
-        for split in ("train", "val")
-    }
+    totals = {split: {"tokens": 0, "documents": 0} for split in ("train", "val")}
+    for name, entry in entries.items():
+        if side(name):
+            totals[side(name)]["tokens"] += entry["tokens"]
+            totals[side(name)]["documents"] += entry["documents"]
     manifest = {
         "source": source,
         "published_split": True,
@@ -1474,10 +1371,7 @@ def finish_download(
 
 
 def gpt2_shards(repo: str, prefix: str, shards: int, out: Path) -> None:
-    """
-    Shards of kjj0's repositories, which modded-nanogpt trains on: GPT-2 tokens, one validation
-    shard.
-    """
+    """Shards of kjj0's repositories, modded-nanogpt's: GPT-2 tokens, one shard of validation."""
     source = {"command": "download", "repo": repo}
     if here_already(out, source, shards):
         return
@@ -1530,10 +1424,13 @@ def golf(
 
     Args:
         variant: Tokenizer of the challenge: sp1024 and others; a wrong name prints those that
-        exist. shards: Training shards of 100M tokens (200 MB each); all validation shards always
-        come along. out: Folder of the data set; data/golf_VARIANT if not given. repo: Data set
-        repository on the hub; others have published more tokenizers in the same layout. root:
-        Folder in the repository that holds manifest.json.
+            exist.
+        shards: Training shards of 100M tokens (200 MB each); all validation shards always come
+            along.
+        out: Folder of the data set; data/golf_VARIANT if not given.
+        repo: Data set repository on the hub; others have published more tokenizers in the same
+            layout.
+        root: Folder in the repository that holds manifest.json.
     """
     out = out or Path(f"data/golf_{variant}")
     source = {"command": "download", "repo": repo, "variant": variant}
@@ -1567,8 +1464,8 @@ def golf(
 
 
 def golf_tokenizer(path: Path, variant: str) -> str:
-    """Where the challenge's manifest at `path` has the variant's SentencePiece model, relative to
-    its folder in the repository.
+    """The variant's SentencePiece model in the challenge's manifest at `path`, relative to that
+    file's folder in the repository.
 
     Raises UserError for an unknown variant, for one without such a model (the byte tokenizers), and
     for a manifest in another layout.
@@ -1576,15 +1473,14 @@ def golf_tokenizer(path: Path, variant: str) -> str:
     try:
         manifest = json.loads(path.read_text("utf-8"))
         models = {entry["name"]: entry.get("model_path") for entry in manifest["tokenizers"]}
-        variants = {
-            entry["name"].removeprefix("fineweb10B_"): models.get(entry["tokenizer_name"])
-            for entry in manifest["datasets"]
-        }
+        variants = {}
+        for entry in manifest["datasets"]:
+            name = entry["name"].removeprefix("fineweb10B_")
+            variants[name] = models.get(entry["tokenizer_name"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{path} is not in parameter-golf's layout ({why}); see that --repo "
-            "and --root are right"
+            f"{path} is not in parameter-golf's layout ({why}); are --repo and --root right?"
         ) from None
     if not variants.get(variant):
         known = ", ".join(name for name, model in variants.items() if model)
@@ -1600,8 +1496,8 @@ def golf_tokenizer(path: Path, variant: str) -> str:
 
 
 def documents_of(shards: Iterable[np.ndarray], separator: int) -> Iterator[np.ndarray]:
-    """The documents of a stream, each from its separator to the next, whole where they run across
-    shards. Tokens before the first separator come as a piece without one.
+    """The documents of a stream, each from its separator to the next, whole across shards. Tokens
+    before the first separator come as a piece without one.
     """
     rest = np.empty(0, np.uint16)
     for tokens in shards:
@@ -1629,19 +1525,14 @@ class Check:
         self.problems = []
         if not path.exists():
             raise UserError(f"{path} does not exist; give a folder of shards or a shard")
-        others = sorted(self.folder.glob("*.bin")) if self.whole else [path]
-        others = [other.name for other in others if not side(other.name)]
+        candidates = sorted(self.folder.glob("*.bin")) if self.whole else [path]
+        others = ", ".join(other.name for other in candidates if not side(other.name))
+        shard = "*_train_NNNNNN.bin or *_val_NNNNNN.bin"
         if not self.shards:
-            but = f" (but {', '.join(others)})" if others else ""
-            raise UserError(
-                f"{path} holds no *_train_NNNNNN.bin or *_val_NNNNNN.bin{but}; give a "
-                "folder that does"
-            )
+            but = f" (but {others})" if others else ""
+            raise UserError(f"{path} holds no {shard}{but}; give a folder that does")
         if others:
-            print(
-                f"no run reads: {', '.join(others)}; "
-                "a shard is *_train_NNNNNN.bin or *_val_NNNNNN.bin"
-            )
+            print(f"no run reads: {others}; a shard is {shard}")
         self.manifest = read_manifest(self.folder) or {}
         self.listed = self.manifest.get("files", {})
         given = tokenizer or self.manifest.get("tokenizer", "")
@@ -1667,15 +1558,11 @@ class Check:
                 self.problems.append(str(error))
             print(f"{path.name:<34} {tokens:>14} {documents:>11} {size:>14}  {self.standing(path)}")
         if self.whole:
-            others = {
-                name: entry
-                for name, entry in self.listed.items()
-                if not side(name) or self.folder / name not in self.shards
-            }
-            self.problems += [
-                f"{self.folder / name}: missing or altered; get the data set again"
-                for name in altered_files(self.folder, others)
-            ]
+            shown = {path.name for path in self.shards}
+            others = {name: entry for name, entry in self.listed.items() if name not in shown}
+            for name in altered_files(self.folder, others):
+                problem = f"{self.folder / name}: missing or altered; get the data set again"
+                self.problems.append(problem)
         return streams
 
     def standing(self, path: Path) -> str:
@@ -1700,25 +1587,23 @@ class Check:
         """Prints a line of counts for one side and returns the hashes of its documents."""
         hashes, size, decoded = array("Q"), 0, 0
         tokens = sum(map(len, shards))
-        with tqdm(
-            total=tokens, unit="token", unit_scale=True, desc=split, leave=False, delay=1
-        ) as bar:
-            for document in documents_of(shards, self.encoder.separator):
-                bar.update(len(document))
-                count = self.encoder.count_bytes(document)
-                size += count
-                if document[0] != self.encoder.separator:
-                    # begins before the first shard: its first space and its hash are unknown
-                    continue
-                if decoded < decode_tokens:
-                    decoded += len(document)
-                    length = len(self.encoder.decode(document))
-                    if length != count:
-                        self.problems.append(
-                            f"{split} document {len(hashes)}: {count} bytes by pieces, "
-                            f"{length} as it decodes; is {self.encoder.name} its tokenizer?"
-                        )
-                hashes.append(hash64(document.tobytes()))
+        bar = tqdm(total=tokens, unit="token", unit_scale=True, desc=split, leave=False, delay=1)
+        for document in documents_of(shards, self.encoder.separator):
+            bar.update(len(document))
+            count = self.encoder.count_bytes(document)
+            size += count
+            if document[0] != self.encoder.separator:
+                continue  # begins before the first shard: its first space and hash are unknown
+            if decoded < decode_tokens:
+                decoded += len(document)
+                length = len(self.encoder.decode(document))
+                if length != count:
+                    self.problems.append(
+                        f"{split} document {len(hashes)}: {count} bytes by pieces, {length} as it "
+                        f"decodes; is {self.encoder.name} its tokenizer?"
+                    )
+            hashes.append(hash64(document.tobytes()))
+        bar.close()
         print(
             f"{split}: {tokens:,} tokens, {len(hashes):,} documents, {size:,} bytes, "
             f"{size / max(tokens, 1):.4f} bytes per token; text of {decoded:,} tokens compared"
@@ -1728,24 +1613,20 @@ class Check:
         for key, value in found.items():
             if value != expected.get(key, value):
                 self.problems.append(
-                    f"{split}: {value:,} {key}, and manifest.json says {expected[key]:,}; "
-                    "get the data again"
+                    f"{split}: {value:,} {key}, and manifest.json says {expected[key]:,}; get the "
+                    "data again"
                 )
         return hashes
 
     def both_sides(self, decode_tokens: int, streams: dict[str, list[np.ndarray]]) -> None:
         """Checks the documents of each side, and that none is on both."""
         if not self.encoder:
-            print(
-                "documents, bytes and split not checked: no manifest names a tokenizer; give "
-                "--tokenizer"
-            )
+            print("documents, bytes, split not checked: no tokenizer is known; give --tokenizer")
             return
-        hashes = [
-            self.documents(split, shards, decode_tokens)
-            for split, shards in streams.items()
-            if shards
-        ]
+        hashes = []
+        for split, shards in streams.items():
+            if shards:
+                hashes.append(self.documents(split, shards, decode_tokens))
         if len(hashes) == 2:
             shared = len(np.intersect1d(*hashes))
             print(f"documents on both sides: {shared:,}")
@@ -1805,47 +1686,30 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may not fit the console
-    commands = [
-        sample,
-        tokenize,
-        fineweb10B,
-        fineweb100B,
-        finewebedu10B,
-        golf,
-        slowrun,
-        from_slowrun,
-        to_slowrun,
-        check,
-    ]
+    published = [fineweb10B, fineweb100B, finewebedu10B, golf, slowrun]
+    commands = [sample, tokenize, *published, from_slowrun, to_slowrun, check]
     try:
         tyro.extras.subcommand_cli_from_dict(
             {command.__name__: command for command in commands},
             args=argv,
             prog="get.py",
-            description="Make a data set from shipped or own text, download a published one, "
-            "or check one.",
+            description="Make a data set from text, download a published one, or check one.",
             use_underscores=True,
         )
+        return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
     except OSError as error:
         where = error.filename2 or error.filename or "disk"  # of a copy, where it goes
-        print(f"error: {where}: {error.strerror or error}; {advice(error)}", file=sys.stderr)
-        return 2
+        message = f"{where}: {error.strerror or error}; {advice(error)}"
     except MemoryError as error:
-        print(
-            f"error: not enough memory ({error}); give smaller files, or fewer --shard_tokens",
-            file=sys.stderr,
-        )
-        return 2
+        message = f"not enough memory ({error}); give smaller files, or fewer --shard_tokens"
     except KeyboardInterrupt:
-        print(
-            "interrupted; run the same command again: a download goes on where it stopped",
-            file=sys.stderr,
-        )
+        again = "run the same command again: a download goes on where it stopped"
+        print(f"interrupted; {again}", file=sys.stderr)
         return 130
-    return 0
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,80 +1,60 @@
 """
-What averaging the weights is worth, apart from what the falling learning rate is worth.
+What averaging the weights is worth, apart from what the falling learning rate is worth: the
+analysis of ./run.sh study warmdown.
 
-    python logs/averaging.py logs/run-a logs/run-b ...
-
-For every run that kept a checkpoint of its end: the live weights, their moving average and their
-plain average, each scored as it is and as the run's export rounds it, on the same validation
-prefix. One row per arm, mean over its seeds, standard deviation behind. Runs need --ema and
---swa_every, or have fewer columns.
+For every run: the live weights, their moving average and their plain average, each scored as it is
+and as the run's export rounds it, on the same validation prefix. Runs need a checkpoint of their
+end, --ema and --swa_every, or have fewer columns.
 """
 
-import statistics
-import sys
-from collections import defaultdict
+import math
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import golf
 import train_gpt as tg
-from logs.endings import ending
-from logs.report import ReportError, load_folder
+from logs import score
+from logs.report import mean_sd
 
 
 def scores(folder: Path) -> dict[str, float]:
-    """
-    Bits per byte (nats per token where bytes are unknown) by "live", "live rounded", "ema", ...
-    """
-    saved = tg.checkpoints(folder)
-    if not saved:
+    """Bits per byte (nats per token where bytes are unknown) by "live", "live rounded", "ema"..."""
+    if not tg.checkpoints(folder):
         raise tg.UserError(
             f"{folder} holds no complete checkpoint (ckpt/*/DONE): it was not kept, or the run "
             "is not finished"
         )
-    path = saved[-1]
-    cfg, live = tg.checkpoint_config(path), tg.read_tensors(path / "model.safetensors")
-    averages = tg.read_tensors(path / "averages.safetensors")
+    s = score.opened(score.Source(str(folder)), exact=True)
+    live = tg.read_tensors(s.path / "model.safetensors")
+    averages = tg.read_tensors(s.path / "averages.safetensors")
     kinds = {"live": live}
     for kind in ("ema", "swa"):
         if f"{next(iter(live))}:{kind}" in averages:
             kinds[kind] = {name: averages[f"{name}:{kind}"].view_as(w) for name, w in live.items()}
-    cfg.compile, plan = 0, tg.Plan(cfg)
-    device = tg.choose_device(cfg)
-    model = tg.build_model(
-        cfg, device, tg.choose_dtype(cfg, device), max(plan.max_seq_len, plan.eval_seq_len)
-    )
-    val, _ = golf.validation(model)
-    scorer = golf.make_scorer(
-        model, golf.How(mode="chunked"), plan.eval_shape(plan.at(cfg.steps, 1.0))
-    )
-    found = {}
+    scorer = score.make_scorer(s.model, score.OneScore(mode="chunked"), s.shape)
+    found, bits = {}, tg.parse_bits(s.cfg.export)
     for kind, named in kinds.items():
-        data = golf.pack(named, golf.quantise(named, golf.parse_bits(cfg.export)), cfg, "zstd")
-        for word, weights in ((kind, named), (f"{kind} rounded", golf.unpack(data, kind)[1])):
-            tg.load_weights(model, weights, word)
-            result = golf.score_all(scorer, val)
-            found[word] = result["bpb"] if val.bytes else result["loss"]
+        rounded = tg.quantise({name: named[name] for name in tg.quantised_names(s.model)}, bits)
+        data = tg.pack_artifact(named, rounded, s.cfg, "zstd")
+        read = tg.unpack_artifact(data, kind)[1]
+        for word, weights in ((kind, named), (f"{kind} rounded", read)):
+            tg.load_weights(s.model, weights, word)
+            result = score.score_all(scorer, s.val)
+            found[word] = result["val_bpb"] if s.val.bytes else result["val_loss"]
     return found
 
 
-def main(folders: list[str]) -> int:
-    arms = defaultdict(list)
-    for folder in map(Path, folders):
-        if not (folder / "result.json").exists():
-            raise tg.UserError(f"{folder} has no result.json: it is not finished")
-        arms[load_folder(folder).result.get("arm") or folder.name].append(scores(folder))
+def analyse(study, found, out: Path) -> tuple[dict[str, str], list[str]]:
+    """The table by title, mean over seeds and standard deviation, of the runs of a study by arm."""
+    arms = {
+        name: [scores(study.folder(name, run.seed)) for run in runs] for name, runs in found.items()
+    }
     words = list(dict.fromkeys(word for rows in arms.values() for row in rows for word in row))
-    print(f"| arm | n | {' | '.join(words)} |\n|-|-:|" + "-:|" * len(words))
-    for arm, rows in arms.items():
+    lines = [f"| arm | n | {' | '.join(words)} |", "|-|-:|" + "-:|" * len(words)]
+    for name, rows in arms.items():
         cells = []
         for word in words:
             values = [row[word] for row in rows if word in row]
-            sd = f" ({statistics.stdev(values):.4f})" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.4f}{sd}" if values else "")
-        print(f"| {arm} | {len(rows)} | {' | '.join(cells)} |")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
-    sys.exit(ending("error", lambda: main(sys.argv[1:]), tg.UserError, ReportError))
+            mean, sd = mean_sd(values)
+            spread = "" if math.isnan(sd) else f" ({sd:.4f})"
+            cells.append(f"{mean:.4f}{spread}" if values else "")
+        lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    return {"Live weights and their averages, exact and rounded": "\n".join(lines)}, []

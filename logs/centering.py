@@ -1,21 +1,17 @@
-"""Sweep of output-embedding centering's methods over learning rates, scales and seeds, with tables
-and figures.
+"""
+The analysis of ./run.sh study centering: output-embedding centering's methods over learning rates,
+scales and seeds, in tables and figures.
 
-    ./run.sh centering                                   # the sweep (skips what is finished), then the tables
-    python logs/centering.py sweep --scales centering_cpu centering_cpu,dim=32 --lrs 1e-3 1e-2 --seeds 1 2
-    python logs/centering.py tables logs/centering       # overview.csv, tables and figures of what is there
-    python logs/centering.py tables loss_overview.csv    # the same of the paper's own overview
-    python logs/centering.py overhead --config centering_cpu   # step time of each method against the baseline, paired
+    python logs/centering.py tables loss_overview.csv          # of the paper's own overview
+    python logs/centering.py overhead --config centering_cpu   # step time of each method, paired
 
-A scale is a preset, with flags behind commas. Methods are interleaved within each seed and learning
-rate, so that a machine that drifts does so for all of them, and with one seed all see the same data
-in the same order. mu-loss's weight is given for the paper's 50,304 rows and scaled to the
-vocabulary: its pull on a row is 2 * weight * mu / rows.
+Contents: overview | tables | figures | overhead | command line
 """
 
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -32,17 +28,8 @@ if str(ROOT) not in sys.path:  # started as a script, which sees its own folder 
     sys.path.insert(0, str(ROOT))
 
 from logs.endings import ending  # noqa: E402
-from logs.report import ReportError, load_folder, mean_sd, table  # noqa: E402
+from logs.report import ReportError, Run, mean_sd, table  # noqa: E402
 
-PAPER_ROWS = 50304
-# name -> flags; `mu_loss` is the weight that the paper's vocabulary would have
-METHODS = {
-    "baseline": {},
-    "z_loss": {"z_loss": 1e-4},
-    "mu_loss": {"mu_loss": 1e-4},
-    "mu_loss_1e-1": {"mu_loss": 1e-1},
-    "mu_centering": {"mu_centering": 1},
-}
 PAPER_METHODS = {
     "baseline": "baseline",
     "zloss": "z_loss",
@@ -59,251 +46,91 @@ COLORS = {
 PAPER_LOSS = {"221M": 10.85}
 
 ########################################
-#                Sweep                 #
-########################################
-
-
-@dataclass
-class Sweep:
-    """
-    Train every method at every learning rate, scale and seed. Finished runs are skipped, broken
-    ones continued.
-    """
-
-    # presets, with flags behind commas
-    scales: tuple[str, ...] = ("centering_cpu", "centering_cpu,dim=32,depth=1")
-    methods: tuple[str, ...] = tuple(METHODS)  # of the table METHODS
-    lrs: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # peak learning rates of all weights
-    seeds: tuple[int, ...] = (1, 2, 3)  # of initial weights and data order
-    steps: int = 0  # optimizer steps; 0: the preset's
-    log_dir: str = "logs/centering"  # folder of the run folders
-
-
-def lr_flags(lr: float, steps: int) -> dict[str, str]:
-    """
-    One peak for all weights: warm-up over the first 5 % as lr*(step+1)/(warm-up+1), then half a
-    cosine down to 1e-5.
-    """
-    rates = {k: f"{lr:g}" for k in ("adamw_lr", "embed_lr", "head_lr", "scalar_lr", "tied_lr")}
-    return rates | {"lr": f"0:1/{round(0.05 * steps) + 1} 0.05>1 1~{1e-5 / lr:.8g}"}
-
-
-def run_argv(sweep: Sweep, scale: str, method: str, lr: float, seed: int) -> list[str]:
-    """Flags of one run of the sweep."""
-    import train_gpt as tg  # here and below: tables need no torch
-
-    preset, *changes = scale.split(",")
-    flags = {k: v for k, _, v in (c.partition("=") for c in changes)} | (
-        {"steps": sweep.steps} if sweep.steps else {}
-    )
-    plain = tg.parse_args(
-        ["--config", preset, *(x for k, v in flags.items() for x in (f"--{k}", str(v)))]
-    )
-    if other := [k for k in ("own_lr", "slow", "lr_cycles") if getattr(plain, k)]:
-        raise ReportError(
-            f"--scales {scale}: {other[0]} = {getattr(plain, other[0])!r} gives some weights "
-            "or epochs another "
-            "rate than the sweep's; unset it"
-        )
-    rows = (
-        plain.vocab
-        if plain.pad_vocab
-        else -(-plain.vocab // plain.head_multiple) * plain.head_multiple
-    )
-    flags |= {k: v * rows / PAPER_ROWS if k == "mu_loss" else v for k, v in METHODS[method].items()}
-    flags |= lr_flags(lr, plain.steps) | {"seed": seed, "log_dir": sweep.log_dir, "arm": method}
-    if plain.optimizer == "muon":
-        flags["matrix_lr"] = f"{lr:g}"
-    name = re.sub(r"[^\w.-]+", "_", scale)
-    flags["run"] = f"{name}-{method}-lr{lr:g}-s{seed}"
-    return [
-        "--config",
-        preset,
-        "--resume",
-        *(x for k, v in flags.items() for x in (f"--{k}", str(v))),
-    ]
-
-
-def is_over(cfg, folder: Path) -> bool:
-    """
-    Whether a run is finished or has diverged; one under other settings is refused, not taken for
-    this one.
-    """
-    import train_gpt as tg
-
-    over = (folder / "result.json").exists() or (folder / "diverged").exists()
-    if over and (changed := tg.changed_fields(cfg, folder, tg.FREE_ON_RESUME - {"embed_stats"})):
-        raise tg.UserError(
-            f"{folder} is over, but under other settings than this sweep's:\n"
-            + "\n".join(changed)
-            + "\nuse the old values, another --log_dir, or delete it"
-        )
-    return over
-
-
-def train(argv: list[str], ranks) -> str:
-    """
-    One run; what became of it. A run whose loss or gradient was not finite is marked, and counts as
-    diverged.
-    """
-    import train_gpt as tg
-
-    cfg = tg.parse_args(argv)
-    folder = Path(cfg.log_dir) / cfg.run
-    if ranks.on_main(lambda: is_over(cfg, folder)):
-        return "was there"
-    if cfg.compile:
-        # graphs of the runs before would count against the limit of recompilations
-        tg.torch._dynamo.reset()
-    with contextlib.redirect_stdout(io.StringIO()), tg.Run(cfg) as run:
-        try:
-            code = tg.train(cfg, run)
-        except tg.Diverged as e:  # on every rank alike
-            message = f"{e}\n".encode()
-            ranks.on_main(lambda: tg.write_whole(folder / "diverged", message))
-            return "diverged"
-    if code:
-        raise SystemExit(code)  # stopped by a signal, its state saved
-    result = folder / "result.json"
-    if not run.is_main:
-        return ""
-    return f"val_loss {json.loads(result.read_text(encoding='utf-8'))['val_loss']:.4f}"
-
-
-def sweep(options: Sweep) -> int:
-    unknown = [m for m in options.methods if m not in METHODS]
-    if unknown:
-        raise ReportError(
-            f"--methods {' '.join(unknown)}: no such method; there are {', '.join(METHODS)}"
-        )
-    jobs = [
-        (scale, method, lr, seed)
-        for seed in options.seeds
-        for lr in options.lrs
-        for scale in options.scales
-        for method in options.methods
-    ]
-    if not jobs:
-        raise ReportError(
-            "nothing to train: --scales, --methods, --lrs and --seeds each need a value"
-        )
-    import train_gpt as tg
-
-    argvs = [run_argv(options, *job) for job in jobs]
-    began, ranks = time.perf_counter(), tg.Run(tg.parse_args(argvs[0]))
-    ranks.prepare_machine()
-    ranks.meet()  # once for all runs
-    for i, (job, argv) in enumerate(zip(jobs, argvs)):
-        said = train(argv, ranks)
-        if ranks.is_main:
-            print(
-                f"{i + 1}/{len(jobs)} {time.perf_counter() - began:.0f}s "
-                f"{' '.join(map(str, job))}: {said}",
-                flush=True,
-            )
-    ranks.part()
-    return 0
-
-
-########################################
 #               Overview               #
 ########################################
 
 
-def read_run(folder: Path) -> dict | None:
+def read_run(run: Run, folder: Path, cell: dict) -> dict:
     """
-    One row of the overview; None for a run that is not over. Losses are the last evaluation's, pure
-    cross-entropy; a run that diverged has an infinite one and no statistics. Columns have the
-    paper's names where they mean the same.
+    One row of the overview. Losses are the last evaluation's, pure cross-entropy; a run that
+    diverged has an infinite one and no statistics. Columns have the paper's names where they mean
+    the same.
     """
-    diverged = (folder / "diverged").exists()
-    run = load_folder(folder)
-    if not (run.finished or diverged):
-        return None
-    cfg, last = run.config, run.val[-1] if run.val and not diverged else {}
-    if lost := [key for key in ("vocab", "z_loss", "mu_loss", "adamw_lr") if key not in cfg]:
-        raise ReportError(
-            f"{folder / 'config.toml'}: {lost[0]} is missing; this is no run of a sweep: leave it "
-            "out"
-        )
-    first = next((e["val_loss"] for e in run.val if e["step"] == 0), math.log(cfg["vocab"]))
-    gamma = {"z_loss": cfg["z_loss"], "mu_loss": cfg["mu_loss"]}.get(
-        re.sub("_1e.*", "", run.arm), 0.0
-    )
-    log = (
-        (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-        if (folder / "log.txt").is_file()
-        else ""
-    )
-    told = re.search(r"^model_params:(\d+)", log, re.MULTILINE)  # what diverged has no result.json
+    cfg, last = run.config, run.val[-1] if run.val and run.finished else {}
+    evaluated = (e["val_loss"] for e in run.val if e["step"] == 0)
+    # what diverged has no result.json
+    log = folder / "log.txt"
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    told = re.search(r"^model_params:(\d+)", text, re.MULTILINE)
+    loss = last.get("val_loss", math.inf)
     row = {
         "name": run.name,
-        "scale": run.name.split(f"-{run.arm}-")[0],
-        "method": run.arm,
-        "lambda": gamma,
+        "scale": cell["scale"],
+        "method": cell["method"],
+        "lambda": max(cfg["z_loss"], cfg["mu_loss"]),
         "lr": cfg["adamw_lr"],
         "seed": run.seed,
         "params": run.result.get("params") or (int(told[1]) if told else ""),
-        "initial_loss": first,
-        "test_loss": last.get("val_loss", math.inf),
-        "diverged": int(diverged),
+        "initial_loss": next(evaluated, math.log(cfg["vocab"])),
+        "test_loss": loss,
+        "diverged": int(not run.finished),
+        "test_perplexity": math.exp(loss) if math.isfinite(loss) else math.inf,
     }
-    row["test_perplexity"] = (
-        math.exp(row["test_loss"]) if math.isfinite(row["test_loss"]) else math.inf
-    )
-    # as older runs called them
-    ours = {"isotropy": "isotropy of both signs", "Smin/Smax": "Smin over Smax"}
-    row |= {
-        f"{p}.{ours.get(name, name)}": v
-        for k, v in last.items()
-        for p, _, name in [k.partition(".")]
-        if p in ("I", "O", "OC", "H")
-    }
+    statistics = last | (all_statistics(folder, cfg["embed_stats"]) if run.finished else {})
+    row |= {k: v for k, v in statistics.items() if k.partition(".")[0] in ("I", "O", "OC", "H")}
     return row | {"time": run.result.get("train_time_s", "")}
 
 
+def all_statistics(folder: Path, tokens: int) -> dict[str, float]:
+    """Those of embeddings and logits of a run's last checkpoint, taken once; none without one."""
+    import train_gpt as tg
+    from logs import embeddings
+
+    saved = tg.checkpoints(folder)
+    if not saved or not tokens:
+        return {}
+    kept = saved[-1] / f"embeddings-{tokens}.json"
+    if not kept.is_file():
+        found, _ = embeddings.of_source(str(folder), tokens)
+        tg.write_whole(kept, (json.dumps(found) + "\n").encode())
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
 def read_overview(path: Path) -> list[dict]:
-    """
-    Rows of a CSV, ours or the paper's, whose runs are told by their names alone (an integer N
-    behind lr is N * 1e-4).
-    """
+    """Rows of a CSV, ours or the paper's, whose runs are told by their names alone."""
     rows = []
     with open(path, newline="", encoding="utf-8", errors="replace") as f:
         for raw in csv.DictReader(f):
             if not isinstance(raw.get("name"), str) or None in raw or None in raw.values():
                 raise ReportError(
                     f"{path}: row {len(rows) + 1} has not the columns of an overview; give an "
-                    "overview.csv of this program or the paper's"
+                    "overview.csv of a study or the paper's"
                 )
             row = {k: number(v) for k, v in raw.items()}
-            if "method" not in row:
-                m = re.search(r"-(\d+M)-.*-lr(\d+)-([a-z]+?)(wt)?-g([\d.e+-]+)-s(\d+)", row["name"])
-                if not m or m[3] not in PAPER_METHODS:
-                    raise ReportError(
-                        f"{path}: {row['name']!r} is no name such as "
-                        "wor40A-16M-13p1B-100k-bs64-lr10-baseline-"
-                        "g0e+00-s1; give an overview.csv of this program or the paper's"
-                    )
-                method = (
-                    PAPER_METHODS[m[3]]
-                    + (
-                        ""
-                        if float(m[5]) in (0, 1e-4)
-                        else f"_{float(m[5]):.0e}".replace("e-0", "e-").replace("e+0", "e+")
-                    )
-                    + ("_tied" if m[4] else "")
-                )
-                row |= {
-                    "scale": m[1],
-                    "method": method,
-                    "lambda": float(m[5]),
-                    "lr": int(m[2]) * 1e-4,
-                    "seed": int(m[6]),
-                    "initial_loss": PAPER_LOSS.get(m[1], 10.83),
-                    "params": float(m[1][:-1]) * 1e6,
-                }
-            rows.append(row)
+            rows.append(row if "method" in row else row | named_by_the_paper(row["name"], path))
     return rows
+
+
+def named_by_the_paper(name: str, path: Path) -> dict:
+    """What a published run's name says; an integer N behind lr is N * 1e-4."""
+    m = re.search(r"-(\d+M)-.*-lr(\d+)-([a-z]+?)(wt)?-g([\d.e+-]+)-s(\d+)", name)
+    if not m or m[3] not in PAPER_METHODS:
+        raise ReportError(
+            f"{path}: {name!r} is no name such as wor40A-16M-13p1B-100k-bs64-lr10-baseline-"
+            "g0e+00-s1; give an overview.csv of a study or the paper's"
+        )
+    weight, method = float(m[5]), PAPER_METHODS[m[3]]
+    if weight not in (0, 1e-4):
+        method += f"_{weight:.0e}".replace("e-0", "e-").replace("e+0", "e+")
+    return {
+        "scale": m[1],
+        "method": method + ("_tied" if m[4] else ""),
+        "lambda": weight,
+        "lr": int(m[2]) * 1e-4,
+        "seed": int(m[6]),
+        "initial_loss": PAPER_LOSS.get(m[1], 10.83),
+        "params": float(m[1][:-1]) * 1e6,
+    }
 
 
 def number(text: str) -> float | str:
@@ -360,17 +187,12 @@ def size(rows: list[dict]) -> float:
 
 def grouped(rows: list[dict]) -> dict[tuple[str, str], dict[int, dict[float, dict]]]:
     """(scale, method) -> seed -> learning rate -> row; scales by size."""
-    sizes = {
-        scale: size([r for r in rows if r["scale"] == scale])
-        for scale in dict.fromkeys(r["scale"] for r in rows)
-    }
+    sizes = {r["scale"]: size([x for x in rows if x["scale"] == r["scale"]]) for r in rows}
+    sizes = {scale: 0 if math.isnan(n) else n for scale, n in sizes.items()}
     out: dict = {}
-    for row in sorted(
-        rows, key=lambda r: (0 if math.isnan(sizes[r["scale"]]) else sizes[r["scale"]], r["lr"])
-    ):
-        out.setdefault((row["scale"], row["method"]), {}).setdefault(int(row["seed"]), {})[
-            row["lr"]
-        ] = row
+    for row in sorted(rows, key=lambda r: (sizes[r["scale"]], r["lr"])):
+        by_seed = out.setdefault((row["scale"], row["method"]), {})
+        by_seed.setdefault(int(row["seed"]), {})[row["lr"]] = row
     return out
 
 
@@ -434,51 +256,31 @@ def paired(rows: list[dict], key: str) -> dict[tuple[str, str], dict[float, list
 
 
 def pairs(rows: list[dict]) -> str:
-    """
-    Differences of loss and anisotropy to the baseline, over all pairs of runs; empty where there is
-    none.
-    """
-    body, found = [], {key: paired(rows, key) for key in ("test_loss", "O.ratio norm")}
+    """Differences of loss and anisotropy to the baseline, over all pairs of runs, if there are."""
+    keys, body = ("test_loss", "O.ratio norm"), []
+    found = {key: paired(rows, key) for key in keys}
     for method in dict.fromkeys(r["method"] for r in rows if r["method"] != "baseline"):
         loss, ratio = (
             [
                 x
                 for (_, of), by_lr in found[key].items()
+                for x in itertools.chain(*by_lr.values())
                 if of == method
-                for v in by_lr.values()
-                for x in v
             ]
-            for key in ("test_loss", "O.ratio norm")
+            for key in keys
         )
         if loss:
             above = f"{sum(x > 0 for x in ratio)} of {len(ratio)}" if ratio else "-"
             body.append([method, str(len(loss)), spread(loss, 4), spread(ratio, 4), above])
-    return (
-        table(["method", "n", "test loss", "ratio norm", "ratio above the baseline's"], body)
-        if body
-        else ""
-    )
+    heads = ["method", "n", "test loss", "ratio norm", "ratio above the baseline's"]
+    return table(heads, body) if body else ""
 
 
-def sections(rows: list[dict]) -> dict[str, str]:
-    """
-    Tables by title. Numbers are means over seeds, behind them in brackets the sample standard
-    deviation.
-    """
-    groups = grouped(rows)
-    heads = [
-        "scale",
-        "method",
-        "n",
-        "rates",
-        "diverged",
-        "optimal loss",
-        "optimal lr",
-        "LRS /(n-1)",
-        "LRS /n",
-        "train s",
-    ]
-    main = []
+def main_table(groups: dict) -> str:
+    """Of each scale and method: optimal loss and rate, and sensitivity by both conventions."""
+    heads = ["scale", "method", "n", "rates", "diverged", "optimal loss", "optimal lr"]
+    heads += ["LRS /(n-1)", "LRS /n", "train s"]
+    body = []
     for (scale, method), seeds in groups.items():
         rates = all_rates(groups, scale)
         s, runs = summary(seeds, rates), [row for by_lr in seeds.values() for row in by_lr.values()]
@@ -490,42 +292,36 @@ def sections(rows: list[dict]) -> dict[str, str]:
             spread(s[k]) if any(map(math.isfinite, s[k])) else "nan"
             for k in ("loss", "lrs_n1", "lrs_n")
         )
-        main.append(
-            [
-                scale,
-                method,
-                str(len(s["loss"])),
-                few,
-                str(lost),
-                loss,
-                best or "-",
-                n1,
-                n,
-                spread(times, 1),
-            ]
-        )
-    out = {"Optimal loss and sensitivity to the learning rate": table(heads, main)}
+        counts = [str(len(s["loss"])), few, str(lost)]
+        body.append([scale, method, *counts, loss, best or "-", n1, n, spread(times, 1)])
+    return table(heads, body)
+
+
+# columns that have a table over the learning rates: title, digits
+BY_RATE = {
+    "test_loss": ("Test loss", 3),
+    "O.ratio norm": ("Anisotropy: |mu| over the mean row norm", 3),
+    "O.mu norm": ("|mu| of the output embedding", 3),
+    "O.logits_mean_mean": ("Mean logit", 2),
+    "O.logits_mean_absmax": ("Largest logit", 2),
+    "O.centering_ratio": ("B_ratio", 2),
+}
+
+
+def sections(rows: list[dict]) -> dict[str, str]:
+    """Tables by title: means over seeds, behind them in brackets the sample standard deviation."""
+    groups = grouped(rows)
+    out = {"Optimal loss and sensitivity to the learning rate": main_table(groups)}
     if differences := pairs(rows):
         out["Paired with the baseline of the same scale, rate and seed"] = differences
     rates = sorted({row["lr"] for row in rows})
-    for key, title, digits in (
-        ("test_loss", "Test loss", 3),
-        ("O.ratio norm", "Anisotropy: |mu| over the mean row norm", 3),
-        ("O.mu norm", "|mu| of the output embedding", 3),
-        ("O.logits_mean_mean", "Mean logit", 2),
-        ("O.logits_mean_absmax", "Largest logit", 2),
-        ("O.centering_ratio", "B_ratio", 2),
-    ):
+    for key, (title, digits) in BY_RATE.items():
         body = []
         for (scale, method), seeds in groups.items():
-            cells = []
-            for lr in rates:
-                values = [
-                    by_lr[lr][key]
-                    for by_lr in seeds.values()
-                    if lr in by_lr and isinstance(by_lr[lr].get(key), float)
-                ]
-                cells.append(spread(values, digits))
+            found = [
+                [by_lr[lr].get(key) for by_lr in seeds.values() if lr in by_lr] for lr in rates
+            ]
+            cells = [spread([x for x in v if isinstance(x, float)], digits) for v in found]
             body.append([scale, method, *cells])
         if any(cell != "-" for line in body for cell in line[2:]):
             out[title] = table(["scale", "method", *(f"{lr:g}" for lr in rates)], body)
@@ -565,46 +361,35 @@ PANELS = (
 )
 
 
+def by_rate(groups: dict, key: str) -> dict[tuple[str, str], dict[float, list[float]]]:
+    """(scale, method) -> learning rate -> what was measured of this column, over seeds."""
+    out = {}
+    for group, seeds in groups.items():
+        rates = sorted(set().union(*seeds.values()))
+        cells = {lr: [by_lr[lr] for by_lr in seeds.values() if lr in by_lr] for lr in rates}
+        out[group] = {lr: [r[key] for r in rows if measured(r, key)] for lr, rows in cells.items()}
+    return out
+
+
 def draw(rows: list[dict], path: Path):
-    """
-    Per scale panels over the learning rate; once the sensitivity against size. The figure, which is
-    saved.
-    """
+    """Per scale panels over the learning rate; once the sensitivity to it against size. Saved."""
     from matplotlib.figure import Figure  # pyplot would look for a display
 
-    groups, scales = grouped(rows), list(dict.fromkeys(scale for scale, _ in grouped(rows)))
-    of_key = {
-        key: {
-            group: {
-                lr: [
-                    by_lr[lr][key]
-                    for by_lr in seeds.values()
-                    if lr in by_lr and measured(by_lr[lr], key)
-                ]
-                for lr in sorted(set().union(*seeds.values()))
-            }
-            for group, seeds in groups.items()
-        }
-        for key, _, _ in PANELS
-    } | {"to the baseline": paired(rows, "test_loss")}
-    panels = [
-        p for p in PANELS if any(v for by_lr in of_key[p[0]].values() for v in by_lr.values())
-    ]
+    groups = grouped(rows)
+    scales = list(dict.fromkeys(scale for scale, _ in groups))
+    values = {key: by_rate(groups, key) for key, _, _ in PANELS}
+    values["to the baseline"] = paired(rows, "test_loss")
+    panels = [p for p in PANELS if any(any(by_lr.values()) for by_lr in values[p[0]].values())]
     columns = min(4, len(panels) + 1)
     lines = -(-(len(panels) + 1) // columns)  # of panels, for each scale
-    figure = Figure(figsize=(3.7 * columns, 3.1 * lines * len(scales) + 0.5), layout="constrained")
-    axes = (
-        figure.subplots(len(scales), lines * columns, squeeze=False)
-        if lines == 1
-        else figure.subplots(len(scales) * lines, columns, squeeze=False).reshape(
-            len(scales), lines * columns
-        )
-    )
+    size = (3.7 * columns, 3.1 * lines * len(scales) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(scales) * lines, columns, squeeze=False)
+    axes = axes.reshape(len(scales), lines * columns)
     for row, scale in zip(axes, scales):
         for ax, (key, label, linear) in zip(row, panels):
-            draw_panel(
-                ax, {method: v for (of, method), v in of_key[key].items() if of == scale}, linear
-            )
+            here = {method: v for (of, method), v in values[key].items() if of == scale}
+            draw_panel(ax, here, linear)
             ax.set(xscale="log", xlabel="learning rate", ylabel=label)
         row[0].set_title(scale, loc="left", fontsize=10)
         for ax in row[len(panels) :]:
@@ -630,21 +415,12 @@ def draw_panel(ax, values: dict[str, dict[float, list[float]]], linear: float) -
     for method, by_lr in values.items():
         keep = {lr: v for lr, v in by_lr.items() if v}
         if keep:
-            ax.plot(
-                list(keep), [float(np.mean(v)) for v in keep.values()], label=method, **look(method)
-            )
-            ax.fill_between(
-                list(keep),
-                [min(v) for v in keep.values()],
-                [max(v) for v in keep.values()],
-                color=look(method)["color"],
-                alpha=0.15,
-                lw=0,
-            )
+            rates, found, style = list(keep), list(keep.values()), look(method)
+            ax.plot(rates, [float(np.mean(v)) for v in found], label=method, **style)
+            low, high = [min(v) for v in found], [max(v) for v in found]
+            ax.fill_between(rates, low, high, color=style["color"], alpha=0.15, lw=0)
     if "baseline" not in values:  # differences to it
-        ax.axhline(
-            0, lw=2.5, **{k: v for k, v in look("baseline").items() if k == "color"}, zorder=1
-        )
+        ax.axhline(0, lw=2.5, color=look("baseline")["color"], zorder=1)
     every = [x for by_lr in values.values() for v in by_lr.values() for x in v]
     if linear and max(map(abs, every), default=0) > 30 * linear:
         ax.set_yscale("symlog", linthresh=linear)
@@ -654,26 +430,13 @@ def draw_panel(ax, values: dict[str, dict[float, list[float]]], linear: float) -
 
 
 def draw_sensitivity(ax, groups: dict, scales: list[str]) -> None:
-    """
-    Against the number of parameters, with the standard deviation over seeds; only over all rates of
-    a scale.
-    """
-    sizes, told = (
-        {
-            scale: size(
-                [
-                    r
-                    for (of, _), seeds in groups.items()
-                    if of == scale
-                    for by_lr in seeds.values()
-                    for r in by_lr.values()
-                ]
-            )
-            / 1e6
-            for scale in scales
-        },
-        [],
-    )
+    """Against size, with the standard deviation over seeds; only over all rates of a scale."""
+    sizes, told = {}, []
+    for scale in scales:
+        by_seed = [
+            by_lr for (of, _), seeds in groups.items() if of == scale for by_lr in seeds.values()
+        ]
+        sizes[scale] = size([row for by_lr in by_seed for row in by_lr.values()]) / 1e6
     methods = list(dict.fromkeys(m for _, m in groups))
     for i, method in enumerate(methods):
         points = []
@@ -685,15 +448,8 @@ def draw_sensitivity(ax, groups: dict, scales: list[str]) -> None:
                 points.append((sizes[scale] * 1.03 ** (i - len(methods) / 2), *mean_sd(values)))
         if points:
             x, y, sd = zip(*points)
-            ax.errorbar(
-                x,
-                y,
-                [0.0 if math.isnan(v) else v for v in sd],
-                label=method,
-                capsize=2,
-                elinewidth=1,
-                **look(method),
-            )
+            bars = [0.0 if math.isnan(v) else v for v in sd]
+            ax.errorbar(x, y, bars, label=method, capsize=2, elinewidth=1, **look(method))
             told += y
     ax.set(xlabel="parameters (millions)", ylabel="sensitivity to the learning rate")
     ticks = sorted(v for v in sizes.values() if math.isfinite(v))
@@ -707,47 +463,61 @@ def draw_sensitivity(ax, groups: dict, scales: list[str]) -> None:
     ax.set_xticks([], minor=True)
 
 
+NOTES = """Means over seeds (sample standard deviation); !k: k runs more diverged. LRS: mean over
+the rates of min(loss, initial loss) - best loss; `3 of 5!`: over 3 rates, when others have 5.
+In the figure bands are ranges over seeds, bars standard deviations."""
+
+
+def analyse(study, found: dict[str, list[Run]], out: Path) -> tuple[dict[str, str], list[str]]:
+    """Tables by title, and the figure's name; out/overview.csv has a row for each run."""
+    rows = []
+    for name, runs in found.items():
+        cell = study.arms[name].cell
+        if not {"scale", "method"} <= cell.keys():
+            raise ReportError(
+                f"arm {name}: analysis = 'centering' needs a grid of lr, scale and method; leave "
+                "the analysis out"
+            )
+        rows += [read_run(run, study.folder(name, run.seed), cell) for run in runs]
+    write_overview(rows, out / "overview.csv")
+    draw(rows, out / "centering.png")
+    return sections(rows) | {"How to read these tables": NOTES}, ["centering.png"]
+
+
 @dataclass
 class Tables:
-    """overview.csv, report.md and centering.png of a sweep, or of the paper's loss_overview.csv."""
+    """The tables and centering.png of an overview in CSV, such as the paper's loss_overview.csv."""
 
-    # folder of run folders, or an overview in CSV
-    source: tyro.conf.Positional[str] = "logs/centering"
+    source: tyro.conf.Positional[str]  # an overview in CSV
     out: str = "logs/report-centering"  # folder for what is written
 
 
 def tables(options: Tables) -> int:
-    source, out = Path(options.source), Path(options.out)
-    if source.is_file():
-        rows = read_overview(source)
-    else:
-        rows = [row for p in sorted(source.glob("*/config.toml")) if (row := read_run(p.parent))]
+    out, rows = Path(options.out), read_overview(Path(options.source))
     if not rows:
-        raise ReportError(
-            f"{source}: no finished run and no overview; train with ./run.sh centering"
-        )
+        raise ReportError(f"{options.source} has no rows; train with ./run.sh study centering")
     out.mkdir(parents=True, exist_ok=True)
-    write_overview(rows, out / "overview.csv")
-    found = sections(rows)
     draw(rows, out / "centering.png")
+    found = sections(rows) | {"How to read these tables": NOTES}
     body = "".join(f"\n## {title}\n\n```\n{text}\n```\n" for title, text in found.items())
-    notes = (
-        "Means over seeds (sample standard deviation); !k: k runs more diverged. LRS: mean "
-        "over the rates of\n"
-        "min(loss, initial loss) - best loss; `3 of 5!`: over 3 rates, when others have 5. In "
-        "the figure bands are\n"
-        "ranges over seeds, bars standard deviations."
-    )
-    body = f"# Centering\n\n{notes}\n{body}\n![figures](centering.png)\n"
-    (out / "report.md").write_text(body, encoding="utf-8")
+    text = f"# Centering\n{body}\n![figures](centering.png)\n"
+    (out / "report.md").write_text(text, encoding="utf-8")
     print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in found.items()))
-    print(f"\nwrote {out}/overview.csv, report.md, centering.png")
+    print(f"\nwrote {out}/report.md, centering.png")
     return 0
 
 
 ########################################
 #               Overhead               #
 ########################################
+
+# what each switches on; a weight changes no time
+SWITCHES = {
+    "baseline": {},
+    "mu_centering": {"mu_centering": 1},
+    "mu_loss": {"mu_loss": 1e-4},
+    "z_loss": {"z_loss": 1e-4},
+}
 
 
 @dataclass
@@ -770,7 +540,8 @@ def switched_step(p, method: str, step: int):
     """
     import train_gpt as tg
 
-    for k, v in (dict.fromkeys(("z_loss", "mu_loss", "mu_centering"), 0) | METHODS[method]).items():
+    off = dict.fromkeys(("z_loss", "mu_loss", "mu_centering"), 0)
+    for k, v in (off | SWITCHES[method]).items():
         setattr(p.cfg, k, v)
     return tg.train_step(p, step, p.plan.at(step, min(1.0, step / p.cfg.steps)))
 
@@ -821,10 +592,7 @@ def median_ratio(
 def overhead(options: Overhead) -> int:
     import train_gpt as tg
 
-    methods, rng = (
-        ("baseline", "mu_centering", "mu_loss", "z_loss"),
-        np.random.default_rng(options.seed),
-    )
+    methods, rng = tuple(SWITCHES), np.random.default_rng(options.seed)
     cfg = tg.parse_args(["--config", *options.config, *options.flags.split(), "--epochs", "0"])
     if options.rounds < 10:
         raise ReportError(f"--rounds {options.rounds}: an interval needs 10 or more")
@@ -848,7 +616,7 @@ def overhead(options: Overhead) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    verbs = {"sweep": (Sweep, sweep), "tables": (Tables, tables), "overhead": (Overhead, overhead)}
+    verbs = {"tables": (Tables, tables), "overhead": (Overhead, overhead)}
     verb = argv[0] if argv else ""
     if verb not in verbs:
         print(

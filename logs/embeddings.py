@@ -1,8 +1,8 @@
 """Statistics of embeddings and logits, as output-embedding centering is judged by (arXiv
 2601.02031).
 
-    python logs/report.py embeddings logs/RUN            # of its newest checkpoint, written beside it
-    python logs/report.py embeddings logs/RUN/model.nrx  # or of an artifact, or of any checkpoint folder
+    python logs/report.py embeddings logs/RUN            # of its newest checkpoint, kept beside it
+    python logs/report.py embeddings logs/RUN/model.nrx  # or of an artifact or a checkpoint
 
 Keys are the columns of the paper's loss_overview.csv: `I.` is the input embedding, `O.` the output
 embedding (the head), `OC.` the head after subtracting its mean row mu, `H.` of hidden states.
@@ -160,11 +160,6 @@ def statistics(
         out[f"{k}.fhs_dot_prod"] = (mu @ mean).item()
         out[f"{k}.fhs_cos_sim"] = (mu @ mean / (mu.norm() * mean.norm()).clamp_min(1e-300)).item()
     return out, tokens
-
-
-def during_training(p: tg.Parts, now: tg.Now) -> dict[str, float]:
-    """What an evaluation adds to metrics.jsonl under --embed_stats."""
-    return statistics(p.model, p.val, p.plan.eval_shape(now), p.cfg.embed_stats)[0]
 
 
 def of_source(where: str, tokens: int) -> tuple[dict, Path]:

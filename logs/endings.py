@@ -1,14 +1,35 @@
-"""How the programs of this folder end: with their result, or with a line that says what to do."""
+"""What the programs of logs/ and data/ share: their one error, whole files, and how they end."""
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+class UserError(Exception):
+    """What was given, why it cannot work, what to do. Exit code 2, no traceback."""
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when all of it is on disk; after an error there is none."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def ending(program: str, work: Callable[[], int | None], *mistakes: type[Exception]) -> int:
-    """
-    The exit code of a program that is work(): its own; 2 behind a line about one of `mistakes` or
-    about a file that cannot be read or written; 130 behind Ctrl-C.
+    """The exit code of a program that is work(): its own; 130 behind Ctrl-C; 2 behind a line about
+    a UserError, one of `mistakes`, or a file that cannot be read or written.
     """
     try:
         return work() or 0
@@ -18,6 +39,6 @@ def ending(program: str, work: Callable[[], int | None], *mistakes: type[Excepti
     except BrokenPipeError:  # who read the output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (*mistakes, OSError) as error:
+    except (UserError, *mistakes, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,7 @@
-"""Why centering the output embedding helps, and where it cannot: computed, not told (arXiv
-2601.02031).
+"""Why centering the output embedding helps, and where it cannot, computed (arXiv 2601.02031).
 
     python logs/explain_centering.py                     # half a minute on one core
-    python logs/explain_centering.py --run logs/RUN      # with the rounding of a trained run's own logits
+    python logs/explain_centering.py --run logs/RUN      # rounding of a trained run's own logits
 
 (a) In exact arithmetic an untied head's mean row mu is invisible to the loss, so centering changes
 none. (b) A mean logit far from 0 costs precision in bfloat16, which centering gives back. (c) What
@@ -70,10 +69,7 @@ class OneRank:
 
 @contextlib.contextmanager
 def in_float64():
-    """
-    The trainer takes norms, logits and updates in fp32 whatever the weights are; inside, it takes
-    them in fp64.
-    """
+    """Inside, the trainer takes norms, logits and updates in fp64, which else are in fp32."""
     single, size = torch.Tensor.float, torch.linalg.vector_norm
     torch.Tensor.float = torch.Tensor.double
     torch.linalg.vector_norm = lambda x, *args, dtype=None, **more: size(x, *args, **more)
@@ -84,9 +80,8 @@ def in_float64():
 
 
 def zipf_batch(rng: torch.Generator, rows: int, seq_len: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """
-    Tokens [rows, seq_len] with frequencies 1/rank, each followed by itself or the next one half of
-    the time.
+    """Inputs and targets [rows, seq_len]: token k as often as 1/(k+1), and half of them follow from
+    the one before: by turns they repeat it or count on.
     """
     odds = 1 / torch.arange(1, vocab + 1, dtype=torch.float64)
     tokens = torch.multinomial(odds.expand(rows, -1), seq_len + 1, replacement=True, generator=rng)
@@ -99,10 +94,9 @@ def zipf_batch(rng: torch.Generator, rows: int, seq_len: int, vocab: int) -> tup
 def train_small(
     steps: int, lr: float = 0.01, head_update=None, **changes
 ) -> tuple[list[float], tg.GPT]:
-    """
-    Train SMALL with these changes in fp64 on data of one seed; cross-entropy of every step, and the
-    model. The words used are 7/8 of the vocabulary. head_update(head, gradient, step) replaces the
-    optimizer's update of the head.
+    """Train SMALL with these changes in fp64 on data of one seed; cross-entropy of every step, and
+    the model. The words used are 7/8 of the vocabulary. head_update(head, gradient, step) replaces
+    the optimizer's update of the head.
     """
     with in_float64():
         cfg = tg.Config(**(SMALL | {k: lr for k in RATES} | {"steps": steps} | changes))
@@ -110,22 +104,23 @@ def train_small(
         model = tg.build_model(cfg, torch.device("cpu"), torch.float64, 32)
         for p in model.parameters():
             p.data = p.data.double()
-        opt, rng, told = tg.MuonAdamW(cfg, model, OneRank()), torch.Generator().manual_seed(1), []
+        optimizer = tg.MuonAdamW(cfg, model, OneRank())
+        rng, curve = torch.Generator().manual_seed(1), []
         for step in range(steps):
             x, y = zipf_batch(rng, 8, 32, cfg.vocab * 7 // 8)
             losses, log_z = model(x, y, log_z=True)
-            told.append(losses.mean().item())
+            curve.append(losses.mean().item())
             (losses.mean() + cfg.z_loss * log_z.square().mean()).backward()
             if cfg.mu_loss:
                 tg.add_mu_loss(model.head, cfg.mu_loss, 1)
-            kept = model.head.detach().clone(), model.head.grad.clone()
-            opt.step(plan.at(step, step / steps))
+            head, grad = model.head.detach().clone(), model.head.grad.clone()
+            optimizer.step(plan.at(step, step / steps))
             if head_update:
-                model.head.data.copy_(kept[0])
-                head_update(model.head.data, kept[1], step)
+                model.head.data.copy_(head)
+                head_update(model.head.data, grad, step)
             if cfg.mu_centering:
                 tg.center(model.head)
-        return told, model
+        return curve, model
 
 
 NO_OP = {
@@ -141,18 +136,16 @@ NO_OP = {
 
 
 def no_op(changes: dict, steps: int = 100) -> tuple[float, float]:
-    """
-    (a) Largest difference of a step's loss between baseline and mu-centering, and largest
+    """(a) Largest difference of a step's loss between baseline and mu-centering, and largest
     difference of the heads but for their mean rows. sum_j (p_j - y_j) = 0, so a shift of all logits
     changes neither loss nor any gradient.
     """
     lr = changes.get("lr_", 0.01)
     changes = {k: v for k, v in changes.items() if k != "lr_"}
-    (a, plain), (b, centred) = (train_small(steps, lr, mu_centering=on, **changes) for on in (0, 1))
-    apart = (
-        (plain.head - plain.head.mean(0) - centred.head + centred.head.mean(0)).abs().max().item()
-    )
-    return max(abs(x - y) for x, y in zip(a, b)), apart
+    curve, plain = train_small(steps, lr, mu_centering=0, **changes)
+    other_curve, centred = train_small(steps, lr, mu_centering=1, **changes)
+    apart = plain.head - plain.head.mean(0) - centred.head + centred.head.mean(0)
+    return max(abs(x - y) for x, y in zip(curve, other_curve)), apart.abs().max().item()
 
 
 def rounding_curve(
@@ -162,8 +155,7 @@ def rounding_curve(
     tokens: int = 1024,
     seed: int = 1,
 ) -> list[float]:
-    """
-    (b) Rise of the cross-entropy when logits N(0, std^2) + offset are rounded to bfloat16, in
+    """(b) Rise of the cross-entropy when logits N(0, std^2) + offset are rounded to bfloat16, in
     expectation over targets drawn from the exact softmax. bfloat16 has 8 significant bits: its
     numbers are 0.5 apart from 64 on, 4 from 512 on.
     """
@@ -191,28 +183,23 @@ class Subject:
         return self.model.cfg.dim**self.model.cfg.logit_dim_power
 
     def head(self, offset: float) -> Tensor:
-        """
-        The rows that give logits, all shifted along the mean activation, so that the mean logit
-        becomes `offset`.
+        """The rows that give logits [V, D], shifted along the mean activation until the mean logit
+        is `offset`.
         """
         mean, head = self.hidden.mean(0), self.model.head[: self.model.logit_rows].detach().float()
         return head - head.mean(0) + offset / self.factor() * mean / mean.square().sum()
 
     def loss(self, products: Tensor, cap: float = 0.0) -> float:
-        """
-        Cross-entropy of these products of activations and head [N, V], scaled as the model scales
-        its logits.
-        """
+        """Cross-entropy of activations times head [N, V], scaled as the model scales its logits."""
         logits = products.float() * self.factor()
-        return F.cross_entropy(
-            cap * torch.tanh(logits / cap) if cap else logits, self.targets
-        ).item()
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        return F.cross_entropy(logits, self.targets).item()
 
 
 @torch.no_grad()
 def stress(of: Subject, offset: float) -> dict[str, float]:
-    """
-    (b) Cross-entropy of a trained model whose mean logit is shifted to `offset`: in fp32, with
+    """(b) Cross-entropy of a trained model whose mean logit is shifted to `offset`: in fp32, with
     logits rounded to bf16, with weights and activations in bf16 as a GPU multiplies them, and that
     again behind one centering.
     """
@@ -229,10 +216,9 @@ def stress(of: Subject, offset: float) -> dict[str, float]:
 
 
 def head_optimizers(steps: int = 100, lr: float = 0.01) -> dict[str, tuple[float, float]]:
-    """
-    (c) |mu| and |mu| / mean row norm when the head is trained by each rule. The gradient's column
-    sums are zero, which SGD and Muon's polar factor keep; AdamW, and whatever rescales single rows
-    or entries, does not.
+    """(c) |mu| and |mu| / mean row norm when the head is trained by each rule. The gradient's
+    column sums are zero, which SGD and Muon's polar factor keep; AdamW, and whatever rescales
+    single rows or entries, does not.
     """
 
     def sgd(head: Tensor, grad: Tensor, step: int) -> None:
@@ -242,22 +228,12 @@ def head_optimizers(steps: int = 100, lr: float = 0.01) -> dict[str, tuple[float
         cfg, state = tg.Config(**(SMALL | changes)), {}
 
         def update(head: Tensor, grad: Tensor, step: int) -> None:
-            buf = state.setdefault("buf", torch.zeros_like(head)[None])
-            second = (
-                state.setdefault("second", head.new_zeros(1, len(head), 1)) if cfg.normuon else None
-            )
-            scalar = lambda v: torch.tensor(v, dtype=head.dtype)
-            tg.muon_update(
-                head[None],
-                grad[None],
-                buf,
-                second,
-                scalar(lr),
-                scalar(0.95),
-                scalar(0.0),
-                cfg,
-                head.dtype,
-            )
+            if not state:
+                state["momentum"] = torch.zeros_like(head)[None]
+                state["second"] = head.new_zeros(1, len(head), 1) if cfg.normuon else None
+            # lr, momentum, weight decay
+            rates = [torch.tensor(value, dtype=head.dtype) for value in (lr, 0.95, 0.0)]
+            tg.muon_update(head[None], grad[None], *state.values(), *rates, cfg, head.dtype)
 
         return update
 
@@ -269,22 +245,17 @@ def head_optimizers(steps: int = 100, lr: float = 0.01) -> dict[str, tuple[float
         "Muon, normuon": muon(normuon=0.9),
     }
     models = {name: train_small(steps, lr, rule)[1] for name, rule in rules.items()}
-    found = {name: row_statistics(m.head.detach()) for name, m in models.items()}
     model = models["AdamW"]
-    head = tg.initial_value("head", model.declared["head"], model.head.shape, model.cfg.seed)
-    start = row_statistics(head.double())
-    return {
-        name: (s["mu norm"], s["ratio norm"])
-        for name, s in {"at the start": start, **found}.items()
-    }
+    start = tg.initial_value("head", model.declared["head"], model.head.shape, model.cfg.seed)
+    heads = {"at the start": start.double()}
+    heads |= {name: model.head.detach() for name, model in models.items()}
+    found = {name: row_statistics(head) for name, head in heads.items()}
+    return {name: (of["mu norm"], of["ratio norm"]) for name, of in found.items()}
 
 
 @dataclass
 class ExplainOptions:
-    """
-    Why centering the output embedding helps, computed: exact arithmetic, rounding, optimizers,
-    softcap, types.
-    """
+    """Why centering the output embedding helps, computed."""
 
     # run folder or checkpoint whose model is stressed; empty: a small one, trained here
     run: str = ""
@@ -299,7 +270,8 @@ def explain(options: ExplainOptions) -> int:
     )
     print(f"{'':28}{'loss differs by':>16}{'centred head by':>17}")
     for name, changes in NO_OP.items():
-        print(f"{name:28}" + "{:16.1e}{:17.1e}".format(*no_op(changes)))
+        loss, head = no_op(changes)
+        print(f"{name:28}{loss:16.1e}{head:17.1e}")
     offsets = (16.5, 92.5, 270.0, 588.0, 1152.0)
     print(
         "\n(b) So a difference is rounding. Logits N(0, 4.7^2) + c in bf16, 50,304 of them: "
@@ -319,8 +291,8 @@ def explain(options: ExplainOptions) -> int:
     for name, (mu, ratio) in head_optimizers().items():
         print(f"{name:28} |mu| {mu:9.3e}   |mu|/mean norm {ratio:.3f}")
     print(
-        "    Muon on the blocks: as (a), no effect. Softcap: cap*tanh(z/cap) is not free to "
-        "shift; loss of the model above"
+        "    Muon on the blocks: as (a), no effect. Softcap: cap*tanh(z/cap) is not free to shift; "
+        "loss of the model above"
     )
     for c in (0.0, 5.0, 15.0):
         plain, capped = (of.loss(of.hidden @ of.head(c).T, cap) for cap in (0.0, 15.0))
@@ -331,9 +303,8 @@ def explain(options: ExplainOptions) -> int:
 def small_subject(steps: int = 150, rows: int = 64) -> Subject:
     _, model = train_small(steps)
     x, y = zipf_batch(torch.Generator().manual_seed(2), rows, 32, model.cfg.vocab * 7 // 8)
-    return Subject(
-        model, model.hidden(x, 1, 0).detach().flatten(0, 1).float(), y.flatten(), "A small model"
-    )
+    hidden = model.hidden(x, 1, 0).detach().flatten(0, 1).float()
+    return Subject(model, hidden, y.flatten(), "A small model")
 
 
 def subject(options: ExplainOptions) -> Subject:
@@ -345,17 +316,16 @@ def subject(options: ExplainOptions) -> Subject:
     cfg, named, path = tg.open_source(options.run, exact=True)
     if cfg.softcap:
         raise tg.UserError(
-            f"--run {options.run}: its softcap = {cfg.softcap:g} does not let logits shift "
-            "freely, which (c) is "
-            "about; give a run without one"
+            f"--run {options.run}: its softcap = {cfg.softcap:g} does not let logits shift freely, "
+            "which this is about; give a run without one"
         )
     plan, device = tg.Plan(cfg), torch.device("cpu")
     model = tg.build_model(cfg, device, torch.float32, plan.eval_seq_len)
     tg.load_weights(model, named, str(path))
     val, shape = tg.Validation(cfg, plan, None), plan.eval_shape(plan.at(cfg.steps, 1.0))
     hidden, targets = [], []
-    # one by one: a run's batch may be a GPU's
     for row in range(max(1, min(val.rows, options.tokens // val.seq_len))):
+        # one by one: a run's batch may be a GPU's
         x, y = val.batch(range(row, row + 1), device, 1)
         with torch.no_grad():
             hidden.append(model.hidden(x, shape.repeats, shape.window).flatten(0, 1).float())

@@ -3,8 +3,8 @@ parameter-golf's.
 
     python logs/report.py logs/remix_*                      # run folders of one experiment
     python logs/report.py logs --baseline A                 # every run below a folder
-    python logs/report.py records/2025-01-04_SoftCap --rule configs/remix_m.toml       # upstream .txt logs
-    python logs/report.py embeddings logs/RUN               # statistics of embeddings and logits (logs/embeddings.py)
+    python logs/report.py records/X --rule configs/remix_m.toml       # upstream .txt logs
+    python logs/report.py embeddings logs/RUN               # see logs/embeddings.py
 
 Runs are grouped by `arm`, and arms are paired by seed where both have it. Losses are nats per
 token, bpb is bits per byte, lower is better everywhere. `+-` is the sample standard deviation over
@@ -32,17 +32,19 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, which sees its own folder alone
     sys.path.insert(0, str(ROOT))
 
-from logs.endings import ending  # noqa: E402
+from logs.endings import UserError, ending  # noqa: E402
 
 METRICS = (
     "val_loss",
     "val_bpb",
     "roundtrip_val_bpb",
+    "chunked_val_bpb",
     "sliding_val_bpb",
     "mixed_val_bpb",
     "ttt_val_bpb",
+    "lora_val_bpb",
 )
-# what slowrun.py adds: all but the last step's loss, and the least of them
+# what averages over epochs add: all but the last step's loss, and the least of them
 EPOCHS = {
     "val_loss_best_epoch": "best epoch",
     "val_loss_ema": "ema",
@@ -62,31 +64,19 @@ COSTS = (
     "total_bytes",
     "peak_memory_bytes",
 )
-# the config fields that hold a track's rule, with the values that ask for nothing
+# the [rule] table of a config, a track's rule, with the values that ask for nothing
 RULE = {
-    "rule_metric": "val_loss",
-    "rule_target": 0.0,
-    "rule_margin": 0.0,
-    "rule_p": 0.0,
-    "rule_z": 0.0,
-    "rule_max_seconds": 0.0,
-    "rule_max_bytes": 0,
+    "metric": "val_loss",  # of result.json
+    "target": 0.0,  # the mean over seeds must be below this
+    "margin": 0.0,  # by at least this much
+    "p": 0.0,  # at this level of a one-sided one-sample t-test
+    "z": 0.0,  # (target - mean) * sqrt(n) must reach this
+    "max_seconds": 0.0,  # cap of the training clock
+    "max_bytes": 0,  # cap of total_bytes
 }
 # config fields that name a run or say where it is kept, not how it is trained
-NAMES = {
-    "config",
-    "preset",
-    "run",
-    "arm",
-    "seed",
-    "log_dir",
-    "resume",
-    "wandb",
-    "keep",
-    "save_every",
-    "save_last",
-    "log_every",
-}
+NAMES = {"config", "preset", "run", "arm", "seed"}
+NAMES |= {"log_dir", "resume", "wandb", "keep", "save_every", "save_last", "log_every"}
 SCHEDULES = {
     "lr": "lr",
     "momentum": "momentum",
@@ -101,10 +91,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 WIDTH = 110  # columns of the console
 
 
-class ReportError(Exception):
-    """
-    Bad input: what was given, why it cannot work, what to do. Ends the program with exit code 2.
-    """
+ReportError = UserError  # by the name that the studies know
 
 
 ########################################
@@ -115,8 +102,7 @@ class ReportError(Exception):
 @dataclass
 class Run:
     """One training run, whoever logged it. `result` has the keys of result.json, with times in
-    seconds; `val` and `train` hold what was logged, by rising step, as dicts with the keys of
-    metrics.jsonl.
+    seconds; `val` and `train` hold the logged dicts (keys of metrics.jsonl) by rising step.
     """
 
     name: str
@@ -132,23 +118,21 @@ class Run:
     def value(self, metric: str) -> float | None:
         """The final number of a metric: result.json's, else the last evaluation's, else None."""
         last = self.val[-1] if self.val else {}
-        return self.result.get(metric, last.get({"steps": "step"}.get(metric, metric)))
+        return self.result.get(metric, last.get("step" if metric == "steps" else metric))
 
     def state(self) -> str:
+        last = self.val[-1] if self.val else {}
         at = max((event["step"] for event in self.val[-1:] + self.train[-1:]), default=0)
-        of = self.val[-1].get("steps", "?") if self.val else self.config.get("steps", "?")
+        of = last.get("steps", "?") if self.val else self.config.get("steps", "?")
         marks = [] if self.finished else [f"unfinished {at}/{of}"]
         marks += ["resumed"] * self.resumed
-        marks += ["diverged"] * any(
-            not math.isfinite(event.get("val_loss", 0.0)) for event in self.val[-1:]
-        )
+        marks += ["diverged"] * (not math.isfinite(last.get("val_loss", 0.0)))
         return ", ".join(marks) or "ok"
 
 
 def settle(run: Run, events: list[dict]) -> Run:
     """Sort events into run.val and run.train. A step smaller than the one before means that the run
-    went back to a checkpoint: what it had logged beyond that step is no longer part of it, and
-    later lines win.
+    went back to a checkpoint: what it had logged beyond that is no part of it, later lines win.
     """
     kept, before = {}, -1
     for event in events:
@@ -166,10 +150,7 @@ def settle(run: Run, events: list[dict]) -> Run:
 
 
 def step_event(step: str, steps: str, pairs: str) -> dict:
-    """
-    One `step:125/2500 key:value ...` line. Upstream writes times as `12345ms`, or `12.345s` in
-    track 3.
-    """
+    """One line `step:125/2500 key:value ...`; upstream's times are `12345ms`, or `12.345s`."""
     kind = "val" if re.search(r"\bval_loss:", pairs) else "train"
     event = {"kind": kind, "step": int(step), "steps": int(steps)}
     pair = r"\b([a-z]\w*):([-+]?[\d.]+(?:e[-+]?\d+)?|nan|inf)(ms|s)?(?!\S)"
@@ -181,13 +162,12 @@ def step_event(step: str, steps: str, pairs: str) -> dict:
 
 
 def plain(text: str) -> str:
-    """
-    A log as it was written, from one that went through a terminal or torchrun: without colours, and
-    without the rank before a line ([rank0]: or [default0]: or rank0: or 0:). Of several ranks the
-    first counts.
+    """A log as it was written, from one that went through a terminal or torchrun: without colours,
+    and the first rank's lines alone, without the rank before them ([rank0]: [default0]: rank0: 0:).
     """
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    prefix, lines = re.compile(r"(?:\[(?:rank|default)(\d+)\]:?|rank ?(\d+):|(\d+): )[ \t]?"), []
+    prefix = re.compile(r"(?:\[(?:rank|default)(\d+)\]:?|rank ?(\d+):|(\d+): )[ \t]?")
+    lines = []
     for line in text.split("\n"):
         line = line.rstrip("\r").rsplit("\r", 1)[-1]  # a terminal's line was written over
         m = prefix.match(line)
@@ -214,38 +194,40 @@ def read_metrics(path: Path) -> list[dict]:
     return [event for line in text.splitlines() if (event := parse_metric(line))]
 
 
+# words in the name of a line `final_NAME val_loss:... val_bpb:...`, and the metric that it is
+FINALS = {
+    "sliding": "sliding_val_bpb",
+    "ttt": "ttt_val_bpb",
+    "hedge": "mixed_val_bpb",
+    "mixture": "mixed_val_bpb",
+    "roundtrip": "roundtrip_val_bpb",
+}
+FINAL_LINE = r"final_(\w+?)(_exact)? val_loss:\S+ val_bpb:(\S+)(?:.*eval_time:(\d+)ms)?"
+# what stands before a whole number in a line of its own, and the key of result.json that it is
+COUNTS = {
+    r"(?:seed:|Using seed=)": "seed",
+    "model_params:": "params",
+    "world_size:": "world_size",
+    "Code size: ": "code_bytes",
+    "peak memory allocated: ": "peak_memory_bytes",
+    # a line without the codec's name is about the raw model, not the artifact
+    r"Serialized model [^\s:]+: ": "artifact_bytes",
+    r"Total submission size [^\s:]+: ": "total_bytes",
+}
+
+
 def parse_log(text: str) -> tuple[list[dict], dict]:
     """Events and final numbers of a text log: ours, modded-nanogpt's or parameter-golf's, with the
-    lines that progressive depth added. Patterns are anchored at the start of a line and applied
-    only after the line of 100 '=' that ends the embedded sources, because those contain the same
-    words.
+    lines that progressive depth added. Read from the line of 100 '=' on, which ends the embedded
+    sources: those contain the same words.
     """
     text = re.split(r"^={100}$", plain(text), maxsplit=1, flags=re.MULTILINE)[-1]
-    finals = {
-        "sliding": "sliding_val_bpb",
-        "ttt": "ttt_val_bpb",
-        "hedge": "mixed_val_bpb",
-        "mixture": "mixed_val_bpb",
-        "roundtrip": "roundtrip_val_bpb",
-    }
-    counts = {
-        r"(?:seed:|Using seed=)": "seed",
-        "model_params:": "params",
-        "world_size:": "world_size",
-        "Code size: ": "code_bytes",
-        "peak memory allocated: ": "peak_memory_bytes",
-        # a line without the codec's name is about the raw model, not the artifact
-        r"Serialized model [^\s:]+: ": "artifact_bytes",
-        r"Total submission size [^\s:]+: ": "total_bytes",
-    }
     events, facts, exact, phase = [], {}, set(), {}
     for line in text.splitlines():
         if m := re.match(r"step:(\d+)/(\d+) (.*)", line):
             events.append(phase | step_event(*m.groups()))
-        elif m := re.match(
-            r"final_(\w+?)(_exact)? val_loss:\S+ val_bpb:(\S+)(?:.*eval_time:(\d+)ms)?", line
-        ):
-            metric = next((name for word, name in finals.items() if word in m[1]), m[1])
+        elif m := re.match(FINAL_LINE, line):
+            metric = next((name for word, name in FINALS.items() if word in m[1]), m[1])
             if m[2] or metric not in exact:  # eight digits beat four, whichever come first
                 facts[metric] = float(m[3])
                 exact |= {metric} if m[2] else set()
@@ -256,7 +238,7 @@ def parse_log(text: str) -> tuple[list[dict], dict]:
         elif line.startswith("stopping_early: wallclock_cap"):
             facts["stopped_by_cap"] = True
         else:
-            for pattern, key in counts.items():
+            for pattern, key in COUNTS.items():
                 if m := re.match(pattern + r"(\d+)( MiB)?", line):
                     facts[key] = int(m[1]) * (2**20 if m[2] else 1)
     return events, facts
@@ -264,15 +246,13 @@ def parse_log(text: str) -> tuple[list[dict], dict]:
 
 def name_parts(path: Path) -> tuple[str, int | None]:
     """(arm, seed) from a log's name: `m_s3` and `m_seed3.txt` are seed 3 of m. A run id says
-    nothing, so then the folder is the arm, as in the record folders (`baseline/<uuid>.txt`,
-    `this_pr/<uuid>.txt`).
+    nothing: then the folder is the arm, as in record folders (`baseline/<uuid>.txt`).
     """
     stem = path.stem if path.suffix in (".txt", ".log") else path.name
     m = re.search(r"(?:^|[_.-])s(?:eed)?[_-]?(\d+)$", stem)
     arm, seed = (stem[: m.start()], int(m[1])) if m else (stem, None)
-    if arm in ("", "train", "log") or re.fullmatch(
-        r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", arm
-    ):
+    run_id = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", arm)
+    if run_id or arm in ("", "train", "log"):
         arm = path.resolve().parent.name
     return arm, seed
 
@@ -281,11 +261,16 @@ def is_run_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in ("config.toml", "metrics.jsonl", "result.json"))
 
 
+def rule_of(config: dict) -> dict:
+    """The rule of a config: its [rule] table, or the fields rule_metric, rule_target, ... that runs
+    had before there was one. What neither has asks for nothing.
+    """
+    table = config.get("rule", {})
+    return {key: table.get(key, config.get(f"rule_{key}", none)) for key, none in RULE.items()}
+
+
 def load_folder(path: Path) -> Run:
-    """
-    A run folder of ours. Only finished runs have a result.json; metrics.jsonl is exact, log.txt
-    rounds.
-    """
+    """A run folder of ours; only finished runs have a result.json, and log.txt rounds."""
     run, events = Run(path.name, *name_parts(path)), []
     log = ""
     if (path / "log.txt").is_file():
@@ -293,42 +278,33 @@ def load_folder(path: Path) -> Run:
     try:
         if (path / "config.toml").is_file():
             run.config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+            rule_of(run.config)
         if (path / "result.json").is_file():
             run.result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-            odd = [
-                key
-                for key in (*METRICS, *EPOCHS, *COSTS, "seed")
-                if not isinstance(run.result.get(key), int | float | None)
-            ]
-            if odd:
-                raise ValueError(f"{odd[0]} = {run.result[odd[0]]!r} is no number")
-    except (ValueError, AttributeError) as error:  # AttributeError: JSON, but no object
-        raise ReportError(
+            for key in (*METRICS, *EPOCHS, *COSTS, "seed"):
+                if not isinstance(run.result.get(key), int | float | None):
+                    raise ValueError(f"{key} = {run.result[key]!r} is no number")
+    except (ValueError, AttributeError) as error:  # AttributeError: JSON or rule, but no table
+        raise UserError(
             f"{path}: config.toml or result.json is damaged: {error}; leave it out"
         ) from error
     if (path / "metrics.jsonl").is_file():
-        events = [
-            event
-            for event in read_metrics(path / "metrics.jsonl")
-            if event["kind"] in ("val", "train")
-        ]
+        logged = read_metrics(path / "metrics.jsonl")
+        events = [event for event in logged if event["kind"] in ("val", "train")]
     elif log:
         events, facts = parse_log(log)
         run.result = facts | run.result
     known = run.config | run.result
-    run.arm, run.seed = (
-        known.get("arm") or known.get("preset") or run.arm,
-        known.get("seed", run.seed),
-    )
+    run.arm = known.get("arm") or known.get("preset") or run.arm
+    run.seed = known.get("seed", run.seed)
     run.finished = (path / "result.json").is_file()
     run.resumed = bool(run.result.get("resumed") or re.search(r"^resumed:", log, re.MULTILINE))
     return settle(run, events)
 
 
 def load_text(path: Path) -> list[Run]:
-    """The runs of an upstream log: one, or several if a script trained trial after trial into one
-    file. Upstream trainers cannot resume, so a step that goes back starts a new run. No step lines,
-    no runs.
+    """The runs of an upstream log: none without step lines, one, or several if a script trained
+    trial after trial: upstream's trainers cannot resume, so a step that goes back starts a run.
     """
     events, facts = parse_log(path.read_bytes().decode(errors="replace"))
     starts = [i for i in range(len(events)) if i == 0 or events[i]["step"] < events[i - 1]["step"]]
@@ -346,23 +322,17 @@ def load_text(path: Path) -> list[Run]:
 
 
 def find_runs(arguments: list[str]) -> list[Run]:
-    """
-    Runs given by run folders, folders of runs or logs, globs and log files; in that order, each
-    once.
-    """
+    """The runs of run folders, folders of runs or logs, globs and log files in order, each once."""
     found: dict[Path, list[Run]] = {}
     for argument in arguments:
-        paths = [
-            Path(p)
-            for p in ([argument] if Path(argument).exists() else sorted(glob.glob(argument)))
-        ]
+        paths = [argument] if Path(argument).exists() else sorted(glob.glob(argument))
         if not paths:
-            raise ReportError(
-                f"no run {argument}: no such folder or file and nothing that it matches; runs "
-                "are the folders in logs/, try `python logs/report.py logs`"
+            raise UserError(
+                f"no run {argument}: no such folder or file and nothing that it matches; runs are "
+                "the folders in logs/, try `python logs/report.py logs`"
             )
         here = []
-        for path in paths:
+        for path in map(Path, paths):
             if path.is_file() and is_run_folder(path.parent):
                 path = path.parent  # logs/x/log.txt means logs/x
             inside = [path]
@@ -375,7 +345,7 @@ def find_runs(arguments: list[str]) -> list[Run]:
                     found[p.resolve()] = load_text(p)
                 here += found.get(p.resolve(), [])
         if not here:
-            raise ReportError(
+            raise UserError(
                 f"no run in {argument}: a run folder has config.toml, metrics.jsonl or "
                 "result.json, an upstream log is a .txt or .log file with lines such as "
                 "`step:125/2500 val_loss:4.6412 train_time:18311ms`"
@@ -389,18 +359,17 @@ def find_runs(arguments: list[str]) -> list[Run]:
 
 
 def mean_sd(values: list[float]) -> tuple[float, float]:
-    """
-    Mean and sample standard deviation: nan where there are too few values, exactly 0 for equal
-    ones.
-    """
-    if len(values) < 2 or min(values) == max(values):
-        return (values[0] if values else math.nan), (0.0 if len(values) > 1 else math.nan)
+    """Mean and sample standard deviation: nan of too few values, exactly 0 of equal ones."""
+    if len(values) < 2:
+        return (values[0] if values else math.nan), math.nan
+    if min(values) == max(values):
+        return values[0], 0.0
     return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
 def t_below(values: list[float], threshold: float) -> tuple[float, float]:
-    """One-sample one-sided t-test that the mean lies below `threshold`, as the speedrun's and
-    golf's record rules ask: t = (threshold - mean) / (sd / sqrt(n)) and p = P(T_{n-1} > t).
+    """One-sample one-sided t-test that the mean lies below `threshold`, as the record rules of
+    speedrun and golf ask: t = (threshold - mean) / (sd / sqrt(n)) and p = P(T_{n-1} > t).
     """
     test = stats.ttest_1samp(values, threshold, alternative="less")
     return -float(test.statistic), float(test.pvalue)
@@ -422,18 +391,14 @@ def seeds_needed(gap: float, sd: float, p: float) -> int:
 
 
 def bytes_per_token(val_loss: float, val_bpb: float) -> float:
-    """
-    What one evaluation's numbers imply: val_bpb = val_loss / ln 2 * tokens / bytes (golf spec 1.3).
-    """
+    """What one evaluation's numbers imply: val_bpb = val_loss / ln 2 * tokens / bytes."""
     return val_loss / (math.log(2) * val_bpb)
 
 
 def pair_up(runs: list[Run], base: list[Run]) -> list[tuple[Run, Run]]:
-    """
-    (run, baseline run) for each seed that both arms have; empty if a seed is unknown or was run
-    twice.
-    """
-    mine, theirs = ({run.seed: run for run in group} for group in (runs, base))
+    """(run, baseline run) for each seed of both arms; empty if a seed is unknown or ran twice."""
+    mine = {run.seed: run for run in runs}
+    theirs = {run.seed: run for run in base}
     if None in mine or None in theirs or len(mine) < len(runs) or len(theirs) < len(base):
         return []
     return [(run, theirs[seed]) for seed, run in mine.items() if seed in theirs]
@@ -441,28 +406,36 @@ def pair_up(runs: list[Run], base: list[Run]) -> list[tuple[Run, Run]]:
 
 def compare(runs: list[Run], base: list[Run], metric: str) -> tuple[str, str, float, float, float]:
     """(test, n, difference to the baseline, its sd, p of "lower"): a paired t-test over common
-    seeds, Welch's where no seed is common. sd and p are nan where there are too few runs, or copies
-    of one, for a test.
+    seeds, or Welch's. sd and p are nan where runs are too few, or copies of one, for a test.
     """
     runs, base = ([run for run in group if run.value(metric) is not None] for group in (runs, base))
+    p = math.nan
     if pairs := pair_up(runs, base):
         diffs = [run.value(metric) - twin.value(metric) for run, twin in pairs]
         mean, sd = mean_sd(diffs)
-        return "paired", str(len(pairs)), mean, sd, t_below(diffs, 0.0)[1] if sd > 0 else math.nan
+        if sd > 0:
+            p = t_below(diffs, 0.0)[1]
+        return "paired", str(len(pairs)), mean, sd, p
     x, y = ([run.value(metric) for run in group] for group in (runs, base))
     (mean_x, sd_x), (mean_y, sd_y) = mean_sd(x), mean_sd(y)
-    p = (
-        stats.ttest_ind(x, y, equal_var=False, alternative="less").pvalue
-        if sd_x + sd_y > 0
-        else math.nan
-    )
-    return "Welch", f"{len(x)}, {len(y)}", mean_x - mean_y, math.hypot(sd_x, sd_y), float(p)
+    if sd_x + sd_y > 0:
+        p = float(stats.ttest_ind(x, y, equal_var=False, alternative="less").pvalue)
+    return "Welch", f"{len(x)}, {len(y)}", mean_x - mean_y, math.hypot(sd_x, sd_y), p
+
+
+def paired(runs: list[Run], base: list[Run], metric: str) -> dict[str, float]:
+    """Mean difference over common seeds, its sd, half its 95 % interval, two-sided p; or nan."""
+    test, n, mean, sd, lower = compare(runs, base, metric)
+    if test != "paired":
+        return dict.fromkeys(("difference", "difference_sd", "half", "p"), math.nan)
+    half = float(stats.t.ppf(0.975, int(n) - 1)) * sd / math.sqrt(int(n))
+    p = 2 * min(lower, 1 - lower)
+    return {"difference": mean, "difference_sd": sd, "half": half, "p": p}
 
 
 def time_to_loss(val: list[dict], target: float, metric: str, clock: str) -> float | None:
     """The value of `clock` (train_time_ms or step) where a validation curve first reaches `target`,
-    linear between the two evaluations around it; None if it never does. The error is below their
-    distance.
+    linear between the two evaluations around it; None if it never does.
     """
     points = [(event[clock], event[metric]) for event in val if metric in event and clock in event]
     for i, (x, y) in enumerate(points):
@@ -476,8 +449,8 @@ def time_ratios(
     runs: list[Run], base: list[Run], metric: str, clock: str
 ) -> dict[str, float | None]:
     """Seed -> the part of the baseline's whole training that the run took to the baseline's final
-    loss, None if it never got there. Without common seeds: name of the run -> the same against the
-    baseline's mean loss and mean time.
+    loss, None if it never got there. Without common seeds the keys are names of runs, and the
+    baseline's mean loss and mean time count.
     """
     mean_end = {key: mean_sd([run.val[-1][key] for run in base])[0] for key in (metric, clock)}
     goals = [(f"seed {run.seed}", run, twin.val[-1]) for run, twin in pair_up(runs, base)]
@@ -489,20 +462,17 @@ def time_ratios(
 
 
 ########################################
-#     Verdict of a track's rule        #
+#      Verdict of a track's rule       #
 ########################################
 
 
 def judge_mean(values: list[float], rule: dict) -> tuple[str, list[str]]:
     """(passes | fails | undecided, why) for the mean over seeds against target - margin."""
-    n, (mean, sd), threshold = (
-        len(values),
-        mean_sd(values),
-        rule["rule_target"] - rule["rule_margin"],
-    )
-    gap, level, z = threshold - mean, rule["rule_p"], rule["rule_z"]
+    n, threshold, level, z = len(values), rule["target"] - rule["margin"], rule["p"], rule["z"]
+    mean, sd = mean_sd(values)
+    gap = threshold - mean
     spread = "" if n < 2 else f", sd {sd:.5f}"
-    why = [f"mean {rule['rule_metric']} {mean:.5f} (n={n}{spread}) against {threshold:.5f}"]
+    why = [f"mean {rule['metric']} {mean:.5f} (n={n}{spread}) against {threshold:.5f}"]
     if not gap > 0:
         return "fails", [*why, "not below it; no number of seeds at this mean would pass"]
     verdict = "passes"
@@ -514,11 +484,8 @@ def judge_mean(values: list[float], rule: dict) -> tuple[str, list[str]]:
             why.append(f"seeds missing at this mean: {math.ceil((z / gap) ** 2 - 1e-6) - n}")
     if level and not sd > 0:
         verdict = "fails" if verdict == "fails" else "undecided"
-        why.append(
-            "a t-test needs two seeds at least"
-            if n < 2
-            else "all runs gave one number: they are no independent sample"
-        )
+        copies = "all runs gave one number: they are no independent sample"
+        why.append("a t-test needs two seeds at least" if n < 2 else copies)
     elif level:
         t, p = t_below(values, threshold)
         why.append(
@@ -532,46 +499,42 @@ def judge_mean(values: list[float], rule: dict) -> tuple[str, list[str]]:
 
 
 def judge(runs: list[Run], rule: dict, track: str = "") -> tuple[str, list[str]]:
-    """
-    Verdict of a rule on an arm's finished runs, and why. Where time is judged, no resumed run
-    passes.
-    """
+    """Verdict of a rule on an arm's finished runs, and why."""
     if not runs:
         return "undecided", ["no finished run"]
-    metric, cap, limit = rule["rule_metric"], rule["rule_max_seconds"], rule["rule_max_bytes"]
-    why = []
-    for run in runs:
-        seconds, size = run.value("train_time_s"), run.value("total_bytes")
-        # the cap is looked at after each step, so the last one may pass it (golf 2.8: 600.038 s was
-        # accepted)
-        if cap and not (
-            seconds is not None and seconds - cap <= seconds / max(run.value("steps") or 1, 1)
-        ):
-            why.append(
-                f"{run.name}: train clock {number(seconds, 'train_time_s')} s, {cap:g} s allowed"
-            )
-        if limit and not (size is not None and size <= limit):
-            why.append(f"{run.name}: total_bytes {number(size, 'total_bytes')}, {limit:,} allowed")
-        if run.resumed and (cap or "speedrun" in track):
-            why.append(f"{run.name}: resumed, not valid for timed tracks")
-    verdict = "fails" if why else "passes"
-    if not rule["rule_target"]:
-        return verdict, why
+    metric, margin = rule["metric"], rule["margin"]
+    why = [problem for run in runs for problem in beyond_caps(run, rule, track)]
+    if not rule["target"]:
+        return ("fails" if why else "passes"), why
     if missing := [run.name for run in runs if run.value(metric) is None]:
-        return ("fails" if why else "undecided"), [
-            *why,
-            f"{metric} was not measured in {', '.join(missing)}",
-        ]
-    mean_verdict, mean_why = judge_mean([run.value(metric) for run in runs], rule)
+        unknown = f"{metric} was not measured in {', '.join(missing)}"
+        return ("fails" if why else "undecided"), [*why, unknown]
+    verdict, mean_why = judge_mean([run.value(metric) for run in runs], rule)
     loss, bpb = runs[0].value("val_loss"), runs[0].value("val_bpb")
-    if rule["rule_margin"] and metric.endswith("bpb") and loss and bpb:
+    if margin and metric.endswith("bpb") and loss and bpb:
         size = bytes_per_token(loss, bpb)
-        nats = rule["rule_margin"] * math.log(2) * size
         mean_why.append(
-            f"the margin of {rule['rule_margin']:g} bits per byte is {nats:.5f} nats per token "
-            f"at {size:.4f} bytes per token"
+            f"the margin of {margin:g} bits per byte is {margin * math.log(2) * size:.5f} nats per "
+            f"token at {size:.4f} bytes per token"
         )
-    return ("fails" if verdict == "fails" else mean_verdict), why + mean_why
+    return ("fails" if why else verdict), why + mean_why
+
+
+def beyond_caps(run: Run, rule: dict, track: str) -> list[str]:
+    """What speaks against one run: its clock, its size, that it was resumed where time counts."""
+    cap, limit, found = rule["max_seconds"], rule["max_bytes"], []
+    seconds, size = run.value("train_time_s"), run.value("total_bytes")
+    # the cap is looked at after each step, so the last one may pass it (golf 2.8: 600.038 s was
+    # accepted)
+    last_step = (seconds or 0) / max(run.value("steps") or 1, 1)
+    if cap and not (seconds is not None and seconds - cap <= last_step):
+        clock = number(seconds, "train_time_s")
+        found.append(f"{run.name}: train clock {clock} s, {cap:g} s allowed")
+    if limit and not (size is not None and size <= limit):
+        found.append(f"{run.name}: total_bytes {number(size, 'total_bytes')}, {limit:,} allowed")
+    if run.resumed and (cap or "speedrun" in track):
+        found.append(f"{run.name}: resumed, not valid for timed tracks")
+    return found
 
 
 ########################################
@@ -595,10 +558,7 @@ def wrap(text: str) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """
-    Aligned columns, empty ones left out; the first is cut at its front where a line would pass
-    WIDTH.
-    """
+    """Aligned columns, empty ones left out; the first loses its front where a line is too long."""
     keep = [i for i in range(len(header)) if any(row[i] not in ("", "-", "nan") for row in rows)]
     lines = [[row[i] for i in keep] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -607,74 +567,62 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     out = []
     for line in lines:
         line[0] = line[0] if len(line[0]) <= widths[0] else ".." + line[0][2 - widths[0] :]
-        out.append(
-            "  ".join(
-                cell.ljust(width) if i in left else cell.rjust(width)
-                for cell, width, i in zip(line, widths, keep, strict=True)
-            ).rstrip()
-        )
+        cells = []
+        for cell, width, i in zip(line, widths, keep, strict=True):
+            cells.append(cell.ljust(width) if i in left else cell.rjust(width))
+        out.append("  ".join(cells).rstrip())
     return "\n".join(out)
 
 
 def run_section(runs: list[Run], metrics: list[str]) -> str:
+    """A row for each run, notes on what to mind, and what averages over epochs gave."""
     shown = [metric for metric in metrics if metric in METRICS]
-    columns = ("steps", *shown, "train_time_s", "wall_time_s")
-    rows = [
-        [
-            run.name,
-            run.arm,
-            "-" if run.seed is None else str(run.seed),
-            *(number(run.value(key), key) for key in columns),
-            run.state(),
-        ]
-        for run in runs
-    ]
-    short = [
-        metric if metric in METRICS[:2] else metric.removesuffix("_val_bpb") for metric in shown
-    ]
+    rows = []
+    for run in runs:
+        seed = "-" if run.seed is None else str(run.seed)
+        columns = ("steps", *shown, "train_time_s", "wall_time_s")
+        cells = [number(run.value(key), key) for key in columns]
+        rows.append([run.name, run.arm, seed, *cells, run.state()])
+    short = [m if m in ("val_loss", "val_bpb") else m.removesuffix("_val_bpb") for m in shown]
+    heads = ["run", "arm", "seed", "steps", *short, "train s", "wall s", "state"]
+    text = [table(heads, rows), *run_notes(runs)]
+    if averaged := [run for run in runs if "slowrun_val_loss" in run.result]:
+        keys = ("val_loss", *EPOCHS)
+        rows = [[run.name, *(number(run.value(key)) for key in keys)] for run in averaged]
+        what = (
+            "Losses of the last step, of the best epoch, of averages over the last epochs "
+            "(probabilities, weights), and the least of all; best epoch and least are chosen on "
+            "the validation set:"
+        )
+        text += ["", wrap(what), table(["run", "last step", *EPOCHS.values()], rows)]
+    return "\n".join(text)
+
+
+def run_notes(runs: list[Run]) -> list[str]:
+    """Lines on what a reader of the runs' table should know."""
+    hedged = [run.name for run in runs if "mixed_val_bpb" in run.result and not run.config]
     notes = {
         "unfinished, so not counted below": [run.name for run in runs if not run.finished],
         "resumed, so not valid for timed tracks": [run.name for run in runs if run.resumed],
-        "mixed is upstream's hedge line: no distribution, so no code length": [
-            run.name for run in runs if "mixed_val_bpb" in run.result and not run.config
-        ],
+        "mixed is upstream's hedge line: no distribution, so no code length": hedged,
     }
     for key, command in (("xz_bpb", "xz -9e"), ("zstd_bpb", "zstd -19")):
-        notes[f"{command} on the same text, bits per byte"] = sorted(
-            {f"{run.result[key]:.5f}" for run in runs if key in run.result}
-        )
+        sizes = {f"{run.result[key]:.5f}" for run in runs if key in run.result}
+        notes[f"{command} on the same text, bits per byte"] = sorted(sizes)
     for key in ("data_sha256", "device", "world_size"):
-        values = sorted({str(run.result[key]) for run in runs if key in run.result})
-        notes[f"not all alike in {key}, so mind what you compare"] = (
-            values if len(values) > 1 else []
-        )
-    text = [wrap(f"{what}: {', '.join(names)}") for what, names in notes.items() if names]
-    heads = ["run", "arm", "seed", "steps", *short, "train s", "wall s", "state"]
-    if averaged := [run for run in runs if "slowrun_val_loss" in run.result]:
-        cells = [
-            [run.name, *(number(run.value(key)) for key in ("val_loss", *EPOCHS))]
-            for run in averaged
-        ]
-        text += [
-            "",
-            wrap(
-                "Losses of the last step, of the best epoch, of averages over the last epochs "
-                "(probabilities, "
-                "weights), and the least of all; best epoch and least are chosen on the "
-                "validation set:"
-            ),
-            table(["run", "last step", *EPOCHS.values()], cells),
-        ]
-    return "\n".join([table(heads, rows), *text])
+        values = {str(run.result[key]) for run in runs if key in run.result}
+        if len(values) > 1:
+            notes[f"not all alike in {key}, so mind what you compare"] = sorted(values)
+    return [wrap(f"{what}: {', '.join(names)}") for what, names in notes.items() if names]
 
 
 def arm_section(arms: dict[str, list[Run]], metrics: list[str]) -> str:
+    """Means and spreads of the arms' scores, and what they cost."""
     scores, costs, notes = [], [], []
     for arm, runs in arms.items():
-        known = {
-            key: [run.value(key) for run in runs if run.value(key) is not None]
-            for key in (*metrics, *COSTS)
-        }
+        known = {}
+        for key in (*metrics, *COSTS):
+            known[key] = [run.value(key) for run in runs if run.value(key) is not None]
         for key in metrics:
             if values := known[key]:
                 cells = (*mean_sd(values), min(values), max(values))
@@ -687,43 +635,22 @@ def arm_section(arms: dict[str, list[Run]], metrics: list[str]) -> str:
         cells = [number(mean_sd(known[key])[0], key) for key in COSTS]
         spread = number(mean_sd(known["train_time_s"])[1], "train_time_s")
         costs.append([arm, str(len(runs)), *cells[:3], spread, *cells[3:]])
-    heads = [
-        "arm",
-        "n",
-        "steps",
-        "tokens",
-        "train s",
-        "sd",
-        "wall s",
-        "eval s",
-        "artifact B",
-        "total B",
-        "peak GB",
-    ]
+    heads = ["arm", "n", "steps", "tokens", "train s", "sd", "wall s", "eval s"]
+    heads += ["artifact B", "total B", "peak GB"]
     parts = [table(["arm", "metric", "n", "mean", "sd", "min", "max"], scores)] if scores else []
     return "\n\n".join([*parts, "\n".join([table(heads, costs), *notes])])
 
 
 def compare_section(arms: dict[str, list[Run]], baseline: str, metrics: list[str]) -> str:
-    rows = []
+    """The differences of the arms to the baseline, with a test."""
+    rows, base = [], arms[baseline]
     for arm, runs in arms.items():
         for metric in [*metrics, "train_time_s"] if arm != baseline else []:
-            if all(
-                any(run.value(metric) is not None for run in group)
-                for group in (runs, arms[baseline])
-            ):
-                test, n, diff, sd, p = compare(runs, arms[baseline], metric)
-                rows.append(
-                    [
-                        arm,
-                        metric,
-                        test,
-                        n,
-                        number(diff, metric),
-                        number(sd, metric),
-                        "-" if math.isnan(p) else f"{p:.2g}",
-                    ]
-                )
+            measured = [any(run.value(metric) is not None for run in g) for g in (runs, base)]
+            if all(measured):
+                test, n, diff, sd, p = compare(runs, base, metric)
+                told = "-" if math.isnan(p) else f"{p:.2g}"
+                rows.append([arm, metric, test, n, number(diff, metric), number(sd, metric), told])
     text = table(["arm", "metric", "test", "n", "difference", "sd", "p"], rows) if rows else ""
     if any(row[-1] == "-" for row in rows):
         text += "\nno p: a test needs two seeds at least, and not copies of each other"
@@ -732,32 +659,15 @@ def compare_section(arms: dict[str, list[Run]], baseline: str, metrics: list[str
 
 def time_section(arms: dict[str, list[Run]], baseline: str, metric: str) -> str:
     """How much of the baseline's training each arm needs to reach the baseline's final loss."""
-    usable = {
-        arm: [run for run in runs if run.val and metric in run.val[-1]]
-        for arm, runs in arms.items()
-    }
+    usable = {}
+    for arm, runs in arms.items():
+        usable[arm] = [run for run in runs if run.val and metric in run.val[-1]]
     base, lines = usable.pop(baseline), []
     for arm, runs in usable.items():
         for clock, what in (("train_time_ms", "time"), ("step", "steps")):
-            if not (runs and base and all(run.val[-1].get(clock) for run in base)):
-                continue
-            ratios = time_ratios(runs, base, metric, clock)
-            reached = [ratio for ratio in ratios.values() if ratio is not None]
-            parts = {
-                name: "never" if ratio is None else f"{ratio:.3f}" for name, ratio in ratios.items()
-            }
-            each = ", ".join(f"{name[-12:]} {part}" for name, part in parts.items())
-            if len(reached) < len(ratios):
-                counts = f"{len(reached)} of {len(ratios)} runs"
-                lines.append(f"{arm} gets there in {counts}; of {baseline}'s {what}: {each}")
-                continue
-            mean, sd = mean_sd(reached)
-            spread = "" if math.isnan(sd) else f" +- {sd:.3f}"
-            factor = f"{1 / mean:.2f} times less" if mean < 1 else f"{mean:.2f} times as much"
-            lines.append(
-                f"{arm} needs {mean:.3f}{spread} of {baseline}'s training {what} "
-                f"(n={len(reached)}), {factor}: {each}"
-            )
+            if runs and base and all(run.val[-1].get(clock) for run in base):
+                ratios = time_ratios(runs, base, metric, clock)
+                lines.append(f"{arm} {time_line(ratios, baseline, what)}")
         if runs and base and not pair_up(runs, base):
             lines.append(
                 f"({arm} shares no seeds with {baseline}: against its mean loss and mean time)"
@@ -765,33 +675,56 @@ def time_section(arms: dict[str, list[Run]], baseline: str, metric: str) -> str:
     return "\n".join(map(wrap, lines))
 
 
+def time_line(ratios: dict[str, float | None], baseline: str, what: str) -> str:
+    """time_ratios of one arm and clock in words."""
+    reached = [ratio for ratio in ratios.values() if ratio is not None]
+    parts = []
+    for name, ratio in ratios.items():
+        parts.append(f"{name[-12:]} never" if ratio is None else f"{name[-12:]} {ratio:.3f}")
+    each = ", ".join(parts)
+    if len(reached) < len(ratios):
+        counts = f"{len(reached)} of {len(ratios)} runs"
+        return f"gets there in {counts}; of {baseline}'s {what}: {each}"
+    mean, sd = mean_sd(reached)
+    spread = "" if math.isnan(sd) else f" +- {sd:.3f}"
+    factor = f"{1 / mean:.2f} times less" if 0 < mean < 1 else f"{mean:.2f} times as much"
+    part = f"{mean:.3f}{spread} of {baseline}'s training {what} (n={len(reached)})"
+    return f"needs {part}, {factor}: {each}"
+
+
 def rule_section(arms: dict[str, list[Run]], fallback: dict) -> str:
-    """
-    Verdicts on finished runs; those without a config (upstream logs) are judged by --rule's preset.
-    """
+    """Verdicts on finished runs; those without a config (upstream logs) go by --rule's preset."""
     lines = []
     for arm, runs in arms.items():
         config = runs[0].config or fallback
-        rule = {key: config.get(key, neutral) for key, neutral in RULE.items()}
-        if rule["rule_target"] or rule["rule_max_seconds"] or rule["rule_max_bytes"]:
-            verdict, why = judge(
-                [run for run in runs if run.finished], rule, config.get("track", "")
-            )
+        rule = rule_of(config)
+        if rule["target"] or rule["max_seconds"] or rule["max_bytes"]:
+            finished = [run for run in runs if run.finished]
+            verdict, why = judge(finished, rule, config.get("track", ""))
             lines += [f"{arm} {verdict}", *(wrap(f"    {reason}") for reason in why)]
     return "\n".join(lines)
 
 
+def flat(config: dict) -> dict:
+    """The fields of a config that say how it trains; those of a table are named table.field."""
+    fields = {}
+    for key, value in (config | {"rule": rule_of(config)}).items():
+        if isinstance(value, dict):
+            fields |= {f"{key}.{name}": entry for name, entry in value.items()}
+        elif key not in NAMES and not key.startswith("rule_"):
+            fields[key] = value
+    return fields
+
+
 def config_diff(a: dict, b: dict) -> list[list[str]]:
     """[field, value in a, value in b] where two resolved configs differ in how they train."""
-    keys = [key for key in {**a, **b} if key not in NAMES]
-    return [
-        [key, str(a.get(key, "-")), str(b.get(key, "-"))]
-        for key in keys
-        if a.get(key) != b.get(key)
-    ]
+    a, b = flat(a), flat(b)
+    keys = [key for key in a | b if a.get(key) != b.get(key)]
+    return [[key, str(a.get(key, "-")), str(b.get(key, "-"))] for key in keys]
 
 
 def config_section(arms: dict[str, list[Run]], baseline: str) -> str:
+    """Where arms' configs differ from the baseline's, and within an arm, where they should not."""
     parts = []
     for arm, runs in arms.items():
         for run in runs[1:]:
@@ -813,15 +746,12 @@ def config_section(arms: dict[str, list[Run]], baseline: str) -> str:
 
 
 def y_limits(runs: list[Run], metric: str, target: float) -> tuple[float, float]:
-    """
-    From the best loss to the worst at a fifth of training: step 0 would squash what matters, unless
-    there is little else.
-    """
+    """From the best loss to the worst at a fifth of training: step 0 would squash what matters."""
     lows, highs = [], []
     for run in runs:
         points = [(e["step"], e[metric]) for e in run.val if math.isfinite(e.get(metric, math.nan))]
         lows.append(min(y for _, y in points))
-        begin = 0.2 * points[-1][0] if len(points) > 4 else 0
+        begin = 0.2 * points[-1][0] if len(points) > 4 else 0  # of few points all are shown
         highs.append(next(y for step, y in points if step >= begin))
     low, high = min(lows), max(highs)
     # a target far below would squash the curves as well
@@ -831,23 +761,25 @@ def y_limits(runs: list[Run], metric: str, target: float) -> tuple[float, float]
     return low - pad, high + pad
 
 
+def arm_style(i: int) -> dict:
+    """Colour and line of the i-th arm of a figure."""
+    return {"color": COLORS[i % len(COLORS)], "ls": ("-", "--", "-.")[i // len(COLORS) % 3]}
+
+
 def draw_arm(ax, runs: list[Run], metric: str, clock: str, scale: float, arm: str, style: dict):
-    """
-    Each seed thin, dotted if unfinished; bold the mean of the finished ones, over the stretch of
-    all.
-    """
+    """Each seed thin, dotted if unfinished; bold the finished ones' mean, over what all cover."""
     curves = []
     for run in runs:
         if points := [(e[clock] / scale, e[metric]) for e in run.val if metric in e and clock in e]:
             x, y = map(np.array, zip(*points, strict=True))
             few = {"marker": "o", "ms": 4} if len(x) < 13 else {}
-            ax.plot(x, y, lw=0.8, alpha=0.6, **style | few | ({} if run.finished else {"ls": ":"}))
+            dotted = {} if run.finished else {"ls": ":"}
+            ax.plot(x, y, lw=0.8, alpha=0.6, **style | few | dotted)
             curves += [(x, y)] if run.finished else []
     if curves:
+        first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
         grid = np.unique(np.concatenate([x for x, _ in curves]))
-        grid = grid[
-            (grid >= max(x[0] for x, _ in curves)) & (grid <= min(x[-1] for x, _ in curves))
-        ]
+        grid = grid[(first <= grid) & (grid <= last)]
         mean = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
         final = mean_sd([y[-1] for _, y in curves])[0]
         ax.plot(grid, mean, lw=2.4, label=f"{arm}: {final:.4f} (n={len(curves)})", **style)
@@ -856,90 +788,74 @@ def draw_arm(ax, runs: list[Run], metric: str, clock: str, scale: float, arm: st
 def plot_curves(
     arms: dict[str, list[Run]], metric: str, target: float, baseline: str, path: Path
 ) -> bool:
-    """
-    Validation curves against the train clock and against steps; False if there is nothing to draw.
-    """
+    """Validation curves against the train clock and steps; False if there is nothing to draw."""
     from matplotlib.figure import Figure  # pyplot would look for a display
 
-    arms = {
-        arm: [run for run in group if any(math.isfinite(e.get(metric, math.nan)) for e in run.val)]
-        for arm, group in arms.items()
-    }
+    def drawable(run: Run) -> bool:
+        return any(math.isfinite(event.get(metric, math.nan)) for event in run.val)
+
+    arms = {arm: [run for run in group if drawable(run)] for arm, group in arms.items()}
     runs = [run for group in arms.values() for run in group]
     if not runs:
         return False
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    long = max(run.val[-1].get("train_time_ms", 0) for run in runs) > 6e5
-    kinds = (
-        ("train_time_ms", 6e4 if long else 1e3, f"training time ({'minutes' if long else 's'})"),
-        ("step", 1, "optimizer steps"),
-    )
+    minutes = max(run.val[-1].get("train_time_ms", 0) for run in runs) > 6e5
+    scale, unit = (6e4, "minutes") if minutes else (1e3, "s")
+    kinds = (("train_time_ms", scale, f"training time ({unit})"), ("step", 1, "optimizer steps"))
+    finished = [run.val[-1] for run in arms[baseline] if run.finished]
+    ends = [event[metric] for event in finished if metric in event]
     for ax, (clock, scale, label) in zip(axes, kinds, strict=True):
         for i, (arm, group) in enumerate(arms.items()):
-            style = {
-                "color": COLORS[i % len(COLORS)],
-                "ls": ("-", "--", "-.")[i // len(COLORS) % 3],
-            }
+            dash = ("-", "--", "-.")[i // len(COLORS) % 3]
+            style = {"color": COLORS[i % len(COLORS)], "ls": dash}
             draw_arm(ax, group, metric, clock, scale, arm, style)
-        ends = [
-            run.val[-1][metric] for run in arms[baseline] if run.finished and metric in run.val[-1]
-        ]
         if ends and len(arms) > 1:
             ax.axhline(mean_sd(ends)[0], color="0.4", lw=1, ls=":", label=f"end of {baseline}")
         if target:
             ax.axhline(target, color="0.4", lw=1, ls="--", label=f"target {target:g}")
         ax.set(xlabel=label, xlim=(0, None))
         ax.grid(alpha=0.25, lw=0.6)
-    axes[0].set(
-        ylim=y_limits(runs, metric, target),
-        ylabel=f"{metric} ({'bits per byte' if 'bpb' in metric else 'nats per token'})",
-    )
+    unit = "bits per byte" if "bpb" in metric else "nats per token"
+    axes[0].set(ylim=y_limits(runs, metric, target), ylabel=f"{metric} ({unit})")
     axes[1].legend(title="arm: mean of the last evaluations", frameon=False)
     figure.savefig(path, dpi=130)
     return True
 
 
 def plot_schedules(arms: dict[str, list[Run]], path: Path) -> bool:
-    """What varied in training, as logged, one run per arm; False if nothing did. Earlier arms are
-    drawn wider, so that equal schedules show.
-    """
+    """What varied in training, as logged, one run per arm; False if nothing did."""
     from matplotlib.figure import Figure
 
-    series = {}  # field -> arm -> [(step, value)]
+    series = {key: {} for key in SCHEDULES}  # field -> arm -> [(step, value)]
     for arm, group in arms.items():
-        logged = sorted(
-            max((run.train + run.val for run in group), key=len), key=lambda e: e["step"]
-        )
+        longest = max((run.train + run.val for run in group), key=len)
+        logged = sorted(longest, key=lambda e: e["step"])
         for key in SCHEDULES:
-            if points := [
-                (e["step"], e[key]) for e in logged if isinstance(e.get(key), int | float)
-            ]:
-                series.setdefault(key, {})[arm] = points
-    series = {
-        key: lines
-        for key, lines in series.items()
-        if len({value for points in lines.values() for _, value in points}) > 1
-    }
-    if not series:
+            points = [(e["step"], e[key]) for e in logged if isinstance(e.get(key), int | float)]
+            if points:
+                series[key][arm] = points
+    levels = {}  # field -> the values that it took, where there are several
+    for key, lines in series.items():
+        values = {value for points in lines.values() for _, value in points}
+        if len(values) > 1:
+            levels[key] = sorted(values)
+    if not levels:
         return False
-    columns = min(len(series), 3)
-    rows = math.ceil(len(series) / columns)
+    columns = min(len(levels), 3)
+    rows = math.ceil(len(levels) / columns)
     figure = Figure(figsize=(4.4 * columns, 3.2 * rows), layout="constrained")
-    for place, (key, lines) in enumerate(series.items()):
+    for place, (key, values) in enumerate(levels.items()):
         ax = figure.add_subplot(rows, columns, place + 1)
-        levels = sorted({value for points in lines.values() for _, value in points})
-        whole = all(level == round(level) for level in levels)  # repeats, lengths and batches jump
-        for i, (arm, points) in enumerate(lines.items()):
-            ax.plot(
-                *zip(*points, strict=True),
-                color=COLORS[i % len(COLORS)],
-                lw=2 * (len(lines) - i),
-                drawstyle="steps-post" if whole else "default",
-                label=arm,
-            )
-        if whole and len(levels) < 8:
-            ax.set_yticks(levels)
+        whole = all(value == round(value) for value in values)  # repeats, lengths and batches jump
+        style = "steps-post" if whole else "default"
+        for i, (arm, points) in enumerate(series[key].items()):
+            width = 2 * (len(series[key]) - i)  # earlier arms wider: so equal schedules show
+            steps, drawn = zip(*points, strict=True)
+            color = COLORS[i % len(COLORS)]
+            ax.plot(steps, drawn, color=color, lw=width, drawstyle=style, label=arm)
+        if whole and len(values) < 8:
+            ax.set_yticks(values)
         ax.set(xlabel="optimizer steps", ylabel=SCHEDULES[key], xlim=(0, None))
         ax.grid(alpha=0.25, lw=0.6)
     figure.axes[0].legend(frameon=False)
@@ -962,46 +878,34 @@ class Options:
     # arm that the others are compared with; empty: one called `baseline`, else the first
     baseline: str = ""
     metric: str = ""  # what plots and time to loss are about; empty: the rule's metric
-    # preset (TOML) whose rule_* fields judge runs without a config, such as upstream logs
+    # preset (TOML) whose [rule] table judges runs without a config, such as upstream logs
     rule: str = ""
     no_plots: bool = False  # text only
 
 
 def build(runs: list[Run], baseline: str = "", metric: str = "", fallback: dict | None = None):
-    """
-    Everything that the report says: ({title: text}, arms, baseline, metric of the curves, target).
-    """
+    """All that the report says: ({title: text}, arms, baseline, metric of the curves, target)."""
     arms = {}
     for run in runs:
         arms.setdefault(str(run.arm), []).append(run)
     if baseline and baseline not in arms:
-        raise ReportError(
+        raise UserError(
             f"--baseline {baseline}: no run is of that arm; the arms are {', '.join(arms)}"
         )
     baseline = baseline or ("baseline" if "baseline" in arms else next(iter(arms)))
-    rule = RULE | next((run.config for run in runs if run.config), fallback or {})
-    metric = metric or rule["rule_metric"]
-    logged = [
-        key
-        for run in runs
-        for event in run.val
-        for key in event
-        if re.match(r"val_(loss|bpb)_", key)
-    ]
-    metrics = [
-        key
-        for key in dict.fromkeys([*METRICS, *EPOCHS, *logged, metric])
-        if any(run.value(key) is not None for run in runs)
-    ]
-    # final scorers have no curve of their own
-    wanted = (metric, "val_bpb") if "bpb" in metric else (metric,)
-    curve = next(
-        (key for key in wanted for run in runs for event in run.val if key in event), "val_loss"
-    )
-    if metric not in (*metrics, rule["rule_metric"]):
-        raise ReportError(
+    rule = rule_of(next((run.config for run in runs if run.config), fallback or {}))
+    metric = metric or rule["metric"]
+    logged = dict.fromkeys(key for run in runs for event in run.val for key in event)
+    averages = [key for key in logged if re.match(r"val_(loss|bpb)_", key)]
+    names = dict.fromkeys([*METRICS, *EPOCHS, *averages, metric])
+    metrics = [key for key in names if any(run.value(key) is not None for run in runs)]
+    if metric not in (*metrics, rule["metric"]):
+        raise UserError(
             f"--metric {metric}: no run has it; there is {', '.join(metrics) or 'nothing yet'}"
         )
+    # final scores have no curve of their own
+    wanted = [metric, "val_bpb"] if "bpb" in metric else [metric]
+    curve = next((key for key in wanted if key in logged), "val_loss")
     finished = {arm: [run for run in group if run.finished] for arm, group in arms.items()}
     differences = compare_section(finished, baseline, metrics)
     sections = {
@@ -1012,37 +916,37 @@ def build(runs: list[Run], baseline: str = "", metric: str = "", fallback: dict 
         "Rule of the track": rule_section(arms, fallback or {}),
         "Config": config_section(arms, baseline),
     }
-    target = rule["rule_target"] if rule["rule_metric"] == curve else 0.0
+    target = rule["target"] if rule["metric"] == curve else 0.0
     return {title: text for title, text in sections.items() if text}, arms, baseline, curve, target
 
 
 def report(options: Options):
     """Read the runs, print the report and write it to a folder."""
+    fallback = {}
     try:
-        fallback = (
-            tomllib.loads(Path(options.rule).read_text(encoding="utf-8")) if options.rule else {}
-        )
-    except (OSError, ValueError) as error:
-        raise ReportError(f"--rule {options.rule}: {error}; give a preset of configs/") from error
+        if options.rule:
+            fallback = tomllib.loads(Path(options.rule).read_text(encoding="utf-8"))
+            rule_of(fallback)
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: rule, but no table
+        raise UserError(f"--rule {options.rule}: {error}; give a preset of configs/") from error
     if not options.runs:
-        raise ReportError("no runs given; try `python logs/report.py logs`")
+        raise UserError("no runs given; try `python logs/report.py logs`")
     runs = find_runs(options.runs)
-    sections, arms, baseline, curve, target = build(
-        runs, options.baseline, options.metric, fallback
-    )
+    built = build(runs, options.baseline, options.metric, fallback)
+    sections, arms, baseline, curve, target = built
     folder, images = Path(options.out), []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not options.no_plots:
-            images += ["curves.png"] * plot_curves(
-                arms, curve, target, baseline, folder / "curves.png"
-            )
-            images += ["schedules.png"] * plot_schedules(arms, folder / "schedules.png")
+            if plot_curves(arms, curve, target, baseline, folder / "curves.png"):
+                images.append("curves.png")
+            if plot_schedules(arms, folder / "schedules.png"):
+                images.append("schedules.png")
         body = "".join(f"\n## {title}\n\n```\n{text}\n```\n" for title, text in sections.items())
         body += "".join(f"\n![{name}]({name})\n" for name in images)
         (folder / "report.md").write_text("# Report\n" + body, encoding="utf-8")
     except OSError as error:
-        raise ReportError(
+        raise UserError(
             f"--out {options.out}: {error}; give a folder that can be written"
         ) from error
     print("\n\n".join(f"{title}\n{'-' * len(title)}\n{text}" for title, text in sections.items()))
@@ -1058,7 +962,7 @@ def program() -> int | None:
 
 
 def main():
-    if code := ending("report.py", program, ReportError):
+    if code := ending("report.py", program):
         raise SystemExit(code)
 
 

@@ -10,8 +10,8 @@ Phase 3: what the weights of a run are worth, each figure a code length that cou
     python logs/score.py export logs/RUN --out small.nrx --bits fit --limit 16000000
 
 The first form runs under torchrun too, with as many ranks as there are GPUs. It adds to the run's
-log.txt and result.json: at the top what was asked for last, under `scores` every figure that was
-ever taken, by its settings. A figure that is there is not taken again, so what was killed goes on where it was.
+log.txt and result.json: at the top what was asked for last, under `scores` each figure that was
+ever taken, by its settings. A figure that is there is not taken again: what was killed goes on.
 
 Read it from top to bottom:
     Scorers      chunked, sliding window, online mixture, score-first test-time training
@@ -191,10 +191,7 @@ class Sliding:
         self.hidden = self.whole(model.hidden)
 
     def whole(self, f: Callable) -> Callable:
-        """
-        Compiled as one graph where the model is (compile = 2); else its blocks are compiled by
-        themselves, or nothing is.
-        """
+        """Compiled as one graph where the model is (compile = 2); else as it is."""
         return torch.compile(f, dynamic=False) if self.model.cfg.compile == 2 else f
 
     def warm_up(self) -> None:
@@ -257,10 +254,7 @@ class Sliding:
 
     @torch.no_grad()
     def distribution(self) -> np.ndarray:
-        """
-        Probabilities [V] in float64 of the token behind those observed. Called once before each
-        observe.
-        """
+        """Probabilities [V] in float64 of the next token. Once before each observe."""
         t = len(self.past) - 1
         if t == self.end:  # a new window: see its context again
             self.start, self.end = self.next_window(t)
@@ -325,10 +319,7 @@ class NGrams:
 
 
 def earlier(key: Tensor) -> Tensor:
-    """
-    How often each entry occurs before itself: what its count was when it was scored, for a whole
-    stream at once.
-    """
+    """How often each entry occurs before itself, for a whole stream at once."""
     ordered, order = key.sort(stable=True)
     place = torch.arange(len(key), device=key.device)
     first = (
@@ -496,10 +487,7 @@ class TestTime(Sliding):
         self.trained = max(self.trained, int(chunk))
 
     def train_step(self, stream: Tensor, starts: range, lr: float) -> None:
-        """
-        One step of SGD on rows of the stream, of which ranks take turns; the gradient's norm is at
-        most 1.
-        """
+        """One step of SGD on rows, of which ranks take turns; gradient norm 1 at most."""
         self.optimizer.zero_grad()
         tokens = sum(min(self.length, len(stream) - 1 - s) for s in starts)
         mine, rows = list(starts)[self.run.rank :: self.run.world], self.shape.rows
@@ -562,10 +550,7 @@ class LoRA(Sliding):
 
     @contextlib.contextmanager
     def adapting(self):
-        """
-        Inside, a forward pass of the model adds the products. Blocks that are compiled by
-        themselves run eagerly.
-        """
+        """Inside, a forward pass adds the products; blocks compiled one by one run eagerly."""
         stance = contextlib.nullcontext()
         if self.model.cfg.compile != 2:
             stance = torch.compiler.set_stance("force_eager")
@@ -574,10 +559,7 @@ class LoRA(Sliding):
             yield
 
     def log_probs_at(self, tokens: Tensor, places: Tensor, pairs: dict) -> Tensor:
-        """
-        Log probabilities [R, n, V] behind the tokens at places [n] of rows [R, T], under the
-        products `pairs`.
-        """
+        """Log probabilities [R, n, V] at places [n] of rows [R, T], under `pairs`."""
         self.pairs = pairs
         hidden = self.model.hidden(tokens, self.shape.repeats, self.shape.window)
         return self.log_probs(hidden[:, places])
@@ -703,18 +685,15 @@ def refuse_dropout(cfg: Config, modes: str) -> None:
     if re.search("ttt|lora", modes) and (cfg.attn_dropout or cfg.mlp_dropout or cfg.stoch_depth):
         raise UserError(
             f"mode = {modes!r} trains on what it scored, and with attn_dropout, mlp_dropout or "
-            "stoch_depth by "
-            "chance: no decoder could follow; use another mode, or a model without them"
+            "stoch_depth by chance: no decoder could follow; use another mode, or a model without "
+            "them"
         )
 
 
 def make_scorer(
     model: tg.GPT, how: OneScore, shape: tg.Shape, run: tg.Ranks | None = None
 ) -> Sliding:
-    """
-    The scorer of how.mode. shape: rows per batch, tokens per row, repeats, window; run: for several
-    ranks.
-    """
+    """The scorer of how.mode; shape: of its windows; run: for several ranks."""
     if how.mode not in SCORERS:
         raise UserError(f"mode = {how.mode!r}: must be one of {', '.join(SCORERS)}")
     refuse_dropout(model.cfg, how.mode)
@@ -730,10 +709,7 @@ def make_scorer(
 
 @contextlib.contextmanager
 def one_thread():
-    """
-    For walks token by token: threads cost such small operations more than they bring, and sums then
-    have one order.
-    """
+    """For walks token by token: threads cost more than they bring there."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -783,63 +759,29 @@ def decode(scorer, code: bytes, most: int = 1 << 28) -> np.ndarray:
 
 
 def prove(
-    scorer, tokens: np.ndarray, decoder: Callable[[bytes], np.ndarray], flips: int = 3
+    scorer: Sliding, tokens: np.ndarray, decoder: Callable[[bytes], np.ndarray], flips: int = 3
 ) -> dict:
     """
     Show that the scorer's claim for tokens [n+1] is a code length, or raise UserError that names
-    what it is not. Shown: every target is scored once; at `flips` targets the distribution behind
-    the claim sums to 1 and gives its target what was claimed; changing such a target changes no
-    score before it and not the distribution at it; the step-wise distributions all sum to 1; they
+    what it is not. Shown: what check_claim() shows; the step-wise distributions all sum to 1; they
     encode the tokens in the claimed number of bits; and decoder(code), which is given nothing but
     the code, gives the same tokens back. Returns what was measured.
     """
-    n, vocab = len(tokens) - 1, scorer.model.cfg.vocab
-
-    def need(ok: bool, why: str) -> None:
-        if not ok:
-            raise UserError(f"mode {scorer.how.mode}: no code length: {why}")
-
+    n = len(tokens) - 1
     places = tuple(sorted({round((i + 1) * (n - 1) / (flips + 1)) for i in range(flips)}))
-    claim = scorer.score(tokens, places)
-    nats = claim.nats.cpu()
-    often = int(claim.times.min()), int(claim.times.max())
-    need(often == (1, 1), f"targets are scored {often[0]} to {often[1]} times")
-    need(bool(nats.isfinite().all()), "scores are not finite")
-    for t in places:
-        p, own = claim.given[t], int(tokens[t + 1])
-        need(
-            p.shape == (vocab,) and bool((p >= 0).all()) and abs(p.sum() - 1) < 1e-6,
-            f"the probabilities at target {t} sum to {p.sum():.6g}",
-        )
-        need(
-            abs(-math.log(p[own]) - float(nats[t])) < 1e-3,
-            f"target {t} is scored {float(nats[t]):.6f} nats, but its "
-            f"distribution gives {-math.log(p[own]):.6f}",
-        )
-        changed = tokens.copy()
-        changed[t + 1] = (own + 1) % vocab
-        other = scorer.score(changed, (t,))
-        moved = float((other.nats.cpu() - nats)[:t].abs().amax()) if t else 0.0
-        need(moved < 1e-5, f"changing target {t} moves a score before it by {moved:.3g} nats")
-        need(
-            np.abs(other.given[t] - p).max() < 1e-6,
-            f"changing target {t} changes the distribution at it",
-        )
+    nats = check_claim(scorer, tokens, places)
     began = time.perf_counter()
     code, seen = encode(scorer, tokens)
     encode_seconds = time.perf_counter() - began
     worst = float(np.abs(seen[:, 0] - 1).max())
-    need(worst < 1e-6, f"step-wise probabilities sum to 1 +- {worst:.3g}")
+    show(scorer, worst < 1e-6, f"step-wise probabilities sum to 1 +- {worst:.3g}")
     claimed_bits, stepwise_bits = float(nats.sum()) / math.log(2), float(-np.log2(seen[:, 1]).sum())
     # 6 bytes of head, at most two words of rounding at the end; the two passes round floats
     # differently.
-    need(
-        8 * len(code) <= claimed_bits * 1.005 + 112,
-        f"{claimed_bits:.0f} bits are claimed, the code has {8 * len(code)}",
-    )
+    fits = 8 * len(code) <= claimed_bits * 1.005 + 112
+    show(scorer, fits, f"{claimed_bits:.0f} bits are claimed, the code has {8 * len(code)}")
     began = time.perf_counter()
-    need(np.array_equal(decoder(code), tokens), "what is decoded is another text")
-    decode_seconds = time.perf_counter() - began
+    show(scorer, np.array_equal(decoder(code), tokens), "what is decoded is another text")
     return {
         "tokens": n,
         "claimed_bits": claimed_bits,
@@ -848,8 +790,42 @@ def prove(
         "flips": len(places),
         "worst_sum": worst,
         "encode_s": encode_seconds,
-        "decode_s": decode_seconds,
+        "decode_s": time.perf_counter() - began,
     }
+
+
+def show(scorer: Sliding, ok: bool, why: str) -> None:
+    if not ok:
+        raise UserError(f"mode {scorer.how.mode}: no code length: {why}")
+
+
+def check_claim(scorer: Sliding, tokens: np.ndarray, places: tuple[int, ...]) -> Tensor:
+    """
+    The claimed nats [n], on the CPU. Shown of them: every target is scored once; at `places` the
+    distribution behind the claim sums to 1 and gives its target what was claimed; changing such a
+    target changes no score before it and not the distribution at it.
+    """
+    vocab, claim = scorer.model.cfg.vocab, scorer.score(tokens, places)
+    nats = claim.nats.cpu()
+    often = int(claim.times.min()), int(claim.times.max())
+    show(scorer, often == (1, 1), f"targets are scored {often[0]} to {often[1]} times")
+    show(scorer, bool(nats.isfinite().all()), "scores are not finite")
+    for t in places:
+        p, own, claimed = claim.given[t], int(tokens[t + 1]), float(nats[t])
+        sums = p.shape == (vocab,) and bool((p >= 0).all()) and abs(p.sum() - 1) < 1e-6
+        show(scorer, sums, f"the probabilities at target {t} sum to {p.sum():.6g}")
+        given = -math.log(p[own])
+        why = f"target {t} is scored {claimed:.6f} nats, but its distribution gives {given:.6f}"
+        show(scorer, abs(given - claimed) < 1e-3, why)
+        changed = tokens.copy()
+        changed[t + 1] = (own + 1) % vocab
+        other = scorer.score(changed, (t,))
+        moved = float((other.nats.cpu() - nats)[:t].abs().amax()) if t else 0.0
+        why = f"changing target {t} moves a score before it by {moved:.3g} nats"
+        show(scorer, moved < 1e-5, why)
+        same = np.abs(other.given[t] - p).max() < 1e-6
+        show(scorer, same, f"changing target {t} changes the distribution at it")
+    return nats
 
 
 def text_of(tokenizer: tg.Tokenizer, tokens: np.ndarray) -> bytes:
@@ -873,8 +849,7 @@ def stretch(tokens: np.ndarray, tokenizer: tg.Tokenizer, least: int) -> tuple[np
             return tokens[:end], text
     raise UserError(
         f"asked were {least} bytes of text, the stream holds {sizes[-1]} by the tokenizer's "
-        "pieces; if "
-        "those are enough, the pieces and the decoded text disagree about their length"
+        "pieces; if those are enough, the pieces and the decoded text disagree about their length"
     )
 
 
@@ -967,8 +942,8 @@ def selected(s: Subject, result: dict, found: dict) -> dict:
         chosen |= {"val_loss_best_epoch": best[0], "best_epoch": best[1]}
         s.run.log(f"best epoch: {best[1]}, val_loss:{best[0]:.5f} (selected on validation)")
     s.run.log(
-        f"slowrun's figure, the least of these: val_loss:{losses[name]:.5f} from {name} "
-        "(selected on validation)"
+        f"slowrun's figure, the least of these: val_loss:{losses[name]:.5f} from {name} (selected "
+        "on validation)"
     )
     on_validation = [k for k in ("val_loss_best_epoch", "slowrun_val_loss") if k in chosen]
     return chosen | {"selected_on_validation": on_validation}
@@ -1267,8 +1242,11 @@ def one_proof(s: Subject, how: OneScore, flags: Phase) -> tuple[dict, dict]:
     words |= dataclasses.asdict(how)
     argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]
 
+    def is_asked() -> bool:
+        return bool(s.run.signal)
+
     def work() -> str:
-        return fresh_process("prove", str(s.path), *argv, asked_to_stop=lambda: bool(s.run.signal))
+        return fresh_process("prove", str(s.path), *argv, asked_to_stop=is_asked)
 
     lines = s.run.on_main(work)
     s.run.agree()  # a signal that came meanwhile
@@ -1392,7 +1370,8 @@ def sample_command(flags: Sample) -> None:
 def fresh_process(*arguments: str, asked_to_stop: Callable[[], bool] = lambda: False) -> str:
     """
     What `score.py ARGUMENTS` prints, in a process that shares nothing with this one; UserError
-    where it fails. Once asked_to_stop() it is ended as by Ctrl-C, with what it has started, and gives "".
+    where it fails. Once asked_to_stop() it is ended as by Ctrl-C, with what it has started, and
+    gives "".
     """
     packed = [] if Path(__file__).name == "score.py" else ["logs.score"]  # within one file
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -1422,10 +1401,7 @@ def fresh_process(*arguments: str, asked_to_stop: Callable[[], bool] = lambda: F
 
 
 def score_all(scorer: Sliding, val: tg.Validation) -> dict[str, float]:
-    """
-    Score a validation prefix: nats per token, bits per byte (nan where the bytes are unknown),
-    seconds, tokens/s.
-    """
+    """Loss in nats per token, bits per byte (nan: unknown), seconds, tokens/s."""
     began = time.perf_counter()
     scores = scorer.score(val.tokens)
     assert bool((scores.times == 1).all()), "a target was not scored exactly once"
@@ -1438,10 +1414,7 @@ def score_all(scorer: Sliding, val: tg.Validation) -> dict[str, float]:
 
 @dataclass
 class Prove(OneScore, Source):
-    """
-    Encode a stretch of validation text, decode it in a fresh process, and check that the score is
-    a code length.
-    """
+    """Encode validation text, decode it in a fresh process, check the claimed length."""
 
     bytes: int = 16384  # text at least
 

@@ -1,9 +1,13 @@
 """
-What run.sh asks before anything is installed; Python's own library is all that this needs.
+What run.sh asks; Python's own library is all that this needs, but for the last two.
 
-    python3 logs/start.py gpus            how many processes this node starts: the GPUs they can see
-    python3 logs/start.py environment     .venv with requirements.txt, once where nodes share it
-    python3 logs/start.py names FLAGS...  refuses flags that would break run.sh's names of runs
+    python3 logs/start.py gpus               how many processes this node starts: the GPUs they see
+    python3 logs/start.py asked WORDS -- LM  verb, number of words that say it, what it is about
+    python3 logs/start.py yes NAME VALUE     1 or 0
+    python3 logs/start.py help               the head of run.sh
+    python3 logs/start.py environment        .venv with requirements.txt, once where nodes share it
+    python logs/start.py data FLAGS          get what these flags read, print where runs go
+    python logs/start.py config FILE FLAGS   write the configuration that these flags make
 """
 
 import contextlib
@@ -108,21 +112,133 @@ def gpus(listing, visible):
     return min(count, whole, 1) if cut else min(count, whole)
 
 
-def names(flags):
-    """Runs are called TRACK-sSEED: a flag for seed or name would train into another's folder."""
+STUDIES = ("remix", "depth", "warmdown", "nca", "centering")  # whose names alone do as well
+VERBS = ("golf", "study", "test", "report", "submit", "sample", "dry_run", *STUDIES)
+
+
+def asked(words, always):
+    """
+    (verb, how many of the words say it, what it is about) of run.sh's command line; `always` are
+    the flags that every training run has.
+    """
+    first = words[0] if words else ""
+    if first in ("-h", "--help", "help"):
+        return "help", 1, ""
+    if first in STUDIES or first == "study":
+        words = words if first == "study" else ["study", *words]
+        if len(words) < 2 or words[1].startswith("-"):
+            known = " ".join(sorted(p.stem for p in Path("configs/studies").glob("*.toml")))
+            raise UserError(f"study: name one of {known}, or a path to one")
+        names(words[2:], "--seeds {} after the study's name")
+        # what only asks needs no data and no ranks
+        asks = {"list", "-h", "--help", "--only"} & set(words[2:])
+        return "ask_study" if asks else "study", 1 + (first == "study"), words[1]
+    if first == "sample":
+        if len(words) < 2:
+            raise UserError("usage: ./run.sh sample RUN [TEXT] [flags]")
+        return "sample", 2, words[1]
+    if first == "dry_run":
+        given = len(words) > 1 and not words[1].startswith("-")
+        return "dry_run", 1 + given, words[1] if given else os.environ["TRACK"]
+    if first in ("test", "report", "submit"):
+        return first, 1, ""
+    names([*always, *words], 'SEEDS="{}" ./run.sh ...')
+    if first == "golf":
+        return "golf", 1, os.environ["GOLF"]
+    if not first or first.startswith("-"):
+        return "track", 0, os.environ["MAIN"]
+    return "track", 1, preset(first)
+
+
+def preset(word):
+    """A preset as --config takes it: a name in configs/, or a path."""
+    name = word.removesuffix(".toml").removeprefix("configs/")
+    if Path(f"configs/{name}.toml").is_file():
+        return name
+    path = word.removesuffix(".toml") + ".toml"
+    if not Path(path).is_file():
+        known = " ".join(sorted(p.stem for p in Path("configs").glob("*.toml")))
+        raise UserError(f"no verb and no preset is called {word!r}; presets: {known}")
+    return path
+
+
+def names(flags, instead):
+    """A run's name carries its seed: a flag for either would train into another's folder."""
     for i, word in enumerate(flags):
         key, _, value = word.partition("=")
         value = value or " ".join(flags[i + 1 : i + 2])
         if key == "--seed":
             raise UserError(
-                f"--seed {value}: a run's name carries its seed, so say "
-                f'SEEDS="{value}" ./run.sh ...'
+                f"--seed {value}: a run's name carries its seed, so say {instead.format(value)}"
             )
         if key == "--run":
             raise UserError(
-                f"--run {value}: run.sh names its runs by track and SEEDS; for a name of "
-                f"your own: .venv/bin/python train_gpt.py --config TRACK --run {value}"
+                f"--run {value}: run.sh names its runs; for a name of your own: "
+                f".venv/bin/python train_gpt.py --config TRACK --run {value}"
             )
+
+
+def yes(name, value):
+    """1 or 0 for a setting that is on or off."""
+    word = value.lower()
+    if word in ("1", "true", "yes", "on"):
+        return 1
+    if word in ("0", "", "false", "no", "off"):
+        return 0
+    raise UserError(f"{name}={value}: give 1 for yes, 0 for no")
+
+
+def usage():
+    """The comment at the head of run.sh."""
+    lines = Path("run.sh").read_text(encoding="utf-8").splitlines()[1:]
+    head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    return "\n".join(line[2:] for line in head)
+
+
+def resolved(flags):
+    """The trainer, and the configuration that these flags make; needs what is installed."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import train_gpt
+
+    try:
+        return train_gpt, train_gpt.parse_args(flags)
+    except train_gpt.UserError as e:
+        raise UserError(str(e)) from e
+
+
+def write_config(path, flags):
+    """Write the resolved configuration, whole or not at all."""
+    train_gpt, cfg = resolved(flags)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    train_gpt.write_whole(Path(path), train_gpt.config_toml(cfg).encode())
+
+
+def data(flags):
+    """Get what a run with these flags reads; the folder where it goes."""
+    _, cfg = resolved(flags)
+    get_data(cfg.data)
+    return cfg.log_dir
+
+
+def get_data(folder):
+    """Get what presets read, unless it is there; any other folder is taken as it is."""
+    shards = int(os.environ.get("SHARDS", 24))
+    name = Path(folder).name
+    known = {
+        "data/sample": ["sample"],
+        "data/fineweb10B": ["fineweb10B", "--shards", str(shards)],
+        "data/fineweb100B": ["fineweb100B", "--shards", str(max(shards, 132))],  # 100,000 steps
+        "data/slowrun": ["slowrun"],
+    }
+    if re.fullmatch(r"data/sample\d+", folder):
+        known[folder] = ["sample", "--vocab", name.removeprefix("sample"), "--out", folder]
+    if folder.startswith("data/golf_"):
+        known[folder] = ["golf", "--variant", name.removeprefix("golf_")]
+    if folder not in known:
+        print(f"data: {folder} is taken as it is", file=sys.stderr)
+        return
+    command = [sys.executable, "data/get.py", *known[folder]]
+    subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def list_gpus():
@@ -132,16 +248,31 @@ def list_gpus():
         return ""
 
 
+def answer(verb, words):
+    """What one of this program's verbs prints; None: nothing."""
+    if verb == "gpus":
+        return gpus(list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if verb == "asked":
+        end = len(words) - words[::-1].index("--") - 1
+        return " ".join(map(str, asked(words[:end], words[end + 1 :])))
+    if verb == "yes":
+        return yes(*words)
+    if verb == "help":
+        return usage()
+    if verb == "environment":
+        return environment()
+    if verb == "data":
+        return data(words)
+    if verb == "config":
+        return write_config(words[0], words[1:])
+    raise UserError(f"start.py {verb}: gpus, asked, yes, help, environment, data or config")
+
+
 def main(argv):
     try:
-        if argv == ["gpus"]:
-            print(gpus(list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")))
-        elif argv == ["environment"]:
-            environment()
-        elif argv[:1] == ["names"]:
-            names(argv[1:])
-        else:
-            raise UserError(f"start.py {' '.join(argv)}: gpus, environment or names")
+        said = answer(argv[0] if argv else "", argv[1:])
+        if said is not None:
+            print(said)
     except UserError as e:
         print(f"run.sh: {e}", file=sys.stderr)
         return 2

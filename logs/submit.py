@@ -1,8 +1,10 @@
 """From finished runs to the folder that a leaderboard asks for, or a list of what a reviewer would
 object to.
 
-    python logs/submit.py golf MyIdea logs/golf_baseline-s*     # -> records/track_10min_16mb/<date>_MyIdea/
-    python logs/submit.py speedrun MyIdea logs/remix_m-s*       # -> records/track_1_short/<date>_MyIdea/
+    python logs/submit.py golf MyIdea logs/golf_baseline-s*
+    # -> records/track_10min_16mb/<date>_MyIdea/
+    python logs/submit.py speedrun MyIdea logs/remix_m-s*
+    # -> records/track_1_short/<date>_MyIdea/
 
 Reads what a run leaves in its folder (result.json, log.txt, config.toml, model.nrx), this project's
 sources, and the shards that were trained on. What it writes: a README with tables and the
@@ -32,25 +34,14 @@ sys.path[:0] = [p for p in (str(ROOT), str(ROOT / "data")) if p not in sys.path]
 
 from get import documents_of, hash64  # noqa: E402
 
+import train_gpt as tg  # noqa: E402
 from logs import pack, report  # noqa: E402
-from logs.endings import ending  # noqa: E402
-from train_gpt import (  # noqa: E402
-    Config,
-    UserError,
-    config_hash,
-    data_fingerprint,
-    find_shards,
-    read_shard,
-    read_toml,
-)
+from logs.endings import UserError, ending  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Track:
-    """
-    What a leaderboard asks for beside the rule_* fields of a run's config; 0 or empty asks for
-    nothing.
-    """
+    """What a leaderboard asks for beside the [rule] of a run; 0 or empty asks for nothing."""
 
     folder: str  # under records/
     kind: str  # Config.track
@@ -59,51 +50,40 @@ class Track:
     max_eval_seconds: float = 0.0
     max_bytes: int = 0  # of artifact and code together
     max_train_tokens: int = 0  # in the train shards
-    # scored prefix that the score is defined on; 0: the whole validation split
-    val_tokens: int | None = None
+    val_tokens: int | None = None  # the prefix that is scored; 0: the whole validation split
     packed: bool = False  # code is counted, so it is shipped packed
     log_name: str = "train_seed{seed}.log"
 
 
+GOLF = {"kind": "golf", "max_bytes": 16_000_000, "val_tokens": 0, "packed": True}
+SPEEDRUN = {"kind": "speedrun", "val_tokens": 10_485_760, "log_name": "{run}.txt"}
+SLOWRUN = {"kind": "slowrun", "max_train_tokens": 100_000_000}
 TRACKS = {
-    "golf": Track(
-        "track_10min_16mb", "golf", True, 600, 600, 16_000_000, val_tokens=0, packed=True
-    ),
-    "golf_non_record": Track(
-        "track_non_record_16mb", "golf", max_bytes=16_000_000, val_tokens=0, packed=True
-    ),
-    "speedrun": Track(
-        "track_1_short", "speedrun", True, val_tokens=10_485_760, log_name="{run}.txt"
-    ),
+    "golf": Track("track_10min_16mb", tested=True, max_seconds=600, max_eval_seconds=600, **GOLF),
+    "golf_non_record": Track("track_non_record_16mb", **GOLF),
+    "speedrun": Track("track_1_short", tested=True, **SPEEDRUN),
     # the slowrun's repository keeps no record folders: these names are chosen here
-    "slowrun": Track("slowrun_limited", "slowrun", max_seconds=3600, max_train_tokens=100_000_000),
-    "slowrun_tiny": Track("slowrun_tiny", "slowrun", max_seconds=900, max_train_tokens=100_000_000),
-    "slowrun_two_hour": Track(
-        "slowrun_two_hour", "slowrun", max_seconds=7200, max_train_tokens=100_000_000
-    ),
-    "slowrun_unlimited": Track("slowrun_unlimited", "slowrun", max_train_tokens=100_000_000),
+    "slowrun": Track("slowrun_limited", max_seconds=3600, **SLOWRUN),
+    "slowrun_tiny": Track("slowrun_tiny", max_seconds=900, **SLOWRUN),
+    "slowrun_two_hour": Track("slowrun_two_hour", max_seconds=7200, **SLOWRUN),
+    "slowrun_unlimited": Track("slowrun_unlimited", **SLOWRUN),
 }
 FILES = ("config.toml", "log.txt", "result.json")
 # of a published split's validation documents that may be in train too: web text repeats itself
 PUBLISHED_SHARE = 0.01
 # of result.json: what all runs must have in common
 SAME = ("world_size", "device", "torch", "params", "data_sha256")
-# scores of the artifact
-STORED = ("roundtrip_val_bpb", "sliding_val_bpb", "mixed_val_bpb", "ttt_val_bpb", "lora_val_bpb")
+STORED = report.METRICS[2:]  # scores of the artifact: all but val_loss and val_bpb
+SCORER = "logs/score.py"
 OF_ONE_RUN = report.NAMES - {"arm"}  # config fields that are not shipped, as they belong to one run
 
 
-class Refusal(Exception):
-    """
-    Everything that stands against the submission, one message a line. Ends the program with exit
-    code 2.
-    """
+class Refusal(UserError):
+    """Everything that stands against the submission, one message a line."""
 
     def __init__(self, problems: list[str]):
-        super().__init__(
-            f"refused, nothing was written; {len(problems)} found:\n"
-            + "".join(f"  - {p}\n" for p in problems)
-        )
+        lines = "".join(f"  - {problem}\n" for problem in problems)
+        super().__init__(f"refused, nothing was written; {len(problems)} found:\n{lines}")
 
 
 @dataclass
@@ -153,9 +133,7 @@ class Submission:
 
 
 def load(track: Track, arguments: tuple[str, ...]) -> Submission:
-    """
-    Read the run folders; what is not finished, or no run folder, cannot be looked at any further.
-    """
+    """Read the run folders. Of one that is none, or not finished, nothing more can be checked."""
     s = Submission(track, [], [], [])
     for folder in map(Path, arguments):
         missing = [name for name in FILES if not (folder / name).is_file()]
@@ -183,34 +161,26 @@ def load(track: Track, arguments: tuple[str, ...]) -> Submission:
 
 
 def head_of(log: str) -> str:
-    """
-    The sources at the top of a log, as log_head of train_gpt.py writes them: up to the first line
-    of 100 '='.
-    """
+    """The sources at the top of a log: up to the first line of 100 '=', as log_head writes them."""
     return re.split(r"^={100}$", log, maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def sources_in(head: str, texts: dict[str, str]) -> dict[str, str]:
-    """
-    Those of the files `texts` of which the head of a log consists, each followed by a newline; {}
-    if of anything else.
-    """
+    """Those files of which a log's head consists, each with a newline behind; {} if of others."""
     found = {}
-    while name := next(
-        (
-            name
-            for name, text in texts.items()
-            if name not in found and head.startswith(text + "\n")
-        ),
-        "",
-    ):
-        found[name], head = texts[name], head[len(texts[name]) + 1 :]
-    return {} if head else found
+    while head:
+        left = [name for name in texts if name not in found]
+        name = next((name for name in left if head.startswith(texts[name] + "\n")), "")
+        if not name:
+            return {}
+        found[name] = texts[name]
+        head = head.removeprefix(texts[name] + "\n")
+    return found
 
 
 def check_sources(s: Submission) -> None:
-    """All logs hold one source, which is that of this checkout, readable or packed."""
-    paths = pack.modules_of([ROOT / "train_gpt.py"])
+    """All logs hold one source, this checkout's, readable or packed. Sets what is shipped."""
+    paths = pack.modules_of([ROOT / name for name in pack.PROGRAMS])
     texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
     packed = {"train_gpt.py": pack.pack(paths)}
     for folder, log, _, result in s.of_each():
@@ -229,8 +199,8 @@ def check_sources(s: Submission) -> None:
         if found != s.sources:
             s.object(
                 folder / "log.txt",
-                "not the source of the other logs, though both could be shipped (packed and "
-                "not, say)",
+                "not the source of the other logs, though both could be shipped (packed and not, "
+                "say)",
                 "a submission is of one source: run again what differs",
             )
         if result.get("code_bytes", size) != size:
@@ -241,6 +211,8 @@ def check_sources(s: Submission) -> None:
             )
     if s.track.packed or s.sources == packed:
         s.sources, s.readable = packed, texts
+    elif s.runs[0].config.get("average_epochs"):  # which the scorer takes, whatever [score] says
+        s.sources = s.sources | {SCORER: texts[SCORER]}
 
 
 def check_numbers(s: Submission) -> None:
@@ -251,40 +223,11 @@ def check_numbers(s: Submission) -> None:
         if path.read_text(encoding="utf-8").split("\n", 1)[-1] not in log:
             s.object(path, "not the configuration that log.txt holds", again)
         try:
-            if config_hash(Config(**read_toml(path))) != result.get("config_sha256"):
+            config = tg.Config(**tg.read_toml(path))
+            if tg.config_hash(config) != result.get("config_sha256"):
                 s.object(folder / "result.json", "config_sha256 is not that of config.toml", again)
-        except UserError as error:
+        except tg.UserError as error:
             s.object(path, str(error), again)
-        log = report.plain(log)
-        finals = re.findall(r"^final: (.*)$", log, re.MULTILINE)
-        if not finals:
-            s.object(folder / "log.txt", "no line `final: ...`: it is cut short", again)
-        for key, value in re.findall(
-            r"(\w+):([-+.\de]+|nan|inf)s?(?= |$)", finals[-1] if finals else ""
-        ):
-            # the log rounds
-            key, slack = ("train_time_s", 1e-3) if key == "train_time" else (key, 1e-7)
-            known = result.get(key)
-            if known is not None and not abs(float(value) - known) <= slack:
-                s.object(
-                    folder / "result.json", f"{key} {known}, but log.txt ends with {value}", again
-                )
-        steps = re.findall(r"^step:(\d+)/\d+ val_loss:", log, re.MULTILINE)
-        if steps and int(steps[-1]) != result.get("steps"):
-            s.object(
-                folder / "result.json",
-                f"{result.get('steps')} steps, but log.txt was last evaluated at {steps[-1]}",
-                again,
-            )
-        timed = re.findall(r"^final_\S+ .*\beval_time:(\d+)ms", log, re.MULTILINE)
-        scoring = sum(map(int, timed)) / 1000
-        if timed and not abs((result.get("eval_time_s") or 0) - scoring) <= 1e-3 * len(timed):
-            known = result.get("eval_time_s")
-            s.object(
-                folder / "result.json",
-                f"eval_time_s {known}, but the scores in log.txt took {scoring}",
-                again,
-            )
         path, size = folder / "model.nrx", result.get("artifact_bytes")
         if s.track.max_bytes and not (path.is_file() and size):
             s.object(
@@ -294,11 +237,58 @@ def check_numbers(s: Submission) -> None:
             )
         elif size and path.is_file() and path.stat().st_size != size:
             s.object(path, f"{path.stat().st_size} bytes, but result.json says {size}", again)
+        log = report.plain(log)
+        if not re.search(r"^final: ", log, re.MULTILINE):
+            s.object(folder / "log.txt", "no line `final: ...`: it is cut short", again)
+            continue
+        try:
+            odd = unlike_log(log, result) + unlike_scores(log, result)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            odd = [f"damaged ({type(error).__name__}: {error})"]
+        for what in odd:
+            s.object(folder / "result.json", what, again)
 
 
-def differences(one: report.Run, other: report.Run) -> list[list[str]]:
-    """[field, value, value] where two configs differ beyond the seed."""
-    return report.config_diff(one.config, other.config)
+def unlike_log(log: str, result: dict) -> list[str]:
+    """Where a result.json differs from the last numbers of its log, but for the log's rounding."""
+    found, final = [], re.findall(r"^final: (.*)$", log, re.MULTILINE)[-1]
+    for key, value in re.findall(r"(\w+):([-+.\de]+|nan|inf)s?(?= |$)", final):
+        key, slack = ("train_time_s", 1e-3) if key == "train_time" else (key, 1e-7)
+        known = result.get(key)
+        if known is not None and not abs(float(value) - known) <= slack:
+            found.append(f"{key} {known}, but log.txt ends with {value}")
+    steps, known = re.findall(r"^step:(\d+)/\d+ val_loss:", log, re.MULTILINE), result.get("steps")
+    if steps and int(steps[-1]) != known:
+        found.append(f"{known} steps, but log.txt was last evaluated at {steps[-1]}")
+    return found
+
+
+def unlike_scores(log: str, result: dict) -> list[str]:
+    """Where a result.json's scores differ from its log's lines `final_NAME val_loss:...`, its top
+    from the scores (the newest is the last), or eval_time_s from what all took.
+    """
+    pattern = r"^final_(\S+) val_loss:(\S+)(?: val_bpb:(\S+))? .*?\beval_time:(\d+)ms"
+    lines = re.findall(pattern, log, re.MULTILINE)
+    found, top, seconds = [], {}, {}
+    for name, figure in result.get("scores", {}).items():
+        mode = name.split()[0]
+        top |= figure["top"]
+        seconds[mode] = figure.get("eval_time_s", 0.0)
+        if seconds[mode]:
+            losses = sorted(f"{value:.8f}" for value in figure["top"].values())
+            alike = [
+                ms for of, *told, ms in lines if of == mode and sorted(filter(None, told)) == losses
+            ]
+            if not any(abs(int(ms) / 1000 - seconds[mode]) <= 1e-3 for ms in alike):
+                found.append(f"log.txt does not have the score {name}")
+    for key in dict.fromkeys([*STORED[1:], "slowrun_val_loss", *top]):
+        if result.get(key) != top.get(key):
+            found.append(f"{key} {result.get(key)}, but its newest score is {top.get(key)}")
+    roundtrips = [int(ms) / 1000 for name, *_, ms in lines if name.endswith("roundtrip")]
+    took, known = sum(roundtrips[-1:]) + sum(seconds.values()), result.get("eval_time_s")
+    if lines and not abs((known or 0) - took) <= 1e-3 * len(lines):
+        found.append(f"eval_time_s {known}, but the scores in log.txt took {took:.3f}")
+    return found
 
 
 def left_out(s: Submission) -> list[Path]:
@@ -308,40 +298,38 @@ def left_out(s: Submission) -> list[Path]:
     for other in sorted({p for folder in given for p in folder.parent.iterdir()} - given):
         if not all((other / name).is_file() for name in ("config.toml", "log.txt")):
             continue
-        with contextlib.suppress(report.ReportError):  # a damaged folder is not of this experiment
+        with contextlib.suppress(UserError):  # a damaged folder is not of this experiment
             run = report.load_folder(other)
             head = head_of((other / "log.txt").read_text(encoding="utf-8", errors="replace"))
-            same = not differences(s.runs[0], run) and head == head_of(s.logs[0])
-            found += [other] if same and run.seed not in seeds else []
+            differs = report.config_diff(s.runs[0].config, run.config) or head != head_of(s.logs[0])
+            found += [] if differs or run.seed in seeds else [other]
     return found
 
 
 def check_seeds(s: Submission, planned: tuple[int, ...]) -> None:
     """Each planned seed once, and no run of the same experiment left out."""
-    seeds = sorted(
-        result["seed"] for *_, result in s.of_each() if isinstance(result.get("seed"), int)
-    )
-    for folder, _, run, result in s.of_each():
-        if not isinstance(result.get("seed"), int) or result["seed"] != run.config.get("seed"):
+    given = [run.result.get("seed") for run in s.runs]
+    seeds = sorted(seed for seed in given if isinstance(seed, int))
+    for folder, run, seed in zip(s.folders, s.runs, given):
+        planned_seed = run.config.get("seed")
+        if not isinstance(seed, int) or seed != planned_seed:
             s.object(
                 folder,
-                f"seed {result.get('seed')} in result.json, {run.config.get('seed')} in "
-                "config.toml",
+                f"seed {seed} in result.json, {planned_seed} in config.toml",
                 "put the run's own files back, or run again",
             )
-        elif (count := seeds.count(result["seed"])) > 1:
+        elif (count := seeds.count(seed)) > 1:
             s.object(
                 folder,
-                f"seed {result['seed']} is given {count} times, and repeats are no independent "
-                "sample",
+                f"seed {seed} is given {count} times, and repeats are no independent sample",
                 "give one run for each seed",
             )
     wanted = planned or range(seeds[0], seeds[-1] + 1) if seeds else ()
     if missing := sorted(set(wanted) - set(seeds)):
         s.object(
             "seeds",
-            f"{', '.join(map(str, missing))} missing beside {', '.join(map(str, seeds))}; a "
-            "mean is of all seeds",
+            f"{', '.join(map(str, missing))} missing beside {', '.join(map(str, seeds))}; a mean "
+            "is of all seeds",
             "add those runs, or name the seeds that were planned with --seeds",
         )
     if extra := sorted(set(seeds) - set(wanted)):
@@ -353,20 +341,20 @@ def check_seeds(s: Submission, planned: tuple[int, ...]) -> None:
     for other in left_out(s):
         s.object(
             other,
-            "a run of the same experiment with another seed, left out; a mean is of all seeds "
-            "that were run",
+            "a run of the same experiment with another seed, left out; a mean is of all seeds that "
+            "were run",
             "give it too (finished), or move it elsewhere if it does not belong here",
         )
 
 
 def check_same(s: Submission) -> None:
-    """
-    All runs are of one experiment on one kind of machine, and of this track. Sets the rule, the
-    stricter of both.
+    """All runs are of one experiment on one kind of machine, and of this track. Sets s.rule: of the
+    caps of runs and track the stricter ones.
     """
     first, config = s.runs[0], s.runs[0].config
     for folder, _, run, result in s.of_each():
-        odd = differences(first, run) + [[k, first.result.get(k), result.get(k)] for k in SAME]
+        odd = report.config_diff(config, run.config)
+        odd += [[key, first.result.get(key), result.get(key)] for key in SAME]
         odd = [f"{key} = {here} instead of {there}" for key, there, here in odd if here != there]
         if odd:
             s.object(
@@ -388,12 +376,9 @@ def check_same(s: Submission) -> None:
             f"{s.track.val_tokens or 'all (0)'}",
             f"run with --val_tokens {s.track.val_tokens}",
         )
-    s.rule = {key: config.get(key, neutral) for key, neutral in report.RULE.items()}
-    for key, cap in (
-        ("rule_max_seconds", s.track.max_seconds),
-        ("rule_max_bytes", s.track.max_bytes),
-    ):
-        s.rule[key] = min(s.rule[key] or cap, cap or s.rule[key])
+    s.rule = report.rule_of(config)
+    for key, cap in (("max_seconds", s.track.max_seconds), ("max_bytes", s.track.max_bytes)):
+        s.rule[key] = min(s.rule[key] or cap, cap or s.rule[key])  # 0 is no cap
 
 
 def check_alone(s: Submission) -> None:
@@ -411,25 +396,23 @@ def check_alone(s: Submission) -> None:
 
 def check_caps(s: Submission) -> None:
     """Clocks and sizes of each run; total_bytes is from here on that of what is shipped."""
-    cap, limit = s.rule["rule_max_seconds"], s.rule["rule_max_bytes"]
+    cap, limit, score_cap = s.rule["max_seconds"], s.rule["max_bytes"], s.track.max_eval_seconds
     code = sum(len(text.encode()) for text in s.sources.values())
     for folder, _, run, result in s.of_each():
         spent, scoring = result.get("train_time_s"), result.get("eval_time_s")
-        step = (spent or 0) / max(result.get("steps") or 1, 1)
         # parameter-golf looks at its clock after a step and accepted 600.038 s: the last step may
         # end behind the cap
-        if spent is None or cap and spent - cap > step:
+        last_step = (spent or 0) / max(result.get("steps") or 1, 1)
+        if spent is None or cap and spent - cap > last_step:
             s.object(
                 folder / "result.json",
                 f"the training clock says {spent} s, {cap:g} s are allowed",
                 f"run with --max_seconds {cap:g}",
             )
-        if s.track.max_eval_seconds and not (
-            scoring is not None and scoring <= s.track.max_eval_seconds
-        ):
+        if score_cap and not (scoring is not None and scoring <= score_cap):
             s.object(
                 folder / "result.json",
-                f"eval_time_s {scoring}, {s.track.max_eval_seconds:g} s are allowed for the score",
+                f"eval_time_s {scoring}, {score_cap:g} s are allowed for the score",
                 "choose a cheaper way of scoring",
             )
         if run.resumed and (cap or s.track.kind == "speedrun"):
@@ -450,31 +433,27 @@ def check_caps(s: Submission) -> None:
 
 
 def check_rule(s: Submission) -> None:
-    """
-    The mean over seeds lies as far below the target as the rule asks, where the track asks for a
-    proof.
-    """
-    metric, path = s.rule["rule_metric"], s.folders[0] / "config.toml"
+    """Where the track asks for it, the mean over seeds is shown to lie below the rule's target."""
+    metric, path = s.rule["metric"], s.folders[0] / "config.toml"
     if missing := [str(f) for f, *_, result in s.of_each() if result.get(metric) is None]:
         s.object(
             path,
-            f"rule_metric = {metric}, which was not measured in {', '.join(missing)}",
-            "run so that it is, or set --rule_metric",
+            f"the rule's metric is {metric}, which was not measured in {', '.join(missing)}",
+            "score those runs (python logs/score.py RUN), or run with another metric in [rule]",
         )
     elif s.track.kind == "golf" and metric not in STORED:
         s.object(
             path,
-            f"rule_metric = {metric} is not a score of the artifact, which is what golf takes",
-            f"run with --rule_metric set to one of {', '.join(STORED)}",
+            f"the rule's metric {metric} is no score of the artifact, which is what golf takes",
+            f"run with one of {', '.join(STORED)} as metric in the preset's [rule]",
         )
-    elif s.track.tested and not (s.rule["rule_target"] and (s.rule["rule_p"] or s.rule["rule_z"])):
+    elif s.track.tested and not (s.rule["target"] and (s.rule["p"] or s.rule["z"])):
         s.object(
             path,
-            "no rule_target with rule_p (or rule_z), but the track wants a mean shown to beat "
-            "the record",
-            "run with --rule_target LOSS --rule_p 0.01",
+            "no target with p (or z) in [rule], but the track wants a mean shown to beat a record",
+            "run with target = LOSS and p = 0.01 in the preset's [rule]",
         )
-    elif s.track.tested and s.rule["rule_p"] and len(s.runs) < 2:
+    elif s.track.tested and s.rule["p"] and len(s.runs) < 2:
         s.object(
             "runs",
             "1 given, fewer than the rule needs: a t-test takes two seeds at least, and seldom "
@@ -492,58 +471,39 @@ def check_rule(s: Submission) -> None:
 
 
 def check_data(s: Submission, data: str) -> None:
-    """
-    The shards here are those of the runs, and no document is on both sides (parameter-golf 2127: 80
-    % were).
+    """The shards here are those of the runs, and no document is on both sides (parameter-golf 2127:
+    80 % were). Sets s.documents.
     """
     try:
-        cfg = Config(**read_toml(s.folders[0] / "config.toml"))
+        cfg = tg.Config(**tg.read_toml(s.folders[0] / "config.toml"))
         cfg.data = data or cfg.data
-        shards = {split: find_shards(cfg, split) for split in ("train", "val")}
-        same = data_fingerprint(cfg) == s.runs[0].result.get("data_sha256")
-        streams = (
-            {
-                split: [read_shard(file, cfg.vocab) for file in files]
-                for split, files in shards.items()
-            }
-            if same
-            else {}
-        )
-    except UserError as error:
+        files = {split: tg.find_shards(cfg, split) for split in ("train", "val")}
+        if tg.data_fingerprint(cfg) != s.runs[0].result.get("data_sha256"):
+            s.object(
+                cfg.data,
+                "not the shards that the runs read (data_sha256 differs)",
+                "get those back, or give their folder with --data",
+            )
+            return
+        tokens, hashes = {}, {}
+        for split, paths in files.items():
+            shards = [tg.read_shard(path, cfg.vocab) for path in paths]
+            tokens[split] = sum(map(len, shards))
+            documents = documents_of(shards, cfg.doc_token)
+            hashes[split] = np.fromiter((hash64(d.tobytes()) for d in documents), np.uint64)
+    except tg.UserError as error:
         s.object(
             "data",
             f"train and validation cannot be compared: {error}",
             "or say where the shards are with --data",
         )
         return
-    if not same:
-        s.object(
-            cfg.data,
-            "not the shards that the runs read (data_sha256 differs)",
-            "get those back, or give their folder with --data",
-        )
-        return
-    hashes = {
-        split: np.fromiter(
-            (hash64(d.tobytes()) for d in documents_of(stream, cfg.doc_token)), np.uint64
-        )
-        for split, stream in streams.items()
-    }
-    tokens = {split: sum(map(len, stream)) for split, stream in streams.items()}
     shared, documents = int(np.isin(hashes["val"], hashes["train"]).sum()), len(hashes["val"])
-    manifest, published = Path(cfg.data) / "manifest.json", False
-    if manifest.is_file():
-        try:
-            published = json.loads(manifest.read_text(encoding="utf-8")).get(
-                "published_split", False
-            )
-        except (ValueError, AttributeError) as error:
-            s.object(manifest, f"damaged ({error})", "get the data again (python data/get.py)")
-    if shared > (PUBLISHED_SHARE * documents if published else 0):
+    if shared > (PUBLISHED_SHARE * documents if is_published_split(s, Path(cfg.data)) else 0):
         s.object(
             cfg.data,
-            f"{shared} of {documents} validation documents are also in train, so a score on "
-            "them shows nothing",
+            f"{shared} of {documents} validation documents are also in train, so a score on them "
+            "shows nothing",
             "make or get the data again (python data/get.py), and train anew",
         )
     if s.track.max_train_tokens and tokens["train"] > s.track.max_train_tokens:
@@ -561,6 +521,17 @@ def check_data(s: Submission, data: str) -> None:
     }
 
 
+def is_published_split(s: Submission, data: Path) -> bool:
+    """Whether the data's manifest says that its split was made by others."""
+    manifest = data / "manifest.json"
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+        return found.get("published_split", False)
+    except (ValueError, AttributeError) as error:
+        s.object(manifest, f"damaged ({error})", "get the data again (python data/get.py)")
+        return False
+
+
 ########################################
 #               Writing                #
 ########################################
@@ -576,35 +547,20 @@ def mean_sd(s: Submission, key: str) -> tuple[float | None, float | None]:
 
 
 def summary(s: Submission, options: Options) -> dict:
-    """
-    submission.json, in parameter-golf's keys: means over seeds, and each seed's own numbers.
-    Unmeasured: left out.
-    """
-    results, metric = [run.result for run in s.runs], s.rule["rule_metric"]
+    """submission.json, in parameter-golf's keys: means over seeds and each seed's own numbers."""
+    results, metric = [run.result for run in s.runs], s.rule["metric"]
     as_loss, as_bpb = metric.replace("bpb", "loss"), metric.replace("loss", "bpb")
-    keys = dict.fromkeys(
-        (
-            "val_loss",
-            "val_bpb",
-            as_loss,
-            as_bpb,
-            "steps",
-            "tokens",
-            "train_time_s",
-            "eval_time_s",
-            "artifact_bytes",
-            "total_bytes",
-        )
-    )
+    keys = ["val_loss", "val_bpb", as_loss, as_bpb, "steps", "tokens"]
+    keys += ["train_time_s", "eval_time_s", "artifact_bytes", "total_bytes"]
+    of_seeds = {}
+    for result in results:
+        numbers = {key: result[key] for key in keys if result.get(key) is not None}
+        of_seeds[str(result["seed"])] = numbers
     test = {}
-    if s.rule["rule_target"] and mean_sd(s, metric)[1]:
-        threshold = s.rule["rule_target"] - s.rule["rule_margin"]
-        test = dict(
-            zip(
-                ("threshold", "t", "p"),
-                (threshold, *report.t_below([r[metric] for r in results], threshold)),
-            )
-        )
+    if s.rule["target"] and mean_sd(s, metric)[1]:
+        threshold = s.rule["target"] - s.rule["margin"]
+        t, p = report.t_below([result[metric] for result in results], threshold)
+        test = {"threshold": threshold, "t": t, "p": p}
     facts = {
         "author": options.author,
         "github_id": options.github_id,
@@ -617,12 +573,10 @@ def summary(s: Submission, options: Options) -> dict:
         "val_bpb": mean_sd(s, as_bpb)[0],
         "val_loss_std": mean_sd(s, as_loss)[1],
         "val_bpb_std": mean_sd(s, as_bpb)[1],
-        "bytes_total": max(r["total_bytes"] for r in results) if s.rule["rule_max_bytes"] else None,
+        "bytes_total": max(r["total_bytes"] for r in results) if s.rule["max_bytes"] else None,
         "bytes_code": sum(len(text.encode()) for text in s.sources.values()),
         "seeds": [r["seed"] for r in results],
-        "seed_results": {
-            str(r["seed"]): {k: r[k] for k in keys if r.get(k) is not None} for r in results
-        },
+        "seed_results": of_seeds,
         "test": test or None,
         "wallclock_seconds": mean_sd(s, "train_time_s")[0],
         "eval_time_seconds": mean_sd(s, "eval_time_s")[0],
@@ -638,47 +592,33 @@ def summary(s: Submission, options: Options) -> dict:
 
 def score_table(s: Submission, logs: list[str]) -> list[str]:
     """One row a seed, then mean and standard deviation."""
-    wanted = (
-        "steps",
-        "train_time_s",
-        "eval_time_s",
-        "val_loss",
-        "val_bpb",
-        s.rule["rule_metric"],
-        "artifact_bytes",
-        "total_bytes",
-    )
+    wanted = ["steps", "train_time_s", "eval_time_s", "val_loss", "val_bpb", s.rule["metric"]]
+    wanted += ["artifact_bytes", "total_bytes"]
     keys = [key for key in dict.fromkeys(wanted) if mean_sd(s, key)[0] is not None]
 
     def cell(x: float | None) -> str:
         return "" if x is None else f"{x:,}" if isinstance(x, int) else f"{x:,.5f}"
 
     rows = [["seed", *keys, "log"], ["-"] * (len(keys) + 2)]
-    rows += [
-        [str(run.result["seed"]), *(cell(run.result[key]) for key in keys), log]
-        for run, log in zip(s.runs, logs)
-    ]
-    rows += [["mean", *(cell(float(mean_sd(s, key)[0])) for key in keys), ""]]
-    rows += (
-        [["sd, n - 1", *(cell(mean_sd(s, key)[1]) for key in keys), ""]] if len(s.runs) > 1 else []
-    )
+    for run, log in zip(s.runs, logs):
+        rows.append([str(run.result["seed"]), *(cell(run.result[key]) for key in keys), log])
+    rows.append(["mean", *(cell(float(mean_sd(s, key)[0])) for key in keys), ""])
+    if len(s.runs) > 1:
+        rows.append(["sd, n - 1", *(cell(mean_sd(s, key)[1]) for key in keys), ""])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def statistics(s: Submission, facts: dict) -> list[str]:
     """The verdict in the words of logs/report.py, a line that repeats the test, and the caps."""
-    rule, metric = s.rule, s.rule["rule_metric"]
+    rule, metric = s.rule, s.rule["metric"]
     lines, values = [], [run.result[metric] for run in s.runs]
-    if rule["rule_target"]:
-        threshold = rule["rule_target"] - rule["rule_margin"]
-        margin = (
-            f" ({rule['rule_target']:g} less a margin of {rule['rule_margin']:g})"
-            if rule["rule_margin"]
-            else ""
-        )
+    if rule["target"]:
+        threshold = rule["target"] - rule["margin"]
+        margin = f" ({rule['target']:g} less a margin of {rule['margin']:g})"
+        below = f"{threshold:g}{margin if rule['margin'] else ''}"
         lines += [
-            f"Is mean {metric} of all {len(values)} seeds below {threshold:g}{margin}? "
-            "One-sample t-test, one-sided.",
+            f"Is mean {metric} of all {len(values)} seeds below {below}? One-sample t-test, "
+            "one-sided.",
             "",
         ]
         lines += [f"- {why}" for why in report.judge_mean(values, rule)[1]]
@@ -692,101 +632,100 @@ def statistics(s: Submission, facts: dict) -> list[str]:
             ]
     else:
         lines += [f"The score is {metric}, lower is better; this track asks for no test."]
-    if rule["rule_max_bytes"]:
-        lines += [
-            "",
-            f"Bytes: {facts['bytes_total']:,} at most, with the code's {facts['bytes_code']:,}, of "
-            f"{rule['rule_max_bytes']:,}.",
-        ]
-    if rule["rule_max_seconds"]:
+    if limit := rule["max_bytes"]:
+        total, code = facts["bytes_total"], facts["bytes_code"]
+        lines += ["", f"Bytes: {total:,} at most, with the code's {code:,}, of {limit:,}."]
+    if cap := rule["max_seconds"]:
         most = max(run.result["train_time_s"] for run in s.runs)
-        lines += [
-            "",
-            f"Training clock: {most:.3f} s at most, of {rule['rule_max_seconds']:g} s. No run "
-            "was resumed.",
-        ]
+        lines += ["", f"Training clock: {most:.3f} s at most, of {cap:g} s. No run was resumed."]
     return lines
+
+
+README = """\
+# {name}
+
+{blurb}{scores}
+
+## Statistics
+
+{statistics}
+
+## Environment
+
+{environment}
+
+## Data
+
+{data}
+
+## Run it
+
+From inside this folder, where DATA and TOKENIZER are yours{scoring}:
+
+```bash
+{commands}
+```
+
+## Files
+
+- {logs}: complete logs, with the source that ran at their top
+- config.toml: every setting; the runs differ in their seeds alone
+- {sources}
+- submission.json: these numbers for machines
+"""
 
 
 def readme(s: Submission, facts: dict, options: Options, logs: list[str]) -> str:
     first, doc = s.runs[0], s.documents
     environment = re.split(r"^={100}$", s.logs[0], maxsplit=2, flags=re.MULTILINE)[1].splitlines()
-    host = [
-        f"- {line}"
-        for line in environment
-        if line.startswith(("Running ", "host: ", "ranks: ", "gpu: ", "git: "))
-    ]
-    world = first.result.get("world_size", 1)
+    told = [line for line in environment if re.match("Running |host: |ranks: |gpu: |git: ", line)]
+    data = (
+        f"{first.config.get('data')}: {doc['train_tokens']:,} training tokens in "
+        f"{doc['train_documents']:,} documents, {doc['val_tokens']:,} validation tokens in "
+        f"{doc['val_documents']:,}. {doc['shared_documents']:,} of these documents are also in "
+        "train (the tokens of every document on both sides were hashed and compared)."
+    )
+    world, seed = first.result.get("world_size", 1), first.result["seed"]
     start = f"torchrun --standalone --nproc_per_node={world} --" if world > 1 else "python"
-    names = f"{', '.join(s.sources)}: the source, as it stands in the logs"
+    train = f"{start} train_gpt.py --config config.toml --seed {seed} --run again"
+    commands = [f"{train} --data DATA --tokenizer TOKENIZER"]
+    sources = f"{', '.join(s.sources)}: the source that ran"
     if s.readable:
-        names = (
+        commands += [f"{start} train_gpt.py logs.score logs/again"]
+        sources = (
             "train_gpt.py: packed (comments left out, LZMA, base 85); it alone is run and counted\n"
-            f"- source/: {', '.join(s.readable)}, from which logs/pack.py packed it; neither "
-            "run nor counted"
+            f"- source/: {', '.join(s.readable)}, from which logs/pack.py packed it; neither run "
+            "nor counted"
         )
-    return "\n".join(
-        [
-            f"# {options.name}",
-            "",
-            *([options.blurb, ""] if options.blurb else []),
-            *score_table(s, logs),
-            "",
-            "## Statistics",
-            "",
-            *statistics(s, facts),
-            "",
-            "## Environment",
-            "",
-            f"- {facts['hardware']}",
-            *host,
-            "",
-            "## Data",
-            "",
-            f"{first.config.get('data')}: {doc['train_tokens']:,} training tokens in "
-            f"{doc['train_documents']:,} documents, "
-            f"{doc['val_tokens']:,} validation tokens in {doc['val_documents']:,}. "
-            f"{doc['shared_documents']:,} of these "
-            "documents are also in train (the tokens of every document on both sides were "
-            "hashed and compared).",
-            "",
-            "## Run it",
-            "",
-            "From inside this folder, where DATA and TOKENIZER are yours:",
-            "",
-            "```bash",
-            f"{start} train_gpt.py --config config.toml --seed {first.result['seed']} --data "
-            "DATA --tokenizer TOKENIZER",
-            "```",
-            "",
-            "## Files",
-            "",
-            f"- {', '.join(logs)}: complete logs, with the source that ran at their top",
-            "- config.toml: every setting; the runs differ in their seeds alone",
-            f"- {names}",
-            "- submission.json: these numbers for machines",
-            "",
-        ]
+    elif SCORER in s.sources:
+        commands += [f"{start} {SCORER} logs/again"]
+    return README.format(
+        name=options.name,
+        blurb=options.blurb + "\n\n" if options.blurb else "",
+        scores="\n".join(score_table(s, logs)),
+        statistics="\n".join(statistics(s, facts)),
+        environment="\n".join(f"- {line}" for line in [facts["hardware"], *told]),
+        data=data,
+        scoring="; the second command scores and proves" if len(commands) > 1 else "",
+        commands="\n".join(commands),
+        logs=", ".join(logs),
+        sources=sources,
     )
 
 
 def write_folder(s: Submission, options: Options) -> Path:
-    """
-    All files into a folder beside their final place, then one rename; whatever fails leaves nothing
-    behind.
-    """
+    """All files into a folder beside their place, then one rename: a failure leaves nothing."""
     place = Path(options.out) / s.track.folder / f"{options.date}_{options.name}"
     if place.exists():
         raise Refusal([f"{place}: exists already; choose another name, or delete it"])
     logs = [s.track.log_name.format(seed=run.result["seed"], run=run.name) for run in s.runs]
     facts = summary(s, options)
     config = (s.folders[0] / "config.toml").read_text(encoding="utf-8").splitlines()
+    shared = [line for line in config if line.split(" = ")[0] not in OF_ONE_RUN]
     files = {
         "README.md": readme(s, facts, options, logs),
         "submission.json": json.dumps(facts, indent=2) + "\n",
-        "config.toml": "".join(
-            line + "\n" for line in config if line.split(" = ")[0] not in OF_ONE_RUN
-        ),
+        "config.toml": "".join(f"{line}\n" for line in shared),
         **dict(zip(logs, s.logs)),
         **s.sources,
         **{f"source/{name}": text for name, text in s.readable.items()},
@@ -822,8 +761,8 @@ def complete(options: Options) -> Track:
         problems.append(f"track {options.track!r} is unknown; choose one of {', '.join(TRACKS)}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
         problems.append(
-            f"name {options.name!r} becomes the name of a folder; use letters, digits, dot, "
-            "dash and underscore"
+            f"name {options.name!r} becomes the name of a folder; use letters, digits, dot, dash "
+            "and underscore"
         )
     options.date = options.date or datetime.date.today().isoformat()
     if not re.fullmatch(r"\d{4}-\d\d-\d\d", options.date):
@@ -833,9 +772,8 @@ def complete(options: Options) -> Track:
     if problems:
         raise Refusal(problems)
     if not options.author and shutil.which("git"):
-        options.author = subprocess.run(
-            ["git", "config", "user.name"], capture_output=True, text=True
-        ).stdout.strip()
+        git = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True)
+        options.author = git.stdout.strip()
     return TRACKS[options.track]
 
 
@@ -865,14 +803,8 @@ def program(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return ending(
-        "submit.py",
-        lambda: program(tyro.cli(Options, args=argv, use_underscores=True)),
-        Refusal,
-        UserError,
-        report.ReportError,
-        pack.PackError,
-    )
+    work = lambda: program(tyro.cli(Options, args=argv, use_underscores=True))
+    return ending("submit.py", work, tg.UserError)
 
 
 if __name__ == "__main__":

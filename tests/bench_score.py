@@ -1,6 +1,5 @@
-"""
-What scoring costs: the compiled forward pass, the sliding window, the mixture, in turns on the same
-tokens.
+"""What scoring costs: the compiled forward pass, the sliding window, the mixture, in turns on the
+same tokens.
 
     python tests/bench_score.py [--rounds 5] [--config golf_cpu] [--tokens 16384] [--stride 64]
 
@@ -69,8 +68,7 @@ def main() -> None:
     for name, r in rate.items():
         print(
             f"{name:8} {statistics.median(r):9,.0f} tokens/s through the model (median of "
-            f"{len(r)}; {min(r):,.0f} to "
-            f"{max(r):,.0f})"
+            f"{len(r)}; {min(r):,.0f} to {max(r):,.0f})"
         )
     for a, b, words in (
         ("sliding", "forward", "rate of sliding over forward"),
@@ -78,8 +76,8 @@ def main() -> None:
     ):
         ratios = [p / q for p, q in zip(rate[a], rate[b])]
         print(
-            f"{words}: {statistics.median(ratios):.3f} (median of {len(ratios)}; "
-            f"{min(ratios):.3f} to {max(ratios):.3f})"
+            f"{words}: {statistics.median(ratios):.3f} (median of {len(ratios)}; {min(ratios):.3f} "
+            f"to {max(ratios):.3f})"
         )
 
 

@@ -1,12 +1,11 @@
-"""
-Training speed against a textbook GPT of the same shape: 6 layers, width 384, 6 heads, rows of 512
-tokens, 16 rows, vocabulary 1024, bfloat16, compiled, the loss, gradients and optimizer of a whole
-step.
+"""Training speed against a textbook GPT of the same shape: 6 layers, width 384, 6 heads, rows of
+512 tokens, 16 rows, vocabulary 1024, bfloat16, compiled, the loss, gradients and optimizer of a
+whole step.
 
     python tests/bench_textbook.py [--pairs 10] [--dtype bfloat16]
-    python tests/bench_textbook.py --recipe     # ours with Muon, softcap, document mask: tiny_cpu
-    python tests/bench_textbook.py --against faulting  # ours where glibc returns memory, as it does
-    python tests/bench_textbook.py --attention  # one layer's attention alone, forward and backward
+    python tests/bench_textbook.py --recipe              # ours with Muon, softcap, document mask
+    python tests/bench_textbook.py --against faulting    # ours with glibc's return of memory
+    python tests/bench_textbook.py --attention           # one layer's attention, both ways
 
 The textbook is written as most tutorials write it: pre-norm blocks with nn.LayerNorm and nn.Linear,
 GELU, scaled_dot_product_attention, learned positions, tied head, autocast, torch.compile of the
@@ -133,10 +132,7 @@ def our_step(dtype, flags=(), keep_memory=True):
 
 
 def worker(which: str, dtype) -> None:
-    """
-    Answers every line on stdin with the seconds of STEPS steps; the first line of output says that
-    it is warm.
-    """
+    """Answers lines on stdin with the seconds of STEPS steps; its first line says it is warm."""
     flags = () if which == "recipe" else SAME_TASK
     step = (
         textbook_step(dtype)
@@ -224,8 +220,8 @@ def main() -> None:
     ratios = [a / b for a, b in zip(rate[ours], rate[args.against])]
     for which, r in rate.items():
         print(
-            f"{which:9} {statistics.median(r):9,.0f} tokens/s (median of {len(r)}; "
-            f"{min(r):,.0f} to {max(r):,.0f})"
+            f"{which:9} {statistics.median(r):9,.0f} tokens/s (median of {len(r)}; {min(r):,.0f} "
+            f"to {max(r):,.0f})"
         )
     print(
         f"ratio     {statistics.median(ratios):9.2f} (median of pairs; {min(ratios):.2f} to "

@@ -157,10 +157,7 @@ class Alone:
 
 
 class Ranks:
-    """
-    A stage as two gloo ranks under torchrun. A kill takes all of it, or one rank, whose end
-    torchrun notices.
-    """
+    """A stage as two gloo ranks under torchrun. A kill takes both, or one, and torchrun notices."""
 
     def __init__(self, server: Server, at: Stage, folder: Path):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -278,9 +275,9 @@ def written(path: Path) -> int:
 
 def attempt(start, at: Stage, folder: Path, wait: tuple[float, float] | None):
     """
-    Start a stage, to its end or for as long: (seconds, inf) from the start of its process, or
-    (inf, seconds) from its first line in the log. The process, the seconds before that line, and
-    those from it to the end.
+    Start a stage and wait for its end, or only as long as `wait` says: (seconds, inf) counts from
+    the start of its process, (inf, seconds) from its first line in the log. Returns the process,
+    the seconds before that line, and the seconds from that line to its end.
     """
     log = folder / "logs" / at.run / "log.txt"
     before, began, process = written(log), time.monotonic(), start(at, folder)
@@ -300,9 +297,9 @@ def until_it_ends(
     start, stages: list[Stage], folder: Path, rng: random.Random, spans: list, kills: int
 ) -> tuple[int, int]:
     """
-    Run the stages in a folder, killed at random instants as long as there are kills left: a quarter
-    before the first line in the log. How many were made, and how many resumed runs there were.
-    spans: what each stage took unbroken.
+    Run the stages in a folder and kill them at random instants while kills are left, a quarter of
+    them before the first line in the log; `spans` holds the seconds of each stage without a kill.
+    Returns the number of kills and the number of runs that were resumed.
     """
     made = resumes = 0
     for at, (starting, working) in zip(stages, spans):

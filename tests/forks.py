@@ -180,10 +180,7 @@ class Server:
 
 
 class Watch:
-    """
-    A profile hook that counts the calls of a fork, by phase, and sends the signals that it was
-    asked for.
-    """
+    """A profile hook: counts the calls of a fork by phase, and sends the signals asked for."""
 
     def __init__(self, when: dict):
         self.phase, calls = when.get("phase", ""), when.get("calls", "all")
@@ -228,10 +225,7 @@ class Watch:
 
 
 def complete_checkpoints(folder: Path) -> dict[str, str]:
-    """
-    Step -> hash of the tensor files, for all that the trainer takes for complete checkpoints of the
-    run `tiny`.
-    """
+    """{step: hash of the tensor files} of what the trainer takes for checkpoints of run `tiny`."""
     import train_gpt
 
     return {

@@ -2,9 +2,9 @@
 The golden net: what every preset computes, to the bit. A change that moves a number shows here, and
 only one that means to may rewrite tests/golden.json.
 
-    python tests/golden.py                    # compare all with tests/golden.json
-    python tests/golden.py golf_loop remix_m  # only runs whose names hold one of these words
-    python tests/golden.py --write  # keep the present numbers (of these runs), print what moved
+    python tests/golden.py                      # compare all with tests/golden.json
+    python tests/golden.py golf_loop remix_m    # only runs whose names hold one of these words
+    python tests/golden.py --write              # keep the present numbers, and print what moved
 
 Each preset runs six steps under on_cpu on the shipped text, in fp32 and eagerly, as one process and
 as two gloo ranks; Remix also with bfloat16 weights, pre-pre-training and the transfer behind it

@@ -61,10 +61,7 @@ def multinomial(p_BHWd: Tensor, step: int) -> Tensor:
 
 
 class Numbered:
-    """
-    A choice by given numbers u[step, B, H*W] in (0, 1): the first colour whose cumulative
-    probability exceeds u.
-    """
+    """Choices by u[step, B, H*W]: the first colour whose cumulative probability exceeds u."""
 
     def __init__(self, u: np.ndarray):
         self.u = torch.from_numpy(u)
@@ -102,10 +99,7 @@ def record(
 
 
 def to_tokens(grids: Tensor, patch: int = 2, colors: int = 10) -> Tensor:
-    """
-    Grids [B, n, H, W] -> tokens [B, n * (start, patches, end)], the first cell of a patch being the
-    least digit.
-    """
+    """Grids [B, n, H, W] -> tokens [B, n * (start, patches, end)]; first cells are least digits."""
     B, n, H, W = grids.shape
     patches = (
         grids.view(B, n, H // patch, patch, W // patch, patch)
@@ -146,10 +140,7 @@ def generate_rows(
 
 
 def score(seed: int, grid: int = 12, temperature: float = 1e-4) -> float:
-    """
-    Compressed size over raw size of a candidate's ten grids behind the start grid of seed 0, as
-    int32 tokens.
-    """
+    """Compressed over raw size of a candidate's ten int32 grids behind the start grid of seed 0."""
     rule = Rule.from_seed(seed)
     start = torch.randint(0, 10, (1, grid, grid), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(seed * 10007)

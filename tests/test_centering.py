@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from helpers import ROOT, alone, build, now, random_tokens, tg, tiny, write_shard
 
-from logs import centering, embeddings, explain_centering
+from logs import centering, embeddings, explain_centering, study
 from logs.report import ReportError
 
 SCALES = ("16m", "29m", "57m", "109m", "221m")
@@ -49,6 +49,15 @@ def parts(tmp_path, **changes) -> tg.Parts:
     return tg.build(cfg, tg.Run(cfg))
 
 
+def words(folder, **changes) -> list[str]:
+    """Command line of a short run of the family on parts()' shards, called x in folder/logs."""
+    short = {"steps": 3, "eval_every": 0, "epochs": 0, "export": "", "run": "x"}
+    places = {"data": str(folder), "log_dir": str(folder / "logs")}
+    cfg = vars(tiny(**FAMILY | short | places | changes))
+    plain = {k: v for k, v in cfg.items() if type(v) in (int, float, str)}
+    return [word for k, v in plain.items() for word in (f"--{k}", str(v))]
+
+
 # --- the model family
 
 
@@ -62,7 +71,7 @@ def parts(tmp_path, **changes) -> tg.Parts:
         ("221m", 262_663_648, 2304),
     ],
 )
-def test_parameter_count_of_a_scale_is_off(name, count, width):
+def test_a_scale_has_the_published_number_of_parameters(name, count, width):
     cfg = preset(f"centering_{name}")
     model = tg.build_model(cfg, torch.device("meta"), torch.float32, 8)
     assert sum(p.numel() for p in model.parameters()) == count
@@ -77,7 +86,7 @@ def test_parameter_count_of_a_scale_is_off(name, count, width):
     )
 
 
-def test_initial_values_are_not_xavier():
+def test_initial_values_are_xavier_normal_and_gains_one():
     """
     At d = 224 with the full head; the specs give the standard deviations of all but the input of
     the other half.
@@ -108,12 +117,12 @@ def test_initial_values_are_not_xavier():
 @pytest.mark.parametrize(
     "step, rate", [(0, 5.9988e-5), (4999, 0.29994), (5000, 0.3), (52500, 0.150005), (100000, 1e-5)]
 )
-def test_learning_rate_differs_from_the_original(step, rate):
+def test_the_learning_rate_is_the_originals(step, rate):
     cfg = preset("centering_16m", "--lr", f"0:1/5001 0.05>1 1~{1e-5 / 0.3}")
     assert 0.3 * tg.Plan(cfg).at(step, step / cfg.steps).lr == pytest.approx(rate, rel=1e-4)
 
 
-def test_learning_rates_do_not_sum_to_the_published_total():
+def test_learning_rates_sum_to_the_published_total():
     cfg = preset("centering_16m", "--lr", "0:1/5001 0.05>1 1~0.0001")
     sched = tg.Schedule("lr", cfg.lr)
     assert 0.1 * sum(sched.at(s, s / 100000) for s in range(100000)) == pytest.approx(
@@ -122,7 +131,7 @@ def test_learning_rates_do_not_sum_to_the_published_total():
 
 
 @pytest.mark.parametrize("name", SCALES)
-def test_preset_departs_from_the_original(name):
+def test_a_preset_has_the_originals_settings(name):
     cfg = preset(f"centering_{name}")
     assert cfg.adamw_lr == cfg.embed_lr == cfg.head_lr == cfg.scalar_lr == cfg.tied_lr
     assert cfg.adamw_lr * tg.Schedule("lr", cfg.lr).at(100000, 1.0) == pytest.approx(1e-5)
@@ -143,7 +152,7 @@ def test_preset_departs_from_the_original(name):
     "batch, most, micro",
     [(64, 48, 16), (64, 24, 16), (64, 16, 16), (256, 48, 32), (48, 12, 12), (96, 20, 12)],
 )
-def test_automatic_micro_batch_differs_from_the_original(batch, most, micro):
+def test_the_automatic_micro_batch_is_the_originals(batch, most, micro):
     """On 4 GPUs, in rows of 2,048."""
     cfg = preset(
         "centering_16m", "--batch_tokens", str(batch * 2048), "--micro_tokens", str(most * 2048)
@@ -152,7 +161,7 @@ def test_automatic_micro_batch_differs_from_the_original(batch, most, micro):
     assert plan.micro_rows(plan.moments()[0], 4) == micro
 
 
-def test_automatic_micro_batch_hides_a_batch_that_does_not_divide():
+def test_a_batch_that_does_not_divide_is_refused_under_an_automatic_micro_batch():
     cfg = preset("centering_16m", "--batch_tokens", str(3 * 2048))
     with pytest.raises(tg.UserError, match="does not divide"):
         tg.Plan(cfg).train_shapes(4)
@@ -189,7 +198,7 @@ def textbook(model: tg.GPT, tokens: torch.Tensor) -> torch.Tensor:
     return ln(x, w["final_gain"])
 
 
-def test_family_differs_from_the_textbook():
+def test_the_family_computes_what_the_textbook_does():
     """
     LayerNorm and its gains, also before the rotation of q and k, half of each head turning, SwiGLU.
     """
@@ -206,7 +215,7 @@ def test_family_differs_from_the_textbook():
     assert torch.allclose(model.hidden(x, 1, 0), textbook(model, x), atol=2e-5)
 
 
-def test_half_of_a_head_that_should_stand_still_turns():
+def test_half_of_a_head_turns_and_half_stands_still():
     cfg = tiny(**FAMILY)
     rng = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 32, 2, 16, generator=rng).unbind(0)
@@ -222,14 +231,14 @@ def test_half_of_a_head_that_should_stand_still_turns():
         assert torch.allclose(scores[0, h, 1:, 1:], scores[0, h, :-1, :-1], atol=1e-4)
 
 
-def test_gains_are_decayed_or_updated_by_muon():
+def test_gains_have_adamw_and_no_decay():
     cfg = tiny(**FAMILY | {"optimizer": "muon"}, matrix_wd=0.1, embed_wd=0.1)
     for b in tg.param_buckets(cfg, build(cfg), alone()):
         gains = ["gain" in name for name in b.params]
         assert all(gains) and b.kind == "adamw" and b.wd == 0 or not any(gains)
 
 
-def test_independent_decay_follows_the_learning_rate():
+def test_independent_decay_does_not_follow_the_learning_rate():
     for lr in (1.0, 0.01, 0.0):
         cfg = tiny(**FAMILY, matrix_wd=1e-2, embed_wd=1e-2, scalar_wd=0.0, independent_wd=1)
         model = build(cfg)
@@ -244,12 +253,12 @@ def test_independent_decay_follows_the_learning_rate():
 @pytest.mark.parametrize(
     "changes", [{"rope_dims": 7}, {"rope_dims": 18}, {"rope_dims": -2}], ids=str
 )
-def test_impossible_rotary_dims_pass(changes):
+def test_impossible_rotary_dims_are_refused(changes):
     with pytest.raises(tg.UserError, match="rope_dims"):
         tg.validate(tiny(**changes))
 
 
-def test_cosine_is_not_half_a_cosine():
+def test_a_cosine_is_half_a_cosine():
     sched = tg.Schedule("lr", "0:1 0.2>3 1~1")
     assert [sched.at(0, f) for f in (0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([1, 2, 3, 2, 1])
     assert sched.at(0, 0.4) == pytest.approx(2 + math.cos(math.pi / 4))
@@ -267,7 +276,7 @@ def shifted(seed: int = 0):
     return x, e + 3, torch.randint(300, (50,), generator=rng)
 
 
-def test_centering_changes_the_loss_or_leaves_a_mean():
+def test_centering_changes_no_loss_and_leaves_no_mean():
     x, e, y = shifted()
     mu = e.mean(0)
     assert torch.allclose((x @ e.T).mean(-1), x @ mu)  # the mean logit is mu . h
@@ -288,7 +297,7 @@ def test_centering_changes_the_loss_or_leaves_a_mean():
         assert rows.mean(0, dtype=torch.float64).abs().max() < 1e-7
 
 
-def test_centered_run_of_the_trainer_leaves_the_baseline(tmp_path):
+def test_a_centered_run_keeps_to_the_baseline_but_for_the_mean_row(tmp_path):
     """
     train_step itself in fp64, clipped and decayed: 100 losses, and the head but for its mean row.
     """
@@ -320,7 +329,7 @@ def test_centered_run_of_the_trainer_leaves_the_baseline(tmp_path):
     assert (plain - plain.mean(0) - centred).abs().max() < 1e-10 < 1e-3 < plain.mean(0).norm()
 
 
-def test_mu_loss_has_another_gradient_than_autograd():
+def test_mu_loss_has_autograds_gradient():
     head = torch.nn.Parameter(shifted()[1].float())
     judged = head.detach().clone().double().requires_grad_()
     (1000 * judged.mean(0).square().sum()).backward()
@@ -332,7 +341,7 @@ def test_mu_loss_has_another_gradient_than_autograd():
     assert value.item() == pytest.approx(1000 * judged.mean(0).square().sum().item(), rel=1e-5)
 
 
-def test_mu_loss_has_another_gradient_than_finite_differences():
+def test_mu_loss_has_the_gradient_of_finite_differences():
     rng = torch.Generator().manual_seed(0)
     head = torch.nn.Parameter(torch.randn(7, 3, generator=rng, dtype=torch.float64))
     head.grad = torch.zeros_like(head)
@@ -349,7 +358,7 @@ def test_mu_loss_has_another_gradient_than_finite_differences():
     assert got[6].abs().max() == 0 < got[0].abs().min()
 
 
-def test_z_loss_has_another_gradient_than_its_formula(tmp_path):
+def test_z_loss_has_the_gradient_of_its_formula(tmp_path):
     p = parts(tmp_path, z_loss=0.5)
     x, y = random_tokens(p.cfg, 2, 32)
     p.opt.buckets[0].grads.zero_()
@@ -368,7 +377,7 @@ def test_z_loss_has_another_gradient_than_its_formula(tmp_path):
 
 
 @pytest.mark.parametrize("way", [tg.LossAndLogZ.apply, tg.plain_loss_and_log_z], ids=["cpu", "gpu"])
-def test_loss_and_log_z_in_one_pass_differ_from_autograd(way):
+def test_loss_and_log_z_in_one_pass_are_autograds(way):
     """Values and gradients, an ignored target included, against cross_entropy and logsumexp."""
     rng = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(20, 30, generator=rng, dtype=torch.float64)).requires_grad_()
@@ -385,7 +394,7 @@ def test_loss_and_log_z_in_one_pass_differ_from_autograd(way):
     assert torch.allclose(a, b)
 
 
-def test_z_loss_of_equal_logits_is_not_the_square_of_ln_v():
+def test_z_loss_of_equal_logits_is_the_square_of_ln_v():
     cfg = tiny(**FAMILY, vocab=50304)
     model = build(cfg)
     model.head.data.zero_()
@@ -403,7 +412,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_micro_batches_or_chunks_count_a_term_twice(tmp_path, method):
+def test_micro_batches_and_chunks_count_a_term_once(tmp_path, method):
     """
     One micro-batch against four, and logits in chunks: the same loss, terms, gradient norm and
     weights.
@@ -424,14 +433,14 @@ def test_micro_batches_or_chunks_count_a_term_twice(tmp_path, method):
         assert torch.allclose(head, told[0][1], atol=2e-3)
 
 
-def test_reported_loss_is_not_the_cross_entropy_alone(tmp_path):
+def test_the_reported_loss_is_the_cross_entropy_alone(tmp_path):
     plain, extra = parts(tmp_path), parts(tmp_path, z_loss=1.0, mu_loss=1e4)
     (loss,), _ = tg.train_step(plain, 0, now())
     (same, z, mu), _ = tg.train_step(extra, 0, now())
     assert same.item() == pytest.approx(loss.item(), rel=1e-6) and z > 1 and mu > 1
 
 
-def test_mean_row_is_left_after_a_step(tmp_path):
+def test_no_mean_row_is_left_after_a_step(tmp_path):
     p, plain = parts(tmp_path, mu_centering=1, head_lr=0.1), parts(tmp_path, head_lr=0.1)
     for step in range(3):
         tg.train_step(p, step, now())
@@ -442,7 +451,7 @@ def test_mean_row_is_left_after_a_step(tmp_path):
     assert names and p.model.head.data_ptr() in {b.weights.data_ptr() for b in p.opt.buckets}
 
 
-def test_padding_rows_without_logits_count_in_the_mean(tmp_path):
+def test_padding_rows_without_logits_count_not_in_the_mean(tmp_path):
     """
     Under pad_vocab the head has rows that nothing ever sees; a number in them must change nothing.
     """
@@ -472,30 +481,10 @@ def test_padding_rows_without_logits_count_in_the_mean(tmp_path):
     )
 
 
-def test_terms_are_logged_under_another_name_or_in_the_loss(tmp_path, monkeypatch):
+def test_terms_are_logged_under_their_names_beside_the_loss(tmp_path, monkeypatch):
     parts(tmp_path)
     monkeypatch.chdir(tmp_path)
-    flags = [
-        f
-        for k, v in (
-            vars(tiny(**FAMILY))
-            | {
-                "steps": 3,
-                "data": str(tmp_path),
-                "run": "x",
-                "lr": "1e-3",
-                "z_loss": 1e-4,
-                "mu_loss": 1e-4,
-                "eval_every": 0,
-                "epochs": 0,
-                "export": "",
-                "config": None,
-            }
-        ).items()
-        if v is not None and not isinstance(v, bool)
-        for f in (f"--{k}", str(v))
-    ]
-    assert tg.main(flags) == 0
+    assert tg.main(words(tmp_path, lr="1e-3", z_loss=1e-4, mu_loss=1e-4)) == 0
     lines = [
         json.loads(line) for line in (tmp_path / "logs/x/metrics.jsonl").read_text().splitlines()
     ]
@@ -521,7 +510,7 @@ def test_terms_are_logged_under_another_name_or_in_the_loss(tmp_path, monkeypatc
     ],
     ids=str,
 )
-def test_notice_is_missing_or_out_of_place(changes, words):
+def test_a_notice_stands_where_theory_has_doubts(changes, words):
     told = tg.centering_notices(tiny(**FAMILY | changes))
     assert len(told) == len(words) and all(w in line for w, line in zip(words, told))
 
@@ -529,7 +518,7 @@ def test_notice_is_missing_or_out_of_place(changes, words):
 @pytest.mark.parametrize(
     "changes", [{"z_loss": -1.0}, {"mu_loss": -1.0}, {"mlp_multiple": 0}, {"init": "he"}], ids=str
 )
-def test_impossible_switch_passes(changes):
+def test_an_impossible_switch_is_refused(changes):
     with pytest.raises(tg.UserError, match=next(iter(changes))):
         tg.validate(tiny(**changes))
 
@@ -537,7 +526,7 @@ def test_impossible_switch_passes(changes):
 # --- statistics
 
 
-def test_streamed_statistics_differ_from_those_of_all_logits_at_once():
+def test_streamed_statistics_are_those_of_all_logits_at_once():
     """Against numpy on the whole matrix, fed in pieces of unequal size."""
     rng = np.random.default_rng(0)
     logits, hidden = 3 * rng.standard_normal((50, 40)) + 2, rng.standard_normal((50, 8))
@@ -546,16 +535,22 @@ def test_streamed_statistics_differ_from_those_of_all_logits_at_once():
         seen.add(torch.from_numpy(logits[low:high]), torch.from_numpy(hidden[low:high]))
     got, mean = seen.result()
     log_z = np.log(np.exp(logits).sum(1))
-    assert got == pytest.approx({
-        "O.logits_mean_mean": logits.mean(1).mean(), "O.logits_mean_std": logits.std(1, ddof=1).mean(),
-        "O.logits_std_mean": logits.mean(1).std(ddof=1), "O.logits_std_std": logits.std(1, ddof=1).std(ddof=1),
-        "O.logits_mean_absmean": np.abs(logits).mean(), "O.logits_mean_absmax": np.abs(logits).max(1).mean(),
-        "H.mean_logsqZ": (log_z**2).mean()})  # fmt: skip
+    means, deviations, sizes = logits.mean(1), logits.std(1, ddof=1), np.abs(logits)
+    expected = {
+        "O.logits_mean_mean": means.mean(),
+        "O.logits_mean_std": deviations.mean(),
+        "O.logits_std_mean": means.std(ddof=1),
+        "O.logits_std_std": deviations.std(ddof=1),
+        "O.logits_mean_absmean": sizes.mean(),
+        "O.logits_mean_absmax": sizes.max(1).mean(),
+        "H.mean_logsqZ": (log_z**2).mean(),
+    }
+    assert got == pytest.approx(expected)
     assert np.allclose(mean, hidden.mean(0))
 
 
 @pytest.mark.parametrize("asked, used", [(100, 100), (32, 32), (10**6, 4096)])
-def test_statistics_are_of_other_tokens_than_they_say(tmp_path, asked, used):
+def test_statistics_are_of_the_tokens_that_they_say(tmp_path, asked, used):
     """Rows of 32 tokens in batches of 4: exactly the first 100, or all there are."""
     p = parts(tmp_path)
     got, count = embeddings.statistics(p.model, p.val, p.plan.eval_shape(now()), asked)
@@ -566,11 +561,11 @@ def test_statistics_are_of_other_tokens_than_they_say(tmp_path, asked, used):
     )
 
 
-def test_embeddings_without_a_run_says_nothing(capsys):
+def test_embeddings_without_a_run_says_what_to_do(capsys):
     assert embeddings.main([]) == 2 and "usage" in capsys.readouterr().err
 
 
-def test_statistics_of_rows_or_spectrum_differ_from_numpy():
+def test_statistics_of_rows_and_spectrum_are_numpys():
     rng = np.random.default_rng(1)
     e = rng.standard_normal((60, 8)) + 0.5
     got, mu = embeddings.row_statistics(torch.from_numpy(e)), e.mean(0)
@@ -599,7 +594,7 @@ def test_statistics_of_rows_or_spectrum_differ_from_numpy():
     assert math.isnan(embeddings.spectrum(torch.from_numpy(e))["Smin"])  # LAPACK would raise
 
 
-def test_b_ratio_misses_the_published_one_or_divides_zero_by_zero():
+def test_b_ratio_is_the_published_one_and_never_zero_by_zero():
     assert embeddings.b_ratio(4.894, -2.914, 9.550) == pytest.approx(0.818, abs=5e-4)
     e = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     tg.center(e)
@@ -609,29 +604,13 @@ def test_b_ratio_misses_the_published_one_or_divides_zero_by_zero():
     )
 
 
-def test_statistics_are_not_logged_or_not_the_weights(tmp_path, monkeypatch, capsys):
+def test_statistics_are_logged_and_those_of_the_weights(tmp_path, monkeypatch, capsys):
     """
     A run that logs them, then the command on its checkpoint: the same numbers, from what is saved.
     """
     p = parts(tmp_path, mu_centering=0)
     monkeypatch.chdir(tmp_path)
-    changes = vars(tiny(**FAMILY)) | {
-        "steps": 3,
-        "data": str(tmp_path),
-        "run": "x",
-        "lr": "1e-2",
-        "eval_every": 0,
-        "epochs": 0,
-        "export": "",
-        "embed_stats": 4096,
-    }
-    flags = [
-        f
-        for k, v in changes.items()
-        if k != "config" and not isinstance(v, bool)
-        for f in (f"--{k}", str(v))
-    ]
-    assert tg.main(flags) == 0
+    assert tg.main(words(tmp_path, lr="1e-2", embed_stats=4096)) == 0
     logged = [json.loads(line) for line in Path("logs/x/metrics.jsonl").read_text().splitlines()][
         -1
     ]
@@ -639,9 +618,8 @@ def test_statistics_are_not_logged_or_not_the_weights(tmp_path, monkeypatch, cap
     told = json.loads(Path("logs/x/ckpt/000003/embeddings.json").read_text())
     assert "O.ratio norm" in capsys.readouterr().out.replace("ratio norm", "O.ratio norm")
     shared = [k for k in told if k in logged]
-    assert len(shared) > 25 and all(
-        told[k] == pytest.approx(logged[k], rel=1e-4, abs=1e-6) for k in shared
-    )
+    assert set(shared) >= {"O.mu norm", "O.ratio norm", "O.logits_mean_mean", "H.mean_logsqZ"}
+    assert all(told[k] == pytest.approx(logged[k], rel=1e-4, abs=1e-6) for k in shared)
     # mu . mean(h)
     assert told["O.fhs_dot_prod"] == pytest.approx(told["O.logits_mean_mean"], rel=1e-3, abs=1e-5)
     assert told["OC.mu norm"] < 1e-12 and {"O.isotropy of both signs", "I.Smax"} <= told.keys()
@@ -654,17 +632,17 @@ def test_statistics_are_not_logged_or_not_the_weights(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     "name", ["AdamW, untied", "with decoupled decay 0.1", "without clipping", "Muon on the blocks"]
 )
-def test_centering_changes_a_loss_in_exact_arithmetic(name):
+def test_centering_changes_no_loss_in_exact_arithmetic(name):
     loss, head = explain_centering.no_op(explain_centering.NO_OP[name], steps=40)
     assert loss < 1e-12 and head < 1e-12
 
 
 @pytest.mark.parametrize("name", ["tied table", "z-loss 1e-2", "softcap 15"])
-def test_centering_is_thought_to_be_free_where_it_is_not(name):
+def test_centering_changes_losses_where_it_is_not_free(name):
     assert explain_centering.no_op(explain_centering.NO_OP[name], steps=15)[0] > 1e-5
 
 
-def test_no_op_holds_for_this_optimizer_alone():
+def test_that_centering_is_a_no_op_holds_for_other_optimizers_as_well():
     """The same of a bigram model under torch.optim.AdamW, clipped and decayed, in fp64."""
     rng = torch.Generator().manual_seed(0)
     start = [torch.randn(n, 8, generator=rng, dtype=torch.float64) for n in (60, 60)]
@@ -687,7 +665,7 @@ def test_no_op_holds_for_this_optimizer_alone():
     assert max(abs(a - b) for a, b in zip(told[:100], told[100:])) < 1e-12
 
 
-def test_rounding_of_shifted_logits_costs_another_loss_than_the_specs_say():
+def test_rounding_of_shifted_logits_costs_what_the_specs_say():
     """
     Section 0.2, at 10 %: .001, .008, .14, .5, 1.83, the first two to the digits that it gives. And
     another computation, also at 10 %: in numpy, rounding to 8 significant bits, which is what
@@ -710,7 +688,7 @@ def test_rounding_of_shifted_logits_costs_another_loss_than_the_specs_say():
         assert (np.exp(exact) * (exact - rounded)).sum(1).mean() == pytest.approx(rise, rel=0.1), c
 
 
-def test_centering_does_not_recover_what_rounding_took():
+def test_centering_recovers_what_rounding_took():
     of = explain_centering.small_subject(40, 32)
     calm, wild = (explain_centering.stress(of, c) for c in (0.0, 588.0))
     assert wild["fp32"] == pytest.approx(calm["fp32"], abs=1e-3)
@@ -719,33 +697,13 @@ def test_centering_does_not_recover_what_rounding_took():
 
 
 def train_a_run(tmp_path, **changes) -> str:
+    """The folder of a short run of the family."""
     parts(tmp_path)
-    changes = (
-        vars(tiny(**FAMILY))
-        | {
-            "steps": 3,
-            "data": str(tmp_path),
-            "run": "x",
-            "lr": "1e-2",
-            "eval_every": 0,
-            "epochs": 0,
-            "export": "",
-            "log_dir": str(tmp_path),
-            "compile": 0,
-        }
-        | changes
-    )
-    flags = [
-        f
-        for k, v in changes.items()
-        if k != "config" and not isinstance(v, bool)
-        for f in (f"--{k}", str(v))
-    ]
-    assert tg.main(flags) == 0
-    return str(tmp_path / "x")
+    assert tg.main(words(tmp_path, lr="1e-2", **changes)) == 0
+    return str(tmp_path / "logs" / "x")
 
 
-def test_explanation_stresses_another_model_than_the_run_has(tmp_path):
+def test_the_explanation_stresses_the_model_that_the_run_has(tmp_path):
     """
     A run with loops, windows, scaled logits and rows without logits: a shift changes no loss, so it
     is the run's own.
@@ -764,7 +722,7 @@ def test_explanation_stresses_another_model_than_the_run_has(tmp_path):
         proj_init=1.0,
     )
     of = explain_centering.subject(explain_centering.ExplainOptions(run, tokens=10**6))
-    own = json.loads((tmp_path / "x" / "result.json").read_text())["val_loss"]
+    own = json.loads((Path(run) / "result.json").read_text())["val_loss"]
     for offset in (0.0, 16.5):
         assert explain_centering.stress(of, offset)["fp32"] == pytest.approx(own, abs=2e-5)
         assert of.factor() * (of.hidden @ of.head(offset).T).mean().item() == pytest.approx(
@@ -772,14 +730,14 @@ def test_explanation_stresses_another_model_than_the_run_has(tmp_path):
         )
 
 
-def test_explanation_shifts_capped_logits(tmp_path):
+def test_the_explanation_refuses_capped_logits(tmp_path):
     with pytest.raises(tg.UserError, match="softcap = 15"):
         explain_centering.subject(
             explain_centering.ExplainOptions(train_a_run(tmp_path, softcap=15.0))
         )
 
 
-def test_muon_or_sgd_on_the_head_moves_the_mean_row():
+def test_muon_and_sgd_on_the_head_leave_the_mean_row():
     found = explain_centering.head_optimizers(steps=30)
     start = found["at the start"][0]
     assert found["SGD"][0] == pytest.approx(start, rel=1e-9) and found["Muon"][0] == pytest.approx(
@@ -804,7 +762,7 @@ PUBLISHED = {  # (least loss, sensitivity with n - 1) of 16M, 29M, 57M, 109M, 22
 }
 
 
-def test_published_tables_do_not_follow_from_the_published_losses():
+def test_the_published_tables_follow_from_the_published_losses():
     """
     The paper's own file names, its losses (T1, T2), our tables: least loss and sensitivity to three
     decimals.
@@ -828,60 +786,67 @@ def test_published_tables_do_not_follow_from_the_published_losses():
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-TINY_SWEEP = "vocab=96,head_multiple=32,val_tokens=1024,embed_stats=1024,dim=16,depth=1,eval_every=2,batch_tokens=256"
+TINY = {
+    "vocab": 96,
+    "head_multiple": 32,
+    "val_tokens": 1024,
+    "embed_stats": 1024,
+    "dim": 16,
+    "depth": 1,
+    "eval_every": 2,
+    "batch_tokens": 256,
+    "micro_tokens": 128,
+}
 
 
-def tiny_sweep(tmp_path, *changes: str) -> str:
-    """A scale for sweeps of seconds, on parts()' shards."""
+def sweep(tmp_path, rates: str, methods: str = "*", **scales: dict) -> list[str]:
+    """
+    Command line of the shipped study at these learning rates, and at scales of seconds on parts()'
+    shards, each with its flags over them; runs go to tmp_path/tiny.
+    """
     parts(tmp_path)
-    return ",".join([f"centering_cpu,data={tmp_path},{TINY_SWEEP},micro_tokens=128", *changes])
+    text = (ROOT / "configs" / "studies" / "centering.toml").read_text()
+    scales = scales or {"one": {}}
+    lines = []
+    for name, flags in scales.items():
+        given = ['base = ["centering_cpu"]', *(f"{k} = {json.dumps(v)}" for k, v in flags.items())]
+        lines.append(f"{name} = {{ {', '.join(given)} }}")
+    text = re.sub(r"^lr = \[.*\]$", f"lr = [{rates}]", text, flags=re.M)
+    text, found = re.subn(r"(?:^dim\d+ = \{.*\n)+", "\n".join(lines) + "\n", text, flags=re.M)
+    assert found == 1
+    (tmp_path / "tiny.toml").write_text(text)
+    flags = [w for k, v in (TINY | {"data": tmp_path}).items() for w in (f"--{k}", str(v))]
+    common = ["--log_dir", str(tmp_path), *flags]
+    return [str(tmp_path / "tiny.toml"), "--arms", f"*-{methods}", *common]
 
 
-def test_runs_of_a_sweep_hang_or_differ_on_two_ranks(tmp_path):
+def outcomes(said: str) -> list[str]:
+    """What became of each run."""
+    return [line.split(": ")[1] for line in said.splitlines() if re.match(r"\d+/\d+ ", line)]
+
+
+def test_a_sweep_on_two_ranks_ends_as_on_one(tmp_path):
     """
     Four runs, two of which diverge, one process group; what is over is skipped; all three methods,
     with weights that matter, give the losses, terms and gradient norms of one rank.
     """
-    loud = [
-        tiny_sweep(tmp_path, "z_loss=0.5", "mu_loss=50"),
-        tiny_sweep(tmp_path, "mu_centering=1"),
-    ]
-    argv = [
-        "logs/centering.py",
-        "sweep",
-        "--scales",
-        *loud,
-        "--methods",
-        "baseline",
-        "--lrs",
-        "1e-2",
-        "1e38",
-        "--seeds",
-        "1",
-        "--steps",
-        "3",
-    ]
-    torchrun = Path(sys.executable).parent / "torchrun"
-    two = [
-        str(torchrun),
-        "--standalone",
-        "--nproc_per_node=2",
-        "--",
-        *argv,
-        "--log_dir",
-        str(tmp_path / "two"),
-    ]
+    loud = {"terms": {"z_loss": 0.5, "mu_loss": 50}, "centered": {"mu_centering": 1}}
+    argv = sweep(tmp_path, "1e-2, 1e38", "baseline", **loud)
+    argv += ["--seeds", "1", "--steps", "3", "--only", "train", "--log_dir"]
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    ranks = [torchrun, "--standalone", "--nproc_per_node=2", "--", "logs/study.py"]
     for said in ("val_loss", "was there"):
-        done = subprocess.run(
-            two, cwd=ROOT, capture_output=True, text=True, timeout=240, env=ENVIRONMENT
-        )
+        two = [*ranks, *argv, str(tmp_path / "two")]
+        how = {"capture_output": True, "text": True, "timeout": 240, "env": ENVIRONMENT}
+        done = subprocess.run(two, cwd=ROOT, **how)
         assert done.returncode == 0, done.stderr
         assert said in done.stdout and len(done.stdout.splitlines()) == 4  # rank 0 alone speaks
-    assert centering.main([*argv[1:], "--log_dir", str(tmp_path / "one")]) == 0
-    runs = sorted((tmp_path / "one").glob("*-s1"))
-    assert [(folder / "diverged").exists() for folder in runs].count(True) == 2
+    assert study.main([*argv, str(tmp_path / "one")]) == 0
+    runs = sorted((tmp_path / "one" / "tiny").glob("*-s1"))
+    assert [(folder / "diverged").exists() for folder in runs] == [False, False, True, True]
+    keys = {"train_loss", "z_loss", "mu_loss", "grad_norm", "val_loss", "O.mu norm", "O.ratio norm"}
     for folder in runs:
-        other = tmp_path / "two" / folder.name
+        other = tmp_path / "two" / "tiny" / folder.name
         assert (folder / "diverged").exists() == (other / "diverged").exists()
         if (folder / "result.json").exists():
             one, both = (
@@ -889,74 +854,66 @@ def test_runs_of_a_sweep_hang_or_differ_on_two_ranks(tmp_path):
                 for f in (folder, other)
             )
             for x, y in zip(one, both, strict=True):
-                for key in x.keys() & {
-                    "train_loss",
-                    "z_loss",
-                    "mu_loss",
-                    "grad_norm",
-                    "val_loss",
-                    "O.mu norm",
-                    "O.ratio norm",
-                }:
-                    assert y[key] == pytest.approx(x[key], rel=1e-4, abs=1e-6), (
-                        folder.name,
-                        x["step"],
-                        key,
-                    )
+                for key in x.keys() & keys:
+                    close = pytest.approx(x[key], rel=1e-4, abs=1e-6)
+                    assert y[key] == close, (folder.name, x["step"], key)
 
 
 @pytest.mark.parametrize("steps", [1, 3], ids=["by its validation loss", "by its training loss"])
-def test_diverged_run_ends_the_sweep(tmp_path, capsys, steps):
+def test_a_diverged_run_does_not_end_the_sweep(tmp_path, capsys, steps):
     """
     A rate that makes the weights infinite in the first step: found at the evaluation behind it, or
     in the next step.
     """
-    options = centering.Sweep(
-        (tiny_sweep(tmp_path),), ("baseline",), (1e38, 1e-2), (1,), steps, str(tmp_path / "runs")
-    )
-    assert centering.sweep(options) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith("diverged") and "val_loss" in said[1]
-    folder = next((tmp_path / "runs").glob("*1e+38*"))
-    assert ("validation loss" if steps == 1 else "gradient norm") in (
-        folder / "diverged"
-    ).read_text()
+    argv = sweep(tmp_path, "1e38, 1e-2", "baseline")
+    assert study.main([*argv, "--seeds", "1", "--steps", str(steps), "--only", "train"]) == 0
+    first, second = outcomes(capsys.readouterr().out)
+    assert first.startswith("diverged") and second.startswith("val_loss")
+    why = next((tmp_path / "tiny").glob("lr1e+38*")) / "diverged"
+    assert ("validation loss" if steps == 1 else "gradient norm") in why.read_text()
 
 
-def test_finished_run_of_other_settings_is_taken_for_this_one(tmp_path, capsys):
-    runs = str(tmp_path / "runs")
-    scale = tiny_sweep(tmp_path)
-    assert (
-        centering.sweep(centering.Sweep((scale,), ("baseline",), (1e-2, 1e38), (1,), 2, runs)) == 0
-    )
-    for lr in ("1e-2", "1e38"):
-        argv = [
-            "sweep",
-            "--scales",
-            scale,
-            "--methods",
-            "baseline",
-            "--lrs",
-            lr,
-            "--seeds",
-            "1",
-            "--log_dir",
-            runs,
-        ]
+def test_a_run_of_other_settings_is_not_taken_for_this_one_if_finished_or_diverged(
+    tmp_path, capsys
+):
+    for rate in ("1e-2", "1e38"):
+        argv = [*sweep(tmp_path, rate, "baseline"), "--seeds", "1", "--only", "train", "--steps"]
+        assert study.main([*argv, "2"]) == 0
         capsys.readouterr()
-        assert centering.main([*argv, "--steps", "3"]) == 2
+        assert study.main([*argv, "3"]) == 2
         assert "steps: 2 -> 3" in capsys.readouterr().err
-        assert centering.main([*argv, "--steps", "2"]) == 0
+        assert study.main([*argv, "2"]) == 0 and "was there" in capsys.readouterr().out
+        # the tables read these, so they are a setting here
+        assert study.main([*argv, "2", "--embed_stats", "512"]) == 2
 
 
-def test_sweep_leaves_some_weights_at_another_rate(tmp_path):
-    cfg = tg.parse_args(
-        centering.run_argv(centering.Sweep(), "centering_cpu,optimizer=muon", "baseline", 0.07, 1)
-    )
-    assert {b.lr for b in tg.param_buckets(cfg, build(cfg), alone())} == {0.07}
-    for other in ("own_lr=head=0.1", "slow=embed,slow_lr=0.5", "lr_cycles=1,epochs=1"):
-        with pytest.raises(ReportError, match=other.partition("=")[0]):
-            centering.run_argv(centering.Sweep(), f"centering_cpu,{other}", "baseline", 0.07, 1)
+def test_a_sweep_has_one_rate_for_all_weights_and_refuses_others(tmp_path, capsys):
+    said = study.read_study("centering")
+    arm = study.all_arms(said)["lr0.1-dim64-baseline"]
+    muon = study.Study("x", said, {arm.name: arm}, [1], ["--optimizer", "muon"], [], Path("logs"))
+    cfg = muon.config(arm.name, 1)
+    assert {b.lr for b in tg.param_buckets(cfg, build(cfg), alone())} == {0.1}
+    warm, peak, low = cfg.lr.split()
+    assert (warm, peak) == ("0:1/16", "0.05>1") and float(low[2:]) == pytest.approx(1e-5 / 0.1)
+    for other in (
+        {"own_lr": "head=0.1"},
+        {"slow": "embed", "slow_lr": "0.5"},
+        {"lr_cycles": 1, "epochs": 1},
+    ):
+        argv = sweep(tmp_path, "1e-2", odd=other)
+        assert study.main([*argv, "--only", "get"]) == 2
+        assert f"odd-baseline: {next(iter(other))} = " in capsys.readouterr().err
+
+
+def test_mu_losses_weight_is_the_papers_scaled_to_the_rows_of_the_head():
+    said = study.read_study("centering")
+    arm = study.all_arms(said)["lr0.1-dim64-mu_loss_1e-1"]
+    for vocab, rows in (("4096", 4096), ("4097", 4224)):
+        more = ["--vocab", vocab]
+        cfg = study.Study("x", said, {arm.name: arm}, [1], more, [], Path("logs")).config(
+            arm.name, 1
+        )
+        assert cfg.mu_loss == pytest.approx(0.1 * rows / 50304, rel=1e-10)
 
 
 def row(scale: str, method: str, lr: float, seed: int = 1, loss: float = 5.0, **more) -> dict:
@@ -987,7 +944,7 @@ def columns(text: str) -> list[dict]:
     return [dict(zip(heads, line, strict=True)) for line in lines]
 
 
-def test_diverged_run_breaks_tables_or_counts_as_none(tmp_path):
+def test_a_diverged_run_counts_in_the_tables(tmp_path):
     """
     One run of four, all of a method, all of a scale; tables, figure, and what was written read
     back.
@@ -1019,7 +976,7 @@ def test_diverged_run_breaks_tables_or_counts_as_none(tmp_path):
     assert loss["small", "baseline"] == "5.010 !1" and loss["large", "baseline"] == "!1"
 
 
-def test_sensitivity_over_fewer_rates_passes_for_a_whole_one():
+def test_a_sensitivity_over_fewer_rates_says_so():
     """In the middle of a sweep: mu_centering has two of three rates, seed 2 of the baseline one."""
     rows = [row("small", "baseline", lr) for lr in (0.01, 0.1, 1.0)] + [
         row("small", "mu_centering", lr) for lr in (0.01, 0.1)
@@ -1036,7 +993,7 @@ def test_sensitivity_over_fewer_rates_passes_for_a_whole_one():
     ]["rates"] == "2 of 3!"
 
 
-def test_figure_hides_zeros_or_sensitivities_or_sizes(tmp_path):
+def test_the_figure_shows_zeros_sensitivities_and_sizes(tmp_path):
     """
     |mu| of centred rows is 0 on a logarithm; three sizes make the sensitivity's axes logarithms,
     whose limit is not 0.
@@ -1069,20 +1026,14 @@ def test_figure_hides_zeros_or_sensitivities_or_sizes(tmp_path):
     assert lrs.get_yscale() == "linear" and lrs.get_ylim()[0] == 0
 
 
-def test_overview_lacks_published_columns(tmp_path, monkeypatch):
+def test_an_overview_has_the_published_columns(tmp_path, monkeypatch):
     """
     Those that mean the same here; the published isotropy takes one sign, Smin/Smax is in percent,
     and have other names.
     """
-    options = centering.Sweep(
-        (tiny_sweep(tmp_path),), ("baseline",), (1e-2,), (1,), 2, str(tmp_path / "runs")
-    )
-    assert (
-        centering.sweep(options)
-        == 0
-        == centering.tables(centering.Tables(options.log_dir, str(tmp_path / "out")))
-    )
-    (found,) = centering.read_overview(tmp_path / "out" / "overview.csv")
+    argv = sweep(tmp_path, "1e-2", "baseline")
+    assert study.main([*argv, "--seeds", "1", "--steps", "2"]) == 0
+    (found,) = centering.read_overview(tmp_path / "report-tiny" / "overview.csv")
     sizes = ["max norm", "avg norm", "min norm", "mu norm", "ratio norm"]
     aligned = [f"{a} align{b}" for a in ("max", "avg", "min") for b in ("dot", "cos")] + [
         "centering_ratio"
@@ -1100,7 +1051,7 @@ def test_overview_lacks_published_columns(tmp_path, monkeypatch):
     )
 
 
-def test_diverged_run_makes_the_sensitivity_nan():
+def test_a_sensitivity_counts_diverged_runs_and_is_nan_where_all_are():
     assert centering.lr_sensitivity([3.0, math.nan, 4.0], 10.0, 2) == pytest.approx((0 + 7 + 1) / 2)
     assert centering.lr_sensitivity([3.0, math.inf, 12.0], 10.0) == pytest.approx(14 / 3)
     # and not 0, the best there is
@@ -1108,48 +1059,42 @@ def test_diverged_run_makes_the_sensitivity_nan():
     assert centering.optimum({0.1: math.nan, 0.01: 3.0, 0.001: 3.0}) == (3.0, 0.001)
 
 
-def test_sweep_trains_a_finished_run_again_or_mixes_methods(tmp_path, capsys):
-    scale = tiny_sweep(tmp_path)
-    methods = ("baseline", "mu_loss", "mu_centering")
-    options = centering.Sweep((scale,), methods, (1e-2, 1e-1), (1, 2), 2, str(tmp_path / "runs"))
-    assert centering.sweep(options) == 0
-    first = capsys.readouterr().out
-    assert first.count("val_loss") == 12 and centering.sweep(options) == 0
+def test_a_sweep_trains_each_cell_once_and_keeps_methods_apart(tmp_path, capsys):
+    argv = [*sweep(tmp_path, "1e-2, 1e-1"), "--seeds", "1", "2", "--steps", "2"]
+    argv[2:3] = ["*-baseline", "*-mu_loss", "*-mu_centering"]
+    assert study.main(argv) == 0
+    assert capsys.readouterr().out.count(": val_loss") == 12 and study.main(argv) == 0
     assert capsys.readouterr().out.count("was there") == 12
-    assert centering.tables(centering.Tables(str(tmp_path / "runs"), str(tmp_path / "out"))) == 0
-    rows = centering.read_overview(tmp_path / "out" / "overview.csv")
+    rows = centering.read_overview(tmp_path / "report-tiny" / "overview.csv")
     assert len(rows) == 12 and {r["method"] for r in rows} == {
         "baseline",
         "mu_loss",
         "mu_centering",
     }
     for row in rows:
-        assert (
-            row["initial_loss"] == pytest.approx(math.log(96), abs=0.6)
-            and row["test_loss"] < row["initial_loss"] + 1
-        )
-        assert row["lambda"] == pytest.approx(
-            1e-4 * 96 / 50304 if row["method"] == "mu_loss" else 0
-        )
+        assert row["initial_loss"] == pytest.approx(math.log(96), abs=0.6)
+        assert row["test_loss"] < row["initial_loss"] + 1
+        weight = 1e-4 * 96 / 50304 if row["method"] == "mu_loss" else 0
+        assert row["lambda"] == pytest.approx(weight)
         assert (row["O.ratio norm"] < 1e-5) == (row["method"] == "mu_centering")
-    assert (tmp_path / "out" / "centering.png").stat().st_size > 10000
+    assert (tmp_path / "report-tiny" / "centering.png").stat().st_size > 10000
     again = centering.sections(rows)  # what was written is read back to the same tables
-    assert again["Test loss"] in (tmp_path / "out" / "report.md").read_text()
+    assert again["Test loss"] in (tmp_path / "report-tiny" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("method", list(centering.METHODS))
-def test_overhead_times_a_step_without_its_method(tmp_path, method):
+@pytest.mark.parametrize("method", list(centering.SWITCHES))
+def test_overhead_times_a_step_of_its_method(tmp_path, method):
     """
     Switched from step to step, on one model, a step does what a model made for its method does, to
     the bit.
     """
     loud = {
-        k: {f: 1 if f == "mu_centering" else 50.0 for f in v} for k, v in centering.METHODS.items()
+        k: {f: 1 if f == "mu_centering" else 50.0 for f in v} for k, v in centering.SWITCHES.items()
     }
     p, own = parts(tmp_path), parts(tmp_path, **loud[method])
     kept = p.opt.snapshot()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(centering, "METHODS", loud)
+        patch.setattr(centering, "SWITCHES", loud)
         for before in ("z_loss", "mu_centering", "mu_loss", "baseline"):  # whatever was on
             centering.switched_step(p, before, 0)
         with torch.no_grad():
@@ -1165,15 +1110,15 @@ def test_overhead_times_a_step_without_its_method(tmp_path, method):
     assert (p.model.head.mean(0).norm() < 1e-7) == (method == "mu_centering")
 
 
-def test_overhead_is_not_the_paired_difference(tmp_path, capsys):
+def test_overhead_is_the_median_of_paired_differences(tmp_path, capsys):
     rng = np.random.default_rng(0)
     base = 0.05 + 0.02 * rng.random(400)  # the machine's drift, which both of a pair have
     mid, low, high = centering.median_ratio(
         base + 0.0006 + 1e-4 * rng.standard_normal(400), base, rng
     )
     assert low < 1.0 < high and high - low < 0.1 and low < mid < high
-    scale = tiny_sweep(tmp_path).split(",")
-    flags = " ".join(f"--{k} {v}" for k, _, v in (x.partition("=") for x in scale[1:]))
+    parts(tmp_path)
+    flags = " ".join(f"--{k} {v}" for k, v in (TINY | {"data": tmp_path}).items())
     assert centering.main(["overhead", f"--flags={flags}", "--rounds", "10"]) == 0
     said = capsys.readouterr().out
     assert "head of 96 x 16, 256 tokens a step" in said and all(
@@ -1182,11 +1127,15 @@ def test_overhead_is_not_the_paired_difference(tmp_path, capsys):
     assert centering.main(["overhead", f"--flags={flags}", "--rounds", "2"]) == 2
 
 
-def test_sweep_misreads_a_method_or_an_overview(tmp_path):
-    with pytest.raises(ReportError, match="no such method"):
-        centering.sweep(centering.Sweep(methods=("nu_loss",)))
+def test_what_is_no_overview_or_no_sweep_is_refused(tmp_path, capsys):
     (tmp_path / "x.csv").write_text("name,test_loss\nsomething,3\n")
     with pytest.raises(ReportError, match="is no name such as"):
         centering.tables(centering.Tables(str(tmp_path / "x.csv"), str(tmp_path)))
-    with pytest.raises(ReportError, match="no finished run"):
-        centering.tables(centering.Tables(str(tmp_path / "nothing"), str(tmp_path)))
+    (tmp_path / "x.csv").write_text("name,method\n")
+    with pytest.raises(ReportError, match="has no rows"):
+        centering.tables(centering.Tables(str(tmp_path / "x.csv"), str(tmp_path)))
+    argv = sweep(tmp_path, "1e-2")
+    assert study.main([*argv, "--arms", "*-nu_loss"]) == 2
+    assert "--arms *-nu_loss: no such arm" in capsys.readouterr().err
+    assert study.main([*argv, "--only", "report"]) == 2
+    assert "no run of this study is finished" in capsys.readouterr().err

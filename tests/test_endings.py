@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, tg, tiny, write_shard
 
-import golf
+from logs import score
 from logs.endings import ending
 
 sys.path.append(str(ROOT / "logs"))
@@ -25,10 +24,9 @@ PROGRAMS = {
     "logs.nca": [[]],
     "logs.embeddings": [["x"]],
     "logs.explain_centering": [],
-    "golf": [["score", "x"]],
+    "logs.score": [["sample", "x"]],
     "pre_pre_train": [[]],
     "train_gpt": [["--run", "x"]],
-    "slowrun": [["x"]],
 }
 
 
@@ -37,7 +35,7 @@ PROGRAMS = {
     "error, code",
     [(KeyboardInterrupt(), 130), (IsADirectoryError(21, "Is a directory", "there"), 2)],
 )
-def test_a_program_ends_with_one_line(name, error, code, monkeypatch, capsys):
+def test_a_program_ends_with_one_line_and_its_code(name, error, code, monkeypatch, capsys):
     """Ctrl-C is exit code 130 and a file that cannot be read is 2, without a traceback."""
 
     def fail(*args, **how):
@@ -56,7 +54,7 @@ def test_a_program_ends_with_one_line(name, error, code, monkeypatch, capsys):
     assert "interrupted" in err if code == 130 else "there" in err
 
 
-def test_who_reads_a_pipe_may_leave(tmp_path):
+def test_a_reader_that_leaves_a_pipe_ends_the_program_well(tmp_path):
     read, write = os.pipe()
     os.close(read)
     pid = os.fork()
@@ -83,15 +81,15 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def asleep(tmp_path, monkeypatch):
-    """golf.py is a program that sleeps; gives the mark that it makes when it begins."""
-    (tmp_path / "golf.py").write_text(ASLEEP)
-    monkeypatch.setattr(golf, "__file__", str(tmp_path / "golf.py"))
+    """score.py is a program that sleeps; gives the mark that it makes when it begins."""
+    (tmp_path / "score.py").write_text(ASLEEP)
+    monkeypatch.setattr(score, "__file__", str(tmp_path / "score.py"))
     return tmp_path / "mark"
 
 
 def test_a_proof_that_is_asked_to_stop_is_ended_as_by_ctrl_c(asleep):
     began = time.monotonic()
-    assert golf.fresh_process(str(asleep), asked_to_stop=asleep.exists) == ""
+    assert score.fresh_process(str(asleep), asked_to_stop=asleep.exists) == ""
     assert time.monotonic() - began < 20 and Path(f"{asleep}.ended").exists()
 
 
@@ -101,47 +99,31 @@ def test_ctrl_c_ends_a_proof_and_what_it_started(asleep):
             raise KeyboardInterrupt  # as from the keyboard
 
     with pytest.raises(KeyboardInterrupt):
-        golf.fresh_process(str(asleep), asked_to_stop=interrupt)
+        score.fresh_process(str(asleep), asked_to_stop=interrupt)
     assert Path(f"{asleep}.ended").exists()
 
 
-def test_a_signal_during_the_proof_saves_the_run_which_then_ends_alike(
+def test_a_signal_during_the_proof_keeps_the_scores_and_the_next_start_goes_on(
     tmp_path, monkeypatch, capsys
 ):
     for name, seed in (("train_000001", 0), ("val_000000", 1)):
         write_shard(tmp_path / f"x_{name}.bin", np.random.default_rng(seed).integers(96, size=2000))
-    monkeypatch.setattr(golf, "check", lambda *a: [])  # it would ask for text
-    cfg = tiny(
-        data=str(tmp_path),
-        log_dir=str(tmp_path),
-        dim=64,
-        steps=3,
-        prove_bytes=10,
-        tokenizer="none",
-        val_tokens=160,
-        save_last=0,
-        head_init="0.1",
-    )
-    runs = []
+    cfg = tiny(data=str(tmp_path), log_dir=str(tmp_path), dim=64, steps=3, val_tokens=160)
+    with tg.Run(cfg) as run:
+        assert tg.train(cfg, run) == 0
+    told = []
 
     def proof(*arguments, asked_to_stop):
-        if len(runs) == 1:
-            runs[0].signal = signal.SIGTERM
-            return ""
+        told.append(asked_to_stop())
+        if len(told) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         return "prove:chunked decoded_bpb:1.5 "
 
-    monkeypatch.setattr(golf, "fresh_process", proof)
-    codes = []
-    for resume in (False, True):
-        cfg.resume = resume
-        runs.append(tg.Run(cfg))
-        codes.append(tg.train(cfg, runs[-1]))
-        for f in (runs[-1].log_file, runs[-1].metrics_file):
-            f.close()
-    assert codes == [143, 0] and "interrupted by SIGTERM" in capsys.readouterr().out
+    monkeypatch.setattr(score, "fresh_process", proof)
+    argv = [str(tmp_path / "test"), "--modes", "chunked", "--prove_bytes", "10"]
+    assert score.main(argv) == 143 and "interrupted by SIGTERM" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "test/result.json").read_text())
+    assert list(kept["scores"]) == ["chunked"] and "decoded_bpb" not in kept
+    assert score.main(argv) == 0 and "chunked: taken before" in capsys.readouterr().out
     result = json.loads((tmp_path / "test/result.json").read_text())
-    assert (
-        result["decoded_bpb"] == 1.5
-        and result["resumed"]
-        and re.fullmatch("0+3", tg.checkpoints(tmp_path / "test")[0].name)
-    )
+    assert result["decoded_bpb"] == 1.5 and result["scores"]["chunked"] == kept["scores"]["chunked"]

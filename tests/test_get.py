@@ -85,10 +85,7 @@ def normal(text):
 
 
 def story(seed, words=60):
-    """
-    A short made-up document; with its accents it is no ASCII, and one in its dozen words is a
-    number.
-    """
+    """A short made-up document: with its accents no ASCII, and a number among its dozen words."""
     pick = random.Random(seed)
     vocabulary = [
         "whale",
@@ -133,7 +130,7 @@ def few(monkeypatch, tmp_path):
     return packed
 
 
-def test_shipped_text_is_what_the_readme_says():
+def test_the_shipped_text_is_what_its_readme_says():
     records = [json.loads(line) for line in shipped_lines()]
     names = [record["id"] for record in records]
     assert sum(name.startswith("sotu/") for name in names) == 233
@@ -156,7 +153,7 @@ def test_sample_holds_out_documents_of_all_times_and_both_sources():
     assert not set(train) & set(val)
 
 
-def test_sample_tokens_bytes_and_val_text_agree(sample):
+def test_the_samples_tokens_bytes_and_val_text_agree(sample):
     manifest = manifest_of(sample)
     assert sorted(contents(sample)) == [
         "manifest.json",
@@ -229,7 +226,7 @@ def test_sample_with_a_spoilt_file_is_made_again(few, tmp_path, name):
     assert contents(out) == before
 
 
-def test_another_data_set_is_not_overwritten(few, tmp_path, capsys):
+def test_another_data_set_stays_as_it_is(few, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("sample", "--out", out, "--vocab", 400) == 0
     before = contents(out)
@@ -291,7 +288,7 @@ def test_what_is_complete_needs_no_lock_and_no_writing(few, hub, tmp_path, capsy
         '{"source": 1, "files": {"a": 1}}',
     ],
 )
-def test_a_manifest_that_is_none_is_named(few, tmp_path, capsys, content):
+def test_a_damaged_manifest_is_named(few, tmp_path, capsys, content):
     assert run("sample", "--out", tmp_path, "--vocab", 400) == 0
     whole = manifest_of(tmp_path)
     (tmp_path / "manifest.json").write_text(content)
@@ -311,8 +308,7 @@ def test_a_manifest_that_is_none_is_named(few, tmp_path, capsys, content):
     capsys.readouterr()
 
 
-def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
-    """The second waits for the first, but not for ever."""
+def test_a_second_process_waits_for_the_first_but_not_for_ever(tmp_path, monkeypatch, capsys):
     code = (
         "import sys\nfrom logs.start import turn\n"
         "with turn(sys.argv[1], ''):\n print(flush=True)\n input()"
@@ -345,9 +341,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def texts(tmp_path):
-    """
-    Forty documents: ten .txt, and ten each in .jsonl packed in three ways; and the list of them.
-    """
+    """Forty documents, ten .txt and ten each in .jsonl packed in three ways; with their list."""
     folder = tmp_path / "texts"
     folder.mkdir()
     stories = [story(seed) for seed in range(40)]
@@ -387,7 +381,7 @@ def test_tokenize_gpt2_keeps_every_byte(gpt2_files, texts, tmp_path):
     assert run("check", tmp_path / "out") == 0
 
 
-def test_tokenize_does_not_read_special_tokens_from_text(gpt2_files, tmp_path):
+def test_special_tokens_in_text_are_text(gpt2_files, tmp_path):
     (tmp_path / "a.txt").write_text("one <|endoftext|> two")
     (tmp_path / "b.txt").write_text("three")
     assert (
@@ -690,8 +684,8 @@ def test_a_model_without_a_piece_for_a_space_is_refused(sample, tmp_path, capsys
 
 
 def test_a_model_that_puts_a_space_before_every_document_counts_right(texts, tmp_path):
-    """
-    SentencePiece's default: the first piece of a document starts with a space that decoding drops.
+    """SentencePiece's default: the first piece of a document starts with a space that decoding
+    drops.
     """
     folder, stories = texts
     sentencepiece.SentencePieceTrainer.train(
@@ -863,8 +857,7 @@ def synthetic_set(folder, **tokens):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_slowruns_files_are_written_in_little_memory(tmp_path):
-    """
-    100M tokens, 200 MB: no copy of them may be held, mapped or not, and torch's 200 MB not
+    """100M tokens, 200 MB: no copy of them may be held, mapped or not, and torch's 200 MB not
     imported.
     """
     synthetic_set(tmp_path / "set", train=100_000_000, val=10_000)
@@ -1098,7 +1091,7 @@ def test_a_busy_hub_is_asked_again(hub, tmp_path, status):
     assert (tmp_path / "fineweb_val_000000.bin").read_bytes() == published(hub, "val_000000")
 
 
-def test_a_hub_that_stays_down_is_given_up(hub, tmp_path, capsys):
+def test_a_hub_that_stays_down_is_given_up_after_five_attempts(hub, tmp_path, capsys):
     hub.faults = [503] * 50
     assert run("fineweb10B", "--shards", 1, "--out", tmp_path) == 2
     error = capsys.readouterr().err
@@ -1112,7 +1105,7 @@ def test_a_refusal_is_final(hub, tmp_path, capsys):
     assert hub.api_requests == 1, "asking again cannot help"
 
 
-def test_more_shards_than_there_are(hub, tmp_path, capsys):
+def test_more_shards_than_there_are_is_refused_with_their_number(hub, tmp_path, capsys):
     assert run("fineweb10B", "--shards", 4, "--out", tmp_path) == 2
     assert "has 3 training shards" in capsys.readouterr().err
     assert run("fineweb10B", "--shards", -1, "--out", tmp_path) == 2
@@ -1135,14 +1128,14 @@ def test_a_file_altered_after_the_download_is_found(hub, tmp_path):
     assert path.read_bytes() == published(hub, "train_000001")
 
 
-def test_a_shard_published_broken_is_not_accepted(hub, tmp_path, capsys):
+def test_a_shard_published_broken_is_refused(hub, tmp_path, capsys):
     hub.files[GPT2_REPO, "fineweb_train_000001.bin"] = shard([1, 2, 60000])
     assert run("fineweb10B", "--shards", 1, "--out", tmp_path) == 2
     assert "60000" in capsys.readouterr().err
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_a_full_disk_is_seen_before_the_download(hub, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_told_before_the_download(hub, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(get.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     assert run("fineweb10B", "--shards", 1, "--out", tmp_path) == 2
@@ -1238,7 +1231,7 @@ def test_golf_names_a_manifest_in_another_layout(golf_hub, tmp_path, capsys, con
 
 
 @pytest.mark.parametrize("variant", ["sp4096", "byte260"])
-def test_golf_names_the_variants_there_are(golf_hub, tmp_path, capsys, variant):
+def test_golf_names_the_variants_that_exist(golf_hub, tmp_path, capsys, variant):
     assert run("golf", "--variant", variant, "--out", tmp_path) == 2
     error = capsys.readouterr().err
     assert variant in error and "there are: sp1024" in error
@@ -1252,7 +1245,7 @@ def test_golf_names_the_variants_there_are(golf_hub, tmp_path, capsys, variant):
 
 @settings(max_examples=60, deadline=None)
 @given(tokens=st.lists(st.integers(0, 65535), max_size=300), cut=st.integers(1, 1624))
-def test_what_is_written_is_read_and_a_cut_shard_is_not(tmp_path_factory, tokens, cut):
+def test_a_written_shard_is_read_and_a_cut_one_refused(tmp_path_factory, tokens, cut):
     path = tmp_path_factory.mktemp("shard") / "a_train_000001.bin"
     get.write_shard(path, np.array(tokens, np.uint16))
     content = path.read_bytes()
@@ -1377,7 +1370,7 @@ def test_check_counts_documents_across_shards():
         assert [document.tolist() for document in get.documents_of(shards, 1)] == whole
 
 
-def test_check_of_one_shard_and_of_nothing(small, tmp_path, capsys):
+def test_check_takes_one_shard_and_refuses_nothing(small, tmp_path, capsys):
     assert run("check", small / TRAIN) == 0
     assert run("check", tmp_path) == 2
     assert run("check", tmp_path / "none") == 2

@@ -67,7 +67,7 @@ def test_a_patch_is_a_number_with_its_first_cell_as_least_digit():
     assert (nca.digits(tokens, cfg)[0, [0, 5]] == 255).all()
 
 
-def test_widths_of_grids_and_rows():
+def test_grids_and_rows_have_the_widths_of_the_originals():
     pr63, paper = config(), config(nca_compat="paper")
     assert nca.vocabulary(pr63) == 10002 and nca.grid_tokens(pr63) == 38
     assert (nca.grids_per_row(pr63), nca.row_width(pr63), nca.row_inputs(pr63)) == (26, 988, 988)
@@ -80,7 +80,7 @@ def test_widths_of_grids_and_rows():
     assert zeros.tolist() == [[10000] + [0] * 36 + [10001]]
 
 
-def test_rows_and_rules_of_an_epoch_are_those_of_the_originals():
+def test_an_epoch_has_as_many_rows_and_rules_as_the_originals():
     pr63, paper = nca.make_config(), nca.make_config(nca_compat="paper")
     rows = nca.row_count(pr63, "train")
     assert (rows, -(-rows // pr63.nca_sims_per_rule), rows * nca.row_inputs(pr63)) == (
@@ -95,7 +95,7 @@ def test_rows_and_rules_of_an_epoch_are_those_of_the_originals():
 
 
 @pytest.mark.parametrize("compat, count", [("pr63", 900), ("paper", 987)])
-def test_labels_that_bear_a_loss(compat, count):
+def test_all_patches_but_the_first_grids_bear_a_loss(compat, count):
     cfg = config(nca_compat=compat)
     rows = nca.tokenize(np.ones((2, nca.grids_per_row(cfg), 144), np.uint8), cfg)[
         :, : nca.row_width(cfg)
@@ -108,7 +108,7 @@ def test_labels_that_bear_a_loss(compat, count):
     ).all()
 
 
-def test_labels_by_hand():
+def test_labels_are_those_written_by_hand():
     # Grids of four patches: start 10000, patches, end 10001. Two whole grids of six tokens.
     row = np.array([[10000, 1, 2, 3, 4, 10001, 10000, 5, 6, 7, 8, 10001]], np.uint16)
     no = nca.IGNORE
@@ -124,7 +124,7 @@ def test_labels_by_hand():
 
 
 @pytest.mark.parametrize("compat", ["pr63", "paper"])
-def test_next_grid_accuracy(compat):
+def test_next_grid_accuracy_counts_wrong_cells_where_they_are(compat):
     cfg = config(nca_compat=compat, nca_filter="none")
     rows = nca.NcaData(cfg, "train", say=silent).generate(0, np.arange(6))
     perfect = rows[:, 1:].astype(np.int64)
@@ -147,7 +147,7 @@ def test_next_grid_accuracy(compat):
     assert nca.next_grid_accuracy(np.full_like(perfect, 10000), rows, cfg)["cell_accuracy"] == 0
 
 
-def test_unigram_loss():
+def test_unigram_loss_is_the_entropy_of_the_labels():
     cfg = config(nca_grid=4, nca_seq_len=13)
     row = np.array([[10000, 1, 1, 1, 1, 10001, 10000, 7, 7, 8, 8, 10001]], np.uint16)
     assert nca.unigram_loss(row, cfg) == pytest.approx(math.log(2))
@@ -206,7 +206,7 @@ def test_the_papers_first_and_last_colour_have_two_kernels():
     )
 
 
-def test_start_grids():
+def test_start_grids_have_the_published_distributions():
     keys = nca.stream(0, nca.START, np.arange(3000))
     counts = np.bincount(nca.start_grids(keys, config()).ravel(), minlength=10)
     assert abs(counts / counts.sum() - 0.1).max() < 0.002
@@ -315,7 +315,7 @@ def test_epochs_have_new_start_grids_of_the_same_rules_unless_told_otherwise():
     assert (d.order(0) != d.order(1)).any() and sorted(d.order(3)) == list(range(d.rows))
 
 
-def test_seed_changes_rules_and_nothing_global_is_touched():
+def test_the_seed_changes_rules_and_nothing_global_is_touched():
     torch.manual_seed(3)
     before, threads, precision = (
         torch.get_rng_state(),
@@ -332,7 +332,7 @@ def test_seed_changes_rules_and_nothing_global_is_touched():
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (threads, precision)
 
 
-def test_recorded_steps():
+def test_recording_starts_behind_the_initial_steps():
     assert (
         list(nca.recorded_times(config()))[:2] == [11, 12]
         and nca.recorded_times(config())[-1] == 36
@@ -341,7 +341,7 @@ def test_recorded_steps():
     assert nca.recorded_times(config(nca_compat="paper", nca_init_steps=0))[0] == 0
 
 
-def test_controls():
+def test_each_control_breaks_what_it_says_and_nothing_else():
     ids, sims = np.arange(3), np.zeros(3, int)
     normal, still, shuffled, random = (
         nca.simulate(ids, sims, 0, config(nca_control=c))
@@ -355,7 +355,7 @@ def test_controls():
     assert abs(np.bincount(random.ravel(), minlength=10) / random.size - 0.1).max() < 0.02
 
 
-def test_rows_per_rule():
+def test_rows_per_rule_counts_equal_groups_alone():
     for slot, group in (
         ([0], 1),
         ([0, 0], 2),
@@ -375,10 +375,7 @@ def test_rows_per_rule():
     ],
 )
 def test_data_stays_what_it_is(compat, digest):
-    """
-    If this fails on purpose, count nca.GENERATOR up: caches of the old data must not be taken for
-    the new.
-    """
+    """If this fails on purpose, count nca.GENERATOR up, so that caches of the old data are void."""
     d = data(nca_compat=compat, nca_filter="none", nca_tokens=30 * 1024)
     assert d.sha256(2) == digest
 
@@ -473,7 +470,7 @@ def test_rules_are_the_first_that_pass_and_splits_never_meet():
     assert many.rules.max() < nca.SPLIT_START["val"] <= val.rules.min() and val.rules.max() < 2**32
 
 
-def test_a_band_that_accepts_nothing_stops_with_rate_and_hint():
+def test_a_band_that_accepts_nothing_ends_the_search_with_a_hint():
     hint = r"0\.7:0\.9.*0 of 2048 .*rate of 0\.00%.*5, 25, 50, 75 and 95 %.*for example --nca_band"
     with pytest.raises(UserError, match=hint):
         data(nca_band="0.7:0.9")
@@ -568,7 +565,7 @@ def test_any_number_of_ranks_and_any_batch_make_the_same_data(cached, tmp_path, 
 # --- cache
 
 
-def test_cache_is_used_and_keyed_by_what_matters(tmp_path):
+def test_the_cache_is_used_and_keyed_by_what_matters(tmp_path):
     folder = str(tmp_path)
     first = data(nca_cache=folder)
     digest = first.sha256(0)
@@ -635,7 +632,7 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path):
         (["--nca_sims_per_rule", "0"], "must be at least 1"),
     ],
 )
-def test_what_cannot_work_is_one_message(flags, message, capsys):
+def test_what_cannot_work_is_told_in_one_message(flags, message, capsys):
     assert nca.main(["--generate_only", "--nca_cache", "", *flags]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: ") and re.search(message, err)
@@ -648,7 +645,7 @@ def example(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", [*nca.FOLLOWS, *nca.IDLE])
-def test_a_flag_that_does_nothing_is_an_error_that_names_it(name, capsys):
+def test_a_flag_that_does_nothing_here_is_refused_by_name(name, capsys):
     for flags in ([f"--{name}", example(name)], [f"--{name.replace('_', '-')}={example(name)}"]):
         assert nca.main(["--generate_only", "--nca_cache", "", *flags]) == 2
         err = capsys.readouterr().err
@@ -658,12 +655,15 @@ def test_a_flag_that_does_nothing_is_an_error_that_names_it(name, capsys):
         config(**{name: type(getattr(nca.PrePreConfig, name))(example(name))})
 
 
-def test_what_does_nothing_is_an_error_in_a_preset_too(tmp_path, capsys):
+def test_what_does_nothing_here_is_refused_in_a_preset_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(nca.tg, "train", None)  # nothing gets so far
     (tmp_path / "a.toml").write_text("nca_epochs = 2\nsteps = 10\n")
-    (tmp_path / "b.toml").write_text('score = "sliding"\n')
+    (tmp_path / "b.toml").write_text('[score]\nmodes = "sliding"\n')
+    (tmp_path / "c.toml").write_text("[rule]\np = 0.01\n")
     for file, words in (
         ("a", "a.toml: steps = 10: .* nca_epochs"),
-        ("b", "b.toml: score = 'sliding'.*--like"),
+        ("b", "b.toml: score = .*sliding.*--like"),
+        ("c", "c.toml: rule = .*0.01.*--like"),
     ):
         assert nca.main(["--config", str(tmp_path / f"{file}.toml")]) == 2
         assert re.search(words, capsys.readouterr().err)
@@ -701,7 +701,7 @@ def test_compat_is_a_layer_below_flags():
     assert nca.COMPAT["pr63"].keys() == nca.COMPAT["paper"].keys() and len(differ) >= 12
 
 
-def test_generate_only_reports_speed_and_hash(tmp_path, capsys):
+def test_generate_only_tells_speed_and_hash(tmp_path, capsys):
     flags = ["--generate_only", "--json", "--nca_tokens", "50000", "--nca_val_tokens", "20000"]
     flags += ["--nca_cache", str(tmp_path)]
     assert nca.main([*flags, "--picture", str(tmp_path / "nca.png")]) == 0

@@ -94,7 +94,7 @@ def state(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("compat, width, labels", [("pr63", 55, 36), ("paper", 54, 44)])
-def test_loss_is_not_the_mean_over_the_labels_that_bear_one(compat, width, labels):
+def test_the_loss_is_the_mean_over_the_labels_that_bear_one(compat, width, labels):
     p = parts(
         nca_compat=compat,
         nca_filter="none",
@@ -122,11 +122,8 @@ def test_loss_is_not_the_mean_over_the_labels_that_bear_one(compat, width, label
         assert got == pytest.approx(expected.item(), rel=1e-5) and bpb is None
 
 
-def test_epochs_repeat_or_skip_rows():
-    """
-    Steps take whole batches of an epoch in its order; what holds no whole batch is dropped; then
-    the next epoch.
-    """
+def test_epochs_take_whole_batches_in_their_order():
+    """Steps take whole batches of an epoch in its order; what is left over is dropped."""
     p = parts()
     assert p.cfg.steps == 6 and p.loader.data.rows == 20
     got = np.stack([p.loader.batch(step, 440, 55) for step in range(6)])
@@ -136,10 +133,8 @@ def test_epochs_repeat_or_skip_rows():
         assert (got[2 * epoch : 2 * epoch + 2] == expected).all()
 
 
-def test_accuracy_stands_at_the_wrong_place():
-    """
-    A model that knows the next token of every row scores 1; one that is a place late does not.
-    """
+def test_knowing_the_next_token_scores_1_at_the_right_place_alone():
+    """A model that knows the next token of every row scores 1; one a place late does not."""
     p = parts(nca_measured=7)
     following = np.roll(p.val.measured.astype(np.int64), -1, axis=1)
 
@@ -168,7 +163,7 @@ def test_accuracy_stands_at_the_wrong_place():
     )
 
 
-def test_copying_is_scored_at_the_wrong_place():
+def test_copy_accuracy_is_the_share_of_cells_that_stay():
     cfg = nca.make_config(**SMALL | {"batch_tokens": "440"})
     grids = np.random.default_rng(0).integers(0, 3, (4, 5, 36)).astype(np.uint8)
     assert nca.copy_accuracy(nca.tokenize(grids[:, :1].repeat(5, axis=1), cfg), cfg) == 1
@@ -176,15 +171,14 @@ def test_copying_is_scored_at_the_wrong_place():
     assert nca.copy_accuracy(nca.tokenize(grids, cfg), cfg) == pytest.approx(expected)
 
 
-def test_rules_of_validation_are_trained_on():
+def test_rules_of_validation_are_never_trained_on():
     p = parts()
     assert p.loader.data.rules.max() < nca.SPLIT_START["val"]
     assert not (p.val.data[:, None] == p.loader.data.generate(0, np.arange(20))[None]).all(-1).any()
 
 
-def test_nothing_is_learned_from_grids_that_stand_still():
-    """
-    A small model finds that each grid repeats the one before: far below any constant guess, on
+def test_a_small_model_learns_that_grids_stand_still():
+    """A small model finds that each grid repeats the one before: far below any constant guess, on
     rules of its own.
     """
     p = parts(
@@ -235,7 +229,7 @@ def straight(server, tmp_path_factory):
     [("train_step", 0.3), ("train_step", 0.8), ("evaluate", 0.5), ("save_checkpoint", 0.7)],
 )
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_resumed_it_ends_otherwise(server, straight, tmp_path, phase, where, number):
+def test_killed_and_resumed_it_ends_alike(server, straight, tmp_path, phase, where, number):
     reference, calls = straight
     at = max(1, int(where * calls[phase]))
     # With a cache an epoch is made at its beginning, while the clock stands still; without one,
@@ -292,7 +286,7 @@ def test_the_step_before_an_interrupted_epoch_is_logged_and_checked(loss, monkey
     assert calls == [("train", 1), ("train", 2)][: 2 if loss == 1 else 1]
 
 
-def test_run_folder_lacks_a_part(straight):
+def test_the_run_folder_holds_numbers_picture_and_measures(straight):
     folder, _ = straight
     result = json.loads((folder / "result.json").read_text())
     assert {
@@ -372,7 +366,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_a_traceback(name, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_line(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changes, message = BAD[name]
     assert nca.main(flags(**changes)) == 2
@@ -382,7 +376,7 @@ def test_bad_input_is_a_traceback(name, capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "logs").exists()
 
 
-def test_model_of_a_preset_is_taken_and_nothing_else():
+def test_like_takes_the_model_of_a_preset_and_nothing_else():
     cfg = nca.parse_args(["--like", "remix_m", "on_cpu", "--nca_colors", "3"])
     assert (cfg.depth, cfg.dim, cfg.heads, cfg.softcap, cfg.logit_dim_power) == (
         4,
@@ -413,9 +407,8 @@ def test_model_of_a_preset_is_taken_and_nothing_else():
 
 
 def test_the_pull_requests_model_has_none_of_the_language_runs_regularisers():
-    """
-    MTP would predict from the embedding of patch 0 where labels are ignored; windows belong to rows
-    of 1,024 tokens.
+    """MTP would predict from the embedding of patch 0 where labels are ignored; windows belong to
+    rows of 1,024 tokens.
     """
     cfg = nca.parse_args(["--like", "slowrun_1h"])
     assert (cfg.repeats, cfg.mtp, cfg.stoch_depth, cfg.iha, cfg.proj_init, cfg.window) == (
@@ -446,7 +439,7 @@ def test_the_pull_requests_model_has_none_of_the_language_runs_regularisers():
 @pytest.mark.parametrize(
     "preset, golden", [("slowrun_1h", 1_254_010_427), ("slowrun_pr63", 2_528_723_435)]
 )
-def test_model_with_the_vocabulary_of_patches_has_another_size(preset, golden):
+def test_models_with_the_vocabulary_of_patches_keep_their_sizes(preset, golden):
     cfg = nca.parse_args(["--like", preset])
     model = tg.build_model(cfg, torch.device("meta"), torch.float32, 8)
     assert sum(p.numel() for p in model.parameters()) == golden

@@ -102,7 +102,7 @@ M_CURVE = {
 SOURCE = """print0(f"step:{step}/{train_steps} val_loss:{val_loss:.4f} train_time:{training_time_ms:.0f}ms")
 step:7/9 val_loss:1.0000 train_time:1ms step_avg:1.00ms
 peak memory allocated: 1 MiB reserved: 2 MiB
-"""
+"""  # noqa: E501
 
 
 def sample(n: int, mean: float, sd: float) -> list[float]:
@@ -150,7 +150,9 @@ def make_run(
     folder.mkdir(parents=True)
     steps, run = max(losses), folder.name
     fields = {"run": run, "arm": arm, "seed": seed, "steps": steps, **(config or {})}
+    table = fields.pop("rule", {})
     lines = [f"{key} = {json.dumps(value)}\n" for key, value in fields.items()]
+    lines += ["[rule]\n", *(f"{key} = {json.dumps(value)}\n" for key, value in table.items())]
     (folder / "config.toml").write_text("".join(lines))
     events = []
     for step, loss in losses.items():
@@ -183,7 +185,7 @@ def run_of(val_loss: float, seed: int | None = None, **result) -> report.Run:
 
 
 def rule(**fields) -> dict:
-    return report.RULE | {f"rule_{key}": value for key, value in fields.items()}
+    return report.RULE | fields
 
 
 ########################################
@@ -191,7 +193,7 @@ def rule(**fields) -> dict:
 ########################################
 
 
-def test_softcap_record_p_value():
+def test_the_softcap_records_losses_give_its_published_p():
     losses = [3.27 + unit / 1e4 for unit, count in SOFTCAP.items() for _ in range(count)]
     mean, sd = report.mean_sd(losses)
     assert len(losses) == 80 and f"{mean:.4f} {sd:.4f}" == "3.2791 0.0019"
@@ -201,7 +203,7 @@ def test_softcap_record_p_value():
     assert report.judge_mean(losses, rule(target=3.28, p=0.01))[0] == "passes"
 
 
-def test_margin_is_t_crit_times_standard_error():
+def test_the_margin_needed_is_t_crit_times_the_standard_error():
     table = {3: 6.965, 4: 4.541, 5: 3.747, 6: 3.365, 8: 2.998, 10: 2.821, 13: 2.681, 20: 2.539}
     for n, crit in table.items():
         assert report.margin_needed(n, math.sqrt(n), 0.01) == pytest.approx(crit, abs=5e-4)
@@ -213,7 +215,7 @@ def test_margin_is_t_crit_times_standard_error():
     ]
 
 
-def test_published_examples():
+def test_published_losses_give_the_published_p_values():
     # PR 315
     assert report.t_below(sample(10, 3.27851, 0.00097), 3.28)[1] == pytest.approx(4.5e-4, rel=0.01)
     # golf's seq2048 record, rounded losses
@@ -228,7 +230,7 @@ def test_published_examples():
     assert report.t_below(sample(13, 3.27893, sd), 3.28)[1] == pytest.approx(0.0078)
 
 
-def test_track_3_rule_at_its_border():
+def test_a_mean_on_the_border_of_track_3s_rule_passes():
     track_3 = rule(target=3.28, z=0.004)
     assert report.judge_mean(sample(16, 3.279, 0.0013), track_3)[0] == "passes"
     assert report.judge_mean([3.276], track_3)[0] == "passes"
@@ -245,7 +247,7 @@ def test_seeds_needed_is_the_smallest_n_that_passes(gap, sd):
     assert n == 2 or report.t_below(sample(n - 1, -gap, sd), 0.0)[1] >= 0.01
 
 
-def test_bytes_of_golf_validation_set():
+def test_loss_and_bpb_imply_the_bytes_of_golfs_validation_set():
     # two lines of the naive baseline's log, at step 0 and after the round trip, must imply the same
     # text
     for line in ((6.9370, 4.0978), (2.07269931, 1.22436570)):
@@ -258,7 +260,7 @@ def test_bytes_of_golf_validation_set():
     )
 
 
-def test_verdicts():
+def test_a_rule_is_passed_by_means_shown_to_lie_below_its_target_alone():
     def judge(runs, track="", **fields):
         verdict, why = report.judge(runs, rule(**fields), track)
         return verdict, "\n".join(why)
@@ -283,7 +285,7 @@ def test_verdicts():
     )
 
 
-def test_caps_and_resumed_runs():
+def test_runs_beyond_a_cap_or_resumed_on_a_clock_fail():
     def verdict(run, **fields):
         return report.judge([run], rule(**fields))[0]
 
@@ -299,7 +301,7 @@ def test_caps_and_resumed_runs():
     assert report.judge([resumed], rule(target=3.28), "slowrun")[0] == "passes"
 
 
-def test_golf_margin_is_explained_in_nats():
+def test_a_margin_in_bits_per_byte_is_told_in_nats():
     bpb = [1.1271, 1.1272, 1.1273]
     runs = [run_of(x * math.log(2) * 2.4359, seed, val_bpb=x) for seed, x in enumerate(bpb)]
     verdict, why = report.judge(runs, rule(metric="val_bpb", target=1.14, margin=0.00296, p=0.01))
@@ -309,7 +311,7 @@ def test_golf_margin_is_explained_in_nats():
     )
 
 
-def test_paired_and_welch_tests():
+def test_common_seeds_are_paired_and_others_compared_by_welchs_test():
     x, y = [1.00, 1.11, 1.19], [1.10, 1.18, 1.31]
     runs, base = ([run_of(v, seed) for seed, v in enumerate(values)] for values in (x, y))
     test, n, diff, sd, p = report.compare(runs[::-1], base, "val_loss")
@@ -335,7 +337,7 @@ def test_paired_and_welch_tests():
     assert report.pair_up([run_of(1.0)], base) == []
 
 
-def test_time_to_loss_against_inverse_interpolation():
+def test_time_to_loss_is_the_inverse_interpolation():
     rng = np.random.default_rng(0)
     for _ in range(50):
         y = np.sort(rng.uniform(3, 5, 12))[::-1]
@@ -359,7 +361,7 @@ def test_time_to_loss_against_inverse_interpolation():
 ########################################
 
 
-def test_remix_logs_below_their_embedded_source(tmp_path):
+def test_remix_logs_are_read_below_their_embedded_source(tmp_path):
     (tmp_path / "A.txt").write_text(upstream_log(A_CURVE, 615334 / 4375, 28874))
     (tmp_path / "M.txt").write_text(upstream_log(M_CURVE, 367065 / 2500, 28691))
     (tmp_path / "notes.txt").write_text("no step lines: not a log\n")
@@ -374,11 +376,11 @@ def test_remix_logs_below_their_embedded_source(tmp_path):
     steps = np.interp(-3.2809, [-3.2917, -3.2791], [2375, 2500])
     assert ratios["M"] == pytest.approx(steps * 146.826 / 615334, rel=1e-4)
     assert 0.59 < ratios["M"] < 367.065 / 615.334
-    verdicts = report.build([a, m], fallback=rule(target=3.28))[0]["Rule of the track"]
+    verdicts = report.build([a, m], fallback={"rule": rule(target=3.28)})[0]["Rule of the track"]
     assert "A fails" in verdicts and "M passes" in verdicts  # A's log never reached 3.28
 
 
-def test_track_3_writes_seconds_and_several_trials(tmp_path):
+def test_track_3s_seconds_and_trials_in_one_file_are_read(tmp_path):
     trial = (
         "step:0/250 val_loss:10.82584 train_time:0.000s step_avg:0.12ms\n"
         "step:250/250 val_loss:{} train_time:125.376s step_avg:501.50ms\n"
@@ -399,7 +401,7 @@ def test_track_3_writes_seconds_and_several_trials(tmp_path):
     assert (only.arm, only.seed) == ("muonh", 1)
 
 
-def test_golf_log(tmp_path):
+def test_every_number_of_a_golf_log_is_read(tmp_path):
     (tmp_path / "train_seed1337.log").write_text("""W0318 warnings of torchrun
 model_params:17140056
 seed:1337
@@ -444,7 +446,7 @@ final_hedge_mixer_exact val_loss:1.91200000 val_bpb:1.13240000
     assert report.build([run], metric="sliding_val_bpb")[3] == "val_bpb"
 
 
-def test_resumed_run_keeps_the_later_lines(tmp_path):
+def test_a_resumed_run_keeps_the_later_lines(tmp_path):
     folder = make_run(tmp_path / "a_s1", "a", 1, {0: 5.0, 10: 4.0, 20: 3.5}, finished=False)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"kind": "val", "step": 30, "val_lo\n')  # cut by the kill
@@ -522,8 +524,8 @@ DAMAGED = [
 
 
 def test_every_reader_of_metrics_drops_damaged_lines(tmp_path):
-    import slowrun
     import train_gpt as tg
+    from logs import score
 
     folder = make_run(tmp_path / "a_s1", "a", 1, {0: 5.0, 10: 4.0, 20: 3.5})
     whole = (folder / "metrics.jsonl").read_bytes()
@@ -532,7 +534,7 @@ def test_every_reader_of_metrics_drops_damaged_lines(tmp_path):
     assert report.read_metrics(folder / "metrics.jsonl") == good
     assert [point["val_loss"] for point in report.load_folder(folder).val] == [5.0, 4.0, 3.5]
     cfg = tg.Config(steps=20, epochs=2)
-    assert slowrun.best_epoch(folder, tg.Plan(cfg)) == (3.5, 2)
+    assert score.best_epoch(folder, tg.Plan(cfg)) == (3.5, 2)
     for line in DAMAGED:
         assert (
             report.parse_metric(line) is None
@@ -575,7 +577,7 @@ def test_a_log_that_went_through_a_terminal_or_torchrun_is_read(tmp_path, dress)
     assert len(plain.val) == len(M_CURVE)
 
 
-def test_run_named_twice_counts_once(tmp_path):
+def test_a_run_named_twice_counts_once(tmp_path):
     folder = make_run(tmp_path / "logs" / "a_s1", "a", 1, {0: 5.0, 10: 4.0})
     assert (
         len(report.find_runs([str(folder), str(tmp_path / "logs"), str(tmp_path / "logs" / "*")]))
@@ -665,10 +667,8 @@ def fabricate(root: Path):
             losses = {10 * i: 3 + 4 * math.exp(-10 * i / tau) + noise[i] for i in range(11)}
             settings = {
                 "optimizer": {"A": "adamw", "B": "muon"}[arm],
-                "rule_metric": "val_loss",
-                "rule_target": 3.05,
-                "rule_p": 0.01,
                 "track": "speedrun",
+                "rule": {"metric": "val_loss", "target": 3.05, "p": 0.01},
             }
             make_run(root / f"{arm}_s{seed}", arm, seed, losses, config=settings)
     make_run(root / "B_s4", "B", 4, {0: 7.0, 10: 5.0}, finished=False, config=settings)
@@ -710,9 +710,8 @@ def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
 
 
 def test_one_seed_makes_a_report_without_tests(tmp_path, monkeypatch, capsys):
-    make_run(
-        tmp_path / "a_s1", "a", 1, {0: 5.0, 10: 4.0}, config={"rule_target": 4.5, "rule_p": 0.01}
-    )
+    config = {"rule": {"target": 4.5, "p": 0.01}}
+    make_run(tmp_path / "a_s1", "a", 1, {0: 5.0, 10: 4.0}, config=config)
     make_run(tmp_path / "b_s1", "b", 1, {0: 5.0, 10: 3.0})
     code, text, _ = call(monkeypatch, capsys, tmp_path, "--out", tmp_path / "out", "--no_plots")
     assert code == 0 and "a undecided" in text and "a t-test needs two seeds at least" in text
@@ -726,24 +725,30 @@ def test_runs_without_evaluations_make_a_report(tmp_path, monkeypatch, capsys):
     assert code == 0 and "unfinished 0/10" in text
 
 
-def test_preset_gives_upstream_logs_their_rule(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "preset", ["steps = 10\n[rule]\ntarget = 3.28\np = 0.05\n", "rule_target = 3.28\nrule_p = 0.05"]
+)
+def test_a_preset_gives_upstream_logs_their_rule(preset, tmp_path, monkeypatch, capsys):
+    """Its [rule] table, or the fields by which configs told a rule before there was one."""
     for i, loss in enumerate((3.2780, 3.2785, 3.2790)):
         (tmp_path / f"m_s{i}.txt").write_text(upstream_log({0: 10.8, 100: loss}, 100.0, 1))
-    (tmp_path / "preset.toml").write_text("rule_target = 3.28\nrule_p = 0.05\n")
-    code, text, _ = call(
-        monkeypatch,
-        capsys,
-        tmp_path,
-        "--out",
-        tmp_path / "out",
-        "--no_plots",
-        "--rule",
-        tmp_path / "preset.toml",
-    )
+    (tmp_path / "preset.toml").write_text(preset)
+    flags = ("--out", tmp_path / "out", "--no_plots", "--rule", tmp_path / "preset.toml")
+    code, text, _ = call(monkeypatch, capsys, tmp_path, *flags)
     assert code == 0 and "m passes" in text and "t = 5.20" in text
 
 
-def test_bad_input_is_named(tmp_path, monkeypatch, capsys):
+def test_a_rule_of_before_the_table_is_the_same_rule():
+    rule = {"metric": "val_bpb", "target": 1.2, "margin": 0.003, "p": 0.01, "max_bytes": 16}
+    new = {"steps": 10, "rule": rule, "score": {"stride": 64}}
+    old = {"steps": 10, **{f"rule_{key}": value for key, value in rule.items()}}
+    assert report.rule_of(new) == report.rule_of(old) == report.RULE | rule
+    assert report.config_diff(old, new) == [["score.stride", "-", "64"]]
+    new["rule"] = rule | {"target": 1.1}
+    assert ["rule.target", "1.2", "1.1"] in report.config_diff(old, new)
+
+
+def test_bad_input_is_named_in_one_line(tmp_path, monkeypatch, capsys):
     folder = make_run(tmp_path / "runs" / "a_s1", "a", 1, {0: 5.0, 10: 4.0})
     (tmp_path / "empty").mkdir()
     (tmp_path / "poem.txt").write_text("step by step\n")
@@ -755,6 +760,9 @@ def test_bad_input_is_named(tmp_path, monkeypatch, capsys):
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_bytes(data)
+    (tmp_path / "ruled").mkdir()
+    for file in (tmp_path / "ruled" / "config.toml", tmp_path / "no_table.toml"):
+        file.write_text('rule = "fair"\n')
     for arguments, words in (
         ((), "no runs given"),
         ((tmp_path / "nowhere",), "nowhere"),
@@ -765,6 +773,8 @@ def test_bad_input_is_named(tmp_path, monkeypatch, capsys):
         ((tmp_path / "list",), "damaged"),
         ((tmp_path / "words",), "val_loss = 'x'"),
         ((tmp_path / "latin",), "damaged"),
+        ((tmp_path / "ruled",), "damaged"),
+        ((folder, "--rule", tmp_path / "no_table.toml"), "no_table.toml"),
         (("x" * 5000,), "too long"),
         ((folder, "--baseline", "b"), "the arms are a"),
         ((folder, "--metric", "val_lose"), "there is val_loss, val_bpb"),

@@ -17,14 +17,17 @@ from helpers import ROOT
 from logs import start as starter
 
 STAND_IN = """#!/bin/bash
-if [ "$1" = - ]; then exec {python} "$@"; fi
+case $1 in logs/start.py) exec {python} "$@" ;; esac
 echo "$*" >> calls.txt
 while [ $# -gt 0 ]; do
   case $1 in --run) run=$2 ;; --log_dir) logs=$2 ;; esac
   shift
 done
-[ -z "${{run:-}}" ] || {{ mkdir -p "${{logs:-logs}}/$run"; echo "{{}}" > "${{logs:-logs}}/$run/result.json"; }}
+[ -n "${{run:-}}" ] || exit 0
+mkdir -p "${{logs:-logs}}/$run"
+echo "{{}}" > "${{logs:-logs}}/$run/result.json"
 """
+GET = "import sys\nopen('calls.txt', 'a').write(' '.join(['data/get.py', *sys.argv[1:]]) + '\\n')\n"
 
 
 @pytest.fixture
@@ -32,8 +35,9 @@ def start(tmp_path):
     """
     Runs run.sh in an empty folder; returns its exit code, what it said, and the calls that it made.
     """
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / "logs").mkdir()
+    for name in (".venv/bin", "logs", "data"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "data" / "get.py").write_text(GET)
     for name in ("run.sh", "requirements.txt", "configs", "logs/start.py"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
@@ -48,12 +52,13 @@ def start(tmp_path):
     def start(*argv, **environment):
         calls = tmp_path / "calls.txt"
         calls.write_text("")
+        paths = {"PYTHONPATH": str(ROOT), "NPROC": "0"}
         done = subprocess.run(
             ["./run.sh", *argv],
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "NPROC": "0"} | environment,
+            env=os.environ | paths | environment,
         )
         return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
 
@@ -64,23 +69,36 @@ def only(calls, script):
     return [call for call in calls if call.startswith(script)]
 
 
-def test_golf_submits_the_runs_that_it_trained_and_not_the_main_jobs(start, tmp_path):
-    (tmp_path / "logs" / "golf_cpu-s1").mkdir(parents=True)  # the main job's, with other scores
-    (tmp_path / "logs" / "golf_cpu-s1" / "result.json").write_text("{}")
+def test_phases_follow_each_other_for_each_seed_and_one_report_ends_them(start):
+    code, said, calls = start("golf_cpu", "--steps", "3", SEEDS="1 2")
+    assert code == 0, said
+    trained = "train_gpt.py --config golf_cpu --run golf_cpu-s{0} --resume --seed {0} --steps 3"
+    assert calls == [
+        "data/get.py sample",
+        trained.format(1),
+        trained.format(2),
+        "logs/score.py logs/golf_cpu-s1",
+        "logs/score.py logs/golf_cpu-s2",
+        "logs/report.py logs/golf_cpu-s1 logs/golf_cpu-s2 --out logs/report-golf_cpu",
+    ]
+
+
+def test_golf_scores_proves_and_submits_what_it_trained(start):
     code, said, calls = start("golf", SEEDS="1 2", NCA="1")
     assert code == 0, said
     trained = [call.split("--run ")[1].split()[0] for call in only(calls, "train_gpt.py")]
-    assert trained == ["golf-golf_cpu-nca-s1", "golf-golf_cpu-nca-s2"]
+    assert trained == ["golf_cpu-nca-s1", "golf_cpu-nca-s2"]
+    scored = "--modes mixture sliding --prove_bytes 16384"
+    assert only(calls, "logs/score.py") == [f"logs/score.py logs/{run} {scored}" for run in trained]
     submitted = " ".join(f"logs/{run}" for run in trained)
-    assert only(calls, "logs/submit.py") == [f"logs/submit.py golf_non_record golf_cpu {submitted}"]
-    (trained,) = only(start("golf", SEEDS="1")[2], "train_gpt.py")
-    assert "--run golf-golf_cpu-s1" in trained and "--prove_bytes" in trained
+    assert calls[-1] == f"logs/submit.py golf_non_record golf_cpu {submitted}"
+    (trained,) = only(start("golf", GOLF="tiny_cpu")[2], "train_gpt.py")
+    assert "--config tiny_cpu --run tiny_cpu-s1" in trained
 
 
 def test_both_phases_have_the_model_and_the_folder_that_the_flags_say(start, tmp_path):
-    code, said, calls = start(
-        "golf_cpu", "--dim", "256", "--log_dir", "elsewhere", NCA="yes", SEEDS="1"
-    )
+    flags = ("--dim", "256", "--log_dir", "elsewhere")
+    code, said, calls = start("golf_cpu", *flags, NCA="yes", SEEDS="1")
     assert code == 0, said
     (first,), (second,) = only(calls, "pre_pre_train.py"), only(calls, "train_gpt.py")
     like = first.split("--like ")[1].split()[0]
@@ -96,56 +114,50 @@ def test_a_value_of_nca_that_means_nothing_is_refused_and_bad_flags_end_in_a_mes
     code, said, calls = start("golf_cpu", NCA="2")
     assert code == 2 and "NCA=2" in said and not calls
     code, said, calls = start("golf_cpu", "--dim", "7")
-    assert code == 2 and "error:" in said and "Traceback" not in said and not calls
+    assert code == 2 and "run.sh: dim = 7" in said and "Traceback" not in said and not calls
 
 
-def test_centering_gets_the_data_of_one_scale_or_tabulates_another_folder(start):
-    code, said, calls = start(
-        "centering",
-        "--scales",
-        "centering_cpu",
-        "centering_16m,dim=32",
-        "tiny_cpu,data=data/slowrun",
-        "--seeds",
-        "1",
-        "--log_dir",
-        "logs/mine",
-    )
-    assert code == 0, said
-    got = [call.split()[1] for call in only(calls, "data/get.py")]
-    assert got == ["sample", "fineweb100B", "slowrun"]
-    assert only(calls, "logs/centering.py tables") == [
-        "logs/centering.py tables logs/mine --out logs/report-mine"
-    ]
-    code, said, calls = start("centering", "--seeds", "1")
-    assert only(calls, "data/get.py") == ["data/get.py sample --vocab 4096 --out data/sample4096"]
-    assert only(calls, "logs/centering.py tables") == [
-        "logs/centering.py tables logs/centering --out logs/report-centering"
-    ]
-    code, said, calls = start("centering", "--scales", "centering_cpu,width=3")
-    assert code != 0 and "width" in said and not only(calls, "logs/centering.py")
+@pytest.mark.parametrize(
+    "folder, command",
+    [
+        ("data/sample", "sample"),
+        ("data/sample4096", "sample --vocab 4096 --out data/sample4096"),
+        ("data/fineweb10B", "fineweb10B --shards 24"),
+        ("data/fineweb100B", "fineweb100B --shards 132"),
+        ("data/slowrun", "slowrun"),
+        ("data/golf_sp1024", "golf --variant sp1024"),
+    ],
+)
+def test_the_data_of_a_folder_is_got_by_its_name(monkeypatch, folder, command):
+    asked = []
+    monkeypatch.setattr(starter.subprocess, "run", lambda words, **how: asked.append(words[1:]))
+    starter.get_data(folder)
+    assert asked == [["data/get.py", *command.split()]]
+
+
+def test_data_of_ones_own_is_taken_as_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(starter.subprocess, "run", lambda words, **how: pytest.fail("got"))
+    starter.get_data("mine/shards")
+    assert "mine/shards is taken as it is" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_asked_again_so_that_other_flags_are_refused(start, tmp_path):
-    """Python compares the flags; no ranks are started for that."""
+    """Python compares the flags; no ranks are started for that. Scores look for themselves."""
     (tmp_path / "logs" / "golf_cpu-s1").mkdir(parents=True)
     (tmp_path / "logs" / "golf_cpu-s1" / "result.json").write_text("{}")
     calls = start("golf_cpu", "--dim", "256", NPROC="2")[2]
     asked = [call for call in calls if "train_gpt.py" in call]
     assert asked == ["train_gpt.py --config golf_cpu --run golf_cpu-s1 --resume --seed 1 --dim 256"]
+    ranks = "torchrun --standalone --nproc_per_node 2 -- logs/score.py logs/golf_cpu-s1"
+    assert only(calls, "torchrun") == [ranks]
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (("--seed", "4"), 'SEEDS="4"'),
-        (("--seed=4",), 'SEEDS="4"'),
-        (("--run", "x"), "--config TRACK --run x"),
-    ],
-)
-@pytest.mark.parametrize("verb", ["golf_cpu", "remix", "golf", "depth", "warmdown", ""])
-def test_flags_that_break_the_names_of_runs_are_refused(start, verb, flags, words):
-    code, said, calls = start(*[verb] * bool(verb), *flags)
+@pytest.mark.parametrize("flags", [("--seed", "4"), ("--seed=4",), ("--run", "x")])
+@pytest.mark.parametrize("verb", ["golf_cpu", "remix", "golf", "study depth", ""])
+def test_flags_that_break_the_names_of_runs_are_refused(start, verb, flags):
+    code, said, calls = start(*verb.split(), *flags)
+    study = verb in ("remix", "study depth")
+    words = "--config TRACK --run x" if "x" in flags else "--seeds 4" if study else 'SEEDS="4"'
     assert code == 2 and words in said and not calls
 
 
@@ -156,6 +168,8 @@ def test_help_and_a_typo_need_nothing_installed(start, tmp_path):
         assert code == 0 and "./run.sh TRACK " in said and "set -e" not in said
     code, said, _ = start("golf_cpuu")
     assert code == 2 and "'golf_cpuu'" in said and "golf_cpu " in said
+    code, said, _ = start("study")
+    assert code == 2 and "remix_8xh100" in said
     assert not (tmp_path / ".venv").exists()
 
 
@@ -164,43 +178,63 @@ def test_flags_alone_are_the_main_jobs_and_a_path_is_a_track(start, tmp_path):
     assert call == "train_gpt.py --config golf_cpu --run golf_cpu-s1 --resume --seed 1 --steps 3"
     (call,) = only(start("configs/tiny_cpu.toml")[2], "train_gpt.py")
     assert call.startswith("train_gpt.py --config tiny_cpu --run tiny_cpu-s1 ")
-    shutil.copy(ROOT / "configs" / "tiny_cpu.toml", tmp_path / "mine.toml")
-    (call,) = only(start("mine.toml")[2], "train_gpt.py")
-    assert call.startswith("train_gpt.py --config mine.toml --run mine-s1 ")
+    (tmp_path / "of mine").mkdir()
+    shutil.copy(ROOT / "configs" / "tiny_cpu.toml", tmp_path / "of mine" / "x.toml")
+    (call,) = only(start("of mine/x.toml")[2], "train_gpt.py")
+    assert call.startswith("train_gpt.py --config of mine/x.toml --run x-s1 ")
+
+
+def test_a_sample_a_report_and_a_dry_run_are_one_program_each(start):
+    for words, call in (
+        ("sample logs/x The --top_k 5", "logs/score.py sample logs/x --prompt The --top_k 5"),
+        ("sample logs/x", "logs/score.py sample logs/x --prompt "),
+        ("report logs/x --metric val_bpb", "logs/report.py logs/x --metric val_bpb"),
+        ("submit golf tiny_cpu logs/x", "logs/submit.py golf tiny_cpu logs/x"),
+        ("dry_run --json", "logs/dry_run.py --config remix_m --json"),
+        ("dry_run tiny_cpu", "logs/dry_run.py --config tiny_cpu"),
+    ):
+        code, said, calls = start(*words.split())
+        assert code == 0 and calls == [call], said
+    code, said, calls = start("sample")
+    assert code == 2 and "usage: ./run.sh sample RUN" in said and not calls
 
 
 @pytest.mark.parametrize("node", [0, 1])
-def test_every_node_starts_the_same_and_one_reports(start, tmp_path, node):
+def test_every_node_starts_the_same_and_one_scores_and_reports(start, tmp_path, node):
     """Whatever lies in its own logs/; each start meets at a port of its own."""
     if node == 0:
         (tmp_path / "logs" / "tiny_cpu-s1").mkdir()
         (tmp_path / "logs" / "tiny_cpu-s1" / "result.json").write_text("{}")
-    code, said, calls = start(
-        "tiny_cpu",
-        SEEDS="1 2",
-        NNODES="2",
-        NODE_RANK=str(node),
-        NPROC="8",
-        MASTER_ADDR="10.0.0.1",
-        MASTER_PORT="1234",
-        WAIT_SECONDS="60",
-    )
+    nodes = {"NNODES": "2", "NODE_RANK": str(node), "NPROC": "8", "WAIT_SECONDS": "60"}
+    where = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    code, said, calls = start("tiny_cpu", SEEDS="1 2", **nodes, **where)
     assert code == 0, said
     where = f"torchrun --nnodes 2 --node_rank {node} --master_addr 10.0.0.1 --master_port"
     conf = "--rdzv_conf timeout=60 --nproc_per_node 8 -- train_gpt.py --config tiny_cpu"
-    begun = [call for call in calls if call.startswith("torchrun")]
-    assert begun == [
+    begun = [
         f"{where} {1233 + seed} {conf} --run tiny_cpu-s{seed} --resume --seed {seed}"
         for seed in (1, 2)
     ]
+    if node == 0:
+        alone = "torchrun --standalone --nproc_per_node 8 -- logs/score.py logs"
+        begun += [f"{alone}/tiny_cpu-s{seed}" for seed in (1, 2)]
+    assert only(calls, "torchrun") == begun
     assert bool(only(calls, "logs/report.py")) == (node == 0)
 
 
-def test_a_study_reads_the_data_and_writes_where_its_flags_say(start):
-    calls = start("depth", "--data", "data/slowrun", "--log_dir", "mine", DEPTH_SEEDS="1")[2]
-    assert only(calls, "data/get.py") == ["data/get.py slowrun"]
-    (report,) = only(calls, "logs/report.py")
-    assert "mine/depth-unique-s1" in report and report.endswith("--out mine/report-depth")
+@pytest.mark.parametrize("verb", ["depth", "study depth"])
+def test_a_study_gets_its_data_trains_on_ranks_and_reports(start, verb):
+    code, said, calls = start(*verb.split(), "--seeds", "1", "2", "--log_dir", "mine", NPROC="2")
+    assert code == 0, said
+    flags = "logs/study.py depth --seeds 1 2 --log_dir mine --only"
+    trained = f"torchrun --standalone --nproc_per_node 2 -- {flags} train"
+    assert calls == [f"{flags} get", trained, f"{flags} report"]
+
+
+def test_a_study_that_is_only_asked_starts_no_ranks(start):
+    for words in ("--arms list", "--help", "--only report"):
+        calls = start("study", "nca", *words.split(), NPROC="8")[2]
+        assert calls == [f"logs/study.py nca {words}"]
 
 
 EIGHT = "".join(f"GPU {i}: NVIDIA H100 (UUID: GPU-{i}a{i})\n" for i in range(8))

@@ -47,22 +47,21 @@ device = "cpu"
 dtype = "float32"
 compile = 0
 save_last = 0
-rule_metric = "roundtrip_val_bpb"
-rule_target = 4.0
-rule_margin = 0.00296
-rule_p = 0.01
-rule_max_seconds = 600
-rule_max_bytes = 16000000
+
+[rule]
+metric = "roundtrip_val_bpb"
+target = 4.0
+margin = 0.00296
+p = 0.01
+max_seconds = 600
+max_bytes = 16000000
 """
 NAME, DATE = "Tiny_Steps", "2026-11-22"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def pack_once():
-    """
-    Packing takes a second and gives the same for the same files: each submission of this module
-    need not repeat it.
-    """
+    """Packing takes a second and gives the same for the same files: once is enough here."""
     plain, packed = pack.pack, {}
 
     def remembered(paths, root=ROOT):
@@ -93,10 +92,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def work(server, tmp_path_factory):
-    """
-    A working directory with some of the shipped text, the config, and logs/: seeds 1, 2, 3 from
-    readable sources.
-    """
+    """A folder with some of the shipped text, the config, and logs/ of seeds 1, 2, 3."""
     folder = tmp_path_factory.mktemp("work")
     whole = tmp_path_factory.mktemp("shipped") / "sample"
     subprocess.run(
@@ -121,9 +117,7 @@ def work(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed_run(work, packed_file, tmp_path_factory):
-    """
-    Seed 1 once more, started from the packed file as a process of its own, far from the sources.
-    """
+    """Seed 1 once more, from the packed file in a process of its own, far from the sources."""
     folder = tmp_path_factory.mktemp("packed_run")
     shutil.copytree(work / "sample", folder / "sample")
     shutil.copy(work / "tiny.toml", folder)
@@ -166,8 +160,8 @@ def call(capsys, *argv, track: str = "golf", runs=RUNS) -> tuple[int, str, str]:
 
 
 def refused(capsys, *words, **how) -> str:
-    """
-    The submission is refused with one message that says all the words, and leaves nothing behind.
+    """The submission is refused with one message that says all the words, and leaves nothing
+    behind.
     """
     before = sorted(Path().rglob("*"))
     code, out, err = call(capsys, *how.pop("argv", ()), **how)
@@ -191,13 +185,19 @@ def edit(run: str, **changes) -> None:
 
 
 def set_config(changes: dict, runs=RUNS) -> None:
-    """Change config.toml, log.txt and result.json alike, as if the runs had been made so."""
+    """Change config.toml, log.txt and result.json alike, as if the runs had been made so. A key
+    `rule.target` is `target` in the table [rule].
+    """
     for run in map(Path, runs):
         old = (run / "config.toml").read_text()
         new = old
-        for key, value in changes.items():
-            new, count = re.subn(rf"^{key} = .*$", f"{key} = {json.dumps(value)}", new, flags=re.M)
+        for name, value in changes.items():
+            table, _, key = name.rpartition(".")
+            start = new.index(f"[{table}]") if table else 0
+            line = re.compile(rf"^{key} = .*$", re.M)
+            changed, count = line.subn(f"{key} = {json.dumps(value)}", new[start:], count=1)
             assert count == 1
+            new = new[:start] + changed
         (run / "config.toml").write_text(new)
         log, body = (run / "log.txt").read_text(), old.split("\n", 1)[1]
         assert body in log
@@ -212,8 +212,7 @@ def set_config(changes: dict, runs=RUNS) -> None:
 
 
 def test_a_packed_run_is_the_run(work, packed_run, packed_file):
-    """
-    Every logged number of training, the artifact to the byte, and the source that it logs and
+    """Every logged number of training, the artifact to the byte, and the source that it logs and
     counts: its own.
     """
     plain = work / "logs/tiny-s1"
@@ -257,21 +256,26 @@ def test_a_packed_file_answers_like_its_program(packed_file, server):
     assert "no such file and no such preset" in both("--config", "nothing")
 
 
-def test_a_packed_module_is_a_program_too(work, packed_file, server):
-    """
-    golf.py's proof, which starts golf.py once more in a fresh process: from the packed file as from
-    its own.
-    """
-    argv = ("prove", work / "logs/tiny-s1", "--mode", "chunked", "--bytes", 100, "--device", "cpu")
-    ended = server.run("golf", *argv, cwd=work, file=packed_file)
-    assert ended.code == 0 and "prove:chunked" in ended.out, ended.text
+def test_a_packed_module_is_a_program_too(work, packed_file, server, tmp_path):
+    """Scores and a proof, which starts the scorer again in a process of its own, as unpacked."""
+    found = []
+    for name, program in (("plain", ROOT / "logs/score.py"), ("packed", packed_file)):
+        run = shutil.copytree(work / "logs/tiny-s1", tmp_path / name / "tiny-s1")
+        module = ("logs.score",) if program == packed_file else ()
+        argv = (run, "--modes", "sliding", "--stride", 64, "--prove_bytes", 100)
+        ended = server.run(*module, *argv, cwd=work, file=program)
+        assert ended.code == 0, ended.text
+        found.append(result(run))
+    assert found[0]["sliding_val_bpb"] == found[1]["sliding_val_bpb"] < 5
+    assert found[0]["decoded_bpb"] == found[1]["decoded_bpb"] and found[1]["proven_bytes"] == 100
 
 
-@pytest.mark.parametrize("name", ["train_gpt.py", "golf.py", "pre_pre_train.py", "logs/dry_run.py"])
-def test_packing_keeps_the_code(name):
-    """
-    What is left are the tokens of the source, in their order; only comments, docstrings and layout
-    are gone.
+@pytest.mark.parametrize(
+    "name", ["train_gpt.py", "logs/score.py", "pre_pre_train.py", "logs/dry_run.py"]
+)
+def test_packing_keeps_every_token_of_the_code(name):
+    """What is left are the tokens of the source, in their order; only comments, docstrings and
+    layout are gone.
     """
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
@@ -294,10 +298,9 @@ def test_packing_keeps_the_code(name):
     assert code(small) == code(source) and len(small) < 0.85 * len(source)
 
 
-def test_minifying_survives_what_python_allows():
-    """
-    Strings that look like comments, spaces that matter, docstrings as the only body, lines that go
-    on.
+def test_minifying_keeps_what_python_allows():
+    """Strings that look like comments, spaces that matter, docstrings as the only body, lines that
+    go on.
     """
     source = '''"""Doc."""
 import os  # gone
@@ -328,12 +331,11 @@ def g(x) :
 
 
 def test_unpacking_runs_nothing_and_gives_every_module(packed_file, tmp_path, capsys):
-    assert set(pack.unpack(packed_file.read_text())) >= {"train_gpt", "golf", "slowrun"}
+    assert set(pack.unpack(packed_file.read_text())) == {"train_gpt", "logs.score"}
     assert pack.main(["--unpack", str(packed_file), "--out", str(tmp_path / "shown")]) == 0
     assert "class GPT(Declaring):" in (tmp_path / "shown/train_gpt.py").read_text()
-    assert pack.main(["--unpack", str(ROOT / "golf.py"), "--out", str(tmp_path / "no")]) == 2
+    assert pack.main(["--unpack", str(ROOT / "run.sh"), "--out", str(tmp_path / "no")]) == 2
     assert "no file that logs/pack.py wrote" in capsys.readouterr().err
-    assert pack.main(["/etc/hosts", "--out", str(tmp_path / "no.py")]) == 2
     assert pack.main(["--out", str(ROOT / "packed.py")]) == 2
     assert "a folder of its own" in capsys.readouterr().err
 
@@ -343,10 +345,9 @@ def test_unpacking_runs_nothing_and_gives_every_module(packed_file, tmp_path, ca
 ########################################
 
 
-def test_golf_folder(copy, capsys, server):
-    """
-    Everything that the leaderboard asks for, with the numbers of the runs, and a program that runs
-    from inside.
+def test_a_golf_folder_holds_all_that_is_asked_for_and_runs(copy, capsys, server):
+    """Everything that the leaderboard asks for, with the numbers of the runs, and a program that
+    runs from inside.
     """
     code, out, err = call(
         capsys, "--author", "A. Person", "--github_id", "aperson", "--blurb", "Twelve steps."
@@ -403,7 +404,8 @@ def test_golf_folder(copy, capsys, server):
         assert (place / f"train_seed{seed}.log").read_bytes() == (
             copy / f"logs/tiny-s{seed}/log.txt"
         ).read_bytes()
-    sources = pack.modules_of([place / "source/train_gpt.py"], place / "source")
+    programs = [place / "source" / name for name in pack.PROGRAMS]
+    sources = pack.modules_of(programs, place / "source")
     assert pack.pack(sources, place / "source") == (place / "train_gpt.py").read_text()
     ran = server.run(
         "--config",
@@ -425,6 +427,11 @@ def test_golf_folder(copy, capsys, server):
     assert (
         json.loads((copy / "again/again/result.json").read_text())["roundtrip_val_bpb"] == scores[1]
     )
+    argv = ("logs.score", copy / "again/again", "--modes", "chunked", "--prove_bytes", 50)
+    ran = server.run(*argv, cwd=place, file="train_gpt.py")
+    assert ran.code == 0, ran.text
+    assert result(copy / "again/again")["proven_bytes"] == 50
+    assert "train_gpt.py logs.score logs/again\n" in text
     shutil.rmtree(copy / "again")
     err = refused(capsys, "exists", "choose another name")
     assert "1 found" in err
@@ -444,17 +451,17 @@ def test_a_packed_run_ships_the_file_that_ran(copy, packed_run, packed_file, cap
     )
 
 
-def test_speedrun_and_slowrun_folders(copy, capsys, monkeypatch):
+def test_folders_of_speedrun_and_slowrun_hold_readable_source(copy, capsys, monkeypatch):
     """One .txt a run, the readable source; no bytes are counted."""
     monkeypatch.setitem(submit.TRACKS, "speedrun", replace(submit.TRACKS["speedrun"], val_tokens=0))
     set_config(
         {
             "track": "speedrun",
-            "rule_metric": "val_loss",
-            "rule_target": 9.0,
-            "rule_margin": 0.0,
-            "rule_max_seconds": 0.0,
-            "rule_max_bytes": 0,
+            "rule.metric": "val_loss",
+            "rule.target": 9.0,
+            "rule.margin": 0.0,
+            "rule.max_seconds": 0.0,
+            "rule.max_bytes": 0,
         }
     )
     code, _, err = call(capsys, track="speedrun")
@@ -464,7 +471,6 @@ def test_speedrun_and_slowrun_folders(copy, capsys, monkeypatch):
         "README.md",
         "submission.json",
         "train_gpt.py",
-        "golf.py",
         "config.toml",
         *(f"tiny-s{s}.txt" for s in (1, 2, 3)),
     }
@@ -473,9 +479,12 @@ def test_speedrun_and_slowrun_folders(copy, capsys, monkeypatch):
         "ttest_1samp" in (place / "README.md").read_text()
         and "train_time_s" in (place / "README.md").read_text()
     )
-    set_config({"track": "slowrun", "rule_target": 0.0, "rule_p": 0.0})
+    # averages over epochs are the scorer's, so its source is shipped
+    set_config({"track": "slowrun", "rule.target": 0.0, "rule.p": 0.0, "average_epochs": 2})
     code, _, err = call(capsys, track="slowrun_tiny")
     assert code == 0, err
+    shipped = copy / "records/slowrun_tiny" / f"{DATE}_{NAME}/logs/score.py"
+    assert shipped.read_bytes() == (ROOT / "logs/score.py").read_bytes()
     assert (
         "asks for no test"
         in (copy / "records/slowrun_tiny" / f"{DATE}_{NAME}/README.md").read_text()
@@ -486,14 +495,13 @@ def test_speedrun_and_slowrun_folders(copy, capsys, monkeypatch):
     refused(capsys, "sample: ", "training tokens, 1000 are allowed", track="slowrun_tiny")
 
 
-def test_refuses_sizes(copy, capsys):
-    """
-    Artifact and code over the cap; a file that is not as long as result.json says; one that is
+def test_sizes_over_the_cap_or_unlike_result_json_are_refused(copy, capsys):
+    """Artifact and code over the cap; a file that is not as long as result.json says; one that is
     missing.
     """
-    set_config({"rule_max_bytes": 60000})
+    set_config({"rule.max_bytes": 60000})
     refused(capsys, "logs/tiny-s1/model.nrx", "60000 are allowed", "make the model smaller")
-    set_config({"rule_max_bytes": 0})  # a laxer rule than the track's does not help
+    set_config({"rule.max_bytes": 0})  # a laxer rule than the track's does not help
     with open("logs/tiny-s2/model.nrx", "ab") as f:
         f.write(b"\0")
     refused(capsys, "logs/tiny-s2/model.nrx", "result.json says")
@@ -501,7 +509,7 @@ def test_refuses_sizes(copy, capsys):
     refused(capsys, "logs/tiny-s2/model.nrx", "missing", "put the run's own file back")
 
 
-def test_refuses_clocks_over_the_cap(copy, capsys):
+def test_clocks_over_the_cap_are_refused(copy, capsys):
     for run in RUNS:  # log and result agree on it
         log = Path(run, "log.txt").read_text()
         Path(run, "log.txt").write_text(
@@ -513,7 +521,7 @@ def test_refuses_clocks_over_the_cap(copy, capsys):
     refused(capsys, "logs/tiny-s1/result.json", "eval_time_s 601.0", "600 s are allowed")
 
 
-def test_refuses_another_source(copy, capsys):
+def test_a_source_unlike_this_checkout_is_refused(copy, capsys):
     log = Path(RUNS[1], "log.txt").read_text()
     Path(RUNS[1], "log.txt").write_text(
         log.replace("beta2: float = 0.95", "beta2: float = 0.99", 1)
@@ -524,7 +532,7 @@ def test_refuses_another_source(copy, capsys):
     refused(capsys, "logs/tiny-s2/result.json", "code_bytes 1000")
 
 
-def test_refuses_seeds_missing_doubled_or_left_out(copy, capsys):
+def test_seeds_missing_doubled_or_left_out_are_refused(copy, capsys):
     refused(capsys, "seeds: 2 missing", "--seeds", runs=[RUNS[0], RUNS[2]])
     refused(
         capsys,
@@ -540,30 +548,30 @@ def test_refuses_seeds_missing_doubled_or_left_out(copy, capsys):
     refused(capsys, "logs/tiny-s2", "seed 1 in result.json, 2 in config.toml")
 
 
-def test_refuses_what_the_rule_refuses(copy, capsys):
+def test_what_the_rule_fails_is_refused(copy, capsys):
     """Too few runs, a mean not far enough below, no rule at all, a metric that was not measured."""
     set_config(
         {
-            "rule_target": float(np.mean([result(run)["roundtrip_val_bpb"] for run in RUNS]))
+            "rule.target": float(np.mean([result(run)["roundtrip_val_bpb"] for run in RUNS]))
             + 0.00297
         }
     )
     refused(capsys, "the rule is not met", "p = ", "below 0.01 needed", "seeds missing")
-    set_config({"rule_target": 1.0})
+    set_config({"rule.target": 1.0})
     refused(capsys, "the rule is not met", "no number of seeds")
-    set_config({"rule_target": 0.0})
-    refused(capsys, "no rule_target", "--rule_p 0.01")
-    set_config({"rule_target": 4.0, "rule_metric": "sliding_val_bpb"})
+    set_config({"rule.target": 0.0})
+    refused(capsys, "no target with p (or z)", "p = 0.01")
+    set_config({"rule.target": 4.0, "rule.metric": "sliding_val_bpb"})
     refused(capsys, "sliding_val_bpb", "was not measured in logs/tiny-s1")
-    set_config({"rule_metric": "val_loss"})
-    refused(capsys, "val_loss is not a score of the artifact", "roundtrip_val_bpb")
-    set_config({"rule_metric": "roundtrip_val_bpb"})
+    set_config({"rule.metric": "val_loss"})
+    refused(capsys, "val_loss is no score of the artifact", "roundtrip_val_bpb")
+    set_config({"rule.metric": "roundtrip_val_bpb"})
     for run in RUNS[1:]:
         shutil.move(run, "elsewhere-" + Path(run).name)
     refused(capsys, "fewer than the rule needs", "run more seeds", runs=RUNS[:1])
 
 
-def test_refuses_a_run_that_began_from_another_one(copy, capsys):
+def test_a_run_that_began_from_another_one_is_refused(copy, capsys):
     """Pre-pre-training is training: its code and seconds would neither be shipped nor counted."""
     set_config({"init_from": "logs/tiny-pre-s1", "transfer": "attn"})
     err = refused(
@@ -600,14 +608,14 @@ def test_a_log_that_went_through_a_terminal_is_read(copy, capsys):
     assert call(capsys)[0] == 0
 
 
-def test_refuses_a_resumed_run_on_a_timed_track(copy, capsys):
+def test_a_resumed_run_on_a_timed_track_is_refused(copy, capsys):
     edit(RUNS[2], resumed=True)
     refused(capsys, "logs/tiny-s3: resumed", "under another name")
-    set_config({"rule_max_seconds": 0.0})
+    set_config({"rule.max_seconds": 0.0})
     assert call(capsys, track="golf_non_record")[0] == 0  # not timed
 
 
-def test_refuses_configs_that_differ_beyond_the_seed(copy, capsys):
+def test_configs_that_differ_beyond_the_seed_are_refused(copy, capsys):
     set_config({"matrix_lr": 0.06}, [RUNS[1]])
     refused(
         capsys,
@@ -625,7 +633,7 @@ def test_refuses_configs_that_differ_beyond_the_seed(copy, capsys):
     assert "config_sha256" in err
 
 
-def test_refuses_numbers_that_the_log_does_not_have(copy, capsys):
+def test_numbers_unlike_the_logs_are_refused(copy, capsys):
     for key, what in (
         ("steps", "steps, but log.txt was last evaluated at 12"),
         ("eval_time_s", "but the scores in log.txt took"),
@@ -641,10 +649,35 @@ def test_refuses_numbers_that_the_log_does_not_have(copy, capsys):
     refused(capsys, "logs/tiny-s2/log.txt", "cut short")
 
 
-def test_refuses_documents_on_both_sides(copy, capsys):
-    """
-    One validation document is put among the training documents; the data's fingerprint is made to
-    fit.
+def test_a_score_counts_that_the_log_has_too(copy, capsys, server):
+    """Of scores with other settings the last counts, also an old one that is asked for again."""
+    for run, strides in zip(RUNS, ((64, 32, 64), (64,), (64,))):
+        for stride in strides:
+            argv = (run, "--modes", "sliding", "--stride", stride)
+            ended = server.run(*argv, cwd=copy, program="logs.score")
+            assert ended.code == 0, ended.text
+    set_config({"rule.metric": "sliding_val_bpb"})
+    code, _, err = call(capsys)
+    assert code == 0, err
+    kept = result(RUNS[0])
+    assert len([name for name in kept["scores"] if name.startswith("sliding")]) == 2
+    edit(RUNS[0], sliding_val_bpb=1.0)
+    refused(capsys, "logs/tiny-s1/result.json: sliding_val_bpb 1.0, but its newest score is")
+    top = kept["scores"]["sliding stride=64"]["top"] | {"sliding_val_bpb": 1.0}
+    figure = kept["scores"]["sliding stride=64"] | {"top": top}
+    edit(RUNS[0], scores=kept["scores"] | {"sliding stride=64": figure})
+    refused(capsys, "logs/tiny-s1/result.json: log.txt does not have the score sliding stride=64")
+    edit(RUNS[0], scores=kept["scores"], sliding_val_bpb=kept["sliding_val_bpb"], eval_time_s=0.0)
+    refused(capsys, "logs/tiny-s1/result.json: eval_time_s 0.0, but the scores in log.txt took")
+    edit(RUNS[0], scores={"sliding": {}})
+    refused(capsys, "logs/tiny-s1/result.json: damaged (KeyError: 'top')")
+    edit(RUNS[0], scores={}, eval_time_s=kept["eval_time_s"])
+    refused(capsys, "sliding_val_bpb", "its newest score is None")
+
+
+def test_documents_on_both_sides_are_refused(copy, capsys):
+    """One validation document is put among the training documents; the data's fingerprint is made
+    to fit.
     """
     val = np.fromfile("sample/sample_val_000000.bin", "<u2")[512:]
     starts = np.flatnonzero(val == 1)
@@ -665,7 +698,7 @@ def test_refuses_documents_on_both_sides(copy, capsys):
     refused(capsys, "train and validation cannot be compared", "no train shards", "--data")
 
 
-def test_refuses_what_is_no_submission(copy, capsys):
+def test_what_is_no_submission_is_refused(copy, capsys):
     refused(capsys, "track = 'golf'", "--track speedrun", track="speedrun")
     set_config({"val_tokens": 1000})
     refused(capsys, "val_tokens = 1000", "run with --val_tokens 0")

@@ -76,16 +76,16 @@ def refusal(check) -> str | None:
 
 def test_every_number_and_schedule_has_limits():
     """
-    A new flag gets its line in RANGES (pre_pre_train.py's in NCA_RANGES, a table's key in
-    TABLE_RANGES), so that nan and 1e30 are refused.
+    A new flag gets its line in its section's LIMITS (pre_pre_train.py's in NCA_RANGES, a table's
+    key in TABLE_LIMITS), so that nan and 1e30 are refused.
     """
-    names = [name for _, _, group in tg.RANGES for name in group.split()]
-    assert len(names) == len(set(names)) and set(names) == {*numeric(tg.Config), *tg.SCHEDULES}
+    assert set(tg.LIMITS) == {*numeric(tg.Config), *tg.SCHEDULES}
+    for part in tg.SECTIONS:
+        assert set(part.LIMITS) <= set(part.__annotations__), part
     tables = {k: v for table in tg.TABLES.values() for k, v in table.items()}
-    names = [name for _, _, group in tg.TABLE_RANGES for name in group.split()]
-    assert len(tables) == sum(map(len, tg.TABLES.values())) and len(names) == len(set(names))
-    assert set(names) == {key for key, value in tables.items() if type(value) is not str}
-    assert all(tg.TABLE_LIMITS[k][0] <= tables[k] <= tg.TABLE_LIMITS[k][1] for k in names)
+    assert len(tables) == sum(map(len, tg.TABLES.values()))
+    assert set(tg.TABLE_LIMITS) == {key for key, v in tables.items() if type(v) is not str}
+    assert all(tg.TABLE_LIMITS[k][0] <= tables[k] <= tg.TABLE_LIMITS[k][1] for k in tg.TABLE_LIMITS)
     own = set(numeric(ppt.PrePreConfig)) - set(numeric(tg.Config))
     assert {name for _, _, group in ppt.NCA_RANGES for name in group.split()} == own
 
