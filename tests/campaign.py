@@ -31,7 +31,14 @@ from forks import ROOT, Server
 from safetensors.torch import load_file
 from test_runs import newest, timeless
 
-OF_ONE_ATTEMPT = {"train_time_s", "wall_time_s", "eval_time_s", "resumed", "peak_memory_bytes"}
+OF_ONE_ATTEMPT = {
+    "train_time_s",
+    "wall_time_s",
+    "eval_time_s",
+    "first_eval_time_s",
+    "resumed",
+    "peak_memory_bytes",
+}
 SMALL = {
     "device": "cpu",
     "dtype": "float32",
@@ -53,7 +60,7 @@ SMALL = {
     "swa_start": 0.3,
 }
 GOLF = {"kv_heads": 1, "export": "int6", "export_codec": "entropy", "artifact_limit": 0, "gptq": 4}
-SCORES = ["--modes", "sliding mixture", "--prove_bytes", "0", "--sample_tokens", "8"]
+SCORES = "--modes|sliding mixture|--stride|64|--prove_bytes|0|--sample_tokens|8".split("|")
 SLOWRUN = {
     "depth": 4,
     "loop": "1:3",
@@ -158,7 +165,7 @@ class Ranks:
         self.out, env = folder / "torchrun.txt", os.environ | {"OMP_NUM_THREADS": "1"}
         with open(self.out, "wb") as out:
             self.process = subprocess.Popen(
-                [*command, ROOT / f"{at.program}.py", *at.argv],
+                [*command, ROOT / f"{at.program.replace('.', '/')}.py", *at.argv],
                 cwd=folder,
                 env=env,
                 stdout=out,
@@ -230,9 +237,16 @@ def ends(folder: Path) -> dict:
     }
     found |= {"state": {key: saved[key] for key in ("step", "loader", "rng")}}
     found |= {"metrics": timeless([json.loads(line) for line in lines])}
-    found |= {"result": {key: value for key, value in result.items() if key not in OF_ONE_ATTEMPT}}
+    found |= {"result": lasting(result)}
+    for name, figure in result.get("scores", {}).items():
+        found["result"][name] = lasting(figure)
+    found["result"].pop("scores", None)  # whose order tells what was taken before a kill
     artifact = folder / "model.nrx"
     return found | {"artifact": artifact.read_bytes() if artifact.exists() else b""}
+
+
+def lasting(result: dict) -> dict:
+    return {key: value for key, value in result.items() if key not in OF_ONE_ATTEMPT}
 
 
 def differences(mine: dict, other: dict) -> list[str]:
@@ -263,22 +277,20 @@ def attempt(start, at: Stage, folder: Path, wait: tuple[float, float] | None):
     """
     Start a stage and wait for its end, or only as long as `wait` says: (seconds, inf) counts from
     the start of its process, (inf, seconds) from its first line in the log. Returns the process,
-    the seconds before that line, and the seconds from that line to the result.
+    the seconds before that line, and the seconds from that line to its end.
     """
-    log, result = (folder / "logs" / at.run / name for name in ("log.txt", "result.json"))
+    log = folder / "logs" / at.run / "log.txt"
     before, began, process = written(log), time.monotonic(), start(at, folder)
-    first, last, (early, late) = None, None, wait or (600, 600)
+    first, (early, late) = None, wait or (600, 600)
     while process.code() is None:
         now = time.monotonic()
         if first is None and written(log) != before:
             first = now
-        if last is None and result.exists():
-            last = now
         if now > began + early or first is not None and now > first + late:
             break
         time.sleep(0.002)
     now = time.monotonic()
-    return process, ((first or now) - began, (last or now) - (first or now))
+    return process, ((first or now) - began, now - (first or now))
 
 
 def until_it_ends(
@@ -291,7 +303,8 @@ def until_it_ends(
     """
     made = resumes = 0
     for at, (starting, working) in zip(stages, spans):
-        while not (folder / "logs" / at.run / "result.json").exists():
+        ended = False
+        while not ended:
             resumes += (folder / "logs" / at.run).exists()
             early = rng.random() < 0.25
             wait = (
@@ -306,10 +319,9 @@ def until_it_ends(
                 made += 1
                 while process.code() is None:
                     time.sleep(0.002)
-            elif process.code():
-                raise AssertionError(
-                    f"{at.argv} ended with {process.code()}: {process.text()[-2000:]}"
-                )
+            else:
+                ended = process.code() == 0
+                assert ended, f"{at.argv} ended with {process.code()}: {process.text()[-2000:]}"
     return made, resumes
 
 

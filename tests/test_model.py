@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from helpers import alone, build, now, random_tokens, tg, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -883,3 +884,87 @@ def test_compiled_evaluation_gives_the_losses_of_eager(rope):
         compiled = tg.compile_model(model, cfg)(x, y, 1, 0)
     assert torch.isfinite(compiled).all()
     torch.testing.assert_close(compiled, eager, rtol=0.02, atol=0.05)
+
+
+# --- watching products
+
+
+class Linears(TorchFunctionMode):
+    """What F.linear itself is given, its matrix named by where its numbers lie."""
+
+    def __init__(self, model: tg.GPT):
+        super().__init__()
+        self.names = {p.untyped_storage().data_ptr(): n for n, p in model.named_parameters()}
+        self.seen: list[tuple] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            x, w = args
+            name = self.names.get(w.untyped_storage().data_ptr())
+            self.seen.append((name, tuple(x.shape), tuple(y.shape)))
+        return y
+
+
+WATCHED = [
+    {"attn_gate": 12, "softcap": 15.0},
+    {
+        "activation": "swiglu",
+        "loop": "0:2",
+        "repeats": "2",
+        "kv_heads": 1,
+        "tie_embed": 1,
+        "value_embeds": 1,
+    },
+    {"depth": 4, "mtp": 0.3, "value_proj": 20, "unet": 2, "attn_gate": 12, "loss_chunk": 20},
+    {"iha": 1, "value_proj": 20, "z_loss": 0.1},
+]
+
+
+@pytest.mark.parametrize("changes", WATCHED, ids=str)
+def test_watching_sees_every_product_with_a_matrix_by_name_and_leaves_nothing(changes):
+    """Names and shapes are those of every call of F.linear; a mixture of matrices has no name."""
+    cfg = tiny(dim=64, head_init="0.1", proj_init=1.0, **changes)
+    (x, y), model = random_tokens(cfg, 2, 16), awake(build(cfg))
+    named, seen = dict(model.named_parameters()), []
+
+    def watch(name: str, given: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+        w = named[name].flatten(0, -2)
+        torch.testing.assert_close(product, torch.einsum("...c,rc->...r", given, w))
+        seen.append((name, tuple(given.shape), tuple(product.shape)))
+        return product
+
+    flags = (x, y, int(cfg.repeats), 0, True, bool(cfg.mtp))
+    plain = model(*flags)
+    with Linears(model) as linears, tg.watching(model, watch):
+        watched = model(*flags)
+    mixed = [call for call in linears.seen if call[0] is None]
+    assert len(mixed) == (cfg.depth if cfg.iha else 0)
+    assert seen == [call for call in linears.seen if call[0]]
+    assert torch.equal(watched, plain)
+    names = {name for name, _, _ in seen}
+    others = {"embed", "value_embeds"} | {n for n in named if cfg.iha and n.endswith("qkv")}
+    assert names >= set(tg.quantised_names(model)) - others != set()
+    # behind it, and behind what breaks within, nobody watches
+    with pytest.raises(tg.Interrupted), tg.watching(model, watch):
+        raise tg.Interrupted
+    assert torch.equal(model(*flags), plain) and len(seen) == len(linears.seen) - len(mixed)
+
+
+def test_what_a_watcher_gives_is_used_as_the_product():
+    """Doubling a product is doubling its matrix, for each of them; one watcher at a time."""
+    cfg = tiny(depth=1, head_init="0.1", proj_init=1.0)
+    (x, y), model = random_tokens(cfg, 2, 16), awake(build(cfg))
+    plain = model(x, y)
+    for name, p in model.named_parameters():
+        if p.ndim < 2 or name == "embed":
+            continue
+        double = lambda of, _, product, name=name: 2 * product if of == name else product
+        with tg.watching(model, double):
+            watched = model(x, y)
+        with torch.no_grad():
+            p *= 2
+            expected = model(x, y)
+            p /= 2
+        assert torch.allclose(watched, expected, atol=1e-5), name
+        assert not torch.allclose(watched, plain, atol=1e-5), name

@@ -24,10 +24,13 @@ from logs import score
 META = torch.device("meta")
 
 # Every mechanism on, in a model of six blocks; the test of each one below turns the others off.
-ALL = {"depth": 6, "dim": 64, "heads": 2, "activation": "swiglu", "mlp_ratio": 2.5, "rope": "standard", "attn_gate": 12,
-       "value_proj": 20, "iha": 1, "resid_lambda": 1.1, "x0_lambda": 0.1, "unet": 2, "loop": "3:5", "repeats": "0:1 0.5:3",
-       "window": "5", "window_pattern": "SSL", "pad_vocab": 1, "vocab": 90, "softcap": 10.0, "head_init": "0.2",
-       "init_std": 1.0, "proj_init": 1.0}  # fmt: skip
+ALL = {
+    "depth": 6, "dim": 64, "heads": 2, "activation": "swiglu", "mlp_ratio": 2.5, "rope":
+    "standard", "attn_gate": 12, "value_proj": 20, "iha": 1, "resid_lambda": 1.1, "x0_lambda":
+    0.1, "unet": 2, "loop": "3:5", "repeats": "0:1 0.5:3", "window": "5", "window_pattern": "SSL",
+    "pad_vocab": 1, "vocab": 90, "softcap": 10.0, "head_init": "0.2", "init_std": 1.0,
+    "proj_init": 1.0,
+}  # fmt: skip
 
 
 # --- golden numbers
@@ -201,9 +204,12 @@ def test_model_is_the_one_of_the_specification(repeats):
     assert torch.allclose(model(x, y, repeats, 5), losses, atol=1e-4)
 
 
-NEUTRAL = {"attn_gate": 0, "value_proj": 0, "iha": 0, "resid_lambda": 0.0, "x0_lambda": 0.0, "unet": 0, "window_pattern": "",
-           "attn_dropout": 0.0, "mlp_dropout": 0.0, "stoch_depth": 0.0, "mtp": 0.0, "pad_vocab": 0, "init_std": 0.0,
-           "proj_init": 0.0, "own_lr": "", "lr_cycles": 0, "decay_by_shape": 0, "train_tokens": 0}  # fmt: skip
+NEUTRAL = {
+    "attn_gate": 0, "value_proj": 0, "iha": 0, "resid_lambda": 0.0, "x0_lambda": 0.0, "unet": 0,
+    "window_pattern": "", "attn_dropout": 0.0, "mlp_dropout": 0.0, "stoch_depth": 0.0, "mtp": 0.0,
+    "pad_vocab": 0, "init_std": 0.0, "proj_init": 0.0, "own_lr": "", "lr_cycles": 0,
+    "decay_by_shape": 0, "train_tokens": 0,
+}  # fmt: skip
 
 
 def test_neutral_value_of_a_flag_is_its_default():
@@ -386,9 +392,12 @@ def test_main_schedule_meets_its_vectors():
     """
     cfg = preset("slowrun_1h")
     plan = tg.Plan(cfg)
-    for step, lr, wd in (
-        (0, 1, 1), (1200, 1, 0.815792), (1526, 0.999947, 0.654053), (1600, 0.681763, 0.984001), (1700, 0.065420, 1.429876),
-        (1716, 0.953572, 0.651216), (2000, 0.271548, 1.067501), (2096, 0.05, 1.495541)):  # fmt: skip
+    vectors = (
+        (0, 1, 1), (1200, 1, 0.815792), (1526, 0.999947, 0.654053), (1600, 0.681763, 0.984001),
+        (1700, 0.065420, 1.429876), (1716, 0.953572, 0.651216), (2000, 0.271548, 1.067501),
+        (2096, 0.05, 1.495541),
+    )  # fmt: skip
+    for step, lr, wd in vectors:
         now = plan.at(step, plan.fraction(step, 0.0))
         assert (now.lr, now.weight_decay) == pytest.approx((lr, wd), abs=1e-6), step
         assert now.repeats == (3 if step >= 1144 else 1)
@@ -400,9 +409,10 @@ def test_main_schedule_meets_its_vectors():
 
 def test_two_hour_schedule_meets_its_vectors():
     saw = " ".join(f"{k}/22:0.65 {k + 1}/22>1.5" for k in range(15, 22))
-    flags = ("--steps", "4194", "--epochs", "22", "--lr_cycles", "8", "--lr", "0:1 3355/4194:1 1>0^0.5", "--repeats", "1",
-             "--weight_decay", f"0:1 0.4:1 14/22>0.65 15/22>1.5 {saw}")  # fmt: skip
-    plan = tg.Plan(preset("slowrun_1h", flags=flags))
+    decay = f"0:1 0.4:1 14/22>0.65 15/22>1.5 {saw}"
+    flags = "--steps 4194 --epochs 22 --lr_cycles 8 --repeats 1".split()
+    flags += ["--lr", "0:1 3355/4194:1 1>0^0.5", "--weight_decay", decay]
+    plan = tg.Plan(preset("slowrun_1h", flags=tuple(flags)))
     vectors = (
         (2000, 1, 0.886171),
         (2764, 0.526779, 1.073987),
@@ -595,10 +605,13 @@ def test_weights_of_an_average_sum_to_one_and_follow_their_rule():
     )
 
 
-FLAGS = {"attn_gate": 12, "value_proj": 20, "iha": 1, "resid_lambda": 1.0, "x0_lambda": 0.1, "unet": 2, "attn_dropout": 0.1,
-         "mlp_dropout": 0.1, "stoch_depth": 0.1, "mtp": 0.3, "window_pattern": "SL", "window": "5", "depth": 4, "loop": "2:3",
-         "repeats": "0:1 2/3:2", "average_epochs": 2, "eval_every": -1, "lr_cycles": 2, "export": "", "proj_init": 1.0,
-         "micro_tokens": 64, "steps": 22, "save_every": 5, "head_init": "0.02", "ema": 0.8}  # fmt: skip
+FLAGS = {
+    "attn_gate": 12, "value_proj": 20, "iha": 1, "resid_lambda": 1.0, "x0_lambda": 0.1, "unet": 2,
+    "attn_dropout": 0.1, "mlp_dropout": 0.1, "stoch_depth": 0.1, "mtp": 0.3, "window_pattern":
+    "SL", "window": "5", "depth": 4, "loop": "2:3", "repeats": "0:1 2/3:2", "average_epochs": 2,
+    "eval_every": -1, "lr_cycles": 2, "export": "", "proj_init": 1.0, "micro_tokens": 64, "steps":
+    22, "save_every": 5, "head_init": "0.02", "ema": 0.8,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
