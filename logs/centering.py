@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, which sees its own folder alone
     sys.path.insert(0, str(ROOT))
 
-from logs.endings import ending  # noqa: E402
-from logs.report import ReportError, Run, mean_sd, table  # noqa: E402
+from logs.endings import UserError, ending  # noqa: E402
+from logs.report import Run, mean_sd, table  # noqa: E402
 
 PAPER_METHODS = {
     "baseline": "baseline",
@@ -102,7 +102,7 @@ def read_overview(path: Path) -> list[dict]:
     with open(path, newline="", encoding="utf-8", errors="replace") as f:
         for raw in csv.DictReader(f):
             if not isinstance(raw.get("name"), str) or None in raw or None in raw.values():
-                raise ReportError(
+                raise UserError(
                     f"{path}: row {len(rows) + 1} has not the columns of an overview; give an "
                     "overview.csv of a study or the paper's"
                 )
@@ -115,7 +115,7 @@ def named_by_the_paper(name: str, path: Path) -> dict:
     """What a published run's name says; an integer N behind lr is N * 1e-4."""
     m = re.search(r"-(\d+M)-.*-lr(\d+)-([a-z]+?)(wt)?-g([\d.e+-]+)-s(\d+)", name)
     if not m or m[3] not in PAPER_METHODS:
-        raise ReportError(
+        raise UserError(
             f"{path}: {name!r} is no name such as wor40A-16M-13p1B-100k-bs64-lr10-baseline-"
             "g0e+00-s1; give an overview.csv of a study or the paper's"
         )
@@ -474,7 +474,7 @@ def analyse(study, found: dict[str, list[Run]], out: Path) -> tuple[dict[str, st
     for name, runs in found.items():
         cell = study.arms[name].cell
         if not {"scale", "method"} <= cell.keys():
-            raise ReportError(
+            raise UserError(
                 f"arm {name}: analysis = 'centering' needs a grid of lr, scale and method; leave "
                 "the analysis out"
             )
@@ -495,7 +495,7 @@ class Tables:
 def tables(options: Tables) -> int:
     out, rows = Path(options.out), read_overview(Path(options.source))
     if not rows:
-        raise ReportError(f"{options.source} has no rows; train with ./run.sh study centering")
+        raise UserError(f"{options.source} has no rows; train with ./run.sh study centering")
     out.mkdir(parents=True, exist_ok=True)
     draw(rows, out / "centering.png")
     found = sections(rows) | {"How to read these tables": NOTES}
@@ -595,7 +595,7 @@ def overhead(options: Overhead) -> int:
     methods, rng = tuple(SWITCHES), np.random.default_rng(options.seed)
     cfg = tg.parse_args(["--config", *options.config, *options.flags.split(), "--epochs", "0"])
     if options.rounds < 10:
-        raise ReportError(f"--rounds {options.rounds}: an interval needs 10 or more")
+        raise UserError(f"--rounds {options.rounds}: an interval needs 10 or more")
     with contextlib.redirect_stdout(io.StringIO()), tg.Run(cfg) as run:
         p = tg.build(cfg, run)
         took = step_times(p, methods, options.rounds, rng)
@@ -632,10 +632,10 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as e:
             tg = sys.modules.get("train_gpt")  # which tables do not import
             if tg and (message := tg.explain(e)):
-                raise ReportError(message) from e
+                raise UserError(message) from e
             raise
 
-    return ending("error", work, ReportError)
+    return ending("error", work, UserError)
 
 
 if __name__ == "__main__":

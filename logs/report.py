@@ -91,9 +91,6 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 WIDTH = 110  # columns of the console
 
 
-ReportError = UserError  # by the name that the studies know
-
-
 ########################################
 #             Reading logs             #
 ########################################

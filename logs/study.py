@@ -57,8 +57,7 @@ if str(ROOT) not in sys.path:  # started as a script, which sees its own folder 
     sys.path.insert(0, str(ROOT))
 
 from logs import report, study_report  # noqa: E402
-from logs.endings import ending  # noqa: E402
-from logs.report import ReportError  # noqa: E402
+from logs.endings import UserError, ending  # noqa: E402
 
 # train_gpt and pre_pre_train are imported where runs are made: a report needs no torch
 
@@ -96,18 +95,18 @@ def read_study(name: str) -> dict:
     path = next((p for p in (Path(name), folder / f"{name}.toml") if p.is_file()), None)
     if not path:
         known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
-        raise ReportError(f"{name}: no such file and no study of that name; there are {known}")
+        raise UserError(f"{name}: no such file and no study of that name; there are {known}")
     try:
         said = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
-        raise ReportError(f"{path} is not TOML: {e}") from e
+        raise UserError(f"{path} is not TOML: {e}") from e
     for key, value in said.items():
         if key not in KEYS:
-            raise ReportError(f"{path}: unknown key {key}; there are {', '.join(KEYS)}")
+            raise UserError(f"{path}: unknown key {key}; there are {', '.join(KEYS)}")
         if not isinstance(value, KEYS[key]):
-            raise ReportError(f"{path}: {key} = {value!r} must be {KEYS[key]}")
+            raise UserError(f"{path}: {key} = {value!r} must be {KEYS[key]}")
     if "metric" not in said or sum(key in said for key in ("arms", "grid", "tricks")) != 1:
-        raise ReportError(f"{path}: needs a metric, and one of [arms], [grid] and [tricks]")
+        raise UserError(f"{path}: needs a metric, and one of [arms], [grid] and [tricks]")
     return said
 
 
@@ -115,7 +114,7 @@ def all_arms(said: dict) -> dict[str, Arm]:
     """Every arm of a study by name."""
     arms = grid_arms(said) if "grid" in said else named_arms(said)
     if lost := {arm.against for arm in arms.values()} - {"", *arms}:
-        raise ReportError(f"baseline: no arm is called {min(lost)}; there are {', '.join(arms)}")
+        raise UserError(f"baseline: no arm is called {min(lost)}; there are {', '.join(arms)}")
     return arms
 
 
@@ -126,7 +125,7 @@ def named_arms(said: dict) -> dict[str, Arm]:
         own = dict(given)
         parent = own.pop("from", "")
         if parent and parent not in arms:
-            raise ReportError(f"arm {name}: from = {parent!r}: no arm before it has that name")
+            raise UserError(f"arm {name}: from = {parent!r}: no arm before it has that name")
         before = arms.get(parent) or Arm("", said.get("base", []), {})
         first[name] = first.get(parent, name)
         arms[name] = Arm(
@@ -159,7 +158,7 @@ def grid_arms(said: dict) -> dict[str, Arm]:
     for axis, values in axes.items():
         rows = values.values() if isinstance(values, dict) else [{}]
         if not (isinstance(values, list | dict) and values and all(type(v) is dict for v in rows)):
-            raise ReportError(f"[grid] {axis}: give a list of numbers or tables NAME = {{ flags }}")
+            raise UserError(f"[grid] {axis}: give a list of numbers or tables NAME = {{ flags }}")
     place = lambda axis, v: v if isinstance(v, str) else f"{axis}{v:g}"
     named = lambda cell: "-".join(itertools.starmap(place, cell.items()))
     for values in itertools.product(*axes.values()):
@@ -185,7 +184,7 @@ def compute(text: str, numbers: dict[str, float]) -> str:
             code = compile(tree, "study", "eval")
             return f"{eval(code, {'__builtins__': {}, 'round': round}, numbers):.12g}"
         except (SyntaxError, TypeError, ValueError, NameError, ArithmeticError) as e:
-            raise ReportError(f"{text!r}: {found[0]} cannot be worked out: {e}") from e
+            raise UserError(f"{text!r}: {found[0]} cannot be worked out: {e}") from e
 
     return re.sub(r"\{([^{}]*)\}", value, text)
 
@@ -249,7 +248,7 @@ class Study:
         runs = self.said.get("phase1", {})
         if not isinstance(runs.get(name), dict):
             known = ", ".join(k for k, v in runs.items() if isinstance(v, dict))
-            raise ReportError(f"phase1 = {name!r}: [phase1] has no such run; it has {known}")
+            raise UserError(f"phase1 = {name!r}: [phase1] has no such run; it has {known}")
         own = {k: v for k, v in runs.items() if not isinstance(v, dict)} | runs[name]
         like = ["--like", *self.said.get("base", [])]
         return [*like, *words(own), *self.phase1, *self.placed(f"pre-{name}", seed)]
@@ -266,7 +265,7 @@ class Study:
         given = [w[2:].partition("=")[0].replace("-", "_") for w in self.more if w[:2] == "--"]
         for key in given:
             if key in fixed:
-                raise ReportError(
+                raise UserError(
                     f"--{key}: that is what the arms differ in, or names or matches the runs: "
                     "seeds are given with --seeds, all else in the study's file"
                 )
@@ -275,9 +274,9 @@ class Study:
             cfg = configs[name]
             for key, value in self.said.get("must", {}).items():
                 if (has := getattr(cfg, key)) != value:
-                    raise ReportError(f"arm {name}: {key} = {has!r}; this study needs {value!r}")
+                    raise UserError(f"arm {name}: {key} = {has!r}; this study needs {value!r}")
             if arm.longer and cfg.max_seconds:
-                raise ReportError(
+                raise UserError(
                     f"arm {name}: runs of max_seconds = {cfg.max_seconds:g} have no number of "
                     "steps to lengthen: give --max_seconds 0 --steps N, or leave the arm out"
                 )
@@ -293,7 +292,7 @@ class Study:
             if getattr(there, key) != getattr(here, key)
         ]
         if wrong:
-            raise ReportError(
+            raise UserError(
                 f"arm {name} is no fair comparison with {self.arms[name].against}: beside what may "
                 f"differ it differs in {', '.join(wrong)}; give both the same, or name the field "
                 "in `differ`"
@@ -313,7 +312,7 @@ def is_over(cfg, folder: Path) -> bool:
     # an analysis reads the statistics that embed_stats asks for
     free = train_gpt.FREE_ON_RESUME - {"embed_stats"}
     if over and (changed := train_gpt.changed_fields(cfg, folder, free)):
-        raise ReportError(
+        raise UserError(
             f"{folder} is over, but was made with other flags:\n"
             + "\n".join(changed)
             + "\nuse the old values, another --log_dir, or delete it"
@@ -423,7 +422,7 @@ def chosen(said: dict, patterns: list[str]) -> dict[str, Arm]:
     for pattern in patterns or said.get("default", ["*"]):
         matching = fnmatch.filter(known, pattern)
         if not matching:
-            raise ReportError(f"--arms {pattern}: no such arm; there are {', '.join(known)}")
+            raise UserError(f"--arms {pattern}: no such arm; there are {', '.join(known)}")
         names += matching
     wanted = {n for name in names for n in (name, known[name].against)}
     arms = {name: arm for name, arm in known.items() if name in wanted}
@@ -459,7 +458,7 @@ def program(argv: list[str] | None) -> int:
         return 0
     seeds = options.seeds or said.get("seeds", [1])
     if len(set(seeds)) < len(seeds):
-        raise ReportError(f"--seeds {' '.join(map(str, seeds))}: each seed is one run: none twice")
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: each seed is one run: none twice")
     name, arms = Path(options.study).stem, chosen(said, options.arms)
     phase1, log_dir = shlex.split(options.phase1), Path(options.log_dir)
     study = Study(name, said, arms, seeds, more, phase1, log_dir)
@@ -480,10 +479,10 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as e:
             tg = sys.modules.get("train_gpt")  # which a report need not import
             if tg and (message := tg.explain(e)):
-                raise ReportError(message) from e
+                raise UserError(message) from e
             raise
 
-    return ending("error", work, ReportError)
+    return ending("error", work, UserError)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import math
 from pathlib import Path
 
 from logs import report
-from logs.report import ReportError, Run
+from logs.endings import UserError
+from logs.report import Run
 
 ########################################
 #                Table                 #
@@ -26,7 +27,7 @@ def load(study) -> dict[str, list[Run]]:
         over = [f for f in folders if any((f / k).exists() for k in ("result.json", "diverged"))]
         found[name] = [report.load_folder(f) for f in over]
     if not any(found.values()):
-        raise ReportError(f"{study.log_dir / study.name}: no run of this study is finished")
+        raise UserError(f"{study.log_dir / study.name}: no run of this study is finished")
     return found
 
 

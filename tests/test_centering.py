@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from helpers import ROOT, alone, build, now, random_tokens, tg, tiny, write_shard
 
 from logs import centering, embeddings, explain_centering, study
-from logs.report import ReportError
+from logs.endings import UserError
 
 SCALES = ("16m", "29m", "57m", "109m", "221m")
 FAMILY = {
@@ -1129,10 +1129,10 @@ def test_overhead_is_the_median_of_paired_differences(tmp_path, capsys):
 
 def test_what_is_no_overview_or_no_sweep_is_refused(tmp_path, capsys):
     (tmp_path / "x.csv").write_text("name,test_loss\nsomething,3\n")
-    with pytest.raises(ReportError, match="is no name such as"):
+    with pytest.raises(UserError, match="is no name such as"):
         centering.tables(centering.Tables(str(tmp_path / "x.csv"), str(tmp_path)))
     (tmp_path / "x.csv").write_text("name,method\n")
-    with pytest.raises(ReportError, match="has no rows"):
+    with pytest.raises(UserError, match="has no rows"):
         centering.tables(centering.Tables(str(tmp_path / "x.csv"), str(tmp_path)))
     argv = sweep(tmp_path, "1e-2")
     assert study.main([*argv, "--arms", "*-nu_loss"]) == 2

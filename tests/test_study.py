@@ -12,6 +12,7 @@ from scipy import stats
 
 import train_gpt as tg
 from logs import nca, report, study, study_report
+from logs.endings import UserError
 
 LM = """device = "cpu"
 dtype = "float32"
@@ -219,7 +220,7 @@ on = { softcap = 15 }
     cfg = grid.config("part0.8-on", 2)
     assert (cfg.lr, cfg.embed_lr, cfg.softcap, cfg.seed) == ("0:1 0.2:1 1>0", 19.2, 15, 2)
     grid.check()
-    with pytest.raises(report.ReportError, match="embed_lr"):
+    with pytest.raises(UserError, match="embed_lr"):
         made(text.replace("off = {}", "off = { embed_lr = 3 }")).check()
 
 
