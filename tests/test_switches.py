@@ -459,17 +459,14 @@ def test_run_that_was_begun_goes_on_although_one_of_its_switches_does_nothing(tm
 
 
 def test_pattern_that_finds_nothing_is_refused_or_told():
-    names = tg.declarations(build(tiny(x0_lambda=0.1)))
-    assert "adamw_matrices" in refusal(
-        lambda: tg.pattern_notices(tiny(adamw_matrices="nothing"), names)
-    )
-    assert "adamw_matrices" in refusal(
-        lambda: tg.pattern_notices(tiny(adamw_matrices="head"), names)
-    )
-    assert (
-        tg.pattern_notices(tiny(adamw_matrices="qkv", own_lr="qkv=0.1 x0_lambda=0.1"), names) == []
-    )
-    (line,) = tg.pattern_notices(tiny(own_lr="qkv=0.1 x0_lambda=0.1"), names)
+    def notices(**changes) -> list[str]:
+        return tg.pattern_notices(tiny(**changes), build(tiny(x0_lambda=0.1)))
+
+    for pattern in ("nothing", "head"):
+        refused = refusal(lambda pattern=pattern: notices(adamw_matrices=pattern))
+        assert "adamw_matrices" in refused
+    assert notices(adamw_matrices="qkv", own_lr="qkv=0.1 x0_lambda=0.1") == []
+    (line,) = notices(own_lr="qkv=0.1 x0_lambda=0.1")
     assert "'qkv'" in line and "AdamW" in line
 
 
