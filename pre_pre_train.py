@@ -1379,24 +1379,24 @@ class NcaValidation:
         return x, y
 
     @torch.no_grad()
-    def measure(self, p: tg.Parts, step: int, shape: tg.Shape) -> dict:
+    def measure(self, trainer: tg.Trainer, step: int, shape: tg.Shape) -> dict:
         """Greedy next-grid accuracy on held-out rules, by every rank; tokens follow true ones."""
         guesses, patches = [], vocabulary(self.cfg) - 2
         for low in range(0, len(self.measured), shape.rows):
             rows = self.measured[low : low + shape.rows]
             missing = shape.rows - len(rows)
             full = np.concatenate([rows, rows[np.zeros(missing, int)]])  # one shape, one graph
-            x, _ = self.tensors(full, p.run.device)
-            hidden = p.model.hidden(x, shape.repeats, shape.window)[: len(rows)]
+            x, _ = self.tensors(full, trainer.run.device)
+            hidden = trainer.model.hidden(x, shape.repeats, shape.window)[: len(rows)]
             for row in hidden:
-                guesses.append(p.model.logits(row)[:, :patches].argmax(-1).cpu().numpy())
+                guesses.append(trainer.model.logits(row)[:, :patches].argmax(-1).cpu().numpy())
         score = next_grid_accuracy(np.stack(guesses), self.measured, self.cfg)
         by_context = {k: score.pop(k) for k in ("cell_by_context", "grid_by_context")}
-        p.run.metric("nca", step, **by_context, unigram_loss=self.unigram)
+        trainer.run.metric("nca", step, **by_context, unigram_loss=self.unigram)
         return score | {"last_cell_accuracy": by_context["cell_by_context"][-1]}
 
 
-def build(cfg: PrePreConfig, run: tg.Run) -> tg.Parts:
+def build(cfg: PrePreConfig, run: tg.Run) -> tg.Trainer:
     """train_gpt's parts around automata; rules and validation rows are found before the clock."""
     plan = tg.Plan(cfg)
     with run.interruptible():

@@ -466,13 +466,20 @@ class Ranks:
     code that knows of ranks. By default one that is alone.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.device, self.rank, self.world = device, rank, world
+        self.dtype = dtype  # of compute
         self.is_main = rank == 0
         self.one_node = True
         self.signal = 0  # that asked this process to leave
 
-    def agree(self, seconds: float = 0.0) -> float:
+    def poll(self, seconds: float = 0.0) -> float:
         """Once a step or batch: all ranks leave if one was asked to, and share one clock."""
         stop = self.signal
         if self.world > 1:
@@ -566,11 +573,11 @@ class Run(Ranks):
 
     def __init__(self, cfg: Config):
         env = {key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-        super().__init__(choose_device(cfg), int(env["RANK"] or 0), int(env["WORLD_SIZE"] or 1))
+        device, rank, world = choose_device(cfg), int(env["RANK"] or 0), int(env["WORLD_SIZE"] or 1)
+        super().__init__(device, rank, world, choose_dtype(cfg, device))
         # torchrun says how many ranks are here; where nobody says it, they may be anywhere
         self.one_node = int(env["LOCAL_WORLD_SIZE"] or 1) == self.world
         self.cfg = cfg
-        self.dtype = choose_dtype(cfg, self.device)
         self.folder = Path(cfg.log_dir) / cfg.run
         self.began, self.earlier_wall = time.perf_counter(), 0.0
         self.leave_at_once = False
@@ -599,12 +606,12 @@ class Run(Ranks):
 
     def __enter__(self) -> Run:
         self.prepare_machine()
-        self.meet()
+        self.join()
         for number_ in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number_, self.on_signal)
         return self
 
-    def meet(self) -> None:
+    def join(self) -> None:
         """Join the process group once per process: a sweep has already done so for its runs."""
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
@@ -619,7 +626,7 @@ class Run(Ranks):
                 ) from e
             self.owns_group = True
 
-    def part(self) -> None:
+    def leave(self) -> None:
         if self.owns_group:
             dist.destroy_process_group()
         self.owns_group = False
@@ -633,7 +640,7 @@ class Run(Ranks):
         if self.wandb:
             self.wandb.finish(exit_code=0 if self.complete else 1)  # 0 is shown as "finished"
         if exc[0] is None:
-            self.part()
+            self.leave()
 
     def on_signal(self, number_: int, frame) -> None:
         if self.signal and number_ == signal.SIGINT:
@@ -1402,15 +1409,15 @@ def head_start(cfg: Config) -> float | Start:
     return 0.0 if cfg.head_init == "zero" and not cfg.tie_embed else uniform(cfg.dim**-0.5)
 
 
-def initial_value(name: str, said: Declared, shape: torch.Size, seed: int) -> Tensor:
+def initial_value(name: str, declared: Declared, shape: torch.Size, seed: int) -> Tensor:
     """
     Initial value of one parameter in fp32, drawn from a generator of its own: a flag that adds a
     parameter does not change the others.
     """
-    if isinstance(said.start, (int, float)):
-        return torch.full(shape, float(said.start))
+    if isinstance(declared.start, (int, float)):
+        return torch.full(shape, float(declared.start))
     own = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1
-    return said.start(shape, torch.Generator().manual_seed(own))
+    return declared.start(shape, torch.Generator().manual_seed(own))
 
 
 class Attention(Declaring):
@@ -1458,7 +1465,7 @@ class Attention(Declaring):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        seen: Seen,
+        mask: AttentionMask,
         xsa: bool,
         values: Tensor | None = None,
     ) -> Tensor:
@@ -1487,7 +1494,7 @@ class Attention(Declaring):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if self.q_gain is not None:
             q = q * self.q_gain[:, None].to(q.dtype)
-        y = seen.attend(
+        y = mask.attend(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, self.bound
         ).transpose(1, 2)
         # arXiv 2603.09078: each head's output loses its component along the token's own value
@@ -1555,7 +1562,7 @@ class Block(Declaring):
         x0: Tensor,
         added: list[tuple[Tensor, Tensor]],
         rope: tuple[Tensor, Tensor],
-        seen: Seen,
+        mask: AttentionMask,
         xsa: bool,
         shrink: Tensor | None = None,
         keep: Tensor | None = None,
@@ -1582,7 +1589,7 @@ class Block(Declaring):
             mix, scales = self.mix.to(x.dtype), self.scales.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
         skipped = x
-        y = self.drop(self.attn(branch(x, first), rope, seen, xsa, values), self.dropout[0])
+        y = self.drop(self.attn(branch(x, first), rope, mask, xsa, values), self.dropout[0])
         x = x + (y if self.mix is None else scales[0] * y)
         y = self.drop(self.mlp(branch(x, second)), self.dropout[1])
         x = x + (y if self.mix is None else scales[1] * y)
@@ -1593,14 +1600,14 @@ class Block(Declaring):
         return F.dropout(y, share) if share and torch.is_grad_enabled() else y
 
 
-class Seen:
+class AttentionMask:
     """What the tokens of a batch may see, made once for all layers of one window."""
 
     def __init__(self, docs_BT: Tensor | None, window: int, like: Tensor):
         self.docs, self.window = docs_BT, 0 if window >= like.size(1) else window
         self.plain = docs_BT is None and not self.window
         self.on_gpu = like.is_cuda
-        self.mask = (
+        self.flex = (
             flex_mask(like, docs_BT, self.window) if self.on_gpu and not self.plain else None
         )
 
@@ -1613,7 +1620,7 @@ class Seen:
             return F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1)
             )
-        return compiled_on_gpu(attend_flex, q)(q, k, v, self.docs, self.window, scale, self.mask)
+        return compiled_on_gpu(attend_flex, q)(q, k, v, self.docs, self.window, scale, self.flex)
 
 
 def layer_order(cfg: Config, repeats: int) -> list[int]:
@@ -1807,7 +1814,7 @@ class GPT(Declaring):
         # the first place alone.
         x0, first = x.clone(), cache.size if cache else 0
         rope = self.cos[first:], self.sin[first:]
-        seen = self.seen(places, self.documents(tokens_BT), window, x, cache)
+        masks = self.masks(places, self.documents(tokens_BT), window, x, cache)
         values, one = self.token_values(tokens_BT), torch.ones((), dtype=x.dtype, device=x.device)
         keep = self.kept_places(places)
         outputs: dict[int, Tensor] = {}  # that later places add
@@ -1816,19 +1823,19 @@ class GPT(Declaring):
             # A tensor, as a number would make a graph of each block.
             shrink = one * place.shrink if self.cfg.layer_scale else None
             block = self.blocks[place.block]
-            x = block(x, x0, added, rope, seen[at], place.xsa, shrink, keep[at])
+            x = block(x, x0, added, rope, masks[at], place.xsa, shrink, keep[at])
             if place.kept:
                 outputs[at] = x
         return self.final(x)
 
-    def seen(
+    def masks(
         self, places: list[Place], docs: Tensor | None, window: int, x: Tensor, cache
-    ) -> list[Seen]:
+    ) -> list[AttentionMask]:
         """What each place sees of activations x [B, T, D]: one object for all of one window."""
         if cache:
-            return [cache.seen(docs)] * len(places)
+            return [cache.mask(docs)] * len(places)
         windows = [window if place.windowed else 0 for place in places]
-        made = {w: Seen(docs, w, x) for w in dict.fromkeys(windows)}
+        made = {w: AttentionMask(docs, w, x) for w in dict.fromkeys(windows)}
         return [made[w] for w in windows]
 
     def token_values(self, tokens_BT: Tensor) -> list[Tensor]:
@@ -1917,8 +1924,8 @@ class GPT(Declaring):
         keep = None
         if self.cfg.stoch_depth and torch.is_grad_enabled():
             keep = torch.rand((), device=h.device) >= drop_chance(self.cfg, self.cfg.depth)
-        seen = Seen(self.documents(targets_BT), 0, h)
-        h = self.mtp_block(h, h.clone(), [], (self.cos, self.sin), seen, False, None, keep)
+        mask = AttentionMask(self.documents(targets_BT), 0, h)
+        h = self.mtp_block(h, h.clone(), [], (self.cos, self.sin), mask, False, None, keep)
         after = F.pad(targets_BT[:, 1:], (0, 1), value=-1)
         return self.chunked(self.final(h), after, False) * (T / max(1, T - 1))
 
@@ -1945,9 +1952,9 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: 
     model.to_empty(device=device).to(getattr(torch, cfg.param_dtype))
     model.cos, model.sin = (t.to(device) for t in rope_table(cfg, seq_len))
     with torch.no_grad():
-        said = declarations(model)
+        declared = declarations(model)
         for name, p in model.named_parameters():
-            p.copy_(initial_value(name, said[name], p.shape, cfg.seed))
+            p.copy_(initial_value(name, declared[name], p.shape, cfg.seed))
     return model
 
 
@@ -2251,11 +2258,11 @@ class Rule(NamedTuple):
     slow: bool
 
 
-def rule_of(cfg: Config, name: str, p: Tensor, said: Declared) -> Rule:
+def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
     """What the declaration and the flags say of a parameter; own_lr is heard last."""
     slow = bool(cfg.slow and re.search(cfg.slow, name))
     by_pattern = cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)
-    if said.group == "matrix" and cfg.optimizer == "muon" and not by_pattern:
+    if declared.group == "matrix" and cfg.optimizer == "muon" and not by_pattern:
         lr, wd = cfg.matrix_lr, cfg.matrix_wd
         return Rule("muon", "matrix", tuple(p.shape[-2:]), lr, wd, cfg.beta1, cfg.beta2, slow)
     lr, wd = {
@@ -2263,24 +2270,24 @@ def rule_of(cfg: Config, name: str, p: Tensor, said: Declared) -> Rule:
         "embed": (cfg.embed_lr, cfg.embed_wd),
         "head": (cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd),
         "scalar": (cfg.scalar_lr, cfg.scalar_wd),
-    }[said.group]
-    beta1, beta2 = said.betas or (cfg.beta1, cfg.beta2)
-    usual = lr * said.rate, beta1, beta2, wd
+    }[declared.group]
+    beta1, beta2 = declared.betas or (cfg.beta1, cfg.beta2)
+    usual = lr * declared.rate, beta1, beta2, wd
     own = next((own[1:] for own in own_rates(cfg) if own.pattern.search(name)), (None,) * 4)
     lr, beta1, beta2, wd = (b if a is None else a for a, b in zip(own, usual))
-    return Rule("adamw", said.group, (), lr, wd, beta1, beta2, slow)
+    return Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow)
 
 
 def param_buckets(cfg: Config, model: nn.Module, run: Ranks) -> list[Bucket]:
     """Every parameter in exactly one bucket, by its rule."""
     groups: dict[Rule, dict[str, Tensor]] = {}
-    said = declarations(model)
+    declared = declarations(model)
     for name, p in model.named_parameters():
-        groups.setdefault(rule_of(cfg, name, p, said[name]), {})[name] = p
+        groups.setdefault(rule_of(cfg, name, p, declared[name]), {})[name] = p
     if cfg.slow and not any(rule.slow for rule in groups):
         raise UserError(
             f"slow = {cfg.slow!r} matches no tensor of this model; names are such as "
-            f"{', '.join(list(said)[:3])}"
+            f"{', '.join(list(declared)[:3])}"
         )
     # Big ones first: their communication then runs while the others are computed.
     order = sorted(groups, key=lambda rule: -sum(p.numel() for p in groups[rule].values()))
@@ -2294,7 +2301,7 @@ class MuonAdamW:
     rest. One rank communicates nothing.
     """
 
-    def __init__(self, cfg: Config, model: nn.Module, run: Run):
+    def __init__(self, cfg: Config, model: nn.Module, run: Ranks):
         self.cfg, self.run, self.count = cfg, run, 0
         self.buckets = param_buckets(cfg, model, run)
         on = bool(cfg.compile)
@@ -3032,7 +3039,7 @@ class Validation:
         assert len(x) == size
         return x, y
 
-    def measure(self, p: Parts, step: int, shape: Shape) -> dict:
+    def measure(self, trainer: Trainer, step: int, shape: Shape) -> dict:
         """More than the loss to know at an evaluation; there is nothing more to know of text."""
         return {}
 
@@ -3139,17 +3146,19 @@ class Averages:
                 b.from_names(shard, {name: named[f"{name}:{kind}"] for name in b.params}, rank)
 
 
-def keep_epoch(p: Parts, step: int) -> None:
+def keep_epoch(trainer: Trainer, step: int) -> None:
     """Write the weights of the end of an epoch, for logs/score.py to average. Collective."""
-    now = p.plan.at(step - 1, (step - 1) / p.cfg.steps)  # what the last step was trained with
+    now = trainer.plan.at(
+        step - 1, (step - 1) / trainer.cfg.steps
+    )  # what the last step was trained with
 
     def write(part: Path) -> None:
-        write_tensors(weights_on_cpu(p.model), part / "model.safetensors")
-        (part / "config.toml").write_text(config_toml(p.cfg), encoding="utf-8")
+        write_tensors(weights_on_cpu(trainer.model), part / "model.safetensors")
+        (part / "config.toml").write_text(config_toml(trainer.cfg), encoding="utf-8")
         state = {"step": step, "repeats": now.repeats, "window": now.window}
         (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
-    p.run.on_main(lambda: write_folder(p.run.folder / "epochs" / f"{step:06d}", write))
+    trainer.run.on_main(lambda: write_folder(trainer.run.folder / "epochs" / f"{step:06d}", write))
 
 
 ########################################
@@ -3178,7 +3187,7 @@ def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, flo
         disable=not (run.is_main and sys.stderr.isatty()),
     )
     for low in bar:
-        run.agree()
+        run.poll()
         first = low + run.rank * shape.rows
         x, y = val.batch(range(first, first + shape.rows), run.device, shape.rows)
         total += model(x, y, shape.repeats, shape.window).double().sum()
@@ -3221,9 +3230,9 @@ def levels_of(bits: int) -> int:
 
 def quantised_names(model: nn.Module) -> list[str]:
     """What an artifact stores as integers: matrices and tables with 64 rows and columns or more."""
-    said = declarations(model)
+    declared = declarations(model)
     large = {name for name, p in model.named_parameters() if min(p.shape[-2:]) >= 64}
-    return [name for name in said if name in large and said[name].group != "scalar"]
+    return [name for name in declared if name in large and declared[name].group != "scalar"]
 
 
 class Bits(NamedTuple):
@@ -3381,7 +3390,7 @@ def record_hessians(
     whole = 0
     with watching(model, record):
         for turn in range(0, len(rows), run.world):  # as many on every rank: each asks the others
-            if run.agree(float(timed and is_late())):
+            if run.poll(float(timed and is_late())):
                 break
             for row in rows[turn + run.rank :][:1]:
                 with contextlib.suppress(OutOfTime):  # the others end at their next turn
@@ -3831,36 +3840,36 @@ def calibration(cfg: Config, count: int) -> np.ndarray:
     return np.stack([tokens[i * length :][: length + 1] for i in range(count)])
 
 
-def calibrate(p: Parts, rows: np.ndarray, until: float) -> tuple[dict[str, Tensor], int]:
+def calibrate(trainer: Trainer, rows: np.ndarray, until: float) -> tuple[dict[str, Tensor], int]:
     """record_hessians with the model applied as the artifact's readers apply it."""
-    end = p.plan.at(p.cfg.steps, 1.0)
-    return record_hessians(p.model, rows, end.repeats, end.window, p.run, until)
+    end = trainer.plan.at(trainer.cfg.steps, 1.0)
+    return record_hessians(trainer.model, rows, end.repeats, end.window, trainer.run, until)
 
 
-def gptq_seconds(p: Parts) -> float:
+def gptq_seconds(trainer: Trainer) -> float:
     """Seconds of calibration, from two rows, and a third more: a clock cap is a cap."""
-    rows = calibration(p.cfg, 2 * p.run.world)
+    rows = calibration(trainer.cfg, 2 * trainer.run.world)
     for _ in range(2):  # the first is slower
-        p.run.clock.sync()
+        trainer.run.clock.sync()
         began = time.perf_counter()
-        calibrate(p, rows, until=sys.float_info.max)  # it looks at the clock as it will then
-        p.run.clock.sync()
+        calibrate(trainer, rows, until=sys.float_info.max)  # it looks at the clock as it will then
+        trainer.run.clock.sync()
         seconds = time.perf_counter() - began
-    return 1.33 * seconds * calibration_rows(p.cfg, p.cfg.gptq) / len(rows)
+    return 1.33 * seconds * calibration_rows(trainer.cfg, trainer.cfg.gptq) / len(rows)
 
 
-def calibrated(p: Parts) -> dict[str, Tensor] | None:
+def calibrated(trainer: Trainer) -> dict[str, Tensor] | None:
     """
     Hessians for GPTQ, on the training clock. A clock cap is a cap: on a machine that has become
     slower than the warm-up foresaw, they are of fewer rows, or there are none. What summing them up
     takes is kept back from the time foreseen.
     """
-    cfg, run, rows = p.cfg, p.run, calibration(p.cfg, p.cfg.gptq)
-    kept_back = (cfg.max_seconds - p.plan.seconds) * min(0.1, run.world / len(rows))
+    cfg, run, rows = trainer.cfg, trainer.run, calibration(trainer.cfg, trainer.cfg.gptq)
+    kept_back = (cfg.max_seconds - trainer.plan.seconds) * min(0.1, run.world / len(rows))
     until = cfg.max_seconds - kept_back if cfg.max_seconds else math.inf
     before = run.clock.seconds()
     run.clock.start()
-    hessians, seen = calibrate(p, rows, until)
+    hessians, seen = calibrate(trainer, rows, until)
     run.clock.stop()
     fewer = "" if seen == len(rows) else f" of {len(rows)} (max_seconds allowed no more)"
     after = run.clock.seconds()
@@ -3871,27 +3880,31 @@ def calibrated(p: Parts) -> dict[str, Tensor] | None:
     return hessians or None
 
 
-def export_artifact(p: Parts) -> dict:
+def export_artifact(trainer: Trainer) -> dict:
     """
     Behind the last step, with the weights to be exported in the model: calibrate (on the training
     clock), write the artifact, read it back strictly into the model, evaluate it. Entries of
     result.json.
     """
-    cfg, run, path = p.cfg, p.run, p.run.folder / "model.nrx"
-    hessians = calibrated(p) if cfg.gptq else None
+    cfg, run, path = trainer.cfg, trainer.run, trainer.run.folder / "model.nrx"
+    hessians = calibrated(trainer) if cfg.gptq else None
     code = source_bytes(cfg)
     most = max(0, cfg.artifact_limit - code)
 
     def write() -> tuple[str, int]:
         how = cfg.export, cfg.export_codec, hessians, most
-        data, chosen = smallest_artifact(p.model, *how, log=run.log)
+        data, chosen = smallest_artifact(trainer.model, *how, log=run.log)
         write_whole(path, data)
         return chosen, len(data)
 
     chosen, size = run.on_main(write)
-    load_weights(p.model, run.read_on_main(lambda: (load_artifact(path)[1], None))[0], str(path))
+    load_weights(
+        trainer.model, run.read_on_main(lambda: (load_artifact(path)[1], None))[0], str(path)
+    )
     began = time.perf_counter()
-    loss, bpb = evaluate(run, p.graph, p.val, p.plan.eval_shape(p.plan.at(cfg.steps, 1.0)))
+    loss, bpb = evaluate(
+        run, trainer.graph, trainer.val, trainer.plan.eval_shape(trainer.plan.at(cfg.steps, 1.0))
+    )
     seconds = time.perf_counter() - began
     bits = f" val_bpb:{bpb:.8f}" if bpb else ""
     run.log(f"final_{chosen}_roundtrip val_loss:{loss:.8f}{bits} eval_time:{seconds * 1000:.0f}ms")
@@ -3981,16 +3994,15 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def save_checkpoint(
-    run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, loader: Loader, step: int
-) -> Path:
+def save_checkpoint(trainer: Trainer, step: int) -> Path:
     """
     Weights, optimizer, averages, loader position, RNG of every rank, clocks and config in
     log_dir/run/ckpt/<step>. Written beside, synced, marked DONE, then renamed: a crash at any
     instant leaves the older one whole. Collective.
     """
+    run, loader = trainer.run, trainer.loader
     final = run.folder / "ckpt" / f"{step:06d}"
-    optimizer, averages = opt.state_dict(), avg.state_dict()
+    optimizer, averages = trainer.opt.state_dict(), trainer.avg.state_dict()
     state = {
         "step": step,
         "train_seconds": run.clock.seconds(),
@@ -4005,7 +4017,7 @@ def save_checkpoint(
     }
 
     def write(part: Path) -> None:
-        weights = weights_on_cpu(model)
+        weights = weights_on_cpu(trainer.model)
         for name, named in (("model", weights), ("optimizer", optimizer), ("averages", averages)):
             write_tensors(named, part / f"{name}.safetensors")
         text = json.dumps(state | {"data": loader.identity()})
@@ -4084,10 +4096,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from e
 
 
-def load_checkpoint(
-    path: Path, run: Run, model: nn.Module, opt: MuonAdamW, avg: Averages, loader: Loader
-) -> int:
+def load_checkpoint(path: Path, trainer: Trainer) -> int:
     """Everything that save_checkpoint wrote, at any number of ranks; the step to go on from."""
+    run, loader = trainer.run, trainer.loader
 
     def read_state() -> dict:
         try:
@@ -4109,9 +4120,9 @@ def load_checkpoint(
         )
     elif notice := run.on_main(lambda: loader.accept(state["data"], state["loader"])):
         run.log(f"notice: {notice}")
-    load_weights(model, tensors_of("model"), str(path))
-    opt.load_state_dict(tensors_of("optimizer"))
-    avg.load_state_dict(tensors_of("averages"), run.rank)
+    load_weights(trainer.model, tensors_of("model"), str(path))
+    trainer.opt.load_state_dict(tensors_of("optimizer"))
+    trainer.avg.load_state_dict(tensors_of("averages"), run.rank)
     loader.load_state_dict(state["loader"])
     if run.rank < len(state["rng"]):  # ranks that did not exist then keep their own fresh stream
         for kind, text in state["rng"][run.rank].items():
@@ -4282,11 +4293,11 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
         return named, (theirs, path)
 
     named, (theirs, path) = run.read_on_main(read)
-    said, attention, found = declarations(model), False, []
+    declared, attention, found = declarations(model), False, []
     for name, p in model.named_parameters():
-        parts = taken_parts(cfg, name, said[name].group)
+        parts = taken_parts(cfg, name, declared[name].group)
         was = float(p.detach().float().norm())
-        fate = fate_of(cfg, name, said[name].group, p, parts, named, path)
+        fate = fate_of(cfg, name, declared[name].group, p, parts, named, path)
         if fate.startswith("loaded"):
             source = transferred(named[name], name, cfg)
             attention |= ".attn." in name and p.ndim > 1
@@ -4300,7 +4311,7 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
             "it there"
         )
     notices = compare_sources(cfg, theirs, attention, path)
-    unused = {name: list(named[name].shape) for name in sorted(named.keys() - said.keys())}
+    unused = {name: list(named[name].shape) for name in sorted(named.keys() - declared.keys())}
     log_transfer(run, found, unused)
     for line in notices:
         run.log(f"notice: init_from {path}: {line}")
@@ -4837,7 +4848,7 @@ def config_hash(cfg: Config) -> str:
 
 
 @dataclass
-class Parts:
+class Trainer:
     """What training consists of, together."""
 
     cfg: Config
@@ -4854,7 +4865,7 @@ class Parts:
     paces: list[tuple[Now, float]] = dataclasses.field(default_factory=list)
 
 
-def build(cfg: Config, run: Run) -> Parts:
+def build(cfg: Config, run: Run) -> Trainer:
     """Make every part; what is wrong with config or data is found here."""
     plan = Plan(cfg)
     plan.train_shapes(run.world)  # refuses batches that do not divide
@@ -4866,14 +4877,16 @@ def build(cfg: Config, run: Run) -> Parts:
         tokenizer = None
         run.log(f"notice: no bits per byte and no samples: {e}")
     val = run.together(lambda: Validation(cfg, plan, tokenizer))
-    p = assemble(cfg, run, plan, loader, val, tokenizer)
+    trainer = assemble(cfg, run, plan, loader, val, tokenizer)
     if cfg.export:
-        for line in check_artifact(cfg, p.model):
+        for line in check_artifact(cfg, trainer.model):
             run.log(f"notice: {line}")
-    return p
+    return trainer
 
 
-def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenizer | None) -> Parts:
+def assemble(
+    cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenizer | None
+) -> Trainer:
     """Model and optimizer to go with the data; pre_pre_train.py brings other data."""
     model = build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
     for line in centering_notices(cfg):
@@ -4889,7 +4902,7 @@ def assemble(cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenize
         transfer_weights(model, cfg, run)
     opt = MuonAdamW(cfg, model, run)
     torch.manual_seed(cfg.seed << 16 | run.rank)  # dropout: each rank its own
-    return Parts(
+    return Trainer(
         cfg,
         run,
         plan,
@@ -4908,8 +4921,8 @@ def pattern_notices(cfg: Config, model: GPT) -> list[str]:
     Refuse a pattern of adamw_matrices that finds nothing. A rate of own_lr may wait, as other rates
     do, but this is said.
     """
-    said = declarations(model)
-    rules = {name: rule_of(cfg, name, p, said[name]) for name, p in model.named_parameters()}
+    declared = declarations(model)
+    rules = {name: rule_of(cfg, name, p, declared[name]) for name, p in model.named_parameters()}
     matrices = [name for name, rule in rules.items() if rule.group == "matrix"]
     adamws = [name for name, rule in rules.items() if rule.kind == "adamw"]
     require(
@@ -4967,21 +4980,21 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def warm_up(p: Parts) -> None:
+def warm_up(trainer: Trainer) -> None:
     """
     Run every graph that the schedules will need once, on random tokens: compilation and the
     allocator's first growth lie before the clock. Then weights, gradients, optimizer state and RNG
     are put back.
     """
-    run, plan, began = p.run, p.plan, time.perf_counter()
-    kept = p.opt.snapshot()
+    run, plan, began = trainer.run, trainer.plan, time.perf_counter()
+    kept = trainer.opt.snapshot()
     several = any(plan.micro_batches(n, run.world) > 1 for n in plan.moments())
     todo = [(True, s) for s in plan.train_shapes(run.world)] + [
         (False, s) for s in plan.eval_shapes()
     ]
     bar = tqdm(
         todo,
-        desc="compile" if p.cfg.compile else "warm up",
+        desc="compile" if trainer.cfg.compile else "warm up",
         leave=False,
         disable=not (run.is_main and sys.stderr.isatty()),
     )
@@ -4991,39 +5004,46 @@ def warm_up(p: Parts) -> None:
             torch.random.fork_rng([run.device] if run.device.type == "cuda" else []),
         ):
             for training, shape in bar:
-                run.agree()
+                run.poll()
                 rows = torch.randint(
-                    p.cfg.vocab, (shape.rows, shape.seq_len + 1), device=run.device
+                    trainer.cfg.vocab, (shape.rows, shape.seq_len + 1), device=run.device
                 )
                 x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
                 if training:
-                    loss_terms(p, x, y, shape.repeats, shape.window).sum().backward()
+                    loss_terms(trainer, x, y, shape.repeats, shape.window).sum().backward()
                     if several:
-                        p.opt.collect(last=True)
-                    p.opt.step(plan.at(0, 0.0))
+                        trainer.opt.collect(last=True)
+                    trainer.opt.step(plan.at(0, 0.0))
                 else:
                     with torch.no_grad():
-                        p.graph(x, y, shape.repeats, shape.window)
-        if p.cfg.gptq and p.cfg.max_seconds:
-            plan.seconds = p.cfg.max_seconds - run.agree(gptq_seconds(p))
-            if plan.seconds < p.cfg.max_seconds / 2:
-                raise UserError(
-                    f"gptq = {p.cfg.gptq} rows would take {p.cfg.max_seconds - plan.seconds:.1f} "
-                    f"of max_seconds = {p.cfg.max_seconds:g}, more than half: fewer rows, such as "
-                    f"--gptq {max(1, p.cfg.gptq // 4)}"
-                )
-            run.log(f"gptq: {plan.seconds:.1f} of {p.cfg.max_seconds:.0f} s are left for steps")
+                        trainer.graph(x, y, shape.repeats, shape.window)
+        if trainer.cfg.gptq and trainer.cfg.max_seconds:
+            keep_time_for_gptq(trainer)
     finally:
         with torch.no_grad():
-            p.opt.restore(kept)
+            trainer.opt.restore(kept)
     run.log(f"warmup:{len(todo)} graphs time:{time.perf_counter() - began:.1f}s")
 
 
-def rounded_weights(p: Parts, step: int, now: Now):
+def keep_time_for_gptq(trainer: Trainer) -> None:
+    """What GPTQ will take behind the last step is no time for steps: a clock cap is a cap."""
+    cfg, run, plan = trainer.cfg, trainer.run, trainer.plan
+    seconds = run.poll(gptq_seconds(trainer))
+    plan.seconds = cfg.max_seconds - seconds
+    if plan.seconds < cfg.max_seconds / 2:
+        raise UserError(
+            f"gptq = {cfg.gptq} rows would take {seconds:.1f} of max_seconds = "
+            f"{cfg.max_seconds:g}, more than half: fewer rows, such as --gptq "
+            f"{max(1, cfg.gptq // 4)}"
+        )
+    run.log(f"gptq: {plan.seconds:.1f} of {cfg.max_seconds:.0f} s are left for steps")
+
+
+def rounded_weights(trainer: Trainer, step: int, now: Now):
     """Inside, under qat, weights are rounded; gradients are taken for the true ones'."""
     if not now.qat:
         return contextlib.nullcontext()
-    return rounded(p.model, p.cfg, step)
+    return rounded(trainer.model, trainer.cfg, step)
 
 
 def extra_terms(cfg: Config) -> list[str]:
@@ -5031,15 +5051,15 @@ def extra_terms(cfg: Config) -> list[str]:
     return [name for name in ("z_loss", "mtp", "mu_loss") if getattr(cfg, name)]
 
 
-def loss_terms(p: Parts, x: Tensor, y: Tensor, repeats: int, window: int) -> Tensor:
+def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, repeats: int, window: int) -> Tensor:
     """
     Sums over the tokens of a micro-batch: cross-entropy and, where they are on, weighted z-loss and
     MTP; [1] to [3].
     """
-    cfg = p.cfg
+    cfg = trainer.cfg
     if not (cfg.z_loss or cfg.mtp):
-        return p.graph(x, y, repeats, window).sum().view(1)
-    rows = p.graph(x, y, repeats, window, bool(cfg.z_loss), bool(cfg.mtp))
+        return trainer.graph(x, y, repeats, window).sum().view(1)
+    rows = trainer.graph(x, y, repeats, window, bool(cfg.z_loss), bool(cfg.mtp))
     extra = ([cfg.z_loss * rows[1].square().sum()] if cfg.z_loss else []) + (
         [cfg.mtp * rows[-1].sum()] if cfg.mtp else []
     )
@@ -5064,58 +5084,70 @@ def center(head: Tensor) -> None:
     head.sub_(head.float().mean(0).to(head.dtype))
 
 
-def train_step(p: Parts, step: int, now: Now) -> tuple[Tensor, Tensor]:
+def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     """
     One optimizer step; on the device: the mean cross-entropy over the global batch, behind it the
     extra_terms that were added to it, and the gradient norm.
     """
-    rows = p.loader.batch(step, now.batch_tokens, now.seq_len)
-    size = p.plan.micro_rows(now, p.run.world)
-    total = torch.zeros(1 + bool(p.cfg.z_loss) + bool(p.cfg.mtp), device=p.run.device)
-    with rounded_weights(p, step, now):
+    rows = trainer.loader.batch(step, now.batch_tokens, now.seq_len)
+    size = trainer.plan.micro_rows(now, trainer.run.world)
+    total = torch.zeros(
+        1 + bool(trainer.cfg.z_loss) + bool(trainer.cfg.mtp), device=trainer.run.device
+    )
+    with rounded_weights(trainer, step, now):
         for low in range(0, len(rows), size):
-            x, y = p.loader.tensors(rows[low : low + size], p.run.device)
+            x, y = trainer.loader.tensors(rows[low : low + size], trainer.run.device)
             # Summed over tokens and divided by the global count: ranks and micro-batches change the
             # float order alone.
-            terms = loss_terms(p, x, y, now.repeats, now.window) / p.loader.targets(
+            terms = loss_terms(trainer, x, y, now.repeats, now.window) / trainer.loader.targets(
                 now.batch_tokens
             )
             terms.sum().backward()
             total += terms.detach()
             if size < len(rows):
-                p.opt.collect(last=low + size >= len(rows))
-    total = p.run.sum(total)
-    if p.cfg.mu_loss:
+                trainer.opt.collect(last=low + size >= len(rows))
+    total = trainer.run.sum(total)
+    if trainer.cfg.mu_loss:
         total = torch.cat(
-            [total, add_mu_loss(p.model.head, p.cfg.mu_loss, p.run.world, p.model.logit_rows)]
+            [
+                total,
+                add_mu_loss(
+                    trainer.model.head,
+                    trainer.cfg.mu_loss,
+                    trainer.run.world,
+                    trainer.model.logit_rows,
+                ),
+            ]
         )
-    size = p.opt.step(now)
-    if p.cfg.mu_centering and not p.opt.frozen("head", now):
-        center(p.model.head[: p.model.logit_rows])
+    size = trainer.opt.step(now)
+    if trainer.cfg.mu_centering and not trainer.opt.frozen("head", now):
+        center(trainer.model.head[: trainer.model.logit_rows])
     return total, size
 
 
-def validate_all(p: Parts, step: int, now: Now) -> dict:
+def validate_all(trainer: Trainer, step: int, now: Now) -> dict:
     """Evaluate live weights and averages; a line in the speedrun's format and one more."""
-    run, ms = p.run, p.run.clock.seconds() * 1000
+    run, ms = trainer.run, trainer.run.clock.seconds() * 1000
     began, found = time.perf_counter(), {}
-    for name in ["live", *p.avg.ready()]:
-        with p.avg.swapped_in(name):
-            loss, bpb = evaluate(run, p.graph, p.val, p.plan.eval_shape(now))
+    for name in ["live", *trainer.avg.ready()]:
+        with trainer.avg.swapped_in(name):
+            loss, bpb = evaluate(run, trainer.graph, trainer.val, trainer.plan.eval_shape(now))
         tail = "" if name == "live" else f"_{name}"
         found |= {f"val_loss{tail}": loss} | ({f"val_bpb{tail}": bpb} if bpb else {})
-    found |= p.val.measure(p, step, p.plan.eval_shape(now))
+    found |= trainer.val.measure(trainer, step, trainer.plan.eval_shape(now))
     run.log(
-        f"step:{step}/{p.cfg.steps} val_loss:{found['val_loss']:.5f} train_time:{ms:.0f}ms "
+        f"step:{step}/{trainer.cfg.steps} val_loss:{found['val_loss']:.5f} train_time:{ms:.0f}ms "
         f"step_avg:{ms / max(step, 1):.2f}ms"
     )
     more = {k: v for k, v in found.items() if k != "val_loss"}
     if more:
         run.log(f"  at:{step} " + " ".join(f"{k}:{v:.5f}" for k, v in more.items()))
     found["eval_time_s"] = time.perf_counter() - began
-    if p.cfg.embed_stats and math.isfinite(found["val_loss"]):
-        found |= run.on_main(lambda: embedding_statistics(p, now))
-    run.metric("val", step, steps=p.cfg.steps, **found, train_time_ms=ms, wall_time_s=run.wall())
+    if trainer.cfg.embed_stats and math.isfinite(found["val_loss"]):
+        found |= run.on_main(lambda: embedding_statistics(trainer, now))
+    run.metric(
+        "val", step, steps=trainer.cfg.steps, **found, train_time_ms=ms, wall_time_s=run.wall()
+    )
     if not math.isfinite(found["val_loss"]):
         raise Diverged(
             f"step {step}: the validation loss is {found['val_loss']} although the training loss "
@@ -5126,21 +5158,24 @@ def validate_all(p: Parts, step: int, now: Now) -> dict:
 
 
 @torch.no_grad()
-def embedding_statistics(p: Parts, now: Now) -> dict[str, float]:
+def embedding_statistics(trainer: Trainer, now: Now) -> dict[str, float]:
     """
     How far the head's rows share a direction mu (their mean), and how large logits are on the first
     embed_stats tokens of validation: the signals of output-embedding centering (arXiv 2601.02031),
     named as in its tables. logs/embeddings.py has many more, of a checkpoint.
     """
-    model, shape = p.model, p.plan.eval_shape(now)
+    model, shape = trainer.model, trainer.plan.eval_shape(now)
     head = model.head[: model.logit_rows].double()
     size = head.mean(0).norm()
     found = {"O.mu norm": size, "O.ratio norm": size / head.norm(dim=1).mean().clamp_min(1e-300)}
-    tokens, sums = min(p.cfg.embed_stats, p.val.scored), torch.zeros(3, dtype=torch.float64)
+    tokens, sums = (
+        min(trainer.cfg.embed_stats, trainer.val.scored),
+        torch.zeros(3, dtype=torch.float64),
+    )
     for low in range(0, -(-tokens // shape.seq_len), shape.rows):
-        x, _ = p.val.batch(range(low, low + shape.rows), p.run.device, shape.rows)
+        x, _ = trainer.val.batch(range(low, low + shape.rows), trainer.run.device, shape.rows)
         hidden = model.hidden(x, shape.repeats, shape.window).flatten(0, 1)
-        for piece in hidden[: tokens - low * shape.seq_len].split(p.cfg.loss_chunk):
+        for piece in hidden[: tokens - low * shape.seq_len].split(trainer.cfg.loss_chunk):
             logits = model.logits(piece)
             each = logits.mean(-1), logits.abs().amax(-1), logits.logsumexp(-1).square()
             sums += torch.stack(each).double().sum(1).cpu()
@@ -5148,9 +5183,11 @@ def embedding_statistics(p: Parts, now: Now) -> dict[str, float]:
     return {key: float(x) for key, x in (found | dict(zip(names, sums / tokens))).items()}
 
 
-def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds: float) -> None:
+def log_step(
+    trainer: Trainer, step: int, now: Now, loss: Tensor, size: Tensor, seconds: float
+) -> None:
     """Read a finished step's numbers (a wait), stop if not finite, write the lines."""
-    (loss, *extra), size, run, cfg = loss.tolist(), float(size), p.run, p.cfg
+    (loss, *extra), size, run, cfg = loss.tolist(), float(size), trainer.run, trainer.cfg
     terms = dict(zip(extra_terms(cfg), extra))
     if not (math.isfinite(loss) and math.isfinite(size)):
         good = checkpoints(run.folder)
@@ -5163,7 +5200,7 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
             f"{now.lr:.4g}, repeats {now.repeats}). {kept}. Lower the learning rates or set "
             f"--grad_clip 1 in another --run{start}"
         )
-    log_switch(p, step, now, seconds)
+    log_switch(trainer, step, now, seconds)
     if step % cfg.log_every == 0 or step == cfg.steps:
         elapsed = run.clock.seconds()
         run.log(
@@ -5181,7 +5218,7 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
             **now._asdict(),
             train_time_ms=elapsed * 1000,
         )
-        fraction = p.plan.fraction(step, elapsed)
+        fraction = trainer.plan.fraction(step, elapsed)
         eta = elapsed * (1 - fraction) / max(fraction, 1e-9)
         more = "".join(f"{k}:{v:.4g} " for k, v in terms.items())
         run.live(
@@ -5191,17 +5228,17 @@ def log_step(p: Parts, step: int, now: Now, loss: Tensor, size: Tensor, seconds:
         )
 
 
-def log_switch(p: Parts, step: int, now: Now, seconds: float) -> None:
+def log_switch(trainer: Trainer, step: int, now: Now, seconds: float) -> None:
     """Where the graph changed a step ago: times before, at and after. A stall shows."""
-    p.paces = [*p.paces[-2:], (now, seconds)]
-    if len(p.paces) == 3:
-        (old, before), (new, at), (_, after) = p.paces
+    trainer.paces = [*trainer.paces[-2:], (now, seconds)]
+    if len(trainer.paces) == 3:
+        (old, before), (new, at), (_, after) = trainer.paces
         changed = " ".join(
             f"{k}:{getattr(new, k)}" for k in GRAPHS if getattr(new, k) != getattr(old, k)
         )
         if changed:
             ms = f"before:{1000 * before:.0f}ms at:{1000 * at:.0f}ms after:{1000 * after:.0f}ms"
-            p.run.log(f"switch:{step - 1} {changed} {ms}")
+            trainer.run.log(f"switch:{step - 1} {changed} {ms}")
 
 
 def graph_of(now: Now) -> list[int]:
@@ -5219,9 +5256,9 @@ def next_step_seconds(paces: list[tuple[list, float]], graph: list) -> float:
     return 1.1 * seconds[max(0, len(seconds) - 2)] if seconds else 0.0
 
 
-def is_over(p: Parts, step: int, now: Now, seconds: float) -> bool:
+def is_over(trainer: Trainer, step: int, now: Now, seconds: float) -> bool:
     """Whether no step is begun behind `step`, at these seconds of the clock."""
-    cfg, run, plan = p.cfg, p.run, p.plan
+    cfg, run, plan = trainer.cfg, trainer.run, trainer.plan
     # A clock cap is a cap: no step is begun that would end behind it. The clocks that all ranks
     # agreed on decide, or one rank would leave alone.
     took = next_step_seconds(run.paces, graph_of(now))
@@ -5231,7 +5268,7 @@ def is_over(p: Parts, step: int, now: Now, seconds: float) -> bool:
     if run.over or step >= cfg.steps or capped:
         return True
     # When the data of a capped run ends, nobody could know before: it ends training as a cap does.
-    ended = bool(cfg.max_seconds) and p.loader.ended(now.batch_tokens)
+    ended = bool(cfg.max_seconds) and trainer.loader.ended(now.batch_tokens)
     if ended:
         run.log(
             f"notice: the data ended at step {step}, after {seconds:.1f} of {plan.seconds:.1f} s, "
@@ -5260,33 +5297,33 @@ def due(plan: Plan, step: int, last: bool) -> Due:
     return Due(save or last and bool(cfg.save_last), keep, evaluate or last)
 
 
-def pause(p: Parts, step: int, now: Now, todo: Due) -> dict:
+def pause(trainer: Trainer, step: int, now: Now, todo: Due) -> dict:
     """Do what is due, the clock standing still; gives what an evaluation found."""
-    with p.run.clock.paused():
+    with trainer.run.clock.paused():
         if todo.save:  # before evaluating: what crashes there must not cost the checkpoint
-            save_checkpoint(p.run, p.model, p.opt, p.avg, p.loader, step)
+            save_checkpoint(trainer, step)
         if todo.keep:
-            keep_epoch(p, step)
-        return validate_all(p, step, p.run.trained or now) if todo.evaluate else {}
+            keep_epoch(trainer, step)
+        return validate_all(trainer, step, trainer.run.trained or now) if todo.evaluate else {}
 
 
-def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
+def train_loop(trainer: Trainer, step: int) -> tuple[int, Now, dict]:
     """
     From `step` to the end of training; gives the last step, its schedules and its evaluation. The
     state is whole wherever a signal can raise Interrupted.
     """
-    run, plan = p.run, p.plan
+    run, plan = trainer.run, trainer.plan
     before, unlogged = None, []  # what the last look at the clock said; finished steps without line
 
     def log_all_but(count: int) -> None:
         while len(unlogged) > count:
-            log_step(p, *unlogged.pop(0))
+            log_step(trainer, *unlogged.pop(0))
 
     run.step = step
     run.clock.start()
     while True:
         try:
-            seconds = run.agree(run.clock.seconds())
+            seconds = run.poll(run.clock.seconds())
         except Interrupted:
             log_all_but(0)  # and no checkpoint if the last step was not finite
             raise
@@ -5294,22 +5331,22 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
         if before:
             run.paces = [*run.paces[-19:], (before[0], seconds - before[1])]
         before = graph_of(now), seconds
-        run.over = is_over(p, step, now, seconds)
+        run.over = is_over(trainer, step, now, seconds)
         if run.over:
-            p.avg.close()
+            trainer.avg.close()
         if any(todo := due(plan, step, run.over)):
             log_all_but(0)
-            found = pause(p, step, now, todo)
+            found = pause(trainer, step, now, todo)
         if run.over:
             break
         try:
-            loss, size = train_step(p, step, now)
+            loss, size = train_step(trainer, step, now)
         except (UserError, Interrupted):  # the loader may be asked to leave while it makes rows
             log_all_but(0)
             raise
         step += 1
         run.step, run.trained = step, now
-        p.avg.update(step, plan.fraction(step, seconds))
+        trainer.avg.update(step, plan.fraction(step, seconds))
         took = max(1e-9, run.clock.seconds() - seconds)
         unlogged.append((step, now, loss, size, took))
         # One step late: a GPU is not kept waiting for the host to read a number.
@@ -5319,9 +5356,9 @@ def train_loop(p: Parts, step: int) -> tuple[int, Now, dict]:
 
 
 @contextlib.contextmanager
-def trained_is_kept(p: Parts, begun: int):
+def trained_is_kept(trainer: Trainer, begun: int):
     """A refusal inside, on all ranks and no divergence, costs no step: all are saved first."""
-    run = p.run
+    run = trainer.run
     try:
         yield
     except Diverged:
@@ -5330,18 +5367,18 @@ def trained_is_kept(p: Parts, begun: int):
         run.clock.stop()
         if run.step == begun:
             raise
-        saved = save_checkpoint(run, p.model, p.opt, p.avg, p.loader, run.step)
+        saved = save_checkpoint(trainer, run.step)
         raise UserError(
             f"{e}; all {run.step} steps are saved in {saved}: mend that and continue with --resume"
         ) from e
 
 
-def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
+def finish(trainer: Trainer, step: int, now: Now, found: dict) -> dict:
     """
     After the last step, its schedules and its evaluation `found`: write the artifact and evaluate
     what is read back. Scores, proofs and samples are logs/score.py's.
     """
-    cfg, run, plan = p.cfg, p.run, p.plan
+    cfg, run, plan = trainer.cfg, trainer.run, trainer.plan
     end = plan.at(cfg.steps, 1.0)  # as all who read the artifact apply it
     if (now.repeats, now.window) != (end.repeats, end.window):
         run.log(
@@ -5352,9 +5389,9 @@ def finish(p: Parts, step: int, now: Now, found: dict) -> dict:
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
     result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}
     result |= {k: v for k, v in found.items() if k not in result}
-    with weights_kept(p.opt.buckets), p.avg.swapped_in(cfg.final_weights):
+    with weights_kept(trainer.opt.buckets), trainer.avg.swapped_in(cfg.final_weights):
         if cfg.export:
-            result |= export_artifact(p)
+            result |= export_artifact(trainer)
     return {k: v for k, v in result.items() if v is not None}
 
 
@@ -5420,13 +5457,15 @@ def prepare_folder(run: Run) -> Path | None:
     return (checkpoints(folder) or [None])[-1]
 
 
-def ingredients(p: Parts) -> dict:
+def ingredients(trainer: Trainer) -> dict:
     """What must be the same on every node, but for the places of its files."""
     places = {"config", "data", "log_dir", "tokenizer", "init_from", "nca_cache", "nca_threads"}
-    sources = b"".join(path.read_bytes() for path in source_files(p.cfg))
-    data = json.dumps(p.loader.identity(), sort_keys=True).encode()  # no rank reads all shards here
+    sources = b"".join(path.read_bytes() for path in source_files(trainer.cfg))
+    data = json.dumps(
+        trainer.loader.identity(), sort_keys=True
+    ).encode()  # no rank reads all shards here
     return {
-        **{k: v for k, v in dataclasses.asdict(p.cfg).items() if k not in places},
+        **{k: v for k, v in dataclasses.asdict(trainer.cfg).items() if k not in places},
         "sources": hashlib.sha256(sources).hexdigest(),
         "data": hashlib.sha256(data).hexdigest(),
     }
@@ -5451,8 +5490,8 @@ def train(cfg: Config, run: Run, build=build) -> int:
     if run.on_main(lambda: enter_folder(run)):
         run.log(f"{run.folder} is finished: nothing to resume")
         return 0
-    p = build(cfg, run)  # what cannot work is refused here, before a folder is made
-    run.require_the_same(lambda: ingredients(p))
+    trainer = build(cfg, run)  # what cannot work is refused here, before a folder is made
+    run.require_the_same(lambda: ingredients(trainer))
     start = run.on_main(lambda: prepare_folder(run))
     run.resumed = start is not None
 
@@ -5461,39 +5500,39 @@ def train(cfg: Config, run: Run, build=build) -> int:
         log_head(run, None if start is None else int(start.name))
 
     run.on_main(begin_log)
-    step = load_checkpoint(start, run, p.model, p.opt, p.avg, p.loader) if start else 0
+    step = load_checkpoint(start, trainer) if start else 0
     run.step = step
     if start:
         run.log(f"resumed:{start} at step {step}")
-    size = sum(q.numel() for q in p.model.parameters())
+    size = sum(q.numel() for q in trainer.model.parameters())
     run.log(
         f"model_params:{size} ranks:{run.world} device:{run.device} dtype:{run.dtype} "
-        f"val_tokens:{p.val.scored}"
+        f"val_tokens:{trainer.val.scored}"
     )
-    run.on_main(p.loader.identity)  # of the data as it is now, for the checkpoints
+    run.on_main(trainer.loader.identity)  # of the data as it is now, for the checkpoints
     try:
-        warm_up(p)
+        warm_up(trainer)
         before = graphs_compiled()
-        with trained_is_kept(p, step):
-            step, now, found = train_loop(p, step)
+        with trained_is_kept(trainer, step):
+            step, now, found = train_loop(trainer, step)
             again = graphs_compiled() - before
             run.log(f"recompiles:{again}")
-            result = finish(p, step, now, found)
+            result = finish(trainer, step, now, found)
     except Interrupted:
         run.clock.stop()
-        saved = save_checkpoint(run, p.model, p.opt, p.avg, p.loader, run.step)
+        saved = save_checkpoint(trainer, run.step)
         run.log(
             f"interrupted by {signal.Signals(run.signal).name}: saved {saved}; continue with "
             "--resume"
         )
         return 128 + run.signal
-    write_result(p, result, step, size)
+    write_result(trainer, result, step, size)
     run.complete = True
     return 0
 
 
-def write_result(p: Parts, result: dict, step: int, size: int) -> None:
-    cfg, run = p.cfg, p.run
+def write_result(trainer: Trainer, result: dict, step: int, size: int) -> None:
+    cfg, run = trainer.cfg, trainer.run
     if run.device.type == "cuda":
         peak, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     else:
@@ -5502,7 +5541,7 @@ def write_result(p: Parts, result: dict, step: int, size: int) -> None:
     seconds, data_sha256 = run.clock.seconds(), None
     if run.is_main:
         try:
-            data_sha256 = p.loader.fingerprint()
+            data_sha256 = trainer.loader.fingerprint()
         except UserError as e:  # the data is gone, the run is not
             run.log(f"notice: no data_sha256: {e}")
     out = {
@@ -5512,7 +5551,7 @@ def write_result(p: Parts, result: dict, step: int, size: int) -> None:
         "arm": cfg.arm,
         "params": size,
         "steps": step,
-        "tokens": tokens_seen(p, step),
+        "tokens": tokens_seen(trainer, step),
         **result,
         "train_time_s": seconds,
         "wall_time_s": run.wall(),
@@ -5546,11 +5585,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def tokens_seen(p: Parts, step: int) -> int:
-    starts = p.plan.sched["batch_tokens"]
+def tokens_seen(trainer: Trainer, step: int) -> int:
+    starts = trainer.plan.sched["batch_tokens"]
     if len(starts.points) == 1:
         return step * int(starts.points[0].value)
-    return sum(p.plan.at(s, s / p.cfg.steps).batch_tokens for s in range(step))
+    return sum(trainer.plan.at(s, s / trainer.cfg.steps).batch_tokens for s in range(step))
 
 
 def device_name(run: Run) -> str:

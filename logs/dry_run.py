@@ -25,6 +25,7 @@ from train_gpt import (  # noqa: E402
     Now,
     Place,
     Plan,
+    Ranks,
     Schedule,
     Shape,
     UserError,
@@ -40,13 +41,6 @@ from train_gpt import (  # noqa: E402
 H100_FLOPS = 989e12  # dense bf16 peak of one H100
 ASSUMED_MFU = 0.40  # the share of it that training is taken to reach
 SHARD_TOKENS = 100_000_000  # what every published set of shards uses
-
-
-class Ranks:
-    """The two numbers that cutting parameters into buckets asks of a run."""
-
-    def __init__(self, world: int):
-        self.rank, self.world = 0, world
 
 
 def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int) -> int:
@@ -121,7 +115,7 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
 
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
     groups, params, states, matrices = [], 0, 0, 0
-    for bucket in param_buckets(cfg, model, Ranks(world)):
+    for bucket in param_buckets(cfg, model, Ranks(torch.device("meta"), 0, world)):
         sizes = [p.numel() for p in bucket.params.values()]
         group = {
             "kind": bucket.kind,

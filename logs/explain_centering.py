@@ -58,15 +58,6 @@ SMALL = {
 RATES = ("adamw_lr", "embed_lr", "head_lr", "scalar_lr", "tied_lr")
 
 
-class OneRank:
-    """What the optimizer asks of a run."""
-
-    rank, world, dtype = 0, 1, torch.float64
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x
-
-
 @contextlib.contextmanager
 def in_float64():
     """Inside, the trainer takes norms, logits and updates in fp64, which else are in fp32."""
@@ -104,7 +95,7 @@ def train_small(
         model = tg.build_model(cfg, torch.device("cpu"), torch.float64, 32)
         for p in model.parameters():
             p.data = p.data.double()
-        optimizer = tg.MuonAdamW(cfg, model, OneRank())
+        optimizer = tg.MuonAdamW(cfg, model, tg.Ranks(torch.device("cpu"), dtype=torch.float64))
         rng, curve = torch.Generator().manual_seed(1), []
         for step in range(steps):
             x, y = zipf_batch(rng, 8, 32, cfg.vocab * 7 // 8)

@@ -116,9 +116,9 @@ def window_plan(n: int, length: int, stride: int) -> np.ndarray:
 
 class Cache:
     """
-    Keys and values of a row that grows: stands in for train_gpt.Seen, so that the model's own code
-    computes the activations of new tokens alone. Feeding a row in pieces gives what one pass over
-    it gives, up to float order.
+    Keys and values of a row that grows: stands in for train_gpt.AttentionMask, so that the model's
+    own code computes the activations of new tokens alone. Feeding a row in pieces gives what one
+    pass over it gives, up to float order.
     """
 
     def __init__(self, model: tg.GPT, repeats: int, window: int):
@@ -139,7 +139,7 @@ class Cache:
         self.size += len(tokens)
         return x
 
-    def seen(self, docs: Tensor | None) -> Cache:
+    def mask(self, docs: Tensor | None) -> Cache:
         """Begin a pass over the blocks for tokens of the documents docs [1, T]."""
         self.turn = 0
         if docs is not None:  # documents are counted within what is fed: go on from the last one
@@ -227,7 +227,7 @@ class Sliding:
         plan = torch.from_numpy(plan).to(run.device)
         within = torch.arange(self.length, device=run.device)
         for low in range(0, len(plan), rows * run.world):
-            run.agree()
+            run.poll()
             mine = plan[low + run.rank * rows :][:rows]
             # what is missing scores nothing
             start, first, end = F.pad(mine, (0, 0, 0, rows - len(mine))).T[..., None]
@@ -612,7 +612,7 @@ class LoRA(Sliding):
             self.begin(len(starts))
             # rank 0 has the longest: all ask as often
             for k in range(-(-int(sizes[order[low]]) // self.stride)):
-                run.agree()
+                run.poll()
                 if not bool((left > k * self.stride).any()):
                     continue
                 go_on = left > (k + 1) * self.stride
@@ -869,22 +869,22 @@ def averaging_weights(n: int) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def token_losses(s: Subject, repeats: int, window: int) -> Tensor:
+def token_losses(subject: Subject, repeats: int, window: int) -> Tensor:
     """Losses in nats, float64 on the CPU, of the validation targets that fall to this rank."""
-    run, rows, losses = s.run, s.shape.rows, []
-    for low in range(0, s.val.rows, rows * run.world):
-        run.agree()
+    run, rows, losses = subject.run, subject.shape.rows, []
+    for low in range(0, subject.val.rows, rows * run.world):
+        run.poll()
         first = low + run.rank * rows
-        x, y = s.val.batch(range(first, first + rows), run.device, rows)
-        losses.append(s.graph(x, y, repeats, window)[y.flatten() >= 0].double().cpu())
+        x, y = subject.val.batch(range(first, first + rows), run.device, rows)
+        losses.append(subject.graph(x, y, repeats, window)[y.flatten() >= 0].double().cpu())
     return torch.cat(losses)
 
 
-def mean_over_ranks(s: Subject, losses: Tensor) -> float:
-    return float(s.run.sum(losses.sum().to(s.run.device))) / s.val.scored
+def mean_over_ranks(subject: Subject, losses: Tensor) -> float:
+    return float(subject.run.sum(losses.sum().to(subject.run.device))) / subject.val.scored
 
 
-def score_epochs(s: Subject, last: int) -> dict:
+def score_epochs(subject: Subject, last: int) -> dict:
     """
     Losses of averages over the last epochs that the run kept, each applied with the depth and
     windows of its time: prob_* of the probabilities that each checkpoint gives to the target,
@@ -893,46 +893,48 @@ def score_epochs(s: Subject, last: int) -> dict:
     """
 
     def listed() -> list[tuple[Path, dict]]:
-        paths = kept_epochs(s.folder)[-last:]
+        paths = kept_epochs(subject.folder)[-last:]
         texts = [(path / "state.json").read_text(encoding="utf-8") for path in paths]
         return [(path, json.loads(text)) for path, text in zip(paths, texts)]
 
     def weights_of(path: Path) -> dict[str, Tensor]:
-        return s.run.read_on_main(lambda: (tg.read_tensors(path / "model.safetensors"), None))[0]
+        return subject.run.read_on_main(
+            lambda: (tg.read_tensors(path / "model.safetensors"), None)
+        )[0]
 
-    kept = s.run.on_main(listed)
+    kept = subject.run.on_main(listed)
     if len(kept) < last:
-        raise UserError(f"{s.folder}/epochs holds {len(kept)} of {last} epochs to average")
+        raise UserError(f"{subject.folder}/epochs holds {len(kept)} of {last} epochs to average")
     found, losses = {}, []
     for path, state in kept:
-        tg.load_weights(s.model, weights_of(path), str(path))
-        losses.append(token_losses(s, state["repeats"], state["window"]))
-        loss = mean_over_ranks(s, losses[-1])
-        s.run.log(f"epoch weights of step {state['step']}: val_loss:{loss:.5f}")
+        tg.load_weights(subject.model, weights_of(path), str(path))
+        losses.append(token_losses(subject, state["repeats"], state["window"]))
+        loss = mean_over_ranks(subject, losses[-1])
+        subject.run.log(f"epoch weights of step {state['step']}: val_loss:{loss:.5f}")
     stacked, end = torch.stack(losses), kept[-1][1]
     for name, weights in averaging_weights(len(kept)).items():
         log_weights = torch.tensor(weights, dtype=torch.float64).log()[:, None]
         mixture = -torch.logsumexp(log_weights - stacked, 0)
-        found[f"val_loss_prob_{name}"] = mean_over_ranks(s, mixture)
+        found[f"val_loss_prob_{name}"] = mean_over_ranks(subject, mixture)
     for name, weights in averaging_weights(len(kept)).items():
-        average = {n: torch.zeros(w.shape) for n, w in s.model.named_parameters()}
+        average = {n: torch.zeros(w.shape) for n, w in subject.model.named_parameters()}
         for (path, _), weight in zip(kept, weights):
             for n, w in weights_of(path).items():
                 average[n].add_(w.float(), alpha=weight)
-        tg.load_weights(s.model, average, str(s.folder))
-        averaged = token_losses(s, end["repeats"], end["window"])
-        found[f"val_loss_weights_{name}"] = mean_over_ranks(s, averaged)
+        tg.load_weights(subject.model, average, str(subject.folder))
+        averaged = token_losses(subject, end["repeats"], end["window"])
+        found[f"val_loss_weights_{name}"] = mean_over_ranks(subject, averaged)
     for name, loss in found.items():
-        s.run.log(f"average over {len(kept)} epochs: {name}:{loss:.5f}")
+        subject.run.log(f"average over {len(kept)} epochs: {name}:{loss:.5f}")
     return found | {"averaged_steps": [state["step"] for _, state in kept]}
 
 
-def selected(s: Subject, result: dict, found: dict) -> dict:
+def selected(subject: Subject, result: dict, found: dict) -> dict:
     """
     The best epoch, and the least of all losses as slowrun's board takes it: both are chosen on the
     validation set itself, which `selected_on_validation` says.
     """
-    best = best_epoch(s.folder, s.plan)
+    best = best_epoch(subject.folder, subject.plan)
     last = {key: result.get(key) for key in ("val_loss", "val_loss_ema", "val_loss_swa")}
     losses = last | {k: v for k, v in found.items() if k.startswith("val_loss")}
     losses |= {"val_loss_best_epoch": best[0]} if best else {}
@@ -940,8 +942,8 @@ def selected(s: Subject, result: dict, found: dict) -> dict:
     chosen = {"slowrun_val_loss": losses[name], "slowrun_val_loss_is": name}
     if best:
         chosen |= {"val_loss_best_epoch": best[0], "best_epoch": best[1]}
-        s.run.log(f"best epoch: {best[1]}, val_loss:{best[0]:.5f} (selected on validation)")
-    s.run.log(
+        subject.run.log(f"best epoch: {best[1]}, val_loss:{best[0]:.5f} (selected on validation)")
+    subject.run.log(
         f"slowrun's figure, the least of these: val_loss:{losses[name]:.5f} from {name} (selected "
         "on validation)"
     )
@@ -988,10 +990,12 @@ class Figures:
     A source that is no finished run has none, and what is found is only printed.
     """
 
-    def __init__(self, s: Subject):
-        self.subject, self.path = s, s.folder / "result.json"
-        self.keeps = bool(s.run.on_main(lambda: s.is_run and s.own_text and self.path.exists()))
-        self.result: dict = s.run.on_main(self.read) if self.keeps else {}
+    def __init__(self, subject: Subject):
+        self.subject, self.path = subject, subject.folder / "result.json"
+        self.keeps = bool(
+            subject.run.on_main(lambda: subject.is_run and subject.own_text and self.path.exists())
+        )
+        self.result: dict = subject.run.on_main(self.read) if self.keeps else {}
 
     def read(self) -> dict:
         try:
@@ -1161,47 +1165,47 @@ def check(flags: Phase) -> None:
     check_sampling(flags.sample_tokens, flags.temperature, flags.top_k)
 
 
-def check_possible(s: Subject, flags: Phase) -> None:
+def check_possible(subject: Subject, flags: Phase) -> None:
     """Refuse what these weights cannot be scored with, before any figure is taken."""
     for mode in flags.modes.split():
-        make_scorer(s.model, OneScore(mode=mode, **settings_of(flags)), s.shape)
-    if flags.prove_bytes and not s.tokenizer:
+        make_scorer(subject.model, OneScore(mode=mode, **settings_of(flags)), subject.shape)
+    if flags.prove_bytes and not subject.tokenizer:
         raise UserError(
-            f"prove_bytes = {flags.prove_bytes}: {s.path} was trained without a tokenizer: there "
-            "is no text to encode"
+            f"prove_bytes = {flags.prove_bytes}: {subject.path} was trained without a tokenizer: "
+            "there is no text to encode"
         )
     if flags.sample_tokens:
-        prompt_tokens(s, flags.prompt)
+        prompt_tokens(subject, flags.prompt)
 
 
-def begin(s: Subject, flags: Phase) -> None:
+def begin(subject: Subject, flags: Phase) -> None:
     """Go on with the run's log, and keep others out of its folder; of no run, only say what is."""
-    if s.is_run:
-        s.run.lock_folder()
-        s.run.open_log(None)
+    if subject.is_run:
+        subject.run.lock_folder()
+        subject.run.open_log(None)
     told = {k: v for k, v in dataclasses.asdict(flags).items() if k != "source"}
-    s.run.log("=" * 100, console=False)
-    s.run.log(f"scores of {s.path}: {json.dumps(told)}", console=False)
-    if not s.own_text:
-        s.run.log("notice: on another text than the run's own: figures are not kept")
+    subject.run.log("=" * 100, console=False)
+    subject.run.log(f"scores of {subject.path}: {json.dumps(told)}", console=False)
+    if not subject.own_text:
+        subject.run.log("notice: on another text than the run's own: figures are not kept")
 
 
-def take_figures(s: Subject, flags: Phase) -> None:
+def take_figures(subject: Subject, flags: Phase) -> None:
     """Every figure that was asked for, each written as soon as it is there. Collective."""
-    figures, modes = Figures(s), flags.modes.split()
+    figures, modes = Figures(subject), flags.modes.split()
     for mode in modes:
         how = OneScore(mode=mode, **settings_of(flags))
-        figures.take(label(how), lambda how=how: one_score(s, how))
+        figures.take(label(how), lambda how=how: one_score(subject, how))
     if flags.prove_bytes:
         how = OneScore(mode=(modes or ["chunked"])[-1], **settings_of(flags))
         name = f"proof {label(how)} bytes={flags.prove_bytes}"
-        figures.take(name, lambda: one_proof(s, how, flags))
-    epochs = flags.last_epochs or s.cfg.average_epochs
-    if epochs > 0 and (s.is_run or flags.last_epochs):
-        official = epochs == s.cfg.average_epochs
-        figures.take(f"epochs {epochs}", lambda: averaged(s, figures, epochs, official))
-    if s.tokenizer and 0 < s.val.bytes < 8e6:
-        figures.take("compressors", lambda: compressors_bpb(s))
+        figures.take(name, lambda: one_proof(subject, how, flags))
+    epochs = flags.last_epochs or subject.cfg.average_epochs
+    if epochs > 0 and (subject.is_run or flags.last_epochs):
+        official = epochs == subject.cfg.average_epochs
+        figures.take(f"epochs {epochs}", lambda: averaged(subject, figures, epochs, official))
+    if subject.tokenizer and 0 < subject.val.bytes < 8e6:
+        figures.take("compressors", lambda: compressors_bpb(subject))
 
 
 def settings_of(flags: Settings) -> dict:
@@ -1219,73 +1223,80 @@ def label(how: OneScore) -> str:
     return " ".join([how.mode, *words])
 
 
-def one_score(s: Subject, how: OneScore) -> tuple[dict, dict]:
+def one_score(subject: Subject, how: OneScore) -> tuple[dict, dict]:
     """Score the validation text; graphs are compiled before the clock, on random tokens."""
-    scorer = make_scorer(s.model, how, s.shape, s.run)
-    if s.cfg.compile:
+    scorer = make_scorer(subject.model, how, subject.shape, subject.run)
+    if subject.cfg.compile:
         scorer.warm_up()
-    found = score_all(scorer, s.val)
+    found = score_all(scorer, subject.val)
     ms, rate = found["eval_time_s"] * 1000, found["tok_s"]
-    s.run.log(
+    subject.run.log(
         f"final_{how.mode} val_loss:{found['val_loss']:.8f} val_bpb:{found['val_bpb']:.8f} "
-        f"window:{s.shape.seq_len} stride:{scorer.stride} eval_time:{ms:.0f}ms tok_s:{rate:.0f}"
+        f"window:{subject.shape.seq_len} stride:{scorer.stride} eval_time:{ms:.0f}ms "
+        f"tok_s:{rate:.0f}"
     )
     bpb = None if math.isnan(found["val_bpb"]) else found["val_bpb"]
     key = RESULT[how.mode]
     top = {key.replace("bpb", "loss"): found["val_loss"]} | ({key: bpb} if bpb else {})
-    return {"world_size": s.run.world, "eval_time_s": found["eval_time_s"]}, top
+    return {"world_size": subject.run.world, "eval_time_s": found["eval_time_s"]}, top
 
 
-def one_proof(s: Subject, how: OneScore, flags: Phase) -> tuple[dict, dict]:
+def one_proof(subject: Subject, how: OneScore, flags: Phase) -> tuple[dict, dict]:
     """Have a process of its own encode and decode a stretch of text from the weights alone."""
-    words = {"bytes": flags.prove_bytes, "device": s.run.device.type, "data": s.cfg.data}
+    words = {
+        "bytes": flags.prove_bytes,
+        "device": subject.run.device.type,
+        "data": subject.cfg.data,
+    }
     words |= dataclasses.asdict(how)
     argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]
 
     def is_asked() -> bool:
-        return bool(s.run.signal)
+        return bool(subject.run.signal)
 
     def work() -> str:
-        return fresh_process("prove", str(s.path), *argv, asked_to_stop=is_asked)
+        return fresh_process("prove", str(subject.path), *argv, asked_to_stop=is_asked)
 
-    lines = s.run.on_main(work)
-    s.run.agree()  # a signal that came meanwhile
-    s.run.log(lines.rstrip())
+    lines = subject.run.on_main(work)
+    subject.run.poll()  # a signal that came meanwhile
+    subject.run.log(lines.rstrip())
     found = dict(re.findall(r"(\w+_bpb|code_bytes):([\d.]+)", lines))
     decoded = float(found["decoded_bpb"])
     figure = {key: float(value) for key, value in found.items()}
     return figure, {"proven_bytes": flags.prove_bytes, "decoded_bpb": decoded}
 
 
-def averaged(s: Subject, figures: Figures, last: int, official: bool) -> tuple[dict, dict]:
+def averaged(subject: Subject, figures: Figures, last: int, official: bool) -> tuple[dict, dict]:
     """
     Averages over the last epochs. At the top of result.json stand those over as many as the run
     says; `val_loss` there stays the loss of the last step.
     """
-    own = {name: w.detach().clone() for name, w in s.model.named_parameters()}
+    own = {name: w.detach().clone() for name, w in subject.model.named_parameters()}
     try:
-        found = score_epochs(s, last)
+        found = score_epochs(subject, last)
     finally:
-        tg.load_weights(s.model, own, str(s.path))
+        tg.load_weights(subject.model, own, str(subject.path))
     if not official:
-        s.run.log(f"the top of result.json keeps averages over {s.cfg.average_epochs} epochs")
+        subject.run.log(
+            f"the top of result.json keeps averages over {subject.cfg.average_epochs} epochs"
+        )
         return found, {}
-    chosen = s.run.on_main(lambda: selected(s, figures.result, found))
+    chosen = subject.run.on_main(lambda: selected(subject, figures.result, found))
     return {}, found | chosen
 
 
-def compressors_bpb(s: Subject) -> tuple[dict, dict]:
+def compressors_bpb(subject: Subject) -> tuple[dict, dict]:
     """xz -9e and zstd -19 on the scored text itself, to compare with: they need no training."""
 
     def work() -> dict[str, float]:
-        text = s.tokenizer.decode(s.val.tokens[1:]).encode()
+        text = subject.tokenizer.decode(subject.val.tokens[1:]).encode()
         xz = len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
         zstd = len(zstandard.ZstdCompressor(level=19).compress(text))
         return {"xz_bpb": xz * 8 / len(text), "zstd_bpb": zstd * 8 / len(text)}
 
-    found = s.run.on_main(work)
+    found = subject.run.on_main(work)
     xz, zstd = found["xz_bpb"], found["zstd_bpb"]
-    s.run.log(f"same text: xz -9e {xz:.4f} bpb, zstd -19 {zstd:.4f} bpb")
+    subject.run.log(f"same text: xz -9e {xz:.4f} bpb, zstd -19 {zstd:.4f} bpb")
     return {}, found
 
 
@@ -1300,31 +1311,33 @@ class Sample(Source):
     seed: int = 1
 
 
-def prompt_tokens(s: Subject, prompt: str) -> list[int]:
+def prompt_tokens(subject: Subject, prompt: str) -> list[int]:
     """A document's start and the prompt, all of them tokens that the model knows."""
     if re.search("[\ud800-\udfff]", prompt):
         raise UserError(f"prompt = {ascii(prompt)} is no UTF-8 text")
-    if not s.tokenizer:
-        raise UserError(f"{s.path} was trained without a tokenizer: there is no text to sample")
-    tokens = [s.cfg.doc_token, *s.tokenizer.encode(prompt)]
-    if bad := [t for t in tokens if t >= s.cfg.vocab]:
+    if not subject.tokenizer:
+        raise UserError(
+            f"{subject.path} was trained without a tokenizer: there is no text to sample"
+        )
+    tokens = [subject.cfg.doc_token, *subject.tokenizer.encode(prompt)]
+    if bad := [t for t in tokens if t >= subject.cfg.vocab]:
         raise UserError(
             f"the tokenizer gives token {bad[0]}, which is not below the model's vocab = "
-            f"{s.cfg.vocab}"
+            f"{subject.cfg.vocab}"
         )
     return tokens
 
 
 @torch.compiler.set_stance("force_eager")  # every length would be a graph of its own
 @torch.no_grad()
-def generate(s: Subject, how: Sample) -> str:
+def generate(subject: Subject, how: Sample) -> str:
     """The prompt and what the model goes on with; it stops where a document ends."""
-    model, device, vocab = s.model, s.run.device, s.cfg.vocab
+    model, device, vocab = subject.model, subject.run.device, subject.cfg.vocab
     rng = torch.Generator(device).manual_seed(how.seed)
-    tokens = prompt_tokens(s, how.prompt)
+    tokens = prompt_tokens(subject, how.prompt)
     for _ in range(how.tokens):
-        context = torch.tensor([tokens[-s.plan.max_seq_len :]], device=device)
-        hidden = model.hidden(context, s.shape.repeats, s.shape.window)
+        context = torch.tensor([tokens[-subject.plan.max_seq_len :]], device=device)
+        hidden = model.hidden(context, subject.shape.repeats, subject.shape.window)
         logits = model.logits(hidden[0, -1])[:vocab]
         if how.top_k:
             least = logits.topk(min(how.top_k, vocab)).values[-1]
@@ -1334,22 +1347,22 @@ def generate(s: Subject, how: Sample) -> str:
             tokens.append(int(torch.multinomial(p, 1, generator=rng)))
         else:
             tokens.append(int(logits.argmax()))
-        if tokens[-1] == s.cfg.doc_token:
+        if tokens[-1] == subject.cfg.doc_token:
             break
-    return s.tokenizer.decode(tokens)
+    return subject.tokenizer.decode(tokens)
 
 
-def log_sample(s: Subject, flags: Phase) -> None:
+def log_sample(subject: Subject, flags: Phase) -> None:
     how = Sample(
         source=flags.source,
         prompt=flags.prompt,
         tokens=flags.sample_tokens,
         temperature=flags.temperature,
         top_k=flags.top_k,
-        seed=s.cfg.seed,
+        seed=subject.cfg.seed,
     )
-    what = "artifact" if s.path.is_file() else "weights"
-    s.run.log(f"sample from the {what}:\n{generate(s, how)}")
+    what = "artifact" if subject.path.is_file() else "weights"
+    subject.run.log(f"sample from the {what}:\n{generate(subject, how)}")
 
 
 def check_sampling(tokens: int, temperature: float, top_k: int) -> None:

@@ -399,7 +399,7 @@ def train(study: Study) -> None:
     began = time.perf_counter()
     ranks = train_gpt.Run(study.config(jobs[0][1], jobs[0][0]))
     ranks.prepare_machine()
-    ranks.meet()
+    ranks.join()
     ranks.on_main(lambda: refuse_other_settings(study))
     for i, (seed, name) in enumerate(jobs):
         head = f"{i + 1}/{len(jobs)} {name} seed {seed}:"
@@ -408,7 +408,7 @@ def train(study: Study) -> None:
         became = train_one(study, name, seed, ranks)
         if ranks.is_main:
             print(f"{head} {became} ({time.perf_counter() - began:.0f} s)", flush=True)
-    ranks.part()
+    ranks.leave()
 
 
 ########################################

@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -41,9 +40,15 @@ def tiny(**changes) -> tg.Config:
     return tg.Config(**(small | changes))
 
 
-def alone(rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
-    """What the optimizer and the averages ask of a Run, without processes: one rank of a world."""
-    return SimpleNamespace(rank=rank, world=world, dtype=dtype, sum=lambda x: x, is_main=rank == 0)
+class OneOf(tg.Ranks):
+    """One rank of a world without the others: it hears nothing from them."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def alone(rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float32) -> OneOf:
+    return OneOf(torch.device("cpu"), rank, world, dtype)
 
 
 def build(cfg: tg.Config, seq_len: int = 0, dtype: torch.dtype = torch.float32) -> tg.GPT:
@@ -59,7 +64,7 @@ def random_tokens(
     return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
-def parts(folder, device: str = "cpu", **changes) -> tg.Parts:
+def parts(folder, device: str = "cpu", **changes) -> tg.Trainer:
     """All that train_step needs, on a shard of random tokens."""
     for path in (folder / "x_train_000000.bin", folder / "x_val_000000.bin"):
         if not path.exists():
@@ -68,7 +73,7 @@ def parts(folder, device: str = "cpu", **changes) -> tg.Parts:
     tg.validate(cfg)
     run = tg.Run(cfg)
     run.device = torch.device(device)
-    run.meet()
+    run.join()
     return tg.build(cfg, run)
 
 

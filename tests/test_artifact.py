@@ -196,7 +196,7 @@ def test_nothing_that_is_read_is_unpickled(tmp_path, monkeypatch):
 
     cfg, _ = exported(tmp_path / "a")
     run, p = started(tmp_path / "run")
-    saved = tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 0)
+    saved = tg.save_checkpoint(p, 0)
     for target, name in (
         (pickle, "load"),
         (pickle, "loads"),
@@ -205,7 +205,7 @@ def test_nothing_that_is_read_is_unpickled(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(target, name, forbidden)
     assert tg.load_artifact(tmp_path / "a")[0] == cfg
-    assert tg.load_checkpoint(saved, run, p.model, p.opt, p.avg, p.loader) == 0
+    assert tg.load_checkpoint(saved, p) == 0
     source = (ROOT / "train_gpt.py").read_text()
     assert not any(
         word in source
@@ -595,13 +595,13 @@ def test_resumed_training_is_the_same_to_the_bit(tmp_path, changes):
     train_on(p, 0, 5)
     run.clock.total, run.earlier_wall = 12.5, 100.0
     torch.rand(3)
-    saved = tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 5)
+    saved = tg.save_checkpoint(p, 5)
     assert saved == tmp_path / "a" / "ckpt" / "000005"
     at_save, draw = everything(p), torch.rand(4)
     goes_on = train_on(p, 5, 6)
     torch.manual_seed(999)
     run2, q = started(tmp_path / "a", **changes)
-    assert tg.load_checkpoint(saved, run2, q.model, q.opt, q.avg, q.loader) == 5
+    assert tg.load_checkpoint(saved, q) == 5
     assert torch.equal(torch.rand(4), draw), "the generator's state must come back"
     assert run2.clock.total == 12.5 and run2.wall() > 100
     assert all(torch.equal(v, at_save[k]) for k, v in everything(q).items())
@@ -625,7 +625,7 @@ def test_only_complete_folders_are_checkpoints(tmp_path):
     (folder / "notes.txt").write_text("x")
     assert tg.checkpoints(tmp_path / "a") == []
     for step in (1, 2, 20, 3, 100000000):
-        tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, step)
+        tg.save_checkpoint(p, step)
     assert [c.name for c in tg.checkpoints(tmp_path / "a")] == ["000020", "100000000"]
     left = {f.name for f in folder.iterdir()}
     assert {"best", "10_copy", "notes.txt"} <= left and not left & {
@@ -639,7 +639,7 @@ def test_only_complete_folders_are_checkpoints(tmp_path):
 def test_newest_checkpoints_are_kept(tmp_path, keep):
     run, p = started(tmp_path / "a", keep=keep)
     for step in range(5, 12):
-        tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, step)
+        tg.save_checkpoint(p, step)
     assert [int(c.name) for c in tg.checkpoints(tmp_path / "a")] == list(range(12 - keep, 12))
     assert len(list((tmp_path / "a" / "ckpt").iterdir())) == keep
 
@@ -647,7 +647,7 @@ def test_newest_checkpoints_are_kept(tmp_path, keep):
 @pytest.mark.parametrize("when", ["save_tensors", "sync_folder", "rename"])
 def test_crash_while_saving_keeps_the_older_checkpoint(tmp_path, monkeypatch, when):
     run, p = started(tmp_path / "a", keep=1)
-    first = tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 1)
+    first = tg.save_checkpoint(p, 1)
     before = {f.name: f.read_bytes() for f in first.iterdir()}
 
     def crash(*a):
@@ -656,13 +656,13 @@ def test_crash_while_saving_keeps_the_older_checkpoint(tmp_path, monkeypatch, wh
     monkeypatch.setattr(tg.os if when == "rename" else tg, when, crash)
     for step in (1, 2):
         try:
-            tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, step)
+            tg.save_checkpoint(p, step)
         except KeyboardInterrupt:
             pass
         assert tg.checkpoints(tmp_path / "a") == [first]
         assert {f.name: f.read_bytes() for f in first.iterdir()} == before
     monkeypatch.undo()
-    second = tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 2)
+    second = tg.save_checkpoint(p, 2)
     assert tg.checkpoints(tmp_path / "a") == [second]
 
 
@@ -671,12 +671,12 @@ def test_crash_while_saving_keeps_the_older_checkpoint(tmp_path, monkeypatch, wh
 )
 def test_damaged_checkpoint_is_refused_by_file_name(tmp_path, name):
     run, p = started(tmp_path / "a", ema=0.9)
-    saved = tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 1)
+    saved = tg.save_checkpoint(p, 1)
     whole = (saved / name).read_bytes()
     for data in (whole[: len(whole) // 2], b"", b"\xff" * 100):
         (saved / name).write_bytes(data)
         with pytest.raises(tg.UserError, match=name):
-            tg.load_checkpoint(saved, run, p.model, p.opt, p.avg, p.loader)
+            tg.load_checkpoint(saved, p)
 
 
 # --- starting from other weights
@@ -689,7 +689,7 @@ def test_source_is_a_run_a_checkpoint_or_an_artifact(tmp_path):
     run.folder.mkdir()
     with pytest.raises(tg.UserError, match="neither an artifact .* nor a complete checkpoint"):
         tg.open_source(str(run.folder))
-    saved = tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 3)
+    saved = tg.save_checkpoint(p, 3)
     for where in (run.folder, saved):
         cfg, named, path = tg.open_source(str(where))
         assert path == saved and cfg == run.cfg and torch.equal(named["embed"], p.model.embed)
@@ -707,7 +707,7 @@ def test_transfer_takes_the_parts_that_were_asked_for(tmp_path, transfer, expect
     with torch.no_grad():
         for q in p.model.parameters():
             q.add_(1)
-    tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 3)
+    tg.save_checkpoint(p, 3)
     run2, new = started(tmp_path / "new", init_from=str(tmp_path / "old"), transfer=transfer)
     fresh = dict(build(new.cfg).named_parameters())
     old = dict(p.model.named_parameters())
@@ -722,7 +722,7 @@ def test_transfer_takes_the_parts_that_were_asked_for(tmp_path, transfer, expect
 
 def test_transfer_of_nothing_or_of_another_shape_is_refused(tmp_path):
     run, p = started(tmp_path / "old")
-    tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 3)
+    tg.save_checkpoint(p, 3)
     with pytest.raises(tg.UserError, match="transfer = 'zzz' takes nothing"):
         started(tmp_path / "new", init_from=str(tmp_path / "old"), transfer="zzz")
     with pytest.raises(

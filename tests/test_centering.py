@@ -38,7 +38,7 @@ def preset(name: str, *flags: str) -> tg.Config:
     return tg.parse_args(["--config", name, *flags])
 
 
-def parts(tmp_path, **changes) -> tg.Parts:
+def parts(tmp_path, **changes) -> tg.Trainer:
     """Everything that train_step needs, on a little shard of random tokens."""
     if not list(tmp_path.glob("*.bin")):
         rng = np.random.default_rng(0)

@@ -438,7 +438,7 @@ def test_scores_keep_the_bound_that_lets_exp_go_unchecked(flags, dtype):
     model, largest = build(cfg, dtype=dtype), []
     attn = model.blocks[0].attn
 
-    class Watching(tg.Seen):
+    class Watching(tg.AttentionMask):
         def attend(self, q, k, v, scale, bound=math.inf):
             largest.append((float((q.float() * scale).matmul(k.float().mT).abs().max()), bound))
             got = super().attend(q, k, v, scale, bound)
@@ -537,7 +537,7 @@ def test_a_gpu_runs_the_flex_kernels_compiled_or_not_at_all(monkeypatch, stance)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True), raising=False)
     with torch.no_grad(), torch.compiler.set_stance(stance):
         for window in (0, 64):
-            seen = tg.Seen(ids, window, x)
+            seen = tg.AttentionMask(ids, window, x)
             assert seen.on_gpu and (seen.mask is None) == (stance == "force_eager")
             assert torch.allclose(seen.attend(q, k, v, 0.3), expected[window], atol=2e-5)
     assert runs == (

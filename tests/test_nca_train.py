@@ -58,7 +58,7 @@ def server(tmp_path_factory):
     server.close()
 
 
-def parts(**changes) -> tg.Parts:
+def parts(**changes) -> tg.Trainer:
     cfg = nca.make_config(
         **({k: str(v) if k == "batch_tokens" else v for k, v in SMALL.items()} | changes)
     )

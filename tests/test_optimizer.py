@@ -942,7 +942,7 @@ CASES = [(name, kind) for name in FLAGS for kind in ("float32", "bfloat16")]
 
 
 def linear_loss(
-    p: tg.Parts, x: torch.Tensor, y: torch.Tensor, repeats: int, window: int
+    p: tg.Trainer, x: torch.Tensor, y: torch.Tensor, repeats: int, window: int
 ) -> torch.Tensor:
     """
     A loss whose gradient is the same on any ranks, micro-batches and weights: random numbers, new

@@ -193,7 +193,7 @@ def test_what_is_learned_for_a_position_keeps_its_owner_when_depth_grows(repeats
         h = h + model.loop_embed[row] + model.value_scales[row, 0] * model.value_embeds[0][x]
         if b in before:
             h = h + model.cross_scales[b - 2, passes[b] - 1] * before[b]
-        seen = tg.Seen(None, 0, h)
+        seen = tg.AttentionMask(None, 0, h)
         h = model.blocks[b](
             h, x0, [], (model.cos, model.sin), seen, False, torch.tensor((b + 1) ** -0.5)
         )
@@ -277,9 +277,9 @@ def test_an_evaluation_belongs_to_the_step_behind_it_for_every_graph_schedule(
     if first:
         p.run.step, p.run.trained = 3, p.plan.at(3, 0.3)
         p.run.folder = tmp_path / "run"
-        saved = tg.save_checkpoint(p.run, p.model, p.opt, p.avg, p.loader, first)
+        saved = tg.save_checkpoint(p, first)
         p.run.trained = None
-        assert tg.load_checkpoint(saved, p.run, p.model, p.opt, p.avg, p.loader) == first
+        assert tg.load_checkpoint(saved, p) == first
     monkeypatch.setattr(
         tg,
         "train_step",

@@ -673,7 +673,7 @@ def test_what_these_weights_cannot_do_is_refused_before_a_figure_is_taken(
 ):
     """A model of small matrices, with dropout, without a tokenizer."""
     p = parts(tmp_path, log_dir=str(tmp_path), **changes)
-    tg.save_checkpoint(p.run, p.model, p.opt, p.avg, p.loader, 1)
+    tg.save_checkpoint(p, 1)
     (p.run.folder / "result.json").write_text('{"val_loss": 1.0}')
     assert score.main([str(p.run.folder), "--stride", "8", *argv]) == 2
     said = capsys.readouterr()

@@ -273,7 +273,9 @@ def test_mtp_predicts_the_token_after_next_and_stays_out_of_the_evaluation():
         h = torch.cat([model.hidden(x, 1, 0), rms(p["embed"][y])], -1) @ p["mtp_proj"].T
         single = build(tiny(depth=1))  # a plain GPT of that one block, its embedding put aside
         single.blocks[0].load_state_dict(model.mtp_block.state_dict())
-        h = single.blocks[0](h, h, [], (single.cos, single.sin), tg.Seen(None, 0, h), False)
+        h = single.blocks[0](
+            h, h, [], (single.cos, single.sin), tg.AttentionMask(None, 0, h), False
+        )
         logits = 10 * torch.tanh(rms(h) @ p["head"].T / 10)
         extra = F.cross_entropy(logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
     training = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, 1, 0) / y.numel()
@@ -309,7 +311,14 @@ def test_dropout_and_stochastic_depth_have_their_size_and_are_off_in_evaluation(
     assert torch.allclose(rates, torch.tensor([1.0, 0.7, 0.4]), atol=0.07) and rates[0] == 1
     h = torch.randn(1, 4, 32)
     skipped = model.blocks[1](
-        h, h, [], (model.cos, model.sin), tg.Seen(None, 0, h), False, None, torch.tensor(False)
+        h,
+        h,
+        [],
+        (model.cos, model.sin),
+        tg.AttentionMask(None, 0, h),
+        False,
+        None,
+        torch.tensor(False),
     )
     assert torch.equal(skipped, h)
 

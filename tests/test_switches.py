@@ -14,6 +14,7 @@ import time
 import tomllib
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,7 +249,10 @@ def test_run_is_read_from_another_working_directory(tmp_path, monkeypatch):
     model = build(cfg)
     opt = tg.MuonAdamW(cfg, model, alone())
     loader = type("Position", (), {"state_dict": lambda self: {}, "identity": lambda self: {}})()
-    tg.save_checkpoint(run, model, opt, tg.Averages(cfg, opt), loader, 1)
+    trainer = SimpleNamespace(
+        run=run, model=model, opt=opt, avg=tg.Averages(cfg, opt), loader=loader
+    )
+    tg.save_checkpoint(trainer, 1)
     assert tg.open_source("logs/test")[0].tokenizer == "data/t.model"
     monkeypatch.chdir(tmp_path)
     found = tg.open_source("home/logs/test")[0]

@@ -34,7 +34,7 @@ def source(folder, **changes) -> tuple[str, dict]:
     with torch.no_grad():
         for q in p.model.parameters():
             q.add_(torch.randn(q.shape, generator=torch.Generator().manual_seed(q.numel())))
-    tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 3)
+    tg.save_checkpoint(p, 3)
     return str(folder), {n: q.detach().clone() for n, q in p.model.named_parameters()}
 
 
@@ -218,7 +218,7 @@ def test_of_a_run_that_exports_an_average_the_average_is_taken(tmp_path, capsys,
             for q in p.model.parameters():
                 q.add_(step)
         p.avg.update(step, 1.0)
-    tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 3)
+    tg.save_checkpoint(p, 3)
     live = {n: q.detach().clone() for n, q in p.model.named_parameters()}
     # From w0: w0+1, then w0+3. EMA: decays min(.5, 1/10), min(.5, 2/11); SWA: the mean of both.
     off = {"ema": 0.9 + (3 - 0.9) * 9 / 11 - 3, "swa": -1.0}[kind]
@@ -242,7 +242,7 @@ def test_an_average_without_a_snapshot_is_not_taken(tmp_path, capsys):
     run, p = started(tmp_path / "old", swa_every=2, final_weights="swa")
     with torch.no_grad():
         p.model.head.add_(1)
-    tg.save_checkpoint(run, p.model, p.opt, p.avg, p.loader, 1)
+    tg.save_checkpoint(p, 1)
     _, named, _ = tg.open_source(str(tmp_path / "old"))
     assert (
         torch.equal(named["head"], p.model.head) and "its live weights" in capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_gradient_of_alpha_is_that_of_the_formula():
     with torch.no_grad():
         attn.proj.copy_(torch.eye(32))
     x, dy = torch.randn(2, 1, 8, 32, generator=torch.Generator().manual_seed(0)).unbind(0)
-    y = attn(x, tg.rope_table(tiny(heads=4), 8), tg.Seen(None, 0, x), True)
+    y = attn(x, tg.rope_table(tiny(heads=4), 8), tg.AttentionMask(None, 0, x), True)
     y.backward(dy)
     v = (x @ attn.kv[1].T).detach().view(1, 8, 2, 8).repeat_interleave(2, 2)
     y, dy = y.detach().view_as(v), dy.view_as(v)
