@@ -1048,8 +1048,8 @@ class ModelConfig(Section):
         halves = self.depth > 1 if self.unet == 2 else places > 1
         require(
             not self.unet or halves,
-            f"unet = {self.unet} ties the second half of the blocks to the first: one block has "
-            "no halves",
+            f"unet = {self.unet} ties the second half of the blocks to the first: depth = "
+            f"{self.depth} has no halves",
         )
 
 
