@@ -538,7 +538,7 @@ def test_a_gpu_runs_the_flex_kernels_compiled_or_not_at_all(monkeypatch, stance)
     with torch.no_grad(), torch.compiler.set_stance(stance):
         for window in (0, 64):
             seen = tg.AttentionMask(ids, window, x)
-            assert seen.on_gpu and (seen.mask is None) == (stance == "force_eager")
+            assert seen.on_gpu and (seen.flex is None) == (stance == "force_eager")
             assert torch.allclose(seen.attend(q, k, v, 0.3), expected[window], atol=2e-5)
     assert runs == (
         [("create_block_mask", True), ("flex_attention", True)] * 2 if stance == "default" else []

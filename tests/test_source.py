@@ -130,7 +130,7 @@ def tables(text: str) -> set[int]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.stmt) and not hasattr(node, "body"):
             last = text.splitlines()[node.end_lineno - 1]
-            if "# fmt: skip" in last:
+            if "# fmt: skip" in last or "noqa: E501" in last:
                 left |= set(range(node.lineno, node.end_lineno + 1))
     return left
 
