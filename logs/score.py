@@ -1087,7 +1087,6 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False) -> Subjec
     source = Path(flags.source)
     is_run = source.is_dir() and not (source / "model.safetensors").exists()
     folder = source if is_run else path.parent
-    cfg.log_dir, cfg.run, cfg.wandb = str(folder.absolute().parent), folder.absolute().name, ""
     cfg.device, cfg.data = flags.device, flags.data or cfg.data
     cfg.val_tokens = cfg.val_tokens if flags.val_tokens < 0 else flags.val_tokens
     on_cpu = tg.choose_device(cfg).type == "cpu"
@@ -1095,7 +1094,8 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False) -> Subjec
         cfg.dtype = "float32"  # a walk token by token would spend its time on casting weights
     if on_cpu or not compiled:
         cfg.compile = 0  # takes longer than it saves
-    run, plan = tg.Run(cfg), tg.Plan(cfg)
+    run, plan = tg.Run(dataclasses.replace(cfg, wandb="")), tg.Plan(cfg)
+    run.folder = folder  # wherever it was when it was trained, which an export goes on saying
     model = tg.build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
     tg.load_weights(model, named, str(path))
     shape = plan.eval_shape(plan.at(cfg.steps, 1.0))
