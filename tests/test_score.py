@@ -698,3 +698,81 @@ def test_the_flags_of_the_program_are_the_table_of_a_preset():
     assert {k: v for k, v in fields.items() if k not in beside} == tg.TABLES["score"]
     kinds = typing.get_type_hints(score.Phase)
     assert all(kinds[key] is type(value) for key, value in tg.TABLES["score"].items())
+
+
+# --- the other verbs
+
+
+def test_an_export_by_hand_is_the_artifact_of_the_run(runs, tmp_path, capsys):
+    """
+    From the newest checkpoint, in the bits and the codec of the run: the same weights, and the same
+    configuration but for the machine that it was made on.
+    """
+    out = tmp_path / "a.nrx"
+    argv = ["export", str(runs / "tiny"), "--out", str(out), "--calibration_rows", "0"]
+    assert score.main([*argv, "--bits", "int8", "--codec", "zstd"]) == 0
+    mine, its = tg.load_artifact(out), tg.load_artifact(runs / "tiny" / "model.nrx")
+    assert all(torch.equal(w, its[1][name]) for name, w in mine[1].items())
+    here = {key: getattr(its[0], key) for key in ("device", "data", "tokenizer")}
+    assert mine[1].keys() == its[1].keys() and dataclasses.replace(mine[0], **here) == its[0]
+    assert f"artifact: {out} {out.stat().st_size} bytes" in capsys.readouterr().out
+    small = tmp_path / "b.nrx"
+    argv[3] = str(small)
+    limit = int(0.8 * out.stat().st_size)
+    assert score.main([*argv, "--bits", "fit", "--codec", "best", "--limit", str(limit)]) == 0
+    assert small.stat().st_size <= limit < out.stat().st_size
+    assert tg.load_artifact(small)[1].keys() == tg.load_artifact(out)[1].keys()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"out": "/nowhere/a.nrx"}, ["out = '/nowhere/a.nrx'", "no folder"]),
+        ({"out": __file__}, ["exists", "another name"]),
+        ({"bits": "fit"}, ["limit", "not set"]),
+        ({"bits": "int3"}, ["int3", "int4"]),
+        ({"bits": "int6 nothing:5"}, ["nothing", "matches no matrix"]),
+        ({"codec": "zip"}, ["codec = 'zip'", "zstd"]),
+        ({"limit": 1000}, ["limit = 1000", "smaller model", "--bits fit"]),
+        ({"bits": "fit", "limit": 1000}, ["limit = 1000", "smaller model"]),
+        ({"source": "model.nrx"}, ["is an artifact", "exact weights"]),
+    ],
+    ids=str,
+)
+def test_an_export_that_cannot_be_is_refused(runs, tmp_path, capsys, changes, words):
+    flags = {"out": str(tmp_path / "a.nrx"), "calibration_rows": 0} | changes
+    source = runs / "tiny" / flags.pop("source", "")
+    argv = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    assert score.main(["export", str(source), *argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert all(word in said for word in words), said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_tells_bytes_and_bits_lost_of_every_choice(runs, capsys):
+    choices = ["int8", "int6", "int4", "int4 gptq"]
+    argv = ["table", str(runs / "tiny"), "--calibration_rows", "4", "--choices", *choices]
+    assert score.main(argv) == 0
+    head, columns, _, *rows = capsys.readouterr().out.strip().splitlines()
+    assert "exact weights: " in head and "GPTQ on" in head
+    names = [word.strip() for word in columns.strip("|").split("|")]
+    assert names[1:-2] == [*tg.CODECS, tg.ENTROPY]
+    found = [[word.strip() for word in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in found] == choices
+    sizes = [list(map(int, row[1:-2])) for row in found]
+    for row, size in zip(found, sizes):
+        assert float(row[-2]) == pytest.approx(min(size) / sizes[0][0], abs=1e-3)
+    assert min(sizes[0]) > min(sizes[1]) > min(sizes[2])
+    lost = [float(row[-1]) for row in found]
+    assert abs(lost[0]) < 1e-3 and max(map(abs, lost)) == max(map(abs, lost[2:]))
+
+
+def test_a_proof_by_hand_decodes_what_is_claimed(runs, capsys):
+    argv = ["prove", str(runs / "tiny"), "--bytes", "60", "--mode", "mixture", "--stride", "8"]
+    assert score.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "prove:mixture text_bytes:" in said and "the text came back: proven" in said
+    for words in (["--code", "x"], ["--out", "x"]):
+        assert score.main(["decode", str(runs / "tiny"), *words]) == 2
+        assert "--code FILE --out FILE" in capsys.readouterr().err
