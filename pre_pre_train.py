@@ -1286,7 +1286,7 @@ class NcaLoader:
                 f"nca_tokens = {cfg.nca_tokens}: an epoch of {row_count(cfg, 'train')} rows is "
                 f"less than one batch of {self.rows}: raise it, or lower --batch_tokens"
             )
-        self.data = NcaData(cfg, "train", run.rank, run.world, say=run.log, poll=run.agree)
+        self.data = NcaData(cfg, "train", run.rank, run.world, say=run.log, poll=run.poll)
         self.epoch = self.pos = 0  # the next batch is batch `pos` of the epoch
         self.prepared, self.order = -1, np.empty(0, np.int64)
         row = self.data.generate(0, np.arange(1))
@@ -1352,7 +1352,7 @@ class NcaValidation:
 
     def __init__(self, cfg: PrePreConfig, run: tg.Run, loader: NcaLoader):
         self.cfg, self.tensors, self.bytes, self.seq_len = cfg, loader.tensors, 0, row_inputs(cfg)
-        data = NcaData(cfg, "val", run.rank, run.world, say=run.log, poll=run.agree)
+        data = NcaData(cfg, "val", run.rank, run.world, say=run.log, poll=run.poll)
         data.prepare(0)
         if run.world > 1:
             dist.barrier()

@@ -592,7 +592,7 @@ def test_validation_loss_is_the_same_for_all_batches_and_ranks(tmp_path, world, 
     total = 0.0
     for rank in range(world):
         run = alone(rank, world)
-        run.device, run.agree = torch.device("cpu"), lambda: None
+        run.device, run.poll = torch.device("cpu"), lambda: None
         total += tg.evaluate(run, model, val, tg.Shape(rows, 32, 1, 0))[0]
     assert total == pytest.approx(torch.cat(by_row).double().mean().item(), abs=1e-6)
 
