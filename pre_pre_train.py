@@ -66,8 +66,9 @@ from train_gpt import Config, UserError
 
 
 @dataclass
-class PrePreConfig(Config):
-    # --- nca
+class NcaConfig(tg.Section):
+    """Rules, their grids and their rows."""
+
     # presets of the language run (or its config.toml): the model is theirs (pr63: see LIKE_PR63)
     like: tuple[str, ...] = ()
     # whose choices the flags below start from: pr63 (slowrun pull request 63) or paper
@@ -114,23 +115,43 @@ class PrePreConfig(Config):
     json: bool = False  # with generate_only: print one JSON object
     picture: str = ""  # with generate_only, or alone: draw rules into this PNG file
 
+    LIMITS = tg.limits(
+        (0, 1, "nca_delimiter_loss nca_regen"),
+        (0, 4096, "nca_threads"),
+        (0, 65536, "nca_vocab nca_colors"),
+        (0, 10**6, "nca_init_steps nca_temperature"),
+        (0, 2**32 - 1, "nca_seed"),
+        (1, 128, "nca_patch"),
+        (1, 1024, "nca_grid"),
+        (1, 10**6, "nca_dt nca_epochs"),
+        (1, 2**22, "nca_seq_len nca_min_grid"),
+        (1, 10**9, "nca_tries nca_sims_per_rule nca_measured"),
+        (1, 10**12, "nca_tokens nca_val_tokens"),
+        (-(10**6), 10**6, "nca_identity"),
+    )
+    CHOICES = {
+        "nca_compat": ("pr63", "paper"),
+        "nca_rule_init": ("normal", "lecun"),
+        "nca_start": ("uniform", "skewed"),
+        "nca_record": ("after", "before"),
+        "nca_last": ("whole", "cut"),
+        "nca_filter": ("pr63", "paper", "none"),
+        "nca_control": ("", "random", "shuffled", "still"),
+    }
 
-# As train_gpt's RANGES: least and most of each number.
-NCA_RANGES = (
-    (0, 1, "nca_delimiter_loss nca_regen"),
-    (0, 4096, "nca_threads"),
-    (0, 65536, "nca_vocab nca_colors"),
-    (0, 10**6, "nca_init_steps nca_temperature"),
-    (0, 2**32 - 1, "nca_seed"),
-    (1, 128, "nca_patch"),
-    (1, 1024, "nca_grid"),
-    (1, 10**6, "nca_dt nca_epochs"),
-    (1, 2**22, "nca_seq_len nca_min_grid"),
-    (1, 10**9, "nca_tries nca_sims_per_rule nca_measured"),
-    (1, 10**12, "nca_tokens nca_val_tokens"),
-    (-(10**6), 10**6, "nca_identity"),
-)
-NCA_LIMITS = {name: (least, most) for least, most, names in NCA_RANGES for name in names.split()}
+    def check(self) -> None:
+        tg.check_choices(self, self.CHOICES)
+        tg.check_numbers(self, self.LIMITS)
+        check_patches(self)
+        check_rows(self)
+        band(self)
+
+
+@dataclass
+class PrePreConfig(NcaConfig, Config):
+    """The trainer's flags with those of the automata behind them."""
+
+
 # What follows from other flags here, and from which.
 FOLLOWS = {
     "vocab": "nca_colors, nca_patch and nca_vocab",
@@ -218,15 +239,8 @@ COMPAT = {
 }
 
 
-# Fields that make the model, as they stand in Config; what documents mean is no part of it.
-MODEL = [
-    name
-    for name in tg.FIELDS
-    if list(tg.FIELDS).index("depth")
-    <= list(tg.FIELDS).index(name)
-    < list(tg.FIELDS).index("optimizer")
-    and name != "doc_mask"
-]
+# What makes the model; what documents mean is no part of it.
+MODEL = {f.name for f in dataclasses.fields(tg.ModelConfig)} - {"doc_mask"}
 
 
 # The pull request's model was the language run's without what regularises that run, its projections
@@ -364,32 +378,15 @@ def derive(cfg: PrePreConfig) -> None:
     cfg.steps = max(1, cfg.nca_epochs * (row_count(cfg, "train") // max(1, rows)))
 
 
-CHOICES = {
-    "nca_compat": tuple(COMPAT),
-    "nca_rule_init": ("normal", "lecun"),
-    "nca_start": ("uniform", "skewed"),
-    "nca_record": ("after", "before"),
-    "nca_last": ("whole", "cut"),
-    "nca_filter": ("pr63", "paper", "none"),
-    "nca_control": ("", "random", "shuffled", "still"),
-}
-
-
 def validate(cfg: PrePreConfig) -> None:
     """Refuse what cannot work: each message names the key, the value and the fix."""
-    for key, allowed in CHOICES.items():
-        value, choices = getattr(cfg, key), ", ".join(map(repr, allowed))
-        need(value in allowed, f"{key} = {value!r}: must be one of {choices}")
-    tg.check_numbers(cfg, NCA_LIMITS)
-    check_patches(cfg)
-    check_rows(cfg)
-    band(cfg)
-    need(
+    NcaConfig.check(cfg)
+    tg.require(
         cfg.param_dtype == "float32",
         f"param_dtype = {cfg.param_dtype!r}: an embedding in bfloat16 cannot move by steps as "
         "small as these (the pull request's did not): pre-pre-training keeps float32 masters",
     )
-    need(
+    tg.require(
         len(tg.Schedule("batch_tokens", cfg.batch_tokens).points) == 1,
         f"batch_tokens = {cfg.batch_tokens!r}: the steps of an epoch are counted in batches of one "
         "size: give one number",
@@ -398,30 +395,25 @@ def validate(cfg: PrePreConfig) -> None:
     tg.validate(cfg)
 
 
-def need(ok: bool, message: str) -> None:
-    if not ok:
-        raise UserError(message)
-
-
 def check_patches(cfg: PrePreConfig) -> None:
     """Grids can be cut into patches, and there are few enough of these to be tokens."""
     grid, patch, colors = cfg.nca_grid, cfg.nca_patch, cfg.nca_colors
     below = grid - grid % patch
     near = f"{below} or {below + patch}" if below else f"{patch}"
-    need(
+    tg.require(
         grid % patch == 0,
         f"nca_grid = {grid} cannot be cut into patches of nca_patch = {patch} cells: choose "
         f"--nca_grid {near}",
     )
-    need(2 <= colors <= 16, f"nca_colors = {colors}: 2 to 16 colours are possible")
+    tg.require(2 <= colors <= 16, f"nca_colors = {colors}: 2 to 16 colours are possible")
     possible = [p for p in range(1, 5) if colors ** (p * p) + 2 <= 65536 and grid % p == 0]
     # told as a power: the number itself may have more digits than Python prints
-    need(
+    tg.require(
         patch < 5 and vocabulary(cfg) <= 65536,
         f"nca_colors = {colors} and nca_patch = {patch} make {colors}^{patch**2} tokens, but rows "
         f"hold uint16: choose fewer colours or --nca_patch {max(possible, default=1)}",
     )
-    need(
+    tg.require(
         cfg.nca_vocab == 0 or cfg.nca_vocab >= vocabulary(cfg),
         f"nca_vocab = {cfg.nca_vocab}: there are {vocabulary(cfg)} tokens; 0 takes just these",
     )
@@ -430,14 +422,14 @@ def check_patches(cfg: PrePreConfig) -> None:
 def check_rows(cfg: PrePreConfig) -> None:
     """A row holds a grid to predict, and there is a row of each split."""
     grids, size = cfg.nca_min_grid + 1, grid_tokens(cfg)
-    need(
+    tg.require(
         row_width(cfg) >= grids * size,
         f"nca_seq_len = {cfg.nca_seq_len}: a row needs {grids} grids of {size} tokens, the first "
         f"{cfg.nca_min_grid} of them as context: at least {grids * size}",
     )
     for key in ("nca_tokens", "nca_val_tokens"):
         value, row = getattr(cfg, key), row_inputs(cfg)
-        need(value >= row, f"{key} = {value}: less than one row of {row} tokens")
+        tg.require(value >= row, f"{key} = {value}: less than one row of {row} tokens")
 
 
 def band(cfg: PrePreConfig) -> tuple[float, float]:
@@ -1294,7 +1286,7 @@ class NcaLoader:
                 f"nca_tokens = {cfg.nca_tokens}: an epoch of {row_count(cfg, 'train')} rows is "
                 f"less than one batch of {self.rows}: raise it, or lower --batch_tokens"
             )
-        self.data = NcaData(cfg, "train", run.rank, run.world, say=run.log, poll=run.agree)
+        self.data = NcaData(cfg, "train", run.rank, run.world, say=run.log, poll=run.poll)
         self.epoch = self.pos = 0  # the next batch is batch `pos` of the epoch
         self.prepared, self.order = -1, np.empty(0, np.int64)
         row = self.data.generate(0, np.arange(1))
@@ -1360,7 +1352,7 @@ class NcaValidation:
 
     def __init__(self, cfg: PrePreConfig, run: tg.Run, loader: NcaLoader):
         self.cfg, self.tensors, self.bytes, self.seq_len = cfg, loader.tensors, 0, row_inputs(cfg)
-        data = NcaData(cfg, "val", run.rank, run.world, say=run.log, poll=run.agree)
+        data = NcaData(cfg, "val", run.rank, run.world, say=run.log, poll=run.poll)
         data.prepare(0)
         if run.world > 1:
             dist.barrier()

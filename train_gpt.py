@@ -3942,13 +3942,13 @@ def load_weights(model: nn.Module, named: dict[str, Tensor], where: str) -> None
 def source_files(cfg: Config) -> list[Path]:
     """
     The project's sources that a run needs, the started script first: they go into the log and are
-    counted. A score beyond the evaluation of whole rows needs its scorer.
+    counted. Scores beyond the evaluation of whole rows need their scorer.
     """
     here, started = Path(__file__).resolve(), Path(sys.argv[0]).resolve()
     found = [here]
     if started.suffix == ".py" and started.parent == here.parent:
         found.insert(0, started)
-    if cfg.score.get("modes"):
+    if cfg.score.get("modes") or cfg.average_epochs:
         found.append(here.parent / "logs" / "score.py")
     return list(dict.fromkeys(path for path in found if path.is_file()))
 
