@@ -21,7 +21,7 @@ Read it from top to bottom. A section begins with its flags; the comment of a fi
 
 Letters: B batch, T time, D width, H heads, K head_dim, V vocabulary, N = B*T tokens. A tensor whose
 layout is not obvious carries it as a suffix (q_BTHK). `steps` are optimizer steps; `repeats` are
-passes through looped blocks; a `block` owns matrices; a `position` is one application of a block.
+passes through looped blocks; a `block` owns matrices; a `place` is one application of a block.
 Losses are nats per token, sizes decimal bytes. Nothing happens at import.
 """
 
@@ -906,19 +906,17 @@ class ModelConfig(Section):
     attn_gate: int = 0  # heads times sigmoid of a map of the input's first n dims; 0: none
     value_proj: int = 0  # every 2nd block adds a map of the embedding, gated by n input dims
     iha: int = 0  # 1: learned mixing of the heads' weights of queries, keys, values (slowrun)
-    # exclusive self-attention (no component along the own value) in the last n positions; -1: in
-    # all
+    # exclusive self-attention (no component along the own value) in the last n places; -1: in all
     xsa: int = 0
     xsa_learned: int = 0  # 1: of that component, tanh of a number learned by head, from 0
     block_scales: int = 0  # 1: learned vectors mix in the embedding and scale both branches
     resid_lambda: float = 0.0  # start of a learned factor per block on the residual stream; 0: none
     x0_lambda: float = 0.0  # start of a learned share of the embedding per block; 0: none
-    # learned skips from the first half to the second: 1: a vector per position; 2: a number per
-    # block
+    # learned skips from the first half to the second: 1: a vector by place; 2: a number by block
     unet: int = 0
     layer_scale: int = 0  # 1: normed inputs of block l's branches are divided by sqrt(l + 1)
-    loop_embed: int = 0  # 1: each position adds a learned vector
-    value_embeds: int = 0  # token tables of which each position adds a learned share; 0: none
+    loop_embed: int = 0  # 1: each place adds a learned vector
+    value_embeds: int = 0  # token tables of which each place adds a learned share; 0: none
     cross_repeat: int = 0  # 1: a looped block adds a learned share of its last output
 
     doc_mask: int = 1  # 1: a token sees its own document only
@@ -1539,7 +1537,7 @@ class MLP(Declaring):
 class Block(Declaring):
     """
     Attention and MLP with the vectors that steer them; a looped block is applied at several
-    positions. Counted from the last one, every second block has a value projection; the block of
+    places. Counted from the last one, every second block has a value projection; the block of
     MTP (index = depth) has none, and no lambdas.
     """
 
@@ -1646,13 +1644,13 @@ class Place(NamedTuple):
     block: int
     visit: int  # how often the block was applied before
     row: int  # of what is learned by place: loop_embed, value_scales
-    windowed: bool  # whether a token sees the window; else the whole row
+    windowed: bool  # whether a token sees `window` keys, where that is set; else the whole row
     skip: Added | None  # of the U-net, by a row of skips
-    again: Added | None  # the block's own last output, by a row of cross_scales
+    last_visit: Added | None  # the block's own last output, by a row of cross_scales
     xsa: bool  # exclusive self-attention
     shrink: float  # layer_scale's factor on the normed inputs of both branches
     drop: float  # the chance of stochastic depth that a training pass leaves it out
-    kept: bool = False  # whether a later place adds its output
+    is_added: bool = False  # whether a later place adds its output
 
 
 def wiring(cfg: Config, repeats: int) -> list[Place]:
@@ -1666,34 +1664,35 @@ def wiring(cfg: Config, repeats: int) -> list[Place]:
     places = []
     for at, block in enumerate(order):
         visit = order[:at].count(block)
-        # What is learned for a place has as many rows as the deepest order: up to the loop's end
-        # they are counted from the front, behind it from the back. So each keeps its row when
-        # depth grows.
+        # loop_embed and value_scales have as many rows as the deepest order: up to the loop's end
+        # they are counted from the front, behind it from the back. So each keeps its place when
+        # depth grows. (Skips do not: their rows are counted from the middle.)
         row = at + deepest - len(order) if block >= loop_span(cfg)[1] else at
-        again = None
+        last_visit = None
         if cfg.cross_repeat and visit:
-            again = Added(last[block], (block - loop_span(cfg)[0], visit - 1))
+            last_visit = Added(last[block], (block - loop_span(cfg)[0], visit - 1))
         place = Place(
             block=block,
             visit=visit,
             row=row,
             windowed=is_windowed(cfg, block),
             skip=unet_skip(cfg, at, block, len(order), last),
-            again=again,
+            last_visit=last_visit,
             xsa=cfg.xsa < 0 or at >= len(order) - cfg.xsa,
             shrink=(block + 1) ** -0.5 if cfg.layer_scale else 1.0,
             drop=drop_chance(cfg, block),
         )
         places.append(place)
         last[block] = at
-    sources = {added.source for p in places for added in (p.skip, p.again) if added}
-    return [p._replace(kept=at in sources) for at, p in enumerate(places)]
+    sources = {added.source for p in places for added in (p.skip, p.last_visit) if added}
+    return [p._replace(is_added=at in sources) for at, p in enumerate(places)]
 
 
 def unet_skip(cfg: Config, at: int, block: int, places: int, last: dict[int, int]) -> Added | None:
     """
-    unet = 1 joins the first and the last place, the second and the last but one, and so on, a
-    middle one with none; unet = 2 does so with blocks, of which the last outputs count.
+    unet = 1 takes places as a stack: the first half lays its outputs on it, the second takes them
+    off, and of an odd number the last has none. unet = 2 does so with blocks, of which the last
+    outputs count.
     """
     if cfg.unet == 1 and places // 2 <= at < places // 2 * 2:
         return Added(places // 2 * 2 - 1 - at, at - places // 2)
@@ -1703,7 +1702,7 @@ def unet_skip(cfg: Config, at: int, block: int, places: int, last: dict[int, int
 
 
 def is_windowed(cfg: Config, block: int) -> bool:
-    """Whether a block has the window: by window_pattern; the last block sees the whole row."""
+    """Whether a block has the window: all without a pattern; with one, never the last block."""
     if not cfg.window_pattern:
         return True
     letter = cfg.window_pattern[block % len(cfg.window_pattern)]
@@ -1718,9 +1717,9 @@ def drop_chance(cfg: Config, block: int) -> float:
 class LossAndLogZ(torch.autograd.Function):
     """
     Cross-entropy and log Z [2, N] of logits [N, V], both 0 where the target is -1, for little more
-    than the first alone: log Z = loss + the target's logit, and the gradient is (dloss + dlogZ) *
-    softmax - dloss at the target, for which log_softmax has a kernel of one pass: it gives sum *
-    softmax - what is given, that is - sum at the target.
+    than the first alone. log Z = loss + the target's logit. The gradient is (a + b) * softmax, less
+    a at the target, for gradients a of the loss and b of log Z: PyTorch's kernel for the backward
+    pass of log_softmax gives it in one pass, when told -(a + b) at the target, up to b there.
     """
 
     @staticmethod
@@ -1741,8 +1740,8 @@ class LossAndLogZ(torch.autograd.Function):
 
 def plain_loss_and_log_z(logits: Tensor, targets: Tensor) -> Tensor:
     """
-    The same by autograd alone. On a GPU the compiler fuses it, which the above it does not: 2 % of
-    a step against 11 %.
+    The same by autograd alone. On a GPU the compiler fuses this, but not the class above: 2 % of a
+    step against 11 %.
     """
     log_z = logits.logsumexp(-1)
     return torch.stack([log_z - logits.gather(-1, targets.clamp_min(0)[:, None])[:, 0], log_z]) * (
@@ -1767,17 +1766,17 @@ class GPT(Declaring):
         self.declare("mtp_proj", "matrix", plain_map(cfg), cfg.dim, 2 * cfg.dim, on=cfg.mtp)
         self.mtp_block = Block(cfg, cfg.depth) if cfg.mtp else None
         self.declare("final_gain", "scalar", 1.0, cfg.dim, on=cfg.layer_norm)
-        depths = [int(repeats) for repeats in Schedule("repeats", cfg.repeats).values()]
-        self.places = {repeats: wiring(cfg, repeats) for repeats in depths}
+        values = Schedule("repeats", cfg.repeats).values()
+        self.places = {int(repeats): wiring(cfg, int(repeats)) for repeats in values}
         # What is learned by place, and not by block, is there for the deepest order.
-        repeats, (low, high) = max(depths), loop_span(cfg)
-        places, tables = len(self.places[repeats]), cfg.value_embeds
+        most, (low, high) = max(self.places), loop_span(cfg)
+        places, tables = len(self.places[most]), cfg.value_embeds
         shape = (cfg.depth // 2,) if cfg.unet == 2 else (places // 2, cfg.dim)
         self.declare("skips", "scalar", 1.0, *shape, on=cfg.unet)
         self.declare("loop_embed", "scalar", 0.0, places, cfg.dim, on=cfg.loop_embed)
         self.declare("value_embeds", "embed", normal(1.0), tables, cfg.vocab, cfg.dim, on=tables)
         self.declare("value_scales", "scalar", 0.0, places, tables, cfg.dim, on=tables)
-        shape = (high - low, max(1, repeats - 1), cfg.dim)
+        shape = (high - low, max(1, most - 1), cfg.dim)
         self.declare("cross_scales", "scalar", 0.0, *shape, on=cfg.cross_repeat)
         cos, sin = rope_table(cfg, seq_len)
         self.register_buffer("cos", cos, persistent=False)
@@ -1806,17 +1805,17 @@ class GPT(Declaring):
 
     def hidden(self, tokens_BT: Tensor, repeats: int, window: int, cache=None) -> Tensor:
         """
-        tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: that
-        of logs/score.py, which holds what attention needs of the tokens before these.
+        tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: keys
+        and values of the tokens before these, see logs/score.py.
         """
         places, x = self.places.get(repeats) or wiring(self.cfg, repeats), self.embedded(tokens_BT)
-        # A copy: compiled blocks would guard against meeting one tensor twice, and take a graph for
-        # the first place alone.
+        # A copy: at the first place x would be x0, and a compiled block takes a graph of its own
+        # for two arguments that are one tensor.
         x0, first = x.clone(), cache.size if cache else 0
         rope = self.cos[first:], self.sin[first:]
         masks = self.masks(places, self.documents(tokens_BT), window, x, cache)
         values, one = self.token_values(tokens_BT), torch.ones((), dtype=x.dtype, device=x.device)
-        keep = self.kept_places(places)
+        keep = self.drawn_places(places)
         outputs: dict[int, Tensor] = {}  # that later places add
         for at, place in enumerate(places):
             added = self.added(place, outputs, values, one)
@@ -1824,7 +1823,7 @@ class GPT(Declaring):
             shrink = one * place.shrink if self.cfg.layer_scale else None
             block = self.blocks[place.block]
             x = block(x, x0, added, rope, masks[at], place.xsa, shrink, keep[at])
-            if place.kept:
+            if place.is_added:
                 outputs[at] = x
         return self.final(x)
 
@@ -1833,7 +1832,7 @@ class GPT(Declaring):
     ) -> list[AttentionMask]:
         """What each place sees of activations x [B, T, D]: one object for all of one window."""
         if cache:
-            return [cache.mask(docs)] * len(places)
+            return [cache.begin_pass(docs)] * len(places)  # which counts the places itself
         windows = [window if place.windowed else 0 for place in places]
         made = {w: AttentionMask(docs, w, x) for w in dict.fromkeys(windows)}
         return [made[w] for w in windows]
@@ -1843,7 +1842,7 @@ class GPT(Declaring):
         tables = self.value_embeds if self.cfg.value_embeds else ()
         return [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
 
-    def kept_places(self, places: list[Place]) -> list[Tensor | None]:
+    def drawn_places(self, places: list[Place]) -> list[Tensor | None]:
         """Of each place, whether stochastic depth lets it take part: a truth value []."""
         if not (self.cfg.stoch_depth and torch.is_grad_enabled()):
             return [None] * len(places)
@@ -1858,10 +1857,11 @@ class GPT(Declaring):
         if place.skip:
             pairs.append((self.skips[place.skip.row], outputs[place.skip.source]))
         if self.loop_embed is not None:
-            pairs.append((self.loop_embed[place.row], one))
+            pairs.append((self.loop_embed[place.row], one))  # the vector itself
         pairs += [(self.value_scales[place.row, table], v) for table, v in enumerate(values)]
-        if place.again:
-            pairs.append((self.cross_scales[place.again.row], outputs[place.again.source]))
+        if place.last_visit:
+            scale = self.cross_scales[place.last_visit.row]
+            pairs.append((scale, outputs[place.last_visit.source]))
         return pairs
 
     @property
@@ -1898,21 +1898,19 @@ class GPT(Declaring):
         repeats: int = 1,
         window: int = 0,
         log_z: bool = False,
-        ahead: bool = False,
+        mtp: bool = False,
     ) -> Tensor:
         """
-        Losses [B*T] of all targets, in nats; with log_z a row more, as losses() has it, with ahead
-        one more, of ahead().
+        Losses [B*T] of all targets, in nats; with log_z a row more, as losses() has it, with mtp
+        one more, of mtp_losses().
         """
         x = self.hidden(tokens_BT, repeats, window)
         losses = self.chunked(x, targets_BT, log_z)
-        return (
-            torch.cat([losses.view(1 + log_z, -1), self.ahead(x, targets_BT).view(1, -1)])
-            if ahead
-            else losses
-        )
+        if not mtp:
+            return losses
+        return torch.cat([losses.view(1 + log_z, -1), self.mtp_losses(x, targets_BT).view(1, -1)])
 
-    def ahead(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    def mtp_losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """
         Multi-token prediction as in DeepSeek-V3 (2024): activations and the embedding of the target
         go through one more block, with the row in full, and the same head. Losses [B*T] of the
@@ -1939,8 +1937,8 @@ class GPT(Declaring):
             return self.losses(x, targets, log_z)
         chunks = zip(x.split(self.cfg.loss_chunk), targets.split(self.cfg.loss_chunk))
         head = self.head.float()  # so that chunks' gradients are summed in fp32
-        run = torch.utils.checkpoint.checkpoint
-        parts = [run(self.losses, *c, log_z, head, use_reentrant=False) for c in chunks]
+        recomputed = torch.utils.checkpoint.checkpoint
+        parts = [recomputed(self.losses, *c, log_z, head, use_reentrant=False) for c in chunks]
         return torch.cat(parts, -1)
 
 
@@ -5090,13 +5088,13 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     extra_terms that were added to it, and the gradient norm.
     """
     rows = trainer.loader.batch(step, now.batch_tokens, now.seq_len)
-    size = trainer.plan.micro_rows(now, trainer.run.world)
+    per_pass = trainer.plan.micro_rows(now, trainer.run.world)
     total = torch.zeros(
         1 + bool(trainer.cfg.z_loss) + bool(trainer.cfg.mtp), device=trainer.run.device
     )
     with rounded_weights(trainer, step, now):
-        for low in range(0, len(rows), size):
-            x, y = trainer.loader.tensors(rows[low : low + size], trainer.run.device)
+        for low in range(0, len(rows), per_pass):
+            x, y = trainer.loader.tensors(rows[low : low + per_pass], trainer.run.device)
             # Summed over tokens and divided by the global count: ranks and micro-batches change the
             # float order alone.
             terms = loss_terms(trainer, x, y, now.repeats, now.window) / trainer.loader.targets(
@@ -5104,8 +5102,8 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
             )
             terms.sum().backward()
             total += terms.detach()
-            if size < len(rows):
-                trainer.opt.collect(last=low + size >= len(rows))
+            if per_pass < len(rows):
+                trainer.opt.collect(last=low + per_pass >= len(rows))
     total = trainer.run.sum(total)
     if trainer.cfg.mu_loss:
         total = torch.cat(
@@ -5119,10 +5117,10 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
                 ),
             ]
         )
-    size = trainer.opt.step(now)
+    grad_norm = trainer.opt.step(now)
     if trainer.cfg.mu_centering and not trainer.opt.frozen("head", now):
         center(trainer.model.head[: trainer.model.logit_rows])
-    return total, size
+    return total, grad_norm
 
 
 def validate_all(trainer: Trainer, step: int, now: Now) -> dict:
@@ -5184,21 +5182,21 @@ def embedding_statistics(trainer: Trainer, now: Now) -> dict[str, float]:
 
 
 def log_step(
-    trainer: Trainer, step: int, now: Now, loss: Tensor, size: Tensor, seconds: float
+    trainer: Trainer, step: int, now: Now, loss: Tensor, grad_norm: Tensor, seconds: float
 ) -> None:
     """Read a finished step's numbers (a wait), stop if not finite, write the lines."""
-    (loss, *extra), size, run, cfg = loss.tolist(), float(size), trainer.run, trainer.cfg
+    (loss, *extra), grad_norm, run, cfg = loss.tolist(), float(grad_norm), trainer.run, trainer.cfg
     terms = dict(zip(extra_terms(cfg), extra))
-    if not (math.isfinite(loss) and math.isfinite(size)):
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         good = checkpoints(run.folder)
         kept = "No checkpoint was saved before it"
         if good:
             kept = f"Last good checkpoint: {good[-1]}; it is kept"
         start = ", which may start from those weights with --init_from" if good else ""
         raise Diverged(
-            f"step {step}: loss {loss}, gradient norm {size}: not finite, stopped (lr multiplier "
-            f"{now.lr:.4g}, repeats {now.repeats}). {kept}. Lower the learning rates or set "
-            f"--grad_clip 1 in another --run{start}"
+            f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, stopped (lr "
+            f"multiplier {now.lr:.4g}, repeats {now.repeats}). {kept}. Lower the learning rates or "
+            f"set --grad_clip 1 in another --run{start}"
         )
     log_switch(trainer, step, now, seconds)
     if step % cfg.log_every == 0 or step == cfg.steps:
@@ -5213,7 +5211,7 @@ def log_step(
             step,
             train_loss=loss,
             **terms,
-            grad_norm=size,
+            grad_norm=grad_norm,
             tok_s=now.batch_tokens / seconds,
             **now._asdict(),
             train_time_ms=elapsed * 1000,
@@ -5340,7 +5338,7 @@ def train_loop(trainer: Trainer, step: int) -> tuple[int, Now, dict]:
         if run.over:
             break
         try:
-            loss, size = train_step(trainer, step, now)
+            loss, grad_norm = train_step(trainer, step, now)
         except (UserError, Interrupted):  # the loader may be asked to leave while it makes rows
             log_all_but(0)
             raise
@@ -5348,7 +5346,7 @@ def train_loop(trainer: Trainer, step: int) -> tuple[int, Now, dict]:
         run.step, run.trained = step, now
         trainer.avg.update(step, plan.fraction(step, seconds))
         took = max(1e-9, run.clock.seconds() - seconds)
-        unlogged.append((step, now, loss, size, took))
+        unlogged.append((step, now, loss, grad_norm, took))
         # One step late: a GPU is not kept waiting for the host to read a number.
         log_all_but(0 if run.device.type == "cpu" else 1)
     run.clock.stop()

@@ -187,9 +187,9 @@ def wiring_table(cfg: Config, repeats: int) -> list[str]:
     lines = [f"{'place':>5}{'block':>6}{'visit':>6}  {'sees':8}{'adds':28}also"]
     windows = max(Schedule("window", cfg.window).values()) > 0
     for at, place in enumerate(wiring(cfg, repeats)):
-        sees = "window" if windows and place.windowed else "row"
+        sees = "window" if windows and place.windowed else "all"
         adds = [f"place {place.skip.source}" if place.skip else ""]
-        adds += [f"last visit ({place.again.source})" if place.again else ""]
+        adds += [f"last visit ({place.last_visit.source})" if place.last_visit else ""]
         adds, also = ", ".join(filter(None, adds)) or "-", ", ".join(extras(cfg, place)) or "-"
         lines.append(f"{at:5}{place.block:6}{place.visit:6}  {sees:8}{adds:28}{also}")
     return lines

@@ -74,7 +74,7 @@ from train_gpt import Config, UserError  # noqa: E402
 class Settings:
     """How a stream is scored; encoder and decoder must be given the same."""
 
-    # tokens scored per window; every one has at least row - stride tokens before it
+    # tokens scored per window; behind the first, each has row - stride tokens before it or more
     stride: int = 64
     logit_temperature: float = 1.0  # divides the logits; choose it on training tokens
     # mixture: weight spread over the experts after every token; 0: Bayes, regret at most ln 4
@@ -98,7 +98,7 @@ class OneScore(Settings):
 class Scores(NamedTuple):
     nats: Tensor  # [n] float64: of every target
     times: Tensor  # [n] int32: how often it was scored; anything but 1 is a bug
-    given: dict[int, np.ndarray]  # the whole distribution at the targets that were asked for
+    distributions: dict[int, np.ndarray]  # at the targets that were asked for
 
 
 def window_plan(n: int, length: int, stride: int) -> np.ndarray:
@@ -139,7 +139,7 @@ class Cache:
         self.size += len(tokens)
         return x
 
-    def mask(self, docs: Tensor | None) -> Cache:
+    def begin_pass(self, docs: Tensor | None) -> Cache:
         """Begin a pass over the blocks for tokens of the documents docs [1, T]."""
         self.turn = 0
         if docs is not None:  # documents are counted within what is fed: go on from the last one
@@ -188,9 +188,9 @@ class Sliding:
             if model.cfg.compile
             else self.plain_losses
         )
-        self.hidden = self.whole(model.hidden)
+        self.hidden = self.compiled_as_model(model.hidden)
 
-    def whole(self, f: Callable) -> Callable:
+    def compiled_as_model(self, f: Callable) -> Callable:
         """Compiled as one graph where the model is (compile = 2); else as it is."""
         return torch.compile(f, dynamic=False) if self.model.cfg.compile == 2 else f
 
@@ -217,7 +217,7 @@ class Sliding:
         zeros = [torch.zeros(n, dtype=kind, device=device) for kind in (torch.float64, torch.int32)]
         scores = Scores(*zeros, {})
         self.score_windows(stream, window_plan(n, self.length, self.stride), scores, want)
-        return Scores(self.run.sum(scores.nats), self.run.sum(scores.times), scores.given)
+        return Scores(self.run.sum(scores.nats), self.run.sum(scores.times), scores.distributions)
 
     @torch.no_grad()
     def score_windows(
@@ -229,7 +229,7 @@ class Sliding:
         for low in range(0, len(plan), rows * run.world):
             run.poll()
             mine = plan[low + run.rank * rows :][:rows]
-            # what is missing scores nothing
+            # windows of zeros fill the batch up: they end where they begin and score nothing
             start, first, end = F.pad(mine, (0, 0, 0, rows - len(mine))).T[..., None]
             at = start + within  # of inputs in the stream, and of their targets among the targets
             hidden = self.hidden(
@@ -246,7 +246,9 @@ class Sliding:
                 scores.times.index_add_(0, at[part], torch.ones_like(part, dtype=torch.int32))
             for t in want:
                 for i in scored[at[scored] == t]:
-                    scores.given[t] = self.log_probs(hidden[i]).double().softmax(-1).cpu().numpy()
+                    scores.distributions[t] = (
+                        self.log_probs(hidden[i]).double().softmax(-1).cpu().numpy()
+                    )
 
     def reset(self, first: int, n: int) -> None:
         """Begin to walk along n targets behind the token `first`."""
@@ -389,10 +391,10 @@ class Mixture(Sliding):
         experts = torch.cat([-neural.nats[:, None], ngram_log_probs(stream, vocab)], 1)
         before = mixing_weights(experts, self.how.share)
         given, ngrams = {}, NGrams(vocab, int(tokens[0]))
-        for t in range(max(neural.given, default=-1) + 1):
-            if t in neural.given:
+        for t in range(max(neural.distributions, default=-1) + 1):
+            if t in neural.distributions:
                 given[t] = before[t].exp().cpu().numpy() @ np.stack(
-                    [neural.given[t], *ngrams.distributions()]
+                    [neural.distributions[t], *ngrams.distributions()]
                 )
             ngrams.observe(int(tokens[t + 1]))
         return Scores(-(before + experts).logsumexp(1), neural.times, given)
@@ -430,7 +432,7 @@ class TestTime(Sliding):
 
     def __init__(self, model: tg.GPT, how: OneScore, shape: tg.Shape, run: tg.Ranks | None = None):
         super().__init__(model, how, shape, run)
-        self.graph = self.whole(model)
+        self.graph = self.compiled_as_model(model)
 
     def warm_up(self) -> None:
         super().warm_up()
@@ -526,7 +528,7 @@ class LoRA(Sliding):
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         if not self.adapted:
             raise UserError(NO_LORA)
-        self.graph = self.whole(self.log_probs_at)
+        self.graph = self.compiled_as_model(self.log_probs_at)
 
     def add_product(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """x W^T -> x (W + B A)^T, with A [R, rank, cols] and B [R, rows, rank] of each document."""
@@ -811,7 +813,7 @@ def check_claim(scorer: Sliding, tokens: np.ndarray, places: tuple[int, ...]) ->
     show(scorer, often == (1, 1), f"targets are scored {often[0]} to {often[1]} times")
     show(scorer, bool(nats.isfinite().all()), "scores are not finite")
     for t in places:
-        p, own, claimed = claim.given[t], int(tokens[t + 1]), float(nats[t])
+        p, own, claimed = claim.distributions[t], int(tokens[t + 1]), float(nats[t])
         sums = p.shape == (vocab,) and bool((p >= 0).all()) and abs(p.sum() - 1) < 1e-6
         show(scorer, sums, f"the probabilities at target {t} sum to {p.sum():.6g}")
         given = -math.log(p[own])
@@ -823,7 +825,7 @@ def check_claim(scorer: Sliding, tokens: np.ndarray, places: tuple[int, ...]) ->
         moved = float((other.nats.cpu() - nats)[:t].abs().amax()) if t else 0.0
         why = f"changing target {t} moves a score before it by {moved:.3g} nats"
         show(scorer, moved < 1e-5, why)
-        same = np.abs(other.given[t] - p).max() < 1e-6
+        same = np.abs(other.distributions[t] - p).max() < 1e-6
         show(scorer, same, f"changing target {t} changes the distribution at it")
     return nats
 

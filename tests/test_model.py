@@ -615,7 +615,7 @@ def test_wiring_joins_the_places_that_a_stack_and_a_memory_of_blocks_join(
         assert place.skip == skip
         passed = seen.get(block, 0)
         again = (outputs[block], (block - low, passed - 1)) if cross and passed else None
-        assert place.again == again and place.visit == passed
+        assert place.last_visit == again and place.visit == passed
         assert place.xsa == (cfg.xsa < 0 or len(order) - at <= cfg.xsa)
         behind = [b for b in order[at:] if b >= high] if block >= high else []
         deepest = depth + (high - low) * (most - 1)
@@ -623,8 +623,8 @@ def test_wiring_joins_the_places_that_a_stack_and_a_memory_of_blocks_join(
         if unet == 1 and at < len(order) // 2:
             stack.append(at)
         outputs[block], seen[block] = at, passed + 1
-    used = {added.source for p in places for added in (p.skip, p.again) if added}
-    assert {at for at, place in enumerate(places) if place.kept} == used
+    used = {added.source for p in places for added in (p.skip, p.last_visit) if added}
+    assert {at for at, place in enumerate(places) if place.is_added} == used
 
 
 def by_hand(

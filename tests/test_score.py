@@ -246,7 +246,8 @@ class EntropyExpert(score.Sliding):
     def score(self, tokens, want=()):
         every = super().score(tokens, tuple(range(len(tokens) - 1)))
         given = {
-            t: 0.88 * p + 0.12 * math.exp((p * np.log(p)).sum()) for t, p in every.given.items()
+            t: 0.88 * p + 0.12 * math.exp((p * np.log(p)).sum())
+            for t, p in every.distributions.items()
         }
         nats = torch.tensor([-math.log(given[t][tokens[t + 1]]) for t in range(len(tokens) - 1)])
         return score.Scores(nats, every.times, {t: given[t] for t in want})

@@ -335,14 +335,14 @@ def test_stochastic_depth_leaves_out_the_block_of_mtp_as_one_behind_the_last():
     torch.manual_seed(0)
     h = torch.randn(1, 2, 32)
     for _ in range(600):
-        model.ahead(h, y[:1, :2])
+        model.mtp_losses(h, y[:1, :2])
     assert 1 - torch.stack(kept).float().mean().item() == pytest.approx(0.4 * 3 / 2, abs=0.05)
     hidden = torch.randn(2, 32, 32)
     with torch.no_grad():
-        whole = model.ahead(hidden, y)
+        whole = model.mtp_losses(hidden, y)
     assert kept[-1] is None
     torch.manual_seed(next(s for s in range(99) if torch.manual_seed(s) and torch.rand(()) < 0.6))
-    dropped = model.ahead(hidden, y)
+    dropped = model.mtp_losses(hidden, y)
     joined = torch.cat([hidden, model.embedded(y)], -1) @ model.mtp_proj.T
     logits = model.logits(F.rms_norm(joined, (32,), eps=cfg.norm_eps))[:, :-1]
     expected = F.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten(), reduction="none") * 32 / 31
