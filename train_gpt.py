@@ -4588,6 +4588,12 @@ def as_float(value: int) -> float:
 
 def parse_args(argv: list[str]) -> Config:
     """Defaults < presets from left to right < flags."""
+    for word in argv:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in MOVED:
+            table, key = MOVED[name]
+            more = " and of logs/score.py, which scores a trained run" * (table == "score")
+            raise UserError(f"{word}: no flag of training, but {key} of a preset's [{table}]{more}")
     names, i = [], 0
     while i < len(argv):
         if argv[i] == "--config":

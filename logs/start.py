@@ -272,13 +272,16 @@ def main(argv):
     try:
         said = answer(argv[0] if argv else "", argv[1:])
         if said is not None:
-            print(said)
+            print(said, flush=True)
     except UserError as e:
         print(f"run.sh: {e}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as e:
         print(f"run.sh: {' '.join(e.cmd)} ended with code {e.returncode}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as e:
         print(f"run.sh: {e}", file=sys.stderr)
         return 2

@@ -69,6 +69,12 @@ def test_flags_are_understood_with_dash_or_underscore():
     )
 
 
+@pytest.mark.parametrize("flag", ["--stride", "--score=sliding", "--rule_p", "--sample-tokens"])
+def test_flag_that_became_a_key_of_a_table_is_refused_with_its_place(flag):
+    with pytest.raises(tg.UserError, match=r"no flag of training, but \w+ of a preset's \["):
+        tg.parse_args([flag, "1"])
+
+
 # --- presets
 
 
