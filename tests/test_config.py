@@ -226,10 +226,15 @@ def test_names_of_before_are_read_as_keys_of_their_tables(tmp_path):
                   for old, new in names.items()}  # fmt: skip
         path.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
         assert tg.read_toml(path) == {table: {new: values[old] for old, new in names.items()}}
-    for word in ("--score", "--stride", "--prompt", "--rule_p", "--sample_from"):
-        with pytest.raises(SystemExit) as left:
-            tg.parse_args([word, "1"])
-        assert left.value.code == 2
+    for old, (table, new) in tg.MOVED.items():
+        for words in ([f"--{old}", "1"], [f"--{old.replace('_', '-')}=1"]):
+            with pytest.raises(
+                tg.UserError, match=rf"no flag of training, but {new} .*\[{table}\]"
+            ):
+                tg.parse_args(words)
+    with pytest.raises(SystemExit) as left:
+        tg.parse_args(["--sample_from", "1"])
+    assert left.value.code == 2
 
 
 @pytest.mark.parametrize(
