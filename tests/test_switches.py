@@ -221,7 +221,7 @@ def test_accepted_zero_or_minus_one_of_every_number_trains(tmp_path):
                 loss, size = tg.train_step(found["p"], 0, found["p"].plan.at(0, 0.0))
                 assert loss.isfinite().all() and size.isfinite().all(), f"{name} = {value}"
                 tried += 1
-    assert tried > 50
+    assert tried >= 60
     assert not list(tmp_path.glob("test"))
 
 
@@ -730,4 +730,4 @@ def test_mutated_configuration_of_an_artifact_is_refused_or_loads_as_a_model_tha
             logits = model.logits(model.hidden(torch.tensor([[1, 2]]), now.repeats, now.window))
             assert logits.shape[:2] == (1, 2)
             loaded += 1
-    assert loaded > 50 and time.process_time() - began < 60, (loaded, time.process_time() - began)
+    assert loaded >= 60 and time.process_time() - began < 60, (loaded, time.process_time() - began)
