@@ -1094,7 +1094,7 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False) -> Subjec
     on_cpu = tg.choose_device(cfg).type == "cpu"
     if on_cpu and isinstance(flags, (Prove, Decode)):
         cfg.dtype = "float32"  # a walk token by token would spend its time on casting weights
-    if on_cpu or not compiled:
+    if not compiled:
         cfg.compile = 0  # takes longer than it saves
     run, plan = tg.Run(dataclasses.replace(cfg, wandb="")), tg.Plan(cfg)
     run.folder = folder  # wherever it was when it was trained, which an export goes on saying
