@@ -99,6 +99,16 @@ class Section:
     def check(self) -> None:
         """UserError that names the key, the value and the fix."""
 
+    def needs(self) -> list[Need]:
+        """
+        What switches need in order to do anything. What only tunes a switch (a rate, a size, a
+        choice) may stand there while that is off: a study turns off the switch alone.
+        """
+        return []
+
+
+Need = tuple[str, str, bool]  # a field, what it needs, whether that is there
+
 
 def limits(*rows: tuple[float, float, str]) -> dict[str, tuple[float, float]]:
     return {name: (least, most) for least, most, names in rows for name in names.split()}
@@ -984,10 +994,6 @@ class ModelConfig(Section):
             f"{self.kv_heads}: set --kv_heads 0",
         )
         require(
-            not self.xsa_learned or self.xsa != 0,
-            "xsa_learned = 1 learns how much xsa takes away, but xsa = 0: set it, e.g. --xsa -1",
-        )
-        require(
             re.fullmatch("[SL]*", self.window_pattern) is not None,
             f"window_pattern = {self.window_pattern!r}: letters S (the window) and L (the whole "
             "row), for example SSSL",
@@ -1002,6 +1008,22 @@ class ModelConfig(Section):
             self.softcap == 0 or self.softcap >= 1e-3,
             f"softcap = {self.softcap}: 0, or from 0.001 on, as logits are divided by it",
         )
+
+    def needs(self) -> list[Need]:
+        windowed = any(is_windowed(self, block) for block in range(self.depth))
+        shortest = min(Schedule("seq_len", self.seq_len).values())
+        starts = "init = 'remix', as xavier sets every start"
+        return [
+            ("xsa_learned", "xsa, of which it learns a share, such as --xsa -1", self.xsa != 0),
+            ("window", "an S in window_pattern before its last block", windowed),
+            ("rope_dims", "rope = 'standard' or 'interleaved'", self.rope != "truncated"),
+            ("stoch_depth", "depth > 1, as block 0 always takes part", self.depth > 1),
+            ("mtp", "rows of 2 tokens or more", shortest > 1),
+            ("init_std", starts, self.init == "remix"),
+            ("proj_init", starts, self.init == "remix"),
+            ("head_init", starts, self.init == "remix"),
+            ("embed_init", starts, self.init == "remix"),
+        ]
 
     def check_sizes(self) -> None:
         require(
@@ -2025,6 +2047,22 @@ class OptimConfig(Section):
         for key in ("adamw_matrices", "slow"):
             require_regex(key, getattr(self, key))
         own_rates(self)
+
+    def needs(self) -> list[Need]:
+        muon, decays = self.optimizer == "muon", self.matrix_wd or self.embed_wd or self.scalar_wd
+        acts = bool(decays) if self.cautious < 2 else self.matrix_wd > 0
+        slows = Schedule("slow_lr", self.slow_lr).values() != [1]
+        only_muon = ("row_norm", "normuon", "decay_by_shape", "adamw_matrices")
+        return [
+            *[(key, "optimizer = 'muon'", muon) for key in only_muon],
+            ("cautious", "Muon's matrices: 1, or optimizer = 'muon'", muon or self.cautious != 2),
+            ("cautious", "a decay that it acts on, such as --matrix_wd 0.1", acts),
+            ("decay_by_shape", "matrix_wd > 0", self.matrix_wd > 0),
+            ("independent_wd", "matrix_wd, embed_wd or scalar_wd", bool(decays)),
+            ("weight_decay", "matrix_wd, embed_wd or scalar_wd", bool(decays)),
+            ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", slows),
+            ("slow_lr", "slow, the names of what it slows", bool(self.slow)),
+        ]
 
 
 class OwnRate(NamedTuple):
@@ -3439,6 +3477,11 @@ def rounded(model: GPT, cfg: Config, step: int):
         for name in quantised_names(model)
         if re.match(chosen, name)
     }
+
+    def needs(self) -> list[Need]:
+        rounds = 1 in Schedule("qat", self.qat).values()
+        return [("qat_noise", "qat, such as '0 0.8:1'", rounds)]
+
     rng, bits = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step), parse_bits(cfg.export)
     try:
         with torch.no_grad():
@@ -3975,6 +4018,10 @@ class TransferConfig(Section):
         require_regex("transfer_skip", self.transfer_skip)
         if self.init_from:
             require_regex("transfer", self.transfer)
+
+    def needs(self) -> list[Need]:
+        keys = ("transfer", "transfer_skip", "transfer_control")
+        return [(key, "init_from", bool(self.init_from)) for key in keys]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -4766,59 +4813,13 @@ def validate_schedules(cfg: Config) -> None:
 
 
 def refuse_idle(cfg: Config) -> None:
-    """
-    Refuse switches that are on and would do nothing. What only tunes a switch (a rate, a size, a
-    choice) may stand there while that is off: a study turns off the switch alone.
-    """
+    """Refuse what is on and would do nothing."""
     plain = Config()
-    decays = [k for k in ("matrix_wd", "embed_wd", "scalar_wd") if getattr(cfg, k)]
-    muon = ("row_norm", "normuon", "decay_by_shape", "adamw_matrices")
-    rules = [  # switch, what it needs, whether that is there
-        *[(k, "optimizer = 'muon'", cfg.optimizer == "muon") for k in muon],
-        (
-            "cautious",
-            "Muon's matrices: set 1, or optimizer = 'muon'",
-            cfg.optimizer == "muon" or cfg.cautious != 2,
-        ),
-        (
-            "cautious",
-            "a decay that it acts on, such as --matrix_wd 0.1",
-            bool(decays) if cfg.cautious < 2 else cfg.matrix_wd > 0,
-        ),
-        ("decay_by_shape", "matrix_wd > 0", cfg.matrix_wd > 0),
-        *[
-            (k, "matrix_wd, embed_wd or scalar_wd", bool(decays))
-            for k in ("independent_wd", "weight_decay")
-        ],
-        (
-            "slow",
-            "a slow_lr other than 1, such as '0 250s:0 450s>1'",
-            Schedule("slow_lr", cfg.slow_lr).values() != [1],
-        ),
-        ("slow_lr", "slow, the names of what it slows", bool(cfg.slow)),
-        *[
-            (k, "init_from", bool(cfg.init_from))
-            for k in ("transfer", "transfer_skip", "transfer_control")
-        ],
-        (
-            "window",
-            "an S in window_pattern before its last block",
-            any(is_windowed(cfg, i) for i in range(cfg.depth)),
-        ),
-        ("rope_dims", "rope = 'standard' or 'interleaved'", cfg.rope != "truncated"),
-        ("qat_noise", "qat, such as '0 0.8:1'", 1 in Schedule("qat", cfg.qat).values()),
-        ("stoch_depth", "depth > 1, as block 0 always takes part", cfg.depth > 1),
-        ("mtp", "rows of 2 tokens or more", min(Schedule("seq_len", cfg.seq_len).values()) > 1),
-        *[
-            (k, "init = 'remix', as xavier sets every start", cfg.init == "remix")
-            for k in ("init_std", "proj_init", "head_init", "embed_init")
-        ],
-    ]
-    for key, needs, there in rules:
+    for key, what, there in [need for part in SECTIONS for need in part.needs(cfg)]:
+        value, neutral = getattr(cfg, key), getattr(plain, key)
         require(
-            there or getattr(cfg, key) == getattr(plain, key),
-            f"{key} = {getattr(cfg, key)!r} does nothing here: it needs {needs}; or leave it at "
-            f"{getattr(plain, key)!r}",
+            there or value == neutral,
+            f"{key} = {value!r} does nothing here: it needs {what}; or leave it at {neutral!r}",
         )
 
 

@@ -43,5 +43,5 @@ def test_gradient_of_alpha_is_that_of_the_formula():
 
 
 def test_learned_xsa_is_refused_where_xsa_is_off():
-    with pytest.raises(tg.UserError, match="xsa_learned = 1 .* --xsa -1"):
-        tg.check_config(tiny(xsa_learned=1))
+    with pytest.raises(tg.UserError, match="xsa_learned = 1 does nothing here: it needs xsa"):
+        tg.refuse_idle(tiny(xsa_learned=1))
