@@ -3252,6 +3252,10 @@ class ExportConfig(Section):
     LIMITS = limits((0, 1, "qat qat_noise"), (0, 10**6, "gptq"), (0, 10**12, "artifact_limit"))
     CHOICES = {"export_codec": ("zstd", "brotli", "xz", "entropy", "best")}
 
+    def needs(self) -> list[Need]:
+        rounds = 1 in Schedule("qat", self.qat).values()
+        return [("qat_noise", "qat, such as '0 0.8:1'", rounds)]
+
 
 # fractions of a row's largest entry at which it may be clipped
 CLIPS = tuple(1 - i / 20 for i in range(13))
@@ -3477,11 +3481,6 @@ def rounded(model: GPT, cfg: Config, step: int):
         for name in quantised_names(model)
         if re.match(chosen, name)
     }
-
-    def needs(self) -> list[Need]:
-        rounds = 1 in Schedule("qat", self.qat).values()
-        return [("qat_noise", "qat, such as '0 0.8:1'", rounds)]
-
     rng, bits = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step), parse_bits(cfg.export)
     try:
         with torch.no_grad():

@@ -221,7 +221,7 @@ def test_accepted_zero_or_minus_one_of_every_number_trains(tmp_path):
                 loss, size = tg.train_step(found["p"], 0, found["p"].plan.at(0, 0.0))
                 assert loss.isfinite().all() and size.isfinite().all(), f"{name} = {value}"
                 tried += 1
-    assert tried >= 60
+    assert tried >= 58  # flags of scores, samples and rules are no longer among them
     assert not list(tmp_path.glob("test"))
 
 
