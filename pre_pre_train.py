@@ -1498,36 +1498,31 @@ def generate_only(cfg: PrePreConfig) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
+    def work() -> int:
         cfg = parse_args(sys.argv[1:] if argv is None else argv)
         if cfg.picture:
             draw_picture(cfg, cfg.picture)
             print(f"picture: {cfg.picture}", file=sys.stderr)
         if cfg.generate_only:
             return generate_only(cfg)
-        if cfg.picture:
-            return 0
-        with tg.Run(cfg) as run:
-            try:
-                code = tg.train(cfg, run, build)
-            except tg.Interrupted:  # while build searched for rules: there is nothing to save yet
-                run.log(
-                    f"interrupted by {signal.Signals(run.signal).name} while rules were searched: "
-                    "nothing is changed; the same command goes on, with what the cache holds"
-                )
-                return 128 + run.signal
-            if code == 0 and run.is_main and not (run.folder / "nca.png").exists():
-                draw_picture(cfg, run.folder / "nca.png", candidates=256)
-            return code
-    except (UserError, RuntimeError, OSError) as e:
-        message = tg.explain(e)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
+        return 0 if cfg.picture else train(cfg)
+
+    return tg.exit_code(work)
+
+
+def train(cfg: PrePreConfig) -> int:
+    with tg.Run(cfg) as run:
+        try:
+            code = tg.train(cfg, run, build)
+        except tg.Interrupted:  # while build searched for rules: there is nothing to save yet
+            run.log(
+                f"interrupted by {signal.Signals(run.signal).name} while rules were searched: "
+                "nothing is changed; the same command goes on, with what the cache holds"
+            )
+            return 128 + run.signal
+        if code == 0 and run.is_main and not (run.folder / "nca.png").exists():
+            draw_picture(cfg, run.folder / "nca.png", candidates=256)
+        return code
 
 
 if __name__ == "__main__":

@@ -5437,9 +5437,25 @@ def changed_fields(cfg: Config, folder: Path, free: set[str] = FREE_ON_RESUME) -
 def enter_folder(run: Run) -> bool:
     """Refuse what cannot be gone on with, and lock what can. Whether the run is finished."""
     check_folder(run.cfg, run.folder)
-    if run.folder.exists() and not is_finished(run.folder):
+    finished = is_finished(run.folder)
+    if finished:
+        renew_tables(run)
+    elif run.folder.exists():
         run.lock_folder()
-    return is_finished(run.folder)
+    return finished
+
+
+def renew_tables(run: Run) -> None:
+    """Of a finished run, [rule] and [score] are what is asked for now, for those who read them."""
+    kept = type(run.cfg)(**read_toml(run.folder / "config.toml", type(run.cfg)))
+    tables = {name: getattr(run.cfg, name) for name in TABLES}
+    if any(getattr(kept, name) != table for name, table in tables.items()):
+        write_config(run.folder, dataclasses.replace(kept, config=run.cfg.config, **tables))
+
+
+def write_config(folder: Path, cfg: Config) -> None:
+    text = f"# presets: {' '.join(cfg.config)}\n{config_toml(cfg)}"
+    write_whole(folder / "config.toml", text.encode(errors="backslashreplace"))
 
 
 def prepare_folder(run: Run) -> Path | None:
@@ -5450,8 +5466,7 @@ def prepare_folder(run: Run) -> Path | None:
         run.lock_folder()
         # again, for another start may have been here meanwhile
         check_folder(dataclasses.replace(cfg, resume=True), folder)
-        text = f"# presets: {' '.join(cfg.config)}\n{config_toml(cfg)}"
-        write_whole(folder / "config.toml", text.encode(errors="backslashreplace"))
+        write_config(folder, cfg)
     except FileExistsError:
         check_folder(cfg, folder)
     except FileNotFoundError as e:  # so /proc and the like say that nothing can be made in them
@@ -5637,11 +5652,18 @@ def explain(e: BaseException) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        cfg = parse_args(argv)
+    def work() -> int:
+        cfg = parse_args(sys.argv[1:] if argv is None else argv)
         with Run(cfg) as run:
             return train(cfg, run)
+
+    return exit_code(work)
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """That of work(); 2 behind a line about what a person can mend, 130 behind Ctrl-C."""
+    try:
+        return work()
     except (UserError, RuntimeError, OSError) as e:
         message = explain(e)
         if message is None:

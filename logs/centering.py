@@ -626,16 +626,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
 
-    def work() -> int:
-        try:
-            return verbs[verb][1](tyro.cli(verbs[verb][0], args=argv[1:], use_underscores=True))
-        except Exception as e:
-            tg = sys.modules.get("train_gpt")  # which tables do not import
-            if tg and (message := tg.explain(e)):
-                raise UserError(message) from e
-            raise
-
-    return ending("error", work, UserError)
+    kind, work = verbs[verb]
+    return ending("error", lambda: work(tyro.cli(kind, args=argv[1:], use_underscores=True)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from train_gpt import (  # noqa: E402
     Ranks,
     Schedule,
     Shape,
-    UserError,
     build_model,
     head_width,
     hidden_width,
@@ -225,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg = parse_args([word for word in argv if word not in own])
         return print_wiring(cfg) if "--wiring" in own else print_cost(cfg, "--json" in own)
 
-    return ending("error", work, UserError)
+    return ending("error", work)
 
 
 if __name__ == "__main__":

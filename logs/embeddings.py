@@ -229,5 +229,4 @@ def main(argv: list[str]) -> int:
     return ending(
         "error",
         lambda: embeddings(tyro.cli(EmbeddingOptions, args=argv, prog="report.py embeddings")),
-        tg.UserError,
     )

@@ -27,18 +27,29 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def ending(program: str, work: Callable[[], int | None], *mistakes: type[Exception]) -> int:
+def explained(work: Callable[[], int | None]) -> int | None:
+    """work(), with the trainer's explanation of its errors, where that was imported at all."""
+    try:
+        return work()
+    except Exception as error:
+        trainer = sys.modules.get("train_gpt")
+        if trainer and (message := trainer.explain(error)):
+            raise UserError(message) from error
+        raise
+
+
+def ending(program: str, work: Callable[[], int | None]) -> int:
     """The exit code of a program that is work(): its own; 130 behind Ctrl-C; 2 behind a line about
-    a UserError, one of `mistakes`, or a file that cannot be read or written.
+    what a person can mend.
     """
     try:
-        return work() or 0
+        return explained(work) or 0
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # who read the output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (UserError, *mistakes, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2

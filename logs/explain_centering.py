@@ -325,7 +325,7 @@ def subject(options: ExplainOptions) -> Subject:
 
 
 def main() -> int:
-    return ending("error", lambda: explain(tyro.cli(ExplainOptions)), tg.UserError)
+    return ending("error", lambda: explain(tyro.cli(ExplainOptions)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ if str(ROOT) not in sys.path:  # started as a script, which sees its own folder 
 import pre_pre_train  # noqa: E402
 import train_gpt  # noqa: E402
 from logs import report  # noqa: E402
-from logs.endings import UserError, ending  # noqa: E402
+from logs.endings import ending  # noqa: E402
 
 ########################################
 #       Time of pre-pre-training       #
@@ -327,8 +327,7 @@ def program(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    errors = (train_gpt.UserError, UserError)
-    return ending("error", lambda: program(argv), *errors)
+    return ending("error", lambda: program(argv))
 
 
 if __name__ == "__main__":

@@ -998,12 +998,18 @@ class Figures:
             subject.run.on_main(lambda: subject.is_run and subject.own_text and self.path.exists())
         )
         self.result: dict = subject.run.on_main(self.read) if self.keeps else {}
+        self.digest = subject.run.on_main(self.digest_of_weights)
 
     def read(self) -> dict:
         try:
             return json.loads(self.path.read_text(encoding="utf-8"))
         except ValueError as e:
             raise UserError(f"{self.path} cannot be read ({e}); train the run again") from e
+
+    def digest_of_weights(self) -> str:
+        path = self.subject.path
+        with open(path if path.is_file() else path / "model.safetensors", "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
 
     def take(self, name: str, work: Callable[[], tuple[dict, dict]]) -> None:
         """
@@ -1012,11 +1018,11 @@ class Figures:
         """
         scores = self.result.setdefault("scores", {})
         known = scores.pop(name, None)
-        if known and known["of"] == self.subject.digest:
+        if known and known["of"] == self.digest:
             self.subject.run.log(f"{name}: taken before: {json.dumps(known['top'])}")
         else:
             figure, top = work()
-            known = figure | {"top": top, "of": self.subject.digest}
+            known = figure | {"top": top, "of": self.digest}
         scores[name] = known  # the newest is the last
         self.result |= known["top"]
         if self.keeps:
@@ -1052,7 +1058,6 @@ class Subject:
     folder: Path  # of the run, or the one that the weights lie in
     is_run: bool  # whether a run folder was asked for
     own_text: bool  # whether the text is what the run was evaluated on
-    digest: str  # of the weights' file
 
     def __post_init__(self):
         cfg, self.tokenizer = self.cfg, None
@@ -1076,19 +1081,21 @@ class Source:
     rows: int = 0  # windows per batch; 0: as many as micro_tokens holds
 
 
-def opened(flags: Source, compiled: bool = False, exact: bool = False) -> Subject:
-    """The weights that `flags` name, in a model; exact: those of a checkpoint, not rounded."""
+def opened(flags: Source, compiled: bool = False, exact: bool = False, found=None) -> Subject:
+    """
+    The weights that `flags` name, in a model; exact: those of a checkpoint, not rounded; found:
+    what open_source gave, where it was asked before.
+    """
     if flags.rows < 0:
         raise UserError(f"rows = {flags.rows}: must not be negative; 0 are as many as fit")
-    cfg, named, path = tg.open_source(flags.source, exact)
+    cfg, named, path = found or tg.open_source(flags.source, exact)
     if exact and path.is_file():
         raise UserError(
             f"{path} is an artifact: quantising needs the exact weights, of a checkpoint "
             "(ckpt/*/DONE)"
         )
-    source = Path(flags.source)
-    is_run = source.is_dir() and not (source / "model.safetensors").exists()
-    folder = source if is_run else path.parent
+    is_run = is_run_folder(flags.source)
+    folder = Path(flags.source) if is_run else path.parent
     cfg.device, cfg.data = flags.device, flags.data or cfg.data
     cfg.val_tokens = cfg.val_tokens if flags.val_tokens < 0 else flags.val_tokens
     on_cpu = tg.choose_device(cfg).type == "cpu"
@@ -1102,12 +1109,9 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False) -> Subjec
     tg.load_weights(model, named, str(path))
     shape = plan.eval_shape(plan.at(cfg.steps, 1.0))
     shape = shape._replace(rows=flags.rows or shape.rows)
-    weights = path if path.is_file() else path / "model.safetensors"
-    with open(weights, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
     graph = tg.compile_model(model, cfg)
     own_text = not flags.data and flags.val_tokens < 0
-    return Subject(cfg, run, plan, model, graph, shape, path, folder, is_run, own_text, digest)
+    return Subject(cfg, run, plan, model, graph, shape, path, folder, is_run, own_text)
 
 
 @dataclass
@@ -1129,7 +1133,10 @@ class Phase(Settings, Source):
 
 def phase(argv: list[str]) -> int:
     """The exit code of phase 3 on the run folder, checkpoint or artifact argv[0]."""
-    cfg, _, _ = tg.open_source(argv[0])
+    found = tg.open_source(argv[0])
+    # Of a run the table as it is now: an artifact has that of its training.
+    renewed = is_run_folder(argv[0]) and (Path(argv[0]) / "config.toml").exists()
+    cfg = tg.checkpoint_config(Path(argv[0])) if renewed else found[0]
     flags = tyro.cli(
         Phase,
         args=argv,
@@ -1139,20 +1146,24 @@ def phase(argv: list[str]) -> int:
         use_underscores=True,
     )
     check(flags)
-    s = opened(flags, compiled=True)
-    with s.run:
+    subject = opened(flags, compiled=True, found=found)
+    with subject.run as run:
         try:
-            s.run.on_main(lambda: begin(s, flags))
-            s.run.on_main(lambda: check_possible(s, flags))
-            take_figures(s, flags)
+            run.on_main(lambda: begin(subject, flags))
+            run.on_main(lambda: check_possible(subject, flags))
+            take_figures(subject, flags)
             if flags.sample_tokens:
-                s.run.on_main(lambda: log_sample(s, flags))
+                run.on_main(lambda: log_sample(subject, flags))
         except tg.Interrupted:  # in here, where the log is still open
-            name = signal.Signals(s.run.signal).name
-            s.run.log(f"interrupted by {name}: what was taken is kept; start again to go on")
-            return 128 + s.run.signal
-        s.run.complete = True
+            name = signal.Signals(run.signal).name
+            run.log(f"interrupted by {name}: what was taken is kept; start again to go on")
+            return 128 + run.signal
     return 0
+
+
+def is_run_folder(source: str) -> bool:
+    """Whether a run's folder is named, and not an artifact or one of its checkpoints."""
+    return Path(source).is_dir() and not (Path(source) / "model.safetensors").exists()
 
 
 def check(flags: Phase) -> None:
@@ -1185,9 +1196,9 @@ def begin(subject: Subject, flags: Phase) -> None:
     if subject.is_run:
         subject.run.lock_folder()
         subject.run.open_log(None)
-    told = {k: v for k, v in dataclasses.asdict(flags).items() if k != "source"}
+    settings = {k: v for k, v in dataclasses.asdict(flags).items() if k != "source"}
     subject.run.log("=" * 100, console=False)
-    subject.run.log(f"scores of {subject.path}: {json.dumps(told)}", console=False)
+    subject.run.log(f"scores of {subject.path}: {json.dumps(settings)}", console=False)
     if not subject.own_text:
         subject.run.log("notice: on another text than the run's own: figures are not kept")
 
@@ -1602,17 +1613,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0].startswith("-"):
         print(__doc__)
         tyro.cli(Phase, args=["--help"], prog="score.py", use_underscores=True)
-    try:
-        return program(argv)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
-    except (UserError, RuntimeError, OSError) as e:
-        message = tg.explain(e)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        return 2
+    return tg.exit_code(lambda: program(argv))
 
 
 if __name__ == "__main__":

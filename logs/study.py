@@ -473,16 +473,7 @@ def program(argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    def work() -> int:
-        try:
-            return program(argv)
-        except Exception as e:
-            tg = sys.modules.get("train_gpt")  # which a report need not import
-            if tg and (message := tg.explain(e)):
-                raise UserError(message) from e
-            raise
-
-    return ending("error", work, UserError)
+    return ending("error", lambda: program(argv))
 
 
 if __name__ == "__main__":

@@ -804,7 +804,7 @@ def program(options: Options) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     work = lambda: program(tyro.cli(Options, args=argv, use_underscores=True))
-    return ending("submit.py", work, tg.UserError)
+    return ending("submit.py", work)
 
 
 if __name__ == "__main__":

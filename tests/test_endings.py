@@ -129,3 +129,24 @@ def test_a_signal_during_the_proof_keeps_the_scores_and_the_next_start_goes_on(
     assert score.main(argv) == 0 and "chunked: taken before" in capsys.readouterr().out
     result = json.loads((tmp_path / "test/result.json").read_text())
     assert result["decoded_bpb"] == 1.5 and result["scores"]["chunked"] == kept["scores"]["chunked"]
+
+
+def test_a_finished_run_started_with_another_table_is_scored_by_it(tmp_path, capsys):
+    """Its artifact has the table of its training, which is not what is asked for now."""
+    for name, seed in (("train_000001", 0), ("val_000000", 1)):
+        write_shard(tmp_path / f"x_{name}.bin", np.random.default_rng(seed).integers(96, size=2000))
+    cfg = tiny(data=str(tmp_path), log_dir=str(tmp_path), dim=64, steps=2, val_tokens=160)
+    cfg.score = {"modes": "chunked"}
+    folder = tmp_path / "test"
+    for table in ({"modes": "chunked"}, {"modes": "sliding", "stride": 8}):
+        cfg.score, cfg.rule, cfg.resume = table, {"target": 3.0}, folder.exists()
+        with tg.Run(cfg) as run:
+            assert tg.train(cfg, run) == 0
+        kept = tg.checkpoint_config(folder)
+        assert (kept.score, kept.rule, kept.dim) == (cfg.score, cfg.rule, 64)
+        assert score.main([str(folder)]) == 0
+    assert tg.load_artifact(folder / "model.nrx")[0].score == {"modes": "chunked"}
+    assert list(json.loads((folder / "result.json").read_text())["scores"]) == [
+        "chunked",
+        "sliding stride=8",
+    ]

@@ -345,7 +345,7 @@ def subject(cfg: tg.Config) -> score.Subject:
     """A model with random weights as what is scored, with numbers for a text."""
     plan, model = tg.Plan(cfg), build(dataclasses.replace(cfg, seed=1))
     shape, here = plan.eval_shape(plan.at(cfg.steps, 1.0)), Path("x")
-    s = score.Subject(cfg, tg.Run(cfg), plan, model, model, shape, here, here, False, False, "")
+    s = score.Subject(cfg, tg.Run(cfg), plan, model, model, shape, here, here, False, False)
     s.tokenizer = Numbers()
     return s
 
