@@ -256,6 +256,14 @@ def number(text: str) -> float:
     return value
 
 
+def is_constant(schedule: str) -> bool:
+    return len(schedule.split()) == 1
+
+
+def largest(schedule: str) -> int:
+    return int(max(Schedule("", schedule).values()))
+
+
 class Now(NamedTuple):
     """The values of all schedules at one step."""
 
@@ -285,8 +293,8 @@ class Plan:
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.sched = {name: Schedule(name, getattr(cfg, name)) for name in SCHEDULES}
-        self.max_seq_len = int(max(self.sched["seq_len"].values()))
-        self.eval_seq_len = cfg.eval_seq_len or self.max_seq_len
+        self.max_seq_len = largest(cfg.seq_len)
+        self.eval_seq_len = cfg.eval_seq_len or largest(cfg.seq_len)
         # for steps; the warm-up subtracts what GPTQ will take behind them
         self.seconds = cfg.max_seconds
 
@@ -296,17 +304,26 @@ class Plan:
 
     def at(self, step: int, fraction: float) -> Now:
         v = {name: s.at(step, fraction) for name, s in self.sched.items()}
-        ints = {k: int(v[k]) for k in GRAPHS}
+        return Now(
+            lr=self.in_cycles(v["lr"], fraction) if self.cfg.lr_cycles else v["lr"],
+            momentum=v["momentum"],
+            weight_decay=v["weight_decay"],
+            qat=v["qat"],
+            repeats=int(v["repeats"]),
+            seq_len=int(v["seq_len"]),
+            window=int(v["window"]),
+            batch_tokens=int(v["batch_tokens"]),
+            slow_lr=v["slow_lr"],
+        )
+
+    def in_cycles(self, lr: float, fraction: float) -> float:
+        """The multiplier `lr` in one of the cycles at the end (lr_cycles)."""
         # epochs since the cycles began
         cycle = fraction * self.cfg.epochs - (self.cfg.epochs - self.cfg.lr_cycles)
-        if self.cfg.lr_cycles and cycle >= 0:
-            floor = CYCLE_FLOOR
-            v["lr"] = (
-                floor + (max(v["lr"], floor) - floor) * (1 + math.cos(math.pi * (cycle % 1))) / 2
-            )
-        return Now(
-            v["lr"], v["momentum"], v["weight_decay"], v["qat"], **ints, slow_lr=v["slow_lr"]
-        )
+        if cycle < 0:
+            return lr
+        above = max(lr, CYCLE_FLOOR) - CYCLE_FLOOR
+        return CYCLE_FLOOR + above * (1 + math.cos(math.pi * (cycle % 1))) / 2
 
     def ends_epoch(self, step: int) -> bool:
         """Whether step `step` (from 1) is the last of an epoch, by the count of steps."""
@@ -315,8 +332,9 @@ class Plan:
 
     def moments(self) -> list[Now]:
         """The schedules at every point where one that shapes a graph changes, in order of time."""
-        shaping = [self.sched[k] for k in GRAPHS]
-        points = [p for s in shaping for p in s.points]
+        if all(is_constant(getattr(self.cfg, name)) for name in GRAPHS):
+            return [self.at(0, 0.0)]
+        points = [p for name in GRAPHS for p in self.sched[name].points]
         steps = self.cfg.steps
         if not self.cfg.max_seconds:
             starts = sorted(
@@ -365,7 +383,10 @@ class Plan:
 
     def batches(self) -> list[tuple[int, int]]:
         """The batches of all steps by count: (how many, of how many tokens), in order of time."""
-        steps, points = self.cfg.steps, self.sched["batch_tokens"].points
+        steps = self.cfg.steps
+        if is_constant(self.cfg.batch_tokens):
+            return [(steps, largest(self.cfg.batch_tokens))]
+        points = self.sched["batch_tokens"].points
         starts = [math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points]
         found = []
         # a point waits for all before it, in whichever unit they stand
@@ -403,7 +424,7 @@ class RunConfig(Section):
     embed_stats: int = 0  # validation tokens for statistics of logits and embeddings; 0: none
     save_every: int = 0  # steps between checkpoints; 0: only when interrupted
     save_last: int = 1  # 1: keep a checkpoint of the end of training
-    keep: int = 2  # newest checkpoints kept
+    keep: int = 2  # newest checkpoints kept; 0: none is written, also where a run is interrupted
 
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # of compute: bfloat16, float32, or auto (bfloat16 where that is fast)
@@ -417,10 +438,14 @@ class RunConfig(Section):
         (0, 1, "save_last auto_micro"),
         (0, 2, "compile"),
         (0, 2**32 - 1, "seed"),
-        (0, 10**9, "save_every embed_stats"),
-        (1, 10**9, "log_every keep micro_tokens loss_chunk"),
+        (0, 10**9, "save_every embed_stats keep"),
+        (1, 10**9, "log_every micro_tokens loss_chunk"),
         (-1, 10**9, "eval_every"),
     )
+
+    def needs(self) -> list[Need]:
+        return [("save_every", "keep > 0, as no checkpoint is kept", self.keep > 0)]
+
     CHOICES = {
         "device": ("auto", "cpu", "cuda"),
         "dtype": ("auto", "float32", "bfloat16"),
@@ -1333,7 +1358,7 @@ class Declaring(nn.Module):
     def __init__(self):
         super().__init__()
         self.declared: dict[str, Declared] = {}
-        self.path = ""  # of the module within the model, with a dot behind it
+        self.prefix = ""  # of the module within the model, with a dot behind it
         self.watch: Watch | None = None  # see watching()
 
     def declare(
@@ -1358,7 +1383,7 @@ class Declaring(nn.Module):
         one; w: the same matrix in another type.
         """
         y = linear(x, getattr(self, name).flatten(0, -2) if w is None else w)
-        return y if self.watch is None else self.watch(self.path + name, x, y)
+        return y if self.watch is None else self.watch(self.prefix + name, x, y)
 
 
 @contextlib.contextmanager
@@ -1458,7 +1483,7 @@ class Attention(Declaring):
             else math.inf
         )
         inner, inner_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        remix, one_map = cfg.init == "remix", inner == inner_kv
+        remix, one_map = cfg.init == "remix", cfg.kv_heads in (0, cfg.heads)
         # Remix (modded-nanogpt): a standard deviation of 0.5/sqrt(dim), and outputs of zero.
         start = (
             uniform(3**0.5 * (cfg.init_std or 0.5) * cfg.dim**-0.5)
@@ -1489,18 +1514,19 @@ class Attention(Declaring):
         xsa: bool,
         values: Tensor | None = None,
     ) -> Tensor:
-        """`values` [B, T, kv_heads*K] join the own ones, times 2*sigmoid of a head's gate."""
+        """
+        x [B, T, D] -> [B, T, D]. value_gate: `values` [B, T, kv_heads*K] join the own ones, times
+        2*sigmoid of a head's gate.
+        """
         B, T, _ = x_BTD.shape
-        if self.heads == self.kv_heads:
-            if self.iha is None:
-                qkv = self.linear(x_BTD, "qkv")
-            else:  # a mixture is none of the matrices: nobody watches it
-                mixed = self.iha @ self.qkv.view(3, self.heads, -1)
-                qkv = linear(x_BTD, mixed.view(-1, x_BTD.size(-1)))
-            qkv = qkv.view(B, T, 3 * self.heads, self.head_dim)
+        if self.iha is not None:  # a mixture is none of the matrices: nobody watches it
+            mixed = self.iha @ self.qkv.view(3, self.heads, -1)
+            qkv = linear(x_BTD, mixed.view(-1, x_BTD.size(-1)))
+        elif self.qkv is not None:
+            qkv = self.linear(x_BTD, "qkv")
         else:
-            q, kv = self.linear(x_BTD, "q"), self.linear(x_BTD, "kv")
-            qkv = torch.cat([q, kv], dim=-1).view(B, T, -1, self.head_dim)
+            qkv = torch.cat([self.linear(x_BTD, "q"), self.linear(x_BTD, "kv")], dim=-1)
+        qkv = qkv.view(B, T, -1, self.head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.value_gate is not None:
             few = x_BTD[..., : self.value_gate.size(1)]
@@ -1532,40 +1558,42 @@ class Attention(Declaring):
 
 
 class MLP(Declaring):
-    """Squared ReLU (So et al. 2021), squared leaky ReLU or SwiGLU (Shazeer 2020)."""
+    """Two maps and an activation between them."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         hidden = hidden_width(cfg)
         self.gated = cfg.activation == "swiglu"
-        # Gated: the gate's matrix and the other one, a stack of two as q, k, v are one of three.
         width, remix = cfg.dim**-0.5, cfg.init == "remix"
         bound = 3**0.5 * cfg.init_std * width if cfg.init_std else width
-        stack = (2, hidden, cfg.dim) if self.gated else (hidden, cfg.dim)
+        stack = (hidden, cfg.dim)
+        if self.gated:  # its matrix and the other one, a stack of two as q, k, v are one of three
+            stack = (2, hidden, cfg.dim)
         self.declare("fc", "matrix", uniform(bound) if remix else xavier(), *stack)
         start = normal(cfg.proj_init * width) if remix else xavier()
         self.declare("proj", "matrix", start, cfg.dim, hidden)
         self.slope = 0.5 if cfg.activation == "leaky_relu2" else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gated:
+        if self.gated:  # SwiGLU (Shazeer 2020)
             gate, h = self.linear(x, "fc").chunk(2, dim=-1)
             return self.linear(F.silu(gate) * h, "proj")
         h = self.linear(x, "fc")
         h = F.leaky_relu(h, self.slope) if self.slope else F.relu(h)
-        return self.linear(h.square(), "proj")
+        return self.linear(h.square(), "proj")  # squared (So et al. 2021)
 
 
 class Block(Declaring):
     """
-    Attention and MLP with the vectors that steer them; a looped block is applied at several
-    places. Counted from the last one, every second block has a value projection; the block of
+    Attention and MLP with the vectors that steer them. One that loop_span() has inside is applied
+    at several places. value_proj: counted from the last one, every second block has one; that of
     MTP (index = depth) has none, and no lambdas.
     """
 
     def __init__(self, cfg: Config, index: int):
         super().__init__()
-        self.eps, self.dropout = cfg.norm_eps, (cfg.attn_dropout, cfg.mlp_dropout)
+        self.eps = cfg.norm_eps
+        self.attn_dropout, self.mlp_dropout = cfg.attn_dropout, cfg.mlp_dropout
         values = bool(cfg.value_proj) and index < cfg.depth and (cfg.depth - 1 - index) % 2 == 0
         self.attn, self.mlp = Attention(cfg, values), MLP(cfg)
         inner_kv, counted = self.attn.kv_heads * self.attn.head_dim, index < cfg.depth
@@ -1609,9 +1637,9 @@ class Block(Declaring):
             mix, scales = self.mix.to(x.dtype), self.scales.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
         skipped = x
-        y = self.drop(self.attn(branch(x, first), rope, mask, xsa, values), self.dropout[0])
+        y = self.drop(self.attn(branch(x, first), rope, mask, xsa, values), self.attn_dropout)
         x = x + (y if self.mix is None else scales[0] * y)
-        y = self.drop(self.mlp(branch(x, second)), self.dropout[1])
+        y = self.drop(self.mlp(branch(x, second)), self.mlp_dropout)
         x = x + (y if self.mix is None else scales[1] * y)
         return x if keep is None else torch.where(keep, x, skipped)
 
@@ -1681,7 +1709,7 @@ def wiring(cfg: Config, repeats: int) -> list[Place]:
     --config PRESET --wiring` prints it.
     """
     order = layer_order(cfg, repeats)
-    deepest = len(layer_order(cfg, int(max(Schedule("repeats", cfg.repeats).values()))))
+    deepest = len(layer_order(cfg, largest(cfg.repeats)))
     last: dict[int, int] = {}  # of each block, the place where it was applied last
     places = []
     for at, block in enumerate(order):
@@ -1708,6 +1736,12 @@ def wiring(cfg: Config, repeats: int) -> list[Place]:
         last[block] = at
     sources = {added.source for p in places for added in (p.skip, p.last_visit) if added}
     return [p._replace(is_added=at in sources) for at, p in enumerate(places)]
+
+
+def wirings(cfg: Config) -> dict[int, list[Place]]:
+    """By repeats, all that the schedule has."""
+    values = map(int, Schedule("repeats", cfg.repeats).values())
+    return {repeats: wiring(cfg, repeats) for repeats in values}
 
 
 def unet_skip(cfg: Config, at: int, block: int, places: int, last: dict[int, int]) -> Added | None:
@@ -1788,11 +1822,10 @@ class GPT(Declaring):
         self.declare("mtp_proj", "matrix", plain_map(cfg), cfg.dim, 2 * cfg.dim, on=cfg.mtp)
         self.mtp_block = Block(cfg, cfg.depth) if cfg.mtp else None
         self.declare("final_gain", "scalar", 1.0, cfg.dim, on=cfg.layer_norm)
-        values = Schedule("repeats", cfg.repeats).values()
-        self.places = {int(repeats): wiring(cfg, int(repeats)) for repeats in values}
+        self.places = wirings(cfg)
         # What is learned by place, and not by block, is there for the deepest order.
-        most, (low, high) = max(self.places), loop_span(cfg)
-        places, tables = len(self.places[most]), cfg.value_embeds
+        most, (low, high) = largest(cfg.repeats), loop_span(cfg)
+        places, tables = len(layer_order(cfg, largest(cfg.repeats))), cfg.value_embeds
         shape = (cfg.depth // 2,) if cfg.unet == 2 else (places // 2, cfg.dim)
         self.declare("skips", "scalar", 1.0, *shape, on=cfg.unet)
         self.declare("loop_embed", "scalar", 0.0, places, cfg.dim, on=cfg.loop_embed)
@@ -1805,7 +1838,7 @@ class GPT(Declaring):
         self.register_buffer("sin", sin, persistent=False)
         for path, module in self.named_modules():
             if path and isinstance(module, Declaring):
-                module.path = f"{path}."
+                module.prefix = f"{path}."
 
     def documents(self, tokens_BT: Tensor) -> Tensor | None:
         """
@@ -1827,49 +1860,45 @@ class GPT(Declaring):
 
     def hidden(self, tokens_BT: Tensor, repeats: int, window: int, cache=None) -> Tensor:
         """
-        tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: keys
-        and values of the tokens before these, see logs/score.py.
+        tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: the
+        keys and values of the tokens before these; its begin_pass() is in logs/score.py.
         """
-        places, x = self.places.get(repeats) or wiring(self.cfg, repeats), self.embedded(tokens_BT)
+        places = self.places.get(repeats) or wiring(self.cfg, repeats)
+        x = self.embedded(tokens_BT)
         # A copy: at the first place x would be x0, and a compiled block takes a graph of its own
         # for two arguments that are one tensor.
-        x0, first = x.clone(), cache.size if cache else 0
-        rope = self.cos[first:], self.sin[first:]
-        masks = self.masks(places, self.documents(tokens_BT), window, x, cache)
+        x0 = x.clone()
+        rope, docs = (self.cos, self.sin), self.documents(tokens_BT)
+        if cache:
+            rope = self.cos[cache.size :], self.sin[cache.size :]
+        near = cache.begin_pass(docs) if cache else AttentionMask(docs, window, x)
+        far = near  # of places without the window: one object for all of them
+        if window and self.cfg.window_pattern and not cache:
+            far = AttentionMask(docs, 0, x)
         values, one = self.token_values(tokens_BT), torch.ones((), dtype=x.dtype, device=x.device)
-        keep = self.drawn_places(places)
+        drawn = self.drawn(len(places))
         outputs: dict[int, Tensor] = {}  # that later places add
         for at, place in enumerate(places):
             added = self.added(place, outputs, values, one)
             # A tensor, as a number would make a graph of each block.
             shrink = one * place.shrink if self.cfg.layer_scale else None
-            block = self.blocks[place.block]
-            x = block(x, x0, added, rope, masks[at], place.xsa, shrink, keep[at])
+            keep = drawn[at] >= place.drop if drawn is not None else None
+            block, mask = self.blocks[place.block], near if place.windowed else far
+            x = block(x, x0, added, rope, mask, place.xsa, shrink, keep)
             if place.is_added:
                 outputs[at] = x
         return self.final(x)
-
-    def masks(
-        self, places: list[Place], docs: Tensor | None, window: int, x: Tensor, cache
-    ) -> list[AttentionMask]:
-        """What each place sees of activations x [B, T, D]: one object for all of one window."""
-        if cache:
-            return [cache.begin_pass(docs)] * len(places)  # which counts the places itself
-        windows = [window if place.windowed else 0 for place in places]
-        made = {w: AttentionMask(docs, w, x) for w in dict.fromkeys(windows)}
-        return [made[w] for w in windows]
 
     def token_values(self, tokens_BT: Tensor) -> list[Tensor]:
         """The rows [B, T, D] of each value table."""
         tables = self.value_embeds if self.cfg.value_embeds else ()
         return [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
 
-    def drawn_places(self, places: list[Place]) -> list[Tensor | None]:
-        """Of each place, whether stochastic depth lets it take part: a truth value []."""
-        if not (self.cfg.stoch_depth and torch.is_grad_enabled()):
-            return [None] * len(places)
-        drawn = torch.rand(len(places), device=self.head.device)
-        return [drawn[at] >= place.drop for at, place in enumerate(places)]
+    def drawn(self, places: int) -> Tensor | None:
+        """Numbers of chance for stochastic depth, one for each place; None where all take part."""
+        if self.cfg.stoch_depth and torch.is_grad_enabled():
+            return torch.rand(places, device=self.head.device)
+        return None
 
     def added(
         self, place: Place, outputs: dict[int, Tensor], values: list[Tensor], one: Tensor
@@ -1901,16 +1930,13 @@ class GPT(Declaring):
         # the shift.
         return self.cfg.softcap * torch.tanh(z / self.cfg.softcap) if self.cfg.softcap else z
 
-    def losses(
-        self, x: Tensor, targets: Tensor, log_z: bool = False, head: Tensor | None = None
-    ) -> Tensor:
-        """
-        Cross-entropy in nats of each target; 0 where the target is -1. With log_z [2, N]: and each
-        log(sum(exp(logits))).
-        """
-        if log_z:
-            both = plain_loss_and_log_z if x.is_cuda else LossAndLogZ.apply
-            return both(self.logits(x, head), targets)
+    def losses_and_log_z(self, x: Tensor, targets: Tensor, head: Tensor | None = None) -> Tensor:
+        """losses() and each log(sum(exp(logits))): [2, N]."""
+        both = plain_loss_and_log_z if x.is_cuda else LossAndLogZ.apply
+        return both(self.logits(x, head), targets)
+
+    def losses(self, x: Tensor, targets: Tensor, head: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats of each target; 0 where the target is -1."""
         return F.cross_entropy(self.logits(x, head), targets, ignore_index=-1, reduction="none")
 
     def forward(
@@ -1923,7 +1949,7 @@ class GPT(Declaring):
         mtp: bool = False,
     ) -> Tensor:
         """
-        Losses [B*T] of all targets, in nats; with log_z a row more, as losses() has it, with mtp
+        Losses [B*T] of all targets, in nats. With log_z a row more, of losses_and_log_z(), with mtp
         one more, of mtp_losses().
         """
         x = self.hidden(tokens_BT, repeats, window)
@@ -1955,12 +1981,13 @@ class GPT(Declaring):
         computed again in the backward pass instead of being kept.
         """
         x, targets = x_BTD.flatten(0, 1), targets_BT.flatten()
+        losses = self.losses_and_log_z if log_z else self.losses
         if len(targets) <= self.cfg.loss_chunk:
-            return self.losses(x, targets, log_z)
+            return losses(x, targets)
         chunks = zip(x.split(self.cfg.loss_chunk), targets.split(self.cfg.loss_chunk))
         head = self.head.float()  # so that chunks' gradients are summed in fp32
         recomputed = torch.utils.checkpoint.checkpoint
-        parts = [recomputed(self.losses, *c, log_z, head, use_reentrant=False) for c in chunks]
+        parts = [recomputed(losses, *c, head, use_reentrant=False) for c in chunks]
         return torch.cat(parts, -1)
 
 
@@ -2081,12 +2108,9 @@ def own_rates(cfg: Config) -> list[OwnRate]:
         pattern, _, values = word.rpartition("=")
         try:
             rate = OwnRate(re.compile(pattern), *map(float, values.split("/")))
-            for value, key in zip(rate[1:], ("adamw_lr", "beta1", "beta2", "matrix_wd")):
-                # nan does not either
-                if value is not None and not LIMITS[key][0] <= value <= LIMITS[key][1]:
-                    raise ValueError(
-                        f"{value} does not lie between {LIMITS[key][0]} and {LIMITS[key][1]}"
-                    )
+            for value, most in zip(rate[1:], (1e38, BELOW_ONE, BELOW_ONE, 1000)):
+                if value is not None and not 0 <= value <= most:  # nan does not either
+                    raise ValueError(f"{value} does not lie between 0 and {most}")
         except (re.error, ValueError, TypeError) as e:
             raise UserError(
                 f"own_lr = {cfg.own_lr!r}: {word!r} is not pattern=rate, /beta1, /beta2 and /decay "
@@ -2162,7 +2186,7 @@ def muon_update(
         u = u * second.clamp_min(1e-10).rsqrt()
         u = u * (size / torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True).clamp_min(1e-10))
     ratio = max(1.0, w.size(-2) / w.size(-1)) ** 0.5
-    descend(w, u, lr * ratio, decay * ratio if cfg.decay_by_shape else decay, cfg.cautious)
+    descend(w, u, lr * ratio, decay * ratio if cfg.decay_by_shape else decay, cfg.cautious > 0)
 
 
 def adamw_update(
@@ -2174,19 +2198,20 @@ def adamw_update(
     decay: Tensor,
     correct1: Tensor,
     correct2: Tensor,
+    rule: Rule,
     cfg: Config,
 ) -> None:
     """
     One step of AdamW (Loshchilov & Hutter 2019) in place; decay = lr*wd, correct1/2 = 1 - beta^t.
     The arithmetic and its order are torch.optim.AdamW's.
     """
-    m.lerp_(g, 1 - cfg.beta1)
-    v.mul_(cfg.beta2).addcmul_(g, g, value=1 - cfg.beta2)
+    m.lerp_(g, 1 - rule.beta1)
+    v.mul_(rule.beta2).addcmul_(g, g, value=1 - rule.beta2)
     u = (m / correct1) / (v.sqrt() / correct2.sqrt() + cfg.adam_eps)
     descend(w, u, lr, decay, cfg.cautious == 1)
 
 
-def descend(w: Tensor, u: Tensor, lr: Tensor, decay: Tensor, cautious: int) -> None:
+def descend(w: Tensor, u: Tensor, lr: Tensor, decay: Tensor, cautious: bool) -> None:
     """
     w -= lr*wd*w + lr*u, rounded once: decay by itself is too small a change for a weight in
     bfloat16. cautious: decay only entries that the update shrinks too (Liang et al. 2024, Chen et
@@ -2206,11 +2231,8 @@ class Bucket:
     """
 
     def __init__(self, rule: Rule, params: dict[str, Tensor], run: Ranks, cfg: Config):
-        self.kind, self.lr, self.wd, self.params = rule.kind, rule.lr, rule.wd, params
-        self.slow, self.group = rule.slow, rule.group
-        self.cfg = dataclasses.replace(cfg, beta1=rule.beta1, beta2=rule.beta2)
-        first, kind = next(iter(params.values())), rule.kind
-        self.unit = rule.shape  # of what is never cut
+        self.rule, self.params = rule, params
+        first, self.unit = next(iter(params.values())), rule.shape  # of what is never cut
         per = math.prod(self.unit)
         self.spans, count = {}, 0
         for name, p in params.items():
@@ -2230,9 +2252,9 @@ class Bucket:
         self.grad_shard = self.grads if run.world == 1 else torch.zeros_like(self.shard)
         self.state = {
             k: torch.zeros_like(self.shard)
-            for k in (("momentum",) if kind == "muon" else ("exp_avg", "exp_avg_sq"))
+            for k in (("momentum",) if rule.kind == "muon" else ("exp_avg", "exp_avg_sq"))
         }
-        if kind == "muon" and cfg.normuon:
+        if rule.kind == "muon" and cfg.normuon:
             one = (1, self.unit[1]) if self.unit[0] < self.unit[1] else (self.unit[0], 1)
             # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of
             # what is added.
@@ -2241,7 +2263,7 @@ class Bucket:
 
     def frozen(self, now: Now) -> bool:
         """Whether the weights keep every bit in this step."""
-        return self.slow and not now.slow_lr
+        return self.rule.slow and not now.slow_lr
 
     def collect(self, last: bool) -> None:
         """
@@ -2309,8 +2331,10 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
     }[declared.group]
     beta1, beta2 = declared.betas or (cfg.beta1, cfg.beta2)
     usual = lr * declared.rate, beta1, beta2, wd
-    own = next((own[1:] for own in own_rates(cfg) if own.pattern.search(name)), (None,) * 4)
-    lr, beta1, beta2, wd = (b if a is None else a for a, b in zip(own, usual))
+    own = next((own for own in own_rates(cfg) if own.pattern.search(name)), None)
+    if own is not None:
+        usual = tuple(b if a is None else a for a, b in zip(own[1:], usual))
+    lr, beta1, beta2, wd = usual
     return Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow)
 
 
@@ -2389,10 +2413,10 @@ class MuonAdamW:
         """
         table = []
         for b in self.buckets:
-            slow = now.slow_lr if b.slow else 1.0
-            lr = b.lr * now.lr * slow
-            decay = (slow if self.cfg.independent_wd else lr) * b.wd * now.weight_decay
-            corrections = [1 - beta**self.count for beta in (b.cfg.beta1, b.cfg.beta2)]
+            rule, slow = b.rule, now.slow_lr if b.rule.slow else 1.0
+            lr = rule.lr * now.lr * slow
+            decay = (slow if self.cfg.independent_wd else lr) * rule.wd * now.weight_decay
+            corrections = [1 - beta**self.count for beta in (rule.beta1, rule.beta2)]
             table.append([lr, now.momentum, decay, *corrections])
         device = self.buckets[0].weights.device
         # 16 bytes each: compiled graphs copy an input that is not aligned so.
@@ -2405,13 +2429,13 @@ class MuonAdamW:
         """Update this rank's shard by its row of rates()."""
         lr, momentum, decay, correct1, correct2 = rates.unbind()
         shard = b.shard.clone() if b.frozen(now) else b.shard  # its moments go on
-        if b.kind == "muon":
+        if b.rule.kind == "muon":
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
             self.muon(
                 shard,
                 b.grad_shard,
                 b.state["momentum"],
-                b.state.get("second"),
+                b.state["second"] if self.cfg.normuon else None,
                 lr,
                 momentum,
                 decay,
@@ -2428,7 +2452,8 @@ class MuonAdamW:
                 decay,
                 correct1,
                 correct2,
-                b.cfg,
+                b.rule,
+                self.cfg,
             )
 
     def frozen(self, name: str, now: Now) -> bool:
@@ -2607,11 +2632,11 @@ class Loader:
     """
     Batches of rows, the same tokens at any number of ranks. In order (shuffle 0) it follows the
     speedrun's rule: a batch is one stretch of one shard, a tail that holds no whole batch is
-    dropped, shards follow in the order of their names. Shuffled, the rows of all shards are drawn
-    in a new order each epoch. With documents shuffled (slowrun), the stream is put together from
-    its documents in a new order each epoch but the first, and rows share no token. The position is
-    two or three integers, and stays where it was if the next batch cannot be had. Opening a shard
-    may fail on one rank alone: `together` is how all of them hear of it.
+    dropped, shards follow in the order of their names. Of shuffled_starts() the rows of all shards
+    are drawn in a new order each epoch. With shuffle_documents() (slowrun) the stream is put
+    together from its documents in a new order each epoch but the first, and rows share no token.
+    The position is two or three integers, and stays where it was if the next batch cannot be had.
+    Opening a shard may fail on one rank alone: `together` is how all of them hear of it.
     """
 
     def __init__(
@@ -2651,7 +2676,8 @@ class Loader:
                 )
             if not self.per_epoch(now.batch_tokens):
                 raise self.no_batch(now.batch_tokens)
-        needed, first = plan.tokens(), plan.moments()[0].batch_tokens
+        needed, now = plan.tokens(), plan.at(0, 0.0)
+        first = now.batch_tokens
         held = self.rows() * self.block if cfg.shuffle else self.per_epoch(first) * first
         if (
             cfg.lr_cycles or cfg.average_epochs or cfg.eval_every < 0
@@ -3116,6 +3142,10 @@ def weights_kept(buckets: list[Bucket]):
                 b.weights.copy_(own)
 
 
+def is_averaged(cfg: Config) -> bool:
+    return cfg.ema > 0 or cfg.swa_every > 0
+
+
 class Averages:
     """
     EMA and plain average (SWA) of the weights, each rank keeping its own shards. They are evaluated
@@ -3158,10 +3188,7 @@ class Averages:
 
     @contextlib.contextmanager
     def swapped_in(self, name: str):
-        """Inside, the model has averaged weights; "live" changes nothing. Collective."""
-        if name == "live":
-            yield
-            return
+        """Inside, the model has averaged weights. Collective."""
         with weights_kept(self.buckets):
             with torch.no_grad():
                 for b, avg in zip(self.buckets, self.shards[name]):
@@ -3180,6 +3207,11 @@ class Averages:
         for kind, shards in self.shards.items():
             for b, shard in zip(self.buckets, shards):
                 b.from_names(shard, {name: named[f"{name}:{kind}"] for name in b.params}, rank)
+
+
+def weights_of(trainer: Trainer, name: str):
+    """Inside, the model has the weights that are meant: live, ema or swa. Collective."""
+    return contextlib.nullcontext() if name == "live" else trainer.avg.swapped_in(name)
 
 
 def keep_epoch(trainer: Trainer, step: int) -> None:
@@ -3676,20 +3708,35 @@ def smallest_artifact(
     keeps the smallest of all codecs' results. Bits "fit" go down LADDER until the file has at most
     `most` bytes; where even the last has more, that one is given.
     """
-    named, cfg = dict(model.named_parameters()), model.cfg
-    matrices = {name: named[name] for name in quantised_names(model)}
-    codecs = (*CODECS, ENTROPY) if codec == "best" else (codec,)
-    for choice in LADDER if bits == "fit" else (bits,):
-        rule = parse_bits(choice) if bits == "fit" else check_bits(choice, list(matrices))
-        found = quantise(matrices, rule, hessians)
-        packed = {codec: pack_artifact(named, found, cfg, codec, choice) for codec in codecs}
-        codec = min(packed, key=lambda c: len(packed[c]))
-        sizes = " ".join(f"{c}:{len(p)}" for c, p in packed.items())
-        how, limit = " gptq" if hessians else "", f", limit {most}" if most else ""
-        log(f"artifact: {choice}{how} {sizes} -> {codec}{limit}")
-        if len(packed[codec]) <= most:
+    if bits != "fit":
+        rule = check_bits(bits, quantised_names(model))
+        return artifact_of(model, rule, bits, codec, hessians, most, log)
+    for choice in LADDER:
+        found = artifact_of(model, parse_bits(choice), choice, codec, hessians, most, log)
+        if len(found[0]) <= most:
             break
-    return packed[codec], re.sub(r"\W+", "_", f"{choice}_{codec}")
+    return found
+
+
+def artifact_of(
+    model: GPT,
+    bits: Bits,
+    said: str,
+    codec: str,
+    hessians: dict[str, Tensor] | None,
+    most: int,
+    log: Callable,
+) -> tuple[bytes, str]:
+    """The artifact in these bits, and their name and that of the codec; log() is told its size."""
+    named, cfg = dict(model.named_parameters()), model.cfg
+    found = quantise({name: named[name] for name in quantised_names(model)}, bits, hessians)
+    codecs = (*CODECS, ENTROPY) if codec == "best" else (codec,)
+    packed = {name: pack_artifact(named, found, cfg, name, said) for name in codecs}
+    smallest = min(packed, key=lambda name: len(packed[name]))
+    sizes = " ".join(f"{name}:{len(data)}" for name, data in packed.items())
+    how, limit = " gptq" if hessians else "", f", limit {most}" if most else ""
+    log(f"artifact: {said}{how} {sizes} -> {smallest}{limit}")
+    return packed[smallest], re.sub(r"\W+", "_", f"{said}_{smallest}")
 
 
 def unpack_artifact(data: bytes, where: str) -> tuple[Config, dict[str, Tensor], dict]:
@@ -3726,8 +3773,7 @@ def unpack_artifact(data: bytes, where: str) -> tuple[Config, dict[str, Tensor],
         if len(payload) != size:
             raise bad("its payload has another size than its header says")
         named = stored_tensors(header, tensors_of_bytes(payload), np.frombuffer(stream, "<u4"))
-        cfg = Config(**checked(tomllib.loads(header["config"]), where))
-        check_config(cfg)
+        cfg = stored_config(header["config"], where)
         fits(cfg, named)
     except UserError as e:
         raise (e if where in str(e) else bad(str(e))) from None
@@ -3932,8 +3978,9 @@ def export_artifact(trainer: Trainer) -> dict:
     most = max(0, cfg.artifact_limit - code)
 
     def write() -> tuple[str, int]:
-        how = cfg.export, cfg.export_codec, hessians, most
-        data, chosen = smallest_artifact(trainer.model, *how, log=run.log)
+        data, chosen = smallest_artifact(
+            trainer.model, cfg.export, cfg.export_codec, hessians, most, run.log
+        )
         write_whole(path, data)
         return chosen, len(data)
 
@@ -4031,6 +4078,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in done if re.fullmatch("[0-9]+", p.name)), key=lambda p: int(p.name))
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    return (checkpoints(folder) or [None])[-1]
+
+
 def sync_folder(path: Path) -> None:
     for p in [*path.iterdir(), path]:
         fd = os.open(p, os.O_RDONLY)
@@ -4046,7 +4097,10 @@ def save_checkpoint(trainer: Trainer, step: int) -> Path:
     """
     run, loader = trainer.run, trainer.loader
     final = run.folder / "ckpt" / f"{step:06d}"
-    optimizer, averages = trainer.opt.state_dict(), trainer.avg.state_dict()
+    averages = {"swa_count": torch.tensor(0)}
+    if is_averaged(run.cfg):
+        averages = trainer.avg.state_dict()
+    tensors = {"optimizer": trainer.opt.state_dict(), "averages": averages}
     state = {
         "step": step,
         "train_seconds": run.clock.seconds(),
@@ -4061,8 +4115,8 @@ def save_checkpoint(trainer: Trainer, step: int) -> Path:
     }
 
     def write(part: Path) -> None:
-        weights = weights_on_cpu(trainer.model)
-        for name, named in (("model", weights), ("optimizer", optimizer), ("averages", averages)):
+        tensors["model"] = weights_on_cpu(trainer.model)
+        for name, named in tensors.items():
             write_tensors(named, part / f"{name}.safetensors")
         text = json.dumps(state | {"data": loader.identity()})
         (part / "state.json").write_text(text, encoding="utf-8")
@@ -4166,7 +4220,8 @@ def load_checkpoint(path: Path, trainer: Trainer) -> int:
         run.log(f"notice: {notice}")
     load_weights(trainer.model, tensors_of("model"), str(path))
     trainer.opt.load_state_dict(tensors_of("optimizer"))
-    trainer.avg.load_state_dict(tensors_of("averages"), run.rank)
+    if is_averaged(run.cfg):
+        trainer.avg.load_state_dict(tensors_of("averages"), run.rank)
     loader.load_state_dict(state["loader"])
     if run.rank < len(state["rng"]):  # ranks that did not exist then keep their own fresh stream
         for kind, text in state["rng"][run.rank].items():
@@ -4728,6 +4783,13 @@ def validate(cfg: Config) -> None:
     validate_schedules(cfg)
 
 
+def stored_config(text: str, where: str) -> Config:
+    """Of a file that may be forged."""
+    cfg = Config(**checked(tomllib.loads(text), where))
+    check_config(cfg)
+    return cfg
+
+
 def check_config(cfg: Section) -> None:
     """What holds for every configuration, also one that was read and may be forged."""
     check_texts(cfg)
@@ -4875,17 +4937,21 @@ def build(cfg: Config, run: Run) -> Trainer:
     plan.train_shapes(run.world)  # refuses batches that do not divide
     loader = run.together(lambda: Loader(cfg, plan, run.rank, run.world, run.together))
     loader.open_shards()
-    try:
-        tokenizer = Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token) if cfg.tokenizer else None
-    except UserError as e:
-        tokenizer = None
-        run.log(f"notice: no bits per byte and no samples: {e}")
+    tokenizer = open_tokenizer(cfg, run) if cfg.tokenizer else None
     val = run.together(lambda: Validation(cfg, plan, tokenizer))
     trainer = assemble(cfg, run, plan, loader, val, tokenizer)
     if cfg.export:
         for line in check_artifact(cfg, trainer.model):
             run.log(f"notice: {line}")
     return trainer
+
+
+def open_tokenizer(cfg: Config, run: Run) -> Tokenizer | None:
+    try:
+        return Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token)
+    except UserError as e:
+        run.log(f"notice: no bits per byte and no samples: {e}")
+        return None
 
 
 def assemble(
@@ -4900,8 +4966,9 @@ def assemble(
             "notice: a tied table cannot start at zero, as it is the input too: it starts uniform "
             "in +-1/sqrt(dim)"
         )
-    for line in pattern_notices(cfg, model):
-        run.log(f"notice: {line}")
+    if cfg.adamw_matrices or cfg.own_lr:
+        for line in pattern_notices(cfg, model):
+            run.log(f"notice: {line}")
     if cfg.init_from:
         transfer_weights(model, cfg, run)
     opt = MuonAdamW(cfg, model, run)
@@ -4976,6 +5043,7 @@ def compile_model(model: GPT, cfg: Config):
     for block in [*model.blocks, *([model.mtp_block] if cfg.mtp else [])]:
         block.compile(dynamic=False)
     model.losses = torch.compile(model.losses, dynamic=False)
+    model.losses_and_log_z = torch.compile(model.losses_and_log_z, dynamic=False)
     model.norm = torch.compile(norm, dynamic=False)
     return model
 
@@ -5133,8 +5201,9 @@ def validate_all(trainer: Trainer, step: int, now: Now) -> dict:
     """Evaluate live weights and averages; a line in the speedrun's format and one more."""
     run, ms = trainer.run, trainer.run.clock.seconds() * 1000
     began, found = time.perf_counter(), {}
-    for name in ["live", *trainer.avg.ready()]:
-        with trainer.avg.swapped_in(name):
+    averages = trainer.avg.ready() if is_averaged(trainer.cfg) else []
+    for name in ["live", *averages]:
+        with weights_of(trainer, name):
             loss, bpb = evaluate(run, trainer.graph, trainer.val, trainer.plan.eval_shape(now))
         tail = "" if name == "live" else f"_{name}"
         found |= {f"val_loss{tail}": loss} | ({f"val_bpb{tail}": bpb} if bpb else {})
@@ -5187,11 +5256,37 @@ def embedding_statistics(trainer: Trainer, now: Now) -> dict[str, float]:
     return {key: float(x) for key, x in (found | dict(zip(names, sums / tokens))).items()}
 
 
-def log_step(
-    trainer: Trainer, step: int, now: Now, loss: Tensor, grad_norm: Tensor, seconds: float
-) -> None:
+def moment(on_gpu: bool) -> float | torch.cuda.Event:
+    """Now; of a GPU when all is done that it was told to do."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+class Reading:
+    """
+    The numbers of a step on their way to the host: whoever reads them waits for that step alone,
+    however many are queued behind it.
+    """
+
+    def __init__(self, losses: Tensor, grad_norm: Tensor, begun: float | torch.cuda.Event):
+        numbers = torch.cat([losses, grad_norm.view(1)])
+        self.numbers = numbers.to("cpu", non_blocking=True)  # of a GPU: a copy, in pinned memory
+        self.begun, self.ended = begun, moment(numbers.is_cuda)
+
+    def read(self) -> tuple[list[float], float]:
+        """The cross-entropy, the extra terms, the gradient norm; the seconds of the step."""
+        if isinstance(self.ended, float):
+            return self.numbers.tolist(), max(1e-9, self.ended - self.begun)
+        self.ended.synchronize()
+        return self.numbers.tolist(), self.begun.elapsed_time(self.ended) / 1000
+
+
+def log_step(trainer: Trainer, step: int, now: Now, reading: Reading) -> None:
     """Read a finished step's numbers (a wait), stop if not finite, write the lines."""
-    (loss, *extra), grad_norm, run, cfg = loss.tolist(), float(grad_norm), trainer.run, trainer.cfg
+    ((loss, *extra, grad_norm), seconds), run, cfg = reading.read(), trainer.run, trainer.cfg
     terms = dict(zip(extra_terms(cfg), extra))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         good = checkpoints(run.folder)
@@ -5250,14 +5345,15 @@ def graph_of(now: Now) -> list[int]:
     return [getattr(now, key) for key in GRAPHS]
 
 
-def next_step_seconds(paces: list[tuple[list, float]], graph: list) -> float:
+def next_step_seconds(run: Run, graph: list) -> float:
     """
     What the next step may take, from the last ones of its graph (where there are none, of any): the
     second slowest and a tenth. One step that was stopped for a while must not end the run, nor one
     that was quick carry it over its cap.
     """
-    seconds = sorted([s for g, s in paces if g == graph] or [s for _, s in paces])
-    return 1.1 * seconds[max(0, len(seconds) - 2)] if seconds else 0.0
+    seconds = sorted([s for g, s in run.paces if g == graph] or [s for _, s in run.paces])
+    took = 1.1 * seconds[max(0, len(seconds) - 2)] if seconds else 0.0
+    return 2 * took if run.device.type == "cuda" else took  # it may be busy with the step before
 
 
 def is_over(trainer: Trainer, step: int, now: Now, seconds: float) -> bool:
@@ -5265,10 +5361,7 @@ def is_over(trainer: Trainer, step: int, now: Now, seconds: float) -> bool:
     cfg, run, plan = trainer.cfg, trainer.run, trainer.plan
     # A clock cap is a cap: no step is begun that would end behind it. The clocks that all ranks
     # agreed on decide, or one rank would leave alone.
-    took = next_step_seconds(run.paces, graph_of(now))
-    if run.device.type == "cuda":
-        took *= 2  # it may still be busy with the step before
-    capped = cfg.max_seconds and seconds + took > plan.seconds
+    capped = cfg.max_seconds > 0 and seconds + next_step_seconds(run, graph_of(now)) > plan.seconds
     if run.over or step >= cfg.steps or capped:
         return True
     # When the data of a capped run ends, nobody could know before: it ends training as a cap does.
@@ -5292,13 +5385,15 @@ class Due(NamedTuple):
 
 def due(plan: Plan, step: int, last: bool) -> Due:
     cfg, epoch_ends = plan.cfg, plan.ends_epoch(step)
-    save = cfg.save_every > 0 and step > 0 and step % cfg.save_every == 0
-    keep = epoch_ends and step * cfg.epochs // cfg.steps > cfg.epochs - cfg.average_epochs
+    by_count = cfg.save_every > 0 and step > 0 and step % cfg.save_every == 0
+    save = cfg.keep > 0 and (by_count or cfg.save_last > 0 and last)
+    first = cfg.epochs - cfg.average_epochs  # epochs before those whose weights are kept
+    keep = cfg.average_epochs > 0 and epoch_ends and step * cfg.epochs // cfg.steps > first
     if cfg.eval_every < 0:
         evaluate = epoch_ends or step == 0
     else:
         evaluate = cfg.eval_every > 0 and step % cfg.eval_every == 0
-    return Due(save or last and bool(cfg.save_last), keep, evaluate or last)
+    return Due(save, keep, evaluate or last)
 
 
 def pause(trainer: Trainer, step: int, now: Now, todo: Due) -> dict:
@@ -5332,11 +5427,11 @@ def train_loop(trainer: Trainer, step: int) -> tuple[int, Now, dict]:
             log_all_but(0)  # and no checkpoint if the last step was not finite
             raise
         now = plan.at(step, plan.fraction(step, seconds))
-        if before:
+        if before and trainer.cfg.max_seconds:
             run.paces = [*run.paces[-19:], (before[0], seconds - before[1])]
         before = graph_of(now), seconds
         run.over = is_over(trainer, step, now, seconds)
-        if run.over:
+        if run.over and is_averaged(trainer.cfg):
             trainer.avg.close()
         if any(todo := due(plan, step, run.over)):
             log_all_but(0)
@@ -5344,15 +5439,16 @@ def train_loop(trainer: Trainer, step: int) -> tuple[int, Now, dict]:
         if run.over:
             break
         try:
-            loss, grad_norm = train_step(trainer, step, now)
+            begun = moment(run.device.type == "cuda")
+            told = train_step(trainer, step, now)
         except (UserError, Interrupted):  # the loader may be asked to leave while it makes rows
             log_all_but(0)
             raise
         step += 1
         run.step, run.trained = step, now
-        trainer.avg.update(step, plan.fraction(step, seconds))
-        took = max(1e-9, run.clock.seconds() - seconds)
-        unlogged.append((step, now, loss, grad_norm, took))
+        if is_averaged(trainer.cfg):
+            trainer.avg.update(step, plan.fraction(step, seconds))
+        unlogged.append((step, now, Reading(*told, begun)))
         # One step late: a GPU is not kept waiting for the host to read a number.
         log_all_but(0 if run.device.type == "cpu" else 1)
     run.clock.stop()
@@ -5369,7 +5465,7 @@ def trained_is_kept(trainer: Trainer, begun: int):
         raise
     except UserError as e:
         run.clock.stop()
-        if run.step == begun:
+        if run.step == begun or not run.cfg.keep:
             raise
         saved = save_checkpoint(trainer, run.step)
         raise UserError(
@@ -5393,19 +5489,21 @@ def finish(trainer: Trainer, step: int, now: Now, found: dict) -> dict:
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
     result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}
     result |= {k: v for k, v in found.items() if k not in result}
-    with weights_kept(trainer.opt.buckets), trainer.avg.swapped_in(cfg.final_weights):
-        if cfg.export:
+    if cfg.export:
+        with weights_kept(trainer.opt.buckets), weights_of(trainer, cfg.final_weights):
             result |= export_artifact(trainer)
     return {k: v for k, v in result.items() if v is not None}
 
 
 def check_folder(cfg: Config, folder: Path) -> None:
     """Refuse a name that is taken, and to go on with what was begun under another configuration."""
-    if folder.exists() and not cfg.resume:
-        raise UserError(
-            f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, "
-            "or delete it"
-        )
+    if not folder.exists():
+        return
+    require(
+        cfg.resume,
+        f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or "
+        "delete it",
+    )
     # else what is done behind the last step may still be done otherwise
     finished = is_finished(folder)
     frozen = {"export"} if Schedule("qat", cfg.qat).values() != [0] else set()
@@ -5437,10 +5535,10 @@ def changed_fields(cfg: Config, folder: Path, free: set[str] = FREE_ON_RESUME) -
 def enter_folder(run: Run) -> bool:
     """Refuse what cannot be gone on with, and lock what can. Whether the run is finished."""
     check_folder(run.cfg, run.folder)
-    finished = is_finished(run.folder)
+    finished = run.cfg.resume and is_finished(run.folder)
     if finished:
         renew_tables(run)
-    elif run.folder.exists():
+    elif run.cfg.resume and run.folder.exists():
         run.lock_folder()
     return finished
 
@@ -5458,14 +5556,15 @@ def write_config(folder: Path, cfg: Config) -> None:
     write_whole(folder / "config.toml", text.encode(errors="backslashreplace"))
 
 
-def prepare_folder(run: Run) -> Path | None:
-    """Create the run's folder, or find the checkpoint to go on from; None: start at step 0."""
+def prepare_folder(run: Run) -> None:
+    """Create the run's folder, or take it over."""
     cfg, folder = run.cfg, run.folder
     try:
         folder.mkdir(parents=True, exist_ok=cfg.resume)
-        run.lock_folder()
-        # again, for another start may have been here meanwhile
-        check_folder(dataclasses.replace(cfg, resume=True), folder)
+        if cfg.keep:
+            run.lock_folder()
+        if cfg.resume:  # again, for another start may have been here meanwhile
+            check_folder(cfg, folder)
         write_config(folder, cfg)
     except FileExistsError:
         check_folder(cfg, folder)
@@ -5473,7 +5572,6 @@ def prepare_folder(run: Run) -> Path | None:
         raise UserError(
             f"cannot create {folder} ({e}); choose another folder with --log_dir"
         ) from e
-    return (checkpoints(folder) or [None])[-1]
 
 
 def ingredients(trainer: Trainer) -> dict:
@@ -5490,8 +5588,12 @@ def ingredients(trainer: Trainer) -> dict:
     }
 
 
-def log_head(run: Run, step: int | None) -> None:
-    """Sources, environment and configuration go first, so that a log is a complete witness."""
+def begin_log(run: Run, step: int | None) -> None:
+    """
+    Sources, environment and configuration go first, so that a log is a complete witness. `step`: at
+    which the run goes on.
+    """
+    run.open_log((-1 if step is None else step) if run.cfg.resume else None)
     if step is None:
         for path in source_files(run.cfg):
             run.log(path.read_text(encoding="utf-8"), console=False)
@@ -5511,14 +5613,10 @@ def train(cfg: Config, run: Run, build=build) -> int:
         return 0
     trainer = build(cfg, run)  # what cannot work is refused here, before a folder is made
     run.require_the_same(lambda: ingredients(trainer))
-    start = run.on_main(lambda: prepare_folder(run))
+    run.on_main(lambda: prepare_folder(run))
+    start = run.on_main(lambda: newest_checkpoint(run.folder)) if cfg.resume else None
     run.resumed = start is not None
-
-    def begin_log() -> None:
-        run.open_log(int(start.name) if start else -1)
-        log_head(run, None if start is None else int(start.name))
-
-    run.on_main(begin_log)
+    run.on_main(lambda: begin_log(run, int(start.name) if start else None))
     step = load_checkpoint(start, trainer) if start else 0
     run.step = step
     if start:
@@ -5528,7 +5626,8 @@ def train(cfg: Config, run: Run, build=build) -> int:
         f"model_params:{size} ranks:{run.world} device:{run.device} dtype:{run.dtype} "
         f"val_tokens:{trainer.val.scored}"
     )
-    run.on_main(trainer.loader.identity)  # of the data as it is now, for the checkpoints
+    if cfg.keep:
+        run.on_main(trainer.loader.identity)  # of the data as it is now, for the checkpoints
     try:
         warm_up(trainer)
         before = graphs_compiled()
@@ -5539,10 +5638,10 @@ def train(cfg: Config, run: Run, build=build) -> int:
             result = finish(trainer, step, now, found)
     except Interrupted:
         run.clock.stop()
-        saved = save_checkpoint(trainer, run.step)
+        saved = save_checkpoint(trainer, run.step) if cfg.keep else None
         run.log(
-            f"interrupted by {signal.Signals(run.signal).name}: saved {saved}; continue with "
-            "--resume"
+            f"interrupted by {signal.Signals(run.signal).name}: "
+            + (f"saved {saved}; continue with --resume" if cfg.keep else "nothing of it is kept")
         )
         return 128 + run.signal
     write_result(trainer, result, step, size)
@@ -5605,9 +5704,8 @@ def peak_memory() -> int:
 
 
 def tokens_seen(trainer: Trainer, step: int) -> int:
-    starts = trainer.plan.sched["batch_tokens"]
-    if len(starts.points) == 1:
-        return step * int(starts.points[0].value)
+    if is_constant(trainer.cfg.batch_tokens):
+        return step * largest(trainer.cfg.batch_tokens)
     return sum(trainer.plan.at(s, s / trainer.cfg.steps).batch_tokens for s in range(step))
 
 

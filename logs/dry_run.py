@@ -70,7 +70,9 @@ def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: in
     """Peak bytes of one rank, by this method: weights and gradients whole and optimizer states in
     shards (the warm-up keeps its copy of them on the host); the weights once more as they are
     computed with; what a compiled backward keeps of each position (counted in the graphs of
-    torch.compile's partitioner); the logits of one chunk three times.
+    torch.compile's partitioner); logits in bf16, of which a compiled loss keeps one copy, as their
+    gradient takes their place. compile = 2 has all chunks' at once, since the compiler orders the
+    whole graph: docs/gpus.md.
     """
     width = 2 if cfg.param_dtype == "bfloat16" else 4
     fixed = width * (2 * params + math.ceil(states / world))
@@ -86,13 +88,13 @@ def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: in
     kept += hidden_width(cfg) * (3 if cfg.activation == "swiglu" else 2)  # around the activation
     kept += 3 * cfg.dim * bool(cfg.block_scales)  # mixed input, both branches before their scales
     kept += q * (bool(cfg.q_gain) + bool(cfg.attn_gate))  # before the gain, before the gate
-    kept += (2 * cfg.dim + 2 * q) * bool(cfg.layer_norm)  # in fp32
     kept += kv / 2 * bool(cfg.value_proj)  # in every second block
     kept += cfg.dim / 2 * ((cfg.attn_dropout > 0) + (cfg.mlp_dropout > 0))  # a byte each
     depth = max(len(wiring(cfg, n.repeats)) for n in plan.moments())
     depth += 2 if cfg.mtp else 0  # its block and, as one more, its inputs
     tokens = max(s.rows * s.seq_len for s in plan.train_shapes(world))
-    logits = 3 * 4 * min(tokens, cfg.loss_chunk) * cfg.vocab
+    at_once = tokens if cfg.compile == 2 else min(tokens, cfg.loss_chunk)
+    logits = (2 if cfg.compile else 3 * 4) * at_once * cfg.vocab  # eagerly, three in fp32
     return fixed + int(2 * tokens * depth * kept) + logits
 
 
@@ -117,16 +119,16 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
     for bucket in param_buckets(cfg, model, Ranks(torch.device("meta"), 0, world)):
         sizes = [p.numel() for p in bucket.params.values()]
         group = {
-            "kind": bucket.kind,
+            "kind": bucket.rule.kind,
             "tensors": len(sizes),
             "params": sum(sizes),
-            "lr": bucket.lr,
-            "weight_decay": bucket.wd,
+            "lr": bucket.rule.lr,
+            "weight_decay": bucket.rule.wd,
             "names": sorted({re.sub(r"\d+", "*", name) for name in bucket.params}),
         }
         groups.append(group)
         params += group["params"]
-        states += group["params"] * (1 if bucket.kind == "muon" else 2)
+        states += group["params"] * (1 if bucket.rule.kind == "muon" else 2)
         large = [p for p in bucket.params.values() if p.ndim >= 2 and p.numel() > 65536]
         matrices += sum(p.numel() for p in large)
     shapes, moments = plan.train_shapes(world), plan.moments()
@@ -171,7 +173,7 @@ def print_cost(cfg: Config, as_json: bool) -> int:
     memory = f"{out['memory_bytes'] / 1e9:.2f} GB a rank on {out['world_size']} ranks"
     print(
         f"memory: {memory}, estimated: weights, gradients, sharded states, what backward keeps of "
-        "each position, three copies of a chunk's logits"
+        "each position, logits"
     )
     size = f"about {out['artifact_bytes']:,} bytes"
     print(f"artifact: {size} (int8 at the 0.92 that zstd-22 left of such weights)")

@@ -9,6 +9,7 @@ import math
 import pickle
 import random
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -520,7 +521,7 @@ def test_swapping_averages_in_leaves_the_live_weights(dtype):
             model.head.data.fill_(7)
             raise tg.Interrupted
         assert all(torch.equal(p, live[n]) for n, p in model.named_parameters())
-    with avg.swapped_in("live"):
+    with tg.weights_of(SimpleNamespace(avg=avg), "live"):
         assert all(torch.equal(p, live[n]) for n, p in model.named_parameters())
 
 

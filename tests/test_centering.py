@@ -235,7 +235,7 @@ def test_gains_have_adamw_and_no_decay():
     cfg = tiny(**FAMILY | {"optimizer": "muon"}, matrix_wd=0.1, embed_wd=0.1)
     for b in tg.param_buckets(cfg, build(cfg), alone()):
         gains = ["gain" in name for name in b.params]
-        assert all(gains) and b.kind == "adamw" and b.wd == 0 or not any(gains)
+        assert all(gains) and b.rule.kind == "adamw" and b.rule.wd == 0 or not any(gains)
 
 
 def test_independent_decay_does_not_follow_the_learning_rate():
@@ -892,7 +892,7 @@ def test_a_sweep_has_one_rate_for_all_weights_and_refuses_others(tmp_path, capsy
     arm = study.all_arms(said)["lr0.1-dim64-baseline"]
     muon = study.Study("x", said, {arm.name: arm}, [1], ["--optimizer", "muon"], [], Path("logs"))
     cfg = muon.config(arm.name, 1)
-    assert {b.lr for b in tg.param_buckets(cfg, build(cfg), alone())} == {0.1}
+    assert {b.rule.lr for b in tg.param_buckets(cfg, build(cfg), alone())} == {0.1}
     warm, peak, low = cfg.lr.split()
     assert (warm, peak) == ("0:1/16", "0.05>1") and float(low[2:]) == pytest.approx(1e-5 / 0.1)
     for other in (

@@ -336,7 +336,7 @@ def test_wrong_type_of_a_flag_is_named(capsys, flags):
         ({"swa_every": -1}, ("swa_every = -1",)),
         ({"mlp_ratio": 0.0}, ("mlp_ratio = 0",)),
         ({"seed": -1}, ("seed = -1",)),
-        ({"keep": 0}, ("keep = 0",)),
+        ({"keep": -1}, ("keep = -1",)),
         ({"max_seconds": math.nan}, ("max_seconds",)),
         ({"vocab": 70000}, ("vocab = 70000", "65536")),
         ({"doc_token": 96}, ("doc_token = 96", "vocab = 96")),

@@ -76,7 +76,9 @@ def test_muon_gets_the_48_matrices_of_remix_m():
     cfg = preset("remix_m")
     model = tg.build_model(cfg, META, torch.bfloat16, 64)
     buckets = tg.param_buckets(cfg, model, alone())
-    muon = {n: tuple(p.shape) for b in buckets if b.kind == "muon" for n, p in b.params.items()}
+    muon = {
+        n: tuple(p.shape) for b in buckets if b.rule.kind == "muon" for n, p in b.params.items()
+    }
     leaves = {
         "attn.qkv": (3, 768, 768),
         "attn.proj": (768, 768),
@@ -88,12 +90,12 @@ def test_muon_gets_the_48_matrices_of_remix_m():
     }
     assert len(muon) == 48
     # Stacks of one shape: 12 x (3 qkv + 1 proj) square matrices, 12 tall, 12 wide.
-    assert sorted((b.unit, b.weights.size(0)) for b in buckets if b.kind == "muon") == [
+    assert sorted((b.unit, b.weights.size(0)) for b in buckets if b.rule.kind == "muon") == [
         ((768, 768), 48),
         ((768, 3072), 12),
         ((3072, 768), 12),
     ]
-    rest = {n: b.lr for b in buckets if b.kind == "adamw" for n in b.params}
+    rest = {n: b.rule.lr for b in buckets if b.rule.kind == "adamw" for n in b.params}
     assert rest == {"head": 0.22, "embed": 0.6}
 
 
@@ -231,7 +233,10 @@ def test_swiglu_gates_the_right_half():
     muon = [b for b in tg.param_buckets(cfg, build(cfg), alone()) if "blocks.0.mlp.fc" in b.params][
         0
     ]
-    assert muon.kind == "muon" and muon.unit == (80, 32)  # the halves are orthogonalised one by one
+    assert muon.rule.kind == "muon" and muon.unit == (
+        80,
+        32,
+    )  # the halves are orthogonalised one by one
 
 
 def test_norm_has_the_epsilon_and_precision_that_were_asked_for():
@@ -835,11 +840,11 @@ def test_halfway_house_between_a_and_m_is_one_flag_and_trains(names, flags, tied
     cfg = preset(names, "on_cpu", flags=SMALL + flags)
     model = build(cfg)
     opt = tg.MuonAdamW(cfg, model, alone())
-    assert (model.embed is None, cfg.softcap == 15, any(b.kind == "muon" for b in opt.buckets)) == (
-        tied,
-        capped,
-        muon,
-    )
+    assert (
+        model.embed is None,
+        cfg.softcap == 15,
+        any(b.rule.kind == "muon" for b in opt.buckets),
+    ) == (tied, capped, muon)
     x, y = random_tokens(cfg, 8, 32)
     losses = []
     for _ in range(15):

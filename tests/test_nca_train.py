@@ -280,6 +280,7 @@ def test_the_step_before_an_interrupted_epoch_is_logged_and_checked(loss, monkey
         return torch.tensor([loss if step else 1.0]), torch.tensor(1.0)
 
     monkeypatch.setattr(tg, "train_step", train_step)
+    monkeypatch.setattr(tg, "moment", lambda on_gpu: 0.0)
     monkeypatch.setattr(tg, "validate_all", lambda *a: {})
     with pytest.raises(tg.Interrupted if loss == 1 else tg.Diverged):  # what diverged is not saved
         tg.train_loop(p, 0)

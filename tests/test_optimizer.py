@@ -48,7 +48,16 @@ def test_adamw_is_that_of_torch(wd):
         judge.param_groups[0]["lr"], other.grad = lr, g
         judge.step()
         tg.adamw_update(
-            w, g, m, v, scalar(lr), scalar(lr * wd), scalar(1 - 0.8**t), scalar(1 - 0.95**t), cfg
+            w,
+            g,
+            m,
+            v,
+            scalar(lr),
+            scalar(lr * wd),
+            scalar(1 - 0.8**t),
+            scalar(1 - 0.95**t),
+            cfg,
+            cfg,
         )
         assert torch.allclose(w, other, rtol=1e-5, atol=1e-6), t
     assert torch.allclose(m, judge.state[other]["exp_avg"], atol=1e-6)
@@ -77,6 +86,7 @@ def test_epsilon_of_adamw_stands_where_it_does_in_torch():
             scalar(1 - cfg.beta1**t),
             scalar(1 - cfg.beta2**t),
             cfg,
+            cfg,
         )
     assert torch.allclose(w, other, atol=1e-6)
 
@@ -99,8 +109,10 @@ def test_decay_is_not_lost_in_bf16_weights():
         judged.grad = g.clone()
         judge.step()
         correct = scalar(1 - 0.9**t), scalar(1 - 0.95**t)
-        tg.adamw_update(ours, g, *state[:2], scalar(0.0021), scalar(0.0021 * wd), *correct, cfg)
-        tg.adamw_update(plain, g, *state[2:], scalar(0.0021), scalar(0.0), *correct, cfg)
+        tg.adamw_update(
+            ours, g, *state[:2], scalar(0.0021), scalar(0.0021 * wd), *correct, cfg, cfg
+        )
+        tg.adamw_update(plain, g, *state[2:], scalar(0.0021), scalar(0.0), *correct, cfg, cfg)
     along = lambda w: ((w.detach().float() * start).sum() / start.square().sum()).item()
     assert along(plain) - along(ours) == pytest.approx(1 - (1 - 0.0021 * wd) ** 40, rel=0.1)
     assert along(ours) == pytest.approx(along(judged), abs=2e-3)
@@ -420,6 +432,7 @@ def test_cautious_decay_of_adamw_never_decays_against_the_update():
             scalar(0.2),
             scalar(0.2),
             scalar(0.05),
+            tiny(),
             tiny(cautious=flag),
         )
     against = g * w < 0  # the first update has the sign of the gradient
@@ -464,7 +477,7 @@ def test_every_parameter_is_in_one_bucket(changes):
                 or cfg.optimizer == "adamw"
                 or bool(cfg.adamw_matrices and tg.re.search(cfg.adamw_matrices, name))
             )
-            assert b.kind == ("adamw" if wants_adamw else "muon"), name
+            assert b.rule.kind == ("adamw" if wants_adamw else "muon"), name
 
 
 def test_a_parameter_that_is_not_declared_is_refused():
@@ -514,14 +527,22 @@ def test_learning_rate_and_decay_go_to_their_kind():
         matrix_wd=0.1,
         embed_wd=0.2,
     )
-    told = {n: (b.lr, b.wd) for b in tg.param_buckets(cfg, build(cfg), alone()) for n in b.params}
+    told = {
+        n: (b.rule.lr, b.rule.wd)
+        for b in tg.param_buckets(cfg, build(cfg), alone())
+        for n in b.params
+    }
     assert (
         told["head"] == (3.0, 0.2)
         and told["embed"] == (2.0, 0.2)
         and told["blocks.0.mlp.fc"] == (1.0, 0.1)
     )
     cfg = tg.dataclasses.replace(cfg, tie_embed=1, optimizer="adamw")
-    told = {n: (b.lr, b.wd) for b in tg.param_buckets(cfg, build(cfg), alone()) for n in b.params}
+    told = {
+        n: (b.rule.lr, b.rule.wd)
+        for b in tg.param_buckets(cfg, build(cfg), alone())
+        for n in b.params
+    }
     assert told["head"] == (5.0, 0.2) and told["blocks.0.mlp.fc"] == (6.0, 0.1)
 
 

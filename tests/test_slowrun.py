@@ -71,7 +71,9 @@ def test_optimizer_groups_have_the_rates_of_the_specification():
     """Specification 3.2, at the width of the preset and two blocks."""
     cfg = preset("slowrun_1h", flags=("--depth", "2", "--loop", "", "--repeats", "1"))
     buckets = tg.param_buckets(cfg, tg.build_model(cfg, META, torch.float32, 8), alone())
-    found = {n: (b.kind, b.lr, b.wd, b.cfg.beta1) for b in buckets for n in b.params}
+    found = {
+        n: (b.rule.kind, b.rule.lr, b.rule.wd, b.rule.beta1) for b in buckets for n in b.params
+    }
     assert found["head"] == ("adamw", 0.0005, 1.3, 0.8) and found["embed"] == (
         "adamw",
         0.0375,
@@ -453,7 +455,16 @@ def test_decay_falls_on_the_weights_that_were_asked_for(cautious, by_shape):
     assert torch.allclose(w, start - decay * start - 0.1 * 2**0.5 * u, atol=1e-6)
     w, start = start[0].clone(), start[0]
     tg.adamw_update(
-        w, g[0], torch.zeros(8, 4), torch.zeros(8, 4), one(0.1), one(0.02), one(0.2), one(0.05), cfg
+        w,
+        g[0],
+        torch.zeros(8, 4),
+        torch.zeros(8, 4),
+        one(0.1),
+        one(0.02),
+        one(0.2),
+        one(0.05),
+        cfg,
+        cfg,
     )
     u = g[0].sign()
     decay = 0.02 * ((u * start >= 0) if cautious == 1 else torch.ones_like(u))

@@ -290,13 +290,13 @@ def test_frozen_tensor_keeps_every_bit(tmp_path, optimizer):
         )
     assert not any(".attn." in n for n in moved[2]) and any(".mlp.fc" in n for n in moved[0])
     assert {n for n in moved[3] if ".attn." in n} == {n for n in before if ".attn." in n}
-    frozen = [b for b in p.opt.buckets if b.slow]
+    frozen = [b for b in p.opt.buckets if b.rule.slow]
     assert sum(len(b.params) for b in frozen) == 4
     assert all(s.abs().sum() > 0 for b in frozen for s in b.state.values()), (
         "moments go on while weights stand still"
     )
     tg.train_step(q, 0, q.plan.at(0, 0.0))
-    assert not any(b.slow for b in q.opt.buckets)
+    assert not any(b.rule.slow for b in q.opt.buckets)
 
 
 def test_slow_learning_rate_reaches_its_tensors_alone():
@@ -327,7 +327,9 @@ def test_slow_that_matches_nothing_is_refused(tmp_path):
 def test_hybrid_gives_what_was_taken_to_adamw():
     cfg = tiny(adamw_matrices=r"\.attn\.", slow="mlp", optimizer="muon")
     kinds = {
-        n: (b.kind, b.slow) for b in tg.param_buckets(cfg, build(cfg), alone()) for n in b.params
+        n: (b.rule.kind, b.rule.slow)
+        for b in tg.param_buckets(cfg, build(cfg), alone())
+        for n in b.params
     }
     assert kinds["blocks.0.attn.qkv"] == ("adamw", False) and kinds["blocks.1.mlp.fc"] == (
         "muon",
