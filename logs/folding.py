@@ -1,0 +1,1961 @@
+"""
+Partial evaluation of a Python source whose configuration is known, on its concrete syntax tree:
+what cannot run goes, and what stays keeps its comments and its layout. logs/script.py says what is
+known of the trainer; nothing here is about training.
+
+`fold()` repeats a few passes until none changes anything:
+    Folding       conditions that are known, branches and loops that cannot run, texts and lists
+                  that are put together from what is known
+    Locals        names of a function that hold a constant, or that nobody reads
+    Attributes    what is always one constant, or never read; fields of records likewise
+    Parameters    those with one value at every call, and those that nobody reads
+    Inlining      functions of which a constant or one short expression is left
+    Unused        functions, classes, methods, constants without a use
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+
+import libcst as cst
+import libcst.matchers as m
+
+UNKNOWN = object()  # what value_of gives where only a run can tell
+LITERALS = (type(None), bool, int, float, str, tuple, list, dict)
+BUILTINS: dict[str, Callable] = {
+    f.__name__: f
+    for f in (bool, int, float, str, len, max, min, any, all, sum, list, tuple, set, range, sorted)
+} | {
+    "abs": abs,
+    "frozenset": frozenset,
+    "dict": dict,
+    "map": map,
+    "zip": zip,
+    "enumerate": enumerate,
+}
+ARITHMETIC: dict[type, Callable] = {
+    cst.Add: lambda a, b: a + b,
+    cst.Subtract: lambda a, b: a - b,
+    cst.Multiply: lambda a, b: a * b,
+    cst.Divide: lambda a, b: a / b,
+    cst.FloorDivide: lambda a, b: a // b,
+    cst.Modulo: lambda a, b: a % b,
+    cst.Power: lambda a, b: a**b,
+    cst.BitOr: lambda a, b: a | b,
+    cst.BitAnd: lambda a, b: a & b,
+}
+COMPARISONS: dict[type, Callable] = {
+    cst.Equal: lambda a, b: a == b,
+    cst.NotEqual: lambda a, b: a != b,
+    cst.LessThan: lambda a, b: a < b,
+    cst.LessThanEqual: lambda a, b: a <= b,
+    cst.GreaterThan: lambda a, b: a > b,
+    cst.GreaterThanEqual: lambda a, b: a >= b,
+    cst.Is: lambda a, b: a is b,
+    cst.IsNot: lambda a, b: a is not b,
+    cst.In: lambda a, b: a in b,
+    cst.NotIn: lambda a, b: a not in b,
+}
+
+
+@dataclasses.dataclass
+class Facts:
+    """What is known before anything runs."""
+
+    fields: dict[str, object]  # of the configuration, those that are fixed
+    config: object  # has them as attributes, and raises KeyError for the others
+    records: dict[str, dict[str, object]]  # of records by the name that holds one: fixed fields
+    functions: dict[str, Callable]  # that may be called at once, with known arguments
+    constants: dict[str, object]  # of the module
+    called_as: dict[str, str]  # expressions that are called, as source -> Class.method or function
+    roots: set[str]  # names that are used from outside
+    protocol: set[str]  # methods that a library calls
+    pure: set[str]  # functions that may be left out where nobody takes what they give
+    aliases: set[str]  # records whose fields may go
+    attributes: dict[tuple[str, str], object]  # (class, attribute) -> its one value
+    expressions: dict[str, object]  # what else is known, by its text
+
+
+def code_of(node: cst.CSTNode) -> str:
+    if isinstance(node, cst.Name) and not node.lpar:
+        return node.value
+    if isinstance(node, cst.Attribute) and not node.lpar:
+        return f"{code_of(node.value)}.{node.attr.value}"
+    return cst.Module([]).code_for_node(node)
+
+
+@functools.cache
+def parts_of(kind: type) -> list[str]:
+    """The attributes of a kind of node that may hold nodes with names in them."""
+    names = [f.name for f in dataclasses.fields(kind)]
+    dull = ("whitespace", "lpar", "rpar", "comma", "leading_lines", "lines_after", "equal", "dot")
+    dull += ("semicolon", "trailing", "header", "footer", "lbracket", "rbracket", "colon")
+    return [name for name in names if not name.startswith(dull)]
+
+
+def kids(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+    """The children without layout and comments; quicker than libcst's own."""
+    for name in parts_of(type(node)):
+        value = getattr(node, name)
+        if isinstance(value, cst.CSTNode):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (v for v in value if isinstance(v, cst.CSTNode))
+
+
+def walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+    yield node
+    for child in kids(node):
+        yield from walk(child)
+
+
+def find_all(node: cst.CSTNode, *kinds: type) -> list:
+    return [n for n in walk(node) if isinstance(n, kinds)]
+
+
+_texts: dict[int, tuple[cst.CSTNode, str]] = {}  # by id, and the node, so that no other gets it
+
+
+def text_of(statement: cst.CSTNode) -> str:
+    """code_of(), remembered."""
+    found = _texts.get(id(statement))
+    if found is None:
+        found = _texts[id(statement)] = statement, code_of(statement)
+    return found[1]
+
+
+def revisit(
+    module: cst.Module, visitor: cst.CSTTransformer, wanted: Callable[[str], bool]
+) -> cst.Module:
+    """
+    visit() of those statements of a module whose text is `wanted`; what did not change stays the
+    same object, so that what was found out about it holds.
+    """
+    body: list[cst.BaseStatement] = []
+    for statement in module.body:
+        if not wanted(text_of(statement)):
+            body.append(statement)
+            continue
+        new = statement.visit(visitor)
+        if isinstance(new, cst.FlattenSentinel):
+            body.extend(new)
+        elif not isinstance(new, cst.RemovalSentinel):
+            same = text_of(new) == text_of(statement)
+            body.append(statement if same else new)
+    return module.with_changes(body=body)
+
+
+def mentions(names) -> Callable[[str], bool]:
+    """Whether a text holds one of these words."""
+    words = [name for name in names if name]
+    if not words:
+        return lambda text: False
+    return re.compile(r"\b(?:" + "|".join(map(re.escape, words)) + r")\b").search
+
+
+class Settled:
+    """Whether a pass may change a statement: not, if it left the same text alone before."""
+
+    def __init__(self):
+        self.texts: dict[str, set[str]] = defaultdict(set)
+
+    def visit(self, name: str, module: cst.Module, visitor: cst.CSTTransformer) -> cst.Module:
+        texts = self.texts[name]
+        new = revisit(module, visitor, lambda text: text not in texts)
+        texts |= {text_of(s) for s in module.body} & {text_of(s) for s in new.body}
+        return new
+
+
+class Walker:
+    """Calls visit_KIND() of each node; where that gives False, what is inside is left out."""
+
+    def visit(self, node: cst.CSTNode) -> None:
+        kind = type(node).__name__
+        how = getattr(self, f"visit_{kind}", None)
+        if how is None or how(node) is not False:
+            for child in kids(node):
+                self.visit(child)
+            behind = getattr(self, f"leave_{kind}", None)
+            if behind:
+                behind(node)
+
+
+def literal(value: object) -> cst.BaseExpression:
+    if isinstance(value, float) and not math.isfinite(value):
+        return cst.parse_expression(f'float("{value}")')
+    return cst.parse_expression(
+        repr(value).replace("'", '"')
+        if type(value) is str and "'" not in value and '"' not in value
+        else repr(value)
+    )
+
+
+def is_literal(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(is_literal, value))
+    if isinstance(value, dict):
+        return all(map(is_literal, value.values())) and all(map(is_literal, value))
+    return type(value) in LITERALS
+
+
+def is_config(node: cst.CSTNode) -> bool:
+    """cfg, or anything's .cfg."""
+    return m.matches(node, m.Name("cfg") | m.Attribute(attr=m.Name("cfg")))
+
+
+class Values:
+    """value_of(): what an expression gives, if that is known; nothing is run that has an effect."""
+
+    def __init__(self, facts: Facts):
+        self.facts = facts
+
+    def value_of(self, node: cst.CSTNode) -> object:
+        try:
+            return self.find(node)
+        except (KeyError, TypeError, ValueError, IndexError, ArithmeticError, AttributeError):
+            return UNKNOWN
+
+    def find(self, node: cst.CSTNode) -> object:
+        """The same; KeyError where it is not known."""
+        if isinstance(node, cst.Comparison | cst.Call):
+            code = code_of(node)
+            if code in self.facts.expressions:
+                return self.facts.expressions[code]
+        how = getattr(self, f"find_{type(node).__name__}", None)
+        if how is None:
+            raise KeyError(type(node).__name__)
+        return how(node)
+
+    def find_Integer(self, node):
+        return node.evaluated_value
+
+    def find_Float(self, node):
+        return node.evaluated_value
+
+    def find_SimpleString(self, node):
+        return node.evaluated_value
+
+    def find_ConcatenatedString(self, node):
+        if node.evaluated_value is None:
+            raise KeyError("an f-string")
+        return node.evaluated_value
+
+    def find_FormattedString(self, node):
+        parts = []
+        for part in node.parts:
+            if isinstance(part, cst.FormattedStringText):
+                parts.append(part.value)
+            else:
+                raise KeyError("an f-string")
+        return "".join(parts)
+
+    def find_Name(self, node):
+        if node.value in ("None", "True", "False"):
+            return {"None": None, "True": True, "False": False}[node.value]
+        return self.facts.constants[node.value]
+
+    def find_Attribute(self, node):
+        if is_config(node.value):
+            return self.facts.fields[node.attr.value]
+        holder = node.value.value if isinstance(node.value, cst.Name) else ""
+        if node.attr.value in self.facts.records.get(holder, ()):
+            return self.facts.records[holder][node.attr.value]
+        if code_of(node) == "math.inf":
+            return math.inf
+        raise KeyError(node.attr.value)
+
+    def find_Tuple(self, node):
+        return tuple(self.items(node))
+
+    def find_List(self, node):
+        return self.items(node)
+
+    def find_Set(self, node):
+        return set(self.items(node))
+
+    def items(self, node) -> list:
+        found = []
+        for e in node.elements:
+            value = self.find(e.value)
+            found += value if isinstance(e, cst.StarredElement) else [value]
+        return found
+
+    def find_BooleanOperation(self, node):
+        left = self.find(node.left)
+        stops = not left if isinstance(node.operator, cst.And) else bool(left)
+        return left if stops else self.find(node.right)
+
+    def find_UnaryOperation(self, node):
+        value = self.find(node.expression)
+        if isinstance(node.operator, cst.Not):
+            return not value
+        if isinstance(node.operator, cst.Minus):
+            return -value
+        raise KeyError("an operator")
+
+    def find_BinaryOperation(self, node):
+        return ARITHMETIC[type(node.operator)](self.find(node.left), self.find(node.right))
+
+    def find_Comparison(self, node):
+        left = self.find(node.left)
+        for part in node.comparisons:
+            right = self.find(part.comparator)
+            if not COMPARISONS[type(part.operator)](left, right):
+                return False
+            left = right
+        return True
+
+    def find_IfExp(self, node):
+        return self.find(node.body if self.find(node.test) else node.orelse)
+
+    def find_Subscript(self, node):
+        (element,) = node.slice
+        if not isinstance(element.slice, cst.Index):
+            raise KeyError("a slice")
+        return self.find(node.value)[self.find(element.slice.value)]
+
+    def find_Call(self, node):
+        if isinstance(node.func, cst.Attribute):  # of a text or a schedule
+            if is_config(node.func.value):
+                raise KeyError("a method of the configuration")
+            whose = self.find(node.func.value)
+            if type(whose).__module__ == "torch":
+                raise KeyError("a tensor")
+            call = getattr(whose, node.func.attr.value)
+        else:
+            name = node.func.value
+            call = self.facts.functions.get(name) or BUILTINS[name]
+        args, named = [], {}
+        for arg in node.args:
+            if arg.star:
+                raise KeyError("starred")
+            value = self.facts.config if is_config(arg.value) else self.find(arg.value)
+            if arg.keyword:
+                named[arg.keyword.value] = value
+            else:
+                args.append(value)
+        return call(*args, **named)
+
+
+def is_doc(statement: cst.BaseStatement) -> bool:
+    return m.matches(
+        statement, m.SimpleStatementLine([m.Expr(m.SimpleString() | m.ConcatenatedString())])
+    )
+
+
+def own_body(node: cst.FunctionDef | cst.ClassDef) -> list[cst.BaseStatement]:
+    """The statements behind the docstring."""
+    body = list(node.body.body)
+    return body[1:] if body and is_doc(body[0]) else body
+
+
+def with_comments(first: cst.BaseStatement, lines) -> cst.BaseStatement:
+    return first.with_changes(leading_lines=[*lines, *first.leading_lines])
+
+
+def wrapped(outer: cst.BaseExpression, inner: cst.BaseExpression) -> cst.BaseExpression:
+    """`inner` in the place of `outer`, in parentheses where that had them."""
+    atom = (
+        m.Float()
+        | m.Name()
+        | m.Attribute()
+        | m.Call()
+        | m.Subscript()
+        | m.List()
+        | m.Dict()
+        | m.Integer()
+    )
+    if outer.lpar and not inner.lpar and not m.matches(inner, atom | m.SimpleString()):
+        return inner.with_changes(lpar=outer.lpar, rpar=outer.rpar)
+    return inner
+
+
+def as_operand(node: cst.BaseExpression) -> cst.BaseExpression:
+    """In parentheses if its operators might bind less than those around it."""
+    loose = m.BinaryOperation() | m.BooleanOperation() | m.Comparison() | m.IfExp()
+    loose |= m.Tuple() | m.UnaryOperation() | m.Lambda() | m.NamedExpr() | m.GeneratorExp()
+    if not node.lpar and m.matches(node, loose):
+        return node.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])
+    return node
+
+
+ENDS = m.SimpleStatementLine([m.Return() | m.Raise() | m.Continue() | m.Break()])
+EMPTY = m.List(elements=[]) | m.Tuple(elements=[])
+NO_TEXT = m.SimpleString(value='""') | m.SimpleString(value="''")
+
+
+class Folding(cst.CSTTransformer):
+    """Conditions that are known, and what hangs on them."""
+
+    def __init__(self, facts: Facts):
+        super().__init__()
+        self.facts, self.values = facts, Values(facts)
+        self.elifs: set[int] = set()
+
+    def visit_If(self, node):
+        if isinstance(node.orelse, cst.If):
+            self.elifs.add(id(node.orelse))
+
+    def known(self, node: cst.CSTNode) -> object:
+        return self.values.value_of(node)
+
+    # expressions
+
+    def leave_IfExp(self, old, new):
+        new = new.with_changes(test=self.as_test(new.test))
+        test = self.known(new.test)
+        if test is not UNKNOWN:
+            return wrapped(new, new.body if test else new.orelse)
+        if new.body.deep_equals(new.orelse):
+            return wrapped(new, new.body)
+        return new
+
+    def leave_BooleanOperation(self, old, new):
+        left, right = self.known(new.left), self.known(new.right)
+        both = isinstance(new.operator, cst.And)
+        if left is not UNKNOWN:
+            return wrapped(new, new.right if bool(left) == both else new.left)
+        if type(right) is bool and right == both and is_truth(new.left):
+            return wrapped(new, new.left)
+        return new
+
+    def leave_UnaryOperation(self, old, new):
+        if isinstance(new.operator, cst.Not):
+            new = new.with_changes(expression=self.as_test(new.expression))
+        value = self.known(new) if isinstance(new.operator, cst.Not) else UNKNOWN
+        return new if value is UNKNOWN else literal(value)
+
+    def leave_Comparison(self, old, new):
+        value = self.known(new)
+        return new if value is UNKNOWN else literal(value)
+
+    def leave_Subscript(self, old, new):
+        index = m.SubscriptElement(m.Index(m.Integer()))
+        if m.matches(new, m.Subscript(m.Tuple(), slice=[index])):
+            at = new.slice[0].slice.value.evaluated_value
+            if at < len(new.value.elements):
+                return as_operand(new.value.elements[at].value)
+        if m.matches(new.value, m.List() | m.Tuple()):
+            value = self.known(new)
+            return new if value is UNKNOWN or not is_literal(value) else literal(value)
+        return new
+
+    def leave_Attribute(self, old, new):
+        holder = new.value.value if isinstance(new.value, cst.Name) else ""
+        if new.attr.value in self.facts.records.get(holder, ()):
+            return literal(self.facts.records[holder][new.attr.value])
+        return new
+
+    def leave_Call(self, old, new):
+        if m.matches(new, m.Call(m.Lambda(params=m.Parameters([])), args=[])):
+            return as_operand(new.func.body)
+        name = new.func.value if isinstance(new.func, cst.Name) else ""
+        method = isinstance(new.func, cst.Attribute) and isinstance(
+            new.func.value, cst.Call | cst.SimpleString
+        )
+        if code_of(new) in self.facts.expressions:
+            return literal(self.facts.expressions[code_of(new)])
+        nothing = EMPTY | m.Dict([])
+        if name in ("zip", "enumerate") and any(m.matches(a.value, nothing) for a in new.args):
+            return cst.parse_expression("[]")
+        if name == "next" and len(new.args) == 2 and m.matches(new.args[0].value, nothing):
+            return new.args[1].value
+        if name == "dict" and len(new.args) == 1 and m.matches(new.args[0].value, nothing):
+            return cst.parse_expression("{}")
+        if m.matches(new, m.Call(m.Attribute(m.Dict([]), m.Name("items") | m.Name("values")), [])):
+            return cst.parse_expression("[]")
+        if name in ("any", "all") and m.matches(new.args[0].value, m.Tuple([m.Element()])):
+            one = self.as_test(new.args[0].value.elements[0].value)
+            if is_truth(one):
+                return one
+        if name in ("bool", "any", "all") or name in self.facts.functions or method:
+            value = self.known(new)
+            if value is not UNKNOWN and is_literal(value):
+                return literal(value)
+        if name == "bool" and len(new.args) == 1 and is_truth(new.args[0].value):
+            return new.args[0].value
+        args = [a for a in new.args if not (a.star == "*" and m.matches(a.value, EMPTY))]
+        args = [a for a in args if not (a.star == "**" and m.matches(a.value, m.Dict([])))]
+        if len(args) < len(new.args):
+            new = new.with_changes(
+                args=[a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in args]
+            )
+        return new
+
+    def leave_FormattedString(self, old, new):
+        parts = []
+        for part in new.parts:
+            if isinstance(part, cst.FormattedStringExpression) and not part.format_spec:
+                value = self.known(part.expression)
+                if type(value) in (str, int, bool) and not part.conversion and plain(str(value)):
+                    part = cst.FormattedStringText(str(value))
+            if parts and all(isinstance(p, cst.FormattedStringText) for p in (parts[-1], part)):
+                part = cst.FormattedStringText(parts.pop().value + part.value)
+            parts.append(part)
+        if all(isinstance(p, cst.FormattedStringText) for p in parts) and new.prefix == "f":
+            text = "".join(p.value for p in parts).replace("{{", "{").replace("}}", "}")
+            return cst.SimpleString(new.quote + text + new.quote)
+        return new.with_changes(parts=parts)
+
+    def leave_ConcatenatedString(self, old, new):
+        if m.matches(new.left, NO_TEXT):
+            return wrapped(new, new.right)
+        if m.matches(new.right, NO_TEXT):
+            return wrapped(new, new.left)
+        return new
+
+    def leave_BinaryOperation(self, old, new):
+        if isinstance(new.operator, cst.Add):
+            nothing = EMPTY | NO_TEXT
+            if m.matches(new.left, nothing):
+                return wrapped(new, new.right)
+            if m.matches(new.right, nothing):
+                return wrapped(new, new.left)
+        if isinstance(new.operator, cst.BitOr) and m.matches(new.right, m.Dict([])):
+            return wrapped(new, new.left)
+        one = m.Integer("1") | m.Float("1.0")
+        if isinstance(new.operator, cst.Multiply) and m.matches(new.right, one):
+            return wrapped(new, new.left)
+        if isinstance(new.operator, cst.Add) and m.matches(new.right, m.Name("False")):
+            return wrapped(new, new.left)
+        return new
+
+    def spliced(self, elements) -> list:
+        found = []
+        for e in elements:
+            if isinstance(e, cst.StarredElement) and isinstance(e.value, cst.List | cst.Tuple):
+                found += e.value.elements
+            else:
+                found.append(e)
+        return [e.with_changes(comma=cst.MaybeSentinel.DEFAULT) for e in found]
+
+    def leave_List(self, old, new):
+        starred = any(isinstance(e, cst.StarredElement) for e in new.elements)
+        return new.with_changes(elements=self.spliced(new.elements)) if starred else new
+
+    def leave_Tuple(self, old, new):
+        if not any(m.matches(e, m.StarredElement(m.List() | m.Tuple())) for e in new.elements):
+            return new
+        elements = self.spliced(new.elements)
+        if len(elements) == 1:
+            elements = [elements[0].with_changes(comma=cst.Comma())]
+        return new.with_changes(elements=elements)
+
+    def leave_Dict(self, old, new):
+        kept = []
+        for e in new.elements:
+            if isinstance(e, cst.StarredDictElement) and isinstance(e.value, cst.Dict):
+                kept += e.value.elements
+            else:
+                kept.append(e)
+        if len(kept) == len(new.elements):
+            return new
+        kept = [e.with_changes(comma=cst.MaybeSentinel.DEFAULT) for e in kept]
+        return new.with_changes(elements=kept)
+
+    def once(self, new):
+        """A comprehension over a list of one thing, as that one element."""
+        over = new.for_in.iter
+        if not m.matches(over, m.List([m.Element()])) or not isinstance(
+            new.for_in.target, cst.Name
+        ):
+            return None
+        item, name = over.elements[0].value, new.for_in.target.value
+        count = names_in(new.elt).read[name]
+        if new.for_in.ifs or new.for_in.inner_for_in or not is_pure(item, self.facts):
+            return None
+        if count > 1 and not m.matches(item, SIMPLE):
+            return None
+        return new.elt.visit(Replacing({name: as_operand(item)}))
+
+    def comprehension(self, new, nothing: str):
+        over = self.known(new.for_in.iter)
+        if m.matches(new.for_in.iter, EMPTY) or over is not UNKNOWN and not over:
+            return cst.parse_expression(nothing)
+        ifs = [i for i in new.for_in.ifs if self.known(i.test) is UNKNOWN or not self.known(i.test)]
+        if len(ifs) < len(new.for_in.ifs):
+            return new.with_changes(for_in=new.for_in.with_changes(ifs=ifs))
+        return new
+
+    def leave_ListComp(self, old, new):
+        if (one := self.once(new)) is not None:
+            return cst.List([cst.Element(one)])
+        return self.comprehension(new, "[]")
+
+    def leave_GeneratorExp(self, old, new):
+        if (one := self.once(new)) is not None:
+            return cst.Tuple([cst.Element(one, comma=cst.Comma())])
+        return self.comprehension(new, "()")
+
+    def leave_DictComp(self, old, new):
+        return self.comprehension(new, "{}")
+
+    def as_test(self, node):
+        """The same where only its truth counts."""
+        if isinstance(node, cst.BooleanOperation):
+            left, right = self.as_test(node.left), self.as_test(node.right)
+            both, value = isinstance(node.operator, cst.And), self.known(right)
+            if value is not UNKNOWN and bool(value) == both:
+                return left
+            if value is not UNKNOWN and is_pure(left, self.facts):
+                return literal(bool(value))
+            return node.with_changes(left=left, right=right)
+        if m.matches(node, m.Call(m.Name("bool"), args=[m.Arg()])):
+            return self.as_test(node.args[0].value)
+        return node
+
+    # statements
+
+    def leave_If(self, old, new):
+        new = new.with_changes(test=self.as_test(new.test))
+        test = self.known(new.test)
+        if test is UNKNOWN:
+            if new.orelse is not None and is_empty(
+                new.orelse.body if isinstance(new.orelse, cst.Else) else None
+            ):
+                new = new.with_changes(orelse=None)
+            if new.orelse is None and is_empty(new.body) and is_pure(new.test, self.facts):
+                return cst.RemoveFromParent()
+            return new
+        if id(old) in self.elifs:
+            if test:
+                return cst.Else(new.body, leading_lines=new.leading_lines)
+            return cst.RemoveFromParent() if new.orelse is None else new.orelse
+        if test:
+            taken = list(new.body.body)
+        elif isinstance(new.orelse, cst.If):
+            return new.orelse.with_changes(leading_lines=new.leading_lines)
+        else:
+            taken = list(new.orelse.body.body) if new.orelse else []
+        taken = [s for s in taken if not m.matches(s, m.SimpleStatementLine([m.Pass()]))]
+        if not taken:
+            return cst.RemoveFromParent()
+        if isinstance(taken[0], cst.BaseCompoundStatement | cst.SimpleStatementLine):
+            taken[0] = with_comments(taken[0], new.leading_lines)
+        return cst.FlattenSentinel(taken)
+
+    def leave_Else(self, old, new):
+        return new
+
+    def leave_For(self, old, new):
+        if m.matches(new.iter, EMPTY) or m.matches(new.iter, m.Dict([])):
+            return cst.RemoveFromParent()
+        once = m.matches(new.iter, m.List([m.Element(CONSTANT)]) | m.Tuple([m.Element(CONSTANT)]))
+        if (
+            once
+            and m.matches(new.target, m.Name())
+            and not m.findall(new.body, m.Break() | m.Continue())
+        ):
+            instead = {new.target.value: new.iter.elements[0].value}
+            body = list(new.body.visit(Replacing(instead)).body)
+            body[0] = with_comments(body[0], new.leading_lines)
+            return cst.FlattenSentinel(body)
+        if is_empty(new.body) and is_pure(new.iter, self.facts):
+            return cst.RemoveFromParent()
+        leaves = find_all(new.body, cst.Break, cst.Continue)
+        if m.matches(new, m.For(m.Name(), m.List([m.Element()]))) and not leaves:
+            value = cst.AssignTarget(new.target), new.iter.elements[0].value
+            line = cst.SimpleStatementLine([cst.Assign([value[0]], value[1])])
+            return cst.FlattenSentinel([with_comments(line, new.leading_lines), *new.body.body])
+        return new
+
+    def leave_With(self, old, new):
+        items = [i for i in new.items if code_of(i.item) != "contextlib.nullcontext()"]
+        if not items:
+            body = list(new.body.body)
+            body[0] = with_comments(body[0], new.leading_lines)
+            return cst.FlattenSentinel(body)
+        if len(items) < len(new.items):
+            items = [i.with_changes(comma=cst.MaybeSentinel.DEFAULT) for i in items]
+            return new.with_changes(items=items)
+        return new
+
+    def leave_SimpleStatementLine(self, old, new):
+        (first, *more) = new.body
+        if more:
+            return new
+        if isinstance(first, cst.Assert) and self.known(first.test) not in (UNKNOWN, False):
+            return cst.RemoveFromParent()
+        if m.matches(first, m.Expr(m.Call(m.Name("require")))):
+            ok = self.known(first.value.args[0].value)
+            if ok is not UNKNOWN and ok:
+                return cst.RemoveFromParent()
+            if ok is not UNKNOWN:
+                error = cst.Call(
+                    cst.Name("UserError"),
+                    [first.value.args[1].with_changes(comma=cst.MaybeSentinel.DEFAULT)],
+                )
+                return new.with_changes(body=[cst.Raise(error)])
+        if isinstance(first, cst.Expr) and not is_doc(new) and is_pure(first.value, self.facts):
+            return cst.RemoveFromParent()
+        empty = m.AugAssign(operator=m.AddAssign() | m.BitOrAssign(), value=EMPTY | m.Dict([]))
+        return cst.RemoveFromParent() if m.matches(first, empty) else new
+
+    def leave_IndentedBlock(self, old, new):
+        return filled(self.returned(self.reachable(new)))
+
+    def returned(self, block):
+        """`x = f(); return x` as `return f()`."""
+        pair = [
+            m.SimpleStatementLine([m.Assign([m.AssignTarget(m.Name())])]),
+            m.SimpleStatementLine([m.Return(m.Name())]),
+        ]
+        last = block.body[-2:]
+        if len(last) < 2 or not all(m.matches(s, rule) for s, rule in zip(last, pair)):
+            return block
+        (assign,), (result,) = last[0].body, last[1].body
+        if assign.targets[0].target.value != result.value.value:
+            return block
+        line = last[1].with_changes(
+            leading_lines=[*last[0].leading_lines, *last[1].leading_lines],
+            body=[result.with_changes(value=assign.value)],
+        )
+        return block.with_changes(body=[*block.body[:-2], line])
+
+    def reachable(self, block):
+        for i, s in enumerate(block.body[:-1]):
+            ends = m.matches(s, ENDS)
+            if isinstance(s, cst.If) and always_ends(s):
+                ends = True
+            if ends:
+                return block.with_changes(body=block.body[: i + 1])
+        return block
+
+
+def always_ends(statement) -> bool:
+    if not isinstance(statement, cst.If) or statement.orelse is None:
+        return False
+    bodies = [statement.body]
+    other = statement.orelse
+    if isinstance(other, cst.If):
+        return always_ends(other) and ends(statement.body)
+    return all(ends(b) for b in [*bodies, other.body])
+
+
+def ends(block) -> bool:
+    return bool(block.body) and m.matches(block.body[-1], ENDS)
+
+
+def plain(text: str) -> bool:
+    return not re.search(r"[\"'{}\\\n]", text)
+
+
+def is_truth(node: cst.CSTNode) -> bool:
+    """Whether an expression gives a bool by its form."""
+    if isinstance(node, cst.BooleanOperation):
+        return is_truth(node.left) and is_truth(node.right)
+    return m.matches(
+        node, m.Comparison() | m.UnaryOperation(operator=m.Not()) | m.Call(m.Name("bool"))
+    )
+
+
+def is_empty(block) -> bool:
+    return block is not None and all(
+        m.matches(s, m.SimpleStatementLine([m.Pass()])) for s in block.body
+    )
+
+
+def filled(block):
+    """With a `pass` where nothing is left, and without one where something is."""
+    kept = [s for s in block.body if not m.matches(s, m.SimpleStatementLine([m.Pass()]))]
+    if not kept:
+        return block.with_changes(body=[cst.parse_statement("pass")])
+    return block.with_changes(body=kept) if len(kept) < len(block.body) else block
+
+
+def is_pure(node: cst.CSTNode, facts: Facts) -> bool:
+    """Whether nobody would miss the expression if its value is not used."""
+    if isinstance(node, cst.Call):
+        name = code_of(node.func)
+        leaf = name.split(".")[-1]
+        pure = leaf in facts.pure or name in facts.pure or name in facts.functions
+        pure = pure or name in BUILTINS
+        inner = [node.func.value] if isinstance(node.func, cst.Attribute) else []
+        return pure and all(is_pure(x, facts) for x in [*inner, *(a.value for a in node.args)])
+    if isinstance(node, cst.Lambda):
+        return True
+    if isinstance(node, cst.Await | cst.Yield | cst.NamedExpr):
+        return False
+    return all(is_pure(child, facts) for child in kids(node))
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+class Names(Walker):
+    """Counts of names that are read and of attributes that are read, and where names are bound."""
+
+    def __init__(self):
+        self.read, self.attributes, self.bound = Counter(), Counter(), Counter()
+        self.strings: Counter = Counter()
+
+    def visit_Attribute(self, node):
+        self.attributes[node.attr.value] += 1
+        self.visit(node.value)
+        return False
+
+    def visit_Name(self, node):
+        self.read[node.value] += 1
+
+    def visit_SimpleString(self, node):
+        self.strings[node.raw_value] += 1
+
+    def visit_Arg(self, node):
+        self.visit(node.value)
+        return False
+
+    def visit_Param(self, node):
+        self.bound[node.name.value] += 1
+        for part in (node.annotation, node.default):
+            if part is not None and not isinstance(part, cst.MaybeSentinel):
+                self.visit(part)
+        return False
+
+    def visit_FunctionDef(self, node):
+        self.bound[node.name.value] += 1
+        for part in (*node.decorators, node.params, node.body, node.returns):
+            if part is not None:
+                self.visit(part)
+        return False
+
+    def visit_ClassDef(self, node):
+        self.bound[node.name.value] += 1
+        for part in (*node.decorators, *node.bases, *node.keywords, node.body):
+            self.visit(part)
+        return False
+
+    def target(self, node) -> None:
+        if isinstance(node, cst.Name):
+            self.bound[node.value] += 1
+        elif isinstance(node, cst.Tuple | cst.List):
+            for e in node.elements:
+                self.target(e.value)
+        elif isinstance(node, cst.StarredElement):
+            self.target(node.value)
+        elif isinstance(node, cst.Attribute):
+            self.visit(node.value)  # what is set is not read
+        else:
+            self.visit(node)
+
+    def visit_AssignTarget(self, node):
+        self.target(node.target)
+        return False
+
+    def visit_AnnAssign(self, node):
+        self.target(node.target)
+        self.visit(node.annotation)
+        if node.value:
+            self.visit(node.value)
+        return False
+
+    def visit_AugAssign(self, node):
+        if isinstance(node.target, cst.Name):
+            self.bound[node.target.value] += 2  # never bound once
+            self.read[node.target.value] += 1
+        else:
+            self.visit(node.target)
+        self.visit(node.value)
+        return False
+
+    def visit_For(self, node):
+        self.target(node.target)
+        for part in (node.iter, node.body, node.orelse):
+            if part is not None:
+                self.visit(part)
+        return False
+
+    def visit_CompFor(self, node):
+        self.target(node.target)
+        for part in (node.iter, *node.ifs, node.inner_for_in):
+            if part is not None:
+                self.visit(part)
+        return False
+
+    def visit_AsName(self, node):
+        self.target(node.name)
+        return False
+
+    def visit_NamedExpr(self, node):
+        self.target(node.target)
+        self.visit(node.value)
+        return False
+
+    def visit_Nonlocal(self, node):
+        for item in node.names:
+            self.bound[item.name.value] += 2
+        return False
+
+    visit_Global = visit_Nonlocal
+
+    def visit_ImportAlias(self, node):
+        name = node.asname.name if node.asname else node.name
+        if isinstance(name, cst.Name):
+            self.bound[name.value] += 1
+        return False
+
+
+@functools.lru_cache(maxsize=20000)
+def names_in(node: cst.CSTNode) -> Names:
+    found = Names()
+    found.visit(node)
+    return found
+
+
+class Replacing(cst.CSTTransformer):
+    """Names that are read -> what stands there instead."""
+
+    def __init__(self, instead: dict[str, cst.BaseExpression]):
+        super().__init__()
+        self.instead = instead
+
+    def visit_Attribute(self, node):
+        return True
+
+    def leave_Attribute(self, old, new):
+        return new.with_changes(attr=old.attr)
+
+    def leave_Arg(self, old, new):
+        return new.with_changes(keyword=old.keyword)
+
+    def leave_Param(self, old, new):
+        return new.with_changes(name=old.name)
+
+    def leave_AssignTarget(self, old, new):
+        return old if isinstance(old.target, cst.Name) else new
+
+    def leave_Name(self, old, new):
+        return self.instead.get(new.value, new)
+
+
+CONSTANT = (
+    m.Name("None")
+    | m.Name("True")
+    | m.Name("False")
+    | m.Integer()
+    | m.Float()
+    | m.SimpleString()
+    | m.UnaryOperation(operator=m.Minus(), expression=m.Integer() | m.Float())
+)
+
+
+def is_constant(node: cst.CSTNode, facts: Facts) -> bool:
+    """A literal; a tuple of such is one."""
+    if isinstance(node, cst.Tuple):
+        return all(is_constant(e.value, facts) for e in node.elements)
+    return m.matches(node, CONSTANT)
+
+
+def is_local_constant(node: cst.CSTNode, facts: Facts) -> bool:
+    """The same, and a field that is fixed, of a configuration that is at hand."""
+    if isinstance(node, cst.Attribute) and is_config(node.value):
+        return node.attr.value in facts.fields
+    return is_constant(node, facts)
+
+
+def pairs_of(assign: cst.Assign) -> list[tuple[cst.CSTNode, cst.BaseExpression]] | None:
+    """(target, value) of a = x, and of a, b = x, y; None of all else."""
+    if isinstance(assign, cst.AnnAssign):
+        return [(assign.target, assign.value)] if assign.value else None
+    if len(assign.targets) != 1:
+        return None
+    target, value = assign.targets[0].target, assign.value
+    if not isinstance(target, cst.Tuple):
+        return [(target, value)]
+    if not isinstance(value, cst.Tuple) or len(value.elements) != len(target.elements):
+        return None
+    parts = [*target.elements, *value.elements]
+    if any(isinstance(e, cst.StarredElement) for e in parts):
+        return None
+    return [(t.value, v.value) for t, v in zip(target.elements, value.elements)]
+
+
+def assignment(assign: cst.Assign, pairs: list) -> cst.Assign | None:
+    if not pairs:
+        return None
+    if len(pairs) == 1:
+        target, value = pairs[0]
+    else:
+        target, value = (
+            cst.Tuple([cst.Element(p[i]) for p in pairs], lpar=[], rpar=[]) for i in (0, 1)
+        )
+    if isinstance(value, cst.Tuple) and not value.lpar and len(value.elements) == 0:
+        value = value.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])
+    new_target = assign.targets[0].with_changes(target=target)
+    return assign.with_changes(targets=[new_target], value=value)
+
+
+class Locals(cst.CSTTransformer):
+    """Names of one outermost function: constants are put where they are read."""
+
+    def __init__(self, facts: Facts):
+        super().__init__()
+        self.facts, self.depth = facts, 0
+
+    def visit_FunctionDef(self, node):
+        self.depth += 1
+
+    def leave_FunctionDef(self, old, new):
+        self.depth -= 1
+        return new if self.depth else self.simplified(new)
+
+    def simplified(self, function: cst.FunctionDef) -> cst.FunctionDef:
+        names = names_in(function.body)
+        params = names_in(function.params).bound
+        gone, instead = set(), {}
+        for assign in find_all(function.body, cst.Assign, cst.AnnAssign):
+            for target, value in pairs_of(assign) or ():
+                name = target.value if isinstance(target, cst.Name) else ""
+                if not name or params[name]:
+                    continue
+                if not names.read[name]:
+                    gone.add(name)
+                elif names.bound[name] == 1 and is_local_constant(value, self.facts):
+                    if not is_long(value):
+                        instead[name] = as_operand(value)
+                elif names.bound[name] == 1 and m.matches(value, NOTHING):
+                    if not is_filled(function.body, name):
+                        instead[name] = value
+                elif names.bound[name] == 1 and m.matches(value, m.Name()):
+                    if names.bound[value.value] + params[value.value] <= 1:
+                        instead[name] = value
+        if not gone and not instead:
+            return function
+        body = function.body.visit(Dropping(gone | set(instead), self.facts))
+        return function.with_changes(body=body.visit(Replacing(instead)))
+
+
+def is_long(node: cst.CSTNode) -> bool:
+    """Whether a text is too long to stand in the middle of others: it keeps its name."""
+    return isinstance(node, cst.SimpleString) and len(node.value) > 24
+
+
+NOTHING = m.List(elements=[]) | m.Dict(elements=[])
+
+
+def is_filled(body: cst.CSTNode, name: str) -> bool:
+    """
+    Whether something is put into the list or dictionary of this name; a function that it is given
+    to is trusted not to.
+    """
+    for node in walk(body):
+        if isinstance(node, cst.Attribute) and m.matches(node.value, m.Name(name)):
+            if node.attr.value not in ("items", "values", "keys", "get"):
+                return True
+        if isinstance(node, cst.AugAssign) and names_in(node.target).read[name]:
+            return True
+        if isinstance(node, cst.AssignTarget) and not isinstance(node.target, cst.Name):
+            if names_in(node.target).read[name]:
+                return True
+    return False
+
+
+class Dropping(cst.CSTTransformer):
+    """Assignments to these names; a call that may do something stays."""
+
+    def __init__(self, names: set[str], facts: Facts):
+        super().__init__()
+        self.names, self.facts = names, facts
+
+    def leave_SimpleStatementLine(self, old, new):
+        if len(new.body) == 1 and isinstance(new.body[0], cst.AnnAssign):
+            one = new.body[0]
+            gone = self.is_gone(one.target) and one.value and is_pure(one.value, self.facts)
+            return cst.RemoveFromParent() if gone else new
+        if len(new.body) != 1 or not isinstance(new.body[0], cst.Assign):
+            return new
+        assign, pairs = new.body[0], pairs_of(new.body[0])
+        if pairs is None:
+            return new
+        kept, effects = [], []
+        for target, value in pairs:
+            if not self.is_gone(target):
+                kept.append((target, value))
+            elif not is_pure(value, self.facts):
+                effects.append(value)
+        if len(kept) == len(pairs):
+            return new
+        if effects and kept:
+            return new
+        if effects:
+            lines = [cst.SimpleStatementLine([cst.Expr(e)]) for e in effects]
+            lines[0] = with_comments(lines[0], new.leading_lines)
+            return cst.FlattenSentinel(lines)
+        left = assignment(assign, kept)
+        return new.with_changes(body=[left]) if left else cst.RemoveFromParent()
+
+    def is_gone(self, target) -> bool:
+        return isinstance(target, cst.Name) and target.value in self.names
+
+    def leave_IndentedBlock(self, old, new):
+        return filled(new)
+
+
+class DroppingAttributes(Dropping):
+    """Assignments to attributes of any object, by the attribute's name."""
+
+    def is_gone(self, target) -> bool:
+        return isinstance(target, cst.Attribute) and target.attr.value in self.names
+
+
+# --- classes, attributes, functions and calls --------------------------------------------------
+
+
+@dataclasses.dataclass
+class Known:
+    """What a module defines."""
+
+    facts: Facts
+    module: cst.Module
+
+    def __post_init__(self):
+        self.classes = {s.name.value: s for s in self.module.body if isinstance(s, cst.ClassDef)}
+        self.functions = {
+            s.name.value: s for s in self.module.body if isinstance(s, cst.FunctionDef)
+        }
+        every = find_all(self.module, cst.FunctionDef)
+        tops = {id(f) for f in self.functions.values()}
+        for cls in self.classes.values():
+            tops |= {id(f) for f in cls.body.body}
+        self.inner = {f.name.value: f for f in every if id(f) not in tops}
+        self.counts = Counter(f.name.value for f in every)
+        self.holders = {k: v for k, v in self.facts.called_as.items() if v in self.classes}
+
+    def bases(self, name: str) -> list[str]:
+        """The class and those of the module that it inherits from."""
+        found = [name]
+        for base in self.classes[name].bases if name in self.classes else ():
+            if isinstance(base.value, cst.Name) and base.value.value in self.classes:
+                found += self.bases(base.value.value)
+        return found
+
+    def class_of(self, node: cst.CSTNode, inside: str) -> str:
+        """The class of what an expression holds, by its name; empty where that says nothing."""
+        if isinstance(node, cst.Name) and node.value == "self":
+            return inside
+        leaf = node.attr.value if isinstance(node, cst.Attribute) else getattr(node, "value", "")
+        return self.holders.get(leaf, "") if isinstance(leaf, str) else ""
+
+    def related(self, a: str, b: str) -> bool:
+        return bool(a and b) and (a in self.bases(b) or b in self.bases(a))
+
+    def methods(self, name: str) -> dict[str, cst.FunctionDef]:
+        body = self.classes[name].body.body
+        return {s.name.value: s for s in body if isinstance(s, cst.FunctionDef)}
+
+    def fields(self, name: str) -> list[cst.AnnAssign]:
+        """Of a NamedTuple or a dataclass."""
+        lines = [s for s in self.classes[name].body.body if isinstance(s, cst.SimpleStatementLine)]
+        return [s.body[0] for s in lines if isinstance(s.body[0], cst.AnnAssign)]
+
+
+class InClasses(Walker):
+    """A visitor that knows in which class of the module it is."""
+
+    def __init__(self, known: Known):
+        self.known, self.inside = known, []
+
+    def visit_ClassDef(self, node):
+        self.inside.append(node.name.value)
+
+    def leave_ClassDef(self, node):
+        self.inside.pop()
+
+    @property
+    def here(self) -> str:
+        return self.inside[0] if self.inside else ""
+
+
+PRESENT = object()
+
+
+class AttributeFacts(InClasses):
+    """Assignments of attributes: which are one constant for all objects of a class."""
+
+    def __init__(self, known: Known):
+        super().__init__(known)
+        self.set: dict[tuple[str, str], list] = defaultdict(list)
+        self.read: Counter = Counter()
+
+    def target(self, node, value) -> None:
+        for t in node.elements if isinstance(node, cst.Tuple | cst.List) else [node]:
+            t = t.value if isinstance(t, cst.Element) else t
+            if isinstance(t, cst.Attribute):
+                self.set[self.known.class_of(t.value, self.here), t.attr.value].append(value)
+
+    def visit_Assign(self, node):
+        pairs = pairs_of(node)
+        if pairs is None:
+            for t in node.targets:
+                self.target(t.target, None)
+        for target, value in pairs or ():
+            self.target(target, value)
+
+    def visit_AugAssign(self, node):
+        self.target(node.target, None)
+
+    def visit_For(self, node):
+        self.target(node.target, None)
+
+    def visit_AnnAssign(self, node):
+        if node.value is not None:
+            self.target(node.target, node.value)
+
+    def visit_Call(self, node):
+        if m.matches(node.func, m.Attribute(attr=m.Name("declare"))):
+            name = node.args[0].value.evaluated_value
+            on = [a.value for a in node.args if a.keyword and a.keyword.value == "on"]
+            value = Values(self.known.facts).value_of(on[0]) if on else True
+            state = None if value is UNKNOWN else PRESENT if value else cst.Name("None")
+            self.set[self.here, name].append(state)
+
+    def present(self) -> set[tuple[str, str]]:
+        """Parameters that are always there."""
+        return {key for key, values in self.set.items() if values == [PRESENT]}
+
+    def constants(self) -> dict[tuple[str, str], cst.BaseExpression]:
+        found = {}
+        for (cls, name), values in self.set.items():
+            if name in self.known.facts.roots:
+                continue
+            others = [
+                v
+                for (c, n), v in self.set.items()
+                if n == name and c != cls and (not c or self.known.related(c, cls))
+            ]
+            if cls and len(values) == 1 and isinstance(values[0], cst.CSTNode) and not others:
+                value = Values(self.known.facts).value_of(values[0])
+                if value is not UNKNOWN and is_literal(value) and is_switch(value):
+                    found[cls, name] = literal(value)
+        return found
+
+
+class Attributes(cst.CSTTransformer):
+    """Reads of attributes that are one constant; declarations of parameters that are off."""
+
+    def __init__(self, known: Known, constants: dict, present: set):
+        super().__init__()
+        self.known, self.constants, self.present, self.inside = known, constants, present, []
+
+    def leave_Comparison(self, old, new):
+        is_none = m.ComparisonTarget(m.Is() | m.IsNot(), m.Name("None"))
+        if m.matches(old, m.Comparison(m.Attribute(), [is_none])):
+            cls = self.known.class_of(old.left.value, self.inside[0] if self.inside else "")
+            if (cls, old.left.attr.value) in self.present:
+                return literal(isinstance(old.comparisons[0].operator, cst.IsNot))
+        return new
+
+    def visit_ClassDef(self, node):
+        self.inside.append(node.name.value)
+
+    def leave_ClassDef(self, old, new):
+        self.inside.pop()
+        return new
+
+    def leave_AssignTarget(self, old, new):
+        return new.with_changes(target=old.target)
+
+    def leave_AnnAssign(self, old, new):
+        return new.with_changes(target=old.target)
+
+    def leave_AugAssign(self, old, new):
+        return new.with_changes(target=old.target)
+
+    def leave_Attribute(self, old, new):
+        cls = self.known.class_of(old.value, self.inside[0] if self.inside else "")
+        if not cls:
+            return new
+        for name in [cls, *self.known.bases(cls)]:
+            if (name, old.attr.value) in self.constants:
+                return as_operand(self.constants[name, old.attr.value])
+        return new
+
+    def leave_SimpleStatementLine(self, old, new):
+        if m.matches(
+            new, m.SimpleStatementLine([m.Expr(m.Call(m.Attribute(attr=m.Name("declare"))))])
+        ):
+            call = new.body[0].value
+            on = [a for a in call.args if a.keyword and a.keyword.value == "on"]
+            value = Values(self.known.facts).value_of(on[0].value) if on else UNKNOWN
+            if value is UNKNOWN:
+                return new
+            if not value:
+                used = call.args[0].value.evaluated_value in self.known.facts.roots
+                return new if used else cst.RemoveFromParent()
+            args = [a for a in call.args if a is not on[0]]
+            args[-1] = args[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
+            return new.with_changes(body=[cst.Expr(call.with_changes(args=args))])
+        return new
+
+
+def record_constants(known: Known) -> dict[tuple[str, str], cst.BaseExpression]:
+    """Fields of records that are the same literal wherever one is made."""
+    calls, found = Calls(known), {}
+    calls.visit(known.module)
+    replacing = [
+        call
+        for call in find_all(known.module, cst.Call)
+        if m.matches(call.func, m.Attribute(attr=m.Name("_replace")))
+    ]
+    changed = {arg.keyword.value for call in replacing for arg in call.args if arg.keyword}
+    for (cls, _), called in calls.found.items():
+        if not called.record or not called.whole or not called.calls:
+            continue
+        sites = [arguments(c, called.params) for c in called.calls]
+        for name, default in called.params:
+            values = [s[name].value if name in s else default for s in sites if s is not None]
+            same = (
+                values
+                and None not in values
+                and all(code_of(v) == code_of(values[0]) for v in values)
+            )
+            same = same and None not in sites and name not in changed
+            if same and is_constant(values[0], known.facts):
+                found[cls, name] = values[0]
+    return found
+
+
+def attributes(module: cst.Module, facts: Facts) -> cst.Module:
+    known = Known(facts, module)
+    found = AttributeFacts(known)
+    found.visit(module)
+    given = {key: literal(value) for key, value in facts.attributes.items()}
+    given |= record_constants(known)
+    constants, present = found.constants() | given, found.present()
+    names = {name for _, name in (*constants, *present)} | {"declare"}
+    module = revisit(module, Attributes(known, constants, present), mentions(names))
+    names = names_in(module)
+    strings = set(names.strings)
+    gone = {
+        name
+        for (cls, name), values in found.set.items()
+        if cls and not names.attributes[name] and name not in strings | facts.roots
+    }
+    return revisit(module, DroppingAttributes(gone, facts), mentions(gone))
+
+
+# --- parameters --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Called:
+    """A function and all its calls; `whole`: whether there is no other use of it."""
+
+    key: tuple[str, str]  # class or "", name
+    params: list[tuple[str, cst.BaseExpression | None]]  # name and default
+    calls: list[cst.Call] = dataclasses.field(default_factory=list)
+    whole: bool = True
+    record: bool = False  # a NamedTuple or a dataclass, whose fields these are
+
+
+def params_of(function: cst.FunctionDef, method: bool) -> list | None:
+    p = function.params
+    if p.posonly_params or isinstance(p.star_arg, cst.Param) or p.star_kwarg:
+        return None
+    both = [*p.params, *p.kwonly_params][1 if method else 0 :]
+    return [(x.name.value, x.default) for x in both]
+
+
+def is_static(function: cst.FunctionDef) -> bool:
+    return any(
+        code_of(d.decorator) in ("staticmethod", "property", "classmethod")
+        for d in function.decorators
+    )
+
+
+class Calls(InClasses):
+    """All calls of the module's functions, methods and classes, by what they call."""
+
+    def __init__(self, known: Known):
+        super().__init__(known)
+        self.found: dict[tuple[str, str], Called] = {}
+        self.by_method: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for name, f in known.functions.items():
+            self.add(("", name), params_of(f, False))
+        for name in known.classes:
+            methods = known.methods(name)
+            for method, f in methods.items():
+                if method != "__init__" and not is_static(f):
+                    self.add((name, method), params_of(f, True))
+                    self.by_method[method].append((name, method))
+            if "__init__" in methods:
+                self.add((name, "__init__"), params_of(methods["__init__"], True))
+            elif known.fields(name):
+                fields = [(f.target.value, f.value) for f in known.fields(name)]
+                self.add((name, "__init__"), fields, record=True)
+        for name, inner in known.inner.items():
+            if self.known.counts[name] == 1:
+                self.add(("inner", name), params_of(inner, False))
+
+    def add(self, key, params, record: bool = False) -> None:
+        roots = self.known.facts.roots
+        used = key[0] in roots if key[1] == "__init__" else key[1] in roots
+        if params is not None and not used:
+            self.found[key] = Called(key, params, record=record)
+
+    def called(self, func: cst.BaseExpression) -> list[tuple[str, str]]:
+        """What an expression calls: keys of `found`."""
+        alias = self.known.facts.called_as.get(code_of(func), "")
+        if alias and alias not in self.known.classes:
+            cls, _, name = alias.rpartition(".")
+            return [(cls, name)]
+        return self.target(func)
+
+    def target(self, func: cst.BaseExpression) -> list[tuple[str, str]]:
+        """What an expression means by its name: keys of `found`."""
+        if isinstance(func, cst.Name):
+            name = func.value
+            if name in self.known.classes:
+                return [(name, "__init__")]
+            return [k for k in (("", name), ("inner", name)) if k in self.found]
+        if isinstance(func, cst.Attribute):
+            name = func.attr.value
+            keys = self.by_method.get(name, [])
+            cls = self.known.class_of(func.value, self.here)
+            if cls:
+                return [k for k in keys if self.known.related(k[0], cls)]
+            if m.matches(func.value, m.Call(m.Name("super"))):
+                bases = self.known.bases(self.here)[1:] if self.here else []
+                return [(c, name) for c in bases if (c, name) in self.found]
+            library = isinstance(func.value, cst.Name) and func.value.value in (
+                "torch",
+                "F",
+                "np",
+                "nn",
+                "dist",
+                "math",
+                "os",
+                "re",
+                "json",
+                "shutil",
+                "time",
+            )
+            return [] if library else keys
+        return []
+
+    def visit_Call(self, node):
+        alias = self.known.facts.called_as.get(code_of(node.func), "")
+        keys = self.called(node.func)
+        sure = len(keys) == 1 and (
+            alias
+            or isinstance(node.func, cst.Name)
+            or self.known.class_of(
+                node.func.value if isinstance(node.func, cst.Attribute) else node.func, self.here
+            )
+        )
+        for key in keys:
+            if key in self.found:
+                called = self.found[key]
+                if called.record and all(a.star == "**" for a in node.args):
+                    continue  # of what was such a record
+                if sure and not any(a.star for a in node.args):
+                    called.calls.append(node)
+                else:
+                    self.found[key].whole = False
+        for arg in node.args:
+            self.visit(arg.value)
+        if isinstance(node.func, cst.Attribute):
+            self.visit(node.func.value)
+        elif not isinstance(node.func, cst.Name):
+            self.visit(node.func)
+        return False
+
+    def visit_Attribute(self, node):
+        for key in self.target(node):
+            if key in self.found:
+                self.found[key].whole = False
+        self.visit(node.value)
+        return False
+
+    def visit_Name(self, node):
+        for key in self.target(node):
+            if key in self.found and key[1] != "__init__":
+                self.found[key].whole = False
+
+    def visit_Assign(self, node):
+        """`self.muon = muon_update`: the calls of that attribute are calls of the function."""
+        pairs = pairs_of(node)
+        if pairs and len(pairs) == 1:
+            alias = self.known.facts.called_as.get(code_of(pairs[0][0]), "")
+            if alias and alias not in self.known.classes:
+                return False
+        return True
+
+    def visit_Annotation(self, node):
+        return False
+
+    def visit_Param(self, node):
+        if node.default is not None:
+            self.visit(node.default)
+        return False
+
+    def visit_FunctionDef(self, node):
+        for part in (*node.decorators, node.params, node.body):
+            self.visit(part)
+        return False
+
+    def visit_AssignTarget(self, node):
+        if not isinstance(node.target, cst.Name):
+            self.visit(node.target)
+        return False
+
+
+class Reads(InClasses):
+    """Reads of attributes by the class of what has them; "" where that is not known."""
+
+    def __init__(self, known: Known):
+        super().__init__(known)
+        self.found: dict[str, Counter] = defaultdict(Counter)
+
+    def visit_Attribute(self, node):
+        if not is_config(node.value):
+            self.found[self.known.class_of(node.value, self.here)][node.attr.value] += 1
+
+    def of(self, cls: str) -> Counter:
+        return self.found[cls] + self.found[""]
+
+
+def arguments(call: cst.Call, params: list) -> dict[str, cst.Arg] | None:
+    """Arguments by the name of their parameter."""
+    names, found = [name for name, _ in params], {}
+    for i, arg in enumerate(call.args):
+        name = arg.keyword.value if arg.keyword else names[i] if i < len(names) else None
+        if name not in names:
+            return None
+        found[name] = arg
+    return found
+
+
+@dataclasses.dataclass
+class Change:
+    """What becomes of a function: parameters to leave out, and what those that stay to read say."""
+
+    called: Called
+    gone: set[str]
+    instead: dict[str, cst.BaseExpression]
+
+
+class Parameters(cst.CSTTransformer):
+    """Leaves out parameters, and their arguments in the calls that were found."""
+
+    def __init__(self, known: Known, changes: dict[tuple[str, str], Change]):
+        super().__init__()
+        self.known, self.changes, self.inside, self.depth = known, changes, [], 0
+        self.of_call = {id(c): ch for ch in changes.values() for c in ch.called.calls}
+
+    def visit_ClassDef(self, node):
+        self.inside.append(node.name.value)
+
+    def leave_ClassDef(self, old, new):
+        name = self.inside.pop()
+        change = self.changes.get((name, "__init__"))
+        if change and change.called.record:
+            body = [s for s in new.body.body if not self.is_field(s, change.gone)]
+            return new.with_changes(body=filled(new.body.with_changes(body=body)))
+        return new
+
+    def is_field(self, statement, gone: set[str]) -> bool:
+        return m.matches(statement, m.SimpleStatementLine([m.AnnAssign(m.Name())])) and (
+            statement.body[0].target.value in gone
+        )
+
+    def visit_FunctionDef(self, node):
+        self.depth += 1
+
+    def leave_FunctionDef(self, old, new):
+        self.depth -= 1
+        name, cls = new.name.value, self.inside[0] if self.inside else ""
+        key = (cls, name) if self.depth == 0 else ("inner", name)
+        change = self.changes.get(key)
+        if change is None or change.called.record:
+            return new
+        p = new.params
+        kept = [x for x in p.params if x.name.value not in change.gone]
+        only = [x for x in p.kwonly_params if x.name.value not in change.gone]
+        if kept:
+            kept[-1] = kept[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
+        star = p.star_arg if only else cst.MaybeSentinel.DEFAULT
+        params = p.with_changes(params=kept, kwonly_params=only, star_arg=star)
+        body = new.body.visit(Replacing(change.instead)) if change.instead else new.body
+        return new.with_changes(params=params, body=body)
+
+    def leave_Call(self, old, new):
+        change = self.of_call.get(id(old))
+        if change is None:
+            return new
+        named = arguments(old, change.called.params)
+        names = {id(arg): name for name, arg in named.items()}
+        kept = []
+        for before, arg in zip(old.args, new.args):
+            name = names[id(before)]
+            if name in change.gone:
+                continue
+            kept.append(arg.with_changes(comma=cst.MaybeSentinel.DEFAULT))
+        return new.with_changes(args=kept)
+
+
+def parameters(module: cst.Module, facts: Facts) -> cst.Module:
+    known = Known(facts, module)
+    calls = Calls(known)
+    calls.visit(module)
+    reads = Reads(known)
+    reads.visit(module)
+    changes = {}
+    for key, called in calls.found.items():
+        if not called.whole or not called.calls or key[1] in ("backward", "on_signal"):
+            continue
+        sites = [arguments(c, called.params) for c in called.calls]
+        if any(s is None for s in sites):
+            continue
+        change = Change(called, set(), {})
+        body = None if called.record else function_of(known, key)
+        read = reads.of(key[0]) if called.record else names_in(body.body).read
+        bound = names_in(body.body).bound if body is not None else Counter()
+        for name, default in called.params:
+            if called.record and name in facts.roots:
+                continue
+            values = [s[name].value if name in s else default for s in sites]
+            if any(v is None for v in values):
+                if called.record and not read[name] and not any(values):
+                    change.gone.add(name)
+                continue
+            constants = [constant_of(v, known) for v in values]
+            same = None not in constants and len({code_of(c) for c in constants}) == 1
+            if not read[name]:
+                if all(is_pure(v, facts) for v in values):
+                    change.gone.add(name)
+            elif same and not bound[name] and not called.record:
+                change.gone.add(name)
+                change.instead[name] = as_operand(constants[0])
+        if called.record and key[0] not in facts.aliases:
+            change.gone.clear()
+        if change.gone:
+            changes[key] = change
+    names = {name for pair in changes for name in pair} - {"__init__", "inner"}
+    names |= {
+        code.split(".")[-1]
+        for code, what in facts.called_as.items()
+        if what.split(".")[-1] in {name for _, name in changes}
+    }
+    return revisit(module, Parameters(known, changes), mentions(names))
+
+
+def constant_of(node: cst.BaseExpression, known: Known) -> cst.BaseExpression | None:
+    """What may stand in another function instead: a literal, or the name of a function."""
+    if is_constant(node, known.facts) or m.matches(node, NOTHING):
+        return node
+    if isinstance(node, cst.Name) and node.value in known.functions:
+        return node
+    if is_local_constant(node, known.facts):
+        return literal(Values(known.facts).value_of(node))
+    return None
+
+
+def is_switch(value: object) -> bool:
+    """Whether a value decides something, rather than being one of several sizes."""
+    return value is None or type(value) in (bool, str) or value in (0, ())
+
+
+def function_of(known: Known, key: tuple[str, str]) -> cst.FunctionDef:
+    cls, name = key
+    if cls == "inner":
+        return known.inner[name]
+    return known.methods(cls)[name] if cls else known.functions[name]
+
+
+# --- inlining ----------------------------------------------------------------------------------
+
+
+class Inlining(cst.CSTTransformer):
+    """Calls of functions of which one expression is left, or nothing."""
+
+    def __init__(self, bodies: dict[int, cst.BaseExpression | None]):
+        super().__init__()
+        self.bodies = bodies
+
+    def leave_Call(self, old, new):
+        body = self.bodies.get(id(old), UNKNOWN)
+        return new if body is UNKNOWN or body is None else as_operand(body)
+
+    def leave_SimpleStatementLine(self, old, new):
+        if m.matches(old, m.SimpleStatementLine([m.Expr(m.Call())])):
+            if self.bodies.get(id(old.body[0].value), UNKNOWN) is None:
+                return cst.RemoveFromParent()
+        return new
+
+    def leave_IndentedBlock(self, old, new):
+        return filled(new)
+
+
+SIMPLE = m.Name() | m.Attribute(value=m.Name() | m.Attribute(value=m.Name())) | CONSTANT
+
+
+def inlining(module: cst.Module, facts: Facts, before: dict[tuple[str, str], str]) -> cst.Module:
+    """`before`: the functions as they were written; what the author wrote short stays."""
+    known = Known(facts, module)
+    calls = Calls(known)
+    calls.visit(module)
+    bodies: dict[int, cst.BaseExpression | None] = {}
+    names: set[str] = set()
+    for key, called in calls.found.items():
+        if not called.whole or not called.calls or called.record or key[1] == "__init__":
+            continue
+        if key[1] in facts.protocol | {"forward"}:
+            continue
+        function = function_of(known, key)
+        body = own_body(function)
+        one = (
+            body[0].body[0]
+            if len(body) == 1 and isinstance(body[0], cst.SimpleStatementLine)
+            else None
+        )
+        if not body or isinstance(one, cst.Pass) or m.matches(one, m.Return(None)):
+            names.add(key[1])
+            for call in called.calls:
+                if all(is_pure(a.value, facts) for a in call.args):
+                    bodies[id(call)] = None
+            continue
+        if not isinstance(one, cst.Return) or one.value is None or function.decorators:
+            continue
+        if code_of(function.body) == before.get(key, ""):
+            continue  # the author has written it so
+        names.add(key[1])
+        for call in called.calls:
+            expression = inlined(one.value, call, called, facts)
+            if expression is not None:
+                bodies[id(call)] = expression
+    return revisit(module, Inlining(bodies), mentions(names))
+
+
+def inlined(value, call: cst.Call, called: Called, facts: Facts):
+    """The function's expression with this call's arguments; None where it must stay a call."""
+    named, read = arguments(call, called.params), names_in(value).read
+    if named is None:
+        return None
+    instead = {}
+    for name, default in called.params:
+        arg = named[name].value if name in named else default
+        if arg is None:
+            return None
+        if read[name] > 1 and not m.matches(arg, SIMPLE):
+            return None
+        if not read[name] and not is_pure(arg, facts):
+            return None
+        instead[name] = as_operand(arg) if read[name] else arg
+    if read["self"]:
+        if not isinstance(call.func, cst.Attribute) or not m.matches(call.func.value, SIMPLE):
+            return None
+        instead["self"] = call.func.value
+    if len(code_of(value)) > 60 and not is_constant(value, facts):
+        return None
+    return value.visit(Replacing(instead))
+
+
+# --- what nobody uses --------------------------------------------------------------------------
+
+
+BANNER = re.compile(r"#{20,}")
+
+
+def carry_banner(body: list[cst.BaseStatement], gone: cst.BaseStatement) -> None:
+    """Keep the banner above a statement that goes: an empty one takes its place until the end."""
+    lines = list(gone.leading_lines)
+    marks = [i for i, line in enumerate(lines) if line.comment and BANNER.match(line.comment.value)]
+    if marks:
+        body.append(cst.SimpleStatementLine([cst.Pass()], lines[: marks[-1] + 1]))
+
+
+def without_marks(module: cst.Module) -> cst.Module:
+    """The banners that were carried, above what follows; of two the last, as a part is empty."""
+    body, waiting = [], None
+    for statement in module.body:
+        if m.matches(statement, m.SimpleStatementLine([m.Pass()])):
+            waiting = statement.leading_lines
+            continue
+        if waiting is not None:
+            lines = list(statement.leading_lines)
+            if not any(line.comment and BANNER.match(line.comment.value) for line in lines):
+                while lines and lines[0].comment is None:
+                    lines.pop(0)
+                gap = [cst.EmptyLine(indent=False)]
+                statement = statement.with_changes(leading_lines=[*waiting, *gap, *lines])
+            waiting = None
+        body.append(statement)
+    return module.with_changes(body=body)
+
+
+def replaced(module: cst.Module, name: str, text: str) -> cst.Module:
+    """With another definition of a name, in the same place."""
+    (new,) = cst.parse_module(text).body
+    body = []
+    for s in module.body:
+        mine = isinstance(s, cst.ClassDef) and s.name.value == name
+        mine |= m.matches(s, m.SimpleStatementLine([m.Assign([m.AssignTarget(m.Name(name))])]))
+        body.append(new.with_changes(leading_lines=s.leading_lines) if mine else s)
+    return module.with_changes(body=body)
+
+
+def fields_read(module: cst.Module) -> set[str]:
+    """Fields of the configuration that the code reads."""
+    found = find_all(module, cst.Attribute)
+    return {node.attr.value for node in found if is_config(node.value)}
+
+
+class Unused(cst.CSTTransformer):
+    def __init__(self, gone: set[tuple[str, str]]):
+        super().__init__()
+        self.gone, self.inside, self.depth = gone, [], 0
+
+    def visit_ClassDef(self, node):
+        self.inside.append(node.name.value)
+
+    def leave_ClassDef(self, old, new):
+        self.inside.pop()
+        return new
+
+    def visit_FunctionDef(self, node):
+        self.depth += 1
+
+    def leave_FunctionDef(self, old, new):
+        self.depth -= 1
+        if self.depth:
+            return cst.RemoveFromParent() if ("inner", new.name.value) in self.gone else new
+        cls = self.inside[0] if self.inside else ""
+        return cst.RemoveFromParent() if cls and (cls, new.name.value) in self.gone else new
+
+    def leave_IndentedBlock(self, old, new):
+        return filled(new)
+
+
+def defined(statement: cst.BaseStatement) -> str:
+    """The name that a statement of a module defines."""
+    if isinstance(statement, cst.ClassDef | cst.FunctionDef):
+        return statement.name.value
+    one = statement.body[0] if isinstance(statement, cst.SimpleStatementLine) else None
+    target = None
+    if isinstance(one, cst.Assign) and len(one.targets) == 1:
+        target = one.targets[0].target
+    elif isinstance(one, cst.AnnAssign | cst.AugAssign):
+        target = one.target
+    return target.value if isinstance(target, cst.Name) else ""
+
+
+Key = tuple[str, str]  # class or "", and the name in it
+
+
+def definitions(module: cst.Module, facts: Facts) -> tuple[dict[Key, list[Names]], list[Names]]:
+    """The names that each definition of a module mentions, and those of its other statements."""
+    owners: dict[Key, list[Names]] = defaultdict(list)
+    others: list[Names] = []
+    for statement in module.body:
+        name = defined(statement)
+        if isinstance(statement, cst.FunctionDef):
+            owners["", name].append(names_in(statement))
+        elif isinstance(statement, cst.ClassDef):
+            rest = []
+            for inner in statement.body.body:
+                if isinstance(inner, cst.FunctionDef) and not needed(inner.name.value, facts):
+                    owners[name, inner.name.value].append(names_in(inner))
+                else:
+                    rest.append(inner)
+            body = cst.IndentedBlock(rest or [cst.parse_statement("pass")])
+            owners["", name].append(names_in(statement.with_changes(body=body)))
+        elif name:
+            value = statement.body[0].value
+            owners["", name].append(names_in(value) if value else Names())
+        elif not m.matches(statement, m.SimpleStatementLine([m.Import() | m.ImportFrom()])):
+            others.append(names_in(statement))
+    return owners, others
+
+
+def unused(module: cst.Module, facts: Facts) -> cst.Module:
+    """Without definitions that nothing mentions which can be reached from the roots."""
+    owners, todo = definitions(module, facts)
+    named: dict[str, list[Key]] = defaultdict(list)
+    for key in owners:
+        named[key[1]].append(key)
+    seen = {key for root in facts.roots for key in named.get(root, ())}
+    todo = [*todo, *(names for key in seen for names in owners[key])]
+    while todo:
+        names = todo.pop()
+        texts = words_of(names.strings)
+        for name in {*names.read, *names.attributes, *texts}:
+            for key in named.get(name, ()):
+                used = name in texts or name in names.attributes if key[0] else name in names.read
+                if key not in seen and used:
+                    seen.add(key)
+                    todo += owners[key]
+    gone = set(owners) - seen
+    body: list[cst.BaseStatement] = []
+    for statement in module.body:
+        if ("", defined(statement)) in gone:
+            carry_banner(body, statement)
+        else:
+            body.append(statement)
+    classes = {cls for cls, _ in gone if cls}
+    return revisit(module.with_changes(body=body), Unused(gone), mentions(classes))
+
+
+def words_of(strings) -> set[str]:
+    return {s for s in strings if s.isidentifier()}
+
+
+def needed(name: str, facts: Facts) -> bool:
+    return name.startswith("__") or name in facts.protocol
+
+
+class InnerUnused(cst.CSTTransformer):
+    """Functions within functions that nobody calls."""
+
+    def leave_FunctionDef(self, old, new):
+        read = names_in(new.body).read
+        inner = {f.name.value for f in find_all(new.body, cst.FunctionDef)}
+        gone = {("inner", name) for name in inner if not read[name]}
+        if gone:
+            new = new.with_changes(body=new.body.visit(DropInner(gone)))
+        return new
+
+
+class DropInner(cst.CSTTransformer):
+    def __init__(self, gone):
+        super().__init__()
+        self.gone = gone
+
+    def leave_FunctionDef(self, old, new):
+        return cst.RemoveFromParent() if ("inner", new.name.value) in self.gone else new
+
+    def leave_IndentedBlock(self, old, new):
+        return filled(new)
+
+
+def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) -> cst.Module:
+    """The passes, until none changes anything."""
+    known = Known(facts, module)
+    before = {("", name): code_of(f.body) for name, f in known.functions.items()}
+    for cls in known.classes:
+        before |= {(cls, name): code_of(f.body) for name, f in known.methods(cls).items()}
+    before |= {("inner", name): code_of(f.body) for name, f in known.inner.items()}
+    settled = Settled()
+    passes: list[tuple[str, Callable]] = [
+        ("unused", lambda tree: unused(tree, facts)),
+        ("folding", lambda tree: settled.visit("folding", tree, Folding(facts))),
+        ("locals", lambda tree: settled.visit("locals", tree, Locals(facts))),
+        ("attributes", lambda tree: attributes(tree, facts)),
+        ("parameters", lambda tree: parameters(tree, facts)),
+        ("inlining", lambda tree: inlining(tree, facts, before)),
+        ("inner", lambda tree: settled.visit("inner", tree, InnerUnused())),
+    ]
+    for turn in range(30):
+        old = [text_of(s) for s in module.body]
+        for _, run in passes:
+            module = run(module)
+        new = [text_of(s) for s in module.body]
+        say(f"{turn}: {sum(text.count(chr(10)) for text in new)} lines")
+        if new == old:
+            _texts.clear()
+            return without_marks(module)
+    raise RuntimeError("folding does not come to an end")

@@ -1,0 +1,642 @@
+"""A preset as one readable script: the trainer without the switches that the preset leaves off.
+
+    python logs/script.py remix_m > train_remix_m.py
+    python logs/script.py golf_cpu --without wandb --keep "seed data lr" --out train_golf_cpu.py
+
+What the preset fixes is a constant there, branches that cannot run are gone, and what only they
+used is gone with them; comments and layout of what stays are the trainer's. The script needs no
+other file of the project, its losses, weights and artifact are the trainer's to the bit, and what
+it writes into its run folder is read by the project's other programs. It serves one node.
+"""
+
+import dataclasses
+import difflib
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import libcst as cst
+import libcst.matchers as m
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # started as a script, which sees its own folder alone
+    sys.path.insert(0, str(ROOT))
+
+import train_gpt as tg  # noqa: E402
+from logs import folding  # noqa: E402
+from logs.endings import UserError, ending, written_whole  # noqa: E402
+
+# what stays a flag, where the code that is left reads it
+KEPT = (
+    "run seed data log_dir resume wandb steps lr momentum weight_decay matrix_lr adamw_lr embed_lr "
+    "head_lr tied_lr scalar_lr matrix_wd embed_wd scalar_wd"
+).split()
+# --without: what it sets, and how the preset says that it needs it
+DROPPED: dict[str, dict[str, object]] = {
+    "resume": {"resume": False, "keep": 0, "save_every": 0, "save_last": 0},
+    "wandb": {"wandb": ""},
+    "averages": {"ema": 0.0, "swa_every": 0, "average_epochs": 0, "final_weights": "live"},
+    "export": {"export": "", "gptq": 0, "artifact_limit": 0, "qat": "0", "qat_noise": 0},
+    "sample": {"tokenizer": ""},
+}
+IN_BITS = ("val_bpb", "roundtrip_val_bpb", "sliding_val_bpb", "mixed_val_bpb", "ttt_val_bpb")
+# fields that the script's own parser has no use for
+NEVER = {"config", "rule", "score"}
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+@dataclasses.dataclass
+class Request:
+    """What was asked for."""
+
+    argv: list[str]  # of the trainer: preset, layers and flags
+    keep: list[str]
+    without: list[str]
+    out: str
+    keep_given: bool = False
+
+
+def read_request(argv: list[str]) -> Request:
+    """The trainer's flags, and three of this program's."""
+    own: dict[str, str] = {}
+    rest, i = [], 0
+    while i < len(argv):
+        name, is_joined, joined = argv[i].partition("=")
+        end = i + 1
+        while not is_joined and end < len(argv) and not argv[end].startswith("--"):
+            end += 1
+        value = joined if is_joined else " ".join(argv[i + 1 : end])
+        # the trainer has a flag of this name, too: how many checkpoints it keeps
+        is_number = name == "--keep" and value.isdigit()
+        if name in ("--keep", "--without", "--out") and not is_number:
+            own[name] = value
+            i = end
+        else:
+            rest.append(argv[i])
+            i += 1
+    presets = []
+    while rest and not rest[0].startswith("-"):
+        presets.append(rest.pop(0))
+    require(
+        bool(presets) or "--config" in rest,
+        "which preset? for example: python logs/script.py remix_m > train_remix_m.py",
+    )
+    keep = own["--keep"].split() if "--keep" in own else KEPT
+    without = own.get("--without", "").split()
+    gone = {name for part in without for name in DROPPED.get(part, ())}
+    keep = [name for name in keep if name not in gone]
+    flags = ["--config", *presets, *rest] if presets else rest
+    return Request(flags, keep, without, own.get("--out", ""), "--keep" in own)
+
+
+def configure(request: Request) -> tg.Config:
+    """The configuration that the script fixes; UserError where what is asked cannot be."""
+    cfg = tg.parse_args(request.argv)
+    fields = [name for name in tg.FIELDS if name not in NEVER]
+    for name in request.keep:
+        close = difflib.get_close_matches(name, fields, n=2)
+        hint = f"did you mean {' or '.join(close)}?" if close else "python train_gpt.py --help"
+        require(name in fields, f"--keep {name}: the configuration has no such field; {hint}")
+    for part in request.without:
+        require(part in DROPPED, f"--without {part}: what can be left out is {', '.join(DROPPED)}")
+        why = used_by(cfg, part)
+        require(not why, f"--without {part}: {' '.join(cfg.config)} needs it: {why}")
+        for name, value in DROPPED[part].items():
+            setattr(cfg, name, value)
+    return cfg
+
+
+def used_by(cfg: tg.Config, part: str) -> str:
+    """Why a preset cannot do without a part; empty where it can. Defaults count for nothing."""
+    said: dict = {}
+    for name in cfg.config:
+        said |= tg.read_toml(tg.preset_path(name))
+    plain, neutral = tg.Config(), DROPPED[part]
+    for name, value in neutral.items():
+        if part != "resume" and part != "sample" and name in said and said[name] != value:
+            return f"{name} = {said[name]!r}"
+    metric = said.get("rule", {}).get("metric", "")
+    modes = said.get("score", {}).get("modes", "")
+    if part == "export" and (modes or metric.startswith("roundtrip")):
+        return f"its score is the artifact's ({metric or modes})"
+    if part == "sample" and metric in IN_BITS:
+        return f"its rule is about {metric}, whose bytes the tokenizer counts"
+    if part == "resume" and (cfg.resume or cfg.save_every != plain.save_every):
+        return f"save_every = {cfg.save_every}"
+    return ""
+
+
+# --- what is known -----------------------------------------------------------------------------
+
+
+class Fixed:
+    """The configuration with those fields alone that are fixed."""
+
+    def __init__(self, fields: dict[str, object]):
+        self.__dict__["fields"] = fields
+
+    def __getattr__(self, name: str) -> object:
+        return self.fields[name]
+
+
+PURE = (
+    "head_width hidden_width rotary_dims loop_span is_number extra_terms drop_chance is_windowed "
+    "is_constant is_averaged largest layer_order Schedule own_rates "
+    "centering_notices"
+).split()
+# expressions of the trainer by what they hold or call
+CALLED_AS = {
+    "self.muon": ".muon_update",
+    "self.adamw": ".adamw_update",
+    "self.attn": "Attention.forward",
+    "self.mlp": "MLP.forward",
+    "block": "Block.forward",
+    "self.mtp_block": "Block.forward",
+    "trainer.graph": "GPT.forward",
+    "model": "GPT.forward",
+}
+HOLDERS = {
+    "run": "Run",
+    "trainer": "Trainer",
+    "plan": "Plan",
+    "loader": "Loader",
+    "val": "Validation",
+    "opt": "MuonAdamW",
+    "avg": "Averages",
+    "b": "Bucket",
+    "attn": "Attention",
+    "mask": "AttentionMask",
+    "clock": "Clock",
+    "tokenizer": "Tokenizer",
+    "now": "Now",
+    "n": "Now",
+    "end": "Now",
+    "place": "Place",
+    "todo": "Due",
+    "rule": "Rule",
+    "shape": "Shape",
+    "s": "Shape",
+    "said": "Declared",
+    "declared": "Declared",
+}
+# calls that can be left out where nobody takes what they give
+WITHOUT_EFFECT = set(
+    "clone ones zeros size view float Path cast items unbind to arange get isinstance hasattr "
+    "enumerate named_modules Generator nullcontext contextlib.nullcontext environ "
+    "next_step_seconds graph_of Averages is_late embedded at ends_epoch eval_shape AttentionMask "
+    "check_bits parse_bits quantised_names extra tokens tokens_in_order".split()
+)
+
+
+def constant_schedules(cfg: tg.Config, keep: list[str]) -> dict[str, object]:
+    """Fields of Now that are one value from start to end."""
+    found: dict[str, object] = {}
+    for name in tg.SCHEDULES:
+        values = tg.Schedule(name, getattr(cfg, name)).values()
+        if name not in keep and len(values) == 1:
+            found[name] = int(values[0]) if name in tg.GRAPHS else values[0]
+    return found
+
+
+def constant_places(cfg: tg.Config) -> dict[str, object]:
+    """Fields of Place that are one value at all places."""
+    places = [place for places in tg.wirings(cfg).values() for place in places]
+    fields = {name: {getattr(p, name) for p in places} for name in tg.Place._fields}
+    return {name: values.pop() for name, values in fields.items() if len(values) == 1}
+
+
+def expressions_of(cfg: tg.Config) -> dict[str, object]:
+    """What follows from the configuration, and not from one expression of the code alone."""
+    found: dict[str, object] = {}
+    if cfg.doc_mask:  # documents() gives a tensor
+        found |= {f"{name} is not None": True for name in ("docs", "q_doc")}
+        found["docs_BT is None"] = False
+    if cfg.export_codec not in ("best", tg.ENTROPY):
+        found |= {"codec == ENTROPY": False, 'header["codec"] == ENTROPY': False}
+    if cfg.export != "fit" and len(cfg.export.split()) == 1:
+        found["levels_of(bits.of(name))"] = tg.levels_of(tg.parse_bits(cfg.export).default)
+    return found
+
+
+SCORER = ROOT / "logs" / "score.py"
+
+
+def names_of_scorer() -> set[str]:
+    """What logs/score.py has behind a dot: what the trainer calls so stays as it is."""
+    found = folding.names_in(cst.parse_module(SCORER.read_text(encoding="utf-8")))
+    return set(found.attributes) | {"Config", "UserError"}
+
+
+def facts_of(cfg: tg.Config, keep: list[str], scorer: bool = False) -> folding.Facts:
+    fields = {
+        name: getattr(cfg, name) for name in tg.FIELDS if name not in NEVER and name not in keep
+    }
+    now, place = constant_schedules(cfg, keep), constant_places(cfg)
+    varying = tuple(name for name in tg.SCHEDULES if scorer or name not in now)
+    graphs = tuple(name for name in tg.GRAPHS if scorer or name not in now)
+    return folding.Facts(
+        fields=fields,
+        config=Fixed(fields),
+        records={} if scorer else {"now": now, "end": now, "n": now, "place": place, "p": place},
+        functions={name: getattr(tg, name) for name in PURE},
+        constants={"SCHEDULES": varying, "GRAPHS": graphs, "ENTROPY": tg.ENTROPY},
+        called_as=CALLED_AS | HOLDERS,
+        roots={"main", "Config"} | (names_of_scorer() if scorer else set()),
+        protocol={"forward", "backward", "on_signal"},
+        pure=WITHOUT_EFFECT,
+        aliases={"Now", "Trainer", "Due", "Declared", "Shape", "Place", "Added", "Point"},
+        attributes={("Ranks", "one_node"): True},
+        expressions=expressions_of(cfg),
+    )
+
+
+# --- the configuration of a script --------------------------------------------------------------
+
+TEMPLATE = '''
+def check(cfg: Config) -> None:
+    for name, (least, most) in LIMITS.items():
+        value = getattr(cfg, name)
+        for x in Schedule(name, value).values() if name in SCHEDULES else [value]:
+            ok = least <= x <= most
+            require(ok, f"{name} = {value!r}: must lie between {least} and {most}")
+
+
+def parse_args(argv: list[str]) -> Config:
+    cfg = tyro.cli(Config, args=argv, description=__doc__, use_underscores=True)
+    cfg.run = cfg.run or f"PRESET-s{cfg.seed}"
+    check(cfg)
+    return cfg
+
+
+def config_toml(cfg: Config) -> str:
+    """The whole configuration, what is fixed too, as the trainer would write it."""
+
+    def line(key: str, value: object) -> str:
+        return f"{key} = " + json.dumps(value, ensure_ascii=False).replace("\\x7f", "\\\\u007f")
+
+    tables = {"rule": cfg.rule, "score": cfg.score}
+    names = [name for name in Config.__annotations__ if name not in (*tables, "config", "resume")]
+    lines = [line(name, getattr(cfg, name)) for name in names]
+    for name, table in tables.items():
+        if table:
+            lines += ["", f"[{name}]", *(line(key, value) for key, value in table.items())]
+    return "\\n".join(lines) + "\\n"
+
+
+def config_hash(cfg: Config) -> str:
+    """sha256 over the lines of the configuration that make two runs different experiments."""
+    free = FREE_ON_RESUME | {"run", "arm", ""}
+    lines = config_toml(cfg).partition("\\n[")[0].splitlines()
+    kept = [line for line in lines if line.split(" = ")[0] not in free]
+    return hashlib.sha256("\\n".join(kept).encode()).hexdigest()
+
+
+def changed_fields(cfg: Config, folder: Path, free: set[str]) -> list[str]:
+    """A line for each field that a run folder's configuration has another value of."""
+    saved = folder / "config.toml"
+    old = tomllib.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
+    now = tomllib.loads(config_toml(cfg))
+    names = [name for name in now if name in old and name not in free]
+    return [f"  {k}: {old[k]!r} -> {now[k]!r}" for k in names if old[k] != now[k]]
+
+
+def renew_tables(run: Run) -> None:
+    pass
+
+
+def stored_config(text: str, where: str) -> Config:
+    flags = {f.name for f in dataclasses.fields(Config)}
+    return Config(**{k: v for k, v in tomllib.loads(text).items() if k in flags})
+'''
+
+
+# where the scorer stands beside it
+FOR_SCORER = """
+
+def checkpoint_config(path: Path) -> Config:
+    return stored_config((path / "config.toml").read_text(encoding="utf-8"), str(path))
+"""
+
+# where no schedule makes another graph
+ONE_GRAPH = """
+
+def log_switch(trainer: Trainer, step: int, now: Now, seconds: float) -> None:
+    pass
+"""
+
+
+def help_of(name: str) -> list[str]:
+    """The comments of a field of the trainer: above it and behind it."""
+    source = Path(tg.__file__).read_text(encoding="utf-8").splitlines()
+    at = next(i for i, line in enumerate(source) if re.match(rf"    {name}: \S", line))
+    above, i = [], at - 1
+    while source[i].lstrip().startswith("#"):
+        above.insert(0, source[i].strip().removeprefix("# "))
+        i -= 1
+    behind = re.search(r"  # (.*)$", source[at])
+    return [" ".join([*above, *([behind[1]] if behind else [])])]
+
+
+def field_lines(name: str, value: object, fixed: bool) -> list[str]:
+    kind = tg.FIELDS[name].type
+    kind = f"ClassVar[{kind}]" if fixed else kind
+    text = f"    {name}: {kind} = {folding.code_of(folding.literal(value))}"
+    (comment,) = help_of(name)
+    comment = comment.removeprefix("[sched] ")
+    if comment and len(text) + len(comment) + 4 <= 100:
+        return [f"{text}  # {comment}"]
+    return [*(f"    # {line}" for line in textwrap.wrap(comment, 94)), text]
+
+
+def config_class(cfg: tg.Config, flags: list[str], read: set[str]) -> str:
+    """Flags that are left, fields that are fixed and read, and what else the preset says."""
+    plain = tg.Config()
+    names = [name for name in tg.FIELDS if name not in NEVER and name not in flags]
+    used = [name for name in names if name in read]
+    other = [n for n in names if n not in read and getattr(cfg, n) != getattr(plain, n)]
+    other += [n for n in ("device", "arm", "track") if n in names and n not in [*used, *other]]
+    lines = ["@dataclass", "class Config:", '    """Flags; behind them what is fixed."""', ""]
+    for name in flags:
+        lines += field_lines(name, "" if name == "run" else getattr(cfg, name), fixed=False)
+    lines += ["", "    # fixed, and read below"]
+    for name in used:
+        lines += field_lines(name, getattr(cfg, name), fixed=True)
+    lines += ["", "    # fixed: the code below does this; for those who read config.toml"]
+    for name in other:
+        lines.append(
+            f"    {name}: ClassVar[{tg.FIELDS[name].type}] = "
+            f"{folding.code_of(folding.literal(getattr(cfg, name)))}"
+        )
+    lines.append(f"    config: ClassVar[tuple[str, ...]] = {tuple(cfg.config)!r}")
+    for table in ("rule", "score"):
+        lines.append(f"    {table}: ClassVar[dict] = {getattr(cfg, table)!r}")
+    return "\n".join(lines) + "\n"
+
+
+def limits_of(flags: list[str]) -> str:
+    rows = {name: tg.LIMITS[name] for name in tg.FIELDS if name in flags and name in tg.LIMITS}
+    return f"LIMITS = {rows!r}  # of a number, or of a schedule's values\n"
+
+
+# --- putting it together -----------------------------------------------------------------------
+
+
+def name_of(statement: cst.BaseStatement) -> str:
+    """What a statement of a module defines."""
+    if isinstance(statement, cst.ClassDef | cst.FunctionDef):
+        return statement.name.value
+    one = statement.body[0] if isinstance(statement, cst.SimpleStatementLine) else None
+    if isinstance(one, cst.Assign) and isinstance(one.targets[0].target, cst.Name):
+        return one.targets[0].target.value
+    if isinstance(one, cst.AnnAssign) and isinstance(one.target, cst.Name):
+        return one.target.value
+    return ""
+
+
+def prepared(module: cst.Module, cfg: tg.Config, facts: folding.Facts, scorer: bool) -> cst.Module:
+    """The trainer with a script's own configuration in the place of its sections."""
+    template = (TEMPLATE + (FOR_SCORER if scorer else "")).replace(
+        "PRESET", "-".join(Path(n).stem for n in cfg.config)
+    )
+    if not facts.constants["GRAPHS"]:
+        template += ONE_GRAPH
+    stand_ins = {name_of(s): s for s in cst.parse_module(template).body}
+    values = {name: facts.constants[name] for name in ("SCHEDULES", "GRAPHS")}
+    used = set(tg.CODECS) if cfg.export_codec in ("best", tg.ENTROPY) else {cfg.export_codec}
+    body: list[cst.BaseStatement] = []
+    for statement in module.body:
+        name = name_of(statement)
+        gone = isinstance(statement, cst.ClassDef) and (
+            name == "Config" or any(folding.code_of(b.value) == "Section" for b in statement.bases)
+        )
+        gone |= name in (
+            "Section",
+            "SECTIONS",
+            "FIELDS",
+            "LIMITS",
+            "TABLES",
+            *(() if scorer else ("TABLE_LIMITS",)),
+            "MOVED",
+            "REMOVED",
+            "Need",
+        )
+        gone |= isinstance(statement, cst.SimpleStatementLine) and isinstance(
+            statement.body[0], cst.AugAssign
+        )
+        if gone:
+            folding.carry_banner(body, statement)
+        elif name in values:
+            body.append(
+                cst.parse_statement(f"{name} = {values[name]!r}").with_changes(
+                    leading_lines=statement.leading_lines
+                )
+            )
+        elif name == "CODECS":
+            table = statement.body[0].value
+            rows = [e for e in table.elements if e.key.evaluated_value in used]
+            body.append(statement.deep_replace(table, table.with_changes(elements=rows)))
+        elif name in stand_ins:
+            body.append(stand_ins.pop(name).with_changes(leading_lines=statement.leading_lines))
+        else:
+            body.append(statement)
+    at = next(i for i, s in enumerate(body) if name_of(s) == "require_regex")
+    new = [*cst.parse_module("class Config:\n    pass\nLIMITS = {}\n").body, *stand_ins.values()]
+    return module.with_changes(body=[*body[: at + 1], *new, *body[at + 1 :]])
+
+
+def with_wiring(module: cst.Module, cfg: tg.Config) -> cst.Module:
+    """The order of the blocks as a plain loop, or as a table of what differs between places."""
+    read = set()
+    for function in [*find_all(module, "hidden"), *find_all(module, "added")]:
+        found = folding.find_all(function, cst.Attribute)
+        read |= {n.attr.value for n in found if m.matches(n.value, m.Name("place"))}
+    orders = tg.wirings(cfg)
+    (one, *more) = orders.values()
+    in_turn = not more and [p.block for p in one] == list(range(cfg.depth))
+    code = module.code
+    if in_turn and read <= {"block"}:
+        code = code.replace("for at, place in enumerate(places):", "for block in self.blocks:")
+        code = code.replace("block = self.blocks[place.block]\n", "pass\n")
+        code = re.sub(r"block, (\w+) = self.blocks\[place.block\], ", r"\1 = ", code)
+        code = re.sub(r"places = self.places.get\(.*\n", "pass\n", code)
+        code = code.replace("self.places = wirings(cfg)\n", "pass\n")
+        return cst.parse_module(code)
+    fields = [name for name in tg.Place._fields if name in read]
+    gone = "|".join(name for name in tg.Place._fields if name not in read)
+    start, behind = code.split("class Place(NamedTuple):\n", 1)
+    body, end = behind.split("\n\n\n", 1)
+    body = re.sub(rf"^    (?:{gone or '-'}): .*\n?", "", body, flags=re.MULTILINE)
+    code = f"{start}class Place(NamedTuple):\n{body}\n\n\n{end}"
+    rows = []
+    for repeats, places in orders.items():
+        rows.append(f"    {repeats}: [")
+        for place in places:
+            values = ", ".join(f"{name}={getattr(place, name)!r}" for name in fields)
+            rows.append(f"        Place({values}),")
+        rows.append("    ],")
+    table = "\n".join(["PLACES = {  # by repeats", *rows, "}", "", ""])
+    (function,) = find_all(module, "hidden")
+    key = "repeats" if "repeats" in folding.names_in(function.params).bound else min(orders)
+    code = re.sub(r"places = self.places.get\(.*\n", f"places = PLACES[{key}]\n", code)
+    code = code.replace("self.places = wirings(cfg)\n", "pass\n")
+    code = re.sub(r"\n\n\ndef wiring\(", f"\n\n\n{table}\n\ndef wiring(", code, count=1)
+    return cst.parse_module(code)
+
+
+def find_all(module: cst.Module, name: str) -> list[cst.FunctionDef]:
+    return [f for f in folding.find_all(module, cst.FunctionDef) if f.name.value == name]
+
+
+def identifiers(module: cst.Module) -> set[str]:
+    """Every name that a source makes or reads."""
+    names = folding.names_in(module)
+    return {*names.read, *names.attributes, *names.bound}
+
+
+def told_without(text: str, gone: set[str], width: int, first: str) -> list[str]:
+    """
+    The lines of a comment or docstring without the sentences that speak of names that are `gone`.
+    A word of plain English is such a name where it is called, or explained as a parameter is.
+    """
+    words = "|".join(map(re.escape, gone))
+    clear = "|".join(re.escape(name) for name in gone if "_" in name)
+    spoken = re.compile(rf"\b(?:(?:{clear})\b|(?:{words})(?:\(\)|: |, or))")
+    sentences = re.split(r"(?<=[.])\s+(?=[A-Za-z`])", " ".join(text.split()))
+    kept = [one for one in sentences if not spoken.search(one)] or sentences[:1]
+    if len(kept) == len(sentences):
+        return []
+    return textwrap.wrap(" ".join(kept), width, initial_indent=first, subsequent_indent=first)
+
+
+class Retelling(cst.CSTTransformer):
+    """Docstrings that do not speak of what is gone."""
+
+    def __init__(self, gone: set[str]):
+        super().__init__()
+        self.gone, self.depth = gone, 0
+
+    def visit_IndentedBlock(self, node):
+        self.depth += 1
+
+    def leave_IndentedBlock(self, old, new):
+        indent = "    " * self.depth
+        self.depth -= 1
+        if not new.body or not folding.is_doc(new.body[0]):
+            return new
+        text = new.body[0].body[0].value.value
+        if not text.startswith('"""'):
+            return new
+        lines = told_without(text.strip('"'), self.gone, 100, indent)
+        if not lines:
+            return new
+        one = f'"""{lines[0].strip()}"""'
+        if len(lines) > 1 or len(indent) + len(one) > 100:
+            one = "\n".join(['"""', *lines, indent + '"""'])
+        doc = cst.SimpleStatementLine([cst.Expr(cst.SimpleString(one))])
+        return new.with_changes(body=[doc, *new.body[1:]])
+
+
+def header(cfg: tg.Config, request: Request) -> str:
+    """The docstring: where the script comes from, and what the preset's file says of itself."""
+    lines = []
+    for name in cfg.config:
+        text = tg.preset_path(name).read_text(encoding="utf-8")
+        comment = [line[2:] for line in text.splitlines() if line.startswith("# ")]
+        lines += [f for row in comment for f in textwrap.wrap(row, 98)]
+    options = [f"--without {' '.join(request.without)}"] if request.without else []
+    if request.keep_given:
+        options.append(f"--keep {shlex.quote(' '.join(request.keep))}")
+    command = " ".join(["python logs/script.py", *request.argv[1:], *options])
+    return "\n".join(
+        [
+            '"""',
+            *lines,
+            "",
+            *textwrap.wrap(
+                f"origin: nanoremix {revision()}, train_gpt.py as `{command}` prints it: "
+                "what the preset leaves off is gone from the code, what it fixes is a "
+                "constant of Config.",
+                98,
+            ),
+            "",
+            "Letters: B batch, T time, D width, H heads, K head_dim, V vocabulary, N = B*T tokens.",
+            "A tensor whose layout is not obvious has it as a suffix (q_BTHK). Losses are nats per",
+            "token, sizes decimal bytes.",
+            '"""',
+            "",
+        ]
+    )
+
+
+def revision() -> str:
+    return tg.git_revision()[:12] or "outside its repository"
+
+
+def formatted(code: str) -> str:
+    """By ruff, as the project's own files are: imports that nobody uses any more go as well."""
+    settings = ["--config", str(ROOT / "pyproject.toml"), "--stdin-filename", "script.py", "-"]
+    for command in (["check", "--fix-only", "--quiet"], ["format", "--quiet"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, *settings],
+            input=code,
+            capture_output=True,
+            text=True,
+        )
+        require(done.returncode == 0, f"ruff {command[0]}: {done.stderr.strip()[:300]}")
+        code = done.stdout
+    return code
+
+
+def script_of(
+    request: Request, say: Callable[[str], None] = lambda line: None, scorer: bool = False
+) -> str:
+    """The script as text; with all that logs/score.py calls, if that shall stand beside it."""
+    cfg = configure(request)
+    if scorer:  # which sets these for itself
+        own = "dtype compile device val_tokens wandb tokenizer".split()
+        request = dataclasses.replace(request, keep=[*request.keep, *own])
+    facts = facts_of(cfg, request.keep, scorer)
+    source = Path(tg.__file__).read_text(encoding="utf-8")
+    module = prepared(cst.parse_module(source), cfg, facts, scorer)
+    module = folding.fold(module, facts, say)
+    if not scorer:
+        module = folding.fold(with_wiring(module, cfg), facts, say)
+    gone = identifiers(cst.parse_module(source)) - identifiers(module)
+    module = module.visit(Retelling(gone))
+    read = folding.fields_read(module)
+    read |= set(facts.constants["SCHEDULES"])
+    flags = [n for n in tg.FIELDS if n in request.keep and (n in read or n in KEPT[:5])]
+    varying = set(facts.constants["SCHEDULES"]) - set(flags)
+    text = config_class(cfg, flags, (read | varying) - set(flags))
+    module = folding.replaced(module, "Config", text)
+    module = folding.replaced(module, "LIMITS", limits_of(flags))
+    code = module.code
+    body = code[code.index('"""', 3) + 3 :] if code.startswith('"""') else code
+    return formatted(header(cfg, request) + body)
+
+
+def main(argv: list[str] | None = None) -> int:
+    def work() -> None:
+        request = read_request(sys.argv[1:] if argv is None else argv)
+        code = script_of(request)
+        if request.out:
+            out = Path(request.out)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(out) as file:
+                file.write(code.encode())
+        else:
+            sys.stdout.write(code)
+
+    return ending("script.py", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

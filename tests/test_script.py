@@ -1,0 +1,197 @@
+"""logs/script.py: a script has the losses, weights and artifact of the trainer, to the bit."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, tg, write_shard
+from safetensors.torch import load_file
+
+from logs import pack, script, submit
+
+FLAGS = (
+    "--vocab 512 --tokenizer= --doc_token 1 --steps 6 --max_seconds 0 --epochs 0 --batch_tokens "
+    "1024 --micro_tokens 512 --seq_len 128 --val_tokens 1024 --eval_every 3 --save_every 3 --keep "
+    "9 --log_every 1 --dtype float32 --compile 0 --data tokens"
+)
+# a preset's net, and the flags that make it small
+PRESETS = {
+    "remix_m": "remix_m on_cpu --window 32 --softcap 15",
+    "golf": "golf_cpu --export int6 --artifact_limit 0 --gptq 2 --export_codec best",
+    "slowrun": "slowrun_cpu --train_tokens 0 --average_epochs 0 --lr_cycles 0 --export int8",
+    "centering": "centering_cpu --mu_loss 0.1 --z_loss 1e-4 --ema 0.9",
+}
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """(folder, script) of a preset, made when it is first asked for."""
+    made = {}
+
+    def ask(name: str):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            (folder / "tokens").mkdir()
+            rng = np.random.default_rng(0)
+            for split, count in (("train", 20000), ("val", 2049)):
+                shard = folder / "tokens" / f"x_{split}_000000.bin"
+                write_shard(shard, rng.integers(0, 64, count) ** 2 % 512)
+            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+            before = os.getcwd()
+            os.chdir(folder)
+            try:
+                request = script.read_request(f"{PRESETS[name]} {FLAGS}".split())
+                (folder / "script.py").write_text(script.script_of(request))
+            finally:
+                os.chdir(before)
+            made[name] = folder
+        return made[name]
+
+    return ask
+
+
+def run(folder, *argv, ranks: int = 1, code: int = 0) -> str:
+    """What a program prints, started in that folder."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]
+    done = subprocess.run(
+        [*start, *map(str, argv)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def told(folder, name: str) -> tuple[list[dict], dict, dict]:
+    """Losses and norms of every line, final weights, and the figures of result.json."""
+    lines = (folder / "logs" / name / "metrics.jsonl").read_text().splitlines()
+    numbers = re.compile("loss|bpb|grad_norm|O[.]|H[.]")
+    kept = [{k: v for k, v in json.loads(x).items() if numbers.search(k)} for x in lines]
+    weights = load_file(folder / "logs" / name / "ckpt" / "000006" / "model.safetensors")
+    result = json.loads((folder / "logs" / name / "result.json").read_text())
+    return kept, weights, {k: v for k, v in result.items() if re.search("loss|bits|params", k)}
+
+
+def trainer(folder, name: str, run_name: str, ranks: int = 1) -> None:
+    flags = f"{PRESETS[name]} {FLAGS}".split()
+    if not (folder / "logs" / run_name).exists():
+        run(folder, ROOT / "train_gpt.py", "--config", *flags, "--run", run_name, ranks=ranks)
+
+
+def same(folder, a: str, b: str) -> None:
+    ours, theirs = told(folder, a), told(folder, b)
+    assert len(ours[0]) == 9 and ours[0] == theirs[0] and ours[2] == theirs[2]
+    assert ours[1].keys() == theirs[1].keys()
+    assert all(torch.equal(w, theirs[1][k]) for k, w in ours[1].items())
+    path = folder / "logs" / a / "model.nrx"
+    ours, theirs = (
+        tg.load_artifact(folder / "logs" / r / "model.nrx")[1] if path.exists() else {}
+        for r in (a, b)
+    )
+    assert all(torch.equal(w, theirs[k]) for k, w in ours.items())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_script_has_the_trainers_losses_weights_and_artifact_to_the_bit(scripts, name):
+    folder = scripts(name)
+    trainer(folder, name, "trainer")
+    run(folder, "script.py", "--run", "script")
+    same(folder, "trainer", "script")
+
+
+def test_a_script_on_two_ranks_is_the_trainer_on_two_ranks(scripts):
+    folder = scripts("remix_m")
+    trainer(folder, "remix_m", "trainer2", ranks=2)
+    run(folder, "script.py", "--run", "script2", ranks=2)
+    same(folder, "trainer2", "script2")
+
+
+def test_a_script_that_was_stopped_goes_on_to_the_same_weights(scripts):
+    folder = scripts("remix_m")
+    trainer(folder, "remix_m", "trainer")
+    run(folder, "script.py", "--run", "stopped")
+    stopped = folder / "logs" / "stopped"
+    (stopped / "result.json").unlink()
+    shutil.rmtree(stopped / "ckpt" / "000006")
+    assert "at step 3" in run(folder, "script.py", "--run", "stopped", "--resume")
+    same(folder, "trainer", "stopped")
+    said = run(folder, "script.py", "--run", "stopped", "--resume", "--matrix_lr", "1", code=2)
+    assert "matrix_lr: 0.05 -> 1.0" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_script_is_clean_and_imports_nothing_of_the_project(scripts, name):
+    text = (scripts(name) / "script.py").read_text()
+    settings = ["--config", ROOT / "pyproject.toml", "--ignore", "E501,F841,B007"]
+    for command in (["check", *settings], ["format", "--check", *settings[:2]]):
+        run(ROOT, "-m", "ruff", *command, scripts(name) / "script.py")
+    imported = {name.split(".")[0] for name in pack.imported(text)}
+    assert not imported & {"train_gpt", "pre_pre_train", "logs", "data"}
+    tree = ast.parse(text)
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    assert len(text.splitlines()) < 0.75 * len((ROOT / "train_gpt.py").read_text().splitlines())
+    assert len(functions) > 100 and ast.get_docstring(tree).count("origin: nanoremix ") == 1
+
+
+def test_what_a_preset_leaves_off_is_gone(scripts):
+    text = (scripts("remix_m") / "script.py").read_text()
+    for word in ("xsa", "value_embeds", "Averages", "gptq", "swiglu", "PLACES", "polar_express"):
+        assert not re.search(rf"\b(?:self\.|def |class ){word}\b", text), word
+    assert "for block in self.blocks:" in text
+    assert "PLACES = {" in (scripts("golf") / "script.py").read_text()
+
+
+def test_an_edit_by_hand_runs_and_its_log_can_be_submitted(scripts):
+    folder = scripts("remix_m")
+    text = (folder / "script.py").read_text()
+    assert text.count("h = F.relu(h)") == 1
+    (folder / "edited.py").write_text(text.replace("h = F.relu(h)", "h = F.gelu(h)"))
+    run(folder, "edited.py", "--run", "edited")
+    trainer(folder, "remix_m", "trainer")
+    assert told(folder, "edited")[0] != told(folder, "trainer")[0]
+    log = (folder / "logs" / "edited" / "log.txt").read_text()
+    assert submit.script_in(submit.head_of(log)) == {
+        "train_gpt.py": (folder / "edited.py").read_text()
+    }
+    config = (folder / "logs" / "edited" / "config.toml").read_text()
+    result = json.loads((folder / "logs" / "edited" / "result.json").read_text())
+    assert result["config_sha256"] == submit.script_hash(config)
+    read = tg.Config(**tg.read_toml(folder / "logs" / "edited" / "config.toml"))
+    assert (read.softcap, read.window, read.activation) == (15, "32", "relu2")
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        ("", "which preset"),
+        ("remix_m --keep softcapp", "--keep softcapp: the configuration has no such field"),
+        ("remix_m --without wings", "--without wings: what can be left out is resume, wandb"),
+        ("golf_cpu --without export", "golf_cpu needs it"),
+        ("golf_cpu --without averages", "golf_cpu needs it: ema = 0.99"),
+        ("golf_cpu --without sample", "sliding_val_bpb"),
+        ("remix_n", "no such file and no such preset"),
+        ("one_gpu", "one_gpu is a layer"),
+        ("remix_m --softcap -1", "softcap = -1.0"),
+    ],
+)
+def test_what_cannot_be_a_script_is_one_line(argv, words, capsys):
+    assert script.main(argv.split()) == 2
+    said = capsys.readouterr()
+    assert words in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_keep_with_a_number_is_the_trainers_flag():
+    request = script.read_request(["remix_m", "--keep", "3", "--keep", "seed", "lr"])
+    assert request.argv == ["--config", "remix_m", "--keep", "3"] and request.keep == ["seed", "lr"]
