@@ -5345,15 +5345,14 @@ def graph_of(now: Now) -> list[int]:
     return [getattr(now, key) for key in GRAPHS]
 
 
-def next_step_seconds(run: Run, graph: list) -> float:
+def next_step_seconds(paces: list[tuple[list, float]], graph: list) -> float:
     """
     What the next step may take, from the last ones of its graph (where there are none, of any): the
     second slowest and a tenth. One step that was stopped for a while must not end the run, nor one
     that was quick carry it over its cap.
     """
-    seconds = sorted([s for g, s in run.paces if g == graph] or [s for _, s in run.paces])
-    took = 1.1 * seconds[max(0, len(seconds) - 2)] if seconds else 0.0
-    return 2 * took if run.device.type == "cuda" else took  # it may be busy with the step before
+    seconds = sorted([s for g, s in paces if g == graph] or [s for _, s in paces])
+    return 1.1 * seconds[max(0, len(seconds) - 2)] if seconds else 0.0
 
 
 def is_over(trainer: Trainer, step: int, now: Now, seconds: float) -> bool:
@@ -5361,7 +5360,9 @@ def is_over(trainer: Trainer, step: int, now: Now, seconds: float) -> bool:
     cfg, run, plan = trainer.cfg, trainer.run, trainer.plan
     # A clock cap is a cap: no step is begun that would end behind it. The clocks that all ranks
     # agreed on decide, or one rank would leave alone.
-    capped = cfg.max_seconds > 0 and seconds + next_step_seconds(run, graph_of(now)) > plan.seconds
+    busy = 2 if run.device.type == "cuda" else 1  # with the step before, perhaps
+    took = busy * next_step_seconds(run.paces, graph_of(now))
+    capped = cfg.max_seconds > 0 and seconds + took > plan.seconds
     if run.over or step >= cfg.steps or capped:
         return True
     # When the data of a capped run ends, nobody could know before: it ends training as a cap does.

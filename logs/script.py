@@ -639,4 +639,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # of what the console lacks
     sys.exit(main())
