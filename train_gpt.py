@@ -1616,9 +1616,10 @@ class Block(Declaring):
         keep: Tensor | None = None,
     ) -> Tensor:
         """
-        x and the embedding x0 [B, T, D]; `added`: pairs of a learned vector [D] and what it scales;
-        shrink: what the normed inputs of both branches are multiplied with; keep: a truth value [],
-        whether the block takes part (stochastic depth, Huang et al. 2016, here without rescaling).
+        x [B, T, D] -> [B, T, D]. x0: the embedding. added: pairs of a learned vector [D] and what
+        it scales. shrink: what the normed inputs of both branches are multiplied with. keep: a
+        truth value [], whether the block takes part (stoch_depth, Huang et al. 2016, here without
+        rescaling).
         """
 
         def branch(x: Tensor, gain: Tensor | None) -> Tensor:

@@ -639,9 +639,6 @@ class Folding(cst.CSTTransformer):
             taken[0] = with_comments(taken[0], new.leading_lines)
         return cst.FlattenSentinel(taken)
 
-    def leave_Else(self, old, new):
-        return new
-
     def leave_For(self, old, new):
         if m.matches(new.iter, EMPTY) or m.matches(new.iter, m.Dict([])):
             return cst.RemoveFromParent()
@@ -912,9 +909,6 @@ class Replacing(cst.CSTTransformer):
     def __init__(self, instead: dict[str, cst.BaseExpression]):
         super().__init__()
         self.instead = instead
-
-    def visit_Attribute(self, node):
-        return True
 
     def leave_Attribute(self, old, new):
         return new.with_changes(attr=old.attr)
@@ -1265,6 +1259,10 @@ class Attributes(cst.CSTTransformer):
     def leave_AugAssign(self, old, new):
         return new.with_changes(target=old.target)
 
+    def leave_Call(self, old, new):
+        """What is called stays, though nothing calls it where it is None."""
+        return new.with_changes(func=old.func) if m.matches(new.func, m.Name("None")) else new
+
     def leave_Attribute(self, old, new):
         cls = self.known.class_of(old.value, self.inside[0] if self.inside else "")
         if not cls:
@@ -1330,10 +1328,13 @@ def attributes(module: cst.Module, facts: Facts) -> cst.Module:
     module = revisit(module, Attributes(known, constants, present), mentions(names))
     names = names_in(module)
     strings = set(names.strings)
+    read = names.attributes - Counter(
+        node.attr.value for node in find_all(module, cst.Attribute) if is_config(node.value)
+    )
     gone = {
         name
         for (cls, name), values in found.set.items()
-        if cls and not names.attributes[name] and name not in strings | facts.roots
+        if cls and not read[name] and name not in strings | facts.roots
     }
     return revisit(module, DroppingAttributes(gone, facts), mentions(gone))
 

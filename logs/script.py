@@ -119,8 +119,8 @@ def used_by(cfg: tg.Config, part: str) -> str:
     said: dict = {}
     for name in cfg.config:
         said |= tg.read_toml(tg.preset_path(name))
-    plain, neutral = tg.Config(), DROPPED[part]
-    for name, value in neutral.items():
+    plain = tg.Config()
+    for name, value in DROPPED[part].items():
         if part != "resume" and part != "sample" and name in said and said[name] != value:
             return f"{name} = {said[name]!r}"
     metric = said.get("rule", {}).get("metric", "")
@@ -229,10 +229,13 @@ def expressions_of(cfg: tg.Config) -> dict[str, object]:
 SCORER = ROOT / "logs" / "score.py"
 
 
+def parsed_scorer() -> cst.Module:
+    return cst.parse_module(SCORER.read_text(encoding="utf-8"))
+
+
 def names_of_scorer() -> set[str]:
     """What logs/score.py has behind a dot: what the trainer calls so stays as it is."""
-    found = folding.names_in(cst.parse_module(SCORER.read_text(encoding="utf-8")))
-    return set(found.attributes) | {"Config", "UserError"}
+    return set(folding.names_in(parsed_scorer()).attributes) | {"Config", "UserError"}
 
 
 def facts_of(cfg: tg.Config, keep: list[str], scorer: bool = False) -> folding.Facts:
@@ -277,7 +280,7 @@ def parse_args(argv: list[str]) -> Config:
 
 
 def config_toml(cfg: Config) -> str:
-    """The whole configuration, what is fixed too, as the trainer would write it."""
+    """What is fixed and what was given, as TOML; what is left out has the trainer's default."""
 
     def line(key: str, value: object) -> str:
         return f"{key} = " + json.dumps(value, ensure_ascii=False).replace("\\x7f", "\\\\u007f")
@@ -336,7 +339,7 @@ def log_switch(trainer: Trainer, step: int, now: Now, seconds: float) -> None:
 def help_of(name: str) -> list[str]:
     """The comments of a field of the trainer: above it and behind it."""
     source = Path(tg.__file__).read_text(encoding="utf-8").splitlines()
-    at = next(i for i, line in enumerate(source) if re.match(rf"    {name}: \S", line))
+    at = next(i for i, line in enumerate(source) if re.match(rf"    {name}: \w.* = ", line))
     above, i = [], at - 1
     while source[i].lstrip().startswith("#"):
         above.insert(0, source[i].strip().removeprefix("# "))
@@ -351,6 +354,8 @@ def field_lines(name: str, value: object, fixed: bool) -> list[str]:
     text = f"    {name}: {kind} = {folding.code_of(folding.literal(value))}"
     (comment,) = help_of(name)
     comment = comment.removeprefix("[sched] ")
+    if fixed:  # what other values mean is not in this script
+        comment = comment.split(";")[0]
     if comment and len(text) + len(comment) + 4 <= 100:
         return [f"{text}  # {comment}"]
     return [*(f"    # {line}" for line in textwrap.wrap(comment, 94)), text]
@@ -612,6 +617,8 @@ def script_of(
     gone = identifiers(cst.parse_module(source)) - identifiers(module)
     module = module.visit(Retelling(gone))
     read = folding.fields_read(module)
+    if scorer:
+        read |= folding.fields_read(parsed_scorer()) & tg.FIELDS.keys()
     read |= set(facts.constants["SCHEDULES"])
     flags = [n for n in tg.FIELDS if n in request.keep and (n in read or n in KEPT[:5])]
     varying = set(facts.constants["SCHEDULES"]) - set(flags)

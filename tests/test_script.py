@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -170,6 +171,27 @@ def test_an_edit_by_hand_runs_and_its_log_can_be_submitted(scripts):
     assert result["config_sha256"] == submit.script_hash(config)
     read = tg.Config(**tg.read_toml(folder / "logs" / "edited" / "config.toml"))
     assert (read.softcap, read.window, read.activation) == (15, "32", "relu2")
+
+
+def test_a_packed_script_trains_and_scores_from_an_empty_folder(scripts, tmp_path):
+    """With the scorer inside; the trainer's own scorer gives the same figure."""
+    os.symlink(scripts("golf") / "tokens", tmp_path / "tokens")
+    preset = f"{PRESETS['golf']} {FLAGS} --dim 64 --heads 2 --kv_heads 1 --head_dim 32"
+    run(tmp_path, ROOT / "logs" / "pack.py", "--preset", preset, "--out", "packed/train_gpt.py")
+    packed = (tmp_path / "packed" / "train_gpt.py").read_text()
+    assert len(packed) < 0.85 * len(pack.pack([ROOT / name for name in pack.PROGRAMS]))
+    run(tmp_path, "packed/train_gpt.py", "--run", "a")
+    flags = "--stride 32 --modes sliding --sample_tokens 0 --prove_bytes 0".split()
+    run(tmp_path, "packed/train_gpt.py", "logs.score", "logs/a", *flags)
+    result = json.loads((tmp_path / "logs" / "a" / "result.json").read_text())
+    assert result["code_bytes"] == len(packed)
+    shutil.copytree(tmp_path / "logs" / "a", tmp_path / "logs" / "b")
+    unscored = {k: v for k, v in result.items() if k != "scores" and "sliding" not in k}
+    (tmp_path / "logs" / "b" / "result.json").write_text(json.dumps(unscored))
+    run(tmp_path, ROOT / "logs" / "score.py", "logs/b", *flags)
+    again = json.loads((tmp_path / "logs" / "b" / "result.json").read_text())
+    assert math.isfinite(result["sliding_val_loss"])
+    assert result["sliding_val_loss"] == again["sliding_val_loss"]
 
 
 @pytest.mark.parametrize(
