@@ -153,7 +153,9 @@ class LengthConfig(Section):
 
 
 GRAPHS = ("repeats", "seq_len", "window", "batch_tokens")  # schedules that make another graph
-SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", *GRAPHS)
+# Those that only tricks read; an empty one is none.
+OF_TRICKS = "lr_matrices maxwell_age soft_muon soap_floor soap_cap ema_nesterov tail_ema".split()
+SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", *OF_TRICKS, *GRAPHS)
 CYCLE_FLOOR = 0.05  # the least multiplier of lr_cycles
 
 
@@ -276,6 +278,12 @@ class Now(NamedTuple):
     window: int
     batch_tokens: int
     slow_lr: float = 1.0
+    lr_matrices: float | None = None  # None: as lr
+    maxwell_age: float = 0.0
+    soft_muon: float = 0.0
+    soap_floor: float = 0.0
+    soap_cap: float = 1.0
+    ema_nesterov: float = 0.0
 
 
 class Shape(NamedTuple):
@@ -292,7 +300,8 @@ class Plan:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.sched = {name: Schedule(name, getattr(cfg, name)) for name in SCHEDULES}
+        texts = {name: getattr(cfg, name) for name in SCHEDULES}
+        self.sched = {name: Schedule(name, text) for name, text in texts.items() if text}
         self.max_seq_len = largest(cfg.seq_len)
         self.eval_seq_len = cfg.eval_seq_len or largest(cfg.seq_len)
         # for steps; the warm-up subtracts what GPTQ will take behind them
@@ -314,6 +323,12 @@ class Plan:
             window=int(v["window"]),
             batch_tokens=int(v["batch_tokens"]),
             slow_lr=v["slow_lr"],
+            lr_matrices=v.get("lr_matrices"),
+            maxwell_age=v["maxwell_age"],
+            soft_muon=v["soft_muon"],
+            soap_floor=v["soap_floor"],
+            soap_cap=v["soap_cap"],
+            ema_nesterov=v["ema_nesterov"],
         )
 
     def in_cycles(self, lr: float, fraction: float) -> float:
@@ -929,6 +944,7 @@ class ModelConfig(Section):
     mlp_multiple: int = 1  # that width is rounded up to a multiple of this
     norm_eps: float = 1e-6  # of every norm; remix ran at bfloat16's 2^-7 and depends on it
     layer_norm: int = 0  # 1: norms are LayerNorms with a gain (no bias); 0: RMS without gain
+    norm_gain: int = 0  # 1: RMS norms of embedding, branches and output have a learned gain
     embed_norm: int = 1  # 1: norm behind the embedding
     qk_norm: int = 1  # 1: norm on queries and keys
     attn_scale: float = 0.0  # factor on attention scores; 0: 1/sqrt(head_dim)
@@ -936,6 +952,7 @@ class ModelConfig(Section):
     rope_base: float = 1024.0  # longest period over 2 pi of the rotary frequencies
     rope_dims: int = 0  # standard, interleaved: so many first dims turn; 0: all, -1: half
     activation: str = "relu2"  # relu2, leaky_relu2 (slope 0.5, then squared) or swiglu
+    biases: int = 0  # 1: the maps of attention and MLP, and the head, have a bias
 
     q_gain: float = 0.0  # start of a learned factor per query head, behind the rotation; 0: none
     attn_gate: int = 0  # heads times sigmoid of a map of the input's first n dims; 0: none
@@ -972,10 +989,14 @@ class ModelConfig(Section):
     head_init: str = "zero"  # of head or tied table: zero, uniform (1/sqrt(dim)), or a deviation
     init_std: float = 0.0  # std of q, k, v, MLP input, times sqrt(dim); 0: 0.5 and 1/sqrt(3)
     proj_init: float = 0.0  # std of both output projections, times sqrt(dim); 0: they start at zero
-    # initial values: remix, or xavier (normal; embedding 1/sqrt(dim), attn.proj .02/sqrt(2*depth))
+    bias_init: float = 0.0  # std of biases, times sqrt(fan in); those of proj and head start at 0
+    # initial values: remix (uniform), normal (the same deviations), or xavier (normal; embedding
+    # 1/sqrt(dim), attn.proj .02/sqrt(2*depth))
     init: str = "remix"
     logit_dim_power: float = 0.0  # logits are multiplied by dim to this power; remix M has -0.5
-    softcap: float = 0.0  # logits become cap*tanh(logits/cap); 0: none
+    softcap: float = 0.0  # bound of the logits; 0: none
+    # how they near it: tanh (cap*tanh(z/cap)) or isru (z/sqrt(1 + (z/cap)^2))
+    softcap_shape: str = "tanh"
 
     z_loss: float = 0.0  # weight of the mean of log(Z)^2, Z the sum of softmax; 0: none
     mu_loss: float = 0.0  # weight of |mu|^2, mu the mean row of the head; 0: none
@@ -984,9 +1005,10 @@ class ModelConfig(Section):
     LIMITS = limits(
         (0, 1, "layer_norm embed_norm qk_norm iha block_scales layer_scale loop_embed"),
         (0, 1, "cross_repeat doc_mask tie_embed pad_vocab mu_centering norm_eps xsa_learned"),
+        (0, 1, "norm_gain biases"),
         (0, 2, "unet"),
         (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth"),
-        (0, 100, "mtp q_gain resid_lambda embed_init init_std proj_init value_embeds"),
+        (0, 100, "mtp q_gain resid_lambda embed_init init_std proj_init bias_init value_embeds"),
         (0, 1000, "attn_scale mlp_ratio z_loss"),
         (0, 10**6, "softcap mu_loss"),
         (0, 10**9, "window"),
@@ -1001,7 +1023,8 @@ class ModelConfig(Section):
     CHOICES = {
         "rope": ("truncated", "standard", "interleaved"),
         "activation": ("relu2", "leaky_relu2", "swiglu"),
-        "init": ("remix", "xavier"),
+        "init": ("remix", "normal", "xavier"),
+        "softcap_shape": ("tanh", "isru"),
     }
 
     def check(self) -> None:
@@ -1017,6 +1040,10 @@ class ModelConfig(Section):
             not self.iha or self.heads == (self.kv_heads or self.heads),
             f"iha = 1 mixes the weights of {self.heads} heads, but keys and values have "
             f"{self.kv_heads}: set --kv_heads 0",
+        )
+        require(
+            not (self.iha and self.biases),
+            "iha = 1 mixes the weights of heads and knows no biases: set --biases 0 or --iha 0",
         )
         require(
             re.fullmatch("[SL]*", self.window_pattern) is not None,
@@ -1037,17 +1064,20 @@ class ModelConfig(Section):
     def needs(self) -> list[Need]:
         windowed = any(is_windowed(self, block) for block in range(self.depth))
         shortest = min(Schedule("seq_len", self.seq_len).values())
-        starts = "init = 'remix', as xavier sets every start"
+        starts = "init = 'remix' or 'normal', as xavier sets every start"
         return [
             ("xsa_learned", "xsa, of which it learns a share, such as --xsa -1", self.xsa != 0),
             ("window", "an S in window_pattern before its last block", windowed),
             ("rope_dims", "rope = 'standard' or 'interleaved'", self.rope != "truncated"),
             ("stoch_depth", "depth > 1, as block 0 always takes part", self.depth > 1),
             ("mtp", "rows of 2 tokens or more", shortest > 1),
-            ("init_std", starts, self.init == "remix"),
-            ("proj_init", starts, self.init == "remix"),
-            ("head_init", starts, self.init == "remix"),
-            ("embed_init", starts, self.init == "remix"),
+            ("init_std", starts, self.init != "xavier"),
+            ("proj_init", starts, self.init != "xavier"),
+            ("head_init", starts, self.init != "xavier"),
+            ("embed_init", starts, self.init != "xavier"),
+            ("norm_gain", "layer_norm = 0, whose norms have one anyway", not self.layer_norm),
+            ("bias_init", "biases = 1", self.biases > 0),
+            ("softcap_shape", "softcap > 0", self.softcap > 0),
         ]
 
     def check_sizes(self) -> None:
@@ -1131,14 +1161,15 @@ def loop_span(cfg: Config) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def norm(x: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last dim, without gain, computed in fp32."""
-    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+def norm(x: Tensor, eps: float, gain: Tensor | None = None) -> Tensor:
+    """RMS norm (Zhang & Sennrich 2019) over the last dim, computed in fp32."""
+    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return (y if gain is None else y * gain.float()).to(x.dtype)
 
 
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """x @ w.T with the fp32 master weight cast to the type of the activations at use."""
-    return F.linear(x, w.to(x.dtype))
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ w.T + bias with fp32 master weights cast to the type of the activations at use."""
+    return F.linear(x, w.to(x.dtype), None if bias is None else bias.flatten().to(x.dtype))
 
 
 def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
@@ -1146,7 +1177,7 @@ def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
     return F.embedding(tokens, table if table.is_cuda else table.float())
 
 
-def normed(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
+def layer_norm(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
     """LayerNorm (Ba et al. 2016) with gain, without bias, in fp32; no gain: the RMS norm."""
     return (
         norm(x, eps)
@@ -1380,9 +1411,10 @@ class Declaring(nn.Module):
     def linear(self, x: Tensor, name: str, w: Tensor | None = None) -> Tensor:
         """
         x [..., cols] times the matrix `name` [rows, cols], or a stack of matrices as if they were
-        one; w: the same matrix in another type.
+        one, and its bias if it has one; w: the same matrix in another type.
         """
-        y = linear(x, getattr(self, name).flatten(0, -2) if w is None else w)
+        w = getattr(self, name).flatten(0, -2) if w is None else w
+        y = linear(x, w, getattr(self, f"{name}_bias", None))
         return y if self.watch is None else self.watch(self.prefix + name, x, y)
 
 
@@ -1440,9 +1472,19 @@ def one_and_zero(shape: torch.Size, rng: torch.Generator) -> Tensor:
     return torch.stack([torch.ones(shape[1]), torch.zeros(shape[1])])
 
 
+def spread(cfg: Config, std: float) -> Start:
+    """Around zero with this standard deviation, as `init` says: uniform or normal."""
+    return normal(std) if cfg.init == "normal" else uniform(3**0.5 * std)
+
+
 def plain_map(cfg: Config) -> Start:
     """Of standard deviation 1/sqrt(dim)."""
-    return uniform(3**0.5 * cfg.dim**-0.5) if cfg.init == "remix" else xavier()
+    return xavier() if cfg.init == "xavier" else spread(cfg, cfg.dim**-0.5)
+
+
+def bias_start(cfg: Config) -> float | Start:
+    """Of maps of the activations [dim]."""
+    return spread(cfg, cfg.bias_init * cfg.dim**-0.5) if cfg.bias_init else 0.0
 
 
 def head_start(cfg: Config) -> float | Start:
@@ -1483,19 +1525,22 @@ class Attention(Declaring):
             else math.inf
         )
         inner, inner_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        remix, one_map = cfg.init == "remix", cfg.kv_heads in (0, cfg.heads)
+        by_xavier, one_map = cfg.init == "xavier", cfg.kv_heads in (0, cfg.heads)
         # Remix (modded-nanogpt): a standard deviation of 0.5/sqrt(dim), and outputs of zero.
-        start = (
-            uniform(3**0.5 * (cfg.init_std or 0.5) * cfg.dim**-0.5)
-            if remix
-            else xavier(joined=True)
-        )
+        start = spread(cfg, (cfg.init_std or 0.5) * cfg.dim**-0.5)
+        start = xavier(joined=True) if by_xavier else start
         # Three matrices, or one and two: Muon treats each by itself.
         self.declare("qkv", "matrix", start, 3, inner, cfg.dim, on=one_map)
         self.declare("q", "matrix", start, inner, cfg.dim, on=not one_map)
         self.declare("kv", "matrix", start, 2, inner_kv, cfg.dim, on=not one_map)
-        std = cfg.proj_init * cfg.dim**-0.5 if remix else 0.02 / (2 * cfg.depth) ** 0.5
+        std = 0.02 / (2 * cfg.depth) ** 0.5 if by_xavier else cfg.proj_init * cfg.dim**-0.5
         self.declare("proj", "matrix", normal(std), cfg.dim, inner)
+        if cfg.biases:
+            start = bias_start(cfg)
+            self.declare("qkv_bias", "scalar", start, 3, inner, on=one_map)
+            self.declare("q_bias", "scalar", start, inner, on=not one_map)
+            self.declare("kv_bias", "scalar", start, 2, inner_kv, on=not one_map)
+            self.declare("proj_bias", "scalar", 0.0, cfg.dim)
         self.declare("q_gain", "scalar", cfg.q_gain, cfg.heads, on=cfg.q_gain)
         gains = cfg.layer_norm and cfg.qk_norm
         self.declare("qk_gains", "scalar", 1.0, 2, self.head_dim, on=gains)
@@ -1534,7 +1579,7 @@ class Attention(Declaring):
             v = v + gate.unsqueeze(-1) * values.view_as(v)
         if self.qk_norm:
             q_scale, k_scale = self.qk_gains if self.qk_gains is not None else (None, None)
-            q, k = normed(q, self.eps, q_scale), normed(k, self.eps, k_scale)
+            q, k = layer_norm(q, self.eps, q_scale), layer_norm(k, self.eps, k_scale)
         if self.neighbours:
             q, k = half_split(q, self.neighbours), half_split(k, self.neighbours)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -1564,14 +1609,17 @@ class MLP(Declaring):
         super().__init__()
         hidden = hidden_width(cfg)
         self.gated = cfg.activation == "swiglu"
-        width, remix = cfg.dim**-0.5, cfg.init == "remix"
-        bound = 3**0.5 * cfg.init_std * width if cfg.init_std else width
+        width, by_xavier = cfg.dim**-0.5, cfg.init == "xavier"
+        # 1/sqrt(3): uniform in +-1/sqrt(dim), torch.nn.Linear's own start
+        start = spread(cfg, (cfg.init_std or 3**-0.5) * width)
         stack = (hidden, cfg.dim)
         if self.gated:  # its matrix and the other one, a stack of two as q, k, v are one of three
             stack = (2, hidden, cfg.dim)
-        self.declare("fc", "matrix", uniform(bound) if remix else xavier(), *stack)
-        start = normal(cfg.proj_init * width) if remix else xavier()
+        self.declare("fc", "matrix", xavier() if by_xavier else start, *stack)
+        start = xavier() if by_xavier else normal(cfg.proj_init * width)
         self.declare("proj", "matrix", start, cfg.dim, hidden)
+        self.declare("fc_bias", "scalar", bias_start(cfg), *stack[:-1], on=cfg.biases)
+        self.declare("proj_bias", "scalar", 0.0, cfg.dim, on=cfg.biases)
         self.slope = 0.5 if cfg.activation == "leaky_relu2" else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1592,7 +1640,7 @@ class Block(Declaring):
 
     def __init__(self, cfg: Config, index: int):
         super().__init__()
-        self.eps = cfg.norm_eps
+        self.eps, self.norm = cfg.norm_eps, layer_norm if cfg.layer_norm else norm
         self.attn_dropout, self.mlp_dropout = cfg.attn_dropout, cfg.mlp_dropout
         values = bool(cfg.value_proj) and index < cfg.depth and (cfg.depth - 1 - index) % 2 == 0
         self.attn, self.mlp = Attention(cfg, values), MLP(cfg)
@@ -1602,7 +1650,7 @@ class Block(Declaring):
         self.declare("x0_lambda", "scalar", cfg.x0_lambda, 1, on=cfg.x0_lambda and counted)
         self.declare("mix", "scalar", one_and_zero, 2, cfg.dim, on=cfg.block_scales)
         self.declare("scales", "scalar", 1.0, 2, cfg.dim, on=cfg.block_scales)
-        self.declare("gains", "scalar", 1.0, 2, cfg.dim, on=cfg.layer_norm)
+        self.declare("gains", "scalar", 1.0, 2, cfg.dim, on=cfg.layer_norm or cfg.norm_gain)
 
     def forward(
         self,
@@ -1623,7 +1671,7 @@ class Block(Declaring):
         """
 
         def branch(x: Tensor, gain: Tensor | None) -> Tensor:
-            x = normed(x, self.eps, gain)
+            x = self.norm(x, self.eps, gain)
             return x if shrink is None else x * shrink.to(x.dtype)
 
         for scale, term in added:
@@ -1816,13 +1864,16 @@ class GPT(Declaring):
         self.cfg, self.dtype = cfg, dtype
         self.head_rows = -(-cfg.vocab // cfg.head_multiple) * cfg.head_multiple
         self.declare("head", "head", head_start(cfg), self.head_rows, cfg.dim)
+        self.declare("head_bias", "scalar", 0.0, self.head_rows, on=cfg.biases)
         rows = self.head_rows if cfg.pad_vocab else cfg.vocab
-        start = normal(cfg.embed_init if cfg.init == "remix" else cfg.dim**-0.5)
+        start = normal(cfg.dim**-0.5 if cfg.init == "xavier" else cfg.embed_init)
         self.declare("embed", "embed", start, rows, cfg.dim, on=not cfg.tie_embed)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.depth))
         self.declare("mtp_proj", "matrix", plain_map(cfg), cfg.dim, 2 * cfg.dim, on=cfg.mtp)
         self.mtp_block = Block(cfg, cfg.depth) if cfg.mtp else None
-        self.declare("final_gain", "scalar", 1.0, cfg.dim, on=cfg.layer_norm)
+        gains = cfg.norm_gain and cfg.embed_norm
+        self.declare("embed_gain", "scalar", 1.0, cfg.dim, on=gains)
+        self.declare("final_gain", "scalar", 1.0, cfg.dim, on=cfg.layer_norm or cfg.norm_gain)
         self.places = wirings(cfg)
         # What is learned by place, and not by block, is there for the deepest order.
         most, (low, high) = largest(cfg.repeats), loop_span(cfg)
@@ -1853,11 +1904,11 @@ class GPT(Declaring):
 
     def embedded(self, tokens_BT: Tensor) -> Tensor:
         x = rows_of(self.head if self.embed is None else self.embed, tokens_BT).to(self.dtype)
-        return self.norm(x, self.cfg.norm_eps) if self.cfg.embed_norm else x
+        return self.norm(x, self.cfg.norm_eps, self.embed_gain) if self.cfg.embed_norm else x
 
     def final(self, x: Tensor) -> Tensor:
-        eps = self.cfg.norm_eps
-        return self.norm(x, eps) if self.final_gain is None else normed(x, eps, self.final_gain)
+        way = layer_norm if self.cfg.layer_norm else self.norm
+        return way(x, self.cfg.norm_eps, self.final_gain)
 
     def hidden(self, tokens_BT: Tensor, repeats: int, window: int, cache=None) -> Tensor:
         """
@@ -1927,9 +1978,13 @@ class GPT(Declaring):
         z = (z[..., : self.cfg.vocab] if self.cfg.pad_vocab else z).float()
         if self.cfg.logit_dim_power:
             z = z * self.cfg.dim**self.cfg.logit_dim_power
+        if not self.cfg.softcap:
+            return z
+        if self.cfg.softcap_shape == "isru":  # inverse square root unit (Carlile et al. 2017)
+            return z * torch.rsqrt(1 + (z / self.cfg.softcap).square())
         # Remix M's 30*sigmoid(z/7.5) is 15 + 15*tanh(z/15): a cap of 15, and softmax does not see
         # the shift.
-        return self.cfg.softcap * torch.tanh(z / self.cfg.softcap) if self.cfg.softcap else z
+        return self.cfg.softcap * torch.tanh(z / self.cfg.softcap)
 
     def losses_and_log_z(self, x: Tensor, targets: Tensor, head: Tensor | None = None) -> Tensor:
         """losses() and each log(sum(exp(logits))): [2, N]."""
@@ -2028,6 +2083,7 @@ class OptimConfig(Section):
     own_lr: str = ""
 
     lr: str = "0:1 0.6:1 1>0.1"  # [sched] multiplies every learning rate
+    lr_matrices: str = ""  # [sched] multiplies matrix_lr in place of lr; empty: lr does
     # in each of the last n epochs the rate falls from its schedule to 5 % by half a cosine
     lr_cycles: int = 0
     slow: str = ""  # regex: tensors whose learning rate is multiplied by slow_lr as well
@@ -2037,26 +2093,63 @@ class OptimConfig(Section):
     beta1: float = 0.8  # AdamW: decay of the first moment
     beta2: float = 0.95  # AdamW: decay of the second moment
     adam_eps: float = 1e-10  # AdamW: epsilon
+    # regex: tensors of which AdamW does not correct the moments, so that the first steps are short
+    uncorrected: str = ""
     momentum: str = "0:0.85 300/2500>0.95"  # [sched] Muon: Nesterov momentum
     muon_buffer: str = "lerp"  # Muon's momentum buffer: lerp (m*buf + (1-m)*g) or sum (m*buf + g)
-    polar: str = "ns5"  # Muon: ns5 (Newton-Schulz) or polar_express
-    polar_steps: int = 5  # Muon: iterations towards the polar factor
+    # Muon: two or more decays, rising, of momentum buffers whose mixture replaces the buffer, e.g.
+    # "0.85 0.98"; how old the mixture's gradients are on average says maxwell_age
+    maxwell: str = ""
+    # [sched] in steps; 0: the plain buffer, of which the others are copies so far
+    maxwell_age: str = "0"
+    # Muon: ns5 (Newton-Schulz; quick, within 0.7 to 1.2), ns12 (slow, exact), or polar_express
+    polar: str = "ns5"
+    polar_steps: int = 5  # Muon: iterations towards the polar factor; ns12 is meant for 12
+    polar_norm: str = "frobenius"  # Muon: they begin with a norm of 1: frobenius or schatten4
+    soft_muon: str = "0"  # [sched] Muon: share of U S^0.1 V^T in the polar factor, by ns12
+    aurora: str = ""  # regex: matrices whose update has rows and columns of even norms
+    aurora_rounds: int = 3  # polar factors that this takes
+    aurora_power: float = 0.25  # how far a round evens them
     row_norm: int = 0  # Muon: 1 divides each row of the update by its norm first (MuonEq-R)
     normuon: float = 0.0  # Muon: decay of NorMuon's second moment per neuron; 0: off
+    soap: str = ""  # regex: matrices of which Muon takes Adam's update in Shampoo's eigenbasis
+    soap_decay: float = 0.9  # of the Gram matrices that have this basis, and of Adam's moment in it
+    soap_every: int = 1  # steps between two turns of the basis
+    soap_gate: str = ""  # regex: of these, it is trusted as far as momentum and gradient agree
+    soap_floor: str = "0"  # [sched] this far at least
+    soap_cap: str = "1"  # [sched] this far at most
+
+    radial_brake: float = 1.0  # Muon: factor on the part of a step along the matrix, if it grows so
+    row_floor: float = 0.0  # Muon: a row's update has at least this share of the row's norm
+    update_floor: float = 0.0  # Muon: a matrix' update has at least this share of its norm
+    # Muon: 1: a step changes a matrix' norm as its part along the matrix does, and decay follows
+    radial_pin: int = 0
+    hyperball: int = 0  # Muon: 1: steps are shares of a matrix' norm, which never changes (MuonH)
 
     matrix_wd: float = 0.0  # decoupled weight decay of matrices (weights shrink by lr*wd a step)
     embed_wd: float = 0.0  # decoupled weight decay of embedding, head and tied table
     scalar_wd: float = 0.0  # decoupled weight decay of vectors and scalars
     weight_decay: str = "1"  # [sched] multiplies every weight decay
     independent_wd: int = 0  # 1: weights shrink by wd a step whatever the rate; 0: by lr*wd
+    # [sched] gradients are taken this far ahead, in units of the mean step of the weights of late
+    # (EMA-Nesterov), times lr's factor of the step before
+    ema_nesterov: str = "0"
+    ema_nesterov_decay: float = 0.99  # of that mean
     cautious: int = 0  # decay only where it agrees with the update: 1: all, 2: Muon's matrices
     decay_by_shape: int = 0  # 1: Muon's decay times sqrt(max(1, rows/cols)), as its step
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
+    loss_sum: int = 0  # 1: gradients are of the sum of a batch's losses, as epsilons may expect
 
     LIMITS = limits(
-        (0, 1, "row_norm decay_by_shape independent_wd"),
+        (0, 1, "row_norm decay_by_shape independent_wd radial_pin hyperball loss_sum"),
+        (0, 1, "soap_floor soap_cap soft_muon radial_brake aurora_power"),
         (0, 2, "cautious"),
-        (0, BELOW_ONE, "beta1 beta2 momentum normuon"),
+        (0, BELOW_ONE, "beta1 beta2 momentum normuon soap_decay ema_nesterov_decay"),
+        (0, 100, "row_floor update_floor ema_nesterov"),
+        (0, 10**6, "maxwell_age"),
+        (1, 100, "aurora_rounds"),
+        (1, 10**6, "soap_every"),
+        (0, 1000, "lr_matrices"),
         (0, 1000, "lr weight_decay slow_lr matrix_wd embed_wd scalar_wd"),
         # diverged runs are a sweep's business
         (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),
@@ -2067,21 +2160,54 @@ class OptimConfig(Section):
     )
     CHOICES = {
         "optimizer": ("muon", "adamw"),
-        "polar": ("ns5", "polar_express"),
+        "polar": ("ns5", "ns12", "polar_express"),
+        "polar_norm": ("frobenius", "schatten4"),
         "muon_buffer": ("lerp", "sum"),
     }
 
     def check(self) -> None:
-        for key in ("adamw_matrices", "slow"):
+        for key in ("adamw_matrices", "slow", "uncorrected", "aurora", "soap", "soap_gate"):
             require_regex(key, getattr(self, key))
         own_rates(self)
+        decays = decays_of(self)
+        for age in Schedule("maxwell_age", self.maxwell_age).values():
+            weights = maxwell_weights(decays, age) if decays and age else [0.0]
+            require(
+                min(weights) >= 0,
+                f"maxwell_age = {age:g}: no mixture of {self.maxwell!r} is so young or so old; its "
+                f"buffers' gradients are {decays[0] / (1 - decays[0]) if decays else 0:.3g} to "
+                f"{decays[-1] / (1 - decays[-1]) if decays else 0:.3g} steps old on average",
+            )
 
     def needs(self) -> list[Need]:
         muon, decays = self.optimizer == "muon", self.matrix_wd or self.embed_wd or self.scalar_wd
+        ages = Schedule("maxwell_age", self.maxwell_age).values()
+        exact = self.polar == "ns12" and self.polar_steps == 12
         acts = bool(decays) if self.cautious < 2 else self.matrix_wd > 0
         slows = Schedule("slow_lr", self.slow_lr).values() != [1]
-        only_muon = ("row_norm", "normuon", "decay_by_shape", "adamw_matrices")
+        only_muon = (
+            *("row_norm", "normuon", "decay_by_shape", "adamw_matrices", "maxwell", "polar_norm"),
+            *("soft_muon", "aurora", "soap", "radial_brake", "row_floor", "update_floor"),
+            *("radial_pin", "hyperball", "lr_matrices"),
+        )
         return [
+            ("maxwell", "a maxwell_age above 0, such as '0 1000s:30'", max(ages) > 0),
+            ("maxwell_age", "maxwell, two decays or more", bool(self.maxwell)),
+            ("maxwell", "muon_buffer = 'lerp'", self.muon_buffer == "lerp"),
+            ("soft_muon", "polar = 'ns12', polar_steps = 12, whose iterates it sums", exact),
+            ("aurora_rounds", "aurora", bool(self.aurora)),
+            ("aurora_power", "aurora, aurora_rounds > 1", self.aurora and self.aurora_rounds > 1),
+            *[(f"soap_{key}", "soap", bool(self.soap)) for key in ("decay", "every", "gate")],
+            *[(f"soap_{key}", "soap_gate", bool(self.soap_gate)) for key in ("floor", "cap")],
+            ("ema_nesterov_decay", "ema_nesterov", self.ema_nesterov != "0"),
+            ("lr_matrices", "lr_cycles = 0, whose cycles are lr's", not self.lr_cycles),
+            (
+                "hyperball",
+                "matrices with a norm: --proj_init",
+                self.proj_init > 0 or self.init == "xavier",
+            ),
+            ("hyperball", "matrix_wd = 0, as it keeps each norm", not self.matrix_wd),
+            *[(key, "hyperball = 0, as it keeps each norm", not self.hyperball) for key in RADIAL],
             *[(key, "optimizer = 'muon'", muon) for key in only_muon],
             ("cautious", "Muon's matrices: 1, or optimizer = 'muon'", muon or self.cautious != 2),
             ("cautious", "a decay that it acts on, such as --matrix_wd 0.1", acts),
@@ -2091,6 +2217,37 @@ class OptimConfig(Section):
             ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", slows),
             ("slow_lr", "slow, the names of what it slows", bool(self.slow)),
         ]
+
+
+RADIAL = ("radial_brake", "radial_pin", "update_floor")  # about how a matrix' norm changes
+
+
+def decays_of(cfg: Config) -> list[float]:
+    """Of the momentum buffers that maxwell mixes."""
+    try:
+        decays = list(map(float, cfg.maxwell.split()))
+    except ValueError:
+        decays = [math.nan]
+    rising = all(a < b for a, b in zip([0.0, *decays], [*decays, 1.0]))
+    require(
+        len(decays) != 1 and rising,
+        f"maxwell = {cfg.maxwell!r}: two decays or more between 0 and 1, rising: '0.85 0.98'",
+    )
+    return decays
+
+
+def maxwell_weights(decays: list[float], age: float) -> list[float]:
+    """
+    Of each buffer in the mixture whose gradients are `age` steps old on average: rising in
+    proportion up to the last, which has the rest. A buffer's are beta/(1 - beta) old. (Closed form
+    of modded-nanogpt's PR 357; with two buffers that of PR 339.)
+    """
+    ages = [beta / (1 - beta) for beta in decays]
+    count = len(ages)
+    pairs = count * (count - 1) / 2
+    rest = sum(k * age_k for k, age_k in enumerate(ages[:-1], 1))
+    slope = (ages[-1] - age) / (ages[-1] * pairs - rest)
+    return [slope * k for k in range(1, count)] + [1 - slope * pairs]
 
 
 class OwnRate(NamedTuple):
@@ -2123,6 +2280,8 @@ def own_rates(cfg: Config) -> list[OwnRate]:
 
 # Keller Jordan's quintic, the same every iteration (Muon, 2024).
 NS5 = ((3.4445, -4.7750, 2.0315),)
+# modded-nanogpt track 3's: 1 is a fixed point without slope, so it converges there.
+NS12 = ((2.0, -1.5, 0.5),)
 # Polar Express (Amsel et al. 2025), for 5 iterations, safety 2e-2, cushion 2, as in modded-nanogpt;
 # the last repeats.
 POLAR_EXPRESS = (
@@ -2134,51 +2293,200 @@ POLAR_EXPRESS = (
 )
 
 
-def polar_factor(g: Tensor, method: str, steps: int, dtype: torch.dtype) -> Tensor:
+# Soft-Muon (modded-nanogpt track 3, #20): so much of each of ns12's iterates, the start first, is
+# nearly U S^0.1 V^T.
+SOFT = (
+    *(0.1091613623, 0.07085664498, 0.05210528973, 0.05457295795, 0.05011334061, 0.03334622198),
+    *(0.05022104481, 0.1053727358, 0.1187323776, 0.1185061091, 0.1185059576, 0.1185059576),
+)
+
+
+def frobenius(x: Tensor) -> Tensor:
+    """Frobenius norm of each matrix of a stack: [n, 1, 1], in fp32."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+
+
+def schatten4(x: Tensor) -> Tensor:
+    """
+    (sum of s^4)^(1/4) over the singular values s of each matrix of a stack: [n, 1, 1]. No less than
+    the largest of them, and no more than the Frobenius norm.
+    """
+    x = x.float() if x.size(-2) <= x.size(-1) else x.float().mT
+    return frobenius(x @ x.mT).sqrt()
+
+
+def polar_factor(
+    g: Tensor,
+    method: str,
+    steps: int,
+    dtype: torch.dtype,
+    by: str = "frobenius",
+    soft: Tensor | None = None,
+) -> Tensor:
     """
     Roughly U V^T of each matrix U S V^T in a stack [n, rows, cols], by matmuls in `dtype` alone.
+    by: the norm that the iteration begins with. soft: the share [] of Soft-Muon's sum, brought to
+    the Schatten-4 norm of the result, which it keeps.
     """
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
-    size = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32).to(dtype)
-    table = NS5 if method == "ns5" else POLAR_EXPRESS
-    x = x / (size + 1e-7) if method == "ns5" else x / (1.02 * size + 1e-6)
+    size = (frobenius(x) if by == "frobenius" else schatten4(g)).to(dtype)
+    table = {"ns5": NS5, "ns12": NS12, "polar_express": POLAR_EXPRESS}[method]
+    x = x / (1.02 * size + 1e-6) if method == "polar_express" else x / (size + 1e-7)
+    iterates = []
     for i in range(steps):
+        iterates.append(x)
         a, b, c = table[min(i, len(table) - 1)]
         xxt = x @ x.mT
         x = a * x + (b * xxt + c * (xxt @ xxt)) @ x
+    if soft is not None:
+        x, size = x.float(), schatten4(x)
+        total = sum(share * iterate.float() for share, iterate in zip(SOFT, iterates))
+        x = x.lerp(total * (size / schatten4(total).clamp_min(1e-30)), soft)
+        x = x * (size / schatten4(x).clamp_min(1e-30))
     return x.mT if tall else x
+
+
+def even_polar_factor(g: Tensor, cfg: Config, factor: Callable[[Tensor], Tensor]) -> Tensor:
+    """
+    Aurora (modded-nanogpt track 3, #17 and #30): polar factors of g with rescaled columns (of a
+    tall matrix, rows), until those of the result have norms that are nearly even.
+    """
+    x = g.float() if g.size(-2) >= g.size(-1) else g.float().mT
+    scale = 1 / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-7)
+    for i in range(cfg.aurora_rounds):
+        u = factor(scale * x).float()
+        if i + 1 < cfg.aurora_rounds:
+            squares = u.square().sum(-1, keepdim=True).clamp_min(1e-14)
+            scale = scale * (x.size(-1) / x.size(-2) / squares) ** cfg.aurora_power
+    return u if g.size(-2) >= g.size(-1) else u.mT
+
+
+def nesterov(g: Tensor, state: dict[str, Tensor], rates: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Muon's momentum, one step on: the gradient and what is remembered of those before."""
+    buf, momentum = state["momentum"], rates["momentum"].to(g.dtype)
+    if cfg.muon_buffer == "sum":
+        buf.mul_(momentum).add_(g)
+        return g + momentum * buf
+    buf.lerp_(g, (1 - rates["momentum"]).to(g.dtype))
+    mean = buf
+    if cfg.maxwell:
+        mixed, parts = rates["mixed"] > 0, state["maxwell"].unbind(1)
+        for part, decay in zip(parts, decays_of(cfg)):
+            part.copy_(torch.where(mixed, part.lerp(g.float(), 1 - decay), buf.float()))
+        mixture = sum(rates[f"weight{k}"] * part for k, part in enumerate(parts))
+        mean = torch.where(mixed, mixture.to(g.dtype), buf)
+    return g.lerp(mean, momentum)
+
+
+def soap_update(
+    u: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    rates: dict[str, Tensor],
+    gated: bool,
+    decay: float,
+) -> Tensor:
+    """
+    SOAP (Vyas et al. 2024) as modded-nanogpt track 3 has it before Muon's polar factor (#14, #44):
+    u over the root of its second moment in the eigenbasis of the gradients' Gram matrices, of the
+    Schatten-4 norm of u. The basis is of the step before, turn_basis() makes it; in the first step
+    there is none. gated: a share of it (#16), see soap_gate.
+    """
+    u, g, second = u.float(), g.float(), state["soap_second"]
+    rows, cols, begun = state["basis_rows"], state["basis_cols"], rates["begun"] > 0
+    x = rows.mT @ u @ cols
+    second.copy_(torch.where(begun, second.lerp(x.square(), 1 - decay), second))
+    z = rows @ (x / second.clamp_min(1e-16).sqrt()) @ cols.mT
+    size = schatten4(u)
+    z = z * (size / schatten4(z).clamp_min(1e-30))
+    if gated:
+        trust = ((cosine(z, u) - 0.2) / 0.8).clamp(0, 1)
+        trust = trust * (cosine(z, g) / cosine(u, g).clamp_min(1e-8)).clamp(0, 1)
+        trust = torch.minimum(torch.maximum(trust, rates["soap_floor"]), rates["soap_cap"])
+        z = u.lerp(z, trust)
+        z = z * (size / schatten4(z).clamp_min(1e-30))
+    state["gram_rows"].lerp_(g @ g.mT, 1 - decay)
+    state["gram_cols"].lerp_(g.mT @ g, 1 - decay)
+    return torch.where(begun, z, u)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Of the angle between the matrices of two stacks: [n, 1, 1]."""
+    return (a * b).sum((-2, -1), keepdim=True) / (frobenius(a) * frobenius(b)).clamp_min(1e-30)
+
+
+def turn_basis(state: dict[str, Tensor], first: bool) -> None:
+    """
+    The eigenbases of both Gram matrices, largest eigenvalue first; behind the first step by one
+    step of the QR algorithm from the bases so far. The second moment is put into the same order.
+    """
+    for side, dim in (("rows", 1), ("cols", 2)):
+        gram, basis, second = state[f"gram_{side}"], state[f"basis_{side}"], state["soap_second"]
+        if first:
+            basis.copy_(torch.linalg.eigh(gram).eigenvectors.flip(-1))
+            continue
+        sizes = ((gram @ basis) * basis).sum(1)  # of each direction [n, rows or cols]
+        order = sizes.argsort(-1, descending=True, stable=True)
+        in_order = basis.gather(2, order[:, None].expand_as(basis))
+        basis.copy_(torch.linalg.qr(gram @ in_order).Q)
+        second.copy_(second.gather(dim, order.unsqueeze(3 - dim).expand_as(second)))
+
+
+def radial(w: Tensor, u: Tensor, ratio: float, cfg: Config) -> Tensor:
+    """
+    The update u [n, rows, cols], of which a step takes lr*ratio: what of it makes w longer times
+    radial_brake (modded-nanogpt track 3, #29); not smaller than a share of w, by matrix (#9) or by
+    row (#46).
+    """
+    w, u = w.float(), u.float()
+    if cfg.radial_brake != 1:
+        along = (u * w).sum((-2, -1), keepdim=True)
+        along = along / w.square().sum((-2, -1), keepdim=True).clamp_min(1e-12)
+        u = u - (1 - cfg.radial_brake) * along.clamp_max(0) * w
+    if cfg.update_floor:
+        least = cfg.update_floor / ratio * frobenius(w)
+        u = u * (least / frobenius(u).clamp_min(1e-30)).clamp_min(1)
+    if cfg.row_floor:
+        least = cfg.row_floor / ratio * torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+        size = torch.linalg.vector_norm(u, dim=-1, keepdim=True).clamp_min(1e-30)
+        u = u * (least / size).clamp_min(1)
+    return u
 
 
 def muon_update(
     w: Tensor,
     g: Tensor,
-    buf: Tensor,
-    second: Tensor | None,
-    lr: Tensor,
-    momentum: Tensor,
-    decay: Tensor,
+    state: dict[str, Tensor],
+    rates: dict[str, Tensor],
+    rule: Rule,
     cfg: Config,
     dtype: torch.dtype,
 ) -> None:
     """
     One step of Muon on a stack w [n, rows, cols], in place: Nesterov momentum, polar factor, step
-    of lr*sqrt(max(1, rows/cols)) (Jordan et al. 2024). lr, momentum and decay (= lr*wd) are
-    tensors, so that a schedule does not recompile. row_norm: MuonEq-R. second: NorMuon's moment [n,
-    rows, 1] or [n, 1, cols] (Li et al. 2025).
+    of lr*sqrt(max(1, rows/cols)) (Jordan et al. 2024). rates: MuonAdamW.rates()'s, tensors, so that
+    a schedule does not recompile. row_norm: MuonEq-R. state["second"]: NorMuon's moment [n, rows,
+    1] or [n, 1, cols] (Li et al. 2025).
     """
-    if cfg.muon_buffer == "sum":
-        buf.mul_(momentum.to(buf.dtype)).add_(g)
-        u = g + momentum.to(buf.dtype) * buf
-    else:
-        buf.lerp_(g, (1 - momentum).to(buf.dtype))
-        u = g.lerp(buf, momentum.to(buf.dtype))
+    u = nesterov(g, state, rates, cfg)
     if cfg.row_norm:
         u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True).clamp_min(1e-7)
-    u = polar_factor(u, cfg.polar, cfg.polar_steps, dtype)
-    if second is not None:
+    if rule.soap:
+        u = soap_update(u, g, state, rates, rule.soap_gate, cfg.soap_decay)
+    soft = rates["soft_muon"] if cfg.soft_muon != "0" else None
+    if rule.aurora:
+        u = even_polar_factor(
+            u,
+            cfg,
+            lambda x: polar_factor(x, cfg.polar, cfg.polar_steps, dtype, cfg.polar_norm, soft),
+        )
+    else:
+        u = polar_factor(u, cfg.polar, cfg.polar_steps, dtype, cfg.polar_norm, soft)
+    if cfg.normuon:
+        second = state["second"]
         u = u.float()
         size = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
         second.lerp_(
@@ -2187,7 +2495,14 @@ def muon_update(
         u = u * second.clamp_min(1e-10).rsqrt()
         u = u * (size / torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True).clamp_min(1e-10))
     ratio = max(1.0, w.size(-2) / w.size(-1)) ** 0.5
-    descend(w, u, lr * ratio, decay * ratio if cfg.decay_by_shape else decay, cfg.cautious > 0)
+    if cfg.radial_brake != 1 or cfg.update_floor or cfg.row_floor:
+        u = radial(w, u, ratio, cfg)
+    lr, decay = rates["lr"] * ratio, rates["decay"]
+    if cfg.hyperball:
+        descend_on_sphere(w, u, rates["lr"])
+    else:
+        decay = decay * ratio if cfg.decay_by_shape else decay
+        descend(w, u, lr, decay, cfg.cautious > 0, cfg.radial_pin > 0)
 
 
 def adamw_update(
@@ -2209,18 +2524,33 @@ def adamw_update(
     m.lerp_(g, 1 - rule.beta1)
     v.mul_(rule.beta2).addcmul_(g, g, value=1 - rule.beta2)
     u = (m / correct1) / (v.sqrt() / correct2.sqrt() + cfg.adam_eps)
-    descend(w, u, lr, decay, cfg.cautious == 1)
+    descend(w, u, lr, decay, cfg.cautious == 1, False)
 
 
-def descend(w: Tensor, u: Tensor, lr: Tensor, decay: Tensor, cautious: bool) -> None:
+def descend(w: Tensor, u: Tensor, lr: Tensor, decay: Tensor, cautious: bool, pin: bool) -> None:
     """
     w -= lr*wd*w + lr*u, rounded once: decay by itself is too small a change for a weight in
     bfloat16. cautious: decay only entries that the update shrinks too (Liang et al. 2024, Chen et
-    al. 2025).
+    al. 2025). pin: the norm of a matrix changes to first order in lr only, and decay comes behind
+    that (modded-nanogpt track 3, #29 and #46).
     """
     x = w.float()
     shrink = decay * (u * x >= 0) if cautious else decay
-    w.copy_(x - x * shrink - u.float() * lr)
+    if not pin:
+        w.copy_(x - x * shrink - u.float() * lr)
+        return
+    size, y = frobenius(x).clamp_min(1e-8), x - u.float() * lr
+    wanted = (size - lr * (u * x).sum((-2, -1), keepdim=True) / size).clamp_min(1e-8)
+    y = y * (wanted / frobenius(y).clamp_min(1e-8))
+    w.copy_(y - y * shrink)
+
+
+def descend_on_sphere(w: Tensor, u: Tensor, lr: Tensor) -> None:
+    """MuonH (modded-nanogpt track 3, #5): a step of lr times the norm of w, which stays."""
+    x, u = w.float(), u.float()
+    size = frobenius(x)
+    y = x - lr * size / frobenius(u).clamp_min(1e-30) * u
+    w.copy_(y * (size / frobenius(y).clamp_min(1e-30)))
 
 
 class Bucket:
@@ -2255,11 +2585,12 @@ class Bucket:
             k: torch.zeros_like(self.shard)
             for k in (("momentum",) if rule.kind == "muon" else ("exp_avg", "exp_avg_sq"))
         }
-        if rule.kind == "muon" and cfg.normuon:
-            one = (1, self.unit[1]) if self.unit[0] < self.unit[1] else (self.unit[0], 1)
-            # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of
-            # what is added.
-            self.state["second"] = self.shard.new_zeros(self.share, *one, dtype=torch.float32)
+        # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of what is
+        # added.
+        for name, shape in states_in_fp32(rule, cfg).items():
+            self.state[name] = self.shard.new_zeros(self.share, *shape, dtype=torch.float32)
+        if cfg.ema_nesterov != "0":
+            self.state["last"].copy_(self.shard)
         self.world = run.world
 
     def frozen(self, now: Now) -> bool:
@@ -2304,6 +2635,25 @@ class Bucket:
         shard.copy_(whole[rank * self.share : (rank + 1) * self.share])
 
 
+def states_in_fp32(rule: Rule, cfg: Config) -> dict[str, tuple[int, ...]]:
+    """What the tricks keep of each unit of a bucket, and its shape."""
+    states: dict[str, tuple[int, ...]] = {}
+    if cfg.ema_nesterov != "0":
+        states |= {"drift": rule.shape, "last": rule.shape}
+    if rule.kind == "adamw":
+        return states
+    rows, cols = rule.shape
+    if cfg.normuon:
+        states["second"] = (1, cols) if rows < cols else (rows, 1)
+    if cfg.maxwell:
+        states["maxwell"] = (len(decays_of(cfg)), rows, cols)
+    if rule.soap:
+        states |= {"gram_rows": (rows, rows), "basis_rows": (rows, rows)}
+        states |= {"gram_cols": (cols, cols), "basis_cols": (cols, cols)}
+        states["soap_second"] = (rows, cols)
+    return states
+
+
 class Rule(NamedTuple):
     """How a parameter is updated; those of one rule (and, with Muon, one shape) share a bucket."""
 
@@ -2315,15 +2665,22 @@ class Rule(NamedTuple):
     beta1: float
     beta2: float
     slow: bool
+    corrected: bool = True  # AdamW's moments, for their start at zero
+    soap: bool = False
+    soap_gate: bool = False
+    aurora: bool = False
 
 
 def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
     """What the declaration and the flags say of a parameter; own_lr is heard last."""
-    slow = bool(cfg.slow and re.search(cfg.slow, name))
-    by_pattern = cfg.adamw_matrices and re.search(cfg.adamw_matrices, name)
+    slow, by_pattern = is_named(cfg.slow, name), is_named(cfg.adamw_matrices, name)
     if declared.group == "matrix" and cfg.optimizer == "muon" and not by_pattern:
-        lr, wd = cfg.matrix_lr, cfg.matrix_wd
-        return Rule("muon", "matrix", tuple(p.shape[-2:]), lr, wd, cfg.beta1, cfg.beta2, slow)
+        lr, wd, shape = cfg.matrix_lr, cfg.matrix_wd, tuple(p.shape[-2:])
+        return Rule("muon", "matrix", shape, lr, wd, cfg.beta1, cfg.beta2, slow)._replace(
+            soap=is_named(cfg.soap, name),
+            soap_gate=is_named(cfg.soap, name) and is_named(cfg.soap_gate, name),
+            aurora=is_named(cfg.aurora, name),
+        )
     lr, wd = {
         "matrix": (cfg.adamw_lr, cfg.matrix_wd),
         "embed": (cfg.embed_lr, cfg.embed_wd),
@@ -2336,7 +2693,13 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
     if own is not None:
         usual = tuple(b if a is None else a for a, b in zip(own[1:], usual))
     lr, beta1, beta2, wd = usual
-    return Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow)
+    corrected = not is_named(cfg.uncorrected, name)
+    return Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow, corrected)
+
+
+def is_named(pattern: str, name: str) -> bool:
+    """Whether a pattern of the configuration finds the name; an empty one finds none."""
+    return bool(pattern and re.search(pattern, name))
 
 
 def param_buckets(cfg: Config, model: nn.Module, run: Ranks) -> list[Bucket]:
@@ -2364,6 +2727,7 @@ class MuonAdamW:
 
     def __init__(self, cfg: Config, model: nn.Module, run: Ranks):
         self.cfg, self.run, self.count = cfg, run, 0
+        self.last_lr = 0.0  # lr's factor in the last step
         self.buckets = param_buckets(cfg, model, run)
         on = bool(cfg.compile)
         self.muon = torch.compile(muon_update, dynamic=False) if on else muon_update
@@ -2404,58 +2768,91 @@ class MuonAdamW:
                 gathers.append(dist.all_gather_single(b.weights, b.shard, async_op=True))
         for work in gathers:
             work.wait()
+        self.last_lr = now.lr
         return size
 
-    def rates(self, now: Now) -> Tensor:
+    def rates(self, now: Now) -> list[dict[str, Tensor]]:
         """
-        [buckets, 5] on the device: learning rate, momentum, decay, and both corrections of AdamW's
-        moments. In one copy from pinned memory: a tensor made of a number on a GPU makes the host
-        wait until the GPU has nothing to do.
+        Of each bucket, on the device: learning rate, momentum, decay, both corrections of AdamW's
+        moments, and what tricks need. In one copy from pinned memory: a tensor made of a number on
+        a GPU makes the host wait until the GPU has nothing to do.
         """
-        table = []
+        table, tricks = [], self.rates_of_tricks(now)
         for b in self.buckets:
             rule, slow = b.rule, now.slow_lr if b.rule.slow else 1.0
-            lr = rule.lr * now.lr * slow
+            own = rule.kind == "muon" and now.lr_matrices is not None
+            lr = rule.lr * (now.lr_matrices if own else now.lr) * slow
             decay = (slow if self.cfg.independent_wd else lr) * rule.wd * now.weight_decay
-            corrections = [1 - beta**self.count for beta in (rule.beta1, rule.beta2)]
-            table.append([lr, now.momentum, decay, *corrections])
+            row = {"lr": lr, "momentum": now.momentum, "decay": decay}
+            row["correct1"] = 1 - rule.beta1**self.count if rule.corrected else 1.0
+            row["correct2"] = 1 - rule.beta2**self.count if rule.corrected else 1.0
+            table.append(row | tricks)
         device = self.buckets[0].weights.device
         # 16 bytes each: compiled graphs copy an input that is not aligned so.
-        spread = torch.zeros(len(table), 5, 4, pin_memory=device.type == "cuda")
-        spread[..., 0] = torch.tensor(table, dtype=torch.float32)
-        return spread.to(device, non_blocking=True)[..., 0]
+        spread = torch.zeros(len(table), len(table[0]), 4, pin_memory=device.type == "cuda")
+        spread[..., 0] = torch.tensor([list(row.values()) for row in table], dtype=torch.float32)
+        moved = spread.to(device, non_blocking=True)[..., 0]
+        return [dict(zip(table[0], row.unbind())) for row in moved]
+
+    def rates_of_tricks(self, now: Now) -> dict[str, float]:
+        """The same for all buckets; of the tricks that are on."""
+        cfg, found = self.cfg, {}
+        if cfg.soft_muon != "0":
+            found["soft_muon"] = now.soft_muon
+        if cfg.soap:
+            found |= {"begun": float(self.count > 1), "soap_floor": now.soap_floor}
+            found["soap_cap"] = now.soap_cap
+        if cfg.maxwell:
+            weights = maxwell_weights(decays_of(cfg), now.maxwell_age)
+            found["mixed"] = float(now.maxwell_age > 0)
+            found |= {f"weight{k}": weight for k, weight in enumerate(weights)}
+        return found
 
     @torch.no_grad()
-    def update(self, b: Bucket, now: Now, rates: Tensor) -> None:
+    def update(self, b: Bucket, now: Now, rates: dict[str, Tensor]) -> None:
         """Update this rank's shard by its row of rates()."""
-        lr, momentum, decay, correct1, correct2 = rates.unbind()
         shard = b.shard.clone() if b.frozen(now) else b.shard  # its moments go on
         if b.rule.kind == "muon":
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
-            self.muon(
-                shard,
-                b.grad_shard,
-                b.state["momentum"],
-                b.state["second"] if self.cfg.normuon else None,
-                lr,
-                momentum,
-                decay,
-                self.cfg,
-                dtype,
-            )
+            self.muon(shard, b.grad_shard, b.state, rates, b.rule, self.cfg, dtype)
         else:
             self.adamw(
                 shard,
                 b.grad_shard,
                 b.state["exp_avg"],
                 b.state["exp_avg_sq"],
-                lr,
-                decay,
-                correct1,
-                correct2,
+                rates["lr"],
+                rates["decay"],
+                rates["correct1"],
+                rates["correct2"],
                 b.rule,
                 self.cfg,
             )
+        if b.rule.soap and (self.count == 1 or self.count % self.cfg.soap_every == 0):
+            turn_basis(b.state, self.count == 1)
+        if self.cfg.ema_nesterov != "0":
+            b.state["drift"].lerp_(b.shard - b.state["last"], 1 - self.cfg.ema_nesterov_decay)
+            b.state["last"].copy_(b.shard)
+
+    @torch.no_grad()
+    def look_ahead(self, now: Now) -> None:
+        """
+        Before the forward pass: EMA-Nesterov (modded-nanogpt track 3, #39) moves the weights on by
+        a multiple of their mean step, `drift`, to where the gradient is taken and the step begins.
+        Evaluation and checkpoints lie between two steps and never see this. Collective.
+        """
+        if not now.ema_nesterov:
+            return
+        ahead = torch.tensor([now.ema_nesterov * self.last_lr])
+        if self.run.device.type == "cuda":
+            ahead = ahead.pin_memory()
+        ahead = ahead.to(self.run.device, non_blocking=True)
+        for b in self.buckets:
+            if not b.frozen(now):
+                b.shard.copy_(b.shard + ahead * b.state["drift"])
+        if self.run.world > 1:
+            for b in self.buckets:
+                dist.all_gather_single(b.weights, b.shard)
 
     def frozen(self, name: str, now: Now) -> bool:
         """Whether a parameter keeps every bit in this step."""
@@ -2464,6 +2861,8 @@ class MuonAdamW:
     def state_dict(self) -> dict[str, Tensor]:
         """CPU tensors named <parameter>:<state>; the same for any number of ranks. Collective."""
         named = {"step_count": torch.tensor(self.count)}
+        if self.cfg.ema_nesterov != "0":
+            named["last_lr"] = torch.tensor(self.last_lr, dtype=torch.float64)
         for b in self.buckets:
             for key, shard in b.state.items():
                 named |= {f"{name}:{key}": t for name, t in b.by_name(shard).items()}
@@ -2471,19 +2870,21 @@ class MuonAdamW:
 
     def load_state_dict(self, named: dict[str, Tensor]) -> None:
         self.count = int(named["step_count"])
+        if self.cfg.ema_nesterov != "0":
+            self.last_lr = float(named["last_lr"])
         for b in self.buckets:
             for key, shard in b.state.items():
                 b.from_names(
                     shard, {name: named[f"{name}:{key}"] for name in b.params}, self.run.rank
                 )
 
-    def snapshot(self) -> tuple[int, list[Tensor]]:
+    def snapshot(self) -> tuple[int, float, list[Tensor]]:
         """Copies of all that a step changes, on the host: the device may be full."""
-        return self.count, [t.to("cpu", copy=True) for t in self.changing()]
+        return self.count, self.last_lr, [t.to("cpu", copy=True) for t in self.changing()]
 
-    def restore(self, kept: tuple[int, list[Tensor]]) -> None:
-        self.count = kept[0]
-        for t, copy_ in zip(self.changing(), kept[1]):
+    def restore(self, kept: tuple[int, float, list[Tensor]]) -> None:
+        self.count, self.last_lr, tensors = kept
+        for t, copy_ in zip(self.changing(), tensors):
             t.copy_(copy_)
 
     def changing(self) -> list[Tensor]:
@@ -3119,16 +3520,51 @@ class AverageConfig(Section):
     ema: float = 0.0  # decay per step of an exponential moving average of the weights; 0: none
     swa_every: int = 0  # steps between the snapshots of a plain average of the weights; 0: none
     swa_start: float = 0.75  # fraction of training from which those snapshots are taken
+    # [sched] steps that an average reaches back, which begins where this is no longer 0, with the
+    # weights of then ("0 2400s:150"); it is blended with the live weights
+    tail_ema: str = "0"
+    # the average's share, by name: words "pattern=share", the first that fits holds, and behind
+    # them one for all others
+    tail_blend: str = "0.6"
     average_epochs: int = 0  # keep the weights of the last n epochs for logs/score.py
-    final_weights: str = "live"  # which weights are exported and sampled: live, ema or swa
+    final_weights: str = "live"  # which weights are exported and sampled: live, ema, swa or tail
 
     LIMITS = limits(
         (0, 1, "swa_start"),
         (0, BELOW_ONE, "ema"),
         (0, 10**6, "average_epochs"),
-        (0, 10**9, "swa_every"),
+        (0, 10**9, "swa_every tail_ema"),
     )
-    CHOICES = {"final_weights": ("live", "ema", "swa")}
+    CHOICES = {"final_weights": ("live", "ema", "swa", "tail")}
+
+    def check(self) -> None:
+        tail_shares(self)
+
+    def needs(self) -> list[Need]:
+        return [("tail_blend", "tail_ema, such as '0 0.8:50'", self.tail_ema != "0")]
+
+
+def tail_shares(cfg: Config) -> list[tuple[re.Pattern, float]]:
+    """What tail_blend says: patterns and the share of what they find."""
+    shares = []
+    for word in cfg.tail_blend.split():
+        pattern, named, share = word.rpartition("=")
+        try:
+            shares.append((re.compile(pattern), float(share)))
+        except (re.error, ValueError) as e:
+            raise UserError(f"tail_blend = {cfg.tail_blend!r}: {word!r} names no share") from e
+        last = word == cfg.tail_blend.split()[-1]
+        require(
+            bool(named) != last and 0 <= shares[-1][1] <= 1,
+            f"tail_blend = {cfg.tail_blend!r}: words pattern=share and behind them one share for "
+            "all others, each from 0 to 1, for example 'embed=0 0.6'",
+        )
+    require(bool(shares), "tail_blend is empty: it needs a share such as 0.6")
+    return shares
+
+
+def tail_share(cfg: Config, name: str) -> float:
+    return next(share for pattern, share in tail_shares(cfg) if pattern.search(name))
 
 
 @contextlib.contextmanager
@@ -3144,18 +3580,21 @@ def weights_kept(buckets: list[Bucket]):
 
 
 def is_averaged(cfg: Config) -> bool:
-    return cfg.ema > 0 or cfg.swa_every > 0
+    return cfg.ema > 0 or cfg.swa_every > 0 or cfg.tail_ema != "0"
 
 
 class Averages:
     """
-    EMA and plain average (SWA) of the weights, each rank keeping its own shards. They are evaluated
-    beside the live weights, so that what averaging gains is in the log and not taken on trust.
+    EMA, plain average (SWA) and tail EMA of the weights, each rank keeping its own shards. They are
+    evaluated beside the live weights, so that what averaging gains is in the log and not taken on
+    trust.
     """
 
     def __init__(self, cfg: Config, opt: MuonAdamW):
         self.cfg, self.buckets, self.swa_count = cfg, opt.buckets, 0
-        names = [n for n, on in (("ema", cfg.ema > 0), ("swa", cfg.swa_every > 0)) if on]
+        self.tail, self.tail_count = Schedule("tail_ema", cfg.tail_ema), 0
+        kinds = ("ema", cfg.ema > 0), ("swa", cfg.swa_every > 0), ("tail", cfg.tail_ema != "0")
+        names = [name for name, on in kinds if on]
         self.shards = {name: [b.shard.float().clone() for b in self.buckets] for name in names}
 
     @torch.no_grad()
@@ -3176,16 +3615,23 @@ class Averages:
             self.swa_count += 1
             for avg, b in zip(self.shards["swa"], self.buckets):
                 avg.lerp_(b.shard.float(), 1 / self.swa_count)
+        if "tail" in self.shards and (reach := self.tail.at(step, fraction)):
+            # modded-nanogpt track 3, #45: the first time, the weights themselves
+            share = 1 / max(1.0, reach) if self.tail_count else 1.0
+            self.tail_count += 1
+            for avg, b in zip(self.shards["tail"], self.buckets):
+                avg.lerp_(b.shard.float(), share)
 
     def close(self) -> None:
         """Where a capped clock left no time for a snapshot, the last weights are the only one."""
-        if "swa" in self.shards and not self.swa_count:
-            self.swa_count = 1
-            for avg, b in zip(self.shards["swa"], self.buckets):
+        for name in [name for name in self.shards if name not in self.ready()]:
+            self.swa_count, self.tail_count = max(1, self.swa_count), max(1, self.tail_count)
+            for avg, b in zip(self.shards[name], self.buckets):
                 avg.copy_(b.shard)
 
     def ready(self) -> list[str]:
-        return [n for n in self.shards if n != "swa" or self.swa_count]
+        begun = {"ema": True, "swa": self.swa_count > 0, "tail": self.tail_count > 0}
+        return [name for name in self.shards if begun[name]]
 
     @contextlib.contextmanager
     def swapped_in(self, name: str):
@@ -3193,11 +3639,22 @@ class Averages:
         with weights_kept(self.buckets):
             with torch.no_grad():
                 for b, avg in zip(self.buckets, self.shards[name]):
-                    b.weights.copy_(b.gather(avg))
+                    if name == "tail":
+                        self.blend(b, b.gather(avg))
+                    else:
+                        b.weights.copy_(b.gather(avg))
             yield
+
+    def blend(self, b: Bucket, average: Tensor) -> None:
+        """Into the weights of a bucket, their own share of the average."""
+        for name, (low, high) in b.spans.items():
+            live = b.weights[low:high]
+            live.copy_(live.float().lerp(average[low:high], tail_share(self.cfg, name)))
 
     def state_dict(self) -> dict[str, Tensor]:
         named = {"swa_count": torch.tensor(self.swa_count)}
+        if "tail" in self.shards:
+            named["tail_count"] = torch.tensor(self.tail_count)
         for kind, shards in self.shards.items():
             for b, shard in zip(self.buckets, shards):
                 named |= {f"{name}:{kind}": t for name, t in b.by_name(shard).items()}
@@ -3205,13 +3662,15 @@ class Averages:
 
     def load_state_dict(self, named: dict[str, Tensor], rank: int) -> None:
         self.swa_count = int(named["swa_count"])
+        if "tail" in self.shards:
+            self.tail_count = int(named["tail_count"])
         for kind, shards in self.shards.items():
             for b, shard in zip(self.buckets, shards):
                 b.from_names(shard, {name: named[f"{name}:{kind}"] for name in b.params}, rank)
 
 
 def weights_of(trainer: Trainer, name: str):
-    """Inside, the model has the weights that are meant: live, ema or swa. Collective."""
+    """Inside, the model has the weights that are meant: live, ema, swa or tail. Collective."""
     return contextlib.nullcontext() if name == "live" else trainer.avg.swapped_in(name)
 
 
@@ -4266,11 +4725,17 @@ def open_source(
     cfg, named = checkpoint_config(path), read_tensors(path / "model.safetensors")
     if (kind := cfg.final_weights) != "live":
         averages = read_tensors(path / "averages.safetensors")
-        if kind == "swa" and not averages["swa_count"]:
-            say(f"{path}: its live weights, as final_weights = 'swa' has no snapshot yet")
+        if kind != "ema" and not averages[f"{kind}_count"]:
+            say(f"{path}: its live weights, as final_weights = {kind!r} has no snapshot yet")
         else:
             say(f"{path}: its {kind} average, as final_weights says")
-            named = {name: averages[f"{name}:{kind}"].view_as(w) for name, w in named.items()}
+            live = named
+            named = {name: averages[f"{name}:{kind}"].view_as(w) for name, w in live.items()}
+            if kind == "tail":
+                named = {
+                    name: w.float().lerp(named[name], tail_share(cfg, name))
+                    for name, w in live.items()
+                }
     return found_near(cfg, path), named, path
 
 
@@ -4460,7 +4925,7 @@ def fate_of(
     theirs = named[name].shape
     if p.shape == theirs:
         return "loaded" if all(parts) else f"loaded {sum(parts)} of {len(parts)}"
-    table = group in ("embed", "head") and p.shape[-1] == theirs[-1]
+    table = group in ("embed", "head") and p.shape[-1] == theirs[-1] or name == "head_bias"
     if table and "all" in cfg.transfer.split("+"):
         return "fresh (another vocabulary)"
     raise UserError(
@@ -4763,6 +5228,10 @@ def validate(cfg: Config) -> None:
     require(
         cfg.final_weights != "swa" or cfg.swa_every > 0, "final_weights = 'swa' needs swa_every > 0"
     )
+    require(
+        cfg.final_weights != "tail" or cfg.tail_ema != "0",
+        "final_weights = 'tail' needs tail_ema, for example --tail_ema '0 0.8:50'",
+    )
     # on the clock nobody knows the last step
     last = cfg.swa_every and cfg.steps // cfg.swa_every * cfg.swa_every
     require(
@@ -4828,6 +5297,8 @@ def check_numbers(cfg: Section, ranges: dict[str, tuple[float, float]]) -> None:
         value = getattr(cfg, name)
         if name not in SCHEDULES:
             values, what = [value], f"{name} = {value}"
+        elif not value and name in OF_TRICKS:
+            continue
         else:
             schedule = Schedule(name, value)
             if name in (*GRAPHS, "qat"):
@@ -4846,8 +5317,11 @@ def check_numbers(cfg: Section, ranges: dict[str, tuple[float, float]]) -> None:
 
 
 def validate_schedules(cfg: Config) -> None:
-    """Refuse schedules that shape graphs, or round, where their last value might not be reached."""
-    for key in (*GRAPHS, "qat"):
+    """
+    Refuse schedules that shape graphs or the weights that are scored, where their last value might
+    not be reached.
+    """
+    for key in (*GRAPHS, "qat", "tail_ema"):
         sched = Schedule(key, getattr(cfg, key))
         require(
             not cfg.max_seconds or not any(p.at for p in sched.points if p.in_steps),
@@ -4962,7 +5436,7 @@ def assemble(
     model = build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
     for line in centering_notices(cfg):
         run.log(f"notice: {line}")
-    if cfg.tie_embed and cfg.head_init == "zero" and cfg.init == "remix":
+    if cfg.tie_embed and cfg.head_init == "zero" and cfg.init != "xavier":
         run.log(
             "notice: a tied table cannot start at zero, as it is the input too: it starts uniform "
             "in +-1/sqrt(dim)"
@@ -5167,15 +5641,17 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     total = torch.zeros(
         1 + bool(trainer.cfg.z_loss) + bool(trainer.cfg.mtp), device=trainer.run.device
     )
+    if trainer.cfg.ema_nesterov != "0":
+        trainer.opt.look_ahead(now)
+    targets = trainer.loader.targets(now.batch_tokens)
+    scale = targets if trainer.cfg.loss_sum else 1  # of the gradients
     with rounded_weights(trainer, step, now):
         for low in range(0, len(rows), per_pass):
             x, y = trainer.loader.tensors(rows[low : low + per_pass], trainer.run.device)
             # Summed over tokens and divided by the global count: ranks and micro-batches change the
             # float order alone.
-            terms = loss_terms(trainer, x, y, now.repeats, now.window) / trainer.loader.targets(
-                now.batch_tokens
-            )
-            terms.sum().backward()
+            terms = loss_terms(trainer, x, y, now.repeats, now.window) / targets
+            (terms.sum() * scale).backward()
             total += terms.detach()
             if per_pass < len(rows):
                 trainer.opt.collect(last=low + per_pass >= len(rows))
@@ -5315,7 +5791,7 @@ def log_step(trainer: Trainer, step: int, now: Now, reading: Reading) -> None:
             **terms,
             grad_norm=grad_norm,
             tok_s=now.batch_tokens / seconds,
-            **now._asdict(),
+            **{k: v for k, v in now._asdict().items() if v != Now._field_defaults.get(k, "")},
             train_time_ms=elapsed * 1000,
         )
         fraction = trainer.plan.fraction(step, elapsed)

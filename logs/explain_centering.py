@@ -217,14 +217,16 @@ def head_optimizers(steps: int = 100, lr: float = 0.01) -> dict[str, tuple[float
 
     def muon(**changes):
         cfg, state = tg.Config(**(SMALL | changes)), {}
+        rule = tg.Rule("muon", "head", (), lr, 0.0, cfg.beta1, cfg.beta2, False)
 
         def update(head: Tensor, grad: Tensor, step: int) -> None:
             if not state:
                 state["momentum"] = torch.zeros_like(head)[None]
-                state["second"] = head.new_zeros(1, len(head), 1) if cfg.normuon else None
-            # lr, momentum, weight decay
-            rates = [torch.tensor(value, dtype=head.dtype) for value in (lr, 0.95, 0.0)]
-            tg.muon_update(head[None], grad[None], *state.values(), *rates, cfg, head.dtype)
+                if cfg.normuon:
+                    state["second"] = head.new_zeros(1, len(head), 1)
+            rates = {"lr": lr, "momentum": 0.95, "decay": 0.0}
+            rates = {key: torch.tensor(x, dtype=head.dtype) for key, x in rates.items()}
+            tg.muon_update(head[None], grad[None], state, rates, rule, cfg, head.dtype)
 
         return update
 

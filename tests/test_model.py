@@ -905,7 +905,7 @@ class Linears(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         y = func(*args, **(kwargs or {}))
         if func is F.linear:
-            x, w = args
+            x, w, *_ = args
             name = self.names.get(w.untyped_storage().data_ptr())
             self.seen.append((name, tuple(x.shape), tuple(y.shape)))
         return y

@@ -151,15 +151,15 @@ def with_torch_muon(
 
 
 def with_ours(stack, gradients, lrs, momenta, wd, cfg, dtype):
-    w, buf, second = stack.clone(), torch.zeros_like(stack), None
+    w, state = stack.clone(), {"momentum": torch.zeros_like(stack)}
     if cfg.normuon:
-        second = torch.zeros(
+        state["second"] = torch.zeros(
             w.size(0), *((1, w.size(2)) if w.size(1) < w.size(2) else (w.size(1), 1))
         )
+    rule = tg.Rule("muon", "matrix", tuple(w.shape[1:]), 0.0, 0.0, 0.0, 0.0, False)
     for g, lr, momentum in zip(gradients, lrs, momenta):
-        tg.muon_update(
-            w, g.clone(), buf, second, scalar(lr), scalar(momentum), scalar(lr * wd), cfg, dtype
-        )
+        rates = {"lr": scalar(lr), "momentum": scalar(momentum), "decay": scalar(lr * wd)}
+        tg.muon_update(w, g.clone(), state, rates, rule, cfg, dtype)
     return w
 
 

@@ -445,9 +445,9 @@ def test_decay_falls_on_the_weights_that_were_asked_for(cautious, by_shape):
     rng = torch.Generator().manual_seed(0)
     w, g = torch.randn(1, 8, 4, generator=rng), torch.randn(1, 8, 4, generator=rng)
     start, one = w.clone(), lambda v: torch.tensor(v, dtype=torch.float32)
-    tg.muon_update(
-        w, g, torch.zeros_like(w), None, one(0.1), one(0.0), one(0.02), cfg, torch.float32
-    )
+    rates = {"lr": one(0.1), "momentum": one(0.0), "decay": one(0.02)}
+    rule = tg.Rule("muon", "matrix", (8, 4), 0.0, 0.0, 0.0, 0.0, False)
+    tg.muon_update(w, g, {"momentum": torch.zeros_like(w)}, rates, rule, cfg, torch.float32)
     u = tg.polar_factor(g, cfg.polar, cfg.polar_steps, torch.float32)
     decay = (
         0.02 * (2**0.5 if by_shape else 1) * ((u * start >= 0) if cautious else torch.ones_like(u))
