@@ -153,7 +153,7 @@ class LengthConfig(Section):
 
 
 GRAPHS = ("repeats", "seq_len", "window", "batch_tokens")  # schedules that make another graph
-# Those that only tricks read; an empty one is none.
+# Those that only tricks read; lr_matrices may be empty.
 OF_TRICKS = "lr_matrices maxwell_age soft_muon soap_floor soap_cap ema_nesterov tail_ema".split()
 SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", *OF_TRICKS, *GRAPHS)
 CYCLE_FLOOR = 0.05  # the least multiplier of lr_cycles
@@ -173,7 +173,8 @@ class Schedule:
     A value over training. "3" is constant; "0:1 0.5:2" sets 2 from the middle on; "0.6:1 1>0.1"
     falls linearly from 60 % to the end, "0.6:1 1~0.1" along half a cosine, "0.6:1 1>0.1^0.5" as the
     root of what is left of the way; "300s>0.95" counts steps; a value set where a ramp ends is a
-    jump ("0.5>2 0.5:1"). Positions may be fractions such as 1/3. A fraction is step/steps, or
+    jump ("0.5>2 0.5:1"); a ramp may end behind training ("1.1>0"), which then sees a part of it.
+    Positions may be fractions such as 1/3. A fraction is step/steps, or
     elapsed/max_seconds where the clock is capped, whichever is further.
     """
 
@@ -212,7 +213,8 @@ class Schedule:
             reached[b.in_steps] = b.at
             if b.ramp and a.at != 0 and a.in_steps != b.in_steps:
                 raise self.error("a ramp must begin and end in the same unit, steps or fractions")
-            if not b.in_steps and b.at > 1:
+            # a ramp may head for what would come behind the end
+            if not b.in_steps and b.at > (2 if b.ramp else 1):
                 raise self.error(
                     f"{b.at:g} is no fraction of training; write {b.at:g}s to count steps"
                 )
@@ -2429,7 +2431,7 @@ def turn_basis(state: dict[str, Tensor], first: bool) -> None:
             basis.copy_(torch.linalg.eigh(gram).eigenvectors.flip(-1))
             continue
         sizes = ((gram @ basis) * basis).sum(1)  # of each direction [n, rows or cols]
-        order = sizes.argsort(-1, descending=True, stable=True)
+        order = torch.sort(sizes, dim=-1, descending=True, stable=True).indices
         in_order = basis.gather(2, order[:, None].expand_as(basis))
         basis.copy_(torch.linalg.qr(gram @ in_order).Q)
         second.copy_(second.gather(dim, order.unsqueeze(3 - dim).expand_as(second)))
@@ -5297,7 +5299,7 @@ def check_numbers(cfg: Section, ranges: dict[str, tuple[float, float]]) -> None:
         value = getattr(cfg, name)
         if name not in SCHEDULES:
             values, what = [value], f"{name} = {value}"
-        elif not value and name in OF_TRICKS:
+        elif name == "lr_matrices" and not value:
             continue
         else:
             schedule = Schedule(name, value)
@@ -5614,14 +5616,16 @@ def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, repeats: int, window: int
 
 
 @torch.no_grad()
-def add_mu_loss(head: nn.Parameter, weight: float, world: int, rows: int | None = None) -> Tensor:
+def add_mu_loss(
+    head: nn.Parameter, weight: float, world: int, rows: int | None = None, scale: int = 1
+) -> Tensor:
     """
     weight * |mu|^2 [1], mu being the mean of the head's first V rows [V, D] (all but those without
-    logits), and its gradient: 2 * weight * mu / V in every row. Once a step on every rank, whose
-    gradients are summed, and not in every micro-batch.
+    logits), and its gradient: 2 * weight * mu / V in every row, times the scale of the others. Once
+    a step on every rank, whose gradients are summed, and not in every micro-batch.
     """
     mu, grad = head[:rows].float().mean(0), head.grad[:rows]
-    grad.add_((2 * weight / (len(grad) * world) * mu).to(grad.dtype))
+    grad.add_((2 * scale * weight / (len(grad) * world) * mu).to(grad.dtype))
     return weight * mu.square().sum().view(1)
 
 
@@ -5665,6 +5669,7 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
                     trainer.cfg.mu_loss,
                     trainer.run.world,
                     trainer.model.logit_rows,
+                    scale,
                 ),
             ]
         )

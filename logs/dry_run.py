@@ -67,15 +67,16 @@ def weights_applied(block: torch.nn.Module) -> int:
 
 
 def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: int) -> int:
-    """Peak bytes of one rank, by this method: weights and gradients whole and optimizer states in
-    shards (the warm-up keeps its copy of them on the host); the weights once more as they are
-    computed with; what a compiled backward keeps of each position (counted in the graphs of
-    torch.compile's partitioner); logits in bf16, of which a compiled loss keeps one copy, as their
-    gradient takes their place. compile = 2 has all chunks' at once, since the compiler orders the
-    whole graph: docs/gpus.md.
+    """Peak bytes of one rank, by this method: weights and gradients whole, `states` bytes of this
+    rank's shard of the optimizer's state (the warm-up keeps its copy of them on the host) and its
+    shards of averages; the weights once more as they are computed with; what a compiled backward
+    keeps of each position (counted in the graphs of torch.compile's partitioner); logits in bf16,
+    of which a compiled loss keeps one copy, as their gradient takes their place. compile = 2 has
+    all chunks' at once, since the compiler orders the whole graph: docs/gpus.md.
     """
     width = 2 if cfg.param_dtype == "bfloat16" else 4
-    fixed = width * (2 * params + math.ceil(states / world))
+    averages = (cfg.ema > 0) + (cfg.swa_every > 0) + (cfg.tail_ema != "0")
+    fixed = 2 * width * params + states + averages * math.ceil(4 * params / world)
     if width == 2 and any(plan.micro_batches(n, world) > 1 for n in plan.moments()):
         fixed += 4 * params  # their gradients are summed in fp32
     if width == 4:
@@ -115,6 +116,7 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
         return flops_per_token(cfg, at.repeats, at.seq_len, at.window)
 
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
+    model.to(getattr(torch, cfg.param_dtype))
     groups, params, states, matrices = [], 0, 0, 0
     for bucket in param_buckets(cfg, model, Ranks(torch.device("meta"), 0, world)):
         sizes = [p.numel() for p in bucket.params.values()]
@@ -128,7 +130,7 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
         }
         groups.append(group)
         params += group["params"]
-        states += group["params"] * (1 if bucket.rule.kind == "muon" else 2)
+        states += sum(t.nbytes for t in bucket.state.values())
         large = [p for p in bucket.params.values() if p.ndim >= 2 and p.numel() > 65536]
         matrices += sum(p.numel() for p in large)
     shapes, moments = plan.train_shapes(world), plan.moments()

@@ -104,6 +104,7 @@ FITTED = {
     "slowrun_cpu": {"window": 50} | EPOCHS | LOOP,
     "slowrun_pr63": {"window": 50} | EPOCHS | LOOP,
     "slowrun_tiny": {"window": 50} | EPOCHS,
+    "track3_record": {"tail_ema": "0 0.5:2"},
 }
 # Runs beside the presets' own: name -> (preset, changes).
 BESIDE = {
@@ -114,6 +115,12 @@ BESIDE = {
     "centering_cpu mu_centering": ("centering_cpu", {"mu_centering": 1}),
     "centering_cpu mu_loss": ("centering_cpu", {"mu_loss": 0.01}),
     "centering_cpu z_loss": ("centering_cpu", {"z_loss": 1e-4}),
+    "track3 momenta": (
+        "track3",
+        {"maxwell": "0.85 0.98", "maxwell_age": "0 2s:30", "normuon": 0.95, "update_floor": 0.35}
+        | {"aurora": "mlp.proj", "polar_norm": "schatten4", "soft_muon": "0 3s>0.5"},
+    ),
+    "track3 hyperball": ("track3", {"hyperball": 1, "matrix_wd": 0, "proj_init": 1}),
 }
 NCA = {
     "like": "nca_cpu",

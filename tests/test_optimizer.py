@@ -955,6 +955,21 @@ FLAGS = {
     "tied": {"tie_embed": 1, "tied_lr": 0.01},
     "mu": {"mu_loss": 100.0, "mu_centering": 1},
     "averages": {"ema": 0.5, "swa_every": 2, "swa_start": 0.1},
+    "lr_matrices": {"lr_matrices": "0:0.5 1>0^1.2"},
+    "uncorrected": {"uncorrected": "embed|head"},
+    "maxwell": {"maxwell": "0.5 0.9", "maxwell_age": "0 2s:4 4s>2"},
+    "ns12": {"polar": "ns12", "polar_steps": 12, "polar_norm": "schatten4",
+             "soft_muon": "0 2s:0.5"},
+    "aurora": {"aurora": "mlp.proj"},
+    "soap": {"soap": "mlp|attn", "soap_gate": "attn.proj", "soap_floor": "0.3 2s>0.1",
+             "soap_every": 2},
+    "radial": {"radial_brake": 0.5, "radial_pin": 1, "row_floor": 0.3, "cautious": 2,
+               "matrix_wd": 0.5},
+    "update_floor": {"update_floor": 3.0},
+    "hyperball": {"hyperball": 1},
+    "ema_nesterov": {"ema_nesterov": "0 1s:0.5", "ema_nesterov_decay": 0.5},
+    "loss_sum": {"loss_sum": 1, "adam_eps": 1e-3},
+    "tail_ema": {"tail_ema": "0 2s:3", "tail_blend": "embed=0 0.5"},
     "all": {"normuon": 0.9, "row_norm": 1, "cautious": 1, "muon_buffer": "sum",
             "polar": "polar_express", "grad_clip": 9.0, "ema": 0.9, "swa_every": 1,
             "swa_start": 0.0, "adamw_matrices": "fc"} | DECAYS,
@@ -1081,7 +1096,12 @@ def test_every_flag_of_optimizer_and_averages_works_in_bf16_and_on_two_ranks(out
             assert t.dtype == two[key].dtype and torch.allclose(
                 t, two[key], rtol=close, atol=1e-6
             ), (kind, key)
-        near(one, exact)
+        if name == "soap":  # a gradient's null space has any basis: roundings choose another one
+            for key in (k.removeprefix("start ") for k in one if k.startswith("start ")):
+                size, whole = moved(one, key).norm(), moved(exact, key).norm()
+                assert size == pytest.approx(whole.item(), rel=0.05, abs=1e-2), key
+        else:
+            near(one, exact)
         if name in ("averages", "all"):
             for found in (one, two):
                 means(found, tiny(**FLAGS[name]))
