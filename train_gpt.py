@@ -2699,6 +2699,9 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
     return Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow, corrected)
 
 
+OF_MATRICES = ("soap", "soap_gate", "aurora")  # patterns of what Muon updates
+
+
 def is_named(pattern: str, name: str) -> bool:
     """Whether a pattern of the configuration finds the name; an empty one finds none."""
     return bool(pattern and re.search(pattern, name))
@@ -5443,7 +5446,7 @@ def assemble(
             "notice: a tied table cannot start at zero, as it is the input too: it starts uniform "
             "in +-1/sqrt(dim)"
         )
-    if cfg.adamw_matrices or cfg.own_lr:
+    if any(getattr(cfg, key) for key in ("adamw_matrices", "own_lr", "uncorrected", *OF_MATRICES)):
         for line in pattern_notices(cfg, model):
             run.log(f"notice: {line}")
     if cfg.init_from:
@@ -5466,8 +5469,8 @@ def assemble(
 
 def pattern_notices(cfg: Config, model: GPT) -> list[str]:
     """
-    Refuse a pattern of adamw_matrices that finds nothing. A rate of own_lr may wait, as other rates
-    do, but this is said.
+    Refuse a pattern that finds nothing. A rate of own_lr may wait, as other rates do, but this is
+    said.
     """
     declared = declarations(model)
     rules = {name: rule_of(cfg, name, p, declared[name]) for name, p in model.named_parameters()}
@@ -5478,6 +5481,15 @@ def pattern_notices(cfg: Config, model: GPT) -> list[str]:
         f"adamw_matrices = {cfg.adamw_matrices!r} matches no matrix of this model; they are such "
         f"as {', '.join(matrices[:3])}",
     )
+    found = {key: any(getattr(r, key) for r in rules.values()) for key in OF_MATRICES}
+    found["uncorrected"] = not all(rule.corrected for rule in rules.values())
+    for key in (key for key in found if getattr(cfg, key) and not found[key]):
+        kind = "adamw" if key == "uncorrected" else "muon"
+        names = [name for name, rule in rules.items() if rule.kind == kind]
+        raise UserError(
+            f"{key} = {getattr(cfg, key)!r} matches nothing of this model that it is for; that "
+            f"would be such as {', '.join(names[:3])}"
+        )
     return [
         f"own_lr: {own.pattern.pattern!r} is the name of nothing that AdamW updates here"
         for own in own_rates(cfg)

@@ -495,6 +495,25 @@ def judge_mean(values: list[float], rule: dict) -> tuple[str, list[str]]:
     return verdict, why
 
 
+# of track 3: what a step less is worth in loss, from its record #12 cut by 200 steps
+LOSS_PER_STEP = 0.000045
+BETTER_BY = 0.004  # the least pairwise statistic for "better than"
+
+
+def pairwise(runs: list[Run], base: list[Run], metric: str) -> float | None:
+    """
+    Track 3's statistic for a claim that `runs` are better than `base`, which is at least BETTER_BY:
+    the difference of mean losses, and of steps at LOSS_PER_STEP, over sqrt(1/n + 1/m).
+    """
+    losses = [[run.value(metric) for run in group] for group in (runs, base)]
+    steps = [[run.value("steps") for run in group] for group in (runs, base)]
+    if not (runs and base) or None in [x for group in (*losses, *steps) for x in group]:
+        return None
+    (ours, theirs), (fewer, more) = ([mean_sd(x)[0] for x in pair] for pair in (losses, steps))
+    better = theirs - ours + LOSS_PER_STEP * (more - fewer)
+    return better / math.sqrt(1 / len(runs) + 1 / len(base))
+
+
 def judge(runs: list[Run], rule: dict, track: str = "") -> tuple[str, list[str]]:
     """Verdict of a rule on an arm's finished runs, and why."""
     if not runs:
@@ -689,15 +708,26 @@ def time_line(ratios: dict[str, float | None], baseline: str, what: str) -> str:
     return f"needs {part}, {factor}: {each}"
 
 
-def rule_section(arms: dict[str, list[Run]], fallback: dict) -> str:
-    """Verdicts on finished runs; those without a config (upstream logs) go by --rule's preset."""
-    lines = []
+def rule_section(arms: dict[str, list[Run]], fallback: dict, baseline: str = "") -> str:
+    """
+    Verdicts on finished runs; those without a config (upstream logs) go by --rule's preset. Of
+    track 3's, too, whether they are better than the baseline.
+    """
+    lines, base = [], [run for run in arms.get(baseline, []) if run.finished]
     for arm, runs in arms.items():
         config = runs[0].config or fallback
         rule = rule_of(config)
         if rule["target"] or rule["max_seconds"] or rule["max_bytes"]:
             finished = [run for run in runs if run.finished]
             verdict, why = judge(finished, rule, config.get("track", ""))
+            if config.get("track") == "track_3" and arm != baseline:
+                score = pairwise(finished, base, rule["metric"])
+                if score is not None:
+                    told = "is" if score >= BETTER_BY else "is not"
+                    why.append(
+                        f"{told} better than {baseline} by track 3's pairwise statistic: "
+                        f"{score:.4f}, at least {BETTER_BY:g} needed"
+                    )
             lines += [f"{arm} {verdict}", *(wrap(f"    {reason}") for reason in why)]
     return "\n".join(lines)
 
@@ -910,7 +940,7 @@ def build(runs: list[Run], baseline: str = "", metric: str = "", fallback: dict 
         "Arms (finished runs)": arm_section(finished, metrics),
         f"Difference to {baseline} (p: lower, one-sided)": differences,
         f"Training to {baseline}'s final {curve}": time_section(finished, baseline, curve),
-        "Rule of the track": rule_section(arms, fallback or {}),
+        "Rule of the track": rule_section(arms, fallback or {}, baseline),
         "Config": config_section(arms, baseline),
     }
     target = rule["target"] if rule["metric"] == curve else 0.0

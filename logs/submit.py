@@ -5,6 +5,8 @@ object to.
     # -> records/track_10min_16mb/<date>_MyIdea/
     python logs/submit.py speedrun MyIdea logs/remix_m-s*
     # -> records/track_1_short/<date>_MyIdea/
+    python logs/submit.py track_3 MyIdea logs/track3-s*
+    # -> records/track_3_optimization/results/<date>_MyIdea/
 
 Reads what a run leaves in its folder (result.json, log.txt, config.toml, model.nrx), this project's
 sources, and the shards that were trained on. What it writes: a README with tables and the
@@ -14,6 +16,7 @@ speaks against it is said in one go, and the exit code is then 2.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -54,6 +57,8 @@ class Track:
     val_tokens: int | None = None  # the prefix that is scored; 0: the whole validation split
     packed: bool = False  # code is counted, so it is shipped packed
     log_name: str = "train_seed{seed}.log"
+    of_preset: str = ""  # whose model and batches every submission has
+    date: str = "%Y-%m-%d"  # in the folder's name
 
 
 GOLF = {"kind": "golf", "max_bytes": 16_000_000, "val_tokens": 0, "packed": True}
@@ -68,6 +73,15 @@ TRACKS = {
     "slowrun_tiny": Track("slowrun_tiny", max_seconds=900, **SLOWRUN),
     "slowrun_two_hour": Track("slowrun_two_hour", max_seconds=7200, **SLOWRUN),
     "slowrun_unlimited": Track("slowrun_unlimited", **SLOWRUN),
+    "track_3": Track(
+        "track_3_optimization/results",
+        "track_3",
+        tested=True,
+        val_tokens=10_485_760,
+        log_name="seed{seed}.txt",
+        of_preset="track3",
+        date="%Y%m%d",
+    ),
 }
 FILES = ("config.toml", "log.txt", "result.json")
 # of a published split's validation documents that may be in train too: web text repeats itself
@@ -91,7 +105,7 @@ class Refusal(UserError):
 class Options:
     """A submission folder from finished runs."""
 
-    # golf, golf_non_record, speedrun, slowrun, slowrun_tiny, slowrun_two_hour, ...
+    # golf, golf_non_record, speedrun, track_3, slowrun, slowrun_tiny, slowrun_two_hour, ...
     track: tyro.conf.Positional[str]
     name: tyro.conf.Positional[str]  # of the submission: letters, digits, dot, dash, underscore
     runs: tyro.conf.Positional[tuple[str, ...]]  # run folders, one a seed
@@ -422,6 +436,30 @@ def check_same(s: Submission) -> None:
         s.rule[key] = min(s.rule[key] or cap, cap or s.rule[key])  # 0 is no cap
 
 
+def check_model(s: Submission) -> None:
+    """
+    Track 3 fixes the data, its order, the batch and the model; optimizer, schedules, starts and the
+    weights that are read out are free.
+    """
+    if not s.track.of_preset:
+        return
+    wanted = tg.read_toml(tg.preset_path(s.track.of_preset))
+    plain = tg.Config()
+    keys = {f.name for f in dataclasses.fields(tg.ModelConfig)} - {"init"}
+    keys = {key for key in keys if not key.endswith("_init") and key != "init_std"}
+    odd = []
+    for key in sorted(keys | {"vocab", "batch_tokens", "seq_len", "shuffle", "epochs"}):
+        value = type(getattr(plain, key))(wanted.get(key, getattr(plain, key)))
+        if (given := s.runs[0].config.get(key)) != value:
+            odd.append(f"{key} = {given!r} instead of {value!r}")
+    if odd:
+        s.object(
+            s.folders[0] / "config.toml",
+            f"not the track's model, data and batch: {', '.join(odd)}",
+            f"run with --config {s.track.of_preset}, and change optimizer, schedules and starts",
+        )
+
+
 def check_alone(s: Submission) -> None:
     """A submission is what its folder holds: what began elsewhere is not shipped or counted."""
     for folder, _, run, _ in s.of_each():
@@ -657,9 +695,9 @@ def statistics(s: Submission, facts: dict) -> list[str]:
         threshold = rule["target"] - rule["margin"]
         margin = f" ({rule['target']:g} less a margin of {rule['margin']:g})"
         below = f"{threshold:g}{margin if rule['margin'] else ''}"
+        way = "One-sample t-test" if rule["p"] else "z-test with the track's own spread"
         lines += [
-            f"Is mean {metric} of all {len(values)} seeds below {below}? One-sample t-test, "
-            "one-sided.",
+            f"Is mean {metric} of all {len(values)} seeds below {below}? {way}, one-sided.",
             "",
         ]
         lines += [f"- {why}" for why in report.judge_mean(values, rule)[1]]
@@ -756,9 +794,52 @@ def readme(s: Submission, facts: dict, options: Options, logs: list[str]) -> str
     )
 
 
+def track3_log(run: report.Run, log: str) -> str:
+    """
+    A log as track 3's are: the source, a line of 100 "=", the environment, one more, and the
+    validation lines alone.
+    """
+    source, environment = re.split(r"^={100}$", log, maxsplit=2, flags=re.MULTILINE)[:2]
+    bar, lines = "=" * 100, []
+    for event in run.val:
+        seconds, step = event["train_time_ms"] / 1000, event["step"]
+        losses = [
+            f"{key}:{event[key]:.5f}" for key in ("val_loss", "val_loss_tail") if key in event
+        ]
+        lines.append(
+            f"step:{step}/{event['steps']} {' '.join(losses)} train_time:{seconds:.3f}s "
+            f"step_avg:{1000 * seconds / max(step, 1):.2f}ms".replace(
+                "val_loss_tail", "val_ema_loss"
+            )
+        )
+    return "\n".join([f"{source}{bar}{environment}{bar}", *lines]) + "\n"
+
+
+def steps_of_seeds(s: Submission, logs: list[str]) -> dict[str, str]:
+    """
+    Track 3's logs, and summary.tsv: mean loss over the seeds at every validation, so that the
+    earliest step at which all are read is seen.
+    """
+    metric = s.rule["metric"]
+    by_step: dict[int, list[float]] = {}
+    for run in s.runs:
+        for event in run.val:
+            if metric in event:
+                by_step.setdefault(event["step"], []).append(event[metric])
+    rows = [["step", "n", f"mean_{metric}", "sd", "statistic"]]
+    for step, values in by_step.items():
+        mean, sd = report.mean_sd(values)
+        score = (s.rule["target"] - mean) * math.sqrt(len(values))
+        rows.append([str(step), str(len(values)), f"{mean:.5f}", f"{sd:.5f}", f"{score:.5f}"])
+    table = "".join("\t".join(row) + "\n" for row in rows)
+    found = {name: track3_log(run, log) for name, run, log in zip(logs, s.runs, s.logs)}
+    return found | {"summary.tsv": table}
+
+
 def write_folder(s: Submission, options: Options) -> Path:
     """All files into a folder beside their place, then one rename: a failure leaves nothing."""
-    place = Path(options.out) / s.track.folder / f"{options.date}_{options.name}"
+    date = datetime.date.fromisoformat(options.date).strftime(s.track.date)
+    place = Path(options.out) / s.track.folder / f"{date}_{options.name}"
     if place.exists():
         raise Refusal([f"{place}: exists already; choose another name, or delete it"])
     logs = [s.track.log_name.format(seed=run.result["seed"], run=run.name) for run in s.runs]
@@ -770,6 +851,7 @@ def write_folder(s: Submission, options: Options) -> Path:
         "submission.json": json.dumps(facts, indent=2) + "\n",
         "config.toml": "".join(f"{line}\n" for line in shared),
         **dict(zip(logs, s.logs)),
+        **(steps_of_seeds(s, logs) if s.track.of_preset else {}),
         **s.sources,
         **{f"source/{name}": text for name, text in s.readable.items()},
     }
@@ -825,6 +907,7 @@ def submit(options: Options) -> Path:
     s = load(track, options.runs)
     check_alone(s)
     check_same(s)
+    check_model(s)
     check_seeds(s, options.seeds)
     check_sources(s)
     check_numbers(s)

@@ -803,3 +803,37 @@ def test_best_epoch_and_averages_stand_in_one_column_with_the_last_step():
     assert "averages over" not in report.run_section(
         [report.Run("a", "a", 1, result={"val_loss": 3.0})], ["val_loss"]
     )
+
+
+# of the ledger of track 3: steps, n and mean of two entries, and the statistic between them
+PAIRS = [
+    ((3250, 20, 3.27888), (3325, 20, 3.27905), 0.0112),  # 10 over 12
+    ((3225, 16, 3.27854), (3250, 8, 3.27708), -0.0008),  # 11 over 9
+    ((3125, 20, 3.27856), (3325, 20, 3.27905), 0.0300),  # 39 over 12
+    ((2690, 8, 3.27833), (2720, 10, 3.27857), 0.0033),  # 46 over 45
+    ((3160, 8, 3.27794), (3250, 10, 3.278659), 0.0101),  # pull request 357 over 36
+]
+
+
+@pytest.mark.parametrize("new, old, score", PAIRS)
+def test_pairwise_statistic_is_that_of_the_ledger(new, old, score):
+    def group(arm: str, steps: int, n: int, mean: float) -> list:
+        losses = sample(n, mean, 0.001)
+        return [
+            Run(
+                f"{arm}{i}",
+                arm,
+                seed=i,
+                finished=True,
+                config={"track": "track_3", "rule": {"target": 3.28, "z": 0.004}},
+                result={"val_loss": loss, "steps": steps},
+            )
+            for i, loss in enumerate(losses)
+        ]
+
+    arms = {"new": group("new", *new), "old": group("old", *old)}
+    found = report.pairwise(arms["new"], arms["old"], "val_loss")
+    assert found == pytest.approx(score, abs=6e-5)
+    told = " ".join(report.rule_section(arms, {}, "old").split())
+    word = "is better" if score >= 0.004 else "is not better"
+    assert f"{word} than old by track 3's pairwise statistic: {found:.4f}" in told

@@ -24,7 +24,7 @@ from forks import ROOT, Server
 from helpers import tg, write_shard
 from scipy import stats
 
-from logs import pack, submit
+from logs import pack, report, submit
 
 CONFIG = """
 track = "golf"
@@ -493,6 +493,47 @@ def test_folders_of_speedrun_and_slowrun_hold_readable_source(copy, capsys, monk
         submit.TRACKS, "slowrun_tiny", replace(submit.TRACKS["slowrun_tiny"], max_train_tokens=1000)
     )
     refused(capsys, "sample: ", "training tokens, 1000 are allowed", track="slowrun_tiny")
+
+
+def test_folder_of_track_3_has_its_logs_and_the_statistic_at_every_validation(
+    copy, capsys, monkeypatch
+):
+    """Their names and lines, which logs/report.py reads again; another model is refused."""
+    track = replace(submit.TRACKS["track_3"], val_tokens=0)
+    monkeypatch.setitem(submit.TRACKS, "track_3", track)
+    rule = {"rule.metric": "val_loss", "rule.target": 9.0, "rule.margin": 0.0}
+    rule |= {"rule.max_seconds": 0.0, "rule.max_bytes": 0}
+    set_config({"track": "track_3"} | rule)
+    refused(capsys, "not the track's model", "depth = 1 instead of 12", track="track_3")
+    monkeypatch.setitem(submit.TRACKS, "track_3", replace(track, of_preset="tiny"))
+    monkeypatch.setattr(tg, "preset_path", lambda name: copy / "logs/tiny-s1/config.toml")
+    code, _, err = call(capsys, track="track_3")
+    assert code == 0, err
+    day = DATE.replace("-", "")
+    place = copy / "records/track_3_optimization/results" / f"{day}_{NAME}"
+    assert {"seed1.txt", "seed2.txt", "seed3.txt", "summary.tsv"} < {
+        p.name for p in place.iterdir()
+    }
+    source, environment, lines = re.split(r"(?m)^={100}$", (place / "seed2.txt").read_text())
+    assert source == (ROOT / "train_gpt.py").read_text() + "\n"
+    assert re.search(r"^Running PyTorch", environment, re.M)
+    theirs = r"step:(\d+)/(\d+) val_loss:([\d.]+)( val_\w+:[\d.]+)*"
+    theirs = re.compile(theirs + r" train_time:([\d.]+)s step_avg:(\S+)ms")
+    steps = [theirs.fullmatch(line)[1] for line in lines.strip().split("\n")]
+    assert steps == ["0", "6", "12"]
+    (copy / "theirs").mkdir()
+    for seed in (1, 2, 3):
+        shutil.copy(place / f"seed{seed}.txt", copy / "theirs")
+    losses = []
+    for seed, run in zip((1, 2, 3), report.find_runs(["theirs"])):
+        ours = report.load_folder(copy / f"logs/tiny-s{seed}")
+        losses.append([event["val_loss"] for event in run.val])
+        assert losses[-1] == pytest.approx([event["val_loss"] for event in ours.val], abs=6e-6)
+    rows = [line.split("\t") for line in (place / "summary.tsv").read_text().splitlines()]
+    mean = np.mean(losses, axis=0)
+    for row, at in zip(rows[1:], mean):
+        assert float(row[2]) == pytest.approx(at, abs=1e-5)
+        assert float(row[4]) == pytest.approx((9 - at) * 3**0.5, abs=1e-4)
 
 
 def test_sizes_over_the_cap_or_unlike_result_json_are_refused(copy, capsys):

@@ -665,7 +665,11 @@ def test_tail_ema_begins_with_the_weights_and_lags(tmp_path):
 
 def test_an_exported_tail_is_the_blend_also_from_a_checkpoint(tmp_path):
     p = parts(
-        tmp_path, tail_ema="0 1s:3", tail_blend="embed=0 0.5", final_weights="tail", save_last=1
+        tmp_path,
+        tail_ema="0 1s:3",
+        tail_blend="embed=0 0.5",
+        final_weights="tail",
+        log_dir=str(tmp_path),
     )
     for step in range(4):
         tg.train_step(p, step, p.plan.at(step, 0.0))
@@ -677,6 +681,12 @@ def test_an_exported_tail_is_the_blend_also_from_a_checkpoint(tmp_path):
         for n, w in p.model.named_parameters():
             assert torch.equal(named[n].view_as(w), w), n
     assert "its tail average" in said[0]
+
+
+@pytest.mark.parametrize("key", ["soap", "aurora", "uncorrected"])
+def test_a_pattern_that_finds_nothing_is_refused(tmp_path, key):
+    with pytest.raises(tg.UserError, match=f"{key} = 'attn.mlp' matches nothing"):
+        parts(tmp_path, **{key: "attn.mlp"})
 
 
 @pytest.mark.parametrize(
