@@ -2476,10 +2476,10 @@ def muon_update(
     u = nesterov(g, state, rates, cfg)
     if cfg.row_norm:
         u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True).clamp_min(1e-7)
-    if rule.soap:
+    if cfg.soap and rule.soap:
         u = soap_update(u, g, state, rates, rule.soap_gate, cfg.soap_decay)
     soft = rates["soft_muon"] if cfg.soft_muon != "0" else None
-    if rule.aurora:
+    if cfg.aurora and rule.aurora:
         u = even_polar_factor(
             u,
             cfg,
@@ -2649,7 +2649,7 @@ def states_in_fp32(rule: Rule, cfg: Config) -> dict[str, tuple[int, ...]]:
         states["second"] = (1, cols) if rows < cols else (rows, 1)
     if cfg.maxwell:
         states["maxwell"] = (len(decays_of(cfg)), rows, cols)
-    if rule.soap:
+    if cfg.soap and rule.soap:
         states |= {"gram_rows": (rows, rows), "basis_rows": (rows, rows)}
         states |= {"gram_cols": (cols, cols), "basis_cols": (cols, cols)}
         states["soap_second"] = (rows, cols)
@@ -2678,11 +2678,13 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
     slow, by_pattern = is_named(cfg.slow, name), is_named(cfg.adamw_matrices, name)
     if declared.group == "matrix" and cfg.optimizer == "muon" and not by_pattern:
         lr, wd, shape = cfg.matrix_lr, cfg.matrix_wd, tuple(p.shape[-2:])
-        return Rule("muon", "matrix", shape, lr, wd, cfg.beta1, cfg.beta2, slow)._replace(
-            soap=is_named(cfg.soap, name),
-            soap_gate=is_named(cfg.soap, name) and is_named(cfg.soap_gate, name),
-            aurora=is_named(cfg.aurora, name),
-        )
+        rule = Rule("muon", "matrix", shape, lr, wd, cfg.beta1, cfg.beta2, slow)
+        if cfg.soap:
+            soap = is_named(cfg.soap, name)
+            rule = rule._replace(soap=soap, soap_gate=soap and is_named(cfg.soap_gate, name))
+        if cfg.aurora:
+            rule = rule._replace(aurora=is_named(cfg.aurora, name))
+        return rule
     lr, wd = {
         "matrix": (cfg.adamw_lr, cfg.matrix_wd),
         "embed": (cfg.embed_lr, cfg.embed_wd),
@@ -2732,7 +2734,6 @@ class MuonAdamW:
 
     def __init__(self, cfg: Config, model: nn.Module, run: Ranks):
         self.cfg, self.run, self.count = cfg, run, 0
-        self.last_lr = 0.0  # lr's factor in the last step
         self.buckets = param_buckets(cfg, model, run)
         on = bool(cfg.compile)
         self.muon = torch.compile(muon_update, dynamic=False) if on else muon_update
@@ -2773,7 +2774,6 @@ class MuonAdamW:
                 gathers.append(dist.all_gather_single(b.weights, b.shard, async_op=True))
         for work in gathers:
             work.wait()
-        self.last_lr = now.lr
         return size
 
     def rates(self, now: Now) -> list[dict[str, Tensor]]:
@@ -2833,22 +2833,25 @@ class MuonAdamW:
                 b.rule,
                 self.cfg,
             )
-        if b.rule.soap and (self.count == 1 or self.count % self.cfg.soap_every == 0):
-            turn_basis(b.state, self.count == 1)
+        if self.cfg.soap and b.rule.soap:
+            first = self.count == 1
+            if first or self.count % self.cfg.soap_every == 0:
+                turn_basis(b.state, first)
         if self.cfg.ema_nesterov != "0":
             b.state["drift"].lerp_(b.shard - b.state["last"], 1 - self.cfg.ema_nesterov_decay)
             b.state["last"].copy_(b.shard)
 
     @torch.no_grad()
-    def look_ahead(self, now: Now) -> None:
+    def look_ahead(self, now: Now, before: Now | None) -> None:
         """
         Before the forward pass: EMA-Nesterov (modded-nanogpt track 3, #39) moves the weights on by
         a multiple of their mean step, `drift`, to where the gradient is taken and the step begins.
-        Evaluation and checkpoints lie between two steps and never see this. Collective.
+        Evaluation and checkpoints lie between two steps and never see this. before: the schedules
+        of the last step; None in the first. Collective.
         """
-        if not now.ema_nesterov:
+        if not now.ema_nesterov or not before:
             return
-        ahead = torch.tensor([now.ema_nesterov * self.last_lr])
+        ahead = torch.tensor([now.ema_nesterov * before.lr])
         if self.run.device.type == "cuda":
             ahead = ahead.pin_memory()
         ahead = ahead.to(self.run.device, non_blocking=True)
@@ -2866,8 +2869,6 @@ class MuonAdamW:
     def state_dict(self) -> dict[str, Tensor]:
         """CPU tensors named <parameter>:<state>; the same for any number of ranks. Collective."""
         named = {"step_count": torch.tensor(self.count)}
-        if self.cfg.ema_nesterov != "0":
-            named["last_lr"] = torch.tensor(self.last_lr, dtype=torch.float64)
         for b in self.buckets:
             for key, shard in b.state.items():
                 named |= {f"{name}:{key}": t for name, t in b.by_name(shard).items()}
@@ -2875,21 +2876,19 @@ class MuonAdamW:
 
     def load_state_dict(self, named: dict[str, Tensor]) -> None:
         self.count = int(named["step_count"])
-        if self.cfg.ema_nesterov != "0":
-            self.last_lr = float(named["last_lr"])
         for b in self.buckets:
             for key, shard in b.state.items():
                 b.from_names(
                     shard, {name: named[f"{name}:{key}"] for name in b.params}, self.run.rank
                 )
 
-    def snapshot(self) -> tuple[int, float, list[Tensor]]:
+    def snapshot(self) -> tuple[int, list[Tensor]]:
         """Copies of all that a step changes, on the host: the device may be full."""
-        return self.count, self.last_lr, [t.to("cpu", copy=True) for t in self.changing()]
+        return self.count, [t.to("cpu", copy=True) for t in self.changing()]
 
-    def restore(self, kept: tuple[int, float, list[Tensor]]) -> None:
-        self.count, self.last_lr, tensors = kept
-        for t, copy_ in zip(self.changing(), tensors):
+    def restore(self, kept: tuple[int, list[Tensor]]) -> None:
+        self.count = kept[0]
+        for t, copy_ in zip(self.changing(), kept[1]):
             t.copy_(copy_)
 
     def changing(self) -> list[Tensor]:
@@ -5658,7 +5657,7 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
         1 + bool(trainer.cfg.z_loss) + bool(trainer.cfg.mtp), device=trainer.run.device
     )
     if trainer.cfg.ema_nesterov != "0":
-        trainer.opt.look_ahead(now)
+        trainer.opt.look_ahead(now, trainer.run.trained)
     targets = trainer.loader.targets(now.batch_tokens)
     scale = targets if trainer.cfg.loss_sum else 1  # of the gradients
     with rounded_weights(trainer, step, now):

@@ -200,7 +200,8 @@ def constant_schedules(cfg: tg.Config, keep: list[str]) -> dict[str, object]:
     """Fields of Now that are one value from start to end."""
     found: dict[str, object] = {}
     for name in tg.SCHEDULES:
-        values = tg.Schedule(name, getattr(cfg, name)).values()
+        text = getattr(cfg, name)
+        values = tg.Schedule(name, text).values() if text else [None]  # lr_matrices: as lr
         if name not in keep and len(values) == 1:
             found[name] = int(values[0]) if name in tg.GRAPHS else values[0]
     return found

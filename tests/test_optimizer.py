@@ -1010,6 +1010,7 @@ def outcome(folder, changes: dict, kind: str) -> dict[str, torch.Tensor]:
         for step in range(4):
             total, size = tg.train_step(p, step, p.plan.at(step, step / 4))
             assert torch.isfinite(total).all() and torch.isfinite(size).all()
+            p.run.trained = p.plan.at(step, step / 4)
             p.avg.update(step + 1, (step + 1) / 4)
             found |= {
                 f"{step + 1} {name}": w.detach().clone() for name, w in p.model.named_parameters()

@@ -361,7 +361,7 @@ def test_maxwell_refuses_an_age_that_no_mixture_has():
 
 
 def soap_state(rows: int, cols: int) -> dict[str, torch.Tensor]:
-    names = tg.states_in_fp32(rule(shape=(rows, cols), soap=True), tiny())
+    names = tg.states_in_fp32(rule(shape=(rows, cols), soap=True), tiny(soap="."))
     return {name: torch.zeros(1, *shape) for name, shape in names.items()}
 
 
@@ -619,6 +619,7 @@ def test_ema_nesterov_of_a_steady_step_moves_v_over_1_minus_b(tmp_path):
     steady(p, 0.25)
     path = [p.model.embed[0, 0].item()]
     for step in range(40):
+        p.run.trained = p.plan.at(max(0, step - 1), 0.0)
         tg.train_step(p, step, p.plan.at(step, 0.0))
         path.append(p.model.embed[0, 0].item())
     moves = np.diff(path)
@@ -637,6 +638,7 @@ def test_gradient_is_taken_ahead_and_the_step_begins_there(tmp_path):
         for step in range(4):
             factor = 1 if step == 1 else 0.5
             want = x + 0.7 * factor * m if step else x
+            p.run.trained = p.plan.at(step - 1, 0.0) if step else None
             tg.train_step(p, step, p.plan.at(step, 0.0))
             assert torch.allclose(seen[-1].double(), want, atol=1e-6)
             new = p.model.embed.detach().double()
@@ -728,7 +730,7 @@ def test_compiled_updates_are_the_eager_ones_and_nothing_compiles_again():
         model = build(tg.dataclasses.replace(cfg, compile=compiled))
         opt, plan = tg.MuonAdamW(model.cfg, model, alone()), tg.Plan(cfg)
         for s in range(6):
-            opt.look_ahead(plan.at(s, s / 6))
+            opt.look_ahead(plan.at(s, s / 6), plan.at(s - 1, (s - 1) / 6) if s else None)
             for i, p in enumerate(model.parameters()):
                 p.grad.copy_(randn(*p.shape, seed=100 * s + i))
             opt.step(plan.at(s, s / 6))
