@@ -153,7 +153,7 @@ class LengthConfig(Section):
 
 
 GRAPHS = ("repeats", "seq_len", "window", "batch_tokens")  # schedules that make another graph
-SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", *GRAPHS)
+SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", "meta_step", *GRAPHS)
 CYCLE_FLOOR = 0.05  # the least multiplier of lr_cycles
 
 
@@ -276,6 +276,7 @@ class Now(NamedTuple):
     window: int
     batch_tokens: int
     slow_lr: float = 1.0
+    meta_step: float = 0.0
 
 
 class Shape(NamedTuple):
@@ -314,6 +315,7 @@ class Plan:
             window=int(v["window"]),
             batch_tokens=int(v["batch_tokens"]),
             slow_lr=v["slow_lr"],
+            meta_step=v["meta_step"],
         )
 
     def in_cycles(self, lr: float, fraction: float) -> float:
@@ -348,17 +350,26 @@ class Plan:
         """
         Rows of one forward pass. The batch must divide evenly, or ranks would weigh differently.
         """
-        share = now.batch_tokens // world
+        parts, of = world, f"on {world} ranks"
+        if has_meta_step(self.cfg):  # halves of groups, of which each rank has some
+            parts, of = 2 * self.cfg.meta_groups, f"in 2 halves of {self.cfg.meta_groups} groups"
+            require(
+                self.cfg.meta_groups % world == 0,
+                f"meta_groups = {self.cfg.meta_groups} cannot be shared by {world} ranks: choose a "
+                "multiple of their number",
+            )
+        share = now.batch_tokens // parts
         micro = min(self.cfg.micro_tokens, share)
         if self.cfg.auto_micro:
             rows, most = share // now.seq_len, micro // now.seq_len
             micro = now.seq_len * next((m for m in range(most, 0, -1) if rows % m == 0), 0)
-        if not micro or now.batch_tokens % (world * micro) or micro % now.seq_len:
+        if not micro or now.batch_tokens % (parts * micro) or micro % now.seq_len:
+            by = "2 * meta_groups" if has_meta_step(self.cfg) else "ranks"
             raise UserError(
-                f"batch_tokens = {now.batch_tokens} on {world} ranks does not divide into "
-                f"micro-batches of micro_tokens = {self.cfg.micro_tokens} made of rows of seq_len "
-                f"= {now.seq_len}: choose batch_tokens = ranks * micro_tokens * a whole number, "
-                "and micro_tokens = seq_len * a whole number"
+                f"batch_tokens = {now.batch_tokens} {of} does not divide into micro-batches of "
+                f"micro_tokens = {self.cfg.micro_tokens} made of rows of seq_len = {now.seq_len}: "
+                f"choose batch_tokens = {by} * micro_tokens * a whole number, and micro_tokens = "
+                "seq_len * a whole number"
             )
         return micro // now.seq_len
 
@@ -2053,16 +2064,23 @@ class OptimConfig(Section):
     decay_by_shape: int = 0  # 1: Muon's decay times sqrt(max(1, rows/cols)), as its step
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
 
+    # [sched] how far matrices move against the gradient of a group's first half, all of them
+    # together, for the gradient of its second half (slowrun's meta-gradient); 0: they stay
+    meta_step: str = "0"
+    meta_groups: int = 8  # groups of a step's rows, each of which moves by itself
+    meta_match: str = ""  # regex: which matrices move; empty: all of the blocks
+
     LIMITS = limits(
         (0, 1, "row_norm decay_by_shape independent_wd"),
         (0, 2, "cautious"),
         (0, BELOW_ONE, "beta1 beta2 momentum normuon"),
-        (0, 1000, "lr weight_decay slow_lr matrix_wd embed_wd scalar_wd"),
+        (0, 1000, "lr weight_decay slow_lr matrix_wd embed_wd scalar_wd meta_step"),
         # diverged runs are a sweep's business
         (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),
         (0, 10**6, "lr_cycles"),
         (0, 10**9, "grad_clip"),
         (1, 100, "polar_steps"),
+        (1, 65536, "meta_groups"),
         (1e-30, 1, "adam_eps"),
     )
     CHOICES = {
@@ -2072,9 +2090,14 @@ class OptimConfig(Section):
     }
 
     def check(self) -> None:
-        for key in ("adamw_matrices", "slow"):
+        for key in ("adamw_matrices", "slow", "meta_match"):
             require_regex(key, getattr(self, key))
         own_rates(self)
+        require(
+            not has_meta_step(self) or self.param_dtype == "float32",
+            f"meta_step = {self.meta_step!r} moves each weight by too little for param_dtype = "
+            f"{self.param_dtype!r}: set --param_dtype float32",
+        )
 
     def needs(self) -> list[Need]:
         muon, decays = self.optimizer == "muon", self.matrix_wd or self.embed_wd or self.scalar_wd
@@ -2091,6 +2114,10 @@ class OptimConfig(Section):
             ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", slows),
             ("slow_lr", "slow, the names of what it slows", bool(self.slow)),
         ]
+
+
+def has_meta_step(cfg: Config) -> bool:
+    return any(Schedule("meta_step", cfg.meta_step).values())
 
 
 class OwnRate(NamedTuple):
@@ -2304,6 +2331,72 @@ class Bucket:
         shard.copy_(whole[rank * self.share : (rank + 1) * self.share])
 
 
+def moved_matrices(cfg: Config, model: nn.Module) -> dict[str, Tensor]:
+    """What the meta step moves."""
+    declared = declarations(model)
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if declared[name].group == "matrix" and re.search(cfg.meta_match, name)
+    }
+
+
+class MetaStep:
+    """
+    Slowrun's meta-gradient (pull requests 98 and 99): behind the gradient of a group's first half
+    its matrices move against it by a given length, the gradient of the second half is taken there,
+    and the weights are put back; the step is made with the sum of both. A group's rows are the same
+    for any number of ranks, of which each has whole groups. (There each of 8 ranks is one.)
+    """
+
+    def __init__(self, cfg: Config, model: nn.Module, world: int):
+        self.halves = 2 * cfg.meta_groups // world  # that this rank has in a step
+        moved = moved_matrices(cfg, model)
+        require(
+            bool(moved),
+            f"meta_match = {cfg.meta_match!r} matches no matrix of this model; names are such as "
+            f"{', '.join(list(declarations(model))[:3])}",
+        )
+        self.weights = [p.data for p in moved.values()]
+        self.grads = [p.grad for p in moved.values()]  # views into the buckets, which stay
+        self.kept = [torch.empty_like(w) for w in self.weights]
+        # sums over the groups before this one, where there are several
+        self.earlier = [torch.zeros_like(g) for g in self.grads] if self.halves > 2 else []
+
+    @torch.no_grad()
+    def before(self, at: int, count: int, length: float) -> None:
+        """Before micro-batch `at` of `count`: where a half begins."""
+        half, inside = divmod(at, count // self.halves)
+        if inside:
+            return
+        if half % 2:
+            self.move(length)
+        elif half:
+            for earlier, g in zip(self.earlier, self.grads):
+                earlier.copy_(g)
+                g.zero_()
+
+    def move(self, length: float) -> None:
+        """Keep the weights, and move them by `length` against the gradient that there is."""
+        norms = torch.stack([torch.linalg.vector_norm(g) for g in self.grads])
+        by = torch.linalg.vector_norm(norms).clamp_min(1e-12).reciprocal()  # stays on the device
+        for kept, w, g in zip(self.kept, self.weights, self.grads):
+            kept.copy_(w)
+            w.addcmul_(g, by, value=-length)
+
+    @torch.no_grad()
+    def after(self, at: int, count: int) -> None:
+        """Behind the backward pass of micro-batch `at` of `count`: where a group ends."""
+        half, inside = divmod(at + 1, count // self.halves)
+        if inside or half % 2:
+            return
+        for w, kept in zip(self.weights, self.kept):
+            w.copy_(kept)
+        if half > 2:
+            for g, earlier in zip(self.grads, self.earlier):
+                g.add_(earlier)
+
+
 class Rule(NamedTuple):
     """How a parameter is updated; those of one rule (and, with Muon, one shape) share a bucket."""
 
@@ -2365,6 +2458,9 @@ class MuonAdamW:
     def __init__(self, cfg: Config, model: nn.Module, run: Ranks):
         self.cfg, self.run, self.count = cfg, run, 0
         self.buckets = param_buckets(cfg, model, run)
+        self.meta = None
+        if has_meta_step(cfg):
+            self.meta = MetaStep(cfg, model, run.world)
         on = bool(cfg.compile)
         self.muon = torch.compile(muon_update, dynamic=False) if on else muon_update
         self.adamw = torch.compile(adamw_update, dynamic=False) if on else adamw_update
@@ -5167,9 +5263,13 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     total = torch.zeros(
         1 + bool(trainer.cfg.z_loss) + bool(trainer.cfg.mtp), device=trainer.run.device
     )
+    count = len(rows) // per_pass
     with rounded_weights(trainer, step, now):
-        for low in range(0, len(rows), per_pass):
-            x, y = trainer.loader.tensors(rows[low : low + per_pass], trainer.run.device)
+        for at in range(count):
+            if trainer.opt.meta is not None:
+                trainer.opt.meta.before(at, count, now.meta_step)
+            part = rows[at * per_pass : (at + 1) * per_pass]
+            x, y = trainer.loader.tensors(part, trainer.run.device)
             # Summed over tokens and divided by the global count: ranks and micro-batches change the
             # float order alone.
             terms = loss_terms(trainer, x, y, now.repeats, now.window) / trainer.loader.targets(
@@ -5177,8 +5277,10 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
             )
             terms.sum().backward()
             total += terms.detach()
-            if per_pass < len(rows):
-                trainer.opt.collect(last=low + per_pass >= len(rows))
+            if count > 1:
+                trainer.opt.collect(last=at + 1 == count)
+            if trainer.opt.meta is not None:
+                trainer.opt.meta.after(at, count)
     total = trainer.run.sum(total)
     if trainer.cfg.mu_loss:
         total = torch.cat(

@@ -29,8 +29,10 @@ from train_gpt import (  # noqa: E402
     Schedule,
     Shape,
     build_model,
+    has_meta_step,
     head_width,
     hidden_width,
+    moved_matrices,
     param_buckets,
     parse_args,
     shard_files,
@@ -66,7 +68,9 @@ def weights_applied(block: torch.nn.Module) -> int:
     return sum(p.numel() for name, p in named if p.ndim >= 2 and not name.endswith("iha"))
 
 
-def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: int) -> int:
+def memory_estimate(
+    cfg: Config, plan: Plan, world: int, params: int, states: int, moving: int
+) -> int:
     """Peak bytes of one rank, by this method: weights and gradients whole and optimizer states in
     shards (the warm-up keeps its copy of them on the host); the weights once more as they are
     computed with; what a compiled backward keeps of each position (counted in the graphs of
@@ -80,6 +84,8 @@ def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: in
         fixed += 4 * params  # their gradients are summed in fp32
     if width == 4:
         fixed += 2 * params  # the weights as they are computed with, in bf16
+    if has_meta_step(cfg):  # what moves is kept; gradients of earlier groups, where there are any
+        fixed += 4 * moving * (1 + (cfg.meta_groups > world))
     # numbers in bf16 that are kept of a token at one place
     q, kv = head_width(cfg) * cfg.heads, head_width(cfg) * (cfg.kv_heads or cfg.heads)
     kept = (
@@ -131,6 +137,7 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
         states += group["params"] * (1 if bucket.rule.kind == "muon" else 2)
         large = [p for p in bucket.params.values() if p.ndim >= 2 and p.numel() > 65536]
         matrices += sum(p.numel() for p in large)
+    moving = sum(p.numel() for p in moved_matrices(cfg, model).values())
     shapes, moments = plan.train_shapes(world), plan.moments()
     named = {f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}": s for s in shapes}
     mean_flops = sum(map(flops, moments)) / len(moments)
@@ -142,7 +149,7 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
         "tokens": plan.tokens(),
         "shards_needed": shards_needed(cfg, plan),
         "shards_present": len(shard_files(cfg.data, "train")),
-        "memory_bytes": memory_estimate(cfg, plan, world, params, states),
+        "memory_bytes": memory_estimate(cfg, plan, world, params, states, moving),
         "artifact_bytes": int(0.92 * matrices + 4 * (params - matrices)) if cfg.export else 0,
         "graphs": {
             "train": [s._asdict() for s in shapes],

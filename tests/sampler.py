@@ -122,6 +122,9 @@ SWITCHES = {
     "weight_decay": ("0:1 1>0.5",),
     "independent_wd": (1,),
     "grad_clip": (0.01,),
+    "meta_step": ("0.5", "0 1s:0.5"),
+    "meta_groups": (1, 2),
+    "meta_match": ("mlp",),
     "ema": (0.9,),
     "swa_every": (1, 2),
     "average_epochs": (1, 2),
@@ -168,6 +171,8 @@ SILENT = {
     "kv_heads",
     "depth",
     "loop",
+    "meta_groups",
+    "meta_match",
 }
 
 
@@ -189,6 +194,8 @@ def sample(seed: int) -> dict:
         "rope_dims": "rope",
         "cautious": "matrix_wd",
         "export_codec": "export",
+        "meta_step": "meta_groups",
+        "meta_match": "meta_step",
     }
     for name in names:  # most alone would be refused: bring along what they need
         if name in needed and needed[name] not in names and rng.random() < 0.9:
