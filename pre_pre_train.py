@@ -246,6 +246,7 @@ MODEL = {f.name for f in dataclasses.fields(tg.ModelConfig)} - {"doc_mask"}
 # The pull request's model was the language run's without what regularises that run, its projections
 # began at zero, and short windows were half a row.
 LIKE_PR63 = {"mtp": 0.0, "stoch_depth": 0.0, "iha": 0, "proj_init": 0.0}
+LIKE_PR63 |= {"mtp_next": "0", "mtp_third": "0"}
 
 
 def like_pr63(model: dict, seq_len: int) -> dict:

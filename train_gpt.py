@@ -153,7 +153,17 @@ class LengthConfig(Section):
 
 
 GRAPHS = ("repeats", "seq_len", "window", "batch_tokens")  # schedules that make another graph
-SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", "meta_step", *GRAPHS)
+SCHEDULES = (
+    "lr",
+    "momentum",
+    "weight_decay",
+    "qat",
+    "slow_lr",
+    "meta_step",
+    "mtp_next",
+    "mtp_third",
+    *GRAPHS,
+)
 CYCLE_FLOOR = 0.05  # the least multiplier of lr_cycles
 
 
@@ -277,6 +287,8 @@ class Now(NamedTuple):
     batch_tokens: int
     slow_lr: float = 1.0
     meta_step: float = 0.0
+    mtp_next: float = 0.0
+    mtp_third: float = 0.0
 
 
 class Shape(NamedTuple):
@@ -316,6 +328,8 @@ class Plan:
             batch_tokens=int(v["batch_tokens"]),
             slow_lr=v["slow_lr"],
             meta_step=v["meta_step"],
+            mtp_next=v["mtp_next"],
+            mtp_third=v["mtp_third"],
         )
 
     def in_cycles(self, lr: float, fraction: float) -> float:
@@ -352,7 +366,10 @@ class Plan:
         """
         parts, of = world, f"on {world} ranks"
         if has_meta_step(self.cfg):  # halves of groups, of which each rank has some
-            parts, of = 2 * self.cfg.meta_groups, f"in 2 halves of {self.cfg.meta_groups} groups"
+            parts, of = (
+                2 * self.cfg.meta_groups,
+                f"in meta_step's halves of meta_groups = {self.cfg.meta_groups}",
+            )
             require(
                 self.cfg.meta_groups % world == 0,
                 f"meta_groups = {self.cfg.meta_groups} cannot be shared by {world} ranks: choose a "
@@ -975,6 +992,9 @@ class ModelConfig(Section):
     mlp_dropout: float = 0.0  # share of the MLP branch's output that is zeroed in training
     stoch_depth: float = 0.0  # chance that training skips the last block, linear from 0 at block 0
     mtp: float = 0.0  # weight of the loss of the token after next, by one more block; 0: none
+    # [sched] weight of that token's loss, and of the next but one's, by the same logits
+    mtp_next: str = "0"
+    mtp_third: str = "0"
 
     tie_embed: int = 0  # 1: one table is input embedding and head
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
@@ -997,7 +1017,8 @@ class ModelConfig(Section):
         (0, 1, "cross_repeat doc_mask tie_embed pad_vocab mu_centering norm_eps xsa_learned"),
         (0, 2, "unet"),
         (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth"),
-        (0, 100, "mtp q_gain resid_lambda embed_init init_std proj_init value_embeds"),
+        (0, 100, "mtp mtp_next mtp_third"),
+        (0, 100, "q_gain resid_lambda embed_init init_std proj_init value_embeds"),
         (0, 1000, "attn_scale mlp_ratio z_loss"),
         (0, 10**6, "softcap mu_loss"),
         (0, 10**9, "window"),
@@ -1055,6 +1076,8 @@ class ModelConfig(Section):
             ("rope_dims", "rope = 'standard' or 'interleaved'", self.rope != "truncated"),
             ("stoch_depth", "depth > 1, as block 0 always takes part", self.depth > 1),
             ("mtp", "rows of 2 tokens or more", shortest > 1),
+            ("mtp_next", "rows of 2 tokens or more", shortest > 1),
+            ("mtp_third", "rows of 3 tokens or more", shortest > 2),
             ("init_std", starts, self.init == "remix"),
             ("proj_init", starts, self.init == "remix"),
             ("head_init", starts, self.init == "remix"),
@@ -1128,6 +1151,12 @@ def hidden_width(cfg: Config) -> int:
 def rotary_dims(cfg: Config) -> int:
     """Dims of a head that turn under rope = standard or interleaved."""
     return head_width(cfg) // 2 if cfg.rope_dims == -1 else cfg.rope_dims or head_width(cfg)
+
+
+def later_targets(cfg: Config) -> dict[str, int]:
+    """Schedules of weights that are on, with how far behind a token's target theirs are."""
+    far = {"mtp_next": 1, "mtp_third": 2}
+    return {name: k for name, k in far.items() if any(Schedule(name, getattr(cfg, name)).values())}
 
 
 def loop_span(cfg: Config) -> tuple[int, int]:
@@ -1951,6 +1980,21 @@ class GPT(Declaring):
         """Cross-entropy in nats of each target; 0 where the target is -1."""
         return F.cross_entropy(self.logits(x, head), targets, ignore_index=-1, reduction="none")
 
+    def losses_with_later(
+        self, x: Tensor, targets_KN: Tensor, head: Tensor | None = None
+    ) -> Tensor:
+        """
+        losses() of several targets of each token from the same logits, behind the first of which
+        stands log Z where z_loss is on: [K, N] or [K + 1, N].
+        """
+        logits, keep = self.logits(x, head), targets_KN >= 0
+        at = targets_KN.clamp_min(0).mT
+        losses = -logits.log_softmax(-1).gather(-1, at).mT * keep
+        if not self.cfg.z_loss:
+            return losses
+        log_z = logits.logsumexp(-1) * keep[0]
+        return torch.cat([losses[:1], log_z[None], losses[1:]])
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -1959,16 +2003,29 @@ class GPT(Declaring):
         window: int = 0,
         log_z: bool = False,
         mtp: bool = False,
+        later: bool = False,
     ) -> Tensor:
         """
-        Losses [B*T] of all targets, in nats. With log_z a row more, of losses_and_log_z(), with mtp
-        one more, of mtp_losses().
+        Losses [B*T] of all targets, in nats. With log_z a row more, of losses_and_log_z(), with
+        later one for each of later_targets(), with mtp one more, of mtp_losses().
         """
         x = self.hidden(tokens_BT, repeats, window)
-        losses = self.chunked(x, targets_BT, log_z)
+        targets = self.with_later(targets_BT) if later else targets_BT
+        losses = self.chunked(x, targets, log_z)
         if not mtp:
             return losses
-        return torch.cat([losses.view(1 + log_z, -1), self.mtp_losses(x, targets_BT).view(1, -1)])
+        rows = losses.view(-1, targets_BT.numel())
+        return torch.cat([rows, self.mtp_losses(x, targets_BT).view(1, -1)])
+
+    def with_later(self, targets_BT: Tensor) -> Tensor:
+        """
+        [K, B, T]: targets, and those that stand 1 or 2 behind them in their row; -1 behind its end,
+        where slowrun goes on with the micro-batch's next row, which another cut would change.
+        """
+        later = [
+            F.pad(targets_BT[:, k:], (0, k), value=-1) for k in later_targets(self.cfg).values()
+        ]
+        return torch.stack([targets_BT, *later])
 
     def mtp_losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """
@@ -1987,16 +2044,20 @@ class GPT(Declaring):
         after = F.pad(targets_BT[:, 1:], (0, 1), value=-1)
         return self.chunked(self.final(h), after, False) * (T / max(1, T - 1))
 
-    def chunked(self, x_BTD: Tensor, targets_BT: Tensor, log_z: bool) -> Tensor:
+    def chunked(self, x_BTD: Tensor, targets: Tensor, log_z: bool) -> Tensor:
         """
-        losses() with logits of loss_chunk tokens at a time; with more than one chunk they are
-        computed again in the backward pass instead of being kept.
+        losses() of targets [B, T], or losses_with_later() of [K, B, T], with logits of loss_chunk
+        tokens at a time; with more than one chunk they are computed again in the backward pass
+        instead of being kept.
         """
-        x, targets = x_BTD.flatten(0, 1), targets_BT.flatten()
+        x, targets = x_BTD.flatten(0, 1), targets.flatten(-2)
         losses = self.losses_and_log_z if log_z else self.losses
-        if len(targets) <= self.cfg.loss_chunk:
+        if targets.ndim > 1:
+            losses = self.losses_with_later
+        size = self.cfg.loss_chunk
+        if len(x) <= size:
             return losses(x, targets)
-        chunks = zip(x.split(self.cfg.loss_chunk), targets.split(self.cfg.loss_chunk))
+        chunks = zip(x.split(size), targets.split(size, -1))
         head = self.head.float()  # so that chunks' gradients are summed in fp32
         recomputed = torch.utils.checkpoint.checkpoint
         parts = [recomputed(losses, *c, head, use_reentrant=False) for c in chunks]
@@ -5141,6 +5202,7 @@ def compile_model(model: GPT, cfg: Config):
         block.compile(dynamic=False)
     model.losses = torch.compile(model.losses, dynamic=False)
     model.losses_and_log_z = torch.compile(model.losses_and_log_z, dynamic=False)
+    model.losses_with_later = torch.compile(model.losses_with_later, dynamic=False)
     model.norm = torch.compile(norm, dynamic=False)
     return model
 
@@ -5179,10 +5241,11 @@ def warm_up(trainer: Trainer) -> None:
                 )
                 x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
                 if training:
-                    loss_terms(trainer, x, y, shape.repeats, shape.window).sum().backward()
+                    now = plan.at(0, 0.0)
+                    loss_terms(trainer, x, y, shape.repeats, shape.window, now).sum().backward()
                     if several:
                         trainer.opt.collect(last=True)
-                    trainer.opt.step(plan.at(0, 0.0))
+                    trainer.opt.step(now)
                 else:
                     with torch.no_grad():
                         trainer.graph(x, y, shape.repeats, shape.window)
@@ -5217,22 +5280,33 @@ def rounded_weights(trainer: Trainer, step: int, now: Now):
 
 def extra_terms(cfg: Config) -> list[str]:
     """Names of what is added to the cross-entropy in training."""
-    return [name for name in ("z_loss", "mtp", "mu_loss") if getattr(cfg, name)]
+    names = ["z_loss"] if cfg.z_loss else []
+    names += [f"{name}_loss" for name in later_targets(cfg)]
+    return names + [name for name in ("mtp", "mu_loss") if getattr(cfg, name)]
 
 
-def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, repeats: int, window: int) -> Tensor:
+def loss_terms(
+    trainer: Trainer, x: Tensor, y: Tensor, repeats: int, window: int, now: Now | None = None
+) -> Tensor:
     """
-    Sums over the tokens of a micro-batch: cross-entropy and, where they are on, weighted z-loss and
-    MTP; [1] to [3].
+    Sums over the tokens of a micro-batch: cross-entropy and, where they are on, weighted z-loss,
+    losses of later tokens and MTP; [1] to [5]. The weights of later tokens are `now`'s.
     """
-    cfg = trainer.cfg
-    if not (cfg.z_loss or cfg.mtp):
+    cfg, later = trainer.cfg, later_targets(trainer.cfg)
+    if not (cfg.z_loss or cfg.mtp or later):
         return trainer.graph(x, y, repeats, window).sum().view(1)
-    rows = trainer.graph(x, y, repeats, window, bool(cfg.z_loss), bool(cfg.mtp))
-    extra = ([cfg.z_loss * rows[1].square().sum()] if cfg.z_loss else []) + (
-        [cfg.mtp * rows[-1].sum()] if cfg.mtp else []
-    )
-    return torch.stack([rows[0].sum(), *extra])
+    rows = trainer.graph(x, y, repeats, window, bool(cfg.z_loss), bool(cfg.mtp), bool(later))
+    terms = [rows[0].sum()]
+    if cfg.z_loss:
+        terms.append(cfg.z_loss * rows[1].square().sum())
+    # Beside the graph, which so has no weight in it: they may change at every step.
+    if later:
+        weights = {"mtp_next": now.mtp_next, "mtp_third": now.mtp_third}
+        for at, name in enumerate(later, 1 + bool(cfg.z_loss)):
+            terms.append(weights[name] * rows[at].sum())
+    if cfg.mtp:
+        terms.append(cfg.mtp * rows[-1].sum())
+    return torch.stack(terms)
 
 
 @torch.no_grad()
@@ -5260,9 +5334,8 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     """
     rows = trainer.loader.batch(step, now.batch_tokens, now.seq_len)
     per_pass = trainer.plan.micro_rows(now, trainer.run.world)
-    total = torch.zeros(
-        1 + bool(trainer.cfg.z_loss) + bool(trainer.cfg.mtp), device=trainer.run.device
-    )
+    terms = extra_terms(trainer.cfg)
+    total = torch.zeros(1 + len(terms) - ("mu_loss" in terms), device=trainer.run.device)
     count = len(rows) // per_pass
     with rounded_weights(trainer, step, now):
         for at in range(count):
@@ -5272,11 +5345,10 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
             x, y = trainer.loader.tensors(part, trainer.run.device)
             # Summed over tokens and divided by the global count: ranks and micro-batches change the
             # float order alone.
-            terms = loss_terms(trainer, x, y, now.repeats, now.window) / trainer.loader.targets(
-                now.batch_tokens
-            )
-            terms.sum().backward()
-            total += terms.detach()
+            sums = loss_terms(trainer, x, y, now.repeats, now.window, now)
+            means = sums / trainer.loader.targets(now.batch_tokens)
+            means.sum().backward()
+            total += means.detach()
             if count > 1:
                 trainer.opt.collect(last=at + 1 == count)
             if trainer.opt.meta is not None:

@@ -214,6 +214,8 @@ def collect(folder: Path) -> dict:
         "z_loss",
         "mu_loss",
         "mtp",
+        "mtp_next_loss",
+        "mtp_third_loss",
         "val_loss",
         "val_loss_ema",
         "val_loss_swa",

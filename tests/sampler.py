@@ -96,6 +96,8 @@ SWITCHES = {
     "mlp_dropout": (0.3,),
     "stoch_depth": (0.9,),
     "mtp": (0.3,),
+    "mtp_next": ("0.5", "0:0.5 1>0"),
+    "mtp_third": ("0.25",),
     "head_multiple": (64,),
     "pad_vocab": (1,),
     "init_std": (1.0,),

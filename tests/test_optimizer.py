@@ -963,7 +963,7 @@ CASES = [(name, kind) for name in FLAGS for kind in ("float32", "bfloat16")]
 
 
 def linear_loss(
-    p: tg.Trainer, x: torch.Tensor, y: torch.Tensor, repeats: int, window: int
+    p: tg.Trainer, x: torch.Tensor, y: torch.Tensor, repeats: int, window: int, now: tg.Now
 ) -> torch.Tensor:
     """
     A loss whose gradient is the same on any ranks, micro-batches and weights: random numbers, new

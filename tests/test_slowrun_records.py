@@ -1,10 +1,11 @@
 """The newest slowrun records: what each part is, by formulae written out here."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import OneOf, parts, tg, tiny
+from helpers import OneOf, build, parts, random_tokens, tg, tiny
 
 from logs import explain_centering
 
@@ -159,7 +160,10 @@ def test_one_micro_batch_a_group_is_split_in_two(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"meta_groups": 3}, ("batch_tokens = 512 in 2 halves of 3 groups", "2 * meta_groups")),
+        (
+            {"meta_groups": 3},
+            ("batch_tokens = 512 in meta_step's halves of meta_groups = 3", "2 * meta_groups"),
+        ),
         ({"meta_match": "nothing"}, ("meta_match = 'nothing'", "no matrix")),
         ({"meta_match": "("}, ("meta_match = '('",)),
         ({"param_dtype": "bfloat16"}, ("meta_step = '0.5'", "--param_dtype float32")),
@@ -177,3 +181,80 @@ def test_groups_that_ranks_cannot_share_are_refused():
     plan = tg.Plan(tiny(**META))
     with pytest.raises(tg.UserError, match="meta_groups = 4 cannot be shared by 3 ranks"):
         plan.micro_rows(plan.at(0, 0.0), 3)
+
+
+# --- one-head multi-token prediction
+
+LATER = {"mtp_next": "0.5", "mtp_third": "0.25"}
+
+
+def losses_by_hand(model: tg.GPT, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    """Cross-entropies of the target and of the two behind it in the row, each [B, T - k]."""
+    z = model.logits(model.hidden(x, 1, 0))
+    log_p, T = z - z.logsumexp(-1, keepdim=True), y.size(1)
+    return [
+        torch.stack([-log_p[:, t].gather(-1, y[:, t + k, None])[:, 0] for t in range(T - k)], 1)
+        for k in range(3)
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1000, 20])
+@pytest.mark.parametrize("more", [{}, {"z_loss": 0.01, "mtp": 0.3}, {"mtp_next": "0"}], ids=str)
+def test_later_tokens_are_separate_cross_entropies_within_the_row(doubles, chunk, more):
+    """Of one logit row; terms behind a row's end are left out. The gradient too."""
+    cfg = tiny(**LATER | {"head_init": "0.2", "loss_chunk": chunk} | more)
+    model, (x, y) = build(cfg, dtype=torch.float64).double(), random_tokens(cfg, 3, 16)
+    now = tg.Plan(cfg).at(0, 0.0)
+    found = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, 1, 0, now)
+    names = ["loss", *tg.extra_terms(cfg)]
+    terms = dict(zip(names, found, strict=True))
+    first, second, third = losses_by_hand(model, x, y)
+    wanted = {"loss": first.sum(), "mtp_third_loss": 0.25 * third.sum()}
+    if "mtp_next" not in more:
+        wanted["mtp_next_loss"] = 0.5 * second.sum()
+    for name, want in wanted.items():
+        torch.testing.assert_close(terms[name], want)
+    total = sum(terms[name] for name in wanted)
+    for a, b in zip(*(torch.autograd.grad(t, model.head) for t in (total, sum(wanted.values())))):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(model(x, y), model(x, y).detach()) and len(model(x, y)) == 48
+    torch.testing.assert_close(model(x, y).view(3, 16), first)  # as it is evaluated
+
+
+def test_gradient_at_the_end_of_a_row_has_the_sum_of_the_weights_that_are_there():
+    """d/dz = W softmax(z) - sum of w_k at their targets; W: 1.75, 1.5 before the last, 1."""
+    cfg = tiny(**LATER)
+    model, (x, y) = build(cfg), random_tokens(cfg, 1, 4)
+    logits = torch.randn(4, 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    model.logits = lambda *_: logits
+    rows = model.losses_with_later(x, model.with_later(y).flatten(1))
+    (rows * torch.tensor([[1], [0.5], [0.25]])).sum().backward()
+    for t, weights in enumerate([(1, 0.5, 0.25), (1, 0.5, 0.25), (1, 0.5), (1,)]):
+        want = sum(weights) * logits[t].detach().softmax(-1)
+        for k, w in enumerate(weights):
+            want[y[0, t + k]] -= w
+        torch.testing.assert_close(logits.grad[t], want)
+
+
+def test_weights_of_0_change_no_bit_of_the_gradient(tmp_path):
+    plain = gradients(share(tmp_path))
+    zero = gradients(share(tmp_path, mtp_next="0 0.5:1", mtp_third="0 0.5:1"))
+    assert all(torch.equal(g, zero[name]) for name, g in plain.items())
+    some = gradients(share(tmp_path, mtp_third="0.25"))
+    assert not torch.allclose(some["head"], plain["head"], rtol=1e-2)
+
+
+def test_weights_of_later_tokens_meet_their_vectors():
+    """slowrun_tiny: 2,850 steps; the third's falls over .33 of them, then the next one's."""
+    text = {"mtp_next": "0:0.5 0.33:0.5 0.66>0", "mtp_third": "0:0.25 0.33>0"}
+    plan = tg.Plan(tiny(steps=2850, **text))
+    at = lambda step: plan.at(step, step / 2850)
+    assert at(470).mtp_third == pytest.approx(0.12507, abs=1e-5) and at(470).mtp_next == 0.5
+    assert at(1410).mtp_next == pytest.approx(0.25040, abs=1e-5) and at(1410).mtp_third == 0
+    assert at(1881).mtp_next == at(2849).mtp_third == 0
+
+
+def test_later_tokens_that_no_row_holds_are_refused():
+    for name, length in (("mtp_next", 1), ("mtp_third", 2)):
+        with pytest.raises(tg.UserError, match=f"{name} = '0.5' does nothing here"):
+            tg.refuse_idle(tiny(**{name: "0.5"}, seq_len=str(length)))
