@@ -1380,7 +1380,8 @@ class NcaValidation:
             missing = shape.rows - len(rows)
             full = np.concatenate([rows, rows[np.zeros(missing, int)]])  # one shape, one graph
             x, _ = self.tensors(full, trainer.run.device)
-            hidden = trainer.model.hidden(x, shape.repeats, shape.window)[: len(rows)]
+            applied = shape.repeats, shape.window, shape.passes
+            hidden = trainer.model.hidden(x, *applied)[: len(rows)]
             for row in hidden:
                 guesses.append(trainer.model.logits(row)[:, :patches].argmax(-1).cpu().numpy())
         score = next_grid_accuracy(np.stack(guesses), self.measured, self.cfg)

@@ -152,7 +152,13 @@ class LengthConfig(Section):
     )
 
 
-GRAPHS = ("repeats", "seq_len", "window", "batch_tokens")  # schedules that make another graph
+GRAPHS = (
+    "repeats",
+    "passes",
+    "seq_len",
+    "window",
+    "batch_tokens",
+)  # schedules that make another graph
 SCHEDULES = (
     "lr",
     "momentum",
@@ -164,6 +170,7 @@ SCHEDULES = (
     "mtp_third",
     *GRAPHS,
 )
+APPLIED = ("repeats", "passes", "window")  # how the net is applied, whatever the rows
 CYCLE_FLOOR = 0.05  # the least multiplier of lr_cycles
 
 
@@ -289,15 +296,17 @@ class Now(NamedTuple):
     meta_step: float = 0.0
     mtp_next: float = 0.0
     mtp_third: float = 0.0
+    passes: int = 1
 
 
 class Shape(NamedTuple):
-    """What makes a graph: rows per micro-batch, tokens per row, repeats, window."""
+    """What makes a graph: rows per micro-batch, tokens per row, repeats, window, passes."""
 
     rows: int
     seq_len: int
     repeats: int
     window: int
+    passes: int = 1
 
 
 class Plan:
@@ -330,6 +339,7 @@ class Plan:
             meta_step=v["meta_step"],
             mtp_next=v["mtp_next"],
             mtp_third=v["mtp_third"],
+            passes=int(v["passes"]),
         )
 
     def in_cycles(self, lr: float, fraction: float) -> float:
@@ -394,15 +404,20 @@ class Plan:
         """Forward passes of one rank in a step."""
         return now.batch_tokens // world // (self.micro_rows(now, world) * now.seq_len)
 
+    def train_moments(self, world: int) -> dict[Shape, Now]:
+        """The graphs of training, each with the schedules where it is first needed."""
+        found: dict[Shape, Now] = {}
+        for n in self.moments():
+            rows = self.micro_rows(n, world)
+            found.setdefault(Shape(rows, n.seq_len, n.repeats, n.window, n.passes), n)
+        return found
+
     def train_shapes(self, world: int) -> list[Shape]:
-        shapes = [
-            Shape(self.micro_rows(n, world), n.seq_len, n.repeats, n.window) for n in self.moments()
-        ]
-        return list(dict.fromkeys(shapes))
+        return list(self.train_moments(world))
 
     def eval_shape(self, now: Now) -> Shape:
         rows = max(1, self.cfg.micro_tokens // self.eval_seq_len)
-        return Shape(rows, self.eval_seq_len, now.repeats, now.window)
+        return Shape(rows, self.eval_seq_len, now.repeats, now.window, now.passes)
 
     def eval_shapes(self) -> list[Shape]:
         # the last evaluation is behind the last step
@@ -987,6 +1002,9 @@ class ModelConfig(Section):
     window_pattern: str = ""  # SSSL, repeated over blocks: S window, L row; the last block L
     loop: str = ""  # "a:b": blocks a..b-1 are applied `repeats` times; empty: none
     repeats: str = "1"  # [sched] passes through the looped blocks
+    # [sched] passes through the whole net, each from the normed output of the one before, of which
+    # the last alone has gradients
+    passes: str = "1"
 
     attn_dropout: float = 0.0  # share of the attention branch's output that is zeroed in training
     mlp_dropout: float = 0.0  # share of the MLP branch's output that is zeroed in training
@@ -1023,7 +1041,7 @@ class ModelConfig(Section):
         (0, 10**6, "softcap mu_loss"),
         (0, 10**9, "window"),
         (0, 65536, "kv_heads head_dim attn_gate value_proj"),
-        (1, 1000, "depth repeats"),
+        (1, 1000, "depth repeats passes"),
         (1, 65536, "dim heads head_multiple mlp_multiple"),
         (1, 10**12, "rope_base"),
         (-1, 65536, "rope_dims xsa"),
@@ -1115,9 +1133,11 @@ class ModelConfig(Section):
             f"{repeats} without looped blocks: set loop, e.g. --loop 4:6",
         )
         places = self.depth + (high - low) * (max(values) - 1)
+        passes = max(Schedule("passes", self.passes).values())
         require(
-            places <= 10_000,
-            f"{loop}, {repeats}: {places:g} applications of a block, 10000 at most",
+            places * passes <= 10_000,
+            f"{loop}, {repeats}, passes = {self.passes!r}: {places * passes:g} applications of a "
+            "block, 10000 at most",
         )
         require(
             not self.cross_repeat or max(values) > 1,
@@ -1899,7 +1919,9 @@ class GPT(Declaring):
         eps = self.cfg.norm_eps
         return self.norm(x, eps) if self.final_gain is None else normed(x, eps, self.final_gain)
 
-    def hidden(self, tokens_BT: Tensor, repeats: int, window: int, cache=None) -> Tensor:
+    def hidden(
+        self, tokens_BT: Tensor, repeats: int, window: int, passes: int = 1, cache=None
+    ) -> Tensor:
         """
         tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: the
         keys and values of the tokens before these; its begin_pass() is in logs/score.py.
@@ -1916,8 +1938,24 @@ class GPT(Declaring):
         far = near  # of places without the window: one object for all of them
         if window and self.cfg.window_pattern and not cache:
             far = AttentionMask(docs, 0, x)
-        values, one = self.token_values(tokens_BT), torch.ones((), dtype=x.dtype, device=x.device)
-        drawn = self.drawn(len(places))
+        values = self.token_values(tokens_BT)
+        for _ in range(passes - 1):
+            # No gradient goes into an earlier pass; with dropout as in the last (slowrun_tiny #12).
+            x = self.one_pass(places, x, x0, values, rope, near, far).detach()
+        return self.one_pass(places, x, x0, values, rope, near, far)
+
+    def one_pass(
+        self,
+        places: list[Place],
+        x: Tensor,
+        x0: Tensor,
+        values: list[Tensor],
+        rope: tuple[Tensor, Tensor],
+        near: AttentionMask,
+        far: AttentionMask,
+    ) -> Tensor:
+        """All places in order and the final norm, [B, T, D] -> [B, T, D]. x0: the embedding."""
+        one, drawn = torch.ones((), dtype=x.dtype, device=x.device), self.drawn(len(places))
         outputs: dict[int, Tensor] = {}  # that later places add
         for at, place in enumerate(places):
             added = self.added(place, outputs, values, one)
@@ -2004,12 +2042,13 @@ class GPT(Declaring):
         log_z: bool = False,
         mtp: bool = False,
         later: bool = False,
+        passes: int = 1,
     ) -> Tensor:
         """
         Losses [B*T] of all targets, in nats. With log_z a row more, of losses_and_log_z(), with
         later one for each of later_targets(), with mtp one more, of mtp_losses().
         """
-        x = self.hidden(tokens_BT, repeats, window)
+        x = self.hidden(tokens_BT, repeats, window, passes)
         targets = self.with_later(targets_BT) if later else targets_BT
         losses = self.chunked(x, targets, log_z)
         if not mtp:
@@ -3381,7 +3420,7 @@ def keep_epoch(trainer: Trainer, step: int) -> None:
     def write(part: Path) -> None:
         write_tensors(weights_on_cpu(trainer.model), part / "model.safetensors")
         (part / "config.toml").write_text(config_toml(trainer.cfg), encoding="utf-8")
-        state = {"step": step, "repeats": now.repeats, "window": now.window}
+        state = {"step": step, "repeats": now.repeats, "passes": now.passes, "window": now.window}
         (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     trainer.run.on_main(lambda: write_folder(trainer.run.folder / "epochs" / f"{step:06d}", write))
@@ -3416,7 +3455,8 @@ def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, flo
         run.poll()
         first = low + run.rank * shape.rows
         x, y = val.batch(range(first, first + shape.rows), run.device, shape.rows)
-        total += model(x, y, shape.repeats, shape.window).double().sum()
+        losses = model(x, y, shape.repeats, shape.window, passes=shape.passes)
+        total += losses.double().sum()
     loss = float(run.sum(total)) / val.scored
     return loss, bits_per_byte(loss, val.scored, val.bytes)
 
@@ -3588,7 +3628,7 @@ class OutOfTime(Exception):
 @torch.compiler.set_stance("force_eager")  # compiled graphs have no place to watch
 @torch.no_grad()
 def record_hessians(
-    model: GPT, rows: np.ndarray, repeats: int, window: int, run: Ranks, until: float = math.inf
+    model: GPT, rows: np.ndarray, shape: Shape, run: Ranks, until: float = math.inf
 ) -> tuple[dict[str, Tensor], int]:
     """
     Mean of x x^T [cols, cols] over the inputs of every matrix to be quantised, by name, from rows
@@ -3624,7 +3664,8 @@ def record_hessians(
                 break
             for row in rows[turn + run.rank :][:1]:
                 with contextlib.suppress(OutOfTime):  # the others end at their next turn
-                    model(*tensors(row[None], run.device), repeats, window)
+                    x, y = tensors(row[None], run.device)
+                    model(x, y, shape.repeats, shape.window, passes=shape.passes)
                     whole += 1
     # A rank without a row has seen no name: all sums are exchanged, and those without an input are
     # zero on every rank.
@@ -4086,8 +4127,8 @@ def calibration(cfg: Config, count: int) -> np.ndarray:
 
 def calibrate(trainer: Trainer, rows: np.ndarray, until: float) -> tuple[dict[str, Tensor], int]:
     """record_hessians with the model applied as the artifact's readers apply it."""
-    end = trainer.plan.at(trainer.cfg.steps, 1.0)
-    return record_hessians(trainer.model, rows, end.repeats, end.window, trainer.run, until)
+    shape = trainer.plan.eval_shape(trainer.plan.at(trainer.cfg.steps, 1.0))
+    return record_hessians(trainer.model, rows, shape, trainer.run, until)
 
 
 def gptq_seconds(trainer: Trainer) -> float:
@@ -5220,9 +5261,7 @@ def warm_up(trainer: Trainer) -> None:
     run, plan, began = trainer.run, trainer.plan, time.perf_counter()
     kept = trainer.opt.snapshot()
     several = any(plan.micro_batches(n, run.world) > 1 for n in plan.moments())
-    todo = [(True, s) for s in plan.train_shapes(run.world)] + [
-        (False, s) for s in plan.eval_shapes()
-    ]
+    todo = [*plan.train_moments(run.world).items(), *((s, None) for s in plan.eval_shapes())]
     bar = tqdm(
         todo,
         desc="compile" if trainer.cfg.compile else "warm up",
@@ -5234,21 +5273,20 @@ def warm_up(trainer: Trainer) -> None:
             run.interruptible(),
             torch.random.fork_rng([run.device] if run.device.type == "cuda" else []),
         ):
-            for training, shape in bar:
+            for shape, now in bar:
                 run.poll()
                 rows = torch.randint(
                     trainer.cfg.vocab, (shape.rows, shape.seq_len + 1), device=run.device
                 )
                 x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-                if training:
-                    now = plan.at(0, 0.0)
-                    loss_terms(trainer, x, y, shape.repeats, shape.window, now).sum().backward()
+                if now:
+                    loss_terms(trainer, x, y, now).sum().backward()
                     if several:
                         trainer.opt.collect(last=True)
-                    trainer.opt.step(now)
+                    trainer.opt.step(plan.at(0, 0.0))
                 else:
                     with torch.no_grad():
-                        trainer.graph(x, y, shape.repeats, shape.window)
+                        trainer.graph(x, y, shape.repeats, shape.window, passes=shape.passes)
         if trainer.cfg.gptq and trainer.cfg.max_seconds:
             keep_time_for_gptq(trainer)
     finally:
@@ -5285,17 +5323,16 @@ def extra_terms(cfg: Config) -> list[str]:
     return names + [name for name in ("mtp", "mu_loss") if getattr(cfg, name)]
 
 
-def loss_terms(
-    trainer: Trainer, x: Tensor, y: Tensor, repeats: int, window: int, now: Now | None = None
-) -> Tensor:
+def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, now: Now) -> Tensor:
     """
     Sums over the tokens of a micro-batch: cross-entropy and, where they are on, weighted z-loss,
-    losses of later tokens and MTP; [1] to [5]. The weights of later tokens are `now`'s.
+    losses of later tokens and MTP; [1] to [5].
     """
     cfg, later = trainer.cfg, later_targets(trainer.cfg)
     if not (cfg.z_loss or cfg.mtp or later):
-        return trainer.graph(x, y, repeats, window).sum().view(1)
-    rows = trainer.graph(x, y, repeats, window, bool(cfg.z_loss), bool(cfg.mtp), bool(later))
+        return trainer.graph(x, y, now.repeats, now.window, passes=now.passes).sum().view(1)
+    on = {"log_z": bool(cfg.z_loss), "mtp": bool(cfg.mtp), "later": bool(later)}
+    rows = trainer.graph(x, y, now.repeats, now.window, **on, passes=now.passes)
     terms = [rows[0].sum()]
     if cfg.z_loss:
         terms.append(cfg.z_loss * rows[1].square().sum())
@@ -5345,7 +5382,7 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
             x, y = trainer.loader.tensors(part, trainer.run.device)
             # Summed over tokens and divided by the global count: ranks and micro-batches change the
             # float order alone.
-            sums = loss_terms(trainer, x, y, now.repeats, now.window, now)
+            sums = loss_terms(trainer, x, y, now)
             means = sums / trainer.loader.targets(now.batch_tokens)
             means.sum().backward()
             total += means.detach()
@@ -5422,7 +5459,7 @@ def embedding_statistics(trainer: Trainer, now: Now) -> dict[str, float]:
     )
     for low in range(0, -(-tokens // shape.seq_len), shape.rows):
         x, _ = trainer.val.batch(range(low, low + shape.rows), trainer.run.device, shape.rows)
-        hidden = model.hidden(x, shape.repeats, shape.window).flatten(0, 1)
+        hidden = model.hidden(x, shape.repeats, shape.window, shape.passes).flatten(0, 1)
         for piece in hidden[: tokens - low * shape.seq_len].split(trainer.cfg.loss_chunk):
             logits = model.logits(piece)
             each = logits.mean(-1), logits.abs().amax(-1), logits.logsumexp(-1).square()
@@ -5656,11 +5693,14 @@ def finish(trainer: Trainer, step: int, now: Now, found: dict) -> dict:
     """
     cfg, run, plan = trainer.cfg, trainer.run, trainer.plan
     end = plan.at(cfg.steps, 1.0)  # as all who read the artifact apply it
-    if (now.repeats, now.window) != (end.repeats, end.window):
+    different = [key for key in APPLIED if getattr(now, key) != getattr(end, key)]
+    if different:
+        ended, meant = (
+            ", ".join(f"{key} {getattr(n, key)}" for key in different) for n in (now, end)
+        )
         run.log(
-            f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, and "
-            "the evaluation is of these; artifact and sample are of the schedules' end, repeats "
-            f"{end.repeats}, window {end.window}"
+            f"notice: the clock ended training at {ended}, and the evaluation is of these; "
+            f"artifact and sample are of the schedules' end, {meant}"
         )
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
     result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}

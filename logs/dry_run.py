@@ -44,21 +44,23 @@ ASSUMED_MFU = 0.40  # the share of it that training is taken to reach
 SHARD_TOKENS = 100_000_000  # what every published set of shards uses
 
 
-def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int) -> int:
+def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int, passes: int = 1) -> int:
     """Forward and backward: 6 for each weight applied, 12*heads*head_dim for each key that a query
-    sees on average; replays count as often as they run, multi-token prediction with its block and
-    its second use of the head.
+    sees on average; replays count as often as they run, passes before the last a third, as they
+    have no backward, multi-token prediction with its block and its second use of the head.
     """
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
     sizes = [weights_applied(block) for block in model.blocks]
     places = wiring(cfg, repeats)
-    weights = sum(sizes[place.block] for place in places) + model.head.numel()
-    windows = [window if place.windowed else 0 for place in places]
+    often = 1 + (passes - 1) / 3
+    weights = often * sum(sizes[place.block] for place in places) + model.head.numel()
+    windows = [(window if place.windowed else 0, often) for place in places]
     if cfg.mtp:
         weights += weights_applied(model.mtp_block) + model.mtp_proj.numel() + model.head.numel()
-        windows.append(0)
-    widths = [min(w or seq_len, seq_len) for w in windows]
-    keys = sum(w - w * (w - 1) / (2 * seq_len) for w in widths)  # early tokens see fewer
+        windows.append((0, 1))
+    widths = [(min(w or seq_len, seq_len), often) for w, often in windows]
+    # early tokens see fewer
+    keys = sum(often * (w - w * (w - 1) / (2 * seq_len)) for w, often in widths)
     return int(6 * weights + 12 * cfg.heads * head_width(cfg) * keys)
 
 
@@ -118,7 +120,7 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
     """What a run would cost on so many ranks, by the keys of --json; found on the meta device."""
 
     def flops(at: Now | Shape) -> int:
-        return flops_per_token(cfg, at.repeats, at.seq_len, at.window)
+        return flops_per_token(cfg, at.repeats, at.seq_len, at.window, at.passes)
 
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
     groups, params, states, matrices = [], 0, 0, 0
@@ -139,7 +141,11 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
         matrices += sum(p.numel() for p in large)
     moving = sum(p.numel() for p in moved_matrices(cfg, model).values())
     shapes, moments = plan.train_shapes(world), plan.moments()
-    named = {f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}": s for s in shapes}
+    named = {
+        f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}"
+        + f", passes {s.passes}" * (cfg.passes != "1"): s
+        for s in shapes
+    }
     mean_flops = sum(map(flops, moments)) / len(moments)
     evaluated = plan.eval_shapes()
     return {

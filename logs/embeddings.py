@@ -148,7 +148,7 @@ def statistics(
     seen = LogitStatistics()
     for low in range(0, -(-tokens // val.seq_len), shape.rows):
         x, _ = val.batch(range(low, low + shape.rows), head.device, shape.rows)
-        hidden = model.hidden(x, shape.repeats, shape.window).flatten(0, 1)[
+        hidden = model.hidden(x, shape.repeats, shape.window, shape.passes).flatten(0, 1)[
             : tokens - low * val.seq_len
         ]
         for piece in hidden.split(model.cfg.loss_chunk):

@@ -245,12 +245,18 @@ def facts_of(cfg: tg.Config, keep: list[str], scorer: bool = False) -> folding.F
     now, place = constant_schedules(cfg, keep), constant_places(cfg)
     varying = tuple(name for name in tg.SCHEDULES if scorer or name not in now)
     graphs = tuple(name for name in tg.GRAPHS if scorer or name not in now)
+    applied = tuple(name for name in tg.APPLIED if scorer or name not in now)
     return folding.Facts(
         fields=fields,
         config=Fixed(fields),
         records={} if scorer else {"now": now, "end": now, "n": now, "place": place, "p": place},
         functions={name: getattr(tg, name) for name in PURE},
-        constants={"SCHEDULES": varying, "GRAPHS": graphs, "ENTROPY": tg.ENTROPY},
+        constants={
+            "SCHEDULES": varying,
+            "GRAPHS": graphs,
+            "APPLIED": applied,
+            "ENTROPY": tg.ENTROPY,
+        },
         called_as=CALLED_AS | HOLDERS,
         roots={"main", "Config"} | (names_of_scorer() if scorer else set()),
         protocol={"forward", "backward", "on_signal"},

@@ -91,6 +91,7 @@ SWITCHES = {
     "window_pattern": ("SSSL", "SL"),
     "loop": ("0:1", "1:2", "0:2"),
     "repeats": ("2", "0:1 1s:2 2s:3"),
+    "passes": ("2", "0:1 1s:2"),
     "tie_embed": (1,),
     "attn_dropout": (0.3,),
     "mlp_dropout": (0.3,),

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forks import Server
-from helpers import alone, build, random_tokens, tg, tiny, write_shard
+from helpers import alone, build, now, random_tokens, tg, tiny, write_shard
 from test_model import awake, dense, preset
 from test_runs import run_ranks, succeed
 
@@ -252,7 +252,10 @@ def test_mechanism_leaves_other_initial_values_and_trains_with_other_presets(bas
     x, y = random_tokens(cfg, 4, 32)
     losses = []
     for _ in range(8):
-        loss = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, 1, 8).sum() / y.numel()
+        loss = (
+            tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, now(window=8)).sum()
+            / y.numel()
+        )
         loss.backward()
         opt.step(tg.Plan(cfg).at(0, 0.0))
         losses.append(loss.item())
@@ -280,11 +283,11 @@ def test_mtp_predicts_the_token_after_next_and_stays_out_of_the_evaluation():
         )
         logits = 10 * torch.tanh(rms(h) @ p["head"].T / 10)
         extra = F.cross_entropy(logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
-    training = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, 1, 0) / y.numel()
+    training = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, now()) / y.numel()
     assert training.tolist() == pytest.approx([plain.mean().item(), 0.3 * extra.item()], abs=1e-5)
     assert torch.equal(plain, model.losses(model.hidden(x, 1, 0).flatten(0, 1), y.flatten()))
     model.cfg = dataclasses.replace(cfg, loss_chunk=20, z_loss=0.01)
-    three = tg.loss_terms(SimpleNamespace(cfg=model.cfg, graph=model), x, y, 1, 0) / y.numel()
+    three = tg.loss_terms(SimpleNamespace(cfg=model.cfg, graph=model), x, y, now()) / y.numel()
     assert torch.allclose(three[[0, 2]], training, atol=1e-5) and three[1] > 0
 
 

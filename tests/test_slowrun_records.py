@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import OneOf, build, parts, random_tokens, tg, tiny
+from torch.utils.flop_counter import FlopCounterMode
 
 from logs import explain_centering
 
@@ -205,7 +207,7 @@ def test_later_tokens_are_separate_cross_entropies_within_the_row(doubles, chunk
     cfg = tiny(**LATER | {"head_init": "0.2", "loss_chunk": chunk} | more)
     model, (x, y) = build(cfg, dtype=torch.float64).double(), random_tokens(cfg, 3, 16)
     now = tg.Plan(cfg).at(0, 0.0)
-    found = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, 1, 0, now)
+    found = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, now)
     names = ["loss", *tg.extra_terms(cfg)]
     terms = dict(zip(names, found, strict=True))
     first, second, third = losses_by_hand(model, x, y)
@@ -258,3 +260,92 @@ def test_later_tokens_that_no_row_holds_are_refused():
     for name, length in (("mtp_next", 1), ("mtp_third", 2)):
         with pytest.raises(tg.UserError, match=f"{name} = '0.5' does nothing here"):
             tg.refuse_idle(tiny(**{name: "0.5"}, seq_len=str(length)))
+
+
+# --- second pass
+
+
+def lively(**changes) -> tuple[tg.Config, tg.GPT]:
+    """Six blocks with skips, lambdas and value projections, nothing of which is at rest."""
+    plain = {"depth": 6, "unet": 2, "x0_lambda": 0.1, "resid_lambda": 1.1, "value_proj": 20}
+    cfg = tiny(**plain | {"head_init": "0.2", "proj_init": 1.0, "passes": "0:1 0.5:2"} | changes)
+    return cfg, build(cfg)
+
+
+def net(model: tg.GPT, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+    """One pass by hand: skips from the first three blocks to the last three, x0 into each block."""
+    mask, kept = tg.AttentionMask(None, 0, x), []
+    for i, block in enumerate(model.blocks):
+        added = [(model.skips[i - 3], kept[5 - i])] if i >= 3 else []
+        x = block(x, x0, added, (model.cos, model.sin), mask, False)
+        kept.append(x)
+    return F.rms_norm(x, (32,), eps=1e-6)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_passes_are_the_net_on_its_own_normed_output(passes):
+    """As by hand, also as it is evaluated; all but the last are constants for the gradient."""
+    cfg, model = lively()
+    x, y = random_tokens(cfg, 2, 32)
+    x0 = F.rms_norm(model.embed[x], (32,), eps=1e-6)
+    h = x0
+    for i in range(passes):
+        h = net(model, h.detach() if i else h, x0)
+    torch.testing.assert_close(model.hidden(x, 1, 0, passes), h)
+    with torch.no_grad():
+        found = model(x, y, 1, 0, passes=passes)
+    torch.testing.assert_close(found, model.losses(h.flatten(0, 1), y.flatten()))
+    names, weights = zip(*model.named_parameters())
+    want = torch.autograd.grad(model.losses(h.flatten(0, 1), y.flatten()).sum(), weights)
+    got = torch.autograd.grad(model(x, y, 1, 0, passes=passes).sum(), weights)
+    for name, a, b in zip(names, got, want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
+    if passes > 1:
+        one = torch.autograd.grad(model(x, y).sum(), weights)
+        assert not torch.allclose(one[0], got[0], rtol=1e-2)
+
+
+def test_embedding_gets_its_gradient_of_two_passes_through_x0_alone():
+    cfg, model = lively(x0_lambda=0.0, value_proj=0)
+    x, y = random_tokens(cfg, 2, 32)
+    model(x, y, 1, 0, passes=2).sum().backward()
+    assert model.embed.grad is None and model.blocks[0].attn.qkv.grad.any()
+
+
+def test_a_pass_without_gradient_has_its_dropout_in_training_and_none_in_evaluation():
+    cfg, model = lively(attn_dropout=0.5, stoch_depth=0.5)
+    x, _ = random_tokens(cfg, 2, 32)
+    seen = []
+    model.blocks[5].register_forward_pre_hook(lambda module, args: seen.append(args[7]))
+    model.hidden(x, 1, 0, 2)
+    assert len(seen) == 2 and all(keep is not None for keep in seen)
+    with torch.no_grad():
+        a, b = model.hidden(x, 1, 0, 2), model.hidden(x, 1, 0, 2)
+    assert torch.equal(a, b) and seen[2:] == [None] * 4
+
+
+def test_no_pass_but_the_last_has_a_backward():
+    """The first pass adds as many products as it applies matrices, the backward pass none."""
+    cfg, model = lively()
+    x, y = random_tokens(cfg, 2, 32)
+    flops = []
+    for passes in (1, 2):
+        loss = model(x, y, 1, 0, passes=passes).sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        flops.append(counter.get_total_flops())
+    width = 12 * 32 * 32 * 6 + 3 * 32 * 32  # of six blocks, and of their value projections
+    # block 0's input is the embedding in a first pass, and a constant in a later one
+    assert 0 <= flops[0] - flops[1] <= 0.05 * flops[0] and flops[1] > 4 * 64 * width
+
+
+def test_schedule_of_passes_shapes_graphs_and_evaluation():
+    """slowrun_tiny: two from step 1,995 of 2,850 on."""
+    plan = tg.Plan(tiny(steps=2850, passes="0:1 0.7:2"))
+    assert [plan.at(s, s / 2850).passes for s in (0, 1994, 1995, 2849)] == [1, 1, 2, 2]
+    assert [s.passes for s in plan.train_shapes(1)] == [1, 2]
+    assert [s.passes for s in plan.eval_shapes()] == [1, 2]
+    with pytest.raises(tg.UserError, match="passes = '0:1 1:2': its last value"):
+        tg.validate(tiny(passes="0:1 1:2"))
+    with pytest.raises(tg.UserError, match="passes = '0'"):
+        tg.validate(tiny(passes="0"))
