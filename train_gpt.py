@@ -980,6 +980,10 @@ class ModelConfig(Section):
     rope_dims: int = 0  # standard, interleaved: so many first dims turn; 0: all, -1: half
     activation: str = "relu2"  # relu2, leaky_relu2 (slope 0.5, then squared) or swiglu
 
+    # in L blocks of window_pattern (all, without one) these dims of a key are the key's before it:
+    # still, those that do not turn; second, the second of each pair (slowrun); empty: none
+    key_offset: str = ""
+
     q_gain: float = 0.0  # start of a learned factor per query head, behind the rotation; 0: none
     attn_gate: int = 0  # heads times sigmoid of a map of the input's first n dims; 0: none
     value_proj: int = 0  # every 2nd block adds a map of the embedding, gated by n input dims
@@ -1050,6 +1054,7 @@ class ModelConfig(Section):
     )
     CHOICES = {
         "rope": ("truncated", "standard", "interleaved"),
+        "key_offset": ("", "still", "second"),
         "activation": ("relu2", "leaky_relu2", "swiglu"),
         "init": ("remix", "xavier"),
     }
@@ -1092,6 +1097,12 @@ class ModelConfig(Section):
             ("xsa_learned", "xsa, of which it learns a share, such as --xsa -1", self.xsa != 0),
             ("window", "an S in window_pattern before its last block", windowed),
             ("rope_dims", "rope = 'standard' or 'interleaved'", self.rope != "truncated"),
+            ("key_offset", "rows of 2 tokens or more", shortest > 1),
+            (
+                "key_offset",
+                "dims that do not turn: rope = 'truncated', rope_dims below head_dim, or 'second'",
+                not self.key_offset or bool(offset_dims(self)),
+            ),
             ("stoch_depth", "depth > 1, as block 0 always takes part", self.depth > 1),
             ("mtp", "rows of 2 tokens or more", shortest > 1),
             ("mtp_next", "rows of 2 tokens or more", shortest > 1),
@@ -1230,6 +1241,25 @@ def rope_table(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
         freqs = (1 / cfg.rope_base) ** (torch.arange(0, k, 2, dtype=torch.float32) / k)
     theta = torch.outer(torch.arange(seq_len, dtype=torch.float32), freqs)
     return theta.cos(), theta.sin()
+
+
+def offset_dims(cfg: Config) -> list[tuple[int, int]]:
+    """
+    Stretches of a key's dims, in rotate()'s order, that key_offset takes from the token before.
+    still: those without a rotation (modded-nanogpt #49), where a query that matches a token lands
+    on the one behind it. second: the second dim of each pair, as all dims are paired there, so half
+    of the still ones and half of those that turn (slowrun).
+    """
+    k = head_width(cfg)
+    if cfg.rope == "truncated":  # of the k/2 pairs, half stand still
+        spans = [(k // 4, k // 2), (3 * k // 4, k)] if cfg.key_offset == "still" else [(k // 2, k)]
+    else:
+        turning = rotary_dims(cfg)
+        half = (turning + k) // 2  # the middle of the dims that stand still
+        spans = (
+            [(turning, k)] if cfg.key_offset == "still" else [(turning // 2, turning), (half, k)]
+        )
+    return [(low, high) for low, high in spans if low < high] if cfg.key_offset else []
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1526,8 +1556,9 @@ def initial_value(name: str, declared: Declared, shape: torch.Size, seed: int) -
 
 
 class Attention(Declaring):
-    def __init__(self, cfg: Config, values: bool):
+    def __init__(self, cfg: Config, values: bool, offset: bool = False):
         super().__init__()
+        self.offset = offset_dims(cfg) if offset else []
         self.heads, self.kv_heads, self.head_dim = (
             cfg.heads,
             cfg.kv_heads or cfg.heads,
@@ -1600,6 +1631,12 @@ class Attention(Declaring):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if self.q_gain is not None:
             q = q * self.q_gain[:, None].to(q.dtype)
+        if self.offset:
+            before, parts, at = mask.before(k), [], 0
+            for low, high in self.offset:
+                parts += [k[..., at:low], before[..., low:high]]
+                at = high
+            k = torch.cat([*parts, k[..., at:]], dim=-1)
         y = mask.attend(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, self.bound
         ).transpose(1, 2)
@@ -1655,7 +1692,7 @@ class Block(Declaring):
         self.eps = cfg.norm_eps
         self.attn_dropout, self.mlp_dropout = cfg.attn_dropout, cfg.mlp_dropout
         values = bool(cfg.value_proj) and index < cfg.depth and (cfg.depth - 1 - index) % 2 == 0
-        self.attn, self.mlp = Attention(cfg, values), MLP(cfg)
+        self.attn, self.mlp = Attention(cfg, values, has_key_offset(cfg, index)), MLP(cfg)
         inner_kv, counted = self.attn.kv_heads * self.attn.head_dim, index < cfg.depth
         self.declare("value_proj", "matrix", plain_map(cfg), inner_kv, cfg.dim, on=values)
         self.declare("resid_lambda", "scalar", cfg.resid_lambda, 1, on=cfg.resid_lambda and counted)
@@ -1719,6 +1756,10 @@ class AttentionMask:
         self.flex = (
             flex_mask(like, docs_BT, self.window) if self.on_gpu and not self.plain else None
         )
+
+    def before(self, k_BTHK: Tensor) -> Tensor:
+        """Of each token the key of the one before it in the row; the first has its own."""
+        return torch.cat([k_BTHK[:, :1], k_BTHK[:, :-1]], dim=1)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, bound: float = math.inf
@@ -1824,6 +1865,12 @@ def is_windowed(cfg: Config, block: int) -> bool:
         return True
     letter = cfg.window_pattern[block % len(cfg.window_pattern)]
     return letter == "S" and block < cfg.depth - 1
+
+
+def has_key_offset(cfg: Config, block: int) -> bool:
+    """Not the block of MTP, which is behind the last."""
+    windowed = cfg.window_pattern and is_windowed(cfg, block)
+    return bool(cfg.key_offset) and block < cfg.depth and not windowed
 
 
 def drop_chance(cfg: Config, block: int) -> float:

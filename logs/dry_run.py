@@ -29,6 +29,7 @@ from train_gpt import (  # noqa: E402
     Schedule,
     Shape,
     build_model,
+    has_key_offset,
     has_meta_step,
     head_width,
     hidden_width,
@@ -217,6 +218,7 @@ def extras(cfg: Config, place: Place) -> list[str]:
         *([f"value tables by row {place.row}"] if cfg.value_embeds else []),
         *(["value projection"] if values else []),
         *(["exclusive self-attention"] if place.xsa else []),
+        *(["keys of the token before"] if has_key_offset(cfg, place.block) else []),
         *([f"inputs x {place.shrink:.3f}"] if cfg.layer_scale else []),
         *([f"left out at {place.drop:.3f}"] if place.drop else []),
     ]

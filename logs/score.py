@@ -126,6 +126,7 @@ class Cache:
         places = tg.wiring(model.cfg, shape.repeats)
         self.windows = [shape.window if p.windowed else 0 for p in places] * shape.passes
         self.kept: list[tuple[Tensor, Tensor]] = []
+        self.last: dict[int, Tensor] = {}  # by turn, the last token's key as it was
         self.turn = 0
 
     def feed(self, tokens: Tensor) -> Tensor:
@@ -144,6 +145,12 @@ class Cache:
                 docs if self.docs is None else torch.cat([self.docs, docs + self.docs[:, -1:]], 1)
             )
         return self
+
+    def before(self, k: Tensor) -> Tensor:
+        """Of each new token the key of the one before it, which may be of an earlier piece."""
+        first = self.last.get(self.turn, k[:, :1])
+        self.last[self.turn] = k[:, -1:]
+        return torch.cat([first, k[:, :-1]], dim=1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bound: float) -> Tensor:
         if self.turn < len(self.kept):

@@ -72,6 +72,7 @@ SWITCHES = {
     "attn_scale": (0.3,),
     "rope": ("standard", "interleaved"),
     "rope_dims": (-1, 8),
+    "key_offset": ("still", "second"),
     "activation": ("leaky_relu2", "swiglu"),
     "q_gain": (1.5,),
     "attn_gate": (12,),

@@ -1,5 +1,6 @@
 """The newest slowrun records: what each part is, by formulae written out here."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from helpers import OneOf, build, parts, random_tokens, tg, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from logs import explain_centering
+from logs import explain_centering, score
 
 CPU = torch.device("cpu")
 
@@ -349,3 +350,128 @@ def test_schedule_of_passes_shapes_graphs_and_evaluation():
         tg.validate(tiny(passes="0:1 1:2"))
     with pytest.raises(tg.UserError, match="passes = '0'"):
         tg.validate(tiny(passes="0"))
+
+
+# --- key offset
+
+LAYOUTS = {
+    "truncated": {"rope": "truncated"},
+    "half": {"rope": "standard", "rope_dims": -1},
+    "neighbours": {"rope": "interleaved", "rope_dims": 8},
+    "all": {"rope": "standard"},
+}
+
+
+def turning(cfg: tg.Config) -> tuple[set[int], set[int]]:
+    """
+    By trial, of 16 dims of a head in rotate()'s order: those that turn, and those of them that a
+    pair's first dim turns into (its second ones).
+    """
+    cos, sin = tg.rope_table(cfg, 2)
+    moved, second = set(), set()
+    for i in range(16):
+        one = torch.zeros(1, 2, 1, 16)
+        one[..., i] = 1
+        turned = tg.rotate(one, cos, sin)[0, 1, 0]
+        if turned[i] != 1:
+            moved.add(i)
+            partner = next(j for j in range(16) if j != i and turned[j])
+            second.add(max(i, partner))
+    return moved, second
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_offset_dims_are_still_ones_or_the_second_of_each_pair(layout):
+    cfg = tiny(heads=2, **LAYOUTS[layout])
+    moved, second = turning(cfg)
+    dims = {}
+    for which in ("still", "second"):
+        spans = tg.offset_dims(dataclasses.replace(cfg, key_offset=which))
+        dims[which] = {i for low, high in spans for i in range(low, high)}
+    still = set(range(16)) - moved
+    assert dims["still"] == still and len(moved) == (16 if layout == "all" else 8)
+    assert dims["second"] & moved == second and len(dims["second"] & still) == len(still) // 2
+    assert tg.offset_dims(cfg) == []
+
+
+def test_slowruns_dims_are_those_of_its_page():
+    """Head of 128: of its own layout 64..127; in the first-half layout 32..63 and half the rest."""
+    own = tiny(dim=256, key_offset="second")
+    assert tg.offset_dims(own) == [(64, 128)]
+    ours = tiny(dim=256, key_offset="second", rope="standard", rope_dims=-1)
+    assert tg.offset_dims(ours) == [(32, 64), (96, 128)]
+
+
+@pytest.mark.parametrize("which", ["still", "second"])
+@pytest.mark.parametrize("kv_heads", [0, 1])
+def test_key_offset_is_a_loop_over_positions(doubles, which, kv_heads):
+    """k_t of these dims is k_{t-1}, after norm and rotation; k_0 gets two terms of gradient."""
+    cfg = tiny(rope="standard", rope_dims=-1, key_offset=which, kv_heads=kv_heads, proj_init=1.0)
+    attn, T = build(cfg).double().blocks[0].attn, 9
+    x = torch.randn(1, T, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    rope = tuple(t.double() for t in tg.rope_table(cfg, T))
+    found = attn(x, rope, tg.AttentionMask(None, 0, x), False)
+    groups, K = attn.kv_heads, 16
+    weights = attn.qkv if kv_heads == 0 else torch.cat([attn.q[None], attn.kv.repeat(1, 2, 1)])
+    q, k, v = ((x @ w.T).view(1, T, 2, K) for w in weights)
+    q, k = (tg.rotate(F.rms_norm(t, (K,), eps=1e-6), *rope) for t in (q, k))
+    dims = list(range(8, 16)) if which == "still" else [4, 5, 6, 7, 12, 13, 14, 15]
+    heads = []
+    for h in range(2):
+        rows = []
+        for t in range(T):
+            keys = []
+            for s in range(t + 1):
+                key = [k[0, max(0, s - 1), h, d] if d in dims else k[0, s, h, d] for d in range(K)]
+                keys.append(torch.stack(key))
+            p = (torch.stack(keys) @ q[0, t, h] / 4).softmax(0)
+            rows.append(p @ v[0, : t + 1, h])
+        heads.append(torch.stack(rows))
+    want = torch.cat(heads, -1) @ attn.proj.T
+    torch.testing.assert_close(found[0], want)
+    for a, b in zip(*(torch.autograd.grad(y.sin().sum(), [x, attn.proj]) for y in (found, want))):
+        torch.testing.assert_close(a, b)
+    assert groups == (kv_heads or 2)
+
+
+def test_a_query_that_matches_a_token_lands_on_the_one_behind_it():
+    """Induction: the score at t of the still dims is that of t - 1 without the offset."""
+    cfg = tiny(rope="standard", rope_dims=-1, key_offset="still")
+    plain, attn = (build(c).blocks[0].attn for c in (tiny(rope="standard", rope_dims=-1), cfg))
+    seen = []
+
+    class Watching(tg.AttentionMask):
+        def attend(self, q, k, v, *how):
+            seen.append(torch.einsum("bhqd,bhkd->bhqk", q[..., 8:], k[..., 8:]))
+            return super().attend(q, k, v, *how)
+
+    x = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(1))
+    for a in (plain, attn):
+        a(x, tg.rope_table(cfg, 8), Watching(None, 0, x), False)
+    assert torch.equal(seen[1][..., 1:], seen[0][..., :-1])
+    assert torch.equal(seen[1][..., 0], seen[0][..., 0])
+
+
+def test_key_offset_is_in_l_blocks_alone_where_there_is_a_pattern():
+    """SSSL of 16 blocks: 3, 7, 11, 15; the block of MTP has none."""
+    cfg = tiny(depth=16, window_pattern="SSSL", window="9", key_offset="second", mtp=0.3)
+    model = build(cfg)
+    assert [i for i, b in enumerate(model.blocks) if b.attn.offset] == [3, 7, 11, 15]
+    every = build(tiny(depth=3, key_offset="second", mtp=0.3))
+    assert all(b.attn.offset for b in every.blocks) and not every.mtp_block.attn.offset
+
+
+@pytest.mark.parametrize("changes", [{}, {"window_pattern": "SL"}, {"doc_mask": 1}], ids=str)
+def test_a_row_that_is_fed_in_pieces_gives_what_one_pass_gives(changes):
+    """logs/score.py's cache, with key offset and two passes."""
+    how = {"key_offset": "second", "passes": "2", "head_init": "0.2", "proj_init": 1.0}
+    model = build(tiny(depth=4, **how | changes))
+    x, _ = random_tokens(model.cfg, 1, 32)
+    shape = tg.Shape(1, 32, 1, 8, 2)
+    cache = score.Cache(model, shape)
+    with torch.no_grad():
+        whole = model.hidden(x, 1, 8, 2)[0]
+        pieces = torch.cat([cache.feed(part) for part in x[0].split([1, 3, 10, 1, 17])])
+        off = build(tiny(depth=4, **how | changes | {"key_offset": ""})).hidden(x, 1, 8, 2)[0]
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(off, whole, atol=1e-2)

@@ -416,6 +416,8 @@ IDLE = [
     {"transfer_skip": "head"},
     {"transfer_control": "random"},
     {"rope_dims": 8},
+    {"key_offset": "still", "rope": "standard"},
+    {"key_offset": "second", "seq_len": "1"},
     {"stoch_depth": 0.1, "depth": 1},
     {"mtp": 0.3, "seq_len": "1"},
     {"init": "xavier", "init_std": 1.0},
