@@ -152,25 +152,16 @@ class LengthConfig(Section):
     )
 
 
-GRAPHS = (
+# schedules that make another graph
+GRAPHS = ("repeats", "passes", "seq_len", "window", "window_long", "batch_tokens")
+RATES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", "meta_step", "mtp_next", "mtp_third")
+SCHEDULES = (*RATES, *GRAPHS)
+APPLIED = (
     "repeats",
     "passes",
-    "seq_len",
     "window",
-    "batch_tokens",
-)  # schedules that make another graph
-SCHEDULES = (
-    "lr",
-    "momentum",
-    "weight_decay",
-    "qat",
-    "slow_lr",
-    "meta_step",
-    "mtp_next",
-    "mtp_third",
-    *GRAPHS,
-)
-APPLIED = ("repeats", "passes", "window")  # how the net is applied, whatever the rows
+    "window_long",
+)  # how the net is applied, whatever the rows
 CYCLE_FLOOR = 0.05  # the least multiplier of lr_cycles
 
 
@@ -297,16 +288,18 @@ class Now(NamedTuple):
     mtp_next: float = 0.0
     mtp_third: float = 0.0
     passes: int = 1
+    window_long: int = 0
 
 
 class Shape(NamedTuple):
-    """What makes a graph: rows per micro-batch, tokens per row, repeats, window, passes."""
+    """What makes a graph: rows per micro-batch, tokens per row, and how the net is applied."""
 
     rows: int
     seq_len: int
     repeats: int
     window: int
     passes: int = 1
+    window_long: int = 0
 
 
 class Plan:
@@ -340,6 +333,7 @@ class Plan:
             mtp_next=v["mtp_next"],
             mtp_third=v["mtp_third"],
             passes=int(v["passes"]),
+            window_long=int(v["window_long"]),
         )
 
     def in_cycles(self, lr: float, fraction: float) -> float:
@@ -409,7 +403,8 @@ class Plan:
         found: dict[Shape, Now] = {}
         for n in self.moments():
             rows = self.micro_rows(n, world)
-            found.setdefault(Shape(rows, n.seq_len, n.repeats, n.window, n.passes), n)
+            shape = Shape(rows, n.seq_len, n.repeats, n.window, n.passes, n.window_long)
+            found.setdefault(shape, n)
         return found
 
     def train_shapes(self, world: int) -> list[Shape]:
@@ -417,7 +412,8 @@ class Plan:
 
     def eval_shape(self, now: Now) -> Shape:
         rows = max(1, self.cfg.micro_tokens // self.eval_seq_len)
-        return Shape(rows, self.eval_seq_len, now.repeats, now.window, now.passes)
+        length = self.eval_seq_len
+        return Shape(rows, length, now.repeats, now.window, now.passes, now.window_long)
 
     def eval_shapes(self) -> list[Shape]:
         # the last evaluation is behind the last step
@@ -1003,7 +999,11 @@ class ModelConfig(Section):
 
     doc_mask: int = 1  # 1: a token sees its own document only
     window: str = "0"  # [sched] keys a token sees, itself included; 0: the whole row
-    window_pattern: str = ""  # SSSL, repeated over blocks: S window, L row; the last block L
+    # SSSL, repeated over blocks: S sees window, L window_long; the last block is L
+    window_pattern: str = ""
+    window_long: str = "0"  # [sched] keys a token sees in an L block; 0: the whole row
+    # 1: where window_long grows, rotations slow down and attention sharpens (YaRN), in all blocks
+    yarn: int = 0
     loop: str = ""  # "a:b": blocks a..b-1 are applied `repeats` times; empty: none
     repeats: str = "1"  # [sched] passes through the looped blocks
     # [sched] passes through the whole net, each from the normed output of the one before, of which
@@ -1037,13 +1037,14 @@ class ModelConfig(Section):
     LIMITS = limits(
         (0, 1, "layer_norm embed_norm qk_norm iha block_scales layer_scale loop_embed"),
         (0, 1, "cross_repeat doc_mask tie_embed pad_vocab mu_centering norm_eps xsa_learned"),
+        (0, 1, "yarn"),
         (0, 2, "unet"),
         (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth"),
         (0, 100, "mtp mtp_next mtp_third"),
         (0, 100, "q_gain resid_lambda embed_init init_std proj_init value_embeds"),
         (0, 1000, "attn_scale mlp_ratio z_loss"),
         (0, 10**6, "softcap mu_loss"),
-        (0, 10**9, "window"),
+        (0, 10**9, "window window_long"),
         (0, 65536, "kv_heads head_dim attn_gate value_proj"),
         (1, 1000, "depth repeats passes"),
         (1, 65536, "dim heads head_multiple mlp_multiple"),
@@ -1062,6 +1063,12 @@ class ModelConfig(Section):
     def check(self) -> None:
         self.check_sizes()
         self.check_loop()
+        windows = [p.value for p in Schedule("window_long", self.window_long).points]
+        require(
+            not self.yarn or windows[0] > 1 and windows == sorted(windows),
+            f"yarn = 1 follows the growth of window_long = {self.window_long!r}: its values must "
+            "grow, from 2 on (as many as the row is long for the whole row)",
+        )
         for key in ("attn_gate", "value_proj"):
             value = getattr(self, key)
             require(
@@ -1092,9 +1099,12 @@ class ModelConfig(Section):
     def needs(self) -> list[Need]:
         windowed = any(is_windowed(self, block) for block in range(self.depth))
         shortest = min(Schedule("seq_len", self.seq_len).values())
+        growing = Schedule("window_long", self.window_long).values()
         starts = "init = 'remix', as xavier sets every start"
         return [
             ("xsa_learned", "xsa, of which it learns a share, such as --xsa -1", self.xsa != 0),
+            ("window_long", "window_pattern, of which it is the L", bool(self.window_pattern)),
+            ("yarn", "a window_long that grows, such as '769 0.5:1025'", len(growing) > 1),
             ("window", "an S in window_pattern before its last block", windowed),
             ("rope_dims", "rope = 'standard' or 'interleaved'", self.rope != "truncated"),
             ("key_offset", "rows of 2 tokens or more", shortest > 1),
@@ -1226,12 +1236,35 @@ def normed(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
     )
 
 
-def rope_table(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
+def yarn_stages(cfg: Config) -> list[int]:
+    """The values of window_long in order: all that yarn depends on, so that nothing is stored."""
+    return [int(p.value) for p in Schedule("window_long", cfg.window_long).points]
+
+
+def yarn_growths(cfg: Config, window_long: int) -> list[tuple[int, int]]:
+    """
+    From which to which length window_long has grown until it has this value; none without yarn.
+    Counted are the tokens before a query, as in modded-nanogpt #31 and slowrun.
+    """
+    if not cfg.yarn:
+        return []
+    before = [keys - 1 for keys in yarn_stages(cfg)][: yarn_stages(cfg).index(window_long) + 1]
+    return list(zip(before, before[1:]))
+
+
+def sharpness(cfg: Config, window_long: int) -> float:
+    """YaRN's factor on attention scores."""
+    return math.prod(1 + 0.2 * math.log(b / a) for a, b in yarn_growths(cfg, window_long))
+
+
+def rope_table(cfg: Config, seq_len: int, window_long: int = 0) -> tuple[Tensor, Tensor]:
     """
     cos and sin [T, K/2] in fp32 for the half-split layout (dim k turns with dim k + K/2).
     truncated: the first K/4 frequencies run base^-linspace(0, 1), the others stand still
     (modded-nanogpt, @YouJiacheng). standard, interleaved: base^(-2k/R) on the first R = rope_dims
-    (Su et al. 2021); rotate() leaves the others alone.
+    (Su et al. 2021); rotate() leaves the others alone. yarn: where the window has grown from a to
+    b, what turned less than once in a slows down by a/b, what turned 32 times or more stays (Peng
+    et al. 2023).
     """
     k = head_width(cfg) if cfg.rope == "truncated" else rotary_dims(cfg)
     if cfg.rope == "truncated":
@@ -1239,8 +1272,19 @@ def rope_table(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
         freqs = torch.cat([turning, turning.new_zeros(k // 4)])
     else:
         freqs = (1 / cfg.rope_base) ** (torch.arange(0, k, 2, dtype=torch.float32) / k)
+    for a, b in yarn_growths(cfg, window_long):
+        stays = ((a * freqs / (2 * math.pi) - 1) / 31).clamp(0, 1)
+        freqs = freqs * (a / b + stays * (1 - a / b))
     theta = torch.outer(torch.arange(seq_len, dtype=torch.float32), freqs)
     return theta.cos(), theta.sin()
+
+
+def rope_tables(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
+    """rope_table(), with yarn one for each value of window_long."""
+    if not cfg.yarn:
+        return rope_table(cfg, seq_len)
+    cos, sin = zip(*(rope_table(cfg, seq_len, window) for window in yarn_stages(cfg)))
+    return torch.stack(cos), torch.stack(sin)
 
 
 def offset_dims(cfg: Config) -> list[tuple[int, int]]:
@@ -1749,8 +1793,9 @@ class Block(Declaring):
 class AttentionMask:
     """What the tokens of a batch may see, made once for all layers of one window."""
 
-    def __init__(self, docs_BT: Tensor | None, window: int, like: Tensor):
+    def __init__(self, docs_BT: Tensor | None, window: int, like: Tensor, sharp: float = 1.0):
         self.docs, self.window = docs_BT, 0 if window >= like.size(1) else window
+        self.sharp = sharp  # YaRN's factor on scores
         self.plain = docs_BT is None and not self.window
         self.on_gpu = like.is_cuda
         self.flex = (
@@ -1764,6 +1809,7 @@ class AttentionMask:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, bound: float = math.inf
     ) -> Tensor:
+        scale, bound = scale * self.sharp, bound * self.sharp
         if not self.on_gpu:
             return attend_blocks(q, k, v, self.docs, self.window, scale, bound)
         if self.plain:
@@ -1941,7 +1987,7 @@ class GPT(Declaring):
         self.declare("value_scales", "scalar", 0.0, places, tables, cfg.dim, on=tables)
         shape = (high - low, max(1, most - 1), cfg.dim)
         self.declare("cross_scales", "scalar", 0.0, *shape, on=cfg.cross_repeat)
-        cos, sin = rope_table(cfg, seq_len)
+        cos, sin = rope_tables(cfg, seq_len)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for path, module in self.named_modules():
@@ -1966,8 +2012,21 @@ class GPT(Declaring):
         eps = self.cfg.norm_eps
         return self.norm(x, eps) if self.final_gain is None else normed(x, eps, self.final_gain)
 
+    def rope(self, window_long: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, K/2] where L blocks have this window."""
+        if not self.cfg.yarn:
+            return self.cos, self.sin
+        stage = yarn_stages(self.cfg).index(window_long)
+        return self.cos[stage], self.sin[stage]
+
     def hidden(
-        self, tokens_BT: Tensor, repeats: int, window: int, passes: int = 1, cache=None
+        self,
+        tokens_BT: Tensor,
+        repeats: int,
+        window: int,
+        passes: int = 1,
+        window_long: int = 0,
+        cache=None,
     ) -> Tensor:
         """
         tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: the
@@ -1978,13 +2037,13 @@ class GPT(Declaring):
         # A copy: at the first place x would be x0, and a compiled block takes a graph of its own
         # for two arguments that are one tensor.
         x0 = x.clone()
-        rope, docs = (self.cos, self.sin), self.documents(tokens_BT)
-        if cache:
-            rope = self.cos[cache.size :], self.sin[cache.size :]
-        near = cache.begin_pass(docs) if cache else AttentionMask(docs, window, x)
-        far = near  # of places without the window: one object for all of them
-        if window and self.cfg.window_pattern and not cache:
-            far = AttentionMask(docs, 0, x)
+        (cos, sin), docs = self.rope(window_long), self.documents(tokens_BT)
+        rope = (cos[cache.size :], sin[cache.size :]) if cache else (cos, sin)
+        sharp = sharpness(self.cfg, window_long)
+        near = cache.begin_pass(docs) if cache else AttentionMask(docs, window, x, sharp)
+        far = near  # of L blocks: one object for all of them
+        if window != window_long and self.cfg.window_pattern and not cache:
+            far = AttentionMask(docs, window_long, x, sharp)
         values = self.token_values(tokens_BT)
         for _ in range(passes - 1):
             # No gradient goes into an earlier pass; with dropout as in the last (slowrun_tiny #12).
@@ -2086,22 +2145,23 @@ class GPT(Declaring):
         targets_BT: Tensor,
         repeats: int = 1,
         window: int = 0,
+        passes: int = 1,
+        window_long: int = 0,
         log_z: bool = False,
         mtp: bool = False,
         later: bool = False,
-        passes: int = 1,
     ) -> Tensor:
         """
         Losses [B*T] of all targets, in nats. With log_z a row more, of losses_and_log_z(), with
         later one for each of later_targets(), with mtp one more, of mtp_losses().
         """
-        x = self.hidden(tokens_BT, repeats, window, passes)
+        x = self.hidden(tokens_BT, repeats, window, passes, window_long)
         targets = self.with_later(targets_BT) if later else targets_BT
         losses = self.chunked(x, targets, log_z)
         if not mtp:
             return losses
         rows = losses.view(-1, targets_BT.numel())
-        return torch.cat([rows, self.mtp_losses(x, targets_BT).view(1, -1)])
+        return torch.cat([rows, self.mtp_losses(x, targets_BT, window_long).view(1, -1)])
 
     def with_later(self, targets_BT: Tensor) -> Tensor:
         """
@@ -2113,7 +2173,7 @@ class GPT(Declaring):
         ]
         return torch.stack([targets_BT, *later])
 
-    def mtp_losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    def mtp_losses(self, x_BTD: Tensor, targets_BT: Tensor, window_long: int = 0) -> Tensor:
         """
         Multi-token prediction as in DeepSeek-V3 (2024): activations and the embedding of the target
         go through one more block, with the row in full, and the same head. Losses [B*T] of the
@@ -2125,8 +2185,9 @@ class GPT(Declaring):
         keep = None
         if self.cfg.stoch_depth and torch.is_grad_enabled():
             keep = torch.rand((), device=h.device) >= drop_chance(self.cfg, self.cfg.depth)
-        mask = AttentionMask(self.documents(targets_BT), 0, h)
-        h = self.mtp_block(h, h.clone(), [], (self.cos, self.sin), mask, False, None, keep)
+        docs, rope = self.documents(targets_BT), self.rope(window_long)
+        mask = AttentionMask(docs, 0, h, sharpness(self.cfg, window_long))
+        h = self.mtp_block(h, h.clone(), [], rope, mask, False, None, keep)
         after = F.pad(targets_BT[:, 1:], (0, 1), value=-1)
         return self.chunked(self.final(h), after, False) * (T / max(1, T - 1))
 
@@ -2156,7 +2217,7 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: 
     if device.type == "meta":
         return model
     model.to_empty(device=device).to(getattr(torch, cfg.param_dtype))
-    model.cos, model.sin = (t.to(device) for t in rope_table(cfg, seq_len))
+    model.cos, model.sin = (t.to(device) for t in rope_tables(cfg, seq_len))
     with torch.no_grad():
         declared = declarations(model)
         for name, p in model.named_parameters():
@@ -3467,7 +3528,8 @@ def keep_epoch(trainer: Trainer, step: int) -> None:
     def write(part: Path) -> None:
         write_tensors(weights_on_cpu(trainer.model), part / "model.safetensors")
         (part / "config.toml").write_text(config_toml(trainer.cfg), encoding="utf-8")
-        state = {"step": step, "repeats": now.repeats, "passes": now.passes, "window": now.window}
+        state = {"step": step, "repeats": now.repeats, "passes": now.passes}
+        state |= {"window": now.window, "window_long": now.window_long}
         (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     trainer.run.on_main(lambda: write_folder(trainer.run.folder / "epochs" / f"{step:06d}", write))
@@ -3502,7 +3564,7 @@ def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, flo
         run.poll()
         first = low + run.rank * shape.rows
         x, y = val.batch(range(first, first + shape.rows), run.device, shape.rows)
-        losses = model(x, y, shape.repeats, shape.window, passes=shape.passes)
+        losses = model(x, y, shape.repeats, shape.window, shape.passes, shape.window_long)
         total += losses.double().sum()
     loss = float(run.sum(total)) / val.scored
     return loss, bits_per_byte(loss, val.scored, val.bytes)
@@ -3712,7 +3774,7 @@ def record_hessians(
             for row in rows[turn + run.rank :][:1]:
                 with contextlib.suppress(OutOfTime):  # the others end at their next turn
                     x, y = tensors(row[None], run.device)
-                    model(x, y, shape.repeats, shape.window, passes=shape.passes)
+                    model(x, y, shape.repeats, shape.window, shape.passes, shape.window_long)
                     whole += 1
     # A rank without a row has seen no name: all sums are exchanged, and those without an input are
     # zero on every rank.
@@ -5333,7 +5395,9 @@ def warm_up(trainer: Trainer) -> None:
                     trainer.opt.step(plan.at(0, 0.0))
                 else:
                     with torch.no_grad():
-                        trainer.graph(x, y, shape.repeats, shape.window, passes=shape.passes)
+                        trainer.graph(
+                            x, y, shape.repeats, shape.window, shape.passes, shape.window_long
+                        )
         if trainer.cfg.gptq and trainer.cfg.max_seconds:
             keep_time_for_gptq(trainer)
     finally:
@@ -5377,9 +5441,19 @@ def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, now: Now) -> Tensor:
     """
     cfg, later = trainer.cfg, later_targets(trainer.cfg)
     if not (cfg.z_loss or cfg.mtp or later):
-        return trainer.graph(x, y, now.repeats, now.window, passes=now.passes).sum().view(1)
-    on = {"log_z": bool(cfg.z_loss), "mtp": bool(cfg.mtp), "later": bool(later)}
-    rows = trainer.graph(x, y, now.repeats, now.window, **on, passes=now.passes)
+        losses = trainer.graph(x, y, now.repeats, now.window, now.passes, now.window_long)
+        return losses.sum().view(1)
+    rows = trainer.graph(
+        x,
+        y,
+        now.repeats,
+        now.window,
+        now.passes,
+        now.window_long,
+        bool(cfg.z_loss),
+        bool(cfg.mtp),
+        bool(later),
+    )
     terms = [rows[0].sum()]
     if cfg.z_loss:
         terms.append(cfg.z_loss * rows[1].square().sum())
@@ -5506,7 +5580,8 @@ def embedding_statistics(trainer: Trainer, now: Now) -> dict[str, float]:
     )
     for low in range(0, -(-tokens // shape.seq_len), shape.rows):
         x, _ = trainer.val.batch(range(low, low + shape.rows), trainer.run.device, shape.rows)
-        hidden = model.hidden(x, shape.repeats, shape.window, shape.passes).flatten(0, 1)
+        hidden = model.hidden(x, shape.repeats, shape.window, shape.passes, shape.window_long)
+        hidden = hidden.flatten(0, 1)
         for piece in hidden[: tokens - low * shape.seq_len].split(trainer.cfg.loss_chunk):
             logits = model.logits(piece)
             each = logits.mean(-1), logits.abs().amax(-1), logits.logsumexp(-1).square()

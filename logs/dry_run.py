@@ -45,7 +45,9 @@ ASSUMED_MFU = 0.40  # the share of it that training is taken to reach
 SHARD_TOKENS = 100_000_000  # what every published set of shards uses
 
 
-def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int, passes: int = 1) -> int:
+def flops_per_token(
+    cfg: Config, repeats: int, seq_len: int, window: int, passes: int = 1, window_long: int = 0
+) -> int:
     """Forward and backward: 6 for each weight applied, 12*heads*head_dim for each key that a query
     sees on average; replays count as often as they run, passes before the last a third, as they
     have no backward, multi-token prediction with its block and its second use of the head.
@@ -55,7 +57,7 @@ def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int, passes
     places = wiring(cfg, repeats)
     often = 1 + (passes - 1) / 3
     weights = often * sum(sizes[place.block] for place in places) + model.head.numel()
-    windows = [(window if place.windowed else 0, often) for place in places]
+    windows = [(window if place.windowed else window_long, often) for place in places]
     if cfg.mtp:
         weights += weights_applied(model.mtp_block) + model.mtp_proj.numel() + model.head.numel()
         windows.append((0, 1))
@@ -121,7 +123,8 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
     """What a run would cost on so many ranks, by the keys of --json; found on the meta device."""
 
     def flops(at: Now | Shape) -> int:
-        return flops_per_token(cfg, at.repeats, at.seq_len, at.window, at.passes)
+        applied = at.window, at.passes, at.window_long
+        return flops_per_token(cfg, at.repeats, at.seq_len, *applied)
 
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
     groups, params, states, matrices = [], 0, 0, 0
@@ -144,7 +147,8 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
     shapes, moments = plan.train_shapes(world), plan.moments()
     named = {
         f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}"
-        + f", passes {s.passes}" * (cfg.passes != "1"): s
+        + f", passes {s.passes}" * (cfg.passes != "1")
+        + f", window_long {s.window_long}" * (cfg.window_long != "0"): s
         for s in shapes
     }
     mean_flops = sum(map(flops, moments)) / len(moments)
@@ -201,8 +205,9 @@ def wiring_table(cfg: Config, repeats: int) -> list[str]:
     """The places of a forward pass, a line each, under a heading."""
     lines = [f"{'place':>5}{'block':>6}{'visit':>6}  {'sees':8}{'adds':28}also"]
     windows = max(Schedule("window", cfg.window).values()) > 0
+    far = "long" if max(Schedule("window_long", cfg.window_long).values()) else "all"
     for at, place in enumerate(wiring(cfg, repeats)):
-        sees = "window" if windows and place.windowed else "all"
+        sees = ("window" if windows else "all") if place.windowed else far
         adds = [f"place {place.skip.source}" if place.skip else ""]
         adds += [f"last visit ({place.last_visit.source})" if place.last_visit else ""]
         adds, also = ", ".join(filter(None, adds)) or "-", ", ".join(extras(cfg, place)) or "-"

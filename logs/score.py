@@ -124,7 +124,9 @@ class Cache:
     def __init__(self, model: tg.GPT, shape: tg.Shape):
         self.model, self.shape, self.size, self.docs = model, shape, 0, None
         places = tg.wiring(model.cfg, shape.repeats)
-        self.windows = [shape.window if p.windowed else 0 for p in places] * shape.passes
+        windows = [shape.window if p.windowed else shape.window_long for p in places]
+        self.windows = windows * shape.passes
+        self.sharp = tg.sharpness(model.cfg, shape.window_long)
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.last: dict[int, Tensor] = {}  # by turn, the last token's key as it was
         self.turn = 0
@@ -132,7 +134,7 @@ class Cache:
     def feed(self, tokens: Tensor) -> Tensor:
         """Activations [T, D] of the next tokens [T]."""
         shape = self.shape
-        applied = shape.repeats, shape.window, shape.passes
+        applied = shape.repeats, shape.window, shape.passes, shape.window_long
         x = self.model.hidden(tokens[None], *applied, cache=self)[0]
         self.size += len(tokens)
         return x
@@ -168,7 +170,8 @@ class Cache:
             else (None, None)
         )
         ok = tg.visible(new, pos, *docs, self.windows[self.turn - 1])
-        return ((q * scale) @ k.mT).float().masked_fill(~ok, -torch.inf).softmax(-1).to(v.dtype) @ v
+        scores = ((q * (scale * self.sharp)) @ k.mT).float().masked_fill(~ok, -torch.inf)
+        return scores.softmax(-1).to(v.dtype) @ v
 
 
 class Sliding:
@@ -237,7 +240,7 @@ class Sliding:
             start, first, end = F.pad(mine, (0, 0, 0, rows - len(mine))).T[..., None]
             at = start + within  # of inputs in the stream, and of their targets among the targets
             shape = self.shape
-            applied = shape.repeats, shape.window, shape.passes
+            applied = shape.repeats, shape.window, shape.passes, shape.window_long
             hidden = self.hidden(stream[at.clamp_max(len(stream) - 2)], *applied)
             scored = ((at >= first) & (at < end)).flatten().nonzero()[:, 0]
             at, hidden = at.flatten(), hidden.flatten(0, 1)
@@ -505,7 +508,8 @@ class TestTime(Sliding):
             )
             y = y.masked_fill(at + 1 >= len(stream), -1)
             shape = self.shape
-            losses = self.graph(x, y, shape.repeats, shape.window, passes=shape.passes)
+            applied = shape.repeats, shape.window, shape.passes, shape.window_long
+            losses = self.graph(x, y, *applied)
             (losses.sum() / tokens).backward()
         for p in self.model.parameters():
             p.grad = self.run.sum(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -567,7 +571,8 @@ class LoRA(Sliding):
         """Log probabilities [R, n, V] at places [n] of rows [R, T], under `pairs`."""
         self.pairs = pairs
         shape = self.shape
-        hidden = self.model.hidden(tokens, shape.repeats, shape.window, shape.passes)
+        applied = shape.repeats, shape.window, shape.passes, shape.window_long
+        hidden = self.model.hidden(tokens, *applied)
         return self.log_probs(hidden[:, places])
 
     def chunk(self, stream: Tensor, starts: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -880,14 +885,14 @@ def token_losses(subject: Subject, state: dict) -> Tensor:
     Losses in nats, float64 on the CPU, of the validation targets that fall to this rank; the net is
     applied as `state` says.
     """
-    how = state["repeats"], state["window"]
-    passes = state.get("passes", 1)  # which an older run has not
+    newer = state.get("passes", 1), state.get("window_long", 0)
+    applied = state["repeats"], state["window"], *newer
     run, rows, losses = subject.run, subject.shape.rows, []
     for low in range(0, subject.val.rows, rows * run.world):
         run.poll()
         first = low + run.rank * rows
         x, y = subject.val.batch(range(first, first + rows), run.device, rows)
-        found = subject.graph(x, y, *how, passes=passes)
+        found = subject.graph(x, y, *applied)
         losses.append(found[y.flatten() >= 0].double().cpu())
     return torch.cat(losses)
 
@@ -1363,7 +1368,8 @@ def generate(subject: Subject, how: Sample) -> str:
     for _ in range(how.tokens):
         context = torch.tensor([tokens[-subject.plan.max_seq_len :]], device=device)
         shape = subject.shape
-        hidden = model.hidden(context, shape.repeats, shape.window, shape.passes)
+        applied = shape.repeats, shape.window, shape.passes, shape.window_long
+        hidden = model.hidden(context, *applied)
         logits = model.logits(hidden[0, -1])[:vocab]
         if how.top_k:
             least = logits.topk(min(how.top_k, vocab)).values[-1]

@@ -151,7 +151,7 @@ PURE = (
     "head_width hidden_width rotary_dims loop_span is_number extra_terms drop_chance is_windowed "
     "is_constant is_averaged largest layer_order Schedule own_rates "
     "centering_notices has_meta_step "
-    "later_targets offset_dims"
+    "later_targets offset_dims yarn_growths yarn_stages"
 ).split()
 # expressions of the trainer by what they hold or call
 CALLED_AS = {

@@ -90,6 +90,8 @@ SWITCHES = {
     "doc_mask": (1,),
     "window": ("4", "0:4 1s:8"),
     "window_pattern": ("SSSL", "SL"),
+    "window_long": ("6", "0:4 1s:8 2s:12"),
+    "yarn": (1,),
     "loop": ("0:1", "1:2", "0:2"),
     "repeats": ("2", "0:1 1s:2 2s:3"),
     "passes": ("2", "0:1 1s:2"),

@@ -475,3 +475,133 @@ def test_a_row_that_is_fed_in_pieces_gives_what_one_pass_gives(changes):
         off = build(tiny(depth=4, **how | changes | {"key_offset": ""})).hidden(x, 1, 8, 2)[0]
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(off, whole, atol=1e-2)
+
+
+# --- windows and YaRN
+
+TWO_HOUR = {"window_long": "769 6/22:1793 13/22:2049", "window_pattern": "SSSL", "yarn": 1}
+
+
+def frequencies(cfg: tg.Config, window: int) -> torch.Tensor:
+    """Angles of position 1."""
+    cos, sin = tg.rope_table(cfg, 2, window)
+    return torch.atan2(sin[1], cos[1]).double()
+
+
+def test_yarn_meets_the_vectors_of_two_hour():
+    """64 frequencies 10000^(-i/64); 10 stay at the first growth, 24 are mixed, 30 slow down."""
+    cfg = tiny(dim=256, rope="standard", rope_base=10000.0, **TWO_HOUR)
+    w = [frequencies(cfg, window) for window in (769, 1793, 2049)]
+    torch.testing.assert_close(w[0], 10000 ** (-torch.arange(64).double() / 64), rtol=1e-6, atol=0)
+    ratio = w[1] / w[0]
+    slowed = (ratio - 768 / 1792).abs() < 1e-6
+    assert (int((ratio == 1).sum()), int(slowed.sum())) == (10, 30) and slowed[34:].all()
+    for stage, i, want in ((1, 20, 0.0301887), (1, 63, 4.949066e-5)):
+        assert w[stage][i].item() == pytest.approx(want, rel=3e-6)
+    for i, want in ((20, 0.0273415), (63, 4.330432e-5)):
+        assert w[2][i].item() == pytest.approx(want, rel=3e-6)
+    scales = [128**-0.5 * tg.sharpness(cfg, window) for window in (769, 1793, 2049)]
+    assert scales == pytest.approx([0.0883883, 0.1033666, 0.1061271], rel=2e-6)
+
+
+def test_yarn_meets_the_vectors_of_the_speedrun():
+    """Truncated rotary of base 1024, windows of 3, 7, 11 and 13 times 128."""
+    cfg = tiny(
+        dim=256,
+        rope_base=1024.0,
+        window_pattern="SL",
+        window_long="385 423s:897 847s:1409 1270s:1665",
+        steps=1285,
+        yarn=1,
+    )
+    w = [frequencies(cfg, window) for window in tg.yarn_stages(cfg)]
+    for i, wants in (
+        (5, [0.32693977, 0.25450731, 0.25450731, 0.25450731]),
+        (31, [0.00097656, 0.00041853, 0.00026634, 0.00022536]),
+    ):
+        assert [x[i].item() for x in w] == pytest.approx(wants, abs=1e-8, rel=1e-6)
+    assert all(not x[32:].any() for x in w)  # what stands still does so
+    scales = [0.1 * tg.sharpness(cfg, window) for window in tg.yarn_stages(cfg)]
+    assert scales == pytest.approx([0.1, 0.116946, 0.127518, 0.131778], abs=5e-7)
+
+
+def test_yarn_is_a_function_of_the_schedule_and_switches_with_it():
+    size = {"seq_len": "2048", "batch_tokens": "2048", "micro_tokens": 2048}
+    plan = tg.Plan(tiny(steps=4194, **size, **TWO_HOUR))
+    at = {s: plan.at(s, s / 4194) for s in (0, 1143, 1144, 2478, 2479, 4193)}
+    assert [now.window_long for now in at.values()] == [769, 769, 1793, 1793, 2049, 2049]
+    assert plan.eval_shape(at[1143]).window_long == 769  # behind the last step of a stage
+    assert [s.window_long for s in plan.train_shapes(1)] == [769, 1793, 2049]
+
+
+@torch.no_grad()
+def test_equal_windows_change_no_bit_and_growth_does():
+    how = {"window_pattern": "SL", "depth": 3, "proj_init": 1.0, "head_init": "0.2", "mtp": 0.3}
+    x, y = random_tokens(tiny(), 2, 32)
+    plain = build(tiny(window_long="9", **how))(x, y, 1, 5, 1, 9, mtp=True)
+    same = build(tiny(window_long="9 0.5:9", yarn=1, **how))(x, y, 1, 5, 1, 9, mtp=True)
+    assert torch.equal(plain, same)
+    for window, equal in ((9, True), (17, False)):
+        grown = build(tiny(window_long="9 0.5:17", yarn=1, **how))(x, y, 1, 5, 1, window, mtp=True)
+        wide = build(tiny(window_long="9 0.5:17", **how))(x, y, 1, 5, 1, window, mtp=True)
+        assert torch.equal(grown, wide) == equal and torch.equal(grown, plain) == equal
+
+
+def test_every_block_has_the_tables_and_the_factor_of_the_stage():
+    """S blocks and the block of MTP too, which sees the row in full."""
+    cfg = tiny(depth=4, window_pattern="SL", window_long="5 0.5:17", yarn=1, mtp=0.3)
+    model, (x, y) = build(cfg), random_tokens(cfg, 1, 32)
+    seen = []
+    for block in (*model.blocks, model.mtp_block):
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[3:5]))
+    model(x, y, 1, 3, 1, 17, mtp=True)
+    cos, sin = tg.rope_table(cfg, 32, 17)
+    assert [mask.window for _, mask in seen] == [3, 17, 3, 17, 0]
+    for rope, mask in seen:
+        assert torch.equal(rope[0], cos) and torch.equal(rope[1], sin)
+        assert mask.sharp == pytest.approx(1 + 0.2 * math.log(16 / 4))
+
+
+@pytest.mark.parametrize("stage, window", [(1, 5), (1 + 0.2 * math.log(16 / 4), 17)])
+def test_attention_in_a_window_is_dense_attention_under_its_mask(stage, window):
+    cfg = tiny(depth=1, window_pattern="L", window_long="5 0.5:17", yarn=1, proj_init=1.0)
+    model, (x, _) = build(cfg), random_tokens(cfg, 2, 32)
+    seen = []
+
+    class Watching(tg.AttentionMask):
+        def attend(self, q, k, v, scale, bound):
+            got = super().attend(q, k, v, scale, bound)
+            seen.append((q, k, v, scale * stage, got, bound * self.sharp))
+            return got
+
+    mask = Watching(None, window, model.embedded(x), tg.sharpness(cfg, window))
+    model.blocks[0].attn(model.embedded(x), model.rope(window), mask, False)
+    ((q, k, v, scale, got, bound),) = seen
+    i = torch.arange(32)
+    ok = (i[:, None] >= i) & (i[:, None] - i < window)
+    scores = (q @ k.mT) * scale
+    want = scores.masked_fill(~ok, -math.inf).softmax(-1) @ v
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert scores.abs().max() <= bound  # what exp must hold
+
+
+def test_a_row_fed_in_pieces_has_the_windows_and_tables_of_its_stage():
+    how = {"window_pattern": "SL", "window_long": "5 0.5:17", "yarn": 1, "proj_init": 1.0}
+    model = build(tiny(depth=4, **how))
+    x, _ = random_tokens(model.cfg, 1, 32)
+    cache = score.Cache(model, tg.Shape(1, 32, 1, 3, 1, 17))
+    with torch.no_grad():
+        pieces = torch.cat([cache.feed(part) for part in x[0].split([1, 3, 10, 18])])
+        torch.testing.assert_close(pieces, model.hidden(x, 1, 3, 1, 17)[0], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(pieces, model.hidden(x, 1, 3, 1, 5)[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("window", ["17 0.5:5", "0 0.5:5", "1 0.5:5"])
+def test_yarn_without_growth_is_refused(window):
+    with pytest.raises(tg.UserError, match=f"follows the growth of window_long = '{window}'"):
+        tg.validate(tiny(window_pattern="SL", window_long=window, yarn=1))
+
+
+def test_long_window_that_is_never_reached_is_refused():
+    with pytest.raises(tg.UserError, match="window_long = '5 1:9': its last value"):
+        tg.validate(tiny(window_pattern="SL", window_long="5 1:9"))
