@@ -44,7 +44,9 @@ ALL = {
         ("slowrun_pr63", "", 2_734_834_155),
         ("slowrun_1h", "--mtp 0 --iha 0 --vocab 10002 --doc_token 0", 1_254_010_427),
         ("slowrun_pr63", "--vocab 10002 --doc_token 0", 2_528_723_435),
-        ("slowrun_tiny", "", 316_935_720),
+        ("slowrun_tiny", "", 316_935_848),
+        ("slowrun_tiny", "--xsa 0 --xsa_learned 0", 316_935_720),
+        ("slowrun_two_hour", "", 1_443_722_775),
     ],
 )
 def test_parameter_count_is_the_golden_one(name, flags, golden):
@@ -422,15 +424,12 @@ def test_main_schedule_meets_its_vectors():
 
 
 def test_two_hour_schedule_meets_its_vectors():
-    saw = " ".join(f"{k}/22:0.65 {k + 1}/22>1.5" for k in range(15, 22))
-    decay = f"0:1 0.4:1 14/22>0.65 15/22>1.5 {saw}"
-    flags = "--steps 4194 --epochs 22 --lr_cycles 8 --repeats 1".split()
-    flags += ["--lr", "0:1 3355/4194:1 1>0^0.5", "--weight_decay", decay]
-    plan = tg.Plan(preset("slowrun_1h", flags=tuple(flags)))
+    plan = tg.Plan(preset("slowrun_two_hour"))
     vectors = (
         (2000, 1, 0.886171),
         (2764, 0.526779, 1.073987),
         (2860, 0.999987, 0.652027),
+        (3355, 0.379707, plan.at(3355, 3355 / 4194).weight_decay),
         (4000, 0.050331, 1.485002),
     )
     for step, lr, wd in vectors:
@@ -563,6 +562,7 @@ def test_hundred_million_tokens_make_the_rows_of_the_specification(tmp_path, mon
         ("slowrun_pr63", 1),
         ("slowrun_pr63", 2),
         ("slowrun_tiny", 2),
+        ("slowrun_two_hour", 2),
     ):
         cfg = dataclasses.replace(preset(name), data=str(tmp_path), shuffle=shuffle)
         loader = tg.Loader(cfg, tg.Plan(cfg))

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import OneOf, build, parts, random_tokens, tg, tiny
+from helpers import OneOf, alone, build, parts, random_tokens, tg, tiny
+from test_model import preset
 from torch.utils.flop_counter import FlopCounterMode
 
 from logs import explain_centering, score
@@ -149,12 +150,34 @@ def test_meta_step_has_the_same_groups_for_any_number_of_ranks(tmp_path, world):
         torch.testing.assert_close(sum(f[name] for f in found), g, rtol=1e-5, atol=1e-7)
 
 
+def test_meta_step_meets_its_vectors():
+    """slowrun_1h: half of the rate's multiplier before its cycles and their floor; tiny: half."""
+    plan = tg.Plan(preset("slowrun_1h"))
+    for step, length in ((0, 0.5), (1678, 0.5), (1888, 0.35313), (2000, 0.24057), (2096, 0.02443)):
+        assert plan.at(step, step / 2097).meta_step == pytest.approx(length, abs=5e-6), step
+    assert plan.at(2096, 2096 / 2097).lr == pytest.approx(0.05)  # in the last cycle, at its floor
+    assert tg.Plan(preset("slowrun_tiny")).at(2849, 2849 / 2850).meta_step == 0.5
+
+
+def test_what_moves_is_what_the_presets_records_move():
+    """slowrun_1h: 279 matrices that Muon updates; tiny: gates and projections of 16 MLPs."""
+    for name, tensors, numbers in (
+        ("slowrun_1h", 279, 1_263_414_936),
+        ("slowrun_tiny", 48, 138_412_032),
+    ):
+        cfg = preset(name)
+        model = tg.build_model(cfg, torch.device("meta"), torch.float32, 8)
+        moved = tg.moved_matrices(cfg, model)
+        count = sum(math.prod(p.shape[:-2]) for p in moved.values())
+        assert (count, sum(p.numel() for p in moved.values())) == (tensors, numbers)
+        muon = [b for b in tg.param_buckets(cfg, model, alone()) if b.rule.kind == "muon"]
+        by_muon = {name for b in muon for name in b.params}
+        assert moved.keys() <= by_muon and (name == "slowrun_tiny" or moved.keys() == by_muon)
+
+
 def test_one_micro_batch_a_group_is_split_in_two(tmp_path):
     """slowrun_tiny: 8 groups of 32 rows of 2,048 tokens, 65,536 tokens at once."""
-    cfg = tiny(
-        batch_tokens="524288", micro_tokens=65536, seq_len="2048", meta_step="0.5", meta_groups=8
-    )
-    plan = tg.Plan(cfg)
+    plan = tg.Plan(preset("slowrun_tiny"))
     now = plan.at(0, 0.0)
     assert [plan.micro_rows(now, w) for w in (1, 2, 4, 8)] == [16] * 4
     assert [plan.micro_batches(now, w) for w in (1, 2, 4, 8)] == [16, 8, 4, 2]
@@ -249,8 +272,7 @@ def test_weights_of_0_change_no_bit_of_the_gradient(tmp_path):
 
 def test_weights_of_later_tokens_meet_their_vectors():
     """slowrun_tiny: 2,850 steps; the third's falls over .33 of them, then the next one's."""
-    text = {"mtp_next": "0:0.5 0.33:0.5 0.66>0", "mtp_third": "0:0.25 0.33>0"}
-    plan = tg.Plan(tiny(steps=2850, **text))
+    plan = tg.Plan(preset("slowrun_tiny"))
     at = lambda step: plan.at(step, step / 2850)
     assert at(470).mtp_third == pytest.approx(0.12507, abs=1e-5) and at(470).mtp_next == 0.5
     assert at(1410).mtp_next == pytest.approx(0.25040, abs=1e-5) and at(1410).mtp_third == 0
@@ -342,9 +364,9 @@ def test_no_pass_but_the_last_has_a_backward():
 
 def test_schedule_of_passes_shapes_graphs_and_evaluation():
     """slowrun_tiny: two from step 1,995 of 2,850 on."""
-    plan = tg.Plan(tiny(steps=2850, passes="0:1 0.7:2"))
+    plan = tg.Plan(preset("slowrun_tiny"))
     assert [plan.at(s, s / 2850).passes for s in (0, 1994, 1995, 2849)] == [1, 1, 2, 2]
-    assert [s.passes for s in plan.train_shapes(1)] == [1, 2]
+    assert [s.passes for s in plan.train_shapes(8)] == [1, 2]
     assert [s.passes for s in plan.eval_shapes()] == [1, 2]
     with pytest.raises(tg.UserError, match="passes = '0:1 1:2': its last value"):
         tg.validate(tiny(passes="0:1 1:2"))
@@ -479,8 +501,6 @@ def test_a_row_that_is_fed_in_pieces_gives_what_one_pass_gives(changes):
 
 # --- windows and YaRN
 
-TWO_HOUR = {"window_long": "769 6/22:1793 13/22:2049", "window_pattern": "SSSL", "yarn": 1}
-
 
 def frequencies(cfg: tg.Config, window: int) -> torch.Tensor:
     """Angles of position 1."""
@@ -490,7 +510,7 @@ def frequencies(cfg: tg.Config, window: int) -> torch.Tensor:
 
 def test_yarn_meets_the_vectors_of_two_hour():
     """64 frequencies 10000^(-i/64); 10 stay at the first growth, 24 are mixed, 30 slow down."""
-    cfg = tiny(dim=256, rope="standard", rope_base=10000.0, **TWO_HOUR)
+    cfg = preset("slowrun_two_hour")
     w = [frequencies(cfg, window) for window in (769, 1793, 2049)]
     torch.testing.assert_close(w[0], 10000 ** (-torch.arange(64).double() / 64), rtol=1e-6, atol=0)
     ratio = w[1] / w[0]
@@ -526,12 +546,12 @@ def test_yarn_meets_the_vectors_of_the_speedrun():
 
 
 def test_yarn_is_a_function_of_the_schedule_and_switches_with_it():
-    size = {"seq_len": "2048", "batch_tokens": "2048", "micro_tokens": 2048}
-    plan = tg.Plan(tiny(steps=4194, **size, **TWO_HOUR))
+    plan = tg.Plan(preset("slowrun_two_hour"))
     at = {s: plan.at(s, s / 4194) for s in (0, 1143, 1144, 2478, 2479, 4193)}
     assert [now.window_long for now in at.values()] == [769, 769, 1793, 1793, 2049, 2049]
+    assert [now.window for now in at.values()] == [257, 257, 769, 769, 1281, 1281]
     assert plan.eval_shape(at[1143]).window_long == 769  # behind the last step of a stage
-    assert [s.window_long for s in plan.train_shapes(1)] == [769, 1793, 2049]
+    assert [s.window_long for s in plan.train_shapes(8)] == [769, 1793, 2049]
 
 
 @torch.no_grad()
