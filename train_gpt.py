@@ -1014,9 +1014,8 @@ class ModelConfig(Section):
     mlp_dropout: float = 0.0  # share of the MLP branch's output that is zeroed in training
     stoch_depth: float = 0.0  # chance that training skips the last block, linear from 0 at block 0
     mtp: float = 0.0  # weight of the loss of the token after next, by one more block; 0: none
-    # [sched] weight of that token's loss, and of the next but one's, by the same logits
-    mtp_next: str = "0"
-    mtp_third: str = "0"
+    mtp_next: str = "0"  # [sched] weight of the loss of that token by the same logits; 0: none
+    mtp_third: str = "0"  # [sched] the same of the token behind it; 0: none
 
     tie_embed: int = 0  # 1: one table is input embedding and head
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
@@ -1103,9 +1102,9 @@ class ModelConfig(Section):
         starts = "init = 'remix', as xavier sets every start"
         return [
             ("xsa_learned", "xsa, of which it learns a share, such as --xsa -1", self.xsa != 0),
+            ("window", "an S in window_pattern before its last block", windowed),
             ("window_long", "window_pattern, of which it is the L", bool(self.window_pattern)),
             ("yarn", "a window_long that grows, such as '769 0.5:1025'", len(growing) > 1),
-            ("window", "an S in window_pattern before its last block", windowed),
             ("rope_dims", "rope = 'standard' or 'interleaved'", self.rope != "truncated"),
             ("key_offset", "rows of 2 tokens or more", shortest > 1),
             (
