@@ -246,6 +246,7 @@ MODEL = {f.name for f in dataclasses.fields(tg.ModelConfig)} - {"doc_mask"}
 # The pull request's model was the language run's without what regularises that run, its projections
 # began at zero, and short windows were half a row.
 LIKE_PR63 = {"mtp": 0.0, "stoch_depth": 0.0, "iha": 0, "proj_init": 0.0}
+LIKE_PR63 |= {"mtp_next": "0", "mtp_third": "0", "window_long": "0", "yarn": 0, "passes": "1"}
 
 
 def like_pr63(model: dict, seq_len: int) -> dict:
@@ -1379,7 +1380,8 @@ class NcaValidation:
             missing = shape.rows - len(rows)
             full = np.concatenate([rows, rows[np.zeros(missing, int)]])  # one shape, one graph
             x, _ = self.tensors(full, trainer.run.device)
-            hidden = trainer.model.hidden(x, shape.repeats, shape.window)[: len(rows)]
+            applied = shape.repeats, shape.window, shape.passes, shape.window_long
+            hidden = trainer.model.hidden(x, *applied)[: len(rows)]
             for row in hidden:
                 guesses.append(trainer.model.logits(row)[:, :patches].argmax(-1).cpu().numpy())
         score = next_grid_accuracy(np.stack(guesses), self.measured, self.cfg)

@@ -152,10 +152,14 @@ class LengthConfig(Section):
     )
 
 
-GRAPHS = ("repeats", "seq_len", "window", "batch_tokens")  # schedules that make another graph
+# schedules that make another graph
+GRAPHS = ("repeats", "passes", "seq_len", "window", "window_long", "batch_tokens")
+RATES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", "meta_step", "mtp_next", "mtp_third")
 # Those that only tricks read; lr_matrices may be empty.
 OF_TRICKS = "lr_matrices maxwell_age soft_muon soap_floor soap_cap ema_nesterov tail_ema".split()
-SCHEDULES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", *OF_TRICKS, *GRAPHS)
+SCHEDULES = (*RATES, *OF_TRICKS, *GRAPHS)
+# how the net is applied, whatever the rows
+APPLIED = ("repeats", "passes", "window", "window_long")
 CYCLE_FLOOR = 0.05  # the least multiplier of lr_cycles
 
 
@@ -286,15 +290,22 @@ class Now(NamedTuple):
     soap_floor: float = 0.0
     soap_cap: float = 1.0
     ema_nesterov: float = 0.0
+    meta_step: float = 0.0
+    mtp_next: float = 0.0
+    mtp_third: float = 0.0
+    passes: int = 1
+    window_long: int = 0
 
 
 class Shape(NamedTuple):
-    """What makes a graph: rows per micro-batch, tokens per row, repeats, window."""
+    """What makes a graph: rows per micro-batch, tokens per row, and how the net is applied."""
 
     rows: int
     seq_len: int
     repeats: int
     window: int
+    passes: int = 1
+    window_long: int = 0
 
 
 class Plan:
@@ -331,6 +342,11 @@ class Plan:
             soap_floor=v["soap_floor"],
             soap_cap=v["soap_cap"],
             ema_nesterov=v["ema_nesterov"],
+            meta_step=v["meta_step"],
+            mtp_next=v["mtp_next"],
+            mtp_third=v["mtp_third"],
+            passes=int(v["passes"]),
+            window_long=int(v["window_long"]),
         )
 
     def in_cycles(self, lr: float, fraction: float) -> float:
@@ -365,17 +381,29 @@ class Plan:
         """
         Rows of one forward pass. The batch must divide evenly, or ranks would weigh differently.
         """
-        share = now.batch_tokens // world
+        parts, of = world, f"on {world} ranks"
+        if has_meta_step(self.cfg):  # halves of groups, of which each rank has some
+            parts, of = (
+                2 * self.cfg.meta_groups,
+                f"in meta_step's halves of meta_groups = {self.cfg.meta_groups}",
+            )
+            require(
+                self.cfg.meta_groups % world == 0,
+                f"meta_groups = {self.cfg.meta_groups} cannot be shared by {world} ranks: choose a "
+                "multiple of their number",
+            )
+        share = now.batch_tokens // parts
         micro = min(self.cfg.micro_tokens, share)
         if self.cfg.auto_micro:
             rows, most = share // now.seq_len, micro // now.seq_len
             micro = now.seq_len * next((m for m in range(most, 0, -1) if rows % m == 0), 0)
-        if not micro or now.batch_tokens % (world * micro) or micro % now.seq_len:
+        if not micro or now.batch_tokens % (parts * micro) or micro % now.seq_len:
+            by = "2 * meta_groups" if has_meta_step(self.cfg) else "ranks"
             raise UserError(
-                f"batch_tokens = {now.batch_tokens} on {world} ranks does not divide into "
-                f"micro-batches of micro_tokens = {self.cfg.micro_tokens} made of rows of seq_len "
-                f"= {now.seq_len}: choose batch_tokens = ranks * micro_tokens * a whole number, "
-                "and micro_tokens = seq_len * a whole number"
+                f"batch_tokens = {now.batch_tokens} {of} does not divide into micro-batches of "
+                f"micro_tokens = {self.cfg.micro_tokens} made of rows of seq_len = {now.seq_len}: "
+                f"choose batch_tokens = {by} * micro_tokens * a whole number, and micro_tokens = "
+                "seq_len * a whole number"
             )
         return micro // now.seq_len
 
@@ -383,15 +411,22 @@ class Plan:
         """Forward passes of one rank in a step."""
         return now.batch_tokens // world // (self.micro_rows(now, world) * now.seq_len)
 
+    def train_moments(self, world: int) -> dict[Shape, Now]:
+        """The graphs of training, each with the schedules where it is first needed."""
+        found: dict[Shape, Now] = {}
+        for n in self.moments():
+            rows = self.micro_rows(n, world)
+            shape = Shape(rows, n.seq_len, n.repeats, n.window, n.passes, n.window_long)
+            found.setdefault(shape, n)
+        return found
+
     def train_shapes(self, world: int) -> list[Shape]:
-        shapes = [
-            Shape(self.micro_rows(n, world), n.seq_len, n.repeats, n.window) for n in self.moments()
-        ]
-        return list(dict.fromkeys(shapes))
+        return list(self.train_moments(world))
 
     def eval_shape(self, now: Now) -> Shape:
         rows = max(1, self.cfg.micro_tokens // self.eval_seq_len)
-        return Shape(rows, self.eval_seq_len, now.repeats, now.window)
+        length = self.eval_seq_len
+        return Shape(rows, length, now.repeats, now.window, now.passes, now.window_long)
 
     def eval_shapes(self) -> list[Shape]:
         # the last evaluation is behind the last step
@@ -956,6 +991,10 @@ class ModelConfig(Section):
     activation: str = "relu2"  # relu2, leaky_relu2 (slope 0.5, then squared) or swiglu
     biases: int = 0  # 1: the maps of attention and MLP, and the head, have a bias
 
+    # in L blocks of window_pattern (all, without one) these dims of a key are the key's before it:
+    # still, those that do not turn; second, the second of each pair (slowrun); empty: none
+    key_offset: str = ""
+
     q_gain: float = 0.0  # start of a learned factor per query head, behind the rotation; 0: none
     attn_gate: int = 0  # heads times sigmoid of a map of the input's first n dims; 0: none
     value_proj: int = 0  # every 2nd block adds a map of the embedding, gated by n input dims
@@ -975,14 +1014,23 @@ class ModelConfig(Section):
 
     doc_mask: int = 1  # 1: a token sees its own document only
     window: str = "0"  # [sched] keys a token sees, itself included; 0: the whole row
-    window_pattern: str = ""  # SSSL, repeated over blocks: S window, L row; the last block L
+    # SSSL, repeated over blocks: S sees window, L window_long; the last block is L
+    window_pattern: str = ""
+    window_long: str = "0"  # [sched] keys a token sees in an L block; 0: the whole row
+    # 1: where window_long grows, rotations slow down and attention sharpens (YaRN), in all blocks
+    yarn: int = 0
     loop: str = ""  # "a:b": blocks a..b-1 are applied `repeats` times; empty: none
     repeats: str = "1"  # [sched] passes through the looped blocks
+    # [sched] passes through the whole net, each from the normed output of the one before, of which
+    # the last alone has gradients
+    passes: str = "1"
 
     attn_dropout: float = 0.0  # share of the attention branch's output that is zeroed in training
     mlp_dropout: float = 0.0  # share of the MLP branch's output that is zeroed in training
     stoch_depth: float = 0.0  # chance that training skips the last block, linear from 0 at block 0
     mtp: float = 0.0  # weight of the loss of the token after next, by one more block; 0: none
+    mtp_next: str = "0"  # [sched] weight of the loss of that token by the same logits; 0: none
+    mtp_third: str = "0"  # [sched] the same of the token behind it; 0: none
 
     tie_embed: int = 0  # 1: one table is input embedding and head
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
@@ -1007,15 +1055,16 @@ class ModelConfig(Section):
     LIMITS = limits(
         (0, 1, "layer_norm embed_norm qk_norm iha block_scales layer_scale loop_embed"),
         (0, 1, "cross_repeat doc_mask tie_embed pad_vocab mu_centering norm_eps xsa_learned"),
-        (0, 1, "norm_gain biases"),
+        (0, 1, "norm_gain biases yarn"),
         (0, 2, "unet"),
         (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth"),
-        (0, 100, "mtp q_gain resid_lambda embed_init init_std proj_init bias_init value_embeds"),
+        (0, 100, "mtp mtp_next mtp_third"),
+        (0, 100, "q_gain resid_lambda embed_init init_std proj_init bias_init value_embeds"),
         (0, 1000, "attn_scale mlp_ratio z_loss"),
         (0, 10**6, "softcap mu_loss"),
-        (0, 10**9, "window"),
+        (0, 10**9, "window window_long"),
         (0, 65536, "kv_heads head_dim attn_gate value_proj"),
-        (1, 1000, "depth repeats"),
+        (1, 1000, "depth repeats passes"),
         (1, 65536, "dim heads head_multiple mlp_multiple"),
         (1, 10**12, "rope_base"),
         (-1, 65536, "rope_dims xsa"),
@@ -1024,6 +1073,7 @@ class ModelConfig(Section):
     )
     CHOICES = {
         "rope": ("truncated", "standard", "interleaved"),
+        "key_offset": ("", "still", "second"),
         "activation": ("relu2", "leaky_relu2", "swiglu"),
         "init": ("remix", "normal", "xavier"),
         "softcap_shape": ("tanh", "isru"),
@@ -1032,6 +1082,12 @@ class ModelConfig(Section):
     def check(self) -> None:
         self.check_sizes()
         self.check_loop()
+        windows = [p.value for p in Schedule("window_long", self.window_long).points]
+        require(
+            not self.yarn or windows[0] > 1 and windows == sorted(windows),
+            f"yarn = 1 follows the growth of window_long = {self.window_long!r}: its values must "
+            "grow, from 2 on (as many as the row is long for the whole row)",
+        )
         for key in ("attn_gate", "value_proj"):
             value = getattr(self, key)
             require(
@@ -1066,13 +1122,24 @@ class ModelConfig(Section):
     def needs(self) -> list[Need]:
         windowed = any(is_windowed(self, block) for block in range(self.depth))
         shortest = min(Schedule("seq_len", self.seq_len).values())
+        growing = Schedule("window_long", self.window_long).values()
         starts = "init = 'remix' or 'normal', as xavier sets every start"
         return [
             ("xsa_learned", "xsa, of which it learns a share, such as --xsa -1", self.xsa != 0),
             ("window", "an S in window_pattern before its last block", windowed),
+            ("window_long", "window_pattern, of which it is the L", bool(self.window_pattern)),
+            ("yarn", "a window_long that grows, such as '769 0.5:1025'", len(growing) > 1),
             ("rope_dims", "rope = 'standard' or 'interleaved'", self.rope != "truncated"),
+            ("key_offset", "rows of 2 tokens or more", shortest > 1),
+            (
+                "key_offset",
+                "dims that do not turn: rope = 'truncated', rope_dims below head_dim, or 'second'",
+                not self.key_offset or bool(offset_dims(self)),
+            ),
             ("stoch_depth", "depth > 1, as block 0 always takes part", self.depth > 1),
             ("mtp", "rows of 2 tokens or more", shortest > 1),
+            ("mtp_next", "rows of 2 tokens or more", shortest > 1),
+            ("mtp_third", "rows of 3 tokens or more", shortest > 2),
             ("init_std", starts, self.init != "xavier"),
             ("proj_init", starts, self.init != "xavier"),
             ("head_init", starts, self.init != "xavier"),
@@ -1113,9 +1180,11 @@ class ModelConfig(Section):
             f"{repeats} without looped blocks: set loop, e.g. --loop 4:6",
         )
         places = self.depth + (high - low) * (max(values) - 1)
+        passes = max(Schedule("passes", self.passes).values())
         require(
-            places <= 10_000,
-            f"{loop}, {repeats}: {places:g} applications of a block, 10000 at most",
+            places * passes <= 10_000,
+            f"{loop}, {repeats}, passes = {self.passes!r}: {places * passes:g} applications of a "
+            "block, 10000 at most",
         )
         require(
             not self.cross_repeat or max(values) > 1,
@@ -1149,6 +1218,12 @@ def hidden_width(cfg: Config) -> int:
 def rotary_dims(cfg: Config) -> int:
     """Dims of a head that turn under rope = standard or interleaved."""
     return head_width(cfg) // 2 if cfg.rope_dims == -1 else cfg.rope_dims or head_width(cfg)
+
+
+def later_targets(cfg: Config) -> dict[str, int]:
+    """Schedules of weights that are on, with how far behind a token's target theirs are."""
+    far = {"mtp_next": 1, "mtp_third": 2}
+    return {name: k for name, k in far.items() if any(Schedule(name, getattr(cfg, name)).values())}
 
 
 def loop_span(cfg: Config) -> tuple[int, int]:
@@ -1188,12 +1263,35 @@ def layer_norm(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
     )
 
 
-def rope_table(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
+def yarn_stages(cfg: Config) -> list[int]:
+    """The values of window_long in order: all that yarn depends on, so that nothing is stored."""
+    return [int(p.value) for p in Schedule("window_long", cfg.window_long).points]
+
+
+def yarn_growths(cfg: Config, window_long: int) -> list[tuple[int, int]]:
+    """
+    From which to which length window_long has grown until it has this value; none without yarn.
+    Counted are the tokens before a query, as in modded-nanogpt #31 and slowrun.
+    """
+    if not cfg.yarn:
+        return []
+    before = [keys - 1 for keys in yarn_stages(cfg)][: yarn_stages(cfg).index(window_long) + 1]
+    return list(zip(before, before[1:]))
+
+
+def sharpness(cfg: Config, window_long: int) -> float:
+    """YaRN's factor on attention scores."""
+    return math.prod(1 + 0.2 * math.log(b / a) for a, b in yarn_growths(cfg, window_long))
+
+
+def rope_table(cfg: Config, seq_len: int, window_long: int = 0) -> tuple[Tensor, Tensor]:
     """
     cos and sin [T, K/2] in fp32 for the half-split layout (dim k turns with dim k + K/2).
     truncated: the first K/4 frequencies run base^-linspace(0, 1), the others stand still
     (modded-nanogpt, @YouJiacheng). standard, interleaved: base^(-2k/R) on the first R = rope_dims
-    (Su et al. 2021); rotate() leaves the others alone.
+    (Su et al. 2021); rotate() leaves the others alone. yarn: where the window has grown from a to
+    b, what turned less than once in a slows down by a/b, what turned 32 times or more stays (Peng
+    et al. 2023).
     """
     k = head_width(cfg) if cfg.rope == "truncated" else rotary_dims(cfg)
     if cfg.rope == "truncated":
@@ -1201,8 +1299,38 @@ def rope_table(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
         freqs = torch.cat([turning, turning.new_zeros(k // 4)])
     else:
         freqs = (1 / cfg.rope_base) ** (torch.arange(0, k, 2, dtype=torch.float32) / k)
+    for a, b in yarn_growths(cfg, window_long):
+        stays = ((a * freqs / (2 * math.pi) - 1) / 31).clamp(0, 1)
+        freqs = freqs * (a / b + stays * (1 - a / b))
     theta = torch.outer(torch.arange(seq_len, dtype=torch.float32), freqs)
     return theta.cos(), theta.sin()
+
+
+def rope_tables(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
+    """rope_table(), with yarn one for each value of window_long."""
+    if not cfg.yarn:
+        return rope_table(cfg, seq_len)
+    cos, sin = zip(*(rope_table(cfg, seq_len, window) for window in yarn_stages(cfg)))
+    return torch.stack(cos), torch.stack(sin)
+
+
+def offset_dims(cfg: Config) -> list[tuple[int, int]]:
+    """
+    Stretches of a key's dims, in rotate()'s order, that key_offset takes from the token before.
+    still: those without a rotation (modded-nanogpt #49), where a query that matches a token lands
+    on the one behind it. second: the second dim of each pair, as all dims are paired there, so half
+    of the still ones and half of those that turn (slowrun).
+    """
+    k = head_width(cfg)
+    if cfg.rope == "truncated":  # of the k/2 pairs, half stand still
+        spans = [(k // 4, k // 2), (3 * k // 4, k)] if cfg.key_offset == "still" else [(k // 2, k)]
+    else:
+        turning = rotary_dims(cfg)
+        half = (turning + k) // 2  # the middle of the dims that stand still
+        spans = (
+            [(turning, k)] if cfg.key_offset == "still" else [(turning // 2, turning), (half, k)]
+        )
+    return [(low, high) for low, high in spans if low < high] if cfg.key_offset else []
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1510,8 +1638,9 @@ def initial_value(name: str, declared: Declared, shape: torch.Size, seed: int) -
 
 
 class Attention(Declaring):
-    def __init__(self, cfg: Config, values: bool):
+    def __init__(self, cfg: Config, values: bool, offset: bool = False):
         super().__init__()
+        self.offset = offset_dims(cfg) if offset else []
         self.heads, self.kv_heads, self.head_dim = (
             cfg.heads,
             cfg.kv_heads or cfg.heads,
@@ -1587,6 +1716,12 @@ class Attention(Declaring):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if self.q_gain is not None:
             q = q * self.q_gain[:, None].to(q.dtype)
+        if self.offset:
+            before, parts, at = mask.before(k), [], 0
+            for low, high in self.offset:
+                parts += [k[..., at:low], before[..., low:high]]
+                at = high
+            k = torch.cat([*parts, k[..., at:]], dim=-1)
         y = mask.attend(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, self.bound
         ).transpose(1, 2)
@@ -1645,7 +1780,7 @@ class Block(Declaring):
         self.eps, self.norm = cfg.norm_eps, layer_norm if cfg.layer_norm else norm
         self.attn_dropout, self.mlp_dropout = cfg.attn_dropout, cfg.mlp_dropout
         values = bool(cfg.value_proj) and index < cfg.depth and (cfg.depth - 1 - index) % 2 == 0
-        self.attn, self.mlp = Attention(cfg, values), MLP(cfg)
+        self.attn, self.mlp = Attention(cfg, values, has_key_offset(cfg, index)), MLP(cfg)
         inner_kv, counted = self.attn.kv_heads * self.attn.head_dim, index < cfg.depth
         self.declare("value_proj", "matrix", plain_map(cfg), inner_kv, cfg.dim, on=values)
         self.declare("resid_lambda", "scalar", cfg.resid_lambda, 1, on=cfg.resid_lambda and counted)
@@ -1702,17 +1837,23 @@ class Block(Declaring):
 class AttentionMask:
     """What the tokens of a batch may see, made once for all layers of one window."""
 
-    def __init__(self, docs_BT: Tensor | None, window: int, like: Tensor):
+    def __init__(self, docs_BT: Tensor | None, window: int, like: Tensor, sharp: float = 1.0):
         self.docs, self.window = docs_BT, 0 if window >= like.size(1) else window
+        self.sharp = sharp  # YaRN's factor on scores
         self.plain = docs_BT is None and not self.window
         self.on_gpu = like.is_cuda
         self.flex = (
             flex_mask(like, docs_BT, self.window) if self.on_gpu and not self.plain else None
         )
 
+    def before(self, k_BTHK: Tensor) -> Tensor:
+        """Of each token the key of the one before it in the row; the first has its own."""
+        return torch.cat([k_BTHK[:, :1], k_BTHK[:, :-1]], dim=1)
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, bound: float = math.inf
     ) -> Tensor:
+        scale, bound = scale * self.sharp, bound * self.sharp
         if not self.on_gpu:
             return attend_blocks(q, k, v, self.docs, self.window, scale, bound)
         if self.plain:
@@ -1816,6 +1957,12 @@ def is_windowed(cfg: Config, block: int) -> bool:
     return letter == "S" and block < cfg.depth - 1
 
 
+def has_key_offset(cfg: Config, block: int) -> bool:
+    """Not the block of MTP, which is behind the last."""
+    windowed = cfg.window_pattern and is_windowed(cfg, block)
+    return bool(cfg.key_offset) and block < cfg.depth and not windowed
+
+
 def drop_chance(cfg: Config, block: int) -> float:
     """The chance that a training pass leaves a block out; MTP's is behind the last."""
     return cfg.stoch_depth * block / max(1, cfg.depth - 1)
@@ -1887,7 +2034,7 @@ class GPT(Declaring):
         self.declare("value_scales", "scalar", 0.0, places, tables, cfg.dim, on=tables)
         shape = (high - low, max(1, most - 1), cfg.dim)
         self.declare("cross_scales", "scalar", 0.0, *shape, on=cfg.cross_repeat)
-        cos, sin = rope_table(cfg, seq_len)
+        cos, sin = rope_tables(cfg, seq_len)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for path, module in self.named_modules():
@@ -1912,7 +2059,22 @@ class GPT(Declaring):
         way = layer_norm if self.cfg.layer_norm else self.norm
         return way(x, self.cfg.norm_eps, self.final_gain)
 
-    def hidden(self, tokens_BT: Tensor, repeats: int, window: int, cache=None) -> Tensor:
+    def rope(self, window_long: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, K/2] where L blocks have this window."""
+        if not self.cfg.yarn:
+            return self.cos, self.sin
+        stage = yarn_stages(self.cfg).index(window_long)
+        return self.cos[stage], self.sin[stage]
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        repeats: int,
+        window: int,
+        passes: int = 1,
+        window_long: int = 0,
+        cache=None,
+    ) -> Tensor:
         """
         tokens [B, T] -> final normalised activations [B, T, D] in the compute dtype. cache: the
         keys and values of the tokens before these; its begin_pass() is in logs/score.py.
@@ -1922,15 +2084,31 @@ class GPT(Declaring):
         # A copy: at the first place x would be x0, and a compiled block takes a graph of its own
         # for two arguments that are one tensor.
         x0 = x.clone()
-        rope, docs = (self.cos, self.sin), self.documents(tokens_BT)
-        if cache:
-            rope = self.cos[cache.size :], self.sin[cache.size :]
-        near = cache.begin_pass(docs) if cache else AttentionMask(docs, window, x)
-        far = near  # of places without the window: one object for all of them
-        if window and self.cfg.window_pattern and not cache:
-            far = AttentionMask(docs, 0, x)
-        values, one = self.token_values(tokens_BT), torch.ones((), dtype=x.dtype, device=x.device)
-        drawn = self.drawn(len(places))
+        (cos, sin), docs = self.rope(window_long), self.documents(tokens_BT)
+        rope = (cos[cache.size :], sin[cache.size :]) if cache else (cos, sin)
+        sharp = sharpness(self.cfg, window_long)
+        near = cache.begin_pass(docs) if cache else AttentionMask(docs, window, x, sharp)
+        far = near  # of L blocks: one object for all of them
+        if window != window_long and self.cfg.window_pattern and not cache:
+            far = AttentionMask(docs, window_long, x, sharp)
+        values = self.token_values(tokens_BT)
+        for _ in range(passes - 1):
+            # No gradient goes into an earlier pass; with dropout as in the last (slowrun_tiny #12).
+            x = self.one_pass(places, x, x0, values, rope, near, far).detach()
+        return self.one_pass(places, x, x0, values, rope, near, far)
+
+    def one_pass(
+        self,
+        places: list[Place],
+        x: Tensor,
+        x0: Tensor,
+        values: list[Tensor],
+        rope: tuple[Tensor, Tensor],
+        near: AttentionMask,
+        far: AttentionMask,
+    ) -> Tensor:
+        """All places in order and the final norm, [B, T, D] -> [B, T, D]. x0: the embedding."""
+        one, drawn = torch.ones((), dtype=x.dtype, device=x.device), self.drawn(len(places))
         outputs: dict[int, Tensor] = {}  # that later places add
         for at, place in enumerate(places):
             added = self.added(place, outputs, values, one)
@@ -1997,26 +2175,56 @@ class GPT(Declaring):
         """Cross-entropy in nats of each target; 0 where the target is -1."""
         return F.cross_entropy(self.logits(x, head), targets, ignore_index=-1, reduction="none")
 
+    def losses_with_later(
+        self, x: Tensor, targets_KN: Tensor, head: Tensor | None = None
+    ) -> Tensor:
+        """
+        losses() of several targets of each token from the same logits, behind the first of which
+        stands log Z where z_loss is on: [K, N] or [K + 1, N].
+        """
+        logits, keep = self.logits(x, head), targets_KN >= 0
+        at = targets_KN.clamp_min(0).mT
+        losses = -logits.log_softmax(-1).gather(-1, at).mT * keep
+        if not self.cfg.z_loss:
+            return losses
+        log_z = logits.logsumexp(-1) * keep[0]
+        return torch.cat([losses[:1], log_z[None], losses[1:]])
+
     def forward(
         self,
         tokens_BT: Tensor,
         targets_BT: Tensor,
         repeats: int = 1,
         window: int = 0,
+        passes: int = 1,
+        window_long: int = 0,
         log_z: bool = False,
         mtp: bool = False,
+        later: bool = False,
     ) -> Tensor:
         """
-        Losses [B*T] of all targets, in nats. With log_z a row more, of losses_and_log_z(), with mtp
-        one more, of mtp_losses().
+        Losses [B*T] of all targets, in nats. With log_z a row more, of losses_and_log_z(), with
+        later one for each of later_targets(), with mtp one more, of mtp_losses().
         """
-        x = self.hidden(tokens_BT, repeats, window)
-        losses = self.chunked(x, targets_BT, log_z)
+        x = self.hidden(tokens_BT, repeats, window, passes, window_long)
+        targets = self.with_later(targets_BT) if later else targets_BT
+        losses = self.chunked(x, targets, log_z)
         if not mtp:
             return losses
-        return torch.cat([losses.view(1 + log_z, -1), self.mtp_losses(x, targets_BT).view(1, -1)])
+        rows = losses.view(-1, targets_BT.numel())
+        return torch.cat([rows, self.mtp_losses(x, targets_BT, window_long).view(1, -1)])
 
-    def mtp_losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    def with_later(self, targets_BT: Tensor) -> Tensor:
+        """
+        [K, B, T]: targets, and those that stand 1 or 2 behind them in their row; -1 behind its end,
+        where slowrun goes on with the micro-batch's next row, which another cut would change.
+        """
+        later = [
+            F.pad(targets_BT[:, k:], (0, k), value=-1) for k in later_targets(self.cfg).values()
+        ]
+        return torch.stack([targets_BT, *later])
+
+    def mtp_losses(self, x_BTD: Tensor, targets_BT: Tensor, window_long: int = 0) -> Tensor:
         """
         Multi-token prediction as in DeepSeek-V3 (2024): activations and the embedding of the target
         go through one more block, with the row in full, and the same head. Losses [B*T] of the
@@ -2028,21 +2236,26 @@ class GPT(Declaring):
         keep = None
         if self.cfg.stoch_depth and torch.is_grad_enabled():
             keep = torch.rand((), device=h.device) >= drop_chance(self.cfg, self.cfg.depth)
-        mask = AttentionMask(self.documents(targets_BT), 0, h)
-        h = self.mtp_block(h, h.clone(), [], (self.cos, self.sin), mask, False, None, keep)
+        docs, rope = self.documents(targets_BT), self.rope(window_long)
+        mask = AttentionMask(docs, 0, h, sharpness(self.cfg, window_long))
+        h = self.mtp_block(h, h.clone(), [], rope, mask, False, None, keep)
         after = F.pad(targets_BT[:, 1:], (0, 1), value=-1)
         return self.chunked(self.final(h), after, False) * (T / max(1, T - 1))
 
-    def chunked(self, x_BTD: Tensor, targets_BT: Tensor, log_z: bool) -> Tensor:
+    def chunked(self, x_BTD: Tensor, targets: Tensor, log_z: bool) -> Tensor:
         """
-        losses() with logits of loss_chunk tokens at a time; with more than one chunk they are
-        computed again in the backward pass instead of being kept.
+        losses() of targets [B, T], or losses_with_later() of [K, B, T], with logits of loss_chunk
+        tokens at a time; with more than one chunk they are computed again in the backward pass
+        instead of being kept.
         """
-        x, targets = x_BTD.flatten(0, 1), targets_BT.flatten()
+        x, targets = x_BTD.flatten(0, 1), targets.flatten(-2)
         losses = self.losses_and_log_z if log_z else self.losses
-        if len(targets) <= self.cfg.loss_chunk:
+        if targets.ndim > 1:
+            losses = self.losses_with_later
+        size = self.cfg.loss_chunk
+        if len(x) <= size:
             return losses(x, targets)
-        chunks = zip(x.split(self.cfg.loss_chunk), targets.split(self.cfg.loss_chunk))
+        chunks = zip(x.split(size), targets.split(size, -1))
         head = self.head.float()  # so that chunks' gradients are summed in fp32
         recomputed = torch.utils.checkpoint.checkpoint
         parts = [recomputed(losses, *c, head, use_reentrant=False) for c in chunks]
@@ -2055,7 +2268,7 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: 
     if device.type == "meta":
         return model
     model.to_empty(device=device).to(getattr(torch, cfg.param_dtype))
-    model.cos, model.sin = (t.to(device) for t in rope_table(cfg, seq_len))
+    model.cos, model.sin = (t.to(device) for t in rope_tables(cfg, seq_len))
     with torch.no_grad():
         declared = declarations(model)
         for name, p in model.named_parameters():
@@ -2142,6 +2355,12 @@ class OptimConfig(Section):
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
     loss_sum: int = 0  # 1: gradients are of the sum of a batch's losses, as epsilons may expect
 
+    # [sched] how far matrices move against the gradient of a group's first half, all of them
+    # together, for the gradient of its second half (slowrun's meta-gradient); 0: they stay
+    meta_step: str = "0"
+    meta_groups: int = 8  # groups of a step's rows, each of which moves by itself
+    meta_match: str = ""  # regex: which matrices move; empty: all of the blocks
+
     LIMITS = limits(
         (0, 1, "row_norm decay_by_shape independent_wd radial_pin hyperball loss_sum"),
         (0, 1, "soap_floor soap_cap soft_muon radial_brake aurora_power"),
@@ -2152,12 +2371,13 @@ class OptimConfig(Section):
         (1, 100, "aurora_rounds"),
         (1, 10**6, "soap_every"),
         (0, 1000, "lr_matrices"),
-        (0, 1000, "lr weight_decay slow_lr matrix_wd embed_wd scalar_wd"),
+        (0, 1000, "lr weight_decay slow_lr matrix_wd embed_wd scalar_wd meta_step"),
         # diverged runs are a sweep's business
         (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),
         (0, 10**6, "lr_cycles"),
         (0, 10**9, "grad_clip"),
         (1, 100, "polar_steps"),
+        (1, 65536, "meta_groups"),
         (1e-30, 1, "adam_eps"),
     )
     CHOICES = {
@@ -2168,7 +2388,15 @@ class OptimConfig(Section):
     }
 
     def check(self) -> None:
-        for key in ("adamw_matrices", "slow", "uncorrected", "aurora", "soap", "soap_gate"):
+        for key in (
+            "adamw_matrices",
+            "slow",
+            "uncorrected",
+            "aurora",
+            "soap",
+            "soap_gate",
+            "meta_match",
+        ):
             require_regex(key, getattr(self, key))
         own_rates(self)
         decays = decays_of(self)
@@ -2180,6 +2408,11 @@ class OptimConfig(Section):
                 f"buffers' gradients are {decays[0] / (1 - decays[0]) if decays else 0:.3g} to "
                 f"{decays[-1] / (1 - decays[-1]) if decays else 0:.3g} steps old on average",
             )
+        require(
+            not has_meta_step(self) or self.param_dtype == "float32",
+            f"meta_step = {self.meta_step!r} moves each weight by too little for param_dtype = "
+            f"{self.param_dtype!r}: set --param_dtype float32",
+        )
 
     def needs(self) -> list[Need]:
         muon, decays = self.optimizer == "muon", self.matrix_wd or self.embed_wd or self.scalar_wd
@@ -2250,6 +2483,10 @@ def maxwell_weights(decays: list[float], age: float) -> list[float]:
     rest = sum(k * age_k for k, age_k in enumerate(ages[:-1], 1))
     slope = (ages[-1] - age) / (ages[-1] * pairs - rest)
     return [slope * k for k in range(1, count)] + [1 - slope * pairs]
+
+
+def has_meta_step(cfg: Config) -> bool:
+    return any(Schedule("meta_step", cfg.meta_step).values())
 
 
 class OwnRate(NamedTuple):
@@ -2656,6 +2893,72 @@ def states_in_fp32(rule: Rule, cfg: Config) -> dict[str, tuple[int, ...]]:
     return states
 
 
+def moved_matrices(cfg: Config, model: nn.Module) -> dict[str, Tensor]:
+    """What the meta step moves."""
+    declared = declarations(model)
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if declared[name].group == "matrix" and re.search(cfg.meta_match, name)
+    }
+
+
+class MetaStep:
+    """
+    Slowrun's meta-gradient (pull requests 98 and 99): behind the gradient of a group's first half
+    its matrices move against it by a given length, the gradient of the second half is taken there,
+    and the weights are put back; the step is made with the sum of both. A group's rows are the same
+    for any number of ranks, of which each has whole groups. (There each of 8 ranks is one.)
+    """
+
+    def __init__(self, cfg: Config, model: nn.Module, world: int):
+        self.halves = 2 * cfg.meta_groups // world  # that this rank has in a step
+        moved = moved_matrices(cfg, model)
+        require(
+            bool(moved),
+            f"meta_match = {cfg.meta_match!r} matches no matrix of this model; names are such as "
+            f"{', '.join(list(declarations(model))[:3])}",
+        )
+        self.weights = [p.data for p in moved.values()]
+        self.grads = [p.grad for p in moved.values()]  # views into the buckets, which stay
+        self.kept = [torch.empty_like(w) for w in self.weights]
+        # sums over the groups before this one, where there are several
+        self.earlier = [torch.zeros_like(g) for g in self.grads] if self.halves > 2 else []
+
+    @torch.no_grad()
+    def before(self, at: int, count: int, length: float) -> None:
+        """Before micro-batch `at` of `count`: where a half begins."""
+        half, inside = divmod(at, count // self.halves)
+        if inside:
+            return
+        if half % 2:
+            self.move(length)
+        elif half:
+            for earlier, g in zip(self.earlier, self.grads):
+                earlier.copy_(g)
+                g.zero_()
+
+    def move(self, length: float) -> None:
+        """Keep the weights, and move them by `length` against the gradient that there is."""
+        norms = torch.stack([torch.linalg.vector_norm(g) for g in self.grads])
+        by = torch.linalg.vector_norm(norms).clamp_min(1e-12).reciprocal()  # stays on the device
+        for kept, w, g in zip(self.kept, self.weights, self.grads):
+            kept.copy_(w)
+            w.addcmul_(g, by, value=-length)
+
+    @torch.no_grad()
+    def after(self, at: int, count: int) -> None:
+        """Behind the backward pass of micro-batch `at` of `count`: where a group ends."""
+        half, inside = divmod(at + 1, count // self.halves)
+        if inside or half % 2:
+            return
+        for w, kept in zip(self.weights, self.kept):
+            w.copy_(kept)
+        if half > 2:
+            for g, earlier in zip(self.grads, self.earlier):
+                g.add_(earlier)
+
+
 class Rule(NamedTuple):
     """How a parameter is updated; those of one rule (and, with Muon, one shape) share a bucket."""
 
@@ -2735,6 +3038,9 @@ class MuonAdamW:
     def __init__(self, cfg: Config, model: nn.Module, run: Ranks):
         self.cfg, self.run, self.count = cfg, run, 0
         self.buckets = param_buckets(cfg, model, run)
+        self.meta = None
+        if has_meta_step(cfg):
+            self.meta = MetaStep(cfg, model, run.world)
         on = bool(cfg.compile)
         self.muon = torch.compile(muon_update, dynamic=False) if on else muon_update
         self.adamw = torch.compile(adamw_update, dynamic=False) if on else adamw_update
@@ -3687,7 +3993,8 @@ def keep_epoch(trainer: Trainer, step: int) -> None:
     def write(part: Path) -> None:
         write_tensors(weights_on_cpu(trainer.model), part / "model.safetensors")
         (part / "config.toml").write_text(config_toml(trainer.cfg), encoding="utf-8")
-        state = {"step": step, "repeats": now.repeats, "window": now.window}
+        state = {"step": step, "repeats": now.repeats, "passes": now.passes}
+        state |= {"window": now.window, "window_long": now.window_long}
         (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     trainer.run.on_main(lambda: write_folder(trainer.run.folder / "epochs" / f"{step:06d}", write))
@@ -3722,7 +4029,8 @@ def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, flo
         run.poll()
         first = low + run.rank * shape.rows
         x, y = val.batch(range(first, first + shape.rows), run.device, shape.rows)
-        total += model(x, y, shape.repeats, shape.window).double().sum()
+        losses = model(x, y, shape.repeats, shape.window, shape.passes, shape.window_long)
+        total += losses.double().sum()
     loss = float(run.sum(total)) / val.scored
     return loss, bits_per_byte(loss, val.scored, val.bytes)
 
@@ -3894,7 +4202,7 @@ class OutOfTime(Exception):
 @torch.compiler.set_stance("force_eager")  # compiled graphs have no place to watch
 @torch.no_grad()
 def record_hessians(
-    model: GPT, rows: np.ndarray, repeats: int, window: int, run: Ranks, until: float = math.inf
+    model: GPT, rows: np.ndarray, shape: Shape, run: Ranks, until: float = math.inf
 ) -> tuple[dict[str, Tensor], int]:
     """
     Mean of x x^T [cols, cols] over the inputs of every matrix to be quantised, by name, from rows
@@ -3930,7 +4238,8 @@ def record_hessians(
                 break
             for row in rows[turn + run.rank :][:1]:
                 with contextlib.suppress(OutOfTime):  # the others end at their next turn
-                    model(*tensors(row[None], run.device), repeats, window)
+                    x, y = tensors(row[None], run.device)
+                    model(x, y, shape.repeats, shape.window, shape.passes, shape.window_long)
                     whole += 1
     # A rank without a row has seen no name: all sums are exchanged, and those without an input are
     # zero on every rank.
@@ -4392,8 +4701,8 @@ def calibration(cfg: Config, count: int) -> np.ndarray:
 
 def calibrate(trainer: Trainer, rows: np.ndarray, until: float) -> tuple[dict[str, Tensor], int]:
     """record_hessians with the model applied as the artifact's readers apply it."""
-    end = trainer.plan.at(trainer.cfg.steps, 1.0)
-    return record_hessians(trainer.model, rows, end.repeats, end.window, trainer.run, until)
+    shape = trainer.plan.eval_shape(trainer.plan.at(trainer.cfg.steps, 1.0))
+    return record_hessians(trainer.model, rows, shape, trainer.run, until)
 
 
 def gptq_seconds(trainer: Trainer) -> float:
@@ -5532,6 +5841,7 @@ def compile_model(model: GPT, cfg: Config):
         block.compile(dynamic=False)
     model.losses = torch.compile(model.losses, dynamic=False)
     model.losses_and_log_z = torch.compile(model.losses_and_log_z, dynamic=False)
+    model.losses_with_later = torch.compile(model.losses_with_later, dynamic=False)
     model.norm = torch.compile(norm, dynamic=False)
     return model
 
@@ -5549,9 +5859,7 @@ def warm_up(trainer: Trainer) -> None:
     run, plan, began = trainer.run, trainer.plan, time.perf_counter()
     kept = trainer.opt.snapshot()
     several = any(plan.micro_batches(n, run.world) > 1 for n in plan.moments())
-    todo = [(True, s) for s in plan.train_shapes(run.world)] + [
-        (False, s) for s in plan.eval_shapes()
-    ]
+    todo = [*plan.train_moments(run.world).items(), *((s, None) for s in plan.eval_shapes())]
     bar = tqdm(
         todo,
         desc="compile" if trainer.cfg.compile else "warm up",
@@ -5563,20 +5871,22 @@ def warm_up(trainer: Trainer) -> None:
             run.interruptible(),
             torch.random.fork_rng([run.device] if run.device.type == "cuda" else []),
         ):
-            for training, shape in bar:
+            for shape, now in bar:
                 run.poll()
                 rows = torch.randint(
                     trainer.cfg.vocab, (shape.rows, shape.seq_len + 1), device=run.device
                 )
                 x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-                if training:
-                    loss_terms(trainer, x, y, shape.repeats, shape.window).sum().backward()
+                if now:
+                    loss_terms(trainer, x, y, now).sum().backward()
                     if several:
                         trainer.opt.collect(last=True)
                     trainer.opt.step(plan.at(0, 0.0))
                 else:
                     with torch.no_grad():
-                        trainer.graph(x, y, shape.repeats, shape.window)
+                        trainer.graph(
+                            x, y, shape.repeats, shape.window, shape.passes, shape.window_long
+                        )
         if trainer.cfg.gptq and trainer.cfg.max_seconds:
             keep_time_for_gptq(trainer)
     finally:
@@ -5608,22 +5918,42 @@ def rounded_weights(trainer: Trainer, step: int, now: Now):
 
 def extra_terms(cfg: Config) -> list[str]:
     """Names of what is added to the cross-entropy in training."""
-    return [name for name in ("z_loss", "mtp", "mu_loss") if getattr(cfg, name)]
+    names = ["z_loss"] if cfg.z_loss else []
+    names += [f"{name}_loss" for name in later_targets(cfg)]
+    return names + [name for name in ("mtp", "mu_loss") if getattr(cfg, name)]
 
 
-def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, repeats: int, window: int) -> Tensor:
+def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, now: Now) -> Tensor:
     """
-    Sums over the tokens of a micro-batch: cross-entropy and, where they are on, weighted z-loss and
-    MTP; [1] to [3].
+    Sums over the tokens of a micro-batch: cross-entropy and, where they are on, weighted z-loss,
+    losses of later tokens and MTP; [1] to [5].
     """
-    cfg = trainer.cfg
-    if not (cfg.z_loss or cfg.mtp):
-        return trainer.graph(x, y, repeats, window).sum().view(1)
-    rows = trainer.graph(x, y, repeats, window, bool(cfg.z_loss), bool(cfg.mtp))
-    extra = ([cfg.z_loss * rows[1].square().sum()] if cfg.z_loss else []) + (
-        [cfg.mtp * rows[-1].sum()] if cfg.mtp else []
+    cfg, later = trainer.cfg, later_targets(trainer.cfg)
+    if not (cfg.z_loss or cfg.mtp or later):
+        losses = trainer.graph(x, y, now.repeats, now.window, now.passes, now.window_long)
+        return losses.sum().view(1)
+    rows = trainer.graph(
+        x,
+        y,
+        now.repeats,
+        now.window,
+        now.passes,
+        now.window_long,
+        bool(cfg.z_loss),
+        bool(cfg.mtp),
+        bool(later),
     )
-    return torch.stack([rows[0].sum(), *extra])
+    terms = [rows[0].sum()]
+    if cfg.z_loss:
+        terms.append(cfg.z_loss * rows[1].square().sum())
+    # Beside the graph, which so has no weight in it: they may change at every step.
+    if later:
+        weights = {"mtp_next": now.mtp_next, "mtp_third": now.mtp_third}
+        for at, name in enumerate(later, 1 + bool(cfg.z_loss)):
+            terms.append(weights[name] * rows[at].sum())
+    if cfg.mtp:
+        terms.append(cfg.mtp * rows[-1].sum())
+    return torch.stack(terms)
 
 
 @torch.no_grad()
@@ -5653,23 +5983,29 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     """
     rows = trainer.loader.batch(step, now.batch_tokens, now.seq_len)
     per_pass = trainer.plan.micro_rows(now, trainer.run.world)
-    total = torch.zeros(
-        1 + bool(trainer.cfg.z_loss) + bool(trainer.cfg.mtp), device=trainer.run.device
-    )
+    terms = extra_terms(trainer.cfg)
+    total = torch.zeros(1 + len(terms) - ("mu_loss" in terms), device=trainer.run.device)
+    count = len(rows) // per_pass
     if trainer.cfg.ema_nesterov != "0":
         trainer.opt.look_ahead(now, trainer.run.trained)
     targets = trainer.loader.targets(now.batch_tokens)
     scale = targets if trainer.cfg.loss_sum else 1  # of the gradients
     with rounded_weights(trainer, step, now):
-        for low in range(0, len(rows), per_pass):
-            x, y = trainer.loader.tensors(rows[low : low + per_pass], trainer.run.device)
+        for at in range(count):
+            if trainer.opt.meta is not None:
+                trainer.opt.meta.before(at, count, now.meta_step)
+            part = rows[at * per_pass : (at + 1) * per_pass]
+            x, y = trainer.loader.tensors(part, trainer.run.device)
             # Summed over tokens and divided by the global count: ranks and micro-batches change the
             # float order alone.
-            terms = loss_terms(trainer, x, y, now.repeats, now.window) / targets
-            (terms.sum() * scale).backward()
-            total += terms.detach()
-            if per_pass < len(rows):
-                trainer.opt.collect(last=low + per_pass >= len(rows))
+            sums = loss_terms(trainer, x, y, now)
+            means = sums / targets
+            (means.sum() * scale).backward()
+            total += means.detach()
+            if count > 1:
+                trainer.opt.collect(last=at + 1 == count)
+            if trainer.opt.meta is not None:
+                trainer.opt.meta.after(at, count)
     total = trainer.run.sum(total)
     if trainer.cfg.mu_loss:
         total = torch.cat(
@@ -5740,7 +6076,8 @@ def embedding_statistics(trainer: Trainer, now: Now) -> dict[str, float]:
     )
     for low in range(0, -(-tokens // shape.seq_len), shape.rows):
         x, _ = trainer.val.batch(range(low, low + shape.rows), trainer.run.device, shape.rows)
-        hidden = model.hidden(x, shape.repeats, shape.window).flatten(0, 1)
+        hidden = model.hidden(x, shape.repeats, shape.window, shape.passes, shape.window_long)
+        hidden = hidden.flatten(0, 1)
         for piece in hidden[: tokens - low * shape.seq_len].split(trainer.cfg.loss_chunk):
             logits = model.logits(piece)
             each = logits.mean(-1), logits.abs().amax(-1), logits.logsumexp(-1).square()
@@ -5974,11 +6311,14 @@ def finish(trainer: Trainer, step: int, now: Now, found: dict) -> dict:
     """
     cfg, run, plan = trainer.cfg, trainer.run, trainer.plan
     end = plan.at(cfg.steps, 1.0)  # as all who read the artifact apply it
-    if (now.repeats, now.window) != (end.repeats, end.window):
+    different = [key for key in APPLIED if getattr(now, key) != getattr(end, key)]
+    if different:
+        ended, meant = (
+            ", ".join(f"{key} {getattr(n, key)}" for key in different) for n in (now, end)
+        )
         run.log(
-            f"notice: the clock ended training at repeats {now.repeats}, window {now.window}, and "
-            "the evaluation is of these; artifact and sample are of the schedules' end, repeats "
-            f"{end.repeats}, window {end.window}"
+            f"notice: the clock ended training at {ended}, and the evaluation is of these; "
+            f"artifact and sample are of the schedules' end, {meant}"
         )
     tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
     result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}

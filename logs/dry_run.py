@@ -29,8 +29,11 @@ from train_gpt import (  # noqa: E402
     Schedule,
     Shape,
     build_model,
+    has_key_offset,
+    has_meta_step,
     head_width,
     hidden_width,
+    moved_matrices,
     param_buckets,
     parse_args,
     shard_files,
@@ -42,21 +45,25 @@ ASSUMED_MFU = 0.40  # the share of it that training is taken to reach
 SHARD_TOKENS = 100_000_000  # what every published set of shards uses
 
 
-def flops_per_token(cfg: Config, repeats: int, seq_len: int, window: int) -> int:
+def flops_per_token(
+    cfg: Config, repeats: int, seq_len: int, window: int, passes: int = 1, window_long: int = 0
+) -> int:
     """Forward and backward: 6 for each weight applied, 12*heads*head_dim for each key that a query
-    sees on average; replays count as often as they run, multi-token prediction with its block and
-    its second use of the head.
+    sees on average; replays count as often as they run, passes before the last a third, as they
+    have no backward, multi-token prediction with its block and its second use of the head.
     """
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
     sizes = [weights_applied(block) for block in model.blocks]
     places = wiring(cfg, repeats)
-    weights = sum(sizes[place.block] for place in places) + model.head.numel()
-    windows = [window if place.windowed else 0 for place in places]
+    often = 1 + (passes - 1) / 3
+    weights = often * sum(sizes[place.block] for place in places) + model.head.numel()
+    windows = [(window if place.windowed else window_long, often) for place in places]
     if cfg.mtp:
         weights += weights_applied(model.mtp_block) + model.mtp_proj.numel() + model.head.numel()
-        windows.append(0)
-    widths = [min(w or seq_len, seq_len) for w in windows]
-    keys = sum(w - w * (w - 1) / (2 * seq_len) for w in widths)  # early tokens see fewer
+        windows.append((0, 1))
+    widths = [(min(w or seq_len, seq_len), often) for w, often in windows]
+    # early tokens see fewer
+    keys = sum(often * (w - w * (w - 1) / (2 * seq_len)) for w, often in widths)
     return int(6 * weights + 12 * cfg.heads * head_width(cfg) * keys)
 
 
@@ -66,7 +73,9 @@ def weights_applied(block: torch.nn.Module) -> int:
     return sum(p.numel() for name, p in named if p.ndim >= 2 and not name.endswith("iha"))
 
 
-def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: int) -> int:
+def memory_estimate(
+    cfg: Config, plan: Plan, world: int, params: int, states: int, moving: int
+) -> int:
     """Peak bytes of one rank, by this method: weights and gradients whole, `states` bytes of this
     rank's shard of the optimizer's state (the warm-up keeps its copy of them on the host) and its
     shards of averages; the weights once more as they are computed with; what a compiled backward
@@ -81,6 +90,8 @@ def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: in
         fixed += 4 * params  # their gradients are summed in fp32
     if width == 4:
         fixed += 2 * params  # the weights as they are computed with, in bf16
+    if has_meta_step(cfg):  # what moves is kept; gradients of earlier groups, where there are any
+        fixed += 4 * moving * (1 + (cfg.meta_groups > world))
     # numbers in bf16 that are kept of a token at one place
     q, kv = head_width(cfg) * cfg.heads, head_width(cfg) * (cfg.kv_heads or cfg.heads)
     kept = (
@@ -113,7 +124,8 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
     """What a run would cost on so many ranks, by the keys of --json; found on the meta device."""
 
     def flops(at: Now | Shape) -> int:
-        return flops_per_token(cfg, at.repeats, at.seq_len, at.window)
+        applied = at.window, at.passes, at.window_long
+        return flops_per_token(cfg, at.repeats, at.seq_len, *applied)
 
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
     model.to(getattr(torch, cfg.param_dtype))
@@ -133,8 +145,14 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
         states += sum(t.nbytes for t in bucket.state.values())
         large = [p for p in bucket.params.values() if p.ndim >= 2 and p.numel() > 65536]
         matrices += sum(p.numel() for p in large)
+    moving = sum(p.numel() for p in moved_matrices(cfg, model).values())
     shapes, moments = plan.train_shapes(world), plan.moments()
-    named = {f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}": s for s in shapes}
+    named = {
+        f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}"
+        + f", passes {s.passes}" * (cfg.passes != "1")
+        + f", window_long {s.window_long}" * (cfg.window_long != "0"): s
+        for s in shapes
+    }
     mean_flops = sum(map(flops, moments)) / len(moments)
     evaluated = plan.eval_shapes()
     return {
@@ -144,7 +162,7 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
         "tokens": plan.tokens(),
         "shards_needed": shards_needed(cfg, plan),
         "shards_present": len(shard_files(cfg.data, "train")),
-        "memory_bytes": memory_estimate(cfg, plan, world, params, states),
+        "memory_bytes": memory_estimate(cfg, plan, world, params, states, moving),
         "artifact_bytes": int(0.92 * matrices + 4 * (params - matrices)) if cfg.export else 0,
         "graphs": {
             "train": [s._asdict() for s in shapes],
@@ -189,8 +207,9 @@ def wiring_table(cfg: Config, repeats: int) -> list[str]:
     """The places of a forward pass, a line each, under a heading."""
     lines = [f"{'place':>5}{'block':>6}{'visit':>6}  {'sees':8}{'adds':28}also"]
     windows = max(Schedule("window", cfg.window).values()) > 0
+    far = "long" if max(Schedule("window_long", cfg.window_long).values()) else "all"
     for at, place in enumerate(wiring(cfg, repeats)):
-        sees = "window" if windows and place.windowed else "all"
+        sees = ("window" if windows else "all") if place.windowed else far
         adds = [f"place {place.skip.source}" if place.skip else ""]
         adds += [f"last visit ({place.last_visit.source})" if place.last_visit else ""]
         adds, also = ", ".join(filter(None, adds)) or "-", ", ".join(extras(cfg, place)) or "-"
@@ -206,6 +225,7 @@ def extras(cfg: Config, place: Place) -> list[str]:
         *([f"value tables by row {place.row}"] if cfg.value_embeds else []),
         *(["value projection"] if values else []),
         *(["exclusive self-attention"] if place.xsa else []),
+        *(["keys of the token before"] if has_key_offset(cfg, place.block) else []),
         *([f"inputs x {place.shrink:.3f}"] if cfg.layer_scale else []),
         *([f"left out at {place.drop:.3f}"] if place.drop else []),
     ]

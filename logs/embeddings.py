@@ -148,9 +148,8 @@ def statistics(
     seen = LogitStatistics()
     for low in range(0, -(-tokens // val.seq_len), shape.rows):
         x, _ = val.batch(range(low, low + shape.rows), head.device, shape.rows)
-        hidden = model.hidden(x, shape.repeats, shape.window).flatten(0, 1)[
-            : tokens - low * val.seq_len
-        ]
+        applied = shape.repeats, shape.window, shape.passes, shape.window_long
+        hidden = model.hidden(x, *applied).flatten(0, 1)[: tokens - low * val.seq_len]
         for piece in hidden.split(model.cfg.loss_chunk):
             seen.add(model.logits(piece), piece)
     logits, mean = seen.result()

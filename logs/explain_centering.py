@@ -321,7 +321,8 @@ def subject(options: ExplainOptions) -> Subject:
         # one by one: a run's batch may be a GPU's
         x, y = val.batch(range(row, row + 1), device, 1)
         with torch.no_grad():
-            hidden.append(model.hidden(x, shape.repeats, shape.window).flatten(0, 1).float())
+            applied = shape.repeats, shape.window, shape.passes, shape.window_long
+            hidden.append(model.hidden(x, *applied).flatten(0, 1).float())
         targets.append(y.flatten())
     return Subject(model, torch.cat(hidden), torch.cat(targets), str(path))
 

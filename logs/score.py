@@ -121,21 +121,21 @@ class Cache:
     pass over it gives, up to float order.
     """
 
-    def __init__(self, model: tg.GPT, repeats: int, window: int):
-        self.model, self.repeats, self.window, self.size, self.docs = (
-            model,
-            repeats,
-            window,
-            0,
-            None,
-        )
-        self.windows = [window if p.windowed else 0 for p in tg.wiring(model.cfg, repeats)]
+    def __init__(self, model: tg.GPT, shape: tg.Shape):
+        self.model, self.shape, self.size, self.docs = model, shape, 0, None
+        places = tg.wiring(model.cfg, shape.repeats)
+        windows = [shape.window if p.windowed else shape.window_long for p in places]
+        self.windows = windows * shape.passes
+        self.sharp = tg.sharpness(model.cfg, shape.window_long)
         self.kept: list[tuple[Tensor, Tensor]] = []
+        self.last: dict[int, Tensor] = {}  # by turn, the last token's key as it was
         self.turn = 0
 
     def feed(self, tokens: Tensor) -> Tensor:
         """Activations [T, D] of the next tokens [T]."""
-        x = self.model.hidden(tokens[None], self.repeats, self.window, cache=self)[0]
+        shape = self.shape
+        applied = shape.repeats, shape.window, shape.passes, shape.window_long
+        x = self.model.hidden(tokens[None], *applied, cache=self)[0]
         self.size += len(tokens)
         return x
 
@@ -147,6 +147,12 @@ class Cache:
                 docs if self.docs is None else torch.cat([self.docs, docs + self.docs[:, -1:]], 1)
             )
         return self
+
+    def before(self, k: Tensor) -> Tensor:
+        """Of each new token the key of the one before it, which may be of an earlier piece."""
+        first = self.last.get(self.turn, k[:, :1])
+        self.last[self.turn] = k[:, -1:]
+        return torch.cat([first, k[:, :-1]], dim=1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bound: float) -> Tensor:
         if self.turn < len(self.kept):
@@ -164,7 +170,8 @@ class Cache:
             else (None, None)
         )
         ok = tg.visible(new, pos, *docs, self.windows[self.turn - 1])
-        return ((q * scale) @ k.mT).float().masked_fill(~ok, -torch.inf).softmax(-1).to(v.dtype) @ v
+        scores = ((q * (scale * self.sharp)) @ k.mT).float().masked_fill(~ok, -torch.inf)
+        return scores.softmax(-1).to(v.dtype) @ v
 
 
 class Sliding:
@@ -232,9 +239,9 @@ class Sliding:
             # windows of zeros fill the batch up: they end where they begin and score nothing
             start, first, end = F.pad(mine, (0, 0, 0, rows - len(mine))).T[..., None]
             at = start + within  # of inputs in the stream, and of their targets among the targets
-            hidden = self.hidden(
-                stream[at.clamp_max(len(stream) - 2)], self.shape.repeats, self.shape.window
-            )
+            shape = self.shape
+            applied = shape.repeats, shape.window, shape.passes, shape.window_long
+            hidden = self.hidden(stream[at.clamp_max(len(stream) - 2)], *applied)
             scored = ((at >= first) & (at < end)).flatten().nonzero()[:, 0]
             at, hidden = at.flatten(), hidden.flatten(0, 1)
             for part in scored.split(rows * self.stride):
@@ -260,10 +267,7 @@ class Sliding:
         t = len(self.past) - 1
         if t == self.end:  # a new window: see its context again
             self.start, self.end = self.next_window(t)
-            self.cache, self.fed = (
-                Cache(self.model, self.shape.repeats, self.shape.window),
-                self.start,
-            )
+            self.cache, self.fed = (Cache(self.model, self.shape), self.start)
         x = self.feed(torch.tensor(self.past[self.fed :], device=self.run.device))
         self.fed = t + 1
         return self.log_probs(x).double().softmax(-1).cpu().numpy()
@@ -503,7 +507,10 @@ class TestTime(Sliding):
                 stream[(at + 1).clamp_max(len(stream) - 1)],
             )
             y = y.masked_fill(at + 1 >= len(stream), -1)
-            (self.graph(x, y, self.shape.repeats, self.shape.window).sum() / tokens).backward()
+            shape = self.shape
+            applied = shape.repeats, shape.window, shape.passes, shape.window_long
+            losses = self.graph(x, y, *applied)
+            (losses.sum() / tokens).backward()
         for p in self.model.parameters():
             p.grad = self.run.sum(torch.zeros_like(p) if p.grad is None else p.grad)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -563,7 +570,9 @@ class LoRA(Sliding):
     def log_probs_at(self, tokens: Tensor, places: Tensor, pairs: dict) -> Tensor:
         """Log probabilities [R, n, V] at places [n] of rows [R, T], under `pairs`."""
         self.pairs = pairs
-        hidden = self.model.hidden(tokens, self.shape.repeats, self.shape.window)
+        shape = self.shape
+        applied = shape.repeats, shape.window, shape.passes, shape.window_long
+        hidden = self.model.hidden(tokens, *applied)
         return self.log_probs(hidden[:, places])
 
     def chunk(self, stream: Tensor, starts: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -871,14 +880,20 @@ def averaging_weights(n: int) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def token_losses(subject: Subject, repeats: int, window: int) -> Tensor:
-    """Losses in nats, float64 on the CPU, of the validation targets that fall to this rank."""
+def token_losses(subject: Subject, state: dict) -> Tensor:
+    """
+    Losses in nats, float64 on the CPU, of the validation targets that fall to this rank; the net is
+    applied as `state` says.
+    """
+    newer = state.get("passes", 1), state.get("window_long", 0)
+    applied = state["repeats"], state["window"], *newer
     run, rows, losses = subject.run, subject.shape.rows, []
     for low in range(0, subject.val.rows, rows * run.world):
         run.poll()
         first = low + run.rank * rows
         x, y = subject.val.batch(range(first, first + rows), run.device, rows)
-        losses.append(subject.graph(x, y, repeats, window)[y.flatten() >= 0].double().cpu())
+        found = subject.graph(x, y, *applied)
+        losses.append(found[y.flatten() >= 0].double().cpu())
     return torch.cat(losses)
 
 
@@ -910,7 +925,7 @@ def score_epochs(subject: Subject, last: int) -> dict:
     found, losses = {}, []
     for path, state in kept:
         tg.load_weights(subject.model, weights_of(path), str(path))
-        losses.append(token_losses(subject, state["repeats"], state["window"]))
+        losses.append(token_losses(subject, state))
         loss = mean_over_ranks(subject, losses[-1])
         subject.run.log(f"epoch weights of step {state['step']}: val_loss:{loss:.5f}")
     stacked, end = torch.stack(losses), kept[-1][1]
@@ -924,7 +939,7 @@ def score_epochs(subject: Subject, last: int) -> dict:
             for n, w in weights_of(path).items():
                 average[n].add_(w.float(), alpha=weight)
         tg.load_weights(subject.model, average, str(subject.folder))
-        averaged = token_losses(subject, end["repeats"], end["window"])
+        averaged = token_losses(subject, end)
         found[f"val_loss_weights_{name}"] = mean_over_ranks(subject, averaged)
     for name, loss in found.items():
         subject.run.log(f"average over {len(kept)} epochs: {name}:{loss:.5f}")
@@ -1352,7 +1367,9 @@ def generate(subject: Subject, how: Sample) -> str:
     tokens = prompt_tokens(subject, how.prompt)
     for _ in range(how.tokens):
         context = torch.tensor([tokens[-subject.plan.max_seq_len :]], device=device)
-        hidden = model.hidden(context, subject.shape.repeats, subject.shape.window)
+        shape = subject.shape
+        applied = shape.repeats, shape.window, shape.passes, shape.window_long
+        hidden = model.hidden(context, *applied)
         logits = model.logits(hidden[0, -1])[:vocab]
         if how.top_k:
             least = logits.topk(min(how.top_k, vocab)).values[-1]
@@ -1530,8 +1547,7 @@ def table_command(flags: Table) -> None:
     for choice in flags.choices:
         tg.check_bits(choice.removesuffix(" gptq"), list(matrices))
     rows = tg.calibration(s.cfg, flags.calibration_rows)
-    repeats, window = s.shape.repeats, s.shape.window
-    hessians, _ = tg.record_hessians(s.model, rows, repeats, window, s.run)
+    hessians, _ = tg.record_hessians(s.model, rows, s.shape, s.run)
     scorer = make_scorer(s.model, flags, s.shape)
     exact, base, codecs = score_all(scorer, s.val), 0, (*tg.CODECS, tg.ENTROPY)
     print(
@@ -1579,8 +1595,7 @@ def export_command(flags: Export) -> None:
     hessians = None
     if flags.calibration_rows:
         rows = tg.calibration(s.cfg, flags.calibration_rows)
-        repeats, window = s.shape.repeats, s.shape.window
-        hessians, _ = tg.record_hessians(s.model, rows, repeats, window, s.run)
+        hessians, _ = tg.record_hessians(s.model, rows, s.shape, s.run)
     how = flags.bits, flags.codec, hessians, flags.limit
     data, _ = tg.smallest_artifact(s.model, *how, log=print)
     if flags.limit and len(data) > flags.limit:

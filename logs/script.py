@@ -150,7 +150,8 @@ class Fixed:
 PURE = (
     "head_width hidden_width rotary_dims loop_span is_number extra_terms drop_chance is_windowed "
     "is_constant is_averaged largest layer_order Schedule own_rates decays_of tail_shares "
-    "centering_notices"
+    "centering_notices has_meta_step "
+    "later_targets offset_dims yarn_growths yarn_stages"
 ).split()
 # expressions of the trainer by what they hold or call
 CALLED_AS = {
@@ -246,12 +247,18 @@ def facts_of(cfg: tg.Config, keep: list[str], scorer: bool = False) -> folding.F
     now, place = constant_schedules(cfg, keep), constant_places(cfg)
     varying = tuple(name for name in tg.SCHEDULES if scorer or name not in now)
     graphs = tuple(name for name in tg.GRAPHS if scorer or name not in now)
+    applied = tuple(name for name in tg.APPLIED if scorer or name not in now)
     return folding.Facts(
         fields=fields,
         config=Fixed(fields),
         records={} if scorer else {"now": now, "end": now, "n": now, "place": place, "p": place},
         functions={name: getattr(tg, name) for name in PURE},
-        constants={"SCHEDULES": varying, "GRAPHS": graphs, "ENTROPY": tg.ENTROPY},
+        constants={
+            "SCHEDULES": varying,
+            "GRAPHS": graphs,
+            "APPLIED": applied,
+            "ENTROPY": tg.ENTROPY,
+        },
         called_as=CALLED_AS | HOLDERS,
         roots={"main", "Config"} | (names_of_scorer() if scorer else set()),
         protocol={"forward", "backward", "on_signal"},

@@ -208,7 +208,8 @@ def measure(bench: Bench, fraction: float, now: tg.Now) -> dict:
         host = f"; host {spread(times['host'])['median']:.2f} ms" if not logged else ""
         print(f"  {name}: {said(found[name])}{host}", flush=True)
     rate = now.batch_tokens / found["step"]["median"] * 1000
-    flops = flops_per_token(bench.cfg, now.repeats, now.seq_len, now.window)
+    applied = now.window, now.passes, now.window_long
+    flops = flops_per_token(bench.cfg, now.repeats, now.seq_len, *applied)
     found |= {"tokens_s": rate, "mfu": rate * flops / H100_FLOPS}
     share = f", MFU {found['mfu']:.1%} of {H100_FLOPS / 1e12:.0f} TFLOP/s" if bench.on_gpu else ""
     print(f"  {rate:,.0f} tokens/s at {flops / 1e6:,.1f} MFLOP each{share}")

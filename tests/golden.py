@@ -100,10 +100,13 @@ FITTED = {
     | LOOP,
     "golf_progressive": {"export": "int6", "depth": 3} | GROUPED,
     "golf_progressive_4h": {"export": "int8", "depth": 3} | GROUPED,
-    "slowrun_1h": {"window": 50} | EPOCHS | LOOP,
+    "slowrun_1h": {"window": 50, "meta_groups": 2} | EPOCHS | LOOP,
     "slowrun_cpu": {"window": 50} | EPOCHS | LOOP,
     "slowrun_pr63": {"window": 50} | EPOCHS | LOOP,
-    "slowrun_tiny": {"window": 50} | EPOCHS,
+    "slowrun_tiny": {"window": 50, "meta_groups": 2} | EPOCHS,
+    "slowrun_two_hour": {"window": "20 1/3:40 2/3:60", "window_long": "40 1/3:80 2/3:129"}
+    | EPOCHS
+    | LOOP,
     "track3_record": {"tail_ema": "0 0.5:2"},
 }
 # Runs beside the presets' own: name -> (preset, changes).
@@ -221,6 +224,8 @@ def collect(folder: Path) -> dict:
         "z_loss",
         "mu_loss",
         "mtp",
+        "mtp_next_loss",
+        "mtp_third_loss",
         "val_loss",
         "val_loss_ema",
         "val_loss_swa",

@@ -62,7 +62,7 @@ fi
 remix_m() { bench remix_m 8 "${THEIRS[@]}" "$@"; }  # upstream's script has the logits of all tokens at once
 golf() { bench golf_progressive 8 --at 1 "$@"; }
 centering() { bench centering_221m 4 --at 1 "$@"; }
-slowrun() { bench slowrun_1h 8 --at 1 --steps 3 --settle 1 --profiled 0 --flags="--compile 1"; }
+slowrun() { bench slowrun_1h 8 --at 1 --steps 3 --settle 1 --profiled 0 --flags="--compile 1 --meta_groups 1"; }
 whole_logits="--loss_chunk 65536"
 
 tests() {  # each in a process of its own, several at once: what they say depends on no time

@@ -72,6 +72,7 @@ SWITCHES = {
     "attn_scale": (0.3,),
     "rope": ("standard", "interleaved"),
     "rope_dims": (-1, 8),
+    "key_offset": ("still", "second"),
     "activation": ("leaky_relu2", "swiglu"),
     "q_gain": (1.5,),
     "attn_gate": (12,),
@@ -89,13 +90,18 @@ SWITCHES = {
     "doc_mask": (1,),
     "window": ("4", "0:4 1s:8"),
     "window_pattern": ("SSSL", "SL"),
+    "window_long": ("6", "0:4 1s:8 2s:12"),
+    "yarn": (1,),
     "loop": ("0:1", "1:2", "0:2"),
     "repeats": ("2", "0:1 1s:2 2s:3"),
+    "passes": ("2", "0:1 1s:2"),
     "tie_embed": (1,),
     "attn_dropout": (0.3,),
     "mlp_dropout": (0.3,),
     "stoch_depth": (0.9,),
     "mtp": (0.3,),
+    "mtp_next": ("0.5", "0:0.5 1>0"),
+    "mtp_third": ("0.25",),
     "head_multiple": (64,),
     "pad_vocab": (1,),
     "init_std": (1.0,),
@@ -122,6 +128,9 @@ SWITCHES = {
     "weight_decay": ("0:1 1>0.5",),
     "independent_wd": (1,),
     "grad_clip": (0.01,),
+    "meta_step": ("0.5", "0 1s:0.5"),
+    "meta_groups": (1, 2),
+    "meta_match": ("mlp",),
     "ema": (0.9,),
     "swa_every": (1, 2),
     "average_epochs": (1, 2),
@@ -168,6 +177,8 @@ SILENT = {
     "kv_heads",
     "depth",
     "loop",
+    "meta_groups",
+    "meta_match",
 }
 
 
@@ -189,6 +200,8 @@ def sample(seed: int) -> dict:
         "rope_dims": "rope",
         "cautious": "matrix_wd",
         "export_codec": "export",
+        "meta_step": "meta_groups",
+        "meta_match": "meta_step",
     }
     for name in names:  # most alone would be refused: bring along what they need
         if name in needed and needed[name] not in names and rng.random() < 0.9:

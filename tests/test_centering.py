@@ -362,7 +362,7 @@ def test_z_loss_has_the_gradient_of_its_formula(tmp_path):
     p = parts(tmp_path, z_loss=0.5)
     x, y = random_tokens(p.cfg, 2, 32)
     p.opt.buckets[0].grads.zero_()
-    terms = tg.loss_terms(p, x, y, 1, 0)
+    terms = tg.loss_terms(p, x, y, now())
     logits = p.model.logits(p.model.hidden(x, 1, 0)).flatten(0, 1).detach().requires_grad_()
     assert terms[0].item() == pytest.approx(
         F.cross_entropy(logits, y.flatten(), reduction="sum").item(), rel=1e-5

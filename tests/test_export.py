@@ -127,8 +127,8 @@ def test_hessians_add_up_all_uses_of_a_shared_matrix():
     model = model_of(cfg, weights(cfg))
     rows = np.random.default_rng(0).integers(96, size=(3, 17))
     run = tg.Ranks(torch.device("cpu"))
-    found, seen = tg.record_hessians(model, rows, 2, 0, run)
-    once, _ = tg.record_hessians(model, rows, 1, 0, run)
+    found, seen = tg.record_hessians(model, rows, tg.Shape(1, 32, 2, 0), run)
+    once, _ = tg.record_hessians(model, rows, tg.Shape(1, 32, 1, 0), run)
     assert seen == 3
     assert found.keys() == {name for name in tg.quantised_names(model) if name != "value_embeds"}
     x = torch.from_numpy(rows[:, :-1])
@@ -157,23 +157,25 @@ def test_calibration_ends_by_the_clock_within_a_row_and_on_all_ranks_alike():
     alone = tg.Ranks(torch.device("cpu"))
     run = tg.Ranks(torch.device("cpu"))
     run.clock = clock_of([0.0] * 2 * looks + [9.0])
-    found, seen = tg.record_hessians(model, rows, 1, 0, run, until=5.0)
-    two, _ = tg.record_hessians(model, rows[:2], 1, 0, alone)
+    found, seen = tg.record_hessians(model, rows, tg.Shape(1, 32, 1, 0), run, until=5.0)
+    two, _ = tg.record_hessians(model, rows[:2], tg.Shape(1, 32, 1, 0), alone)
     assert seen == 2 and found.keys() == two.keys()
     for name in two:
         torch.testing.assert_close(found[name], two[name])
     run.clock = clock_of([0.0] * (2 * looks + 3) + [9.0])  # two matrices into the third row
-    found, seen = tg.record_hessians(model, rows, 1, 0, run, until=5.0)
+    found, seen = tg.record_hessians(model, rows, tg.Shape(1, 32, 1, 0), run, until=5.0)
     differ = [name for name in two if not torch.equal(found[name], two[name])]
     assert seen == 2 and 0 < len(differ) <= 2
     run.clock = clock_of([9.0])
-    assert tg.record_hessians(model, rows, 1, 0, run, until=5.0) == ({}, 0)
+    assert tg.record_hessians(model, rows, tg.Shape(1, 32, 1, 0), run, until=5.0) == ({}, 0)
     asked = []
     run = tg.Ranks(torch.device("cpu"))
     run.world, run.sum, run.clock = 2, lambda x: x, clock_of([0.0])
     # the other rank is late at the third turn
     run.poll = lambda late: asked.append(late) or len(asked) > 2
-    assert tg.record_hessians(model, rows, 1, 0, run, until=5.0)[1] == 2 and asked == [0, 0, 0]
+    assert tg.record_hessians(model, rows, tg.Shape(1, 32, 1, 0), run, until=5.0)[
+        1
+    ] == 2 and asked == [0, 0, 0]
 
 
 def test_a_slow_calibration_keeps_the_cap_and_its_artifact(tmp_path, monkeypatch, capsys):

@@ -939,7 +939,7 @@ def test_watching_sees_every_product_with_a_matrix_by_name_and_leaves_nothing(ch
         seen.append((name, tuple(given.shape), tuple(product.shape)))
         return product
 
-    flags = (x, y, int(cfg.repeats), 0, True, bool(cfg.mtp))
+    flags = (x, y, int(cfg.repeats), 0, 1, 0, True, bool(cfg.mtp))
     plain = model(*flags)
     with Linears(model) as linears, tg.watching(model, watch):
         watched = model(*flags)

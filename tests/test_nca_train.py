@@ -139,7 +139,7 @@ def test_knowing_the_next_token_scores_1_at_the_right_place_alone():
     following = np.roll(p.val.measured.astype(np.int64), -1, axis=1)
 
     def knows(tokens):
-        def hidden(x, repeats, window):
+        def hidden(x, *applied):
             at = [
                 int(np.flatnonzero((p.val.measured[:, :-1] == row[:-1].numpy()).all(1))[0])
                 for row in x
@@ -423,7 +423,7 @@ def test_the_pull_requests_model_has_none_of_the_language_runs_regularisers():
     assert (cfg.loop, cfg.unet, cfg.attn_dropout, cfg.value_proj, cfg.window_pattern) == (
         "15:21",
         2,
-        0.1,
+        0.05,
         32,
         "SSSL",
     )

@@ -977,9 +977,7 @@ FLAGS = {
 CASES = [(name, kind) for name in FLAGS for kind in ("float32", "bfloat16")]
 
 
-def linear_loss(
-    p: tg.Trainer, x: torch.Tensor, y: torch.Tensor, repeats: int, window: int
-) -> torch.Tensor:
+def linear_loss(p: tg.Trainer, x: torch.Tensor, y: torch.Tensor, now: tg.Now) -> torch.Tensor:
     """
     A loss whose gradient is the same on any ranks, micro-batches and weights: random numbers, new
     in each step.

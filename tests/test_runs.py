@@ -1326,6 +1326,57 @@ def test_every_graph_of_the_schedules_is_warmed(server, flags, tmp_path, seconds
     assert found == [phase for phase in PHASES for _ in range(2)]
 
 
+# every part of the newest slowrun records, changing in mid-run
+RECORDS = {
+    "depth": 4, "steps": 8, "eval_every": 2, "head_init": 0.1, "proj_init": 1, "x0_lambda": 0.1,
+    "passes": "0:1 0.5:2", "window": "4", "window_pattern": "SL", "window_long": "5 0.25:9 0.75:17",
+    "yarn": 1, "key_offset": "second", "xsa": -1, "xsa_learned": 1, "mtp": 0.3, "loss_chunk": 40,
+    "mtp_next": "0:0.5 0.33:0.5 0.66>0", "mtp_third": "0:0.25 0.33>0",
+    "meta_step": "0:0.5 0.5:0.5 1>0^0.5", "meta_groups": 2, "meta_match": "mlp", "micro_tokens": 64,
+}  # fmt: skip
+
+
+def test_every_graph_of_the_slowrun_records_is_warmed(server, flags, tmp_path):
+    """Weights of later tokens and the meta step's length change at every step, graphs at three."""
+    argv = flags(**RECORDS | {"compile": 1, "eval_every": 4})
+    ended = server.run(*argv, cwd=tmp_path, backend="eager")
+    succeed(ended)
+    assert re.search(r"^recompiles:0$", ended.out, re.M), ended.out
+    train = [r for r in metrics(tmp_path / "logs/tiny") if r["kind"] == "train"]
+    found = [(r["passes"], r["window_long"]) for r in train]
+    assert found == [(1, 5)] * 2 + [(1, 9)] * 2 + [(2, 9)] * 2 + [(2, 17)] * 2
+    assert len({r["mtp_third"] for r in train}) > 2 and train[0]["mtp_next_loss"] > 1
+
+
+def test_ranks_of_the_slowrun_records_give_the_same_losses(server, flags, tmp_path):
+    """1 and 2 ranks, and another cut into micro-batches."""
+    found = {}
+    for world, micro in ((1, 64), (2, 64), (2, 32)):
+        argv = flags(**RECORDS | {"run": f"w{world}-{micro}", "micro_tokens": micro})
+        succeed(run_ranks(server, world, argv, tmp_path))
+        records = metrics(tmp_path / "logs" / f"w{world}-{micro}")
+        keys = ("train_loss", "mtp_next_loss", "mtp_third_loss", "mtp", "grad_norm", "val_loss")
+        found[world, micro] = {key: numbers(records, key) for key in keys}
+    for key, one in found[1, 64].items():
+        for other in list(found.values())[1:]:
+            assert other[key] == pytest.approx(one, rel=1e-4, abs=1e-6), key
+
+
+def test_a_broken_run_of_the_slowrun_records_ends_with_the_same_bits(server, flags, tmp_path):
+    """Whatever it is in: tables, windows and weights of the losses are reckoned from the step."""
+    argv = flags(**RECORDS | {"save_every": 1, "keep": 9, "attn_dropout": 0.1, "export": "int8"})
+    succeed(server.run(*argv, cwd=tmp_path))
+    whole = tmp_path / "logs/tiny"
+    for step in (1, 3, 5):
+        folder = tmp_path / str(step)
+        _copy(whole, folder / "logs/tiny")
+        for later in range(step + 1, 9):
+            shutil.rmtree(folder / f"logs/tiny/ckpt/{later:06d}")
+        (folder / "logs/tiny/result.json").unlink()
+        succeed(server.run(*argv, "--resume", cwd=folder))
+        same_end(folder / "logs/tiny", whole)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiling(request, flags, tmp_path_factory):
     """

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forks import Server
-from helpers import alone, build, random_tokens, tg, tiny, write_shard
+from helpers import alone, build, now, random_tokens, tg, tiny, write_shard
 from test_model import awake, dense, preset
 from test_runs import run_ranks, succeed
 
@@ -44,7 +44,9 @@ ALL = {
         ("slowrun_pr63", "", 2_734_834_155),
         ("slowrun_1h", "--mtp 0 --iha 0 --vocab 10002 --doc_token 0", 1_254_010_427),
         ("slowrun_pr63", "--vocab 10002 --doc_token 0", 2_528_723_435),
-        ("slowrun_tiny", "", 316_935_720),
+        ("slowrun_tiny", "", 316_935_848),
+        ("slowrun_tiny", "--xsa 0 --xsa_learned 0", 316_935_720),
+        ("slowrun_two_hour", "", 1_443_722_775),
     ],
 )
 def test_parameter_count_is_the_golden_one(name, flags, golden):
@@ -252,7 +254,10 @@ def test_mechanism_leaves_other_initial_values_and_trains_with_other_presets(bas
     x, y = random_tokens(cfg, 4, 32)
     losses = []
     for _ in range(8):
-        loss = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, 1, 8).sum() / y.numel()
+        loss = (
+            tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, now(window=8)).sum()
+            / y.numel()
+        )
         loss.backward()
         opt.step(tg.Plan(cfg).at(0, 0.0))
         losses.append(loss.item())
@@ -280,11 +285,11 @@ def test_mtp_predicts_the_token_after_next_and_stays_out_of_the_evaluation():
         )
         logits = 10 * torch.tanh(rms(h) @ p["head"].T / 10)
         extra = F.cross_entropy(logits[:, :-1].flatten(0, 1), y[:, 1:].flatten())
-    training = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, 1, 0) / y.numel()
+    training = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, now()) / y.numel()
     assert training.tolist() == pytest.approx([plain.mean().item(), 0.3 * extra.item()], abs=1e-5)
     assert torch.equal(plain, model.losses(model.hidden(x, 1, 0).flatten(0, 1), y.flatten()))
     model.cfg = dataclasses.replace(cfg, loss_chunk=20, z_loss=0.01)
-    three = tg.loss_terms(SimpleNamespace(cfg=model.cfg, graph=model), x, y, 1, 0) / y.numel()
+    three = tg.loss_terms(SimpleNamespace(cfg=model.cfg, graph=model), x, y, now()) / y.numel()
     assert torch.allclose(three[[0, 2]], training, atol=1e-5) and three[1] > 0
 
 
@@ -419,15 +424,12 @@ def test_main_schedule_meets_its_vectors():
 
 
 def test_two_hour_schedule_meets_its_vectors():
-    saw = " ".join(f"{k}/22:0.65 {k + 1}/22>1.5" for k in range(15, 22))
-    decay = f"0:1 0.4:1 14/22>0.65 15/22>1.5 {saw}"
-    flags = "--steps 4194 --epochs 22 --lr_cycles 8 --repeats 1".split()
-    flags += ["--lr", "0:1 3355/4194:1 1>0^0.5", "--weight_decay", decay]
-    plan = tg.Plan(preset("slowrun_1h", flags=tuple(flags)))
+    plan = tg.Plan(preset("slowrun_two_hour"))
     vectors = (
         (2000, 1, 0.886171),
         (2764, 0.526779, 1.073987),
         (2860, 0.999987, 0.652027),
+        (3355, 0.379707, plan.at(3355, 3355 / 4194).weight_decay),
         (4000, 0.050331, 1.485002),
     )
     for step, lr, wd in vectors:
@@ -560,6 +562,7 @@ def test_hundred_million_tokens_make_the_rows_of_the_specification(tmp_path, mon
         ("slowrun_pr63", 1),
         ("slowrun_pr63", 2),
         ("slowrun_tiny", 2),
+        ("slowrun_two_hour", 2),
     ):
         cfg = dataclasses.replace(preset(name), data=str(tmp_path), shuffle=shuffle)
         loader = tg.Loader(cfg, tg.Plan(cfg))
@@ -730,7 +733,8 @@ def test_averages_over_other_epochs_are_kept_but_do_not_stand_at_the_top(trained
     path = folder / "result.json"
     before = json.loads(path.read_text())
     state = json.loads((score.kept_epochs(trained)[1] / "state.json").read_text())
-    assert state == {"step": 22, "repeats": 2, "window": 5}
+    applied = {"repeats": 2, "passes": 1, "window": 5, "window_long": 0}
+    assert state == {"step": 22} | applied
     named = tg.read_tensors(score.kept_epochs(trained)[1] / "model.safetensors")
     # replays matter
     assert (own_losses(trained, named, 1) - own_losses(trained, named, 2)).abs().max() > 1e-3

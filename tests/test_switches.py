@@ -400,6 +400,8 @@ def test_model_without_matrices_to_round_is_refused_at_the_start(changes, words)
 IDLE = [
     {"window_pattern": "L", "window": "8"},
     {"window_pattern": "S", "window": "8", "depth": 1},
+    {"window_long": "8"},
+    {"yarn": 1, "window_pattern": "SL", "window": "4", "window_long": "8"},
     {"qat_noise": 1},
     {"row_norm": 1, "optimizer": "adamw"},
     {"normuon": 0.9, "optimizer": "adamw"},
@@ -416,6 +418,8 @@ IDLE = [
     {"transfer_skip": "head"},
     {"transfer_control": "random"},
     {"rope_dims": 8},
+    {"key_offset": "still", "rope": "standard"},
+    {"key_offset": "second", "seq_len": "1"},
     {"stoch_depth": 0.1, "depth": 1},
     {"mtp": 0.3, "seq_len": "1"},
     {"init": "xavier", "init_std": 1.0},
