@@ -80,6 +80,8 @@ def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: in
         fixed += 4 * params  # their gradients are summed in fp32
     if width == 4:
         fixed += 2 * params  # the weights as they are computed with, in bf16
+    if cfg.distill:
+        fixed += 2 * params  # a teacher of this size
     # numbers in bf16 that are kept of a token at one place
     q, kv = head_width(cfg) * cfg.heads, head_width(cfg) * (cfg.kv_heads or cfg.heads)
     kept = (
@@ -95,6 +97,7 @@ def memory_estimate(cfg: Config, plan: Plan, world: int, params: int, states: in
     tokens = max(s.rows * s.seq_len for s in plan.train_shapes(world))
     at_once = tokens if cfg.compile == 2 else min(tokens, cfg.loss_chunk)
     logits = (2 if cfg.compile else 3 * 4) * at_once * cfg.vocab  # eagerly, three in fp32
+    logits *= 2 if cfg.distill else 1  # the teacher's
     return fixed + int(2 * tokens * depth * kept) + logits
 
 
@@ -112,7 +115,8 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
     """What a run would cost on so many ranks, by the keys of --json; found on the meta device."""
 
     def flops(at: Now | Shape) -> int:
-        return flops_per_token(cfg, at.repeats, at.seq_len, at.window)
+        own = flops_per_token(cfg, at.repeats, at.seq_len, at.window)
+        return own * 4 // 3 if at.distill else own  # a teacher of this size goes forward alone
 
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
     groups, params, states, matrices = [], 0, 0, 0
@@ -132,7 +136,11 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
         large = [p for p in bucket.params.values() if p.ndim >= 2 and p.numel() > 65536]
         matrices += sum(p.numel() for p in large)
     shapes, moments = plan.train_shapes(world), plan.moments()
-    named = {f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}": s for s in shapes}
+    named = {
+        f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}"
+        + ", a teacher" * bool(s.distill): s
+        for s in shapes
+    }
     mean_flops = sum(map(flops, moments)) / len(moments)
     evaluated = plan.eval_shapes()
     return {

@@ -1485,7 +1485,6 @@ def take_ensemble(
     sizes = sorted({min(size, len(snapshots)) for size in sizes})
 
     def work() -> tuple[dict, dict]:
-        began = time.perf_counter()
         with own_weights(subject):
             found = score_ensemble(subject, snapshots, sizes)
         found = run.on_main(lambda: found)
@@ -1493,8 +1492,7 @@ def take_ensemble(
         most = found["table"][-1]
         top = {"val_loss_ensemble": most["val_loss"], "ensemble_size": most["size"]}
         top["val_loss_ensemble_uniform"] = most["val_loss_uniform"]
-        seconds = time.perf_counter() - began
-        return found | {"world_size": run.world, "eval_time_s": seconds}, top
+        return found, top
 
     runs = "".join(f" {folder.name}" for folder in folders[1:])
     name = f"ensemble {' '.join(map(str, sizes))} of {len(snapshots)} snapshots"

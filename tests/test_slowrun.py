@@ -45,6 +45,7 @@ ALL = {
         ("slowrun_1h", "--mtp 0 --iha 0 --vocab 10002 --doc_token 0", 1_254_010_427),
         ("slowrun_pr63", "--vocab 10002 --doc_token 0", 2_528_723_435),
         ("slowrun_tiny", "", 316_935_720),
+        ("slowrun_unlimited", "", 1_870_172_811),
     ],
 )
 def test_parameter_count_is_the_golden_one(name, flags, golden):
