@@ -3515,12 +3515,13 @@ def build_teacher(cfg: Config, run: Run, plan: Plan) -> Teacher | None:
 
         named, theirs = run.read_on_main(read)
         compare_logits(cfg, theirs)
+        theirs.compile = cfg.compile
     end = Plan(theirs).at(theirs.steps, 1.0)
-    theirs = dataclasses.replace(theirs, param_dtype="bfloat16", compile=cfg.compile)
     model = build_model(theirs, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
     if named:
         load_weights(model, named, cfg.teacher)
-    model.requires_grad_(False)
+    for p in model.requires_grad_(False).parameters():
+        p.data = p.data.bfloat16()
     if cfg.compile == 2:
         hidden = torch.compile(model.hidden, dynamic=False)
     else:
