@@ -168,7 +168,8 @@ IDLE = {
     name: tg.FIELDS[name].default
     for name in (
         *("track", "average_epochs", "export", "export_codec", "artifact_limit", "gptq", "qat"),
-        "qat_noise",
+        *("qat_noise", "cycles", "cycle_lr", "cycle_decay", "perturb", "distill", "distill_from"),
+        *("distill_temperature", "teacher", "fitness_tokens"),
     )
 }
 IDLE |= TEXT | {"export": ""}

@@ -13,6 +13,7 @@ Read it from top to bottom. A section begins with its flags; the comment of a fi
     Optimizer    Muon for matrices and AdamW for the rest, sharded over 1..N ranks
     Data         shards, the loader, bytes per token
     Averaging    EMA and SWA of the weights
+    Cycles       snapshots for ensembles, noise between them, teachers
     Evaluation   nats per token and bits per byte of the validation prefix
     Export       rounding, GPTQ, coders, the artifact: one file, read strictly
     Checkpoint   written whole or not at all; transfer between runs
@@ -27,6 +28,7 @@ Losses are nats per token, sizes decimal bytes. Nothing happens at import.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import dataclasses
@@ -157,7 +159,8 @@ GRAPHS = ("repeats", "passes", "seq_len", "window", "window_long", "batch_tokens
 RATES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", "meta_step", "mtp_next", "mtp_third")
 # Those that only tricks read; lr_matrices may be empty.
 OF_TRICKS = "lr_matrices maxwell_age soft_muon soap_floor soap_cap ema_nesterov tail_ema".split()
-SCHEDULES = (*RATES, *OF_TRICKS, *GRAPHS)
+BY_CYCLE = ("cycle_lr", "cycle_decay", "perturb")  # run over a cycle, or over the cycles
+SCHEDULES = (*RATES, *OF_TRICKS, *BY_CYCLE, *GRAPHS)
 # how the net is applied, whatever the rows
 APPLIED = ("repeats", "passes", "window", "window_long")
 CYCLE_FLOOR = 0.05  # the least multiplier of lr_cycles
@@ -295,10 +298,13 @@ class Now(NamedTuple):
     mtp_third: float = 0.0
     passes: int = 1
     window_long: int = 0
+    distill: float = 0.0  # the teacher's share of the loss
 
 
 class Shape(NamedTuple):
-    """What makes a graph: rows per micro-batch, tokens per row, and how the net is applied."""
+    """
+    What makes a graph: rows per micro-batch, tokens per row, how the net is applied, a teacher.
+    """
 
     rows: int
     seq_len: int
@@ -306,6 +312,7 @@ class Shape(NamedTuple):
     window: int
     passes: int = 1
     window_long: int = 0
+    distill: bool = False
 
 
 class Plan:
@@ -315,6 +322,7 @@ class Plan:
         self.cfg = cfg
         texts = {name: getattr(cfg, name) for name in SCHEDULES}
         self.sched = {name: Schedule(name, text) for name, text in texts.items() if text}
+        self.cycle_ends = self.ends_of_cycles() if cfg.cycles else []  # in steps
         self.max_seq_len = largest(cfg.seq_len)
         self.eval_seq_len = cfg.eval_seq_len or largest(cfg.seq_len)
         # for steps; the warm-up subtracts what GPTQ will take behind them
@@ -326,6 +334,10 @@ class Plan:
 
     def at(self, step: int, fraction: float) -> Now:
         v = {name: s.at(step, fraction) for name, s in self.sched.items()}
+        if self.cfg.cycles:
+            share = self.cycle_at(step)[1]
+            v["lr"] *= self.sched["cycle_lr"].at(0, share)
+            v["weight_decay"] *= self.sched["cycle_decay"].at(0, share)
         return Now(
             lr=self.in_cycles(v["lr"], fraction) if self.cfg.lr_cycles else v["lr"],
             momentum=v["momentum"],
@@ -347,7 +359,43 @@ class Plan:
             mtp_third=v["mtp_third"],
             passes=int(v["passes"]),
             window_long=int(v["window_long"]),
+            distill=self.cfg.distill * (step >= self.taught_from()) if self.cfg.distill else 0.0,
         )
+
+    def ends_of_cycles(self) -> list[int]:
+        """The step behind each cycle; they have equal shares of the tokens, as far as steps can."""
+        cycles, total, ends, done, step = self.cfg.cycles, self.tokens(), [], 0, 0
+        for steps, size in self.batches():
+            while len(ends) < cycles:
+                # steps of this size to the end of the next cycle
+                more = -(-((len(ends) + 1) * total - cycles * done) // (cycles * size))
+                if more > steps:
+                    break
+                ends.append(step + more)
+            step, done = step + steps, done + steps * size
+        return ends
+
+    def cycle_at(self, step: int) -> tuple[int, float]:
+        """The cycle, from 0, that a step is in, and which share of its steps lies before it."""
+        cycle = min(bisect.bisect_right(self.cycle_ends, step), len(self.cycle_ends) - 1)
+        begin = self.cycle_ends[cycle - 1] if cycle else 0
+        return cycle, (step - begin) / (self.cycle_ends[cycle] - begin)
+
+    def ends_cycle(self, step: int) -> bool:
+        """Whether step `step` (from 1) is the last of a cycle."""
+        return step > 0 and step in self.cycle_ends
+
+    def perturbation(self, cycle: int) -> float:
+        """The noise before cycle 1, 2, ... (from 0), as a share of each tensor's deviation."""
+        return self.sched["perturb"].at(0, (cycle - 1) / max(1, self.cfg.cycles - 2))
+
+    def taught_from(self) -> float:
+        """The first step that has a teacher; infinity: none has."""
+        if self.cfg.teacher:
+            return 0
+        if self.cfg.distill and 1 < self.cfg.distill_from <= self.cfg.cycles:
+            return self.cycle_ends[self.cfg.distill_from - 2]
+        return math.inf
 
     def in_cycles(self, lr: float, fraction: float) -> float:
         """The multiplier `lr` in one of the cycles at the end (lr_cycles)."""
@@ -365,13 +413,14 @@ class Plan:
 
     def moments(self) -> list[Now]:
         """The schedules at every point where one that shapes a graph changes, in order of time."""
-        if all(is_constant(getattr(self.cfg, name)) for name in GRAPHS):
+        taught = {self.taught_from()} - {0, math.inf} if self.cfg.distill else set()
+        if all(is_constant(getattr(self.cfg, name)) for name in GRAPHS) and not taught:
             return [self.at(0, 0.0)]
         points = [p for name in GRAPHS for p in self.sched[name].points]
         steps = self.cfg.steps
         if not self.cfg.max_seconds:
             starts = sorted(
-                {math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points}
+                {math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points} | taught
             )
             return [self.at(s, s / steps) for s in starts if s < steps or s == 0]
         # on the clock they have no marks in steps
@@ -416,7 +465,8 @@ class Plan:
         found: dict[Shape, Now] = {}
         for n in self.moments():
             rows = self.micro_rows(n, world)
-            shape = Shape(rows, n.seq_len, n.repeats, n.window, n.passes, n.window_long)
+            applied = n.passes, n.window_long, n.distill > 0
+            shape = Shape(rows, n.seq_len, n.repeats, n.window, *applied)
             found.setdefault(shape, n)
         return found
 
@@ -471,7 +521,8 @@ class RunConfig(Section):
     resume: bool = False  # continue the run of this name from its newest complete checkpoint
     wandb: str = ""  # Weights & Biases project to log to as well; empty: none
 
-    eval_every: int = 125  # steps between evaluations; 0: at the end; -1: at each epoch's end
+    # steps between evaluations; 0: at the end; -1: at each epoch's end, or each cycle's
+    eval_every: int = 125
     log_every: int = 1  # steps between training lines in log.txt and metrics.jsonl
     embed_stats: int = 0  # validation tokens for statistics of logits and embeddings; 0: none
     save_every: int = 0  # steps between checkpoints; 0: only when interrupted
@@ -1633,8 +1684,13 @@ def initial_value(name: str, declared: Declared, shape: torch.Size, seed: int) -
     """
     if isinstance(declared.start, (int, float)):
         return torch.full(shape, float(declared.start))
-    own = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]) >> 1
-    return declared.start(shape, torch.Generator().manual_seed(own))
+    return declared.start(shape, generator_of(f"{seed} {name}"))
+
+
+def generator_of(text: str) -> torch.Generator:
+    """Numbers of chance that depend on this text alone."""
+    own = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
+    return torch.Generator().manual_seed(own)
 
 
 class Attention(Declaring):
@@ -2190,6 +2246,28 @@ class GPT(Declaring):
         log_z = logits.logsumexp(-1) * keep[0]
         return torch.cat([losses[:1], log_z[None], losses[1:]])
 
+    def losses_and_teacher_kl(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        taught: Tensor,
+        teacher_head: Tensor,
+        head: Tensor | None = None,
+    ) -> Tensor:
+        """
+        losses_and_log_z() and T^2 KL(teacher || model) of both softmaxes at temperature T, without
+        padding of the vocabulary: [3, N]. The square keeps the gradient's size (Hinton et al.
+        2015). taught: the teacher's activations, whose logits are made as the model's are.
+        """
+        z, T = self.logits(x, head), self.cfg.distill_temperature
+        both = plain_loss_and_log_z if x.is_cuda else LossAndLogZ.apply
+        with torch.no_grad():
+            teacher = self.logits(taught, teacher_head)[..., : self.cfg.vocab] / T
+            log_p = teacher.log_softmax(-1)
+        log_q = (z[..., : self.cfg.vocab] / T).log_softmax(-1)
+        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        return torch.cat([both(z, targets), (T * T * kl * (targets >= 0))[None]])
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -2201,14 +2279,17 @@ class GPT(Declaring):
         log_z: bool = False,
         mtp: bool = False,
         later: bool = False,
+        taught: Tensor | None = None,
+        teacher_head: Tensor | None = None,
     ) -> Tensor:
         """
         Losses [B*T] of all targets, in nats. With log_z a row more, of losses_and_log_z(), with
-        later one for each of later_targets(), with mtp one more, of mtp_losses().
+        later one for each of later_targets(), with a teacher's activations and head those of
+        losses_and_teacher_kl(), with mtp one more, of mtp_losses().
         """
         x = self.hidden(tokens_BT, repeats, window, passes, window_long)
         targets = self.with_later(targets_BT) if later else targets_BT
-        losses = self.chunked(x, targets, log_z)
+        losses = self.chunked(x, targets, log_z, taught, teacher_head)
         if not mtp:
             return losses
         rows = losses.view(-1, targets_BT.numel())
@@ -2242,23 +2323,34 @@ class GPT(Declaring):
         after = F.pad(targets_BT[:, 1:], (0, 1), value=-1)
         return self.chunked(self.final(h), after, False) * (T / max(1, T - 1))
 
-    def chunked(self, x_BTD: Tensor, targets: Tensor, log_z: bool) -> Tensor:
+    def chunked(
+        self,
+        x_BTD: Tensor,
+        targets: Tensor,
+        log_z: bool,
+        taught: Tensor | None = None,
+        teacher_head: Tensor | None = None,
+    ) -> Tensor:
         """
         losses() of targets [B, T], or losses_with_later() of [K, B, T], with logits of loss_chunk
         tokens at a time; with more than one chunk they are computed again in the backward pass
         instead of being kept.
         """
-        x, targets = x_BTD.flatten(0, 1), targets.flatten(-2)
+        by_token, more = [x_BTD.flatten(0, 1), targets.flatten(-2)], []
         losses = self.losses_and_log_z if log_z else self.losses
-        if targets.ndim > 1:
+        if targets.ndim > 2:
             losses = self.losses_with_later
+        if self.cfg.distill and taught is not None:
+            losses, more = self.losses_and_teacher_kl, [teacher_head]
+            by_token.append(taught.flatten(0, 1))
         size = self.cfg.loss_chunk
-        if len(x) <= size:
-            return losses(x, targets)
-        chunks = zip(x.split(size), targets.split(size, -1))
+        if len(by_token[0]) <= size:
+            return losses(*by_token, *more)
+        splits = [t.split(size, -1 if t is by_token[1] else 0) for t in by_token]
+        chunks = zip(*splits)
         head = self.head.float()  # so that chunks' gradients are summed in fp32
         recomputed = torch.utils.checkpoint.checkpoint
-        parts = [recomputed(losses, *c, head, use_reentrant=False) for c in chunks]
+        parts = [recomputed(losses, *c, *more, head, use_reentrant=False) for c in chunks]
         return torch.cat(parts, -1)
 
 
@@ -3360,6 +3452,8 @@ class Loader:
         for f in self.files:
             self.counts.append(int(min(shard_tokens(f), left)))
             left -= self.counts[-1]
+        self.held_out = len(held_out(cfg)) if cfg.fitness_tokens else 0
+        self.counts[0] -= self.held_out
         if cfg.train_tokens and left:
             raise UserError(
                 f"train_tokens = {cfg.train_tokens}, but the train shards in {cfg.data} hold "
@@ -3392,7 +3486,7 @@ class Loader:
         first = now.batch_tokens
         held = self.rows() * self.block if cfg.shuffle else self.per_epoch(first) * first
         if (
-            cfg.lr_cycles or cfg.average_epochs or cfg.eval_every < 0
+            cfg.lr_cycles or cfg.average_epochs or cfg.eval_every < 0 and not cfg.cycles
         ) and needed < 0.95 * cfg.epochs * held:
             raise UserError(
                 f"steps = {steps} read {needed} tokens, {needed / held:.2f} epochs of {held}, but "
@@ -3476,6 +3570,8 @@ class Loader:
                 self.opened.clear()  # one at a time
             path, vocab = self.files[shard], self.cfg.vocab
             self.opened[shard] = self.together(lambda: read_shard(path, vocab))
+            if self.held_out and shard == 0:
+                self.opened[shard] = self.opened[shard][self.held_out :]
         return self.opened[shard]
 
     def ended(self, batch_tokens: int) -> bool:
@@ -3653,6 +3749,22 @@ class Loader:
         )
 
 
+def held_out(cfg: Config) -> np.ndarray:
+    """
+    The first documents of the training text that together have fitness_tokens or more, and that
+    nothing is trained on.
+    """
+    path = find_shards(cfg, "train")[0]
+    tokens = read_shard(path)[: cfg.train_tokens or None]
+    starts = np.flatnonzero(tokens[cfg.fitness_tokens :] == cfg.doc_token)
+    require(
+        len(starts) > 0,
+        f"fitness_tokens = {cfg.fitness_tokens}: behind so many tokens no document of {path} (or "
+        "of its train_tokens) begins: lower it",
+    )
+    return tokens[: cfg.fitness_tokens + starts[0]]
+
+
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """Without a wait: from pinned memory, as else a copy waits for what was begun."""
     x = torch.from_numpy(array)
@@ -3781,7 +3893,7 @@ class Validation:
     """The scored prefix of the validation stream: tokens, rows, bytes of text."""
 
     def __init__(self, cfg: Config, plan: Plan, tokenizer: Tokenizer | None):
-        self.seq_len = plan.eval_seq_len
+        self.seq_len = self.stride = plan.eval_seq_len
         parts, have, want = [], 0, cfg.val_tokens + 1 if cfg.val_tokens else math.inf
         for path in find_shards(cfg, "val"):
             if have < want:
@@ -3806,8 +3918,8 @@ class Validation:
 
     def batch(self, rows: range, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
         """Rows as inputs and targets [size, T]; what is missing to size has targets -1."""
-        T = self.seq_len
-        data = np.stack([self.tokens[min(r, self.rows - 1) * T :][: T + 1] for r in rows])
+        T, stride = self.seq_len, self.stride
+        data = np.stack([self.tokens[min(r, self.rows - 1) * stride :][: T + 1] for r in rows])
         x, y = tensors(data, device)
         y[[i for i, r in enumerate(rows) if r >= self.rows]] = -1
         assert len(x) == size
@@ -3816,6 +3928,16 @@ class Validation:
     def measure(self, trainer: Trainer, step: int, shape: Shape) -> dict:
         """More than the loss to know at an evaluation; there is nothing more to know of text."""
         return {}
+
+
+class Fitness(Validation):
+    """The held-out training text in rows that share no token, for the weights of an ensemble."""
+
+    def __init__(self, cfg: Config, plan: Plan):
+        self.seq_len, self.stride = plan.eval_seq_len, plan.eval_seq_len + 1
+        self.rows = cfg.fitness_tokens // self.stride
+        self.tokens = held_out(cfg)[: self.rows * self.stride]
+        self.scored, self.bytes = self.rows * self.seq_len, 0
 
 
 ########################################
@@ -3984,20 +4106,238 @@ def weights_of(trainer: Trainer, name: str):
     return contextlib.nullcontext() if name == "live" else trainer.avg.swapped_in(name)
 
 
+def write_weights(
+    trainer: Trainer, step: int, named: dict[str, Tensor], part: Path, **more
+) -> None:
+    """Weights, and how those who read them apply them: as the last step was trained."""
+    now = trainer.plan.at(step - 1, (step - 1) / trainer.cfg.steps)
+    write_tensors(named, part / "model.safetensors")
+    (part / "config.toml").write_text(config_toml(trainer.cfg), encoding="utf-8")
+    state = {"step": step} | {key: getattr(now, key) for key in APPLIED} | more
+    (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
 def keep_epoch(trainer: Trainer, step: int) -> None:
     """Write the weights of the end of an epoch, for logs/score.py to average. Collective."""
-    now = trainer.plan.at(
-        step - 1, (step - 1) / trainer.cfg.steps
-    )  # what the last step was trained with
 
     def write(part: Path) -> None:
-        write_tensors(weights_on_cpu(trainer.model), part / "model.safetensors")
-        (part / "config.toml").write_text(config_toml(trainer.cfg), encoding="utf-8")
-        state = {"step": step, "repeats": now.repeats, "passes": now.passes}
-        state |= {"window": now.window, "window_long": now.window_long}
-        (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        write_weights(trainer, step, weights_on_cpu(trainer.model), part)
 
     trainer.run.on_main(lambda: write_folder(trainer.run.folder / "epochs" / f"{step:06d}", write))
+
+
+########################################
+#                Cycles                #
+########################################
+
+
+@dataclass
+class CycleConfig(Section):
+    """Training in cycles, each of which leaves a snapshot for an ensemble; and teachers."""
+
+    cycles: int = 0  # equal parts of training that each leave their weights as a snapshot; 0: none
+    cycle_lr: str = "1"  # [sched] over each cycle: multiplies lr, such as "1 1>0.08"
+    cycle_decay: str = "1"  # [sched] over each cycle: multiplies weight_decay
+    # [sched] over the cycles: noise behind each snapshot, as a share of a tensor's deviation
+    perturb: str = "0"
+    distill: float = 0.0  # share of the divergence from a teacher in the loss; 0: no teacher
+    distill_from: int = 2  # the first cycle whose teacher is the snapshot of the cycle before
+    distill_temperature: float = 1.0  # divides the logits of teacher and model
+    # run folder, checkpoint or artifact that is the teacher all along; empty: the last snapshot
+    teacher: str = ""
+    # so many first tokens, in whole documents, that are not trained on: snapshots are weighed there
+    fitness_tokens: int = 0
+
+    LIMITS = limits(
+        (0, 1, "distill"),
+        (0, 1000, "cycle_lr cycle_decay perturb"),
+        (0, 10**6, "cycles"),
+        (0, 10**9, "fitness_tokens"),
+        (1, 10**6, "distill_from"),
+        (1e-3, 1000, "distill_temperature"),
+    )
+
+    def check(self) -> None:
+        for key in BY_CYCLE:
+            schedule = Schedule(key, getattr(self, key))
+            if any(p.in_steps for p in schedule.points):
+                raise schedule.error("takes fractions of a cycle, or of the cycles, and no steps")
+        row = self.eval_seq_len or largest(self.seq_len)
+        require(
+            not 0 < self.fitness_tokens <= row,
+            f"fitness_tokens = {self.fitness_tokens}: no row of {row} tokens and its last target: "
+            f"at least {row + 1}, or 0",
+        )
+
+    def needs(self) -> list[Need]:
+        cycles = [(key, "cycles > 0", self.cycles > 0) for key in ("cycle_lr", "cycle_decay")]
+        return [
+            *cycles,
+            ("perturb", "cycles > 1, as noise is added between two", self.cycles > 1),
+            ("distill", "cycles > 1, or a teacher", self.cycles > 1 or bool(self.teacher)),
+            ("teacher", "distill > 0, such as --distill 0.45", self.distill > 0),
+            ("fitness_tokens", "cycles > 0, whose snapshots it weighs", self.cycles > 0),
+        ]
+
+
+def check_cycles(cfg: Config) -> None:
+    """Refuse cycles without steps, and teachers that would be applied in another way."""
+    if not cfg.cycles:
+        return
+    require(
+        cfg.cycles <= cfg.steps and not cfg.max_seconds,
+        f"cycles = {cfg.cycles} are counted by steps: at most steps = {cfg.steps}, and no "
+        "max_seconds",
+    )
+    require(
+        len(set(Plan(cfg).cycle_ends)) == cfg.cycles,
+        f"cycles = {cfg.cycles} in steps = {cfg.steps}: with batch_tokens = {cfg.batch_tokens!r} "
+        "one of them would have no step: fewer cycles",
+    )
+    require(
+        not cfg.distill or not (cfg.biases or later_targets(cfg)),
+        f"distill = {cfg.distill:g} knows neither a head's bias nor losses of later tokens: set "
+        "--biases 0 --mtp_next 0 --mtp_third 0, or --distill 0",
+    )
+    if not cfg.distill or cfg.teacher or cfg.cycles == 1:
+        return
+    require(
+        2 <= cfg.distill_from <= cfg.cycles,
+        f"distill_from = {cfg.distill_from}: from 2, as the first cycle has no snapshot before it, "
+        f"to cycles = {cfg.cycles}",
+    )
+    for key in APPLIED:
+        require(
+            is_constant(getattr(cfg, key)),
+            f"distill = {cfg.distill:g} applies a snapshot as the model is applied, but {key} = "
+            f"{getattr(cfg, key)!r} changes: one value, or --distill 0",
+        )
+
+
+def snapshot_path(folder: Path, cycle: int) -> Path:
+    """Where the weights of the end of a cycle, from 1, are kept."""
+    return folder / "snapshots" / f"{cycle:04d}"
+
+
+def keep_snapshot(trainer: Trainer, step: int) -> None:
+    """
+    Write the weights of the end of a cycle in bfloat16 and, with fitness_tokens, the probability
+    that they give to each target of that text. Collective.
+    """
+    cfg, run, plan = trainer.cfg, trainer.run, trainer.plan
+    cycle, more, found = plan.cycle_at(step - 1)[0] + 1, {}, None
+    if cfg.fitness_tokens:
+        text, shape = Fitness(cfg, plan), plan.eval_shape(plan.at(step - 1, (step - 1) / cfg.steps))
+        with weights_kept(trainer.opt.buckets):
+            with torch.no_grad():
+                for b in trainer.opt.buckets:
+                    b.weights.copy_(b.weights.bfloat16())
+            losses = token_losses(run, trainer.graph, text, shape)
+        found = {"p": losses.neg().exp()}
+        more = {"fitness_loss": float(losses.double().mean())}
+        more["fitness_sha256"] = hashlib.sha256(text.tokens.tobytes()).hexdigest()
+
+    def write(part: Path) -> None:
+        named = {name: w.bfloat16() for name, w in weights_on_cpu(trainer.model).items()}
+        write_weights(trainer, step, named, part, cycle=cycle, **more)
+        if found:
+            write_tensors(found, part / "fitness.safetensors")
+
+    run.on_main(lambda: write_folder(snapshot_path(run.folder, cycle), write))
+    said = f" fitness_loss:{more['fitness_loss']:.5f}" if more else ""
+    run.log(f"snapshot:{cycle} at:{step}{said}")
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, seed: int, cycle: int, scale: float) -> None:
+    """
+    Add noise to each tensor, each matrix of a stack by itself: normal, of `scale` times its own
+    standard deviation, as slowrun does between the cycles of a chain. It depends on the seed, the
+    cycle and the name, so ranks and resumed runs draw the same. What is one number has none.
+    """
+    for name, p in model.named_parameters():
+        dims = tuple(range(-min(2, p.ndim), 0))
+        if math.prod(p.shape[-2:]) > 1:
+            noise = torch.randn(p.shape, generator=generator_of(f"{seed} perturb {cycle} {name}"))
+            p.add_((scale * p.float().std(dims, keepdim=True) * noise.to(p.device)).to(p.dtype))
+
+
+@dataclass
+class Teacher:
+    """A model that the trained one learns from, in bfloat16 weights and without dropout."""
+
+    model: GPT
+    hidden: Callable  # its activations, compiled or not
+    applied: tuple[int, ...]  # how: repeats, window, passes, window_long
+    cycle: int = 0  # whose snapshot its weights are
+
+    @torch.no_grad()
+    def activations(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """What GPT.forward() is given of a teacher."""
+        return self.hidden(tokens_BT, *self.applied), self.model.head
+
+
+def build_teacher(cfg: Config, run: Run, plan: Plan) -> Teacher | None:
+    """A model for the snapshots of this run, or that of `teacher` with its weights."""
+    if plan.taught_from() == math.inf:
+        return None
+    theirs, named = cfg, {}
+    if cfg.teacher:
+
+        def read() -> tuple[dict[str, Tensor], Config]:
+            found = open_source(cfg.teacher, say=lambda line: run.log(f"notice: {line}"))
+            return found[1], found[0]
+
+        named, theirs = run.read_on_main(read)
+        compare_logits(cfg, theirs)
+        theirs.compile = cfg.compile
+    end = Plan(theirs).at(theirs.steps, 1.0)
+    model = build_model(theirs, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
+    if named:
+        load_weights(model, named, cfg.teacher)
+    for p in model.requires_grad_(False).parameters():
+        p.data = p.data.bfloat16()
+    if cfg.compile == 2:
+        hidden = torch.compile(model.hidden, dynamic=False)
+    else:
+        compile_model(model, theirs)
+        hidden = model.hidden
+    return Teacher(model, hidden, (end.repeats, end.window, end.passes, end.window_long))
+
+
+def compare_logits(cfg: Config, theirs: Config) -> None:
+    """Refuse a teacher whose activations and head would not give its logits here."""
+    keys = [
+        "vocab",
+        "softcap",
+        "softcap_shape",
+        "biases",
+        "logit_dim_power",
+        *(["dim"] if cfg.logit_dim_power else []),
+    ]
+    other = [
+        f"{key} = {getattr(theirs, key)} there and {getattr(cfg, key)} here"
+        for key in keys
+        if getattr(theirs, key) != getattr(cfg, key)
+    ]
+    require(
+        not other,
+        f"teacher = {cfg.teacher!r}: {', '.join(other)}: a teacher's logits are made of its "
+        "activations and its head as the model's own are: train both alike in these",
+    )
+
+
+def ready_teacher(trainer: Trainer, step: int) -> None:
+    """Give the teacher the snapshot of the cycle before, unless it has it. Collective."""
+    run, teacher, cycle = trainer.run, trainer.teacher, 0
+    if not trainer.cfg.teacher:
+        cycle = trainer.plan.cycle_at(step)[0]
+    if teacher.cycle == cycle:
+        return
+    path = snapshot_path(run.folder, cycle) / "model.safetensors"
+    named, _ = run.together(lambda: run.read_on_main(lambda: (read_tensors(path), None)))
+    load_weights(teacher.model, named, str(path))
+    teacher.cycle = cycle
 
 
 ########################################
@@ -4033,6 +4373,21 @@ def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, flo
         total += losses.double().sum()
     loss = float(run.sum(total)) / val.scored
     return loss, bits_per_byte(loss, val.scored, val.bytes)
+
+
+@torch.no_grad()
+def token_losses(run: Run, model, val: Validation, shape: Shape) -> Tensor:
+    """The loss of every target in nats, in order, in fp32 on every rank's CPU. Collective."""
+    tokens, stride = shape.rows * val.seq_len, shape.rows * run.world
+    batches = -(-val.rows // stride) * run.world
+    losses = torch.zeros(batches, tokens, device=run.device)
+    for low in range(0, val.rows, stride):
+        run.poll()
+        first = low + run.rank * shape.rows
+        x, y = val.batch(range(first, first + shape.rows), run.device, shape.rows)
+        applied = shape.repeats, shape.window, shape.passes, shape.window_long
+        losses[first // shape.rows] = model(x, y, *applied).float()
+    return run.sum(losses).flatten()[: val.scored].cpu()
 
 
 ########################################
@@ -4684,6 +5039,8 @@ def calibration_rows(cfg: Config, count: int) -> int:
     shard, length = find_shards(cfg, "train")[0], Plan(cfg).eval_seq_len
     # others it was not trained on
     tokens = min(shard_tokens(shard), cfg.train_tokens or math.inf)
+    if cfg.fitness_tokens:
+        tokens -= len(held_out(cfg))
     if tokens <= length:
         raise UserError(
             f"GPTQ looks at rows of {length} training tokens, but {shard} has only {tokens}: lower "
@@ -4696,6 +5053,8 @@ def calibration(cfg: Config, count: int) -> np.ndarray:
     """The first rows [count, T+1] of the training shards."""
     length, count = Plan(cfg).eval_seq_len, calibration_rows(cfg, count)
     tokens = read_shard(find_shards(cfg, "train")[0], cfg.vocab)
+    if cfg.fitness_tokens:
+        tokens = tokens[len(held_out(cfg)) :]
     return np.stack([tokens[i * length :][: length + 1] for i in range(count)])
 
 
@@ -4808,7 +5167,7 @@ def source_files(cfg: Config) -> list[Path]:
     found = [here]
     if started.suffix == ".py" and started.parent == here.parent:
         found.insert(0, started)
-    if cfg.score.get("modes") or cfg.average_epochs:
+    if cfg.score.get("modes") or cfg.score.get("ensemble") or cfg.average_epochs:
         found.append(here.parent / "logs" / "score.py")
     return list(dict.fromkeys(path for path in found if path.is_file()))
 
@@ -5102,13 +5461,7 @@ def transferred(w: Tensor, name: str, cfg: Config) -> Tensor:
     """The weights or, as a control, shuffled in each matrix or noise of their norm."""
     if not cfg.transfer_control:
         return w
-    seed = (
-        int.from_bytes(
-            hashlib.sha256(f"{cfg.seed} {cfg.transfer_control} {name}".encode()).digest()[:8]
-        )
-        >> 1
-    )
-    rng, out = torch.Generator().manual_seed(seed), w.float().clone()
+    rng, out = generator_of(f"{cfg.seed} {cfg.transfer_control} {name}"), w.float().clone()
     for matrix in out if out.ndim > 2 else [out]:
         if cfg.transfer_control == "shuffled":
             matrix.copy_(
@@ -5282,6 +5635,7 @@ SECTIONS = (
     OptimConfig,
     DataConfig,
     AverageConfig,
+    CycleConfig,
     ExportConfig,
     TransferConfig,
 )
@@ -5310,6 +5664,7 @@ TABLES: dict[str, dict[str, object]] = {
     },
     "score": {  # of the weights, for logs/score.py, whose flags these are
         "modes": "",
+        "ensemble": "",
         "stride": 64,
         "share": 0.0,
         "logit_temperature": 1.0,
@@ -5520,7 +5875,7 @@ def validate(cfg: Config) -> None:
         for k, on in (
             ("lr_cycles", cfg.lr_cycles),
             ("average_epochs", cfg.average_epochs),
-            ("eval_every", cfg.eval_every < 0),
+            ("eval_every", cfg.eval_every < 0 and not cfg.cycles),
         )
         if on
     ]
@@ -5552,6 +5907,7 @@ def validate(cfg: Config) -> None:
         f"swa_every = {cfg.swa_every} takes no snapshot in steps = {cfg.steps} from swa_start = "
         f"{cfg.swa_start:g} of them on: lower --swa_every or --swa_start",
     )
+    check_cycles(cfg)
     if cfg.export:
         check_export(cfg)
     require(
@@ -5715,6 +6071,7 @@ class Trainer:
     loader: Loader
     val: Validation
     tokenizer: Tokenizer | None
+    teacher: Teacher | None = None
     # seconds of the last three steps
     paces: list[tuple[Now, float]] = dataclasses.field(default_factory=list)
 
@@ -5772,6 +6129,7 @@ def assemble(
         loader,
         val,
         tokenizer,
+        build_teacher(cfg, run, plan) if cfg.distill else None,
     )
 
 
@@ -5842,6 +6200,8 @@ def compile_model(model: GPT, cfg: Config):
     model.losses = torch.compile(model.losses, dynamic=False)
     model.losses_and_log_z = torch.compile(model.losses_and_log_z, dynamic=False)
     model.losses_with_later = torch.compile(model.losses_with_later, dynamic=False)
+    if cfg.distill:
+        model.losses_and_teacher_kl = torch.compile(model.losses_and_teacher_kl, dynamic=False)
     model.norm = torch.compile(norm, dynamic=False)
     return model
 
@@ -5920,29 +6280,21 @@ def extra_terms(cfg: Config) -> list[str]:
     """Names of what is added to the cross-entropy in training."""
     names = ["z_loss"] if cfg.z_loss else []
     names += [f"{name}_loss" for name in later_targets(cfg)]
-    return names + [name for name in ("mtp", "mu_loss") if getattr(cfg, name)]
+    named = {"mtp": cfg.mtp, "teacher_kl": cfg.distill, "mu_loss": cfg.mu_loss}
+    return names + [name for name, on in named.items() if on]
 
 
 def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, now: Now) -> Tensor:
     """
     Sums over the tokens of a micro-batch: cross-entropy and, where they are on, weighted z-loss,
-    losses of later tokens and MTP; [1] to [5].
+    losses of later tokens and MTP, and the divergence from the teacher; [1] to [6].
     """
     cfg, later = trainer.cfg, later_targets(trainer.cfg)
-    if not (cfg.z_loss or cfg.mtp or later):
-        losses = trainer.graph(x, y, now.repeats, now.window, now.passes, now.window_long)
-        return losses.sum().view(1)
-    rows = trainer.graph(
-        x,
-        y,
-        now.repeats,
-        now.window,
-        now.passes,
-        now.window_long,
-        bool(cfg.z_loss),
-        bool(cfg.mtp),
-        bool(later),
-    )
+    applied = now.repeats, now.window, now.passes, now.window_long
+    if not (cfg.z_loss or cfg.mtp or later or now.distill):
+        return trainer.graph(x, y, *applied).sum().view(1)
+    taught = trainer.teacher.activations(x) if cfg.distill and now.distill else ()
+    rows = trainer.graph(x, y, *applied, bool(cfg.z_loss), bool(cfg.mtp), bool(later), *taught)
     terms = [rows[0].sum()]
     if cfg.z_loss:
         terms.append(cfg.z_loss * rows[1].square().sum())
@@ -5953,7 +6305,21 @@ def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, now: Now) -> Tensor:
             terms.append(weights[name] * rows[at].sum())
     if cfg.mtp:
         terms.append(cfg.mtp * rows[-1].sum())
+    if taught:
+        terms.append(rows[2].sum())
     return torch.stack(terms)
+
+
+def begin_cycle(trainer: Trainer, step: int) -> None:
+    """Before the first step of each cycle but the first: noise on the weights."""
+    plan, cycle = trainer.plan, trainer.plan.cycle_at(step)[0]
+    if plan.ends_cycle(step) and (scale := plan.perturbation(cycle)):
+        perturb(trainer.model, trainer.cfg.seed, cycle, scale)
+
+
+def blended(terms: Tensor, share: float) -> Tensor:
+    """The loss: `share` of the last term, the divergence, and the rest of the others' sum."""
+    return (1 - share) * terms[:-1].sum() + share * terms[-1]
 
 
 @torch.no_grad()
@@ -5981,15 +6347,20 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     One optimizer step; on the device: the mean cross-entropy over the global batch, behind it the
     extra_terms that were added to it, and the gradient norm.
     """
+    cfg = trainer.cfg
+    if cfg.distill and now.distill:
+        ready_teacher(trainer, step)
     rows = trainer.loader.batch(step, now.batch_tokens, now.seq_len)
+    if cfg.cycles:  # behind the last thing that may be refused: a checkpoint has no noise yet
+        begin_cycle(trainer, step)
     per_pass = trainer.plan.micro_rows(now, trainer.run.world)
-    terms = extra_terms(trainer.cfg)
+    terms = extra_terms(cfg)
     total = torch.zeros(1 + len(terms) - ("mu_loss" in terms), device=trainer.run.device)
     count = len(rows) // per_pass
-    if trainer.cfg.ema_nesterov != "0":
+    if cfg.ema_nesterov != "0":
         trainer.opt.look_ahead(now, trainer.run.trained)
     targets = trainer.loader.targets(now.batch_tokens)
-    scale = targets if trainer.cfg.loss_sum else 1  # of the gradients
+    scale = targets if cfg.loss_sum else 1  # of the gradients
     with rounded_weights(trainer, step, now):
         for at in range(count):
             if trainer.opt.meta is not None:
@@ -6000,28 +6371,21 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
             # float order alone.
             sums = loss_terms(trainer, x, y, now)
             means = sums / targets
-            (means.sum() * scale).backward()
-            total += means.detach()
+            taught = cfg.distill and now.distill
+            loss = blended(means, now.distill) if taught else means.sum()
+            (loss * scale).backward()
+            total[: len(means)] += means.detach()
             if count > 1:
                 trainer.opt.collect(last=at + 1 == count)
             if trainer.opt.meta is not None:
                 trainer.opt.meta.after(at, count)
     total = trainer.run.sum(total)
-    if trainer.cfg.mu_loss:
-        total = torch.cat(
-            [
-                total,
-                add_mu_loss(
-                    trainer.model.head,
-                    trainer.cfg.mu_loss,
-                    trainer.run.world,
-                    trainer.model.logit_rows,
-                    scale,
-                ),
-            ]
-        )
+    if cfg.mu_loss:
+        head, rows_used = trainer.model.head, trainer.model.logit_rows
+        extra = add_mu_loss(head, cfg.mu_loss, trainer.run.world, rows_used, scale)
+        total = torch.cat([total, extra])
     grad_norm = trainer.opt.step(now)
-    if trainer.cfg.mu_centering and not trainer.opt.frozen("head", now):
+    if cfg.mu_centering and not trainer.opt.frozen("head", now):
         center(trainer.model.head[: trainer.model.logit_rows])
     return total, grad_norm
 
@@ -6118,6 +6482,9 @@ def log_step(trainer: Trainer, step: int, now: Now, reading: Reading) -> None:
     """Read a finished step's numbers (a wait), stop if not finite, write the lines."""
     ((loss, *extra, grad_norm), seconds), run, cfg = reading.read(), trainer.run, trainer.cfg
     terms = dict(zip(extra_terms(cfg), extra))
+    if cfg.distill and now.distill:  # what was descended, beside the cross-entropy alone
+        others = loss + terms.get("z_loss", 0.0) + terms.get("mtp", 0.0)
+        terms["blended_loss"] = (1 - now.distill) * others + now.distill * terms["teacher_kl"]
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         good = checkpoints(run.folder)
         kept = "No checkpoint was saved before it"
@@ -6212,6 +6579,7 @@ class Due(NamedTuple):
     save: bool
     keep: bool  # the weights of the end of an epoch
     evaluate: bool
+    snapshot: bool = False  # of the end of a cycle
 
 
 def due(plan: Plan, step: int, last: bool) -> Due:
@@ -6220,11 +6588,12 @@ def due(plan: Plan, step: int, last: bool) -> Due:
     save = cfg.keep > 0 and (by_count or cfg.save_last > 0 and last)
     first = cfg.epochs - cfg.average_epochs  # epochs before those whose weights are kept
     keep = cfg.average_epochs > 0 and epoch_ends and step * cfg.epochs // cfg.steps > first
+    snapshot = plan.ends_cycle(step) if cfg.cycles else False
     if cfg.eval_every < 0:
-        evaluate = epoch_ends or step == 0
+        evaluate = (snapshot if cfg.cycles else epoch_ends) or step == 0
     else:
         evaluate = cfg.eval_every > 0 and step % cfg.eval_every == 0
-    return Due(save, keep, evaluate or last)
+    return Due(save, keep, evaluate or last, snapshot)
 
 
 def pause(trainer: Trainer, step: int, now: Now, todo: Due) -> dict:
@@ -6234,6 +6603,8 @@ def pause(trainer: Trainer, step: int, now: Now, todo: Due) -> dict:
             save_checkpoint(trainer, step)
         if todo.keep:
             keep_epoch(trainer, step)
+        if trainer.cfg.cycles and todo.snapshot:
+            keep_snapshot(trainer, step)
         return validate_all(trainer, step, trainer.run.trained or now) if todo.evaluate else {}
 
 
@@ -6410,7 +6781,7 @@ def prepare_folder(run: Run) -> None:
 
 def ingredients(trainer: Trainer) -> dict:
     """What must be the same on every node, but for the places of its files."""
-    places = {"config", "data", "log_dir", "tokenizer", "init_from", "nca_cache", "nca_threads"}
+    places = set("config data log_dir tokenizer init_from teacher nca_cache nca_threads".split())
     sources = b"".join(path.read_bytes() for path in source_files(trainer.cfg))
     data = json.dumps(
         trainer.loader.identity(), sort_keys=True

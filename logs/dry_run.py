@@ -92,6 +92,8 @@ def memory_estimate(
         fixed += 2 * params  # the weights as they are computed with, in bf16
     if has_meta_step(cfg):  # what moves is kept; gradients of earlier groups, where there are any
         fixed += 4 * moving * (1 + (cfg.meta_groups > world))
+    if cfg.distill:
+        fixed += 2 * params  # a teacher of this size
     # numbers in bf16 that are kept of a token at one place
     q, kv = head_width(cfg) * cfg.heads, head_width(cfg) * (cfg.kv_heads or cfg.heads)
     kept = (
@@ -107,6 +109,7 @@ def memory_estimate(
     tokens = max(s.rows * s.seq_len for s in plan.train_shapes(world))
     at_once = tokens if cfg.compile == 2 else min(tokens, cfg.loss_chunk)
     logits = (2 if cfg.compile else 3 * 4) * at_once * cfg.vocab  # eagerly, three in fp32
+    logits *= 2 if cfg.distill else 1  # the teacher's
     return fixed + int(2 * tokens * depth * kept) + logits
 
 
@@ -125,7 +128,8 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
 
     def flops(at: Now | Shape) -> int:
         applied = at.window, at.passes, at.window_long
-        return flops_per_token(cfg, at.repeats, at.seq_len, *applied)
+        own = flops_per_token(cfg, at.repeats, at.seq_len, *applied)
+        return own * 4 // 3 if at.distill else own  # a teacher of this size goes forward alone
 
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
     model.to(getattr(torch, cfg.param_dtype))
@@ -150,7 +154,8 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
     named = {
         f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}"
         + f", passes {s.passes}" * (cfg.passes != "1")
-        + f", window_long {s.window_long}" * (cfg.window_long != "0"): s
+        + f", window_long {s.window_long}" * (cfg.window_long != "0")
+        + ", a teacher" * bool(s.distill): s
         for s in shapes
     }
     mean_flops = sum(map(flops, moments)) / len(moments)

@@ -54,6 +54,12 @@ EPOCHS = {
     "val_loss_weights_recency": "by recency",
     "slowrun_val_loss": "least",
 }
+# what a mixture of snapshots adds
+ENSEMBLE = {
+    "ensemble_size": "snapshots",
+    "val_loss_ensemble": "weighted",
+    "val_loss_ensemble_uniform": "uniform",
+}
 COSTS = (
     "steps",
     "tokens",
@@ -278,7 +284,7 @@ def load_folder(path: Path) -> Run:
             rule_of(run.config)
         if (path / "result.json").is_file():
             run.result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-            for key in (*METRICS, *EPOCHS, *COSTS, "seed"):
+            for key in (*METRICS, *EPOCHS, *ENSEMBLE, *COSTS, "seed"):
                 if not isinstance(run.result.get(key), int | float | None):
                     raise ValueError(f"{key} = {run.result[key]!r} is no number")
     except (ValueError, AttributeError) as error:  # AttributeError: JSON or rule, but no table
@@ -564,6 +570,8 @@ def number(x: float | None, metric: str = "") -> str:
         return "-"
     if metric == "peak_memory_bytes":
         return f"{x / 1e9:.2f}"
+    if metric == "ensemble_size":
+        return f"{x:.0f}"
     if metric in COSTS:
         return f"{x:.1f}" if metric.endswith("_s") else f"{x:,.0f}"
     return f"{x:.5f}"
@@ -611,6 +619,11 @@ def run_section(runs: list[Run], metrics: list[str]) -> str:
             "the validation set:"
         )
         text += ["", wrap(what), table(["run", "last step", *EPOCHS.values()], rows)]
+    if mixed := [run for run in runs if "val_loss_ensemble" in run.result]:
+        keys = ("val_loss", *ENSEMBLE)
+        rows = [[run.name, *(number(run.value(key), key) for key in keys)] for run in mixed]
+        what = "Losses of the last step, and of mixing the probabilities of snapshots:"
+        text += ["", what, table(["run", "last step", *ENSEMBLE.values()], rows)]
     return "\n".join(text)
 
 

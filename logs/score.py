@@ -4,6 +4,7 @@ Phase 3: what the weights of a run are worth, each figure a code length that cou
     python logs/score.py logs/RUN               # all that the [score] table of its preset asks for
     python logs/score.py logs/RUN --modes "sliding mixture" --stride 64   # and with other settings
     python logs/score.py logs/RUN/model.nrx --modes ttt   # of an artifact alone: printed, not kept
+    python logs/score.py logs/RUN --ensemble "8 16" --with_runs logs/RUN2   # snapshots, mixed
     python logs/score.py sample logs/RUN --prompt "The people"
     python logs/score.py prove logs/RUN --mode mixture --bytes 16384
     python logs/score.py table logs/RUN         # bytes and bits per byte lost, choice by choice
@@ -17,6 +18,7 @@ Read it from top to bottom:
     Scorers      chunked, sliding window, online mixture, score-first test-time training
     Proof        distributions that sum to 1 and know no future; a text back from its code
     Epochs       averages of the weights that a run kept at the ends of its epochs
+    Ensembles    mixtures of the snapshots that runs kept at the ends of their cycles
     Figures      result.json
     Programs     the phase, sample, prove, decode, table, export
 
@@ -56,6 +58,7 @@ import torch.nn.functional as F
 import tyro
 import zstandard
 from constriction import stream as coder
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -980,6 +983,166 @@ def best_epoch(folder: Path, plan: tg.Plan) -> tuple[float, int] | None:
 
 
 ########################################
+#              Ensembles               #
+########################################
+
+
+class Snapshot(NamedTuple):
+    """The weights of the end of a cycle, and the probabilities that weigh them."""
+
+    path: Path
+    state: dict
+    p: Tensor | None  # of each target of the run's held-out training text; None on other ranks
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.parent.parent.name}/{self.path.name}"
+
+
+def kept_snapshots(folder: Path) -> list[Path]:
+    """The snapshots of a run, oldest first."""
+    return sorted((p for p in folder.glob("snapshots/*") if p.name.isdigit()), key=lambda p: p.name)
+
+
+def read_snapshots(subject: Subject, folders: list[Path]) -> list[Snapshot]:
+    """Those of several runs, which must be of one recipe and weigh on one text."""
+    found: list[Snapshot] = []
+    for folder in folders:
+        theirs, paths = tg.checkpoint_config(folder), kept_snapshots(folder)
+        require_one_recipe(subject.cfg, theirs, folder)
+        if not paths:
+            raise UserError(f"{folder} holds no snapshots: they are kept with --cycles")
+        for path in paths:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            if "fitness_sha256" not in state:
+                raise UserError(
+                    f"{path} has no probabilities to weigh it by: train with --fitness_tokens"
+                )
+            p = tg.read_tensors(path / "fitness.safetensors")["p"]
+            found.append(Snapshot(path, state, p))
+    if len({s.state["fitness_sha256"] for s in found}) > 1:
+        raise UserError(
+            f"{', '.join(map(str, folders))}: their held-out training texts differ, so their "
+            "snapshots cannot be weighed together"
+        )
+    return found
+
+
+# what only training looks at, and what a snapshot's state says
+NOT_OF_THE_MODEL = set(
+    "attn_dropout mlp_dropout stoch_depth z_loss mu_loss mu_centering embed_init head_init "
+    "init_std proj_init init repeats window".split()
+)
+
+
+def require_one_recipe(cfg: Config, theirs: Config, folder: Path) -> None:
+    """One model serves all snapshots, and one text: both runs must have been built for them."""
+    fields = [f.name for f in dataclasses.fields(tg.ModelConfig) if f.name not in NOT_OF_THE_MODEL]
+    fields += ["vocab", "doc_token", "seq_len", "eval_seq_len", "fitness_tokens"]
+    other = [
+        f"{key} = {getattr(theirs, key)!r} there and {getattr(cfg, key)!r} here"
+        for key in fields
+        if getattr(theirs, key) != getattr(cfg, key)
+    ]
+    if other:
+        raise UserError(f"{folder} is of another recipe: {', '.join(other)}")
+
+
+def mixture_weights(p: Tensor, steps: int = 300, lr: float = 0.5) -> Tensor:
+    """
+    Weights [M] with which mixing the probabilities p [M, n] that M models give to n targets costs
+    the least nats, as slowrun's unlimited track finds them: the softmax of what AdamW learns on all
+    targets at once. The problem is convex.
+    """
+    p, rng = p.double(), torch.Generator().manual_seed(0)
+    alpha = (1e-4 * torch.randn(len(p), generator=rng)).double().requires_grad_()
+    optimizer = torch.optim.AdamW([alpha], lr=lr, weight_decay=0.0)
+    for _ in range(steps):
+        loss = -(alpha.softmax(0) @ p).clamp_min(1e-12).log().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([alpha], 1.0)
+        optimizer.step()
+    return alpha.detach().softmax(0)
+
+
+def snapshot_losses(subject: Subject, snapshot: Snapshot) -> Tensor:
+    """
+    Its losses in nats of the validation targets, kept beside it: what was scored is not scored
+    again, whatever it is mixed with. Collective.
+    """
+    run, val, state = subject.run, subject.val, snapshot.state
+    text = hashlib.sha256(f"{val.seq_len} ".encode() + val.tokens.tobytes()).hexdigest()[:16]
+    path = snapshot.path / f"val-{text}.safetensors"
+    known: list[Tensor] = []  # on rank 0, which alone mixes
+
+    def read() -> bool:
+        known.extend([tg.read_tensors(path)["nats"]] if path.exists() else [])
+        return bool(known)
+
+    if run.on_main(read):
+        return known[0] if run.is_main else torch.zeros(val.scored)
+    named = run.read_on_main(lambda: (tg.read_tensors(snapshot.path / "model.safetensors"), None))[
+        0
+    ]
+    tg.load_weights(subject.model, named, str(snapshot.path))
+    shape = subject.shape._replace(**{key: state[key] for key in tg.APPLIED if key in state})
+    nats = tg.token_losses(run, subject.graph, val, shape)
+    data = save_tensors({"nats": nats})
+    run.on_main(lambda: tg.write_whole(path, data))
+    return nats
+
+
+def score_ensemble(subject: Subject, snapshots: list[Snapshot], sizes: list[int]) -> dict:
+    """
+    Validation losses of mixing the probabilities of the K snapshots with the largest weights, for
+    each K: with these weights, and evenly. Weights and choice are of held-out training text alone.
+    Leaves the model with other weights. Collective.
+    """
+    run = subject.run
+    stacked = lambda: mixture_weights(torch.stack([s.p for s in snapshots])).tolist()
+    weights = torch.tensor(run.on_main(stacked), dtype=torch.float64)
+    order = weights.argsort(descending=True, stable=True).tolist()[: max(sizes)]
+    fitted = even = torch.full((subject.val.scored,), -math.inf, dtype=torch.float64)
+    table, singles = [], []
+    for size, i in enumerate(order, 1):
+        nats = snapshot_losses(subject, snapshots[i]).double()
+        singles.append(float(nats.mean()))
+        run.log(f"snapshot {snapshots[i].name} val_loss:{singles[-1]:.5f} weight:{weights[i]:.5f}")
+        fitted = torch.logaddexp(fitted, weights[i].log() - nats)
+        even = torch.logaddexp(even, -nats)
+        if size in sizes:
+            row = {
+                "size": size,
+                "val_loss": float((weights[order[:size]].sum().log() - fitted).mean()),
+                "val_loss_uniform": float((math.log(size) - even).mean()),
+                "val_loss_mean_single": sum(singles) / size,
+                "weights": (weights[order[:size]] / weights[order[:size]].sum()).tolist(),
+            }
+            table.append(row)
+    return {"snapshots": [snapshots[i].name for i in order], "singles": singles, "table": table}
+
+
+def ensemble_table(found: dict) -> str:
+    lines = ["| K | fitted | uniform | mean of the singles | largest weights |", "|-:|-:|-:|-:|-|"]
+    for row in found["table"]:
+        cells = [f"{row[k]:.5f}" for k in ("val_loss", "val_loss_uniform", "val_loss_mean_single")]
+        some = " ".join(
+            f"{name}:{w:.3f}" for name, w in zip(found["snapshots"], row["weights"][:4])
+        )
+        lines.append(f"| {row['size']} | {' | '.join(cells)} | {some} |")
+    return "\n".join(lines)
+
+
+def parse_sizes(text: str) -> list[int]:
+    """The numbers of snapshots that are mixed."""
+    words = text.split()
+    if not all(word.isascii() and word.isdigit() and 0 < int(word) < 10**6 for word in words):
+        raise UserError(f'ensemble = {text!r}: numbers of snapshots from 1 on, such as "8 16 32"')
+    return sorted({int(word) for word in words})
+
+
+########################################
 #               Figures                #
 ########################################
 
@@ -1026,18 +1189,19 @@ class Figures:
         with open(path if path.is_file() else path / "model.safetensors", "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
 
-    def take(self, name: str, work: Callable[[], tuple[dict, dict]]) -> None:
+    def take(self, name: str, work: Callable[[], tuple[dict, dict]], of: str = "") -> None:
         """
-        Unless the figure `name` of these very weights is there, find it by work(), which gives it
-        and what of it stands at the top of result.json: what was asked for last stands there.
+        Unless the figure `name` of these very weights is there (`of`: the hash of those that it is
+        about, where they are not the run's last ones), find it by work(), which gives it and what
+        of it stands at the top of result.json: what was asked for last stands there.
         """
-        scores = self.result.setdefault("scores", {})
+        scores, digest = self.result.setdefault("scores", {}), of or self.digest
         known = scores.pop(name, None)
-        if known and known["of"] == self.digest:
+        if known and known["of"] == digest:
             self.subject.run.log(f"{name}: taken before: {json.dumps(known['top'])}")
         else:
             figure, top = work()
-            known = figure | {"top": top, "of": self.digest}
+            known = figure | {"top": top, "of": digest}
         scores[name] = known  # the newest is the last
         self.result |= known["top"]
         if self.keeps:
@@ -1135,7 +1299,7 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False, found=Non
 class Phase(Settings, Source):
     """
     Take the figures that a run's [score] table asks for, or that the flags do: scores, a proof,
-    averages over epochs where some were kept, and a sample.
+    averages over epochs where some were kept, an ensemble of snapshots, and a sample.
     """
 
     modes: str = ""  # any of chunked sliding mixture ttt lora, in this order; empty: none
@@ -1146,6 +1310,10 @@ class Phase(Settings, Source):
     top_k: int = 50  # sample among so many likeliest tokens; 0: all
     # average over so many of the last epochs; 0: as many as average_epochs says; -1: over none
     last_epochs: int = 0
+    # mix the K snapshots of the largest weights, for each of these K, such as "8 16"; empty: none
+    ensemble: str = ""
+    # other run folders, such as chains with other seeds, whose snapshots are mixed in
+    with_runs: tuple[str, ...] = ()
 
 
 def phase(argv: list[str]) -> int:
@@ -1193,6 +1361,11 @@ def check(flags: Phase) -> None:
         raise UserError(f"modes = {flags.modes!r} names one twice")
     tg.check_table_number("prove_bytes", flags.prove_bytes)
     check_sampling(flags.sample_tokens, flags.temperature, flags.top_k)
+    if not parse_sizes(flags.ensemble) and flags.with_runs:
+        raise UserError(
+            f"with_runs = {' '.join(flags.with_runs)} does nothing here: it needs --ensemble, how "
+            'many snapshots are mixed, such as "8 16"'
+        )
 
 
 def check_possible(subject: Subject, flags: Phase) -> None:
@@ -1234,6 +1407,8 @@ def take_figures(subject: Subject, flags: Phase) -> None:
     if epochs > 0 and (subject.is_run or flags.last_epochs):
         official = epochs == subject.cfg.average_epochs
         figures.take(f"epochs {epochs}", lambda: averaged(subject, figures, epochs, official))
+    if sizes := parse_sizes(flags.ensemble):
+        take_ensemble(subject, figures, sizes, flags.with_runs)
     if subject.tokenizer and 0 < subject.val.bytes < 8e6:
         figures.take("compressors", lambda: compressors_bpb(subject))
 
@@ -1296,16 +1471,56 @@ def one_proof(subject: Subject, how: OneScore, flags: Phase) -> tuple[dict, dict
     return figure, {"proven_bytes": flags.prove_bytes, "decoded_bpb": decoded}
 
 
+@contextlib.contextmanager
+def own_weights(subject: Subject):
+    """Behind it the model has the weights of the subject again."""
+    own = {name: w.detach().clone() for name, w in subject.model.named_parameters()}
+    try:
+        yield
+    finally:
+        tg.load_weights(subject.model, own, str(subject.path))
+
+
+def take_ensemble(
+    subject: Subject, figures: Figures, sizes: list[int], others: tuple[str, ...]
+) -> None:
+    """
+    Mixtures of the snapshots of a run and of others; at the top of result.json stands that of the
+    most. Collective.
+    """
+    run, folders, kept = subject.run, [subject.folder, *map(Path, others)], []
+
+    def read() -> tuple[list[Snapshot], str]:
+        kept.extend(read_snapshots(subject, folders))
+        digest = hashlib.sha256(b"".join(s.p.numpy().tobytes() for s in kept)).hexdigest()
+        return [s._replace(p=None) for s in kept], digest
+
+    listed, digest = run.on_main(read)
+    snapshots = kept or listed  # the probabilities are rank 0's
+    sizes = sorted({min(size, len(snapshots)) for size in sizes})
+
+    def work() -> tuple[dict, dict]:
+        with own_weights(subject):
+            found = score_ensemble(subject, snapshots, sizes)
+        found = run.on_main(lambda: found)
+        run.log(ensemble_table(found))
+        most = found["table"][-1]
+        top = {"val_loss_ensemble": most["val_loss"], "ensemble_size": most["size"]}
+        top["val_loss_ensemble_uniform"] = most["val_loss_uniform"]
+        return found, top
+
+    runs = "".join(f" {folder.name}" for folder in folders[1:])
+    name = f"ensemble {' '.join(map(str, sizes))} of {len(snapshots)} snapshots"
+    figures.take(name + (f" with{runs}" if runs else ""), work, of=digest)
+
+
 def averaged(subject: Subject, figures: Figures, last: int, official: bool) -> tuple[dict, dict]:
     """
     Averages over the last epochs. At the top of result.json stand those over as many as the run
     says; `val_loss` there stays the loss of the last step.
     """
-    own = {name: w.detach().clone() for name, w in subject.model.named_parameters()}
-    try:
+    with own_weights(subject):
         found = score_epochs(subject, last)
-    finally:
-        tg.load_weights(subject.model, own, str(subject.path))
     if not official:
         subject.run.log(
             f"the top of result.json keeps averages over {subject.cfg.average_epochs} epochs"

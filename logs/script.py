@@ -203,7 +203,9 @@ def constant_schedules(cfg: tg.Config, keep: list[str]) -> dict[str, object]:
     for name in tg.SCHEDULES:
         text = getattr(cfg, name)
         values = tg.Schedule(name, text).values() if text else [None]  # lr_matrices: as lr
-        if name not in keep and len(values) == 1:
+        # those of cycles are no fields of Now, but looked up by their names
+        asked = name in keep or bool(cfg.cycles) and name in tg.BY_CYCLE
+        if not asked and len(values) == 1:
             found[name] = int(values[0]) if name in tg.GRAPHS else values[0]
     return found
 

@@ -36,6 +36,7 @@ PHASES = {
     "log_step",
     "evaluate",
     "save_checkpoint",
+    "keep_snapshot",
     "export_artifact",
     "finish",
     "write_result",

@@ -45,6 +45,7 @@ LAYERS = {"on_cpu", "one_gpu"}  # configurations that are no presets by themselv
 ELSEWHERE = 1e-5
 # ... in what is nearer to zero, or rounded to integers ...
 LOOSER = {"grad_norm": 1e-3, "optimizer": 1e-3, "artifact": 1e-4, "roundtrip": 1e-4}
+LOOSER |= {"teacher_kl": 1e-2}
 # ... and in runs that blow up the last bit: weights in bfloat16, or rounded in training, and a gate
 # whose first steps of AdamW have the signs of gradients that are nearly zero.
 LOOSEST = {"bfloat16": 2e-3, "golf_cpu qat": 2e-3, "slowrun_tiny": 0.1}
@@ -86,6 +87,15 @@ EPOCHS = {
     "shuffle": 2,
     "eval_every": -1,
 }
+CHAIN = {
+    "batch_tokens": "0:1024 2s:2048 4s:1024",
+    "cycles": 3,
+    "distill_from": 2,
+    "fitness_tokens": 300,
+    "train_tokens": 8000,
+    "shuffle": 2,
+    "eval_every": -1,
+}
 LOOP = {"loop": "1:3"}  # within four blocks
 GROUPED = {"kv_heads": 2}
 # What a preset needs to keep its mechanisms at this size.
@@ -108,6 +118,7 @@ FITTED = {
     | EPOCHS
     | LOOP,
     "track3_record": {"tail_ema": "0 0.5:2"},
+    "slowrun_unlimited": {"window": 50} | CHAIN | LOOP,
 }
 # Runs beside the presets' own: name -> (preset, changes).
 BESIDE = {
@@ -160,7 +171,7 @@ def runs() -> dict[str, list[tuple[str, list[str]]]]:
     for name, (preset, changes) in ({p: (p, {}) for p in presets()} | BESIDE).items():
         flags = SMALL | FITTED.get(preset, {}) | changes
         found[name] = [("train_gpt", ["--config", preset, "on_cpu", *command(flags), *GOLDEN])]
-        if "average_epochs" in flags:
+        if "average_epochs" in flags or "cycles" in flags:
             found[name].append(("score", ["logs/golden", "--modes", "", "--sample_tokens", "0"]))
     for compat in ("pr63", "paper"):
         row = NCA_ROW[compat]
@@ -226,6 +237,7 @@ def collect(folder: Path) -> dict:
         "mtp",
         "mtp_next_loss",
         "mtp_third_loss",
+        "teacher_kl",
         "val_loss",
         "val_loss_ema",
         "val_loss_swa",
@@ -239,8 +251,8 @@ def collect(folder: Path) -> dict:
         found["artifact"] = digest(train_gpt.open_source(str(folder / "model.nrx"))[1])
     result = json.loads((folder / "result.json").read_text())
     read_back = re.compile(
-        "roundtrip|loss_prob|loss_weights"
-    )  # of the artifact, of averages over epochs
+        "roundtrip|loss_prob|loss_weights|loss_ensemble"
+    )  # of the artifact, of averages over epochs, of mixtures of snapshots
     kept = {k: v.hex() for k, v in result.items() if read_back.search(k) and v is not None}
     return found | kept
 

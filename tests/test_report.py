@@ -800,6 +800,11 @@ def test_best_epoch_and_averages_stand_in_one_column_with_the_last_step():
     heads = [word.strip() for word in lines[-2].split("  ") if word]
     assert heads == ["run", "last step", "best epoch", "probs", "by recency", "least"]
     assert lines[-1].split() == ["slow-s1", "3.50000", "3.30000", "3.20000", "3.25000", "3.20000"]
+    run.result |= {"ensemble_size": 96, "val_loss_ensemble": 3.1, "val_loss_ensemble_uniform": 3.15}
+    lines = report.run_section([run], list(report.METRICS)).splitlines()
+    heads = [word.strip() for word in lines[-2].split("  ") if word]
+    assert heads == ["run", "last step", "snapshots", "weighted", "uniform"]
+    assert lines[-1].split() == ["slow-s1", "3.50000", "96", "3.10000", "3.15000"]
     assert "averages over" not in report.run_section(
         [report.Run("a", "a", 1, result={"val_loss": 3.0})], ["val_loss"]
     )

@@ -26,7 +26,9 @@ FLAGS = (
 PRESETS = {
     "remix_m": "remix_m on_cpu --window 32 --softcap 15",
     "golf": "golf_cpu --export int6 --artifact_limit 0 --gptq 2 --export_codec best",
-    "slowrun": "slowrun_cpu --train_tokens 0 --average_epochs 0 --lr_cycles 0 --export int8",
+    # and a chain, whose teacher is applied as the model is
+    "slowrun": "slowrun_cpu --train_tokens 0 --average_epochs 0 --lr_cycles 0 --export int8 "
+    "--repeats 2 --cycles 2 --perturb 0.1 --distill 0.45 --fitness_tokens 300",
     "centering": "centering_cpu --mu_loss 0.1 --z_loss 1e-4 --ema 0.9",
 }
 

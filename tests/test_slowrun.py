@@ -47,6 +47,7 @@ ALL = {
         ("slowrun_tiny", "", 316_935_848),
         ("slowrun_tiny", "--xsa 0 --xsa_learned 0", 316_935_720),
         ("slowrun_two_hour", "", 1_443_722_775),
+        ("slowrun_unlimited", "", 1_870_172_811),
     ],
 )
 def test_parameter_count_is_the_golden_one(name, flags, golden):
