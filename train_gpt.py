@@ -6149,7 +6149,8 @@ def pattern_notices(cfg: Config, model: GPT) -> list[str]:
     )
     found = {key: any(getattr(r, key) for r in rules.values()) for key in OF_MATRICES}
     found["uncorrected"] = not all(rule.corrected for rule in rules.values())
-    for key in (key for key in found if getattr(cfg, key) and not found[key]):
+    # a script (logs/script.py) has no field for a pattern that is off
+    for key in (key for key in found if getattr(cfg, key, "") and not found[key]):
         kind = "adamw" if key == "uncorrected" else "muon"
         names = [name for name, rule in rules.items() if rule.kind == kind]
         raise UserError(

@@ -424,7 +424,7 @@ def prepared(module: cst.Module, cfg: tg.Config, facts: folding.Facts, scorer: b
     if not facts.constants["GRAPHS"]:
         template += ONE_GRAPH
     stand_ins = {name_of(s): s for s in cst.parse_module(template).body}
-    values = {name: facts.constants[name] for name in ("SCHEDULES", "GRAPHS")}
+    values = {name: facts.constants[name] for name in ("SCHEDULES", "GRAPHS", "APPLIED")}
     used = set(tg.CODECS) if cfg.export_codec in ("best", tg.ENTROPY) else {cfg.export_codec}
     body: list[cst.BaseStatement] = []
     for statement in module.body:
@@ -470,7 +470,7 @@ def prepared(module: cst.Module, cfg: tg.Config, facts: folding.Facts, scorer: b
 def with_wiring(module: cst.Module, cfg: tg.Config) -> cst.Module:
     """The order of the blocks as a plain loop, or as a table of what differs between places."""
     read = set()
-    for function in [*find_all(module, "hidden"), *find_all(module, "added")]:
+    for function in [*find_all(module, "one_pass"), *find_all(module, "added")]:
         found = folding.find_all(function, cst.Attribute)
         read |= {n.attr.value for n in found if m.matches(n.value, m.Name("place"))}
     orders = tg.wirings(cfg)
