@@ -1379,6 +1379,8 @@ def check_possible(subject: Subject, flags: Phase) -> None:
         )
     if flags.sample_tokens:
         prompt_tokens(subject, flags.prompt)
+    if parse_sizes(flags.ensemble):
+        read_snapshots(subject, [subject.folder, *map(Path, flags.with_runs)])
 
 
 def begin(subject: Subject, flags: Phase) -> None:

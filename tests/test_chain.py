@@ -548,11 +548,16 @@ def test_chains_of_other_seeds_are_mixed_in_and_other_recipes_refused(
     assert {name.split("/")[0] for name in figure["snapshots"]} == {"chain", "other"}
     assert len(figure["snapshots"]) == 6 and sum(figure["table"][0]["weights"]) == pytest.approx(1)
     capsys.readouterr()
+    before = (tmp_path / "logs" / "chain" / "result.json").read_bytes()
+    argv = [folder, "--device", "cpu", "--modes", "chunked", "--ensemble", "6"]
+    argv += ["--with_runs", other]
     config = tmp_path / "logs" / "other" / "config.toml"
     text = config.read_text()
     for key, old, new in (("softcap", "0.0", "5.0"), ("fitness_tokens", "700", "900")):
         config.write_text(text.replace(f"{key} = {old}", f"{key} = {new}"))
         assert score.main(argv) == 2 and f"{key} = " in capsys.readouterr().err
+    # before any figure is taken
+    assert (tmp_path / "logs" / "chain" / "result.json").read_bytes() == before
     config.write_text(text)
     for argv, said in (
         ([folder, "--with_runs", other], "it needs --ensemble"),

@@ -694,7 +694,7 @@ def test_a_prompt_beyond_the_vocabulary_is_refused_before_a_figure_is_taken():
 def test_the_flags_of_the_program_are_the_table_of_a_preset():
     """With the same defaults; beside them it asks what is scored, on which text and machine."""
     fields = {f.name: f.default for f in dataclasses.fields(score.Phase)}
-    beside = {"source", "data", "device", "rows", "val_tokens", "last_epochs"}
+    beside = {"source", "data", "device", "rows", "val_tokens", "last_epochs", "with_runs"}
     assert fields.keys() - tg.TABLES["score"] == beside
     assert {k: v for k, v in fields.items() if k not in beside} == tg.TABLES["score"]
     kinds = typing.get_type_hints(score.Phase)
