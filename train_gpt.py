@@ -3096,9 +3096,6 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
     return Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow, corrected)
 
 
-OF_MATRICES = ("soap", "soap_gate", "aurora")  # patterns of what Muon updates
-
-
 def is_named(pattern: str, name: str) -> bool:
     """Whether a pattern of the configuration finds the name; an empty one finds none."""
     return bool(pattern and re.search(pattern, name))
@@ -6111,7 +6108,7 @@ def assemble(
             "notice: a tied table cannot start at zero, as it is the input too: it starts uniform "
             "in +-1/sqrt(dim)"
         )
-    if any(getattr(cfg, key) for key in ("adamw_matrices", "own_lr", "uncorrected", *OF_MATRICES)):
+    if cfg.adamw_matrices or cfg.own_lr or cfg.uncorrected or cfg.soap or cfg.aurora:
         for line in pattern_notices(cfg, model):
             run.log(f"notice: {line}")
     if cfg.init_from:
@@ -6147,15 +6144,21 @@ def pattern_notices(cfg: Config, model: GPT) -> list[str]:
         f"adamw_matrices = {cfg.adamw_matrices!r} matches no matrix of this model; they are such "
         f"as {', '.join(matrices[:3])}",
     )
-    found = {key: any(getattr(r, key) for r in rules.values()) for key in OF_MATRICES}
-    found["uncorrected"] = not all(rule.corrected for rule in rules.values())
-    # a script (logs/script.py) has no field for a pattern that is off
-    for key in (key for key in found if getattr(cfg, key, "") and not found[key]):
-        kind = "adamw" if key == "uncorrected" else "muon"
-        names = [name for name, rule in rules.items() if rule.kind == kind]
-        raise UserError(
-            f"{key} = {getattr(cfg, key)!r} matches nothing of this model that it is for; that "
-            f"would be such as {', '.join(names[:3])}"
+    hits: dict[str, bool] = {}
+    if cfg.soap:
+        hits[f"soap = {cfg.soap!r}"] = any(rule.soap for rule in rules.values())
+    if cfg.soap_gate:
+        hits[f"soap_gate = {cfg.soap_gate!r}"] = any(rule.soap_gate for rule in rules.values())
+    if cfg.aurora:
+        hits[f"aurora = {cfg.aurora!r}"] = any(rule.aurora for rule in rules.values())
+    if cfg.uncorrected:
+        hits[f"uncorrected = {cfg.uncorrected!r}"] = not all(r.corrected for r in rules.values())
+    for pattern, hit in hits.items():
+        require(
+            hit,
+            f"{pattern} matches nothing that it is for; Muon updates such as "
+            f"{', '.join([n for n in matrices if n not in adamws][:2])}, AdamW such as "
+            f"{', '.join(adamws[:2])}",
         )
     return [
         f"own_lr: {own.pattern.pattern!r} is the name of nothing that AdamW updates here"
@@ -6479,6 +6482,17 @@ class Reading:
         return self.numbers.tolist(), self.begun.elapsed_time(self.ended) / 1000
 
 
+def told(plan: Plan, now: Now) -> dict[str, float]:
+    """The schedules at a step, without those of tricks that are off for the whole run."""
+    neutral, found = Now._field_defaults, {}
+    for key, value in now._asdict().items():
+        schedule = plan.sched.get(key)
+        moves = schedule is not None and schedule.values() != [neutral.get(key)]
+        if key not in neutral or moves or value != neutral[key]:
+            found[key] = value
+    return found
+
+
 def log_step(trainer: Trainer, step: int, now: Now, reading: Reading) -> None:
     """Read a finished step's numbers (a wait), stop if not finite, write the lines."""
     ((loss, *extra, grad_norm), seconds), run, cfg = reading.read(), trainer.run, trainer.cfg
@@ -6512,7 +6526,7 @@ def log_step(trainer: Trainer, step: int, now: Now, reading: Reading) -> None:
             **terms,
             grad_norm=grad_norm,
             tok_s=now.batch_tokens / seconds,
-            **{k: v for k, v in now._asdict().items() if v != Now._field_defaults.get(k, "")},
+            **told(trainer.plan, now),
             train_time_ms=elapsed * 1000,
         )
         fraction = trainer.plan.fraction(step, elapsed)
