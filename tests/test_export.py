@@ -197,9 +197,9 @@ def test_a_slow_calibration_keeps_the_cap_and_its_artifact(tmp_path, monkeypatch
     )
     calibrate, linear = tg.calibrate, tg.linear
 
-    def slowly(x, w):
+    def slowly(x, w, bias=None):
         time.sleep(0.014)
-        return linear(x, w)
+        return linear(x, w, bias)
 
     def slow(p, rows, until):
         with monkeypatch.context() as patch:
