@@ -181,8 +181,8 @@ class Schedule:
     falls linearly from 60 % to the end, "0.6:1 1~0.1" along half a cosine, "0.6:1 1>0.1^0.5" as the
     root of what is left of the way; "300s>0.95" counts steps; a value set where a ramp ends is a
     jump ("0.5>2 0.5:1"); a ramp may end behind training ("1.1>0"), which then sees a part of it.
-    Positions may be fractions such as 1/3. A fraction is step/steps, or
-    elapsed/max_seconds where the clock is capped, whichever is further.
+    Positions may be fractions such as 1/3. A fraction is step/steps, or elapsed/max_seconds where
+    the clock is capped, whichever is further.
     """
 
     def __init__(self, name: str, text: str):
@@ -2528,6 +2528,7 @@ class OptimConfig(Section):
             *[(f"soap_{key}", "soap_gate", bool(self.soap_gate)) for key in ("floor", "cap")],
             ("ema_nesterov_decay", "ema_nesterov", self.ema_nesterov != "0"),
             ("lr_matrices", "lr_cycles = 0, whose cycles are lr's", not self.lr_cycles),
+            ("lr_matrices", "cycles = 0, whose cycle_lr is lr's", not self.cycles),
             (
                 "hyperball",
                 "matrices with a norm: --proj_init",
@@ -2668,7 +2669,8 @@ def polar_factor(
     x = x / (1.02 * size + 1e-6) if method == "polar_express" else x / (size + 1e-7)
     iterates = []
     for i in range(steps):
-        iterates.append(x)
+        if soft is not None:
+            iterates.append(x)
         a, b, c = table[min(i, len(table) - 1)]
         xxt = x @ x.mT
         x = a * x + (b * xxt + c * (xxt @ xxt)) @ x
@@ -2808,14 +2810,11 @@ def muon_update(
     if cfg.soap and rule.soap:
         u = soap_update(u, g, state, rates, rule.soap_gate, cfg.soap_decay)
     soft = rates["soft_muon"] if cfg.soft_muon != "0" else None
+    how = cfg.polar, cfg.polar_steps, dtype, cfg.polar_norm, soft
     if cfg.aurora and rule.aurora:
-        u = even_polar_factor(
-            u,
-            cfg,
-            lambda x: polar_factor(x, cfg.polar, cfg.polar_steps, dtype, cfg.polar_norm, soft),
-        )
+        u = even_polar_factor(u, cfg, lambda x: polar_factor(x, *how))
     else:
-        u = polar_factor(u, cfg.polar, cfg.polar_steps, dtype, cfg.polar_norm, soft)
+        u = polar_factor(u, *how)
     if cfg.normuon:
         second = state["second"]
         u = u.float()
