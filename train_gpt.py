@@ -2491,8 +2491,14 @@ class OptimConfig(Section):
         ):
             require_regex(key, getattr(self, key))
         own_rates(self)
-        decays = decays_of(self)
-        for age in Schedule("maxwell_age", self.maxwell_age).values():
+        decays, ages = decays_of(self), Schedule("maxwell_age", self.maxwell_age)
+        steps = zip(ages.points, ages.points[1:])
+        require(
+            not any(b.ramp and not a.value * b.value for a, b in steps),
+            f"maxwell_age = {self.maxwell_age!r}: a ramp from or to 0 has ages of no mixture; "
+            "switch on with ':', such as '0 1000s:30 2000s>20'",
+        )
+        for age in ages.values():
             weights = maxwell_weights(decays, age) if decays and age else [0.0]
             require(
                 min(weights) >= 0,
@@ -2533,6 +2539,12 @@ class OptimConfig(Section):
                 "hyperball",
                 "matrices with a norm: --proj_init",
                 self.proj_init > 0 or self.init == "xavier",
+            ),
+            (
+                "hyperball",
+                "attn_gate = 0 and value_proj = 0, whose gates begin at zero and so would stay, or "
+                "adamw_matrices = 'gate'",
+                not (self.attn_gate or self.value_proj) or bool(self.adamw_matrices),
             ),
             ("hyperball", "matrix_wd = 0, as it keeps each norm", not self.matrix_wd),
             *[(key, "hyperball = 0, as it keeps each norm", not self.hyperball) for key in RADIAL],
