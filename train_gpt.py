@@ -37,6 +37,7 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import math
@@ -52,6 +53,8 @@ import sys
 import time
 import tomllib
 import typing
+import unicodedata
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -2281,19 +2284,34 @@ class GPT(Declaring):
         later: bool = False,
         taught: Tensor | None = None,
         teacher_head: Tensor | None = None,
+        impossible: Tensor | None = None,
     ) -> Tensor:
         """
         Losses [B*T] of all targets, in nats. With log_z a row more, of losses_and_log_z(), with
         later one for each of later_targets(), with a teacher's activations and head those of
-        losses_and_teacher_kl(), with mtp one more, of mtp_losses().
+        losses_and_teacher_kl(), with mtp one more, of mtp_losses(). impossible: canonical_mask().
         """
         x = self.hidden(tokens_BT, repeats, window, passes, window_long)
+        if impossible is not None:
+            return self.canonical_losses(x, tokens_BT, targets_BT, impossible)
         targets = self.with_later(targets_BT) if later else targets_BT
         losses = self.chunked(x, targets, log_z, taught, teacher_head)
         if not mtp:
             return losses
         rows = losses.view(-1, targets_BT.numel())
         return torch.cat([rows, self.mtp_losses(x, targets_BT, window_long).view(1, -1)])
+
+    def canonical_losses(
+        self, x_BTD: Tensor, tokens_BT: Tensor, targets_BT: Tensor, impossible: Tensor
+    ) -> Tensor:
+        """Losses [B*T] where tokens that cannot stand behind the input have no probability."""
+        parts = [t.split(self.cfg.loss_chunk) for t in (x_BTD.flatten(0, 1), tokens_BT.flatten())]
+        losses = []
+        for x, tokens, targets in zip(*parts, targets_BT.flatten().split(self.cfg.loss_chunk)):
+            z = self.logits(x)
+            z = z.masked_fill(unpacked(impossible, tokens, z.size(-1)), -torch.inf)
+            losses.append(F.cross_entropy(z, targets, ignore_index=-1, reduction="none"))
+        return torch.cat(losses)
 
     def with_later(self, targets_BT: Tensor) -> Tensor:
         """
@@ -3317,11 +3335,15 @@ class DataConfig(Section):
     val_tokens: int = 10485760  # scored prefix of the validation stream; 0: all of it
     train_tokens: int = 0  # use only so many tokens of the training shards, from their start
     epochs: int = 1  # passes over the training shards that the run may make; 0: as many as it needs
+    # 1: the last evaluation gives no probability to tokens that the tokenizer never puts behind the
+    # one before
+    canonical_mask: int = 0
     # 0: shards in the order of their names; each epoch anew 1: rows, 2: documents and rows
     # (slowrun)
     shuffle: int = 0
 
     LIMITS = limits(
+        (0, 1, "canonical_mask"),
         (0, 2, "shuffle"),
         (0, 10**6, "epochs"),
         (0, 10**12, "val_tokens train_tokens"),
@@ -3334,6 +3356,13 @@ class DataConfig(Section):
             0 <= self.doc_token < self.vocab,
             f"doc_token = {self.doc_token}: not below vocab = {self.vocab}",
         )
+
+    def needs(self) -> list[Need]:
+        others = self.average_epochs or self.cycles
+        return [
+            ("canonical_mask", "a tokenizer", bool(self.tokenizer)),
+            ("canonical_mask", "no average_epochs or cycles: they are scored without", not others),
+        ]
 
 
 # as in llm.c, modded-nanogpt and parameter-golf
@@ -3891,10 +3920,138 @@ class Tokenizer:
             base[i] = 1 if self.sp.is_byte(i) else len(text.encode())
         return base, space, edge
 
+    def merged_pieces(self) -> dict[bytes | str, int]:
+        """
+        The pieces of byte pair encoding with their ids, which are in the order of the merges; those
+        of SentencePiece are text with U+2581 for a space. UserError where it is no such encoding.
+        """
+        if not self.sp:
+            count = self.gpt2.eot_token
+            return {self.gpt2.decode_single_token_bytes(i): i for i in range(count)}
+        none = self.sp.is_control, self.sp.is_unknown, self.sp.is_unused, self.sp.is_byte
+        ids = [i for i in range(self.sp.get_piece_size()) if not any(f(i) for f in none)]
+        scores = [self.sp.get_score(i) for i in ids]
+        # byte pair encoding numbers its pieces 0, -1, -2, ...; a unigram model has probabilities
+        if scores != sorted(set(scores), reverse=True) or scores != [int(x) for x in scores]:
+            raise UserError(
+                f"tokenizer = {self.name!r} does no byte pair encoding, which alone a mask of "
+                "tokens can be made for: --canonical_mask 0, or --canonical 0 of a score"
+            )
+        return {self.sp.id_to_piece(i): i for i in ids}
+
     def count_bytes(self, tokens: np.ndarray) -> int:
         """Bytes of text that tokens[1:] stand for, each seen behind its predecessor."""
         base, space, edge = self.tables()
         return int(base[tokens[1:]].sum() + (space[tokens[1:]] & ~edge[tokens[:-1]]).sum())
+
+
+def merge_history(
+    piece: bytes | str, ids: dict[bytes | str, int]
+) -> tuple[list[tuple], list[tuple], tuple] | None:
+    """
+    How byte pair encoding makes a token from its bytes or characters: its last piece and its first
+    one over time, each with the rank of the merge that ends it, and the last pair merged. The rank
+    of a merge is the id of what it makes. None where the token is not what its text becomes, or
+    where a merge has a lower rank than one before it: time would not be the rank.
+    """
+    parts, last, first, pair, now = [piece[i : i + 1] for i in range(len(piece))], [], [], (), -1
+    while len(parts) > 1:
+        ranks = [ids.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+        rank = min(ranks)
+        at = ranks.index(rank)  # of equal ranks the leftmost
+        if not now <= rank < math.inf:
+            return None
+        now, pair = rank, (parts[at], parts[at + 1])
+        if at + 2 == len(parts):
+            last.append((parts[-1], rank))
+        if at == 0:
+            first.append((parts[0], rank))
+        parts[at : at + 2] = [pair[0] + pair[1]]
+    end = (parts[0], math.inf)
+    return [*last, end], [*first, end], pair
+
+
+class Merges:
+    """
+    Which tokens byte pair encoding never puts behind which (arXiv 2506.07956, the part of it that
+    needs one token of context; modded-nanogpt #91). Between two tokens of its output no merge
+    crossed, so both grew as they do alone. If, while they grew, a pair that is merged stood at the
+    border, the encoder had merged it: these two tokens are not its output.
+    """
+
+    def __init__(self, ids: dict[bytes | str, int]):
+        """ids: of every piece that merging makes or begins with, in the order of the merges."""
+        self.ids, known = ids, {i: merge_history(piece, ids) for piece, i in ids.items()}
+        self.histories = {i: history for i, history in known.items() if history}
+        beginning = defaultdict(list)  # by piece: tokens that begin with it, and from when to when
+        self.rules = defaultdict(list)  # by left piece: rank of the merge, tokens behind the border
+        for i, (_, first, _) in self.histories.items():
+            since = 0
+            for piece, until in first:
+                beginning[piece].append((since, until, i))
+                since = until + 1  # a border to the left of a merge of the same rank comes first
+        tables = {piece: np.array(rows).T for piece, rows in beginning.items()}
+        for i, (_, _, pair) in sorted(self.histories.items()):
+            if pair and pair[1] in tables:
+                since, until, tokens = tables[pair[1]]
+                behind = tokens[(since <= i) & (i <= until)].astype(np.int64)
+                self.rules[pair[0]].append((i, behind))
+
+    def impossible(self, token: int) -> np.ndarray:
+        """Ids of the tokens that cannot stand behind this one in one stretch of merging."""
+        found, since = [np.empty(0, np.int64)], 0
+        for piece, until in self.histories[token][0] if token in self.histories else ():
+            rules = self.rules.get(piece, ())
+            low, high = (bisect.bisect_left(rules, r, key=lambda x: x[0]) for r in (since, until))
+            found += [behind for _, behind in rules[low:high]]
+            since = until  # a border to the right of a merge of the same rank comes later
+        return np.concatenate(found)
+
+
+def border_class(text: str, at: int) -> str:
+    """S whitespace, N number, L letter, O other, ? a part of a character; of text[at]."""
+    c = text[at]
+    if c == "\ufffd":
+        return "?"
+    if c.isspace() and not "\x1c" <= c <= "\x1f":  # Python's spaces, less four that are not \s
+        return "S"
+    return {"N": "N", "L": "L"}.get(unicodedata.category(c)[0], "O")
+
+
+def canonical_mask(tokenizer: Tokenizer) -> np.ndarray:
+    """
+    Bits [V, ceil(V/8)] of the tokens that the tokenizer never puts behind each, the lowest bit
+    first. A document's token, bytes of SentencePiece and unused ids are never among them.
+
+    GPT-2 merges within stretches of its regular expression only, and the border must lie within
+    one for certain: two whitespaces may be parted by what follows them, and letters behind a sign
+    or behind a contraction ('s, 't, 're, ...) by what stands before it.
+    """
+    vocab, pieces = tokenizer.vocab, tokenizer.merged_pieces()
+    merges, gpt2 = Merges(pieces), tokenizer.sp is None
+    mask = np.zeros((vocab, -(-vocab // 8)), np.uint8)
+    keep = {}
+    if gpt2:
+        texts = {i: piece.decode(errors="replace") for piece, i in pieces.items()}
+        classes = np.array([border_class(texts[i], 0) if i in texts else "?" for i in range(vocab)])
+        keep = {c: (classes == "?") | (classes == after) for c, after in (("S", "S"), ("O", "L"))}
+        keep |= {c: classes == "?" for c in "NL?"}
+    contraction = re.compile("(^|[^\\W_])'(s|t|re|ve|m|ll|d)$")
+    for i in range(vocab):
+        row = np.zeros(vocab, bool)
+        row[merges.impossible(i)] = True
+        if gpt2 and row.any():
+            row &= ~keep[border_class(texts[i], -1)]
+            row &= not contraction.search(texts[i])
+        mask[i] = np.packbits(row, bitorder="little")
+    return mask
+
+
+def unpacked(mask: Tensor, tokens: Tensor, columns: int) -> Tensor:
+    """Rows of canonical_mask() of tokens [...] -> truth values [..., columns], False beyond."""
+    bits = mask[tokens].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)
+    found = (bits & 1).bool().flatten(-2)[..., :columns]
+    return F.pad(found, (0, columns - found.size(-1)))
 
 
 class Validation:
@@ -4359,11 +4516,13 @@ def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float | None:
 
 
 @torch.no_grad()
-def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, float | None]:
+def evaluate(
+    run: Run, model, val: Validation, shape: Shape, impossible: Tensor | None = None
+) -> tuple[float, float | None]:
     """
     Mean loss in nats per token over the validation prefix, and bits per byte. Rows do not overlap;
     ranks take turns with batches of one shape (the last is filled up with ignored rows); sums are
-    in float64. Polls for signals.
+    in float64. Polls for signals. impossible: canonical_mask(), of what has no probability.
     """
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     stride = shape.rows * run.world
@@ -4377,7 +4536,8 @@ def evaluate(run: Run, model, val: Validation, shape: Shape) -> tuple[float, flo
         run.poll()
         first = low + run.rank * shape.rows
         x, y = val.batch(range(first, first + shape.rows), run.device, shape.rows)
-        losses = model(x, y, shape.repeats, shape.window, shape.passes, shape.window_long)
+        applied = shape.repeats, shape.window, shape.passes, shape.window_long
+        losses = model(x, y, *applied, impossible=impossible)
         total += losses.double().sum()
     loss = float(run.sum(total)) / val.scored
     return loss, bits_per_byte(loss, val.scored, val.bytes)
@@ -5129,9 +5289,8 @@ def export_artifact(trainer: Trainer) -> dict:
         trainer.model, run.read_on_main(lambda: (load_artifact(path)[1], None))[0], str(path)
     )
     began = time.perf_counter()
-    loss, bpb = evaluate(
-        run, trainer.graph, trainer.val, trainer.plan.eval_shape(trainer.plan.at(cfg.steps, 1.0))
-    )
+    shape = trainer.plan.eval_shape(trainer.plan.at(cfg.steps, 1.0))
+    loss, bpb = evaluate(run, trainer.graph, trainer.val, shape, trainer.impossible)
     seconds = time.perf_counter() - began
     bits = f" val_bpb:{bpb:.8f}" if bpb else ""
     run.log(f"final_{chosen}_roundtrip val_loss:{loss:.8f}{bits} eval_time:{seconds * 1000:.0f}ms")
@@ -5681,6 +5840,7 @@ TABLES: dict[str, dict[str, object]] = {
         "ttt_lr": 0.002,
         "lora_rank": 8,
         "lora_lr": 0.001,
+        "canonical": 0,
         "prove_bytes": 0,
         "sample_tokens": 0,
         "prompt": "",
@@ -5690,7 +5850,7 @@ TABLES: dict[str, dict[str, object]] = {
 }
 TABLE_LIMITS = limits(
     (0, 0.5, "share"),
-    (0, 1, "p"),
+    (0, 1, "p canonical"),
     (0, 10, "ttt_lr lora_lr"),
     (0, 100, "ttt_epochs"),
     (0, 1000, "target margin z temperature"),
@@ -5711,7 +5871,7 @@ FREE_ON_RESUME = set(
 )
 # What is asked for behind the last step alone: an unfinished run may change it, or its end might be
 # impossible.
-AFTER_TRAINING = {"export", "export_codec", "artifact_limit", "gptq", "final_weights"}
+AFTER_TRAINING = set("export export_codec artifact_limit gptq final_weights canonical_mask".split())
 # Flags that this version lacks: {name: the value at which it did nothing}. What was written with
 # that value is read as if the name were not there; any other value is an error. A flag that is new
 # has such a value as its default, so what was written before it means what it meant.
@@ -6080,6 +6240,7 @@ class Trainer:
     val: Validation
     tokenizer: Tokenizer | None
     teacher: Teacher | None = None
+    impossible: Tensor | None = None  # canonical_mask()
     # seconds of the last three steps
     paces: list[tuple[Now, float]] = dataclasses.field(default_factory=list)
 
@@ -6093,16 +6254,37 @@ def build(cfg: Config, run: Run) -> Trainer:
     tokenizer = open_tokenizer(cfg, run) if cfg.tokenizer else None
     val = run.together(lambda: Validation(cfg, plan, tokenizer))
     trainer = assemble(cfg, run, plan, loader, val, tokenizer)
+    if cfg.canonical_mask:
+        trainer.impossible = find_impossible(run, tokenizer, val)
     if cfg.export:
         for line in check_artifact(cfg, trainer.model):
             run.log(f"notice: {line}")
     return trainer
 
 
+def find_impossible(run: Run, tokenizer: Tokenizer, val: Validation) -> Tensor:
+    """canonical_mask() on the device; the speedrun's rules count its making as training time."""
+    run.clock.start()
+    mask = canonical_mask(tokenizer)
+    run.clock.stop()
+    before, target = val.tokens[:-1], val.tokens[1:]
+    lost = int((mask[before, target >> 3] >> (target & 7).astype(np.uint8) & 1).sum())
+    require(
+        lost == 0,
+        f"canonical_mask = 1: {lost} of {val.scored} tokens of the validation text stand where "
+        f"{tokenizer.name} never puts them, so it was encoded by something else",
+    )
+    pairs = int(np.unpackbits(mask).sum())
+    run.log(f"canonical_mask:{pairs} pairs of tokens time:{run.clock.seconds():.1f}s")
+    return torch.from_numpy(mask).to(run.device)
+
+
 def open_tokenizer(cfg: Config, run: Run) -> Tokenizer | None:
     try:
         return Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token)
     except UserError as e:
+        if cfg.canonical_mask:
+            raise
         run.log(f"notice: no bits per byte and no samples: {e}")
         return None
 
@@ -6258,10 +6440,11 @@ def warm_up(trainer: Trainer) -> None:
                         trainer.opt.collect(last=True)
                     trainer.opt.step(plan.at(0, 0.0))
                 else:
+                    applied = shape.repeats, shape.window, shape.passes, shape.window_long
                     with torch.no_grad():
-                        trainer.graph(
-                            x, y, shape.repeats, shape.window, shape.passes, shape.window_long
-                        )
+                        trainer.graph(x, y, *applied, impossible=None)
+                        if trainer.impossible is not None:
+                            trainer.graph(x, y, *applied, impossible=trainer.impossible)
         if trainer.cfg.gptq and trainer.cfg.max_seconds:
             keep_time_for_gptq(trainer)
     finally:
@@ -6412,9 +6595,13 @@ def validate_all(trainer: Trainer, step: int, now: Now) -> dict:
     averages = trainer.avg.ready() if is_averaged(trainer.cfg) else []
     for name in ["live", *averages]:
         with weights_of(trainer, name):
-            loss, bpb = evaluate(run, trainer.graph, trainer.val, trainer.plan.eval_shape(now))
-        tail = "" if name == "live" else f"_{name}"
-        found |= {f"val_loss{tail}": loss} | ({f"val_bpb{tail}": bpb} if bpb else {})
+            shape, mask = trainer.plan.eval_shape(now), trainer.impossible if run.over else None
+            loss, bpb = evaluate(run, trainer.graph, trainer.val, shape, mask)
+            tail = "" if name == "live" else f"_{name}"
+            found |= {f"val_loss{tail}": loss} | ({f"val_bpb{tail}": bpb} if bpb else {})
+            if mask is not None:
+                unmasked = evaluate(run, trainer.graph, trainer.val, shape)[0]
+                found[f"val_loss{tail}_unmasked"] = unmasked
     found |= trainer.val.measure(trainer, step, trainer.plan.eval_shape(now))
     run.log(
         f"step:{step}/{trainer.cfg.steps} val_loss:{found['val_loss']:.5f} train_time:{ms:.0f}ms "

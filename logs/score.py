@@ -88,6 +88,8 @@ class Settings:
     ttt_lr: float = 0.002
     lora_rank: int = 8  # lora: rank of the products that are trained on a document
     lora_lr: float = 0.001  # lora: learning rate of AdamW
+    # 1: tokens that the tokenizer never puts behind the one before get no probability of the model
+    canonical: int = 0
 
 
 @dataclass
@@ -198,7 +200,10 @@ class Sliding:
             if model.cfg.compile
             else self.plain_losses
         )
-        self.hidden = self.compiled_as_model(model.hidden)
+        self.hidden, self.impossible = self.compiled_as_model(model.hidden), None
+        if how.canonical:
+            mask = tg.canonical_mask(tokenizer_of(model.cfg))
+            self.impossible = torch.from_numpy(mask).to(self.run.device)
 
     def compiled_as_model(self, f: Callable) -> Callable:
         """Compiled as one graph where the model is (compile = 2); else as it is."""
@@ -211,14 +216,15 @@ class Sliding:
         )
         self.score(tokens + (tokens >= self.model.cfg.doc_token))
 
-    def log_probs(self, x: Tensor) -> Tensor:
-        """Activations [..., D] -> log probabilities [..., V] in fp32."""
-        return (
-            self.model.logits(x)[..., : self.model.cfg.vocab] / self.how.logit_temperature
-        ).log_softmax(-1)
+    def log_probs(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Activations [..., D] of the tokens [...] -> log probabilities [..., V] in fp32."""
+        z = self.model.logits(x)[..., : self.model.cfg.vocab] / self.how.logit_temperature
+        if self.impossible is not None:
+            z = z.masked_fill(tg.unpacked(self.impossible, tokens, z.size(-1)), -torch.inf)
+        return z.log_softmax(-1)
 
-    def plain_losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        return F.nll_loss(self.log_probs(x), targets, reduction="none")
+    def plain_losses(self, x: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        return F.nll_loss(self.log_probs(x, tokens), targets, reduction="none")
 
     def score(self, tokens: np.ndarray, want: tuple[int, ...] = ()) -> Scores:
         """Of tokens [n+1] the n targets tokens[1:], each given its predecessors."""
@@ -249,16 +255,14 @@ class Sliding:
             at, hidden = at.flatten(), hidden.flatten(0, 1)
             for part in scored.split(rows * self.stride):
                 padded = F.pad(part, (0, rows * self.stride - len(part)))
-                nats = self.losses(
-                    hidden[padded], stream[(at[padded] + 1).clamp_max(len(stream) - 1)]
-                )[: len(part)]
+                pair = [stream[(at[padded] + k).clamp_max(len(stream) - 1)] for k in (0, 1)]
+                nats = self.losses(hidden[padded], *pair)[: len(part)]
                 scores.nats.index_add_(0, at[part], nats.double())
                 scores.times.index_add_(0, at[part], torch.ones_like(part, dtype=torch.int32))
             for t in want:
                 for i in scored[at[scored] == t]:
-                    scores.distributions[t] = (
-                        self.log_probs(hidden[i]).double().softmax(-1).cpu().numpy()
-                    )
+                    log_p = self.log_probs(hidden[i], stream[t])
+                    scores.distributions[t] = log_p.double().softmax(-1).cpu().numpy()
 
     def reset(self, first: int, n: int) -> None:
         """Begin to walk along n targets behind the token `first`."""
@@ -273,7 +277,8 @@ class Sliding:
             self.cache, self.fed = (Cache(self.model, self.shape), self.start)
         x = self.feed(torch.tensor(self.past[self.fed :], device=self.run.device))
         self.fed = t + 1
-        return self.log_probs(x).double().softmax(-1).cpu().numpy()
+        last = torch.tensor(self.past[-1], device=self.run.device)
+        return self.log_probs(x, last).double().softmax(-1).cpu().numpy()
 
     def feed(self, tokens: Tensor) -> Tensor:
         """Activations [D] behind the last of the next tokens of a walk."""
@@ -576,7 +581,7 @@ class LoRA(Sliding):
         shape = self.shape
         applied = shape.repeats, shape.window, shape.passes, shape.window_long
         hidden = self.model.hidden(tokens, *applied)
-        return self.log_probs(hidden[:, places])
+        return self.log_probs(hidden[:, places], tokens[:, places])
 
     def chunk(self, stream: Tensor, starts: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """
@@ -664,11 +669,11 @@ class LoRA(Sliding):
         with self.adapting():
             return super().feed(tokens)
 
-    def log_probs(self, x: Tensor) -> Tensor:
+    def log_probs(self, x: Tensor, tokens: Tensor) -> Tensor:
         if x.ndim > 1:  # within the graph, which adapts
-            return super().log_probs(x)
+            return super().log_probs(x, tokens)
         with self.adapting():
-            return super().log_probs(x[None, None])[0, 0]
+            return super().log_probs(x[None, None], tokens[None, None])[0, 0]
 
     def observe(self, token: int) -> None:
         super().observe(token)
@@ -693,6 +698,12 @@ SCORERS = {
     "ttt": TestTime,
     "lora": LoRA,
 }
+
+
+def tokenizer_of(cfg: Config) -> tg.Tokenizer:
+    if not cfg.tokenizer:
+        raise UserError("canonical = 1 needs a tokenizer, and this model was trained without one")
+    return tg.Tokenizer(cfg.tokenizer, cfg.vocab, cfg.doc_token)
 
 
 def refuse_dropout(cfg: Config, modes: str) -> None:
@@ -1156,11 +1167,11 @@ RESULT = {
 }
 # the settings that each mode looks at
 LOOKS_AT = {
-    "chunked": ("logit_temperature",),
-    "sliding": ("stride", "logit_temperature"),
-    "mixture": ("stride", "logit_temperature", "share"),
-    "ttt": ("stride", "logit_temperature", "ttt_chunk", "ttt_epochs", "ttt_lr"),
-    "lora": ("stride", "logit_temperature", "lora_rank", "lora_lr"),
+    "chunked": ("logit_temperature", "canonical"),
+    "sliding": ("stride", "logit_temperature", "canonical"),
+    "mixture": ("stride", "logit_temperature", "canonical", "share"),
+    "ttt": ("stride", "logit_temperature", "canonical", "ttt_chunk", "ttt_epochs", "ttt_lr"),
+    "lora": ("stride", "logit_temperature", "canonical", "lora_rank", "lora_lr"),
 }
 
 
