@@ -478,8 +478,10 @@ class Plan:
 
     def eval_shape(self, now: Now) -> Shape:
         rows = max(1, self.cfg.micro_tokens // self.eval_seq_len)
-        length = self.eval_seq_len
-        return Shape(rows, length, now.repeats, now.window, now.passes, now.window_long)
+        length, far = self.eval_seq_len, now.window_long
+        if self.cfg.eval_window_long and far == yarn_stages(self.cfg)[-1]:
+            far = self.cfg.eval_window_long
+        return Shape(rows, length, now.repeats, now.window, now.passes, far)
 
     def eval_shapes(self) -> list[Shape]:
         # the last evaluation is behind the last step
@@ -1071,6 +1073,8 @@ class ModelConfig(Section):
     # SSSL, repeated over blocks: S sees window, L window_long; the last block is L
     window_pattern: str = ""
     window_long: str = "0"  # [sched] keys a token sees in an L block; 0: the whole row
+    # the same in evaluation, once window_long has its last value; 0: that value
+    eval_window_long: int = 0
     # 1: where window_long grows, rotations slow down and attention sharpens (YaRN), in all blocks
     yarn: int = 0
     loop: str = ""  # "a:b": blocks a..b-1 are applied `repeats` times; empty: none
@@ -1116,7 +1120,7 @@ class ModelConfig(Section):
         (0, 100, "q_gain resid_lambda embed_init init_std proj_init bias_init value_embeds"),
         (0, 1000, "attn_scale mlp_ratio z_loss"),
         (0, 10**6, "softcap mu_loss"),
-        (0, 10**9, "window window_long"),
+        (0, 10**9, "window window_long eval_window_long"),
         (0, 65536, "kv_heads head_dim attn_gate value_proj"),
         (1, 1000, "depth repeats passes"),
         (1, 65536, "dim heads head_multiple mlp_multiple"),
@@ -1141,6 +1145,11 @@ class ModelConfig(Section):
             not self.yarn or windows[0] > 1 and windows == sorted(windows),
             f"yarn = 1 follows the growth of window_long = {self.window_long!r}: its values must "
             "grow, from 2 on (as many as the row is long for the whole row)",
+        )
+        require(
+            not self.eval_window_long or 0 < windows[-1] <= self.eval_window_long,
+            f"eval_window_long = {self.eval_window_long} is less than the last value of "
+            f"window_long = {self.window_long!r} (0 is the whole row): set it to 0",
         )
         for key in ("attn_gate", "value_proj"):
             value = getattr(self, key)
@@ -1182,6 +1191,7 @@ class ModelConfig(Section):
             ("xsa_learned", "xsa, of which it learns a share, such as --xsa -1", self.xsa != 0),
             ("window", "an S in window_pattern before its last block", windowed),
             ("window_long", "window_pattern, of which it is the L", bool(self.window_pattern)),
+            ("eval_window_long", "window_pattern, of which it is the L", bool(self.window_pattern)),
             ("yarn", "a window_long that grows, such as '769 0.5:1025'", len(growing) > 1),
             ("rope_dims", "rope = 'standard' or 'interleaved'", self.rope != "truncated"),
             ("key_offset", "rows of 2 tokens or more", shortest > 1),
@@ -1322,6 +1332,12 @@ def yarn_stages(cfg: Config) -> list[int]:
     return [int(p.value) for p in Schedule("window_long", cfg.window_long).points]
 
 
+def yarn_stage(cfg: Config, window_long: int) -> int:
+    """Its place among yarn_stages(); eval_window_long is read with the last one's rotations."""
+    stages = yarn_stages(cfg)
+    return stages.index(window_long) if window_long in stages else len(stages) - 1
+
+
 def yarn_growths(cfg: Config, window_long: int) -> list[tuple[int, int]]:
     """
     From which to which length window_long has grown until it has this value; none without yarn.
@@ -1329,7 +1345,7 @@ def yarn_growths(cfg: Config, window_long: int) -> list[tuple[int, int]]:
     """
     if not cfg.yarn:
         return []
-    before = [keys - 1 for keys in yarn_stages(cfg)][: yarn_stages(cfg).index(window_long) + 1]
+    before = [keys - 1 for keys in yarn_stages(cfg)][: yarn_stage(cfg, window_long) + 1]
     return list(zip(before, before[1:]))
 
 
@@ -2122,7 +2138,7 @@ class GPT(Declaring):
         """cos and sin [T, K/2] where L blocks have this window."""
         if not self.cfg.yarn:
             return self.cos, self.sin
-        stage = yarn_stages(self.cfg).index(window_long)
+        stage = yarn_stage(self.cfg, window_long)
         return self.cos[stage], self.sin[stage]
 
     def hidden(

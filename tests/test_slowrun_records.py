@@ -567,6 +567,28 @@ def test_equal_windows_change_no_bit_and_growth_does():
         assert torch.equal(grown, wide) == equal and torch.equal(grown, plain) == equal
 
 
+@torch.no_grad()
+def test_the_evaluations_window_waits_for_the_last_stage_and_keeps_its_rotations():
+    how = {"window_pattern": "SSL", "depth": 3, "proj_init": 1.0, "head_init": "0.2", "yarn": 1}
+    cfg = tiny(window="5", window_long="9 0.5:17", eval_window_long=25, **how)
+    plan = tg.Plan(cfg)
+    seen = [plan.eval_shape(plan.at(step, step / 20)).window_long for step in (0, 9, 10, 20)]
+    assert seen == [9, 9, 25, 25]
+    assert [s.window_long for s in plan.train_shapes(1)] == [9, 17]
+    assert {s.window_long for s in plan.eval_shapes()} == {9, 25}
+    assert tg.sharpness(cfg, 25) == tg.sharpness(cfg, 17) > tg.sharpness(cfg, 9) == 1
+    x, y = random_tokens(cfg, 2, 32)
+    wide, last = (build(cfg)(x, y, 1, 5, 1, window).view(2, 32) for window in (25, 17))
+    assert torch.equal(wide[:, :17], last[:, :17]) and not torch.equal(wide[:, 17:], last[:, 17:])
+
+
+def test_a_shorter_window_in_evaluation_or_one_without_long_blocks_is_refused():
+    with pytest.raises(tg.UserError, match="eval_window_long = 9 is less than the last value"):
+        tg.validate(tiny(window_pattern="SL", window_long="5 0.5:17", eval_window_long=9))
+    with pytest.raises(tg.UserError, match="eval_window_long = 9 does nothing here"):
+        tg.refuse_idle(tiny(eval_window_long=9))
+
+
 def test_every_block_has_the_tables_and_the_factor_of_the_stage():
     """S blocks and the block of MTP too, which sees the row in full."""
     cfg = tiny(depth=4, window_pattern="SL", window_long="5 0.5:17", yarn=1, mtp=0.3)
