@@ -127,11 +127,13 @@ class Cache:
     def __init__(self, model: tg.GPT, shape: tg.Shape):
         self.model, self.shape, self.size, self.docs = model, shape, 0, None
         places = tg.wiring(model.cfg, shape.repeats)
+        places = [p for p in places if tg.has_attention(model.cfg, p.block)]
         windows = [shape.window if p.windowed else shape.window_long for p in places]
         self.windows = windows * shape.passes
         self.sharp = tg.sharpness(model.cfg, shape.window_long)
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.last: dict[int, Tensor] = {}  # by turn, the last token's key as it was
+        self.embedding: Tensor | None = None  # the last token's, as smear needs it
         self.turn = 0
 
     def feed(self, tokens: Tensor) -> Tensor:
@@ -150,6 +152,12 @@ class Cache:
                 docs if self.docs is None else torch.cat([self.docs, docs + self.docs[:, -1:]], 1)
             )
         return self
+
+    def embedding_before(self, x: Tensor) -> Tensor:
+        """Of the first new token the embedding of the one before it, zeros where none is."""
+        before = torch.zeros_like(x[:, :1]) if self.embedding is None else self.embedding
+        self.embedding = x[:, -1:]
+        return before
 
     def before(self, k: Tensor) -> Tensor:
         """Of each new token the key of the one before it, which may be of an earlier piece."""
@@ -681,7 +689,7 @@ class LoRA(Sliding):
 def adapted_matrices(model: tg.GPT) -> dict[str, Tensor]:
     """The large matrices that activations are multiplied with: no table of the input."""
     named = dict(model.named_parameters())
-    tables = ("embed", "value_embeds")
+    tables = ("embed", "value_embeds", "value_tables")
     return {name: named[name] for name in tg.quantised_names(model) if name not in tables}
 
 
