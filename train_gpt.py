@@ -1077,6 +1077,9 @@ class ModelConfig(Section):
     attn_gate_layers: str = ""  # blocks that have attn_gate; empty: all
     xsa_layers: str = ""  # blocks that have xsa, wherever they stand
     x0_layers: str = ""  # blocks that have x0_lambda, which may then be 0; empty: all
+    # blocks whose attention has half the heads and two positions a token: heads j and j + heads/2
+    # see each other's keys; windows count such positions
+    paired_layers: str = ""
     # "3>6": block 6 adds block 3's output times sigmoid(number), by token times 2*sigmoid of a map
     # of skip_dims dims of the embedding; "6>9 4>10" are two
     skip_gate: str = ""
@@ -1295,10 +1298,15 @@ class ModelConfig(Section):
             )
         bare = set(blocks_of(self.no_attn_layers))
         require(len(bare) < self.depth, "no_attn_layers: a block or more must have attention")
-        for key in ("attn_gate_layers", "xsa_layers", "value_layers"):
+        for key in ("attn_gate_layers", "xsa_layers", "value_layers", "paired_layers"):
             own = value_tables(self) if key == "value_layers" else blocks_of(getattr(self, key))
             lost = sorted(bare & set(own))
             require(not lost, f"{key} has blocks without attention (no_attn_layers): {lost}")
+        require(
+            not self.paired_layers or (self.kv_heads or self.heads) % 2 == 0,
+            f"paired_layers = {self.paired_layers!r} has pairs of heads, but heads = {self.heads}, "
+            f"kv_heads = {self.kv_heads or self.heads}: both must be even",
+        )
         require(
             not (self.xsa and self.xsa_layers),
             f"xsa = {self.xsa} counts places, xsa_layers = {self.xsa_layers!r} names blocks: set "
@@ -1365,6 +1373,7 @@ class ModelConfig(Section):
 
 BLOCK_LIST = r"\d{1,4}(?:-\d{1,4})?(?:,\d{1,4}(?:-\d{1,4})?)*"  # 0,2,5-9
 BLOCK_LISTS = ("no_attn_layers", "no_mlp_layers", "attn_gate_layers", "xsa_layers", "x0_layers")
+BLOCK_LISTS += ("paired_layers",)
 
 
 def blocks_of(text: str) -> list[int]:
@@ -1535,7 +1544,11 @@ def rope_table(cfg: Config, seq_len: int, window_long: int = 0) -> tuple[Tensor,
 
 
 def rope_tables(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
-    """rope_table(), with yarn one for each value of window_long."""
+    """
+    rope_table(), with yarn one for each value of window_long; twice as long where pairs of heads
+    have two positions a token.
+    """
+    seq_len *= 2 if cfg.paired_layers else 1
     if not cfg.yarn:
         return rope_table(cfg, seq_len)
     cos, sin = zip(*(rope_table(cfg, seq_len, window) for window in yarn_stages(cfg)))
@@ -1572,6 +1585,18 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[: x_BTHK.size(1), None], sin[: x_BTHK.size(1), None]
     turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x_BTHK.dtype)
     return torch.cat([turned, still], dim=-1) if still.size(-1) else turned
+
+
+def rotate_pairs(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Head h of token t turns by the angle of position 2t + h mod 2 (modded-nanogpt #58)."""
+    x = x_BTHK.unflatten(2, (-1, 2)).transpose(2, 3).flatten(1, 2)  # B 2T H/2 K
+    return rotate(x, cos, sin).unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
+
+
+def as_pairs(x_BTHK: Tensor) -> Tensor:
+    """[B, 2T, H/2, K]: head h of token t at position 2t + h // (H/2), as head h mod H/2."""
+    B, T, H, K = x_BTHK.shape
+    return x_BTHK.reshape(B, 2 * T, H // 2, K)
 
 
 def half_split(x_BTHK: Tensor, dims: int) -> Tensor:
@@ -1878,6 +1903,7 @@ class Attention(Declaring):
     def __init__(self, cfg: Config, index: int, values: bool):
         super().__init__()
         self.offset = offset_dims(cfg) if has_key_offset(cfg, index) else []
+        self.paired = index in blocks_of(cfg.paired_layers)
         self.heads, self.kv_heads, self.head_dim = (
             cfg.heads,
             cfg.kv_heads or cfg.heads,
@@ -1969,7 +1995,8 @@ class Attention(Declaring):
             q, k = layer_norm(q, self.eps, q_scale), layer_norm(k, self.eps, k_scale)
         if self.neighbours:
             q, k = half_split(q, self.neighbours), half_split(k, self.neighbours)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        turn = rotate_pairs if self.paired else rotate
+        q, k = turn(q, *rope), turn(k, *rope)
         if self.q_gain is not None:
             q = q * self.q_gain[:, None].to(q.dtype)
         if self.offset:
@@ -1978,9 +2005,10 @@ class Attention(Declaring):
                 parts += [k[..., at:low], before[..., low:high]]
                 at = high
             k = torch.cat([*parts, k[..., at:]], dim=-1)
-        y = mask.attend(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, self.bound
-        ).transpose(1, 2)
+        heads = [q, k, v] if not self.paired else [as_pairs(q), as_pairs(k), as_pairs(v)]
+        y = mask.attend(*(x.transpose(1, 2) for x in heads), self.scale, self.bound).transpose(1, 2)
+        if self.paired:
+            y = y.reshape(B, T, self.heads, self.head_dim)
         # arXiv 2603.09078: each head's output loses its component along the token's own value
         if xsa:
             v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
@@ -2171,6 +2199,14 @@ class Added(NamedTuple):
     row: int | tuple[int, int]
 
 
+class Pairs(NamedTuple):
+    """What blocks of pairs of heads attend by: rotations, masks of S blocks and of L blocks."""
+
+    rope: tuple[Tensor, Tensor]
+    near: AttentionMask
+    far: AttentionMask
+
+
 class Place(NamedTuple):
     """One application of a block in the forward pass, and all that is fixed about it."""
 
@@ -2183,6 +2219,7 @@ class Place(NamedTuple):
     xsa: bool  # exclusive self-attention
     shrink: float  # layer_scale's factor on the normed inputs of both branches
     drop: float  # the chance of stochastic depth that a training pass leaves it out
+    paired: bool = False  # attention has two positions a token
     table: int = -1  # of value_layers; -1: none
     gated: Added | None = None  # of skip_gate: from which block, by a row of skip_lambdas
     is_kept: bool = False  # whether its output is used behind the next place, by its block
@@ -2217,6 +2254,7 @@ def wiring(cfg: Config, repeats: int) -> list[Place]:
             xsa=has_xsa(cfg, block, len(order) - at),
             shrink=(block + 1) ** -0.5 if cfg.layer_scale else 1.0,
             drop=drop_chance(cfg, block),
+            paired=block in blocks_of(cfg.paired_layers),
             table=value_tables(cfg).get(block, -1),
             gated=gated_skip(cfg, block),
             is_kept=block in kept_blocks(cfg),
@@ -2432,11 +2470,27 @@ class GPT(Declaring):
         far = near  # of L blocks: one object for all of them
         if window != window_long and self.cfg.window_pattern and not cache:
             far = AttentionMask(docs, window_long, x, sharp)
+        pairs = None
+        if self.cfg.paired_layers:
+            pairs = self.pairs(docs, x, window, window_long, cache)
         values, rows = self.token_values(tokens_BT), self.value_rows(tokens_BT)
         for _ in range(passes - 1):
             # No gradient goes into an earlier pass; with dropout as in the last (slowrun_tiny #12).
-            x = self.one_pass(places, x, x0, values, rope, near, far, rows).detach()
-        return self.one_pass(places, x, x0, values, rope, near, far, rows)
+            x = self.one_pass(places, x, x0, values, rope, near, far, pairs, rows).detach()
+        return self.one_pass(places, x, x0, values, rope, near, far, pairs, rows)
+
+    def pairs(self, docs: Tensor | None, x: Tensor, window: int, window_long: int, cache) -> Pairs:
+        """Of two positions a token, for tokens x [B, T, D] of documents docs [B, T]."""
+        cos, sin = self.rope(window_long)
+        if cache:  # which sees by itself how many positions there are
+            return Pairs((cos[2 * cache.size :], sin[2 * cache.size :]), cache, cache)
+        docs = None if docs is None else docs.repeat_interleave(2, dim=1)
+        like, sharp = x[:, :1].expand(-1, 2 * x.size(1), -1), sharpness(self.cfg, window_long)
+        near = AttentionMask(docs, window, like, sharp)
+        far = near
+        if window != window_long and self.cfg.window_pattern:
+            far = AttentionMask(docs, window_long, like, sharp)
+        return Pairs((cos, sin), near, far)
 
     def one_pass(
         self,
@@ -2447,6 +2501,7 @@ class GPT(Declaring):
         rope: tuple[Tensor, Tensor],
         near: AttentionMask,
         far: AttentionMask,
+        pairs: Pairs | None,
         rows: list[Tensor],
     ) -> Tensor:
         """
@@ -2465,7 +2520,10 @@ class GPT(Declaring):
             shrink = one * place.shrink if self.cfg.layer_scale else None
             keep = drawn[at] >= place.drop if drawn is not None else None
             block, mask = self.blocks[place.block], near if place.windowed else far
-            x = block(x, x0, added, rope, mask, place.xsa, shrink, keep, given)
+            turns = rope
+            if place.paired:
+                turns, mask = pairs.rope, pairs.near if place.windowed else pairs.far
+            x = block(x, x0, added, turns, mask, place.xsa, shrink, keep, given)
             if place.is_added:
                 outputs[at] = x
             if place.is_kept:

@@ -62,13 +62,13 @@ def flops_per_token(
     often = 1 + (passes - 1) / 3
     weights = often * sum(sizes[place.block] for place in places) + model.head.numel()
     seeing = [place for place in places if has_attention(cfg, place.block)]
-    windows = [(window if place.windowed else window_long, often) for place in seeing]
+    windows = [(window if p.windowed else window_long, seq_len << p.paired, often) for p in seeing]
     if cfg.mtp:
         weights += weights_applied(model.mtp_block) + model.mtp_proj.numel() + model.head.numel()
-        windows.append((0, 1))
-    widths = [(min(w or seq_len, seq_len), often) for w, often in windows]
+        windows.append((0, seq_len, 1))
+    widths = [(min(w or length, length), length, often) for w, length, often in windows]
     # early tokens see fewer
-    keys = sum(often * (w - w * (w - 1) / (2 * seq_len)) for w, often in widths)
+    keys = sum(often * (w - w * (w - 1) / (2 * length)) for w, length, often in widths)
     return int(6 * weights + 12 * cfg.heads * head_width(cfg) * keys)
 
 
@@ -246,6 +246,7 @@ def extras(cfg: Config, place: Place) -> list[str]:
         *(["value projection"] if values else []),
         *([f"value table {place.table}"] if place.table >= 0 else []),
         *(["a share of the embedding"] if has_x0_share(cfg, place.block) else []),
+        *(["pairs of heads"] if place.paired else []),
         *(["no MLP"] if place.block in blocks_of(cfg.no_mlp_layers) else []),
         *(["head gate"] if has_attn_gate(cfg, place.block) else []),
         *(["exclusive self-attention"] if place.xsa else []),

@@ -175,11 +175,10 @@ class Cache:
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         pos = torch.arange(k.size(2), device=q.device)
         new = pos[k.size(2) - q.size(2) :, None]
-        docs = (
-            (self.docs[:, None, new], self.docs[:, None, None])
-            if self.docs is not None
-            else (None, None)
-        )
+        docs = None, None
+        if self.docs is not None:  # with pairs of heads, of two positions a token
+            positions = self.docs.repeat_interleave(len(pos) // self.docs.size(1), dim=1)
+            docs = positions[:, None, new], positions[:, None, None]
         ok = tg.visible(new, pos, *docs, self.windows[self.turn - 1])
         scores = ((q * (scale * self.sharp)) @ k.mT).float().masked_fill(~ok, -torch.inf)
         return scores.softmax(-1).to(v.dtype) @ v

@@ -277,6 +277,115 @@ def test_gates_and_alphas_are_in_the_listed_blocks_alone():
     assert [place.xsa for place in tg.wiring(model.cfg, 1)] == [i in (2, 3) for i in range(6)]
 
 
+# --- pairs of heads
+
+
+def turned(x: torch.Tensor, at: torch.Tensor, rope: tuple) -> torch.Tensor:
+    """Head vectors [..., T, K], pairs (k, k + K/2) turned by the angles of positions [T]."""
+    c, s = (table[at] for table in rope)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * c + b * s, b * c - a * s], -1)
+
+
+# of six heads: position, head there, and the position by whose angle it turns, less 2t
+TABLE = [(0, 0, 0), (0, 1, 1), (0, 2, 0), (1, 0, 1), (1, 1, 0), (1, 2, 1)]
+
+
+def paired_reference(
+    attn: tg.Attention, u: torch.Tensor, docs: torch.Tensor, window: int, rope: tuple
+):
+    """Attention of pairs of heads by the sets of keys that a query sees, one softmax over both."""
+    H, T, W = attn.heads, u.size(1), window - 1
+    q, k, v = (u @ w.T for w in attn.qkv)
+    q, k, v = (x.unflatten(-1, (H, -1)).transpose(1, 2) for x in (q, k, v))  # B H T K
+    angle = lambda h: 2 * torch.arange(T) + h % 2
+    q, k = ([turned(rms(x[:, h]), angle(h), rope) for h in range(H)] for x in (q, k))
+    y = [torch.zeros_like(q[0])] * H
+    apart = torch.arange(T)[:, None] - torch.arange(T)  # t - s
+    own = (docs[:, :, None] == docs[:, None]) & (apart >= 0)
+    for a in range(H // 2):
+        b = a + H // 2
+        for h, sees_a, sees_b in (
+            (a, apart <= W // 2, (apart > 0) & (2 * apart - 1 <= W)),
+            (b, 2 * apart + 1 <= W, apart <= W // 2),
+        ):
+            keys = torch.cat([k[a], k[b]], dim=1)
+            ok = torch.cat([sees_a & own, sees_b & own], dim=-1)
+            z = (q[h] @ keys.mT * attn.scale).masked_fill(~ok, -math.inf)
+            y[h] = z.softmax(-1) @ torch.cat([v[:, a], v[:, b]], dim=1)
+    return torch.cat(y, dim=-1) @ attn.proj.T
+
+
+def test_each_head_has_the_position_the_slot_and_the_angle_of_the_record():
+    model = build(tiny(dim=48, heads=6, paired_layers="0"))
+    cos, sin = model.rope(0)
+    assert torch.allclose(torch.atan2(sin, cos)[1, :3], torch.tensor([1.0, 1 / 64, 0.0]))
+    x = torch.randn(1, 8, 6, 8, generator=torch.Generator().manual_seed(0))
+    found, placed = tg.rotate_pairs(x, cos, sin), tg.as_pairs(x)
+    for h, (position, slot, angle) in enumerate(TABLE):
+        assert (angle - h) % 2 == 0
+        assert torch.equal(placed[:, position::2, slot], x[:, :, h])
+        want = turned(x[:, :, h], 2 * torch.arange(8) + angle, (cos, sin))
+        torch.testing.assert_close(found[:, :, h], want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [9, 10, 64])
+@pytest.mark.parametrize("heads", [2, 6])
+def test_pairs_of_heads_are_dense_attention_over_their_sets_of_keys(doubles, heads, window):
+    model = noisy(heads=heads, dim=24 * heads, paired_layers="0", doc_mask=1)
+    attn = model.blocks[0].attn
+    x, _ = random_tokens(model.cfg, 2, 32)
+    x[0, 9], x[1, 20] = 0, 0
+    docs = model.documents(x)
+    u = torch.randn(2, 32, model.cfg.dim, generator=torch.Generator().manual_seed(1))
+    seen = model.pairs(docs, u, window, 0, None)
+    found = attn(u, seen.rope, seen.near, False)
+    torch.testing.assert_close(found, paired_reference(attn, u, docs, window, seen.rope))
+    assert seen.near.window == (0 if window == 64 else window)
+    if window == 10:  # 10 keys, itself included: 5 of each head
+        sees = tg.visible(torch.tensor(40), torch.arange(64), None, None, 10).view(32, 2)
+        assert sees.sum(0).tolist() == [5, 5]
+
+
+@torch.no_grad()
+def test_a_pair_that_sees_its_own_heads_keys_alone_is_a_head_of_half_the_window(doubles):
+    """By documents of their own for the second positions."""
+    q, k, v = torch.randn(3, 1, 1, 32, 8, generator=torch.Generator().manual_seed(1))
+    docs = torch.arange(32)[None] % 2
+    both = tg.attend_blocks(q, k, v, docs, 9, 0.3)
+    one = [
+        tg.attend_blocks(q[:, :, i::2], k[:, :, i::2], v[:, :, i::2], None, 5, 0.3) for i in (0, 1)
+    ]
+    torch.testing.assert_close(both[:, :, 0::2], one[0])
+    torch.testing.assert_close(both[:, :, 1::2], one[1])
+
+
+@torch.no_grad()
+def test_flex_attention_of_pairs_is_attention_by_blocks():
+    """As on a GPU: the mask of two positions a token, through flex_attention's forward pass."""
+    docs = (torch.arange(64)[None] >= torch.tensor([[20], [33]])).int().repeat_interleave(2, dim=1)
+    q, k, v = torch.randn(3, 2, 2, 128, 16, generator=torch.Generator().manual_seed(1))
+    want = tg.attend_blocks(q, k, v, docs, 9, 0.3)
+    torch.testing.assert_close(tg.attend_flex(q, k, v, docs, 9, 0.3), want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_paired_blocks_see_their_windows_among_plain_ones():
+    """S and L blocks, plain and paired, in one net."""
+    model = noisy(paired_layers="0,3", window_pattern="SSSL", depth=5, doc_mask=1)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[3:5]))
+    x, _ = random_tokens(model.cfg, 2, 32)
+    model.hidden(x, 1, 5, 1, 13)
+    assert [mask.window for _, mask in seen] == [5, 5, 5, 13, 13]
+    assert [mask.docs.size(1) for _, mask in seen] == [64, 32, 32, 64, 32]
+    assert all(len(rope[0]) == 64 for rope, _ in seen)
+    plain = plain_like(model, window_pattern="SSSL", depth=5, doc_mask=1)
+    assert not torch.allclose(model.hidden(x, 1, 5, 1, 13), plain.hidden(x, 1, 5, 1, 13), atol=0.1)
+
+
 # --- together with the rest
 
 STREAM = {
@@ -291,6 +400,17 @@ COMBINED = [
     {"loop": "2:5", "repeats": "2", "passes": "2"},
     {"unet": 2, "loop_embed": 1, "value_embeds": 1, "layer_scale": 1, "block_scales": 1},
     {"kv_heads": 2, "layer_norm": 1, "biases": 1, "bias_init": 1.0, "q_gain": 1.5},
+    {"paired_layers": "0,2"},
+    {"paired_layers": "0-2,4-5", "kv_heads": 2, "doc_mask": 1, "rope": "interleaved"},
+    {
+        "paired_layers": "0,5",
+        "key_offset": "second",
+        "window_pattern": "SL",
+        "yarn": 1,
+        "window_long": "5 0.5:17",
+        "doc_mask": 1,
+        "passes": "2",
+    },
 ]
 
 
@@ -302,13 +422,14 @@ def test_fed_in_pieces_is_fed_at_once_and_no_token_sees_a_later_one(changes):
     repeats, passes = int(model.cfg.repeats), int(model.cfg.passes)
     x, _ = random_tokens(model.cfg, 1, 32)
     x[0, 9] = 0  # a document begins
-    whole = model.hidden(x, repeats, 8, passes)[0]
-    cache = score.Cache(model, tg.Shape(1, 32, repeats, 8, passes))
+    long = 17 if model.cfg.yarn else 0
+    whole = model.hidden(x, repeats, 8, passes, long)[0]
+    cache = score.Cache(model, tg.Shape(1, 32, repeats, 8, passes, long))
     pieces = torch.cat([cache.feed(part) for part in x[0].split([1, 3, 10, 1, 17])])
     torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=2e-5)
     other = x.clone()
     other[0, 20] = x[0, 20] % 95 + 1
-    moved = (model.hidden(other, repeats, 8, passes)[0] != whole).any(-1)
+    moved = (model.hidden(other, repeats, 8, passes, long)[0] != whole).any(-1)
     assert not moved[:20].any() and moved[20] and moved[21]
 
 
@@ -330,6 +451,8 @@ REFUSED = [
     ({"skip_gate": "3>3"}, "skip_gate = '3>3': from a block to a later one"),
     ({"skip_gate": "1>3 2>3"}, "that has no other skip"),
     ({"sa_lambdas": "1"}, "sa_lambdas = '1': two numbers"),
+    ({"paired_layers": "1", "heads": 4, "kv_heads": 1}, "heads = 4, kv_heads = 1: both must be"),
+    ({"paired_layers": "1", "no_attn_layers": "1"}, "paired_layers has blocks without attention"),
     ({"smear": 33}, "smear = 33: a number of input dims"),
 ]  # fmt: skip
 
