@@ -1068,6 +1068,33 @@ class ModelConfig(Section):
     value_embeds: int = 0  # token tables of which each place adds a learned share; 0: none
     cross_repeat: int = 0  # 1: a looped block adds a learned share of its last output
 
+    # The speedrun's records #14 to #89. A list of blocks reads "0,2,5-9".
+    # each token's embedding takes a learned share of the one before it, by a gate of n of its dims
+    smear: int = 0
+    # "7:0.5": the final norm's input loses a learned share, from 0.5, of block 7's output
+    backout: str = ""
+    # blocks that add a token table's row to their values; "0-4 11-15=0-4": 11 to 15 share those
+    value_layers: str = ""
+    value_gate: str = ""  # "6+6": by head, from so many dims of attention's input and of that row
+    value_init: float = 0.01  # standard deviation of those tables
+    no_attn_layers: str = ""  # blocks without attention
+    no_mlp_layers: str = ""  # blocks without an MLP
+    attn_gate_layers: str = ""  # blocks that have attn_gate; empty: all
+    xsa_layers: str = ""  # blocks that have xsa, wherever they stand
+    x0_layers: str = ""  # blocks that have x0_lambda, which may then be 0; empty: all
+    # blocks whose attention has half the heads and two positions a token: heads j and j + heads/2
+    # see each other's keys; windows count such positions
+    paired_layers: str = ""
+    # "3>6": block 6 adds block 3's output times sigmoid(number), by token times 2*sigmoid of a map
+    # of skip_dims dims of the embedding; "6>9 4>10" are two
+    skip_gate: str = ""
+    skip_dims: int = 0  # 0: the first factor alone, or one of gate_nets
+    # start of a learned factor on each branch's output; resid_lambda then has one by branch as
+    # well, and x0_lambda's share joins behind attention and not before it
+    post_lambda: float = 0.0
+    # "0.5 1": starts of two learned factors: on queries, keys and values, and on attention's output
+    sa_lambdas: str = ""
+
     doc_mask: int = 1  # 1: a token sees its own document only
     window: str = "0"  # [sched] keys a token sees, itself included; 0: the whole row
     # SSSL, repeated over blocks: S sees window, L window_long; the last block is L
@@ -1114,6 +1141,7 @@ class ModelConfig(Section):
         (0, 1, "layer_norm embed_norm qk_norm iha block_scales layer_scale loop_embed"),
         (0, 1, "cross_repeat doc_mask tie_embed pad_vocab mu_centering norm_eps xsa_learned"),
         (0, 1, "norm_gain biases yarn"),
+        (0, 100, "post_lambda value_init"),
         (0, 2, "unet"),
         (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth"),
         (0, 100, "mtp mtp_next mtp_third"),
@@ -1121,7 +1149,7 @@ class ModelConfig(Section):
         (0, 1000, "attn_scale mlp_ratio z_loss"),
         (0, 10**6, "softcap mu_loss"),
         (0, 10**9, "window window_long eval_window_long"),
-        (0, 65536, "kv_heads head_dim attn_gate value_proj"),
+        (0, 65536, "kv_heads head_dim attn_gate value_proj smear skip_dims"),
         (1, 1000, "depth repeats passes"),
         (1, 65536, "dim heads head_multiple mlp_multiple"),
         (1, 10**12, "rope_base"),
@@ -1140,6 +1168,9 @@ class ModelConfig(Section):
     def check(self) -> None:
         self.check_sizes()
         self.check_loop()
+        self.check_lists()
+        self.check_values()
+        self.check_stream()
         windows = [p.value for p in Schedule("window_long", self.window_long).points]
         require(
             not self.yarn or windows[0] > 1 and windows == sorted(windows),
@@ -1151,7 +1182,7 @@ class ModelConfig(Section):
             f"eval_window_long = {self.eval_window_long} is less than the last value of "
             f"window_long = {self.window_long!r} (0 is the whole row): set it to 0",
         )
-        for key in ("attn_gate", "value_proj"):
+        for key in ("attn_gate", "value_proj", "smear", "skip_dims"):
             value = getattr(self, key)
             require(
                 0 <= value <= self.dim,
@@ -1188,7 +1219,15 @@ class ModelConfig(Section):
         growing = Schedule("window_long", self.window_long).values()
         starts = "init = 'remix' or 'normal', as xavier sets every start"
         return [
-            ("xsa_learned", "xsa, of which it learns a share, such as --xsa -1", self.xsa != 0),
+            (
+                "xsa_learned",
+                "xsa, of which it learns a share, such as --xsa -1",
+                self.xsa != 0 or bool(self.xsa_layers),
+            ),
+            ("value_gate", "value_layers", bool(self.value_layers)),
+            ("attn_gate_layers", "attn_gate, the dims that it reads", self.attn_gate > 0),
+            ("skip_dims", "skip_gate, such as '3>6'", bool(self.skip_gate)),
+            ("smear", "rows of 2 tokens or more", shortest > 1),
             ("window", "an S in window_pattern before its last block", windowed),
             ("window_long", "window_pattern, of which it is the L", bool(self.window_pattern)),
             ("eval_window_long", "window_pattern, of which it is the L", bool(self.window_pattern)),
@@ -1261,6 +1300,153 @@ class ModelConfig(Section):
             f"unet = {self.unet} ties the second half of the blocks to the first: depth = "
             f"{self.depth} has no halves",
         )
+
+    def check_lists(self) -> None:
+        for key in BLOCK_LISTS:
+            text = getattr(self, key)
+            require(
+                re.fullmatch(rf"({BLOCK_LIST})?", text) is not None
+                and all(block < self.depth for block in blocks_of(text)),
+                f"{key} = {text!r}: blocks below depth = {self.depth}, such as '0,2,5-9'",
+            )
+        bare = set(blocks_of(self.no_attn_layers))
+        require(len(bare) < self.depth, "no_attn_layers: a block or more must have attention")
+        for key in ("attn_gate_layers", "xsa_layers", "value_layers", "paired_layers"):
+            own = value_tables(self) if key == "value_layers" else blocks_of(getattr(self, key))
+            lost = sorted(bare & set(own))
+            require(not lost, f"{key} has blocks without attention (no_attn_layers): {lost}")
+        require(
+            not self.paired_layers or (self.kv_heads or self.heads) % 2 == 0,
+            f"paired_layers = {self.paired_layers!r} has pairs of heads, but heads = {self.heads}, "
+            f"kv_heads = {self.kv_heads or self.heads}: both must be even",
+        )
+        require(
+            not (self.xsa and self.xsa_layers),
+            f"xsa = {self.xsa} counts places, xsa_layers = {self.xsa_layers!r} names blocks: set "
+            "one of them",
+        )
+
+    def check_values(self) -> None:
+        word = rf"{BLOCK_LIST}(={BLOCK_LIST})?"
+        ok = re.fullmatch(rf"({word}( {word})*)?", self.value_layers) is not None
+        tables = value_tables(self) if ok else {}
+        pairs = [word.split("=") for word in self.value_layers.split() if "=" in word] if ok else []
+        for blocks, shared in pairs:
+            ok = ok and len(blocks_of(blocks)) == len(blocks_of(shared))
+        require(
+            ok and all(0 <= block < self.depth for block in tables) and -1 not in tables.values(),
+            f"value_layers = {self.value_layers!r}: blocks below depth = {self.depth}, such as "
+            "'1,2,8-10', and behind them those that share their tables, such as '11-15=0-4'",
+        )
+        require(
+            not (tables and self.value_proj),
+            f"value_layers = {self.value_layers!r} and value_proj = {self.value_proj}: values come "
+            "from tables or from maps of the embedding, not from both",
+        )
+        dims = re.fullmatch(r"(\d{1,5})(\+\d{1,5})?", self.value_gate)
+        width = (self.kv_heads or self.heads) * head_width(self)
+        require(
+            not self.value_gate
+            or dims is not None
+            and 0 < sum(value_dims(self)) <= value_dims(self)[0] + width
+            and value_dims(self)[0] <= self.dim,
+            f"value_gate = {self.value_gate!r}: numbers of dims, up to dim = {self.dim} of "
+            f"attention's input and up to {width} of a table's row, such as '6+6' or '16'",
+        )
+
+    def check_stream(self) -> None:
+        match = re.fullmatch(r"(\d{1,4}):(.+)", self.backout)
+        require(
+            not self.backout
+            or match is not None
+            and int(match[1]) < self.depth
+            and is_number(match[2])
+            and abs(float(match[2])) <= 100,
+            f"backout = {self.backout!r}: a block below depth = {self.depth} and a share, such as "
+            "'7:0.5'",
+        )
+        word = r"\d{1,4}>\d{1,4}"
+        ok = re.fullmatch(rf"({word}( {word})*)?", self.skip_gate) is not None
+        skips = gated_skips(self) if ok else {}
+        require(
+            ok
+            and len(skips) == len(self.skip_gate.split())
+            and all(source < block < self.depth for block, source in skips.items()),
+            f"skip_gate = {self.skip_gate!r}: from a block to a later one below depth = "
+            f"{self.depth} that has no other skip, such as '3>6' or '6>9 4>10'",
+        )
+        words = self.sa_lambdas.split()
+        require(
+            not words
+            or len(words) == 2
+            and all(is_number(word) and abs(float(word)) <= 100 for word in words),
+            f"sa_lambdas = {self.sa_lambdas!r}: two numbers, such as '0.5 1'",
+        )
+
+
+BLOCK_LIST = r"\d{1,4}(?:-\d{1,4})?(?:,\d{1,4}(?:-\d{1,4})?)*"  # 0,2,5-9
+BLOCK_LISTS = ("no_attn_layers", "no_mlp_layers", "attn_gate_layers", "xsa_layers", "x0_layers")
+BLOCK_LISTS += ("paired_layers",)
+
+
+def blocks_of(text: str) -> list[int]:
+    """The blocks of a list such as 0,2,5-9, in its order."""
+    spans = [part.partition("-") for part in text.split(",") if part]
+    return [b for low, _, high in spans for b in range(int(low), int(high or low) + 1)]
+
+
+def value_tables(cfg: Config) -> dict[int, int]:
+    """By block of value_layers the number of its table; -1 where it would share one not there."""
+    tables: dict[int, int] = {}
+    for word in cfg.value_layers.split():
+        blocks, _, shared = word.partition("=")
+        if shared:
+            rows = [tables.get(block, -1) for block in blocks_of(shared)]
+            tables |= dict(zip(blocks_of(blocks), rows))
+        else:
+            count = len(set(tables.values()))
+            tables |= {block: count + i for i, block in enumerate(blocks_of(blocks))}
+    return tables
+
+
+def value_dims(cfg: Config) -> tuple[int, int]:
+    """Dims that value_gate reads: of attention's input, of the table's row."""
+    of_input, _, of_row = cfg.value_gate.partition("+")
+    return int(of_input or 0), int(of_row or 0)
+
+
+def gated_skips(cfg: Config) -> dict[int, int]:
+    """By block, the block whose output skip_gate adds to its input."""
+    pairs = [word.split(">") for word in cfg.skip_gate.split()]
+    return {int(block): int(source) for source, block in pairs}
+
+
+def backed_out(cfg: Config) -> tuple[int, float]:
+    """The block whose output is taken away at the end, and the share at first; -1: none."""
+    block, _, share = cfg.backout.partition(":")
+    return (int(block), float(share)) if block else (-1, 0.0)
+
+
+def has_attention(cfg: Config, block: int) -> bool:
+    return block not in blocks_of(cfg.no_attn_layers)
+
+
+def has_x0_share(cfg: Config, block: int) -> bool:
+    """Whether a block adds a share of the embedding by x0_lambda; not the one of MTP."""
+    if cfg.x0_layers:
+        return block in blocks_of(cfg.x0_layers)
+    return bool(cfg.x0_lambda) and block < cfg.depth
+
+
+def has_attn_gate(cfg: Config, block: int) -> bool:
+    listed = not cfg.attn_gate_layers or block in blocks_of(cfg.attn_gate_layers)
+    return cfg.attn_gate > 0 and listed
+
+
+def has_xsa_alpha(cfg: Config, block: int) -> bool:
+    """Whether a block learns by how much xsa acts."""
+    listed = not cfg.xsa_layers or block in blocks_of(cfg.xsa_layers)
+    return bool(cfg.xsa_learned) and listed
 
 
 def is_number(text: str) -> bool:
@@ -1377,7 +1563,11 @@ def rope_table(cfg: Config, seq_len: int, window_long: int = 0) -> tuple[Tensor,
 
 
 def rope_tables(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
-    """rope_table(), with yarn one for each value of window_long."""
+    """
+    rope_table(), with yarn one for each value of window_long; twice as long where pairs of heads
+    have two positions a token.
+    """
+    seq_len *= 2 if cfg.paired_layers else 1
     if not cfg.yarn:
         return rope_table(cfg, seq_len)
     cos, sin = zip(*(rope_table(cfg, seq_len, window) for window in yarn_stages(cfg)))
@@ -1414,6 +1604,18 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[: x_BTHK.size(1), None], sin[: x_BTHK.size(1), None]
     turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x_BTHK.dtype)
     return torch.cat([turned, still], dim=-1) if still.size(-1) else turned
+
+
+def rotate_pairs(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Head h of token t turns by the angle of position 2t + h mod 2 (modded-nanogpt #58)."""
+    x = x_BTHK.unflatten(2, (-1, 2)).transpose(2, 3).flatten(1, 2)  # B 2T H/2 K
+    return rotate(x, cos, sin).unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
+
+
+def as_pairs(x_BTHK: Tensor) -> Tensor:
+    """[B, 2T, H/2, K]: head h of token t at position 2t + h // (H/2), as head h mod H/2."""
+    B, T, H, K = x_BTHK.shape
+    return x_BTHK.reshape(B, 2 * T, H // 2, K)
 
 
 def half_split(x_BTHK: Tensor, dims: int) -> Tensor:
@@ -1672,6 +1874,10 @@ def one_and_zero(shape: torch.Size, rng: torch.Generator) -> Tensor:
     return torch.stack([torch.ones(shape[1]), torch.zeros(shape[1])])
 
 
+def numbers(*values: float) -> Start:
+    return lambda shape, rng: torch.tensor(values, dtype=torch.float32).view(shape)
+
+
 def spread(cfg: Config, std: float) -> Start:
     """Around zero with this standard deviation, as `init` says: uniform or normal."""
     return normal(std) if cfg.init == "normal" else uniform(3**0.5 * std)
@@ -1713,9 +1919,10 @@ def generator_of(text: str) -> torch.Generator:
 
 
 class Attention(Declaring):
-    def __init__(self, cfg: Config, values: bool, offset: bool = False):
+    def __init__(self, cfg: Config, index: int, values: bool):
         super().__init__()
-        self.offset = offset_dims(cfg) if offset else []
+        self.offset = offset_dims(cfg) if has_key_offset(cfg, index) else []
+        self.paired = index in blocks_of(cfg.paired_layers)
         self.heads, self.kv_heads, self.head_dim = (
             cfg.heads,
             cfg.kv_heads or cfg.heads,
@@ -1751,11 +1958,23 @@ class Attention(Declaring):
         gains = cfg.layer_norm and cfg.qk_norm
         self.declare("qk_gains", "scalar", 1.0, 2, self.head_dim, on=gains)
         self.neighbours = rotary_dims(cfg) if cfg.rope == "interleaved" else 0
-        self.declare("attn_gate", "matrix", 0.0, cfg.heads, cfg.attn_gate, on=cfg.attn_gate)
-        self.declare("value_gate", "matrix", 0.0, self.kv_heads, cfg.value_proj, on=values)
+        gated = has_attn_gate(cfg, index)
+        self.declare("attn_gate", "matrix", 0.0, cfg.heads, cfg.attn_gate, on=gated)
+        # dims that it reads of the input and of the values
+        in_table = index in value_tables(cfg)
+        self.value_dims = value_dims(cfg) if in_table else (cfg.value_proj, 0) if values else (0, 0)
+        self.has_values = values or in_table
+        dims = sum(self.value_dims)
+        self.declare("value_gate", "matrix", 0.0, self.kv_heads, dims, on=dims)
         self.declare("iha", "scalar", identities, 3, cfg.heads, cfg.heads, on=cfg.iha)
         own = {"rate": 0.8, "betas": (0.9, 0.95)}  # slowrun's
-        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=cfg.xsa_learned, **own)
+        learned = has_xsa_alpha(cfg, index)
+        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=learned, **own)
+        own = {"betas": (0.9, 0.99)}  # modded-nanogpt's
+        start = numbers(*map(float, cfg.sa_lambdas.split()))
+        self.declare(
+            "sa_lambdas", "scalar", start, 2, on=cfg.sa_lambdas and index < cfg.depth, **own
+        )
 
     def forward(
         self,
@@ -1766,8 +1985,8 @@ class Attention(Declaring):
         values: Tensor | None = None,
     ) -> Tensor:
         """
-        x [B, T, D] -> [B, T, D]. value_gate: `values` [B, T, kv_heads*K] join the own ones, times
-        2*sigmoid of a head's gate.
+        x [B, T, D] -> [B, T, D]. `values` [B, T, kv_heads*K] join the own ones, times 2*sigmoid of
+        a head's gate where there is a value_gate.
         """
         B, T, _ = x_BTD.shape
         if self.iha is not None:  # a mixture is none of the matrices: nobody watches it
@@ -1777,18 +1996,26 @@ class Attention(Declaring):
             qkv = self.linear(x_BTD, "qkv")
         else:
             qkv = torch.cat([self.linear(x_BTD, "q"), self.linear(x_BTD, "kv")], dim=-1)
+        if self.sa_lambdas is not None:
+            qkv = self.sa_lambdas[0].to(qkv.dtype) * qkv
         qkv = qkv.view(B, T, -1, self.head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if self.value_gate is not None:
-            few = x_BTD[..., : self.value_gate.size(1)]
-            gate = 2 * torch.sigmoid(self.linear(few, "value_gate"))
-            v = v + gate.unsqueeze(-1) * values.view_as(v)
+        if self.has_values:
+            joining = values.view_as(v)
+            if self.value_gate is not None:
+                few = x_BTD[..., : self.value_dims[0]]
+                if self.value_dims[1]:
+                    few = torch.cat([few, values[..., : self.value_dims[1]]], dim=-1)
+                gate = 2 * torch.sigmoid(self.linear(few, "value_gate"))
+                joining = gate.unsqueeze(-1) * joining
+            v = v + joining
         if self.qk_norm:
             q_scale, k_scale = self.qk_gains if self.qk_gains is not None else (None, None)
             q, k = layer_norm(q, self.eps, q_scale), layer_norm(k, self.eps, k_scale)
         if self.neighbours:
             q, k = half_split(q, self.neighbours), half_split(k, self.neighbours)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        turn = rotate_pairs if self.paired else rotate
+        q, k = turn(q, *rope), turn(k, *rope)
         if self.q_gain is not None:
             q = q * self.q_gain[:, None].to(q.dtype)
         if self.offset:
@@ -1797,9 +2024,10 @@ class Attention(Declaring):
                 parts += [k[..., at:low], before[..., low:high]]
                 at = high
             k = torch.cat([*parts, k[..., at:]], dim=-1)
-        y = mask.attend(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale, self.bound
-        ).transpose(1, 2)
+        heads = [q, k, v] if not self.paired else [as_pairs(q), as_pairs(k), as_pairs(v)]
+        y = mask.attend(*(x.transpose(1, 2) for x in heads), self.scale, self.bound).transpose(1, 2)
+        if self.paired:
+            y = y.reshape(B, T, self.heads, self.head_dim)
         # arXiv 2603.09078: each head's output loses its component along the token's own value
         if xsa:
             v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
@@ -1811,7 +2039,8 @@ class Attention(Declaring):
         if self.attn_gate is not None:
             few = x_BTD[..., : self.attn_gate.size(1)]
             y = y * torch.sigmoid(self.linear(few, "attn_gate")).unsqueeze(-1)
-        return self.linear(y.reshape(B, T, -1), "proj")
+        y = self.linear(y.reshape(B, T, -1), "proj")
+        return y if self.sa_lambdas is None else self.sa_lambdas[1].to(y.dtype) * y
 
 
 class MLP(Declaring):
@@ -1845,9 +2074,9 @@ class MLP(Declaring):
 
 class Block(Declaring):
     """
-    Attention and MLP with the vectors that steer them. One that loop_span() has inside is applied
-    at several places. value_proj: counted from the last one, every second block has one; that of
-    MTP (index = depth) has none, and no lambdas.
+    Attention and MLP, of which either may be missing, with the vectors that steer them. One that
+    loop_span() has inside is applied at several places. value_proj: counted from the last one,
+    every second block has one; that of MTP (index = depth) has none, and no lambdas.
     """
 
     def __init__(self, cfg: Config, index: int):
@@ -1855,14 +2084,29 @@ class Block(Declaring):
         self.eps, self.norm = cfg.norm_eps, layer_norm if cfg.layer_norm else norm
         self.attn_dropout, self.mlp_dropout = cfg.attn_dropout, cfg.mlp_dropout
         values = bool(cfg.value_proj) and index < cfg.depth and (cfg.depth - 1 - index) % 2 == 0
-        self.attn, self.mlp = Attention(cfg, values, has_key_offset(cfg, index)), MLP(cfg)
-        inner_kv, counted = self.attn.kv_heads * self.attn.head_dim, index < cfg.depth
+        values = values and has_attention(cfg, index)
+        self.attn = Attention(cfg, index, values) if has_attention(cfg, index) else None
+        self.mlp = None if index in blocks_of(cfg.no_mlp_layers) else MLP(cfg)
+        inner_kv = (cfg.kv_heads or cfg.heads) * head_width(cfg)
         self.declare("value_proj", "matrix", plain_map(cfg), inner_kv, cfg.dim, on=values)
-        self.declare("resid_lambda", "scalar", cfg.resid_lambda, 1, on=cfg.resid_lambda and counted)
-        self.declare("x0_lambda", "scalar", cfg.x0_lambda, 1, on=cfg.x0_lambda and counted)
+        self.declare_lambdas(cfg, index)
         self.declare("mix", "scalar", one_and_zero, 2, cfg.dim, on=cfg.block_scales)
         self.declare("scales", "scalar", 1.0, 2, cfg.dim, on=cfg.block_scales)
         self.declare("gains", "scalar", 1.0, 2, cfg.dim, on=cfg.layer_norm or cfg.norm_gain)
+
+    def declare_lambdas(self, cfg: Config, index: int) -> None:
+        """Factors on the residual stream: one of the block's, or with post_lambda by branch."""
+        counted, joins = index < cfg.depth, has_x0_share(cfg, index)
+        branches = (self.attn is not None) + (self.mlp is not None)
+        self.by_branch = bool(cfg.post_lambda) and counted
+        # A branch that is missing has no factors, but for what the embedding's share joins.
+        factors = 1 if not self.by_branch else branches + (self.attn is None and joins)
+        on = cfg.resid_lambda and counted and factors
+        self.declare("resid_lambda", "scalar", cfg.resid_lambda, factors, on=on)
+        self.declare("x0_lambda", "scalar", cfg.x0_lambda, 1, on=joins)
+        own = {"rate": 0.2, "betas": (0.9, 0.95)}  # modded-nanogpt's
+        on = self.by_branch and branches
+        self.declare("post_lambda", "scalar", cfg.post_lambda, branches, on=on, **own)
 
     def forward(
         self,
@@ -1874,12 +2118,13 @@ class Block(Declaring):
         xsa: bool,
         shrink: Tensor | None = None,
         keep: Tensor | None = None,
+        given: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """
-        x [B, T, D] -> [B, T, D]. x0: the embedding. added: pairs of a learned vector [D] and what
-        it scales. shrink: what the normed inputs of both branches are multiplied with. keep: a
-        truth value [], whether the block takes part (stoch_depth, Huang et al. 2016, here without
-        rescaling).
+        x [B, T, D] -> [B, T, D]. x0: the embedding. added: pairs of a learned factor ([D], or by
+        token) and what it scales. shrink: what the normed inputs of both branches are multiplied
+        with. keep: a truth value [], whether the block takes part (stoch_depth, Huang et al. 2016,
+        here without rescaling). given: what GPT.given() has for this place.
         """
 
         def branch(x: Tensor, gain: Tensor | None) -> Tensor:
@@ -1889,20 +2134,38 @@ class Block(Declaring):
         for scale, term in added:
             x = x + scale.to(x.dtype) * term
         first, second = self.gains if self.gains is not None else (None, None)
-        if self.resid_lambda is not None:
+        if self.resid_lambda is not None and not self.by_branch:
             x = self.resid_lambda.to(x.dtype) * x
-        if self.x0_lambda is not None:
+        if self.x0_lambda is not None and not self.by_branch:
             x = x + self.x0_lambda.to(x.dtype) * x0
-        values = self.linear(x0, "value_proj") if self.value_proj is not None else None
+        values = given["values"] if given and "values" in given else None
+        if self.value_proj is not None:
+            values = self.linear(x0, "value_proj")
         if self.mix is not None:
-            mix, scales = self.mix.to(x.dtype), self.scales.to(x.dtype)
+            mix = self.mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
         skipped = x
-        y = self.drop(self.attn(branch(x, first), rope, mask, xsa, values), self.attn_dropout)
-        x = x + (y if self.mix is None else scales[0] * y)
-        y = self.drop(self.mlp(branch(x, second)), self.mlp_dropout)
-        x = x + (y if self.mix is None else scales[1] * y)
+        if self.attn is not None:
+            y = self.attn(branch(x, first), rope, mask, xsa, values)
+            x = self.joined(x, self.drop(y, self.attn_dropout), 0)
+        elif self.by_branch and self.x0_lambda is not None and self.resid_lambda is not None:
+            x = self.resid_lambda[0].to(x.dtype) * x
+        if self.x0_lambda is not None and self.by_branch:
+            x = x + self.x0_lambda.to(x.dtype) * x0
+        if self.mlp is not None:
+            y = self.mlp(branch(x, second))
+            x = self.joined(x, self.drop(y, self.mlp_dropout), 1)
         return x if keep is None else torch.where(keep, x, skipped)
+
+    def joined(self, x: Tensor, y: Tensor, half: int) -> Tensor:
+        """The stream with the output of attention (half 0) or of the MLP (1), both scaled."""
+        if self.mix is not None:
+            y = self.scales[half].to(x.dtype) * y
+        if self.by_branch:  # where a branch is missing, the other's factor is both first and last
+            y = self.post_lambda[-half].to(x.dtype) * y
+            if self.resid_lambda is not None:
+                x = self.resid_lambda[-half].to(x.dtype) * x
+        return x + y
 
     def drop(self, y: Tensor, share: float) -> Tensor:
         """Dropout where gradients are recorded: evaluation and sampling run without."""
@@ -1955,6 +2218,14 @@ class Added(NamedTuple):
     row: int | tuple[int, int]
 
 
+class Pairs(NamedTuple):
+    """What blocks of pairs of heads attend by: rotations, masks of S blocks and of L blocks."""
+
+    rope: tuple[Tensor, Tensor]
+    near: AttentionMask
+    far: AttentionMask
+
+
 class Place(NamedTuple):
     """One application of a block in the forward pass, and all that is fixed about it."""
 
@@ -1967,6 +2238,10 @@ class Place(NamedTuple):
     xsa: bool  # exclusive self-attention
     shrink: float  # layer_scale's factor on the normed inputs of both branches
     drop: float  # the chance of stochastic depth that a training pass leaves it out
+    paired: bool = False  # attention has two positions a token
+    table: int = -1  # of value_layers; -1: none
+    gated: Added | None = None  # of skip_gate: from which block, by a row of skip_lambdas
+    is_kept: bool = False  # whether its output is used behind the next place, by its block
     is_added: bool = False  # whether a later place adds its output
 
 
@@ -1995,9 +2270,13 @@ def wiring(cfg: Config, repeats: int) -> list[Place]:
             windowed=is_windowed(cfg, block),
             skip=unet_skip(cfg, at, block, len(order), last),
             last_visit=last_visit,
-            xsa=cfg.xsa < 0 or at >= len(order) - cfg.xsa,
+            xsa=has_xsa(cfg, block, len(order) - at),
             shrink=(block + 1) ** -0.5 if cfg.layer_scale else 1.0,
             drop=drop_chance(cfg, block),
+            paired=block in blocks_of(cfg.paired_layers),
+            table=value_tables(cfg).get(block, -1),
+            gated=gated_skip(cfg, block),
+            is_kept=block in kept_blocks(cfg),
         )
         places.append(place)
         last[block] = at
@@ -2022,6 +2301,22 @@ def unet_skip(cfg: Config, at: int, block: int, places: int, last: dict[int, int
     if cfg.unet == 2 and block >= cfg.depth - cfg.depth // 2:
         return Added(last[cfg.depth - 1 - block], block - cfg.depth + cfg.depth // 2)
     return None
+
+
+def gated_skip(cfg: Config, block: int) -> Added | None:
+    sources = gated_skips(cfg)
+    return Added(sources[block], list(sources).index(block)) if block in sources else None
+
+
+def kept_blocks(cfg: Config) -> set[int]:
+    """Blocks whose last output is used elsewhere than at the next place, -1 aside."""
+    return {*gated_skips(cfg).values(), backed_out(cfg)[0]}
+
+
+def has_xsa(cfg: Config, block: int, left: int) -> bool:
+    """Whether a place has exclusive self-attention, of which so many are left, itself counted."""
+    chosen = cfg.xsa < 0 or left <= cfg.xsa or block in blocks_of(cfg.xsa_layers)
+    return chosen and has_attention(cfg, block)
 
 
 def is_windowed(cfg: Config, block: int) -> bool:
@@ -2109,12 +2404,28 @@ class GPT(Declaring):
         self.declare("value_scales", "scalar", 0.0, places, tables, cfg.dim, on=tables)
         shape = (high - low, max(1, most - 1), cfg.dim)
         self.declare("cross_scales", "scalar", 0.0, *shape, on=cfg.cross_repeat)
+        self.declare_records(cfg)
         cos, sin = rope_tables(cfg, seq_len)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for path, module in self.named_modules():
             if path and isinstance(module, Declaring):
                 module.prefix = f"{path}."
+
+    def declare_records(self, cfg: Config) -> None:
+        """What the speedrun's records learn outside of blocks."""
+        own = {"betas": (0.9, 0.99)}
+        self.declare("smear_gate", "scalar", 0.0, 1, cfg.smear, on=cfg.smear, rate=0.002, **own)
+        self.declare("smear_lambda", "scalar", 0.0, 1, on=cfg.smear, **own)
+        tables, width = len(set(value_tables(cfg).values())), head_width(cfg)
+        shape = (tables, self.head_rows, (cfg.kv_heads or cfg.heads) * width)
+        start, own_tables = normal(cfg.value_init), {"betas": (0.75, 0.95)}
+        self.declare("value_tables", "embed", start, *shape, on=tables, **own_tables)
+        skips, dims = len(gated_skips(cfg)), cfg.skip_dims
+        self.declare("skip_lambdas", "scalar", -1.5, skips, on=skips, **own)
+        on = skips and dims
+        self.declare("skip_gates", "scalar", 0.0, skips, dims, on=on, rate=0.002, **own)
+        self.declare("backout", "scalar", backed_out(cfg)[1], 1, on=cfg.backout)
 
     def documents(self, tokens_BT: Tensor) -> Tensor | None:
         """
@@ -2126,9 +2437,21 @@ class GPT(Declaring):
             else None
         )
 
-    def embedded(self, tokens_BT: Tensor) -> Tensor:
+    def embedded(self, tokens_BT: Tensor, cache=None) -> Tensor:
         x = rows_of(self.head if self.embed is None else self.embed, tokens_BT).to(self.dtype)
+        if self.cfg.smear:
+            x = self.smeared(x, cache)
         return self.norm(x, self.cfg.norm_eps, self.embed_gain) if self.cfg.embed_norm else x
+
+    def smeared(self, x: Tensor, cache=None) -> Tensor:
+        """
+        Each token's embedding with a share of the one before it in the row, documents or not
+        (modded-nanogpt #34, @classiclarryd).
+        """
+        first = cache.embedding_before(x) if cache else torch.zeros_like(x[:, :1])
+        gate = torch.sigmoid(linear(x[..., : self.cfg.smear], self.smear_gate))
+        before = torch.cat([first, x[:, :-1]], dim=1)
+        return x + self.smear_lambda.to(x.dtype) * gate * before
 
     def final(self, x: Tensor) -> Tensor:
         way = layer_norm if self.cfg.layer_norm else self.norm
@@ -2155,7 +2478,7 @@ class GPT(Declaring):
         keys and values of the tokens before these; its begin_pass() is in logs/score.py.
         """
         places = self.places.get(repeats) or wiring(self.cfg, repeats)
-        x = self.embedded(tokens_BT)
+        x = self.embedded(tokens_BT, cache)
         # A copy: at the first place x would be x0, and a compiled block takes a graph of its own
         # for two arguments that are one tensor.
         x0 = x.clone()
@@ -2166,11 +2489,27 @@ class GPT(Declaring):
         far = near  # of L blocks: one object for all of them
         if window != window_long and self.cfg.window_pattern and not cache:
             far = AttentionMask(docs, window_long, x, sharp)
-        values = self.token_values(tokens_BT)
+        pairs = None
+        if self.cfg.paired_layers:
+            pairs = self.pairs(docs, x, window, window_long, cache)
+        values, rows = self.token_values(tokens_BT), self.value_rows(tokens_BT)
         for _ in range(passes - 1):
             # No gradient goes into an earlier pass; with dropout as in the last (slowrun_tiny #12).
-            x = self.one_pass(places, x, x0, values, rope, near, far).detach()
-        return self.one_pass(places, x, x0, values, rope, near, far)
+            x = self.one_pass(places, x, x0, values, rope, near, far, pairs, rows).detach()
+        return self.one_pass(places, x, x0, values, rope, near, far, pairs, rows)
+
+    def pairs(self, docs: Tensor | None, x: Tensor, window: int, window_long: int, cache) -> Pairs:
+        """Of two positions a token, for tokens x [B, T, D] of documents docs [B, T]."""
+        cos, sin = self.rope(window_long)
+        if cache:  # which sees by itself how many positions there are
+            return Pairs((cos[2 * cache.size :], sin[2 * cache.size :]), cache, cache)
+        docs = None if docs is None else docs.repeat_interleave(2, dim=1)
+        like, sharp = x[:, :1].expand(-1, 2 * x.size(1), -1), sharpness(self.cfg, window_long)
+        near = AttentionMask(docs, window, like, sharp)
+        far = near
+        if window != window_long and self.cfg.window_pattern:
+            far = AttentionMask(docs, window_long, like, sharp)
+        return Pairs((cos, sin), near, far)
 
     def one_pass(
         self,
@@ -2181,20 +2520,56 @@ class GPT(Declaring):
         rope: tuple[Tensor, Tensor],
         near: AttentionMask,
         far: AttentionMask,
+        pairs: Pairs | None,
+        rows: list[Tensor],
     ) -> Tensor:
-        """All places in order and the final norm, [B, T, D] -> [B, T, D]. x0: the embedding."""
+        """
+        All places in order and the final norm, [B, T, D] -> [B, T, D]. x0: the embedding; rows: of
+        the tables of value_layers.
+        """
         one, drawn = torch.ones((), dtype=x.dtype, device=x.device), self.drawn(len(places))
         outputs: dict[int, Tensor] = {}  # that later places add
+        latest: dict[int, Tensor] = {}  # by block, last outputs that are used later
         for at, place in enumerate(places):
             added = self.added(place, outputs, values, one)
+            if place.gated:
+                added.append((self.skip_factor(place, x0), latest[place.gated.source]))
+            given = self.given(place, rows)
             # A tensor, as a number would make a graph of each block.
             shrink = one * place.shrink if self.cfg.layer_scale else None
             keep = drawn[at] >= place.drop if drawn is not None else None
             block, mask = self.blocks[place.block], near if place.windowed else far
-            x = block(x, x0, added, rope, mask, place.xsa, shrink, keep)
+            turns = rope
+            if place.paired:
+                turns, mask = pairs.rope, pairs.near if place.windowed else pairs.far
+            x = block(x, x0, added, turns, mask, place.xsa, shrink, keep, given)
             if place.is_added:
                 outputs[at] = x
+            if place.is_kept:
+                latest[place.block] = x
+        if self.backout is not None:  # modded-nanogpt #40
+            x = x - self.backout.to(x.dtype) * latest[backed_out(self.cfg)[0]]
         return self.final(x)
+
+    def given(self, place: Place, rows: list[Tensor]) -> dict[str, Tensor] | None:
+        """What a place gives its block by name; None: nothing."""
+        if not self.cfg.value_layers:
+            return None
+        return {"values": rows[place.table]} if place.table >= 0 else None
+
+    def skip_factor(self, place: Place, x0: Tensor) -> Tensor:
+        """Of skip_gate: a number, or one by token [B, T, 1]."""
+        row = place.gated.row
+        factor = torch.sigmoid(self.skip_lambdas[row])
+        if self.skip_gates is None:
+            return factor
+        few = linear(x0[..., : self.cfg.skip_dims], self.skip_gates[row : row + 1])
+        return factor * 2 * torch.sigmoid(few)
+
+    def value_rows(self, tokens_BT: Tensor) -> list[Tensor]:
+        """The rows [B, T, kv_heads*K] of each table of value_layers."""
+        tables = self.value_tables if self.cfg.value_layers else ()
+        return [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
 
     def token_values(self, tokens_BT: Tensor) -> list[Tensor]:
         """The rows [B, T, D] of each value table."""
@@ -2576,9 +2951,10 @@ class OptimConfig(Section):
             ),
             (
                 "hyperball",
-                "attn_gate = 0 and value_proj = 0, whose gates begin at zero and so would stay, or "
-                "adamw_matrices = 'gate'",
-                not (self.attn_gate or self.value_proj) or bool(self.adamw_matrices),
+                "attn_gate = 0, value_proj = 0 and no value_gate, whose gates begin at zero and so "
+                "would stay, or adamw_matrices = 'gate'",
+                not (self.attn_gate or self.value_proj or self.value_gate)
+                or bool(self.adamw_matrices),
             ),
             ("hyperball", "matrix_wd = 0, as it keeps each norm", not self.matrix_wd),
             *[(key, "hyperball = 0, as it keeps each norm", not self.hyperball) for key in RADIAL],

@@ -28,9 +28,13 @@ from train_gpt import (  # noqa: E402
     Ranks,
     Schedule,
     Shape,
+    blocks_of,
     build_model,
+    has_attention,
+    has_attn_gate,
     has_key_offset,
     has_meta_step,
+    has_x0_share,
     head_width,
     hidden_width,
     moved_matrices,
@@ -57,13 +61,14 @@ def flops_per_token(
     places = wiring(cfg, repeats)
     often = 1 + (passes - 1) / 3
     weights = often * sum(sizes[place.block] for place in places) + model.head.numel()
-    windows = [(window if place.windowed else window_long, often) for place in places]
+    seeing = [place for place in places if has_attention(cfg, place.block)]
+    windows = [(window if p.windowed else window_long, seq_len << p.paired, often) for p in seeing]
     if cfg.mtp:
         weights += weights_applied(model.mtp_block) + model.mtp_proj.numel() + model.head.numel()
-        windows.append((0, 1))
-    widths = [(min(w or seq_len, seq_len), often) for w, often in windows]
+        windows.append((0, seq_len, 1))
+    widths = [(min(w or length, length), length, often) for w, length, often in windows]
     # early tokens see fewer
-    keys = sum(often * (w - w * (w - 1) / (2 * seq_len)) for w, often in widths)
+    keys = sum(often * (w - w * (w - 1) / (2 * length)) for w, length, often in widths)
     return int(6 * weights + 12 * cfg.heads * head_width(cfg) * keys)
 
 
@@ -215,20 +220,35 @@ def wiring_table(cfg: Config, repeats: int) -> list[str]:
     far = "long" if max(Schedule("window_long", cfg.window_long).values()) else "all"
     for at, place in enumerate(wiring(cfg, repeats)):
         sees = ("window" if windows else "all") if place.windowed else far
+        sees = sees if has_attention(cfg, place.block) else "-"
         adds = [f"place {place.skip.source}" if place.skip else ""]
+        adds += [f"block {place.gated.source} by a gate" if place.gated else ""]
         adds += [f"last visit ({place.last_visit.source})" if place.last_visit else ""]
         adds, also = ", ".join(filter(None, adds)) or "-", ", ".join(extras(cfg, place)) or "-"
         lines.append(f"{at:5}{place.block:6}{place.visit:6}  {sees:8}{adds:28}{also}")
+    if cfg.smear:
+        lines.append("before: each embedding takes a share of the one before it")
+    if cfg.backout:
+        lines.append(
+            f"behind: less a share (from {cfg.backout.split(':')[1]}) of the output of "
+            f"block {cfg.backout.split(':')[0]}"
+        )
     return lines
 
 
 def extras(cfg: Config, place: Place) -> list[str]:
     """What else is done at a place, in words."""
     values = cfg.value_proj and (cfg.depth - 1 - place.block) % 2 == 0
+    values = values and has_attention(cfg, place.block)
     return [
         *([f"loop vector {place.row}"] if cfg.loop_embed else []),
         *([f"value tables by row {place.row}"] if cfg.value_embeds else []),
         *(["value projection"] if values else []),
+        *([f"value table {place.table}"] if place.table >= 0 else []),
+        *(["a share of the embedding"] if has_x0_share(cfg, place.block) else []),
+        *(["pairs of heads"] if place.paired else []),
+        *(["no MLP"] if place.block in blocks_of(cfg.no_mlp_layers) else []),
+        *(["head gate"] if has_attn_gate(cfg, place.block) else []),
         *(["exclusive self-attention"] if place.xsa else []),
         *(["keys of the token before"] if has_key_offset(cfg, place.block) else []),
         *([f"inputs x {place.shrink:.3f}"] if cfg.layer_scale else []),

@@ -129,11 +129,13 @@ class Cache:
     def __init__(self, model: tg.GPT, shape: tg.Shape):
         self.model, self.shape, self.size, self.docs = model, shape, 0, None
         places = tg.wiring(model.cfg, shape.repeats)
+        places = [p for p in places if tg.has_attention(model.cfg, p.block)]
         windows = [shape.window if p.windowed else shape.window_long for p in places]
         self.windows = windows * shape.passes
         self.sharp = tg.sharpness(model.cfg, shape.window_long)
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.last: dict[int, Tensor] = {}  # by turn, the last token's key as it was
+        self.embedding: Tensor | None = None  # the last token's, as smear needs it
         self.turn = 0
 
     def feed(self, tokens: Tensor) -> Tensor:
@@ -153,6 +155,12 @@ class Cache:
             )
         return self
 
+    def embedding_before(self, x: Tensor) -> Tensor:
+        """Of the first new token the embedding of the one before it, zeros where none is."""
+        before = torch.zeros_like(x[:, :1]) if self.embedding is None else self.embedding
+        self.embedding = x[:, -1:]
+        return before
+
     def before(self, k: Tensor) -> Tensor:
         """Of each new token the key of the one before it, which may be of an earlier piece."""
         first = self.last.get(self.turn, k[:, :1])
@@ -169,11 +177,10 @@ class Cache:
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         pos = torch.arange(k.size(2), device=q.device)
         new = pos[k.size(2) - q.size(2) :, None]
-        docs = (
-            (self.docs[:, None, new], self.docs[:, None, None])
-            if self.docs is not None
-            else (None, None)
-        )
+        docs = None, None
+        if self.docs is not None:  # with pairs of heads, of two positions a token
+            positions = self.docs.repeat_interleave(len(pos) // self.docs.size(1), dim=1)
+            docs = positions[:, None, new], positions[:, None, None]
         ok = tg.visible(new, pos, *docs, self.windows[self.turn - 1])
         scores = ((q * (scale * self.sharp)) @ k.mT).float().masked_fill(~ok, -torch.inf)
         return scores.softmax(-1).to(v.dtype) @ v
@@ -686,7 +693,7 @@ class LoRA(Sliding):
 def adapted_matrices(model: tg.GPT) -> dict[str, Tensor]:
     """The large matrices that activations are multiplied with: no table of the input."""
     named = dict(model.named_parameters())
-    tables = ("embed", "value_embeds")
+    tables = ("embed", "value_embeds", "value_tables")
     return {name: named[name] for name in tg.quantised_names(model) if name not in tables}
 
 

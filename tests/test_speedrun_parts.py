@@ -1,0 +1,478 @@
+"""The speedrun's blocks and residual stream: each part against its formula, and off to the bit."""
+
+import math
+
+import pytest
+import torch
+from helpers import build, random_tokens, tg, tiny
+
+from logs import explain_centering, score
+
+# Nothing that starts at zero hides a part.
+LIVELY = {"depth": 6, "heads": 4, "head_init": "0.2", "proj_init": 1.0}
+
+
+@pytest.fixture
+def doubles():
+    """Everything in fp64."""
+    torch.set_default_dtype(torch.float64)
+    with explain_centering.in_float64():
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+def noisy(seed: int = 0, **changes) -> tg.GPT:
+    """A model whose every weight is noise, in the default type."""
+    kind = torch.get_default_dtype()
+    model, rng = build(tiny(**LIVELY | changes), dtype=kind), torch.Generator().manual_seed(seed)
+    model.to(kind)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * 0.3)
+    return model
+
+
+def weights(model: tg.GPT) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters())
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def same_weights(model: tg.GPT, other: tg.GPT) -> tg.GPT:
+    """The other with the model's weights, as far as it has them; its own stay."""
+    named = weights(model)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if name in named:
+                p.copy_(named[name])
+    return other
+
+
+def plain_like(model: tg.GPT, **changes) -> tg.GPT:
+    return same_weights(model, build(tiny(**LIVELY | changes)))
+
+
+# --- off to the bit, at the value where each does nothing
+
+# What is on, and what its parameters are where it does nothing
+NEUTRAL = [
+    ({"smear": 12}, {"smear_lambda": 0.0}),
+    ({"backout": "3:0.5"}, {"backout": 0.0}),
+    ({"value_layers": "1,4-5"}, {"value_tables": 0.0}),
+    ({"value_layers": "0-1 4-5=0-1", "value_gate": "6+2"}, {"value_tables": 0.0}),
+    ({"skip_gate": "1>3"}, {"skip_lambdas": -math.inf}),
+    ({"skip_gate": "2>4 1>5", "skip_dims": 8}, {"skip_lambdas": -math.inf}),
+    ({"post_lambda": 1.0}, {"post_lambda": 1.0}),
+    ({"post_lambda": 1.0, "resid_lambda": 1.0}, {"_lambda": 1.0}),
+    ({"x0_layers": "0,2-4"}, {"x0_lambda": 0.0}),
+    ({"post_lambda": 1.0, "x0_layers": "0,2-4"}, {"post_lambda": 1.0, "x0_lambda": 0.0}),
+    ({"sa_lambdas": "1 1"}, {"sa_lambdas": 1.0}),
+    ({"xsa_layers": "1,3", "xsa_learned": 1}, {"xsa_alpha": 0.0}),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("on,still", NEUTRAL, ids=lambda x: " ".join(map(str, x)))
+def test_a_part_at_its_neutral_values_changes_no_bit_and_at_others_does(on, still):
+    model = noisy(**on)
+    x, _ = random_tokens(model.cfg, 2, 32)
+    plain = plain_like(model)
+    assert not set(weights(plain)) & {n for n in weights(model) if any(k in n for k in still)}
+    assert not torch.allclose(model.hidden(x, 1, 0), plain.hidden(x, 1, 0), atol=1e-3)
+    for name, p in model.named_parameters():
+        for key, value in still.items():
+            if key in name:
+                p.fill_(value)
+    assert torch.equal(model.hidden(x, 1, 0), plain.hidden(x, 1, 0))
+
+
+@torch.no_grad()
+def test_lists_that_name_every_block_are_what_there_was_without_them():
+    x, _ = random_tokens(tiny(), 2, 32)
+    for a, b in (
+        ({"attn_gate": 8, "attn_gate_layers": "0-5"}, {"attn_gate": 8}),
+        ({"xsa_layers": "0-5"}, {"xsa": -1}),
+        ({"xsa_layers": "4,5"}, {"xsa": 2}),
+        ({"x0_lambda": 0.1, "x0_layers": "0-5"}, {"x0_lambda": 0.1}),
+    ):
+        one, two = noisy(**a), noisy(**b)
+        assert list(weights(one)) == list(weights(two))
+        assert torch.equal(one.hidden(x, 1, 0), two.hidden(x, 1, 0))
+
+
+# --- each against its formula
+
+
+@torch.no_grad()
+def test_smear_is_its_formula_and_knows_no_documents(doubles):
+    model = noisy(smear=12, doc_mask=1, embed_norm=0)
+    x, _ = random_tokens(model.cfg, 2, 32)
+    p, e = weights(model), weights(model)["embed"][x]
+    gate = torch.sigmoid(e[..., :12] @ p["smear_gate"][0])
+    want = e.clone()
+    want[:, 1:] += p["smear_lambda"] * gate[:, 1:, None] * e[:, :-1]
+    torch.testing.assert_close(model.embedded(x), want)
+    p["smear_gate"].zero_()
+    p["smear_lambda"].fill_(1.0)
+    torch.testing.assert_close(model.embedded(x)[:, 1:], e[:, 1:] + 0.5 * e[:, :-1])
+    assert torch.equal(model.embedded(x)[:, 0], e[:, 0])
+
+
+@torch.no_grad()
+def test_backout_of_all_leaves_what_came_behind_the_block(doubles):
+    """A share of 1: the final norm sees the increments after block 3 alone."""
+    model = noisy(backout="3:0.5")
+    x, _ = random_tokens(model.cfg, 2, 32)
+    outputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: outputs.append(out))
+    model.backout.fill_(1.0)
+    found = model.hidden(x, 1, 0)
+    torch.testing.assert_close(found, rms(outputs[5] - outputs[3]))
+    assert build(tiny(**LIVELY, backout="3:0.5")).backout.item() == 0.5
+
+
+def joined_values(model: tg.GPT, block: int, x: torch.Tensor) -> torch.Tensor:
+    """What attention of the block adds to its values, by calling it with and without them."""
+    seen = []
+
+    class Watching(tg.AttentionMask):
+        def attend(self, q, k, v, scale, bound):
+            seen.append(v.transpose(1, 2))
+            return super().attend(q, k, v, scale, bound)
+
+    u = torch.randn(*x.shape, 32, generator=torch.Generator().manual_seed(1))
+    rows = model.value_rows(x)[tg.value_tables(model.cfg)[block]]
+    for values in (rows, torch.zeros_like(rows)):
+        model.blocks[block].attn(u, model.rope(0), Watching(None, 0, u), False, values)
+    return u, seen[0] - seen[1]
+
+
+@torch.no_grad()
+def test_value_tables_join_the_values_by_a_gate_of_input_and_row(doubles):
+    model = noisy(value_layers="1,2,4 5=1", value_gate="6+3", kv_heads=2)
+    x, _ = random_tokens(model.cfg, 2, 16)
+    p, numbers = weights(model), {1: 0, 2: 1, 4: 2, 5: 0}
+    assert p["value_tables"].shape == (3, 96, 16)
+    for block, number in numbers.items():
+        u, found = joined_values(model, block, x)
+        e, G = p["value_tables"][number][x], p[f"blocks.{block}.attn.value_gate"]
+        gate = 2 * torch.sigmoid(torch.cat([u[..., :6], e[..., :3]], -1) @ G.T)
+        torch.testing.assert_close(found, gate[..., None] * e.view(2, 16, 2, 8))
+        G.zero_()
+        torch.testing.assert_close(joined_values(model, block, x)[1], e.view(2, 16, 2, 8))
+    assert model.blocks[0].attn.value_gate is None and not model.blocks[3].attn.has_values
+
+
+@torch.no_grad()
+def test_attention_is_linear_in_what_joins_the_values(doubles):
+    model = noisy(value_layers="0-5", depth=6)
+    attn, rope = model.blocks[0].attn, model.rope(0)
+    u, a, b = torch.randn(3, 2, 16, 32, generator=torch.Generator().manual_seed(1))
+    y = [attn(u, rope, tg.AttentionMask(None, 0, u), False, v) for v in (a, b, a + b, 0 * a)]
+    torch.testing.assert_close(y[0] + y[1] - y[3], y[2])
+
+
+def test_the_tables_of_medium_are_shared_by_its_last_blocks():
+    cfg = tiny(depth=16, value_layers="0-4 11-15=0-4")
+    assert tg.value_tables(cfg) == {b: b % 11 for b in (0, 1, 2, 3, 4, 11, 12, 13, 14, 15)}
+    model = build(cfg)
+    assert model.value_tables.shape[0] == 5
+    assert model.value_tables.std().item() == pytest.approx(0.01, rel=0.05)
+    assert not build(tiny(value_layers="0", value_init=0.0)).value_tables.any()
+
+
+def stream(model: tg.GPT, x: torch.Tensor) -> torch.Tensor:
+    """hidden() of the residual stream alone, branches by their modules: modded-nanogpt's order."""
+    cfg, p = model.cfg, weights(model)
+    x0 = h = rms(p["embed"][x])
+    mask, outputs, skips = tg.AttentionMask(None, 0, h), [], cfg.skip_gate.split()
+    for i, block in enumerate(model.blocks):
+        for row, pair in enumerate(skips):
+            source, target = map(int, pair.split(">"))
+            if target == i:
+                factor = torch.sigmoid(p["skip_lambdas"][row])
+                if cfg.skip_dims:
+                    w = p["skip_gates"][row]
+                    factor = factor * 2 * torch.sigmoid(x0[..., : cfg.skip_dims] @ w)[..., None]
+                h = h + factor * outputs[source]
+        r, q = (list(p.get(f"blocks.{i}.{k}_lambda", ())) for k in ("resid", "post"))
+        share = p.get(f"blocks.{i}.x0_lambda")
+        if block.attn is not None:
+            h = r.pop(0) * h + q.pop(0) * block.attn(rms(h), model.rope(0), mask, False)
+        elif share is not None:
+            h = r.pop(0) * h
+        if share is not None:
+            h = h + share * x0
+        if block.mlp is not None:
+            h = r.pop(0) * h + q.pop(0) * block.mlp(rms(h))
+        assert not r and not q
+        outputs.append(h)
+    return rms(h)
+
+
+@torch.no_grad()
+def test_factors_by_branch_missing_branches_and_skips_are_the_formula(doubles):
+    """Blocks without attention, without an MLP, without both; the embedding joins some of them."""
+    on = {"post_lambda": 1.0, "resid_lambda": 1.1, "x0_layers": "0,2,3,5"}
+    on |= {"no_attn_layers": "2,4,5", "no_mlp_layers": "1,5"}
+    for skips in ({}, {"skip_gate": "1>3"}, {"skip_gate": "2>4 0>5 2>3", "skip_dims": 7}):
+        model = noisy(**on | skips)
+        x, _ = random_tokens(model.cfg, 2, 32)
+        torch.testing.assert_close(model.hidden(x, 1, 0), stream(model, x))
+
+
+def test_starts_and_rates_of_the_records():
+    cfg = tiny(
+        depth=7, heads=4, smear=12, post_lambda=1.0, resid_lambda=1.1**0.5, sa_lambdas="0.5 1",
+        value_layers="1", value_gate="6+6", skip_gate="3>6", no_attn_layers="6", x0_layers="0",
+        adamw_matrices="value_gate",
+        own_lr="value_tables=0.6/0.75/0.95 value_gate=0.008/0.9/0.99 smear_gate=8e-5",
+    )  # fmt: skip
+    tg.validate(cfg)
+    tg.refuse_idle(cfg)
+    model = build(cfg)
+    p, said = weights(model), tg.declarations(model)
+    assert p["blocks.0.attn.sa_lambdas"].tolist() == [0.5, 1.0]
+    assert torch.sigmoid(p["skip_lambdas"]).item() * 0.5 == pytest.approx(0.0912, abs=5e-5)
+    assert p["blocks.6.post_lambda"].tolist() == [1.0] and len(p["blocks.5.post_lambda"]) == 2
+    assert p["blocks.6.resid_lambda"].tolist() == [pytest.approx(1.1**0.5)]
+    assert not p["smear_gate"].any() and not p["smear_lambda"].any()
+    assert not p["blocks.0.x0_lambda"].any() and "blocks.1.x0_lambda" not in p
+    rules = {name: tg.rule_of(cfg, name, p[name], said[name]) for name in p}
+    for name, want in (
+        ("value_tables", (0.6, 0.75, 0.95)),
+        ("blocks.1.attn.value_gate", (0.008, 0.9, 0.99)),
+        ("smear_gate", (8e-5, 0.9, 0.99)),
+        ("smear_lambda", (0.04, 0.9, 0.99)),
+        ("skip_lambdas", (0.04, 0.9, 0.99)),
+        ("blocks.0.attn.sa_lambdas", (0.04, 0.9, 0.99)),
+        ("blocks.0.post_lambda", (0.008, 0.9, 0.95)),
+    ):
+        rule = rules[name]
+        assert rule.kind == "adamw" and (rule.lr, rule.beta1, rule.beta2) == pytest.approx(want)
+
+
+@torch.no_grad()
+def test_sa_lambdas_scale_values_and_the_output(doubles):
+    """Behind the norm of queries and keys, the first one is seen in the values alone."""
+    model = noisy(sa_lambdas="0.5 1", norm_eps=0.0)
+    attn, u = model.blocks[0].attn, torch.randn(1, 16, 32)
+    mask = tg.AttentionMask(None, 0, u)
+    attn.sa_lambdas.copy_(torch.tensor([1.0, 1.0]))
+    plain = attn(u, model.rope(0), mask, False)
+    attn.sa_lambdas.copy_(torch.tensor([0.5, 3.0]))
+    torch.testing.assert_close(attn(u, model.rope(0), mask, False), 1.5 * plain)
+
+
+def test_gates_and_alphas_are_in_the_listed_blocks_alone():
+    model = build(
+        tiny(depth=6, attn_gate=8, attn_gate_layers="1,5", xsa_layers="2-3", xsa_learned=1, mtp=0.3)
+    )
+    have = lambda name: [i for i, b in enumerate(model.blocks) if getattr(b.attn, name) is not None]
+    assert have("attn_gate") == [1, 5] and have("xsa_alpha") == [2, 3]
+    assert model.mtp_block.attn.attn_gate is None and model.mtp_block.attn.xsa_alpha is None
+    assert [place.xsa for place in tg.wiring(model.cfg, 1)] == [i in (2, 3) for i in range(6)]
+
+
+# --- pairs of heads
+
+
+def turned(x: torch.Tensor, at: torch.Tensor, rope: tuple) -> torch.Tensor:
+    """Head vectors [..., T, K], pairs (k, k + K/2) turned by the angles of positions [T]."""
+    c, s = (table[at] for table in rope)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * c + b * s, b * c - a * s], -1)
+
+
+# of six heads: position, head there, and the position by whose angle it turns, less 2t
+TABLE = [(0, 0, 0), (0, 1, 1), (0, 2, 0), (1, 0, 1), (1, 1, 0), (1, 2, 1)]
+
+
+def paired_reference(
+    attn: tg.Attention, u: torch.Tensor, docs: torch.Tensor, window: int, rope: tuple
+):
+    """Attention of pairs of heads by the sets of keys that a query sees, one softmax over both."""
+    H, T, W = attn.heads, u.size(1), window - 1
+    q, k, v = (u @ w.T for w in attn.qkv)
+    q, k, v = (x.unflatten(-1, (H, -1)).transpose(1, 2) for x in (q, k, v))  # B H T K
+    angle = lambda h: 2 * torch.arange(T) + h % 2
+    q, k = ([turned(rms(x[:, h]), angle(h), rope) for h in range(H)] for x in (q, k))
+    y = [torch.zeros_like(q[0])] * H
+    apart = torch.arange(T)[:, None] - torch.arange(T)  # t - s
+    own = (docs[:, :, None] == docs[:, None]) & (apart >= 0)
+    for a in range(H // 2):
+        b = a + H // 2
+        for h, sees_a, sees_b in (
+            (a, apart <= W // 2, (apart > 0) & (2 * apart - 1 <= W)),
+            (b, 2 * apart + 1 <= W, apart <= W // 2),
+        ):
+            keys = torch.cat([k[a], k[b]], dim=1)
+            ok = torch.cat([sees_a & own, sees_b & own], dim=-1)
+            z = (q[h] @ keys.mT * attn.scale).masked_fill(~ok, -math.inf)
+            y[h] = z.softmax(-1) @ torch.cat([v[:, a], v[:, b]], dim=1)
+    return torch.cat(y, dim=-1) @ attn.proj.T
+
+
+def test_each_head_has_the_position_the_slot_and_the_angle_of_the_record():
+    model = build(tiny(dim=48, heads=6, paired_layers="0"))
+    cos, sin = model.rope(0)
+    assert torch.allclose(torch.atan2(sin, cos)[1, :3], torch.tensor([1.0, 1 / 64, 0.0]))
+    x = torch.randn(1, 8, 6, 8, generator=torch.Generator().manual_seed(0))
+    found, placed = tg.rotate_pairs(x, cos, sin), tg.as_pairs(x)
+    for h, (position, slot, angle) in enumerate(TABLE):
+        assert (angle - h) % 2 == 0
+        assert torch.equal(placed[:, position::2, slot], x[:, :, h])
+        want = turned(x[:, :, h], 2 * torch.arange(8) + angle, (cos, sin))
+        torch.testing.assert_close(found[:, :, h], want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [9, 10, 64])
+@pytest.mark.parametrize("heads", [2, 6])
+def test_pairs_of_heads_are_dense_attention_over_their_sets_of_keys(doubles, heads, window):
+    model = noisy(heads=heads, dim=24 * heads, paired_layers="0", doc_mask=1)
+    attn = model.blocks[0].attn
+    x, _ = random_tokens(model.cfg, 2, 32)
+    x[0, 9], x[1, 20] = 0, 0
+    docs = model.documents(x)
+    u = torch.randn(2, 32, model.cfg.dim, generator=torch.Generator().manual_seed(1))
+    seen = model.pairs(docs, u, window, 0, None)
+    found = attn(u, seen.rope, seen.near, False)
+    torch.testing.assert_close(found, paired_reference(attn, u, docs, window, seen.rope))
+    assert seen.near.window == (0 if window == 64 else window)
+    if window == 10:  # 10 keys, itself included: 5 of each head
+        sees = tg.visible(torch.tensor(40), torch.arange(64), None, None, 10).view(32, 2)
+        assert sees.sum(0).tolist() == [5, 5]
+
+
+@torch.no_grad()
+def test_a_pair_that_sees_its_own_heads_keys_alone_is_a_head_of_half_the_window(doubles):
+    """By documents of their own for the second positions."""
+    q, k, v = torch.randn(3, 1, 1, 32, 8, generator=torch.Generator().manual_seed(1))
+    docs = torch.arange(32)[None] % 2
+    both = tg.attend_blocks(q, k, v, docs, 9, 0.3)
+    one = [
+        tg.attend_blocks(q[:, :, i::2], k[:, :, i::2], v[:, :, i::2], None, 5, 0.3) for i in (0, 1)
+    ]
+    torch.testing.assert_close(both[:, :, 0::2], one[0])
+    torch.testing.assert_close(both[:, :, 1::2], one[1])
+
+
+@torch.no_grad()
+def test_flex_attention_of_pairs_is_attention_by_blocks():
+    """As on a GPU: the mask of two positions a token, through flex_attention's forward pass."""
+    docs = (torch.arange(64)[None] >= torch.tensor([[20], [33]])).int().repeat_interleave(2, dim=1)
+    q, k, v = torch.randn(3, 2, 2, 128, 16, generator=torch.Generator().manual_seed(1))
+    want = tg.attend_blocks(q, k, v, docs, 9, 0.3)
+    torch.testing.assert_close(tg.attend_flex(q, k, v, docs, 9, 0.3), want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_paired_blocks_see_their_windows_among_plain_ones():
+    """S and L blocks, plain and paired, in one net."""
+    model = noisy(paired_layers="0,3", window_pattern="SSSL", depth=5, doc_mask=1)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[3:5]))
+    x, _ = random_tokens(model.cfg, 2, 32)
+    model.hidden(x, 1, 5, 1, 13)
+    assert [mask.window for _, mask in seen] == [5, 5, 5, 13, 13]
+    assert [mask.docs.size(1) for _, mask in seen] == [64, 32, 32, 64, 32]
+    assert all(len(rope[0]) == 64 for rope, _ in seen)
+    plain = plain_like(model, window_pattern="SSSL", depth=5, doc_mask=1)
+    assert not torch.allclose(model.hidden(x, 1, 5, 1, 13), plain.hidden(x, 1, 5, 1, 13), atol=0.1)
+
+
+# --- together with the rest
+
+STREAM = {
+    "smear": 12, "backout": "3:0.5", "value_layers": "0,2 4-5=0,2", "value_gate": "6+2",
+    "no_attn_layers": "3", "no_mlp_layers": "1", "attn_gate": 8, "attn_gate_layers": "2,5",
+    "xsa_layers": "1,2", "xsa_learned": 1, "skip_gate": "1>3 0>5", "skip_dims": 5,
+    "post_lambda": 1.0, "resid_lambda": 1.05, "sa_lambdas": "0.5 1", "x0_layers": "0-4",
+}  # fmt: skip
+COMBINED = [
+    {},
+    {"key_offset": "still", "window_pattern": "SL", "doc_mask": 1},
+    {"loop": "2:5", "repeats": "2", "passes": "2"},
+    {"unet": 2, "loop_embed": 1, "value_embeds": 1, "layer_scale": 1, "block_scales": 1},
+    {"kv_heads": 2, "layer_norm": 1, "biases": 1, "bias_init": 1.0, "q_gain": 1.5},
+    {"paired_layers": "0,2"},
+    {"paired_layers": "0-2,4-5", "kv_heads": 2, "doc_mask": 1, "rope": "interleaved"},
+    {
+        "paired_layers": "0,5",
+        "key_offset": "second",
+        "window_pattern": "SL",
+        "yarn": 1,
+        "window_long": "5 0.5:17",
+        "doc_mask": 1,
+        "passes": "2",
+    },
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", COMBINED, ids=str)
+def test_fed_in_pieces_is_fed_at_once_and_no_token_sees_a_later_one(changes):
+    model = noisy(**STREAM | changes)
+    tg.validate(model.cfg)
+    repeats, passes = int(model.cfg.repeats), int(model.cfg.passes)
+    x, _ = random_tokens(model.cfg, 1, 32)
+    x[0, 9] = 0  # a document begins
+    long = 17 if model.cfg.yarn else 0
+    whole = model.hidden(x, repeats, 8, passes, long)[0]
+    cache = score.Cache(model, tg.Shape(1, 32, repeats, 8, passes, long))
+    pieces = torch.cat([cache.feed(part) for part in x[0].split([1, 3, 10, 1, 17])])
+    torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=2e-5)
+    other = x.clone()
+    other[0, 20] = x[0, 20] % 95 + 1
+    moved = (model.hidden(other, repeats, 8, passes, long)[0] != whole).any(-1)
+    assert not moved[:20].any() and moved[20] and moved[21]
+
+
+REFUSED = [
+    ({"no_attn_layers": "0,7"}, "no_attn_layers = '0,7': blocks below depth = 6"),
+    ({"no_attn_layers": "0-5"}, "no_attn_layers: a block or more must have attention"),
+    ({"xsa_layers": "a"}, "xsa_layers = 'a': blocks below depth"),
+    ({"no_attn_layers": "2", "value_layers": "1,2"}, "value_layers has blocks without attention"),
+    ({"no_attn_layers": "2", "xsa_layers": "2"}, "xsa_layers has blocks without attention"),
+    ({"xsa": -1, "xsa_layers": "2"}, "set one of them"),
+    ({"value_layers": "1 3=2"}, "value_layers = '1 3=2': blocks below"),
+    ({"value_layers": "0-1 3-5=0-1"}, "value_layers = '0-1 3-5=0-1': blocks below"),
+    ({"value_layers": "6"}, "value_layers = '6': blocks below"),
+    ({"value_layers": "1", "value_proj": 8}, "from tables or from maps"),
+    ({"value_layers": "1", "value_gate": "40+1"}, "value_gate = '40\\+1': numbers of dims"),
+    ({"value_layers": "1", "value_gate": "0"}, "value_gate = '0': numbers of dims"),
+    ({"backout": "6:0.5"}, "backout = '6:0.5': a block below"),
+    ({"backout": "2"}, "backout = '2': a block below"),
+    ({"skip_gate": "3>3"}, "skip_gate = '3>3': from a block to a later one"),
+    ({"skip_gate": "1>3 2>3"}, "that has no other skip"),
+    ({"sa_lambdas": "1"}, "sa_lambdas = '1': two numbers"),
+    ({"paired_layers": "1", "heads": 4, "kv_heads": 1}, "heads = 4, kv_heads = 1: both must be"),
+    ({"paired_layers": "1", "no_attn_layers": "1"}, "paired_layers has blocks without attention"),
+    ({"smear": 33}, "smear = 33: a number of input dims"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes,said", REFUSED, ids=str)
+def test_what_cannot_be_is_refused_in_one_line(changes, said):
+    with pytest.raises(tg.UserError, match=said):
+        tg.validate(tiny(depth=6, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"value_gate": "6"},
+        {"attn_gate_layers": "1"},
+        {"skip_dims": 4},
+        {"smear": 4, "seq_len": "1"},
+    ],
+    ids=str,
+)
+def test_what_would_do_nothing_is_refused(changes):
+    with pytest.raises(tg.UserError, match=f"{next(iter(changes))} = .* does nothing here"):
+        tg.refuse_idle(tiny(**changes))
