@@ -159,6 +159,7 @@ GRAPHS = ("repeats", "passes", "seq_len", "window", "window_long", "batch_tokens
 RATES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", "meta_step", "mtp_next", "mtp_third")
 # Those that only tricks read; lr_matrices may be empty.
 OF_TRICKS = "lr_matrices maxwell_age soft_muon soap_floor soap_cap ema_nesterov tail_ema".split()
+OF_TRICKS += ["prefix_loss"]
 BY_CYCLE = ("cycle_lr", "cycle_decay", "perturb")  # run over a cycle, or over the cycles
 SCHEDULES = (*RATES, *OF_TRICKS, *BY_CYCLE, *GRAPHS)
 # how the net is applied, whatever the rows
@@ -296,6 +297,7 @@ class Now(NamedTuple):
     meta_step: float = 0.0
     mtp_next: float = 0.0
     mtp_third: float = 0.0
+    prefix_loss: float = 0.0
     passes: int = 1
     window_long: int = 0
     distill: float = 0.0  # the teacher's share of the loss
@@ -357,6 +359,7 @@ class Plan:
             meta_step=v["meta_step"],
             mtp_next=v["mtp_next"],
             mtp_third=v["mtp_third"],
+            prefix_loss=v["prefix_loss"],
             passes=int(v["passes"]),
             window_long=int(v["window_long"]),
             distill=self.cfg.distill * (step >= self.taught_from()) if self.cfg.distill else 0.0,
@@ -1082,6 +1085,9 @@ class ModelConfig(Section):
     mtp: float = 0.0  # weight of the loss of the token after next, by one more block; 0: none
     mtp_next: str = "0"  # [sched] weight of the loss of that token by the same logits; 0: none
     mtp_third: str = "0"  # [sched] the same of the token behind it; 0: none
+    # [sched] weight of the loss, by the same logits, of the token that is the longest proper prefix
+    # of the target's bytes; 0: none
+    prefix_loss: str = "0"
 
     tie_embed: int = 0  # 1: one table is input embedding and head
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
@@ -1098,6 +1104,8 @@ class ModelConfig(Section):
     softcap: float = 0.0  # bound of the logits; 0: none
     # how they near it: tanh (cap*tanh(z/cap)) or isru (z/sqrt(1 + (z/cap)^2))
     softcap_shape: str = "tanh"
+    softcap_in: float = 0.0  # what logits are divided by before that bound's tanh; 0: softcap
+    softcap_shift: float = 0.0  # added to them before that, so that the bounds are not alike
 
     z_loss: float = 0.0  # weight of the mean of log(Z)^2, Z the sum of softmax; 0: none
     mu_loss: float = 0.0  # weight of |mu|^2, mu the mean row of the head; 0: none
@@ -1109,10 +1117,10 @@ class ModelConfig(Section):
         (0, 1, "norm_gain biases yarn"),
         (0, 2, "unet"),
         (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth"),
-        (0, 100, "mtp mtp_next mtp_third"),
+        (0, 100, "mtp mtp_next mtp_third prefix_loss"),
         (0, 100, "q_gain resid_lambda embed_init init_std proj_init bias_init value_embeds"),
         (0, 1000, "attn_scale mlp_ratio z_loss"),
-        (0, 10**6, "softcap mu_loss"),
+        (0, 10**6, "softcap softcap_in mu_loss"),
         (0, 10**9, "window window_long"),
         (0, 65536, "kv_heads head_dim attn_gate value_proj"),
         (1, 1000, "depth repeats passes"),
@@ -1121,6 +1129,7 @@ class ModelConfig(Section):
         (-1, 65536, "rope_dims xsa"),
         (-4, 4, "logit_dim_power"),
         (-100, 100, "x0_lambda"),
+        (-(10**6), 10**6, "softcap_shift"),
     )
     CHOICES = {
         "rope": ("truncated", "standard", "interleaved"),
@@ -1165,16 +1174,19 @@ class ModelConfig(Section):
             and 0 <= float(self.head_init) <= 100,
             f"head_init = {self.head_init!r}: zero, uniform or a standard deviation such as 0.005",
         )
-        require(
-            self.softcap == 0 or self.softcap >= 1e-3,
-            f"softcap = {self.softcap}: 0, or from 0.001 on, as logits are divided by it",
-        )
+        for key in ("softcap", "softcap_in"):
+            value = getattr(self, key)
+            require(
+                value == 0 or value >= 1e-3,
+                f"{key} = {value}: 0, or from 0.001 on, as logits are divided by it",
+            )
 
     def needs(self) -> list[Need]:
         windowed = any(is_windowed(self, block) for block in range(self.depth))
         shortest = min(Schedule("seq_len", self.seq_len).values())
         growing = Schedule("window_long", self.window_long).values()
         starts = "init = 'remix' or 'normal', as xavier sets every start"
+        by_tanh = self.softcap_shape == "tanh"
         return [
             ("xsa_learned", "xsa, of which it learns a share, such as --xsa -1", self.xsa != 0),
             ("window", "an S in window_pattern before its last block", windowed),
@@ -1191,6 +1203,7 @@ class ModelConfig(Section):
             ("mtp", "rows of 2 tokens or more", shortest > 1),
             ("mtp_next", "rows of 2 tokens or more", shortest > 1),
             ("mtp_third", "rows of 3 tokens or more", shortest > 2),
+            ("prefix_loss", "a tokenizer, whose tokens have bytes", bool(self.tokenizer)),
             ("init_std", starts, self.init != "xavier"),
             ("proj_init", starts, self.init != "xavier"),
             ("head_init", starts, self.init != "xavier"),
@@ -1198,6 +1211,8 @@ class ModelConfig(Section):
             ("norm_gain", "layer_norm = 0, whose norms have one anyway", not self.layer_norm),
             ("bias_init", "biases = 1", self.biases > 0),
             ("softcap_shape", "softcap > 0", self.softcap > 0),
+            *[(f"softcap_{key}", "softcap > 0", self.softcap > 0) for key in ("in", "shift")],
+            *[(f"softcap_{key}", "softcap_shape = 'tanh'", by_tanh) for key in ("in", "shift")],
         ]
 
     def check_sizes(self) -> None:
@@ -1272,8 +1287,11 @@ def rotary_dims(cfg: Config) -> int:
 
 
 def later_targets(cfg: Config) -> dict[str, int]:
-    """Schedules of weights that are on, with how far behind a token's target theirs are."""
-    far = {"mtp_next": 1, "mtp_third": 2}
+    """
+    Schedules of weights that are on, with how far behind a token's target that one stands which
+    theirs is, or is a prefix of.
+    """
+    far = {"mtp_next": 1, "mtp_third": 2, "prefix_loss": 0}
     return {name: k for name, k in far.items() if any(Schedule(name, getattr(cfg, name)).values())}
 
 
@@ -2093,6 +2111,8 @@ class GPT(Declaring):
         cos, sin = rope_tables(cfg, seq_len)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        # of each token the one that is its longest proper prefix, for prefix_loss in training
+        self.register_buffer("prefixes", None, persistent=False)
         for path, module in self.named_modules():
             if path and isinstance(module, Declaring):
                 module.prefix = f"{path}."
@@ -2220,6 +2240,9 @@ class GPT(Declaring):
             return z * torch.rsqrt(1 + (z / self.cfg.softcap).square())
         # Remix M's 30*sigmoid(z/7.5) is 15 + 15*tanh(z/15): a cap of 15, and softmax does not see
         # the shift.
+        if self.cfg.softcap_in or self.cfg.softcap_shift:  # modded-nanogpt #54, less its constant
+            scale = self.cfg.softcap_in or self.cfg.softcap
+            return self.cfg.softcap * torch.tanh((z + self.cfg.softcap_shift) / scale)
         return self.cfg.softcap * torch.tanh(z / self.cfg.softcap)
 
     def losses_and_log_z(self, x: Tensor, targets: Tensor, head: Tensor | None = None) -> Tensor:
@@ -2298,12 +2321,16 @@ class GPT(Declaring):
     def with_later(self, targets_BT: Tensor) -> Tensor:
         """
         [K, B, T]: targets, and those that stand 1 or 2 behind them in their row; -1 behind its end,
-        where slowrun goes on with the micro-batch's next row, which another cut would change.
+        where slowrun goes on with the micro-batch's next row, which another cut would change. For
+        prefix_loss the targets' prefixes; -1 where there is none.
         """
-        later = [
-            F.pad(targets_BT[:, k:], (0, k), value=-1) for k in later_targets(self.cfg).values()
-        ]
-        return torch.stack([targets_BT, *later])
+        found = [targets_BT]
+        for name, k in later_targets(self.cfg).items():
+            later = F.pad(targets_BT[:, k:], (0, k), value=-1)
+            if name == "prefix_loss":
+                later = torch.where(later < 0, later, self.prefixes[later.clamp_min(0)])
+            found.append(later)
+        return torch.stack(found)
 
     def mtp_losses(self, x_BTD: Tensor, targets_BT: Tensor, window_long: int = 0) -> Tensor:
         """
@@ -3891,10 +3918,49 @@ class Tokenizer:
             base[i] = 1 if self.sp.is_byte(i) else len(text.encode())
         return base, space, edge
 
+    def pieces(self) -> list[tuple[bytes, bool]]:
+        """
+        The bytes of every id in use, none of control tokens; and whether it stands for one byte of
+        a character that has no piece (SentencePiece), whatever other piece has that byte.
+        """
+        found = []
+        for i in range(self.vocab):
+            if not self.sp:
+                control = i >= self.gpt2.n_vocab or i == self.gpt2.eot_token
+                found.append((b"" if control else self.gpt2.decode_single_token_bytes(i), False))
+            elif i >= self.sp.get_piece_size() or self.sp.is_control(i) or self.sp.is_unknown(i):
+                found.append((b"", False))
+            elif self.sp.is_byte(i):
+                found.append((bytes([int(self.sp.id_to_piece(i)[1:-1], 16)]), True))
+            else:
+                text = "" if self.sp.is_unused(i) else self.sp.id_to_piece(i)
+                found.append((text.replace("\u2581", " ").encode(), False))
+        return found
+
     def count_bytes(self, tokens: np.ndarray) -> int:
         """Bytes of text that tokens[1:] stand for, each seen behind its predecessor."""
         base, space, edge = self.tables()
         return int(base[tokens[1:]].sum() + (space[tokens[1:]] & ~edge[tokens[:-1]]).sum())
+
+
+def longest_prefixes(pieces: list[tuple[bytes, bool]]) -> np.ndarray:
+    """
+    Of each of Tokenizer.pieces() the other whose bytes are the longest that its own begin with; -1
+    where there is none (modded-nanogpt #88). In the order of bytes all that begin with a piece
+    stand behind it, so those that a piece begins with are a stack.
+    """
+    ids: dict[bytes, int] = {}
+    for i in sorted(range(len(pieces)), key=lambda i: pieces[i][1]):
+        ids.setdefault(pieces[i][0], i)  # of two with the same bytes no byte of other characters
+    ids.pop(b"", None)
+    longest: dict[bytes, int] = {b"": -1}
+    stack: list[bytes] = []
+    for own in sorted(ids):
+        while stack and not own.startswith(stack[-1]):
+            stack.pop()
+        longest[own] = ids[stack[-1]] if stack else -1
+        stack.append(own)
+    return np.array([longest[own] for own, _ in pieces], np.int64)
 
 
 class Validation:
@@ -4204,8 +4270,8 @@ def check_cycles(cfg: Config) -> None:
     )
     require(
         not cfg.distill or not (cfg.biases or later_targets(cfg)),
-        f"distill = {cfg.distill:g} knows neither a head's bias nor losses of later tokens: set "
-        "--biases 0 --mtp_next 0 --mtp_third 0, or --distill 0",
+        f"distill = {cfg.distill:g} knows neither a head's bias nor losses of other tokens: set "
+        "--biases 0 --mtp_next 0 --mtp_third 0 --prefix_loss 0, or --distill 0",
     )
     if not cfg.distill or cfg.teacher or cfg.cycles == 1:
         return
@@ -4319,6 +4385,8 @@ def compare_logits(cfg: Config, theirs: Config) -> None:
         "vocab",
         "softcap",
         "softcap_shape",
+        "softcap_in",
+        "softcap_shift",
         "biases",
         "logit_dim_power",
         *(["dim"] if cfg.logit_dim_power else []),
@@ -6112,6 +6180,13 @@ def assemble(
 ) -> Trainer:
     """Model and optimizer to go with the data; pre_pre_train.py brings other data."""
     model = build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
+    if "prefix_loss" in later_targets(cfg):
+        require(
+            tokenizer is not None,
+            f"prefix_loss = {cfg.prefix_loss!r} needs the bytes of all tokens, but tokenizer = "
+            f"{cfg.tokenizer!r} could not be read: see the notice above, or --prefix_loss 0",
+        )
+        model.prefixes = torch.from_numpy(longest_prefixes(tokenizer.pieces())).to(run.device)
     for line in centering_notices(cfg):
         run.log(f"notice: {line}")
     if cfg.tie_embed and cfg.head_init == "zero" and cfg.init != "xavier":
@@ -6294,7 +6369,7 @@ def rounded_weights(trainer: Trainer, step: int, now: Now):
 def extra_terms(cfg: Config) -> list[str]:
     """Names of what is added to the cross-entropy in training."""
     names = ["z_loss"] if cfg.z_loss else []
-    names += [f"{name}_loss" for name in later_targets(cfg)]
+    names += [f"{name.removesuffix('_loss')}_loss" for name in later_targets(cfg)]
     named = {"mtp": cfg.mtp, "teacher_kl": cfg.distill, "mu_loss": cfg.mu_loss}
     return names + [name for name, on in named.items() if on]
 
@@ -6316,6 +6391,7 @@ def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, now: Now) -> Tensor:
     # Beside the graph, which so has no weight in it: they may change at every step.
     if later:
         weights = {"mtp_next": now.mtp_next, "mtp_third": now.mtp_third}
+        weights["prefix_loss"] = now.prefix_loss
         for at, name in enumerate(later, 1 + bool(cfg.z_loss)):
             terms.append(weights[name] * rows[at].sum())
     if cfg.mtp:
