@@ -159,7 +159,7 @@ GRAPHS = ("repeats", "passes", "seq_len", "window", "window_long", "batch_tokens
 RATES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", "meta_step", "mtp_next", "mtp_third")
 # Those that only tricks read; lr_matrices may be empty.
 OF_TRICKS = "lr_matrices maxwell_age soft_muon soap_floor soap_cap ema_nesterov tail_ema".split()
-OF_TRICKS += ["prefix_loss"]
+OF_TRICKS += ["prefix_loss", "doc_cap"]
 BY_CYCLE = ("cycle_lr", "cycle_decay", "perturb")  # run over a cycle, or over the cycles
 SCHEDULES = (*RATES, *OF_TRICKS, *BY_CYCLE, *GRAPHS)
 # how the net is applied, whatever the rows
@@ -298,6 +298,7 @@ class Now(NamedTuple):
     mtp_next: float = 0.0
     mtp_third: float = 0.0
     prefix_loss: float = 0.0
+    doc_cap: int = 0
     passes: int = 1
     window_long: int = 0
     distill: float = 0.0  # the teacher's share of the loss
@@ -360,6 +361,7 @@ class Plan:
             mtp_next=v["mtp_next"],
             mtp_third=v["mtp_third"],
             prefix_loss=v["prefix_loss"],
+            doc_cap=int(v["doc_cap"]),
             passes=int(v["passes"]),
             window_long=int(v["window_long"]),
             distill=self.cfg.distill * (step >= self.taught_from()) if self.cfg.distill else 0.0,
@@ -3347,10 +3349,15 @@ class DataConfig(Section):
     # 0: shards in the order of their names; each epoch anew 1: rows, 2: documents and rows
     # (slowrun)
     shuffle: int = 0
+    # 1: each row begins with a document; the rest of one that a row's end cuts is passed over
+    bos_rows: int = 0
+    doc_cap: str = "0"  # [sched] so many first tokens of a document are in a row; 0: all
 
     LIMITS = limits(
+        (0, 1, "bos_rows"),
         (0, 2, "shuffle"),
         (0, 10**6, "epochs"),
+        (0, 10**9, "doc_cap"),
         (0, 10**12, "val_tokens train_tokens"),
         (0, 65536, "doc_token"),
         (2, 65536, "vocab"),
@@ -3361,6 +3368,19 @@ class DataConfig(Section):
             0 <= self.doc_token < self.vocab,
             f"doc_token = {self.doc_token}: not below vocab = {self.vocab}",
         )
+        require(
+            not (self.bos_rows and self.shuffle),
+            f"bos_rows = 1 takes documents as they stand, and shuffle = {self.shuffle} does not: "
+            "set --shuffle 0 or --bos_rows 0",
+        )
+        require(
+            not (self.bos_rows and self.max_seconds),
+            f"bos_rows = 1 counts before the first step how far the documents reach, and under "
+            f"max_seconds = {self.max_seconds:g} nobody knows the steps: set --bos_rows 0",
+        )
+
+    def needs(self) -> list[Need]:
+        return [("doc_cap", "bos_rows = 1, whose documents it cuts", self.bos_rows > 0)]
 
 
 # as in llm.c, modded-nanogpt and parameter-golf
@@ -3467,6 +3487,10 @@ def get_command(cfg: Config, shards: int = 0) -> str:
     )
 
 
+class OutOfData(UserError):
+    """The last epoch has ended."""
+
+
 class Loader:
     """
     Batches of rows, the same tokens at any number of ranks. In order (shuffle 0) it follows the
@@ -3474,6 +3498,7 @@ class Loader:
     dropped, shards follow in the order of their names. Of shuffled_starts() the rows of all shards
     are drawn in a new order each epoch. With shuffle_documents() (slowrun) the stream is put
     together from its documents in a new order each epoch but the first, and rows share no token.
+    With bos_rows `pos` counts the documents of a shard, see next_documents().
     The position is two or three integers, and stays where it was if the next batch cannot be had.
     Opening a shard may fail on one rank alone: `together` is how all of them hear of it.
     """
@@ -3501,7 +3526,11 @@ class Loader:
         self.epoch = self.shard = self.pos = 0  # shuffled: pos is the index in the epoch's order
         self.order: np.ndarray | None = None
         self.marks: dict = {}  # see identity()
-        self.check_enough(plan)
+        self.ends: tuple | None = None  # see document_ends()
+        if cfg.bos_rows:
+            self.check_documents(plan)
+        else:
+            self.check_enough(plan)
 
     def check_enough(self, plan: Plan) -> None:
         """
@@ -3542,6 +3571,36 @@ class Loader:
                 f"{get_command(cfg, more)}, or lower --steps, or allow more epochs with --epochs "
                 "(0: as many as needed)"
             )
+
+    def check_documents(self, plan: Plan) -> None:
+        """
+        The same for bos_rows: go through the documents once, as all steps will. What counts epochs
+        by their tokens is refused.
+        """
+        cfg, steps, drawn = self.cfg, plan.cfg.steps, 0
+        counted = [key for key in ("lr_cycles", "average_epochs") if getattr(cfg, key)]
+        counted += ["eval_every"] if cfg.eval_every < 0 and not cfg.cycles else []
+        require(
+            not counted,
+            f"bos_rows = 1 and {' and '.join(counted)}, which counts epochs by their tokens: rows "
+            "that begin with documents leave out some of them; set --bos_rows 0",
+        )
+        try:
+            for step in range(steps):
+                keys = ("batch_tokens", "seq_len", "doc_cap")
+                sizes = [int(plan.sched[key].at(step, step / steps)) for key in keys]
+                self.next_documents(step, *sizes)
+                drawn += sizes[0]
+        except OutOfData:
+            more = math.ceil(len(self.files) * plan.tokens() / max(1, drawn)) + 1
+            raise UserError(
+                f"too little data for {steps} steps: with bos_rows = 1 and doc_cap = "
+                f"{cfg.doc_cap!r} they need {plan.tokens()} tokens, and the {len(self.files)} "
+                f"train shards in {cfg.data} give {drawn} in epochs = {cfg.epochs}; run: "
+                f"{get_command(cfg, more)}, or lower --steps, or allow more epochs with --epochs "
+                "(0: as many as needed)"
+            ) from None
+        self.epoch = self.shard = self.pos = 0
 
     def no_batch(self, batch_tokens: int) -> UserError:
         """Why not one batch can be had."""
@@ -3618,17 +3677,19 @@ class Loader:
         pos = [self.pos] + [0] * len(self.files)
         return all(p + batch_tokens + 1 >= n for p, n in zip(pos, self.counts[self.shard :]))
 
-    def batch(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
+    def batch(self, step: int, batch_tokens: int, seq_len: int, doc_cap: int = 0) -> np.ndarray:
         """This rank's rows of the next batch [n, seq_len + 1] in uint16; then move on."""
         before = self.state_dict()
         try:
-            return self.next_rows(step, batch_tokens, seq_len)
+            return self.next_rows(step, batch_tokens, seq_len, doc_cap)
         except UserError:
             self.load_state_dict(before)  # a checkpoint of now goes on with this very batch
             raise
 
-    def next_rows(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
+    def next_rows(self, step: int, batch_tokens: int, seq_len: int, doc_cap: int) -> np.ndarray:
         share = batch_tokens // self.world
+        if self.cfg.bos_rows:
+            return self.document_rows(step, batch_tokens, seq_len, doc_cap)
         if self.cfg.shuffle:
             starts = self.shuffled_starts(step, batch_tokens // self.block)
             first, count = self.rank * share // seq_len, share // seq_len
@@ -3652,6 +3713,66 @@ class Loader:
         self.pos += batch_tokens
         flat = self.tokens(self.shard)[low : low + share + 1]
         return np.lib.stride_tricks.sliding_window_view(flat, seq_len + 1)[::seq_len]
+
+    def document_ends(self, doc_cap: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Where documents of the present shard begin and behind them its end [n + 1], and how many
+        tokens those before each give, of each doc_cap at most [n + 1].
+        """
+        key = self.shard, doc_cap
+        if self.ends is None or self.ends[0] != key:
+            count = self.counts[self.shard]
+            begun = np.flatnonzero(self.tokens(self.shard)[:count] == self.cfg.doc_token)
+            starts = np.append(begun, count)
+            sizes = np.minimum(np.diff(starts), doc_cap or count)
+            self.ends = key, starts, np.concatenate([[0], sizes.cumsum()])
+        return self.ends[1:]
+
+    def next_documents(self, step: int, batch_tokens: int, seq_len: int, cap: int) -> list[int]:
+        """
+        Of each row of the next batch the first document, and behind them the one behind the last;
+        then move on. A shard without enough of them for the whole batch is left (modded-nanogpt).
+        """
+        tried = 0
+        while True:
+            _, ends = self.document_ends(cap)
+            bounds = [self.pos]
+            while len(bounds) <= batch_tokens // seq_len:
+                # the first that ends where the row is full, or behind that
+                last = int(np.searchsorted(ends, ends[bounds[-1]] + seq_len + 1))
+                if last == len(ends):
+                    break
+                bounds.append(last)
+            else:
+                self.pos = bounds[-1]
+                return bounds
+            tried += 1
+            if tried > len(self.files):
+                raise UserError(
+                    f"no train shard in {self.cfg.data} has documents (doc_token = "
+                    f"{self.cfg.doc_token}) for a batch of {batch_tokens} with bos_rows = 1 and "
+                    f"doc_cap = {cap}: lower --batch_tokens, or set --bos_rows 0"
+                )
+            self.shard, self.pos = self.shard + 1, 0
+            if self.shard == len(self.files):
+                self.next_epoch(step)
+
+    def document_rows(self, step: int, batch_tokens: int, seq_len: int, cap: int) -> np.ndarray:
+        """
+        Rows of whole documents, or their first `cap` tokens, the last of them cut where the row is
+        full. The target behind a cut is the token that begins the next document.
+        """
+        bounds = self.next_documents(step, batch_tokens, seq_len, cap)
+        (starts, _), tokens = self.document_ends(cap), self.tokens(self.shard)
+        share = batch_tokens // seq_len // self.world
+        rows = np.empty((share, seq_len + 1), tokens.dtype)
+        for i, row in enumerate(rows, self.rank * share):
+            at = 0
+            for first, end in zip(starts[bounds[i] :], starts[bounds[i] + 1 : bounds[i + 1] + 1]):
+                piece = tokens[first : min(end, first + (cap or end), first + seq_len + 1 - at)]
+                row[at : at + len(piece)] = piece
+                at += len(piece)
+        return rows
 
     def shuffled_starts(self, step: int, count: int) -> list[tuple]:
         """Of the next rows: stream of documents (or None), shard, number of the row in it."""
@@ -3713,7 +3834,7 @@ class Loader:
     def next_epoch(self, step: int) -> None:
         self.epoch, self.shard, self.pos, self.order = self.epoch + 1, 0, 0, None
         if self.cfg.epochs and self.epoch >= self.cfg.epochs:
-            raise UserError(
+            raise OutOfData(
                 f"ran out of train shards at step {step}: {len(self.files)} found in "
                 f"{self.cfg.data}; run: {get_command(self.cfg, 2 * len(self.files))}, or raise "
                 f"--epochs (now {self.cfg.epochs})"
@@ -6046,7 +6167,7 @@ def check_numbers(cfg: Section, ranges: dict[str, tuple[float, float]]) -> None:
             continue
         else:
             schedule = Schedule(name, value)
-            if name in (*GRAPHS, "qat"):
+            if name in (*GRAPHS, "qat", "doc_cap"):
                 schedule.require_plateaus()
             values, what = schedule.values(), f"{name} = {value!r}: its values"
         for x in values:
@@ -6441,7 +6562,8 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     cfg = trainer.cfg
     if cfg.distill and now.distill:
         ready_teacher(trainer, step)
-    rows = trainer.loader.batch(step, now.batch_tokens, now.seq_len)
+    sizes = (now.batch_tokens, now.seq_len, *([now.doc_cap] if cfg.bos_rows else []))
+    rows = trainer.loader.batch(step, *sizes)
     if cfg.cycles:  # behind the last thing that may be refused: a checkpoint has no noise yet
         begin_cycle(trainer, step)
     per_pass = trainer.plan.micro_rows(now, trainer.run.world)

@@ -5,9 +5,11 @@ here once more, and to the bit what it was where it is off.
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import sampler
 import torch
-from helpers import ROOT, alone, build, random_tokens, tg, tiny
+from helpers import ROOT, alone, build, random_tokens, tg, tiny, write_shard
 
 
 @pytest.fixture
@@ -170,3 +172,153 @@ def test_prefix_loss_without_bytes_is_refused(tmp_path):
     cfg = tiny(prefix_loss="0.25", tokenizer="x")
     with pytest.raises(tg.UserError, match="prefix_loss = '0.25' needs the bytes"):
         tg.assemble(cfg, alone(), tg.Plan(cfg), None, None, None)
+
+
+# --- rows that begin with documents
+
+LENGTHS = (5, 3, 9, 2, 4, 7, 6, 2, 3, 11, 1, 8)
+
+
+def documents(folder, *shards) -> str:
+    """Shards of documents of these lengths: 0, then tokens that tell document and position."""
+    for i, lengths in enumerate(shards):
+        parts = [[0, *(20 + (7 * d + t) % 70 for t in range(1, n))] for d, n in enumerate(lengths)]
+        write_shard(folder / f"x_train_{i:06d}.bin", np.concatenate(parts))
+    write_shard(folder / "x_val_000000.bin", np.arange(100) % 96)
+    return str(folder)
+
+
+def rows_by_rule(shards, sizes) -> list[np.ndarray]:
+    """Batches of sizes (rows, length, cap) from lists of documents, by the rule in words."""
+    batches, left = [], [list(shard) for shard in shards]
+    for rows, length, cap in sizes:
+        while True:
+            todo, batch = list(left[0]), []
+            while len(batch) < rows and todo:
+                row = []
+                while len(row) <= length and todo:
+                    row += todo.pop(0)[: cap or None]
+                if len(row) > length:
+                    batch.append(row[: length + 1])
+            if len(batch) == rows:
+                left[0] = todo
+                break
+            left.pop(0)
+        batches.append(np.array(batch))
+    return batches
+
+
+def lists(folder) -> list[list[list[int]]]:
+    shards = [tg.read_shard(path).tolist() for path in tg.shard_files(str(folder), "train")]
+    found = []
+    for tokens in shards:
+        starts = [i for i, t in enumerate(tokens) if t == 0] + [len(tokens)]
+        found.append([tokens[a:b] for a, b in zip(starts, starts[1:])])
+    return found
+
+
+def loader_of(cfg: tg.Config, rank: int = 0, world: int = 1) -> tg.Loader:
+    tg.validate(cfg)
+    return tg.Loader(cfg, tg.Plan(cfg), rank, world)
+
+
+def in_rows(folder, **changes) -> tg.Config:
+    flags = {"seq_len": "7", "batch_tokens": "14", "micro_tokens": 14, "bos_rows": 1, "steps": 1}
+    return tiny(data=str(folder), **flags | changes)
+
+
+def test_pieces_of_rows_are_those_by_hand(tmp_path):
+    """Lengths 5 3 9 2 4 7 6 ...: 4 + 3 + 1 of the third, whose rest is dropped; 2 + 4 + 2."""
+    documents(tmp_path, LENGTHS)
+    (found,) = [loader_of(in_rows(tmp_path, doc_cap="4")).batch(0, 14, 7, 4)]
+    docs = lists(tmp_path)[0]
+    assert found[0].tolist() == docs[0][:4] + docs[1] + docs[2][:1]
+    assert found[1].tolist() == docs[3] + docs[4] + docs[5][:2]
+    loader = loader_of(in_rows(tmp_path))
+    first = loader.batch(0, 14, 7, 0)
+    assert first[0].tolist() == docs[0] + docs[1]  # ends with a document, none of the next
+    assert first[1].tolist() == docs[2][:8] and loader.pos == 3
+    x, y = loader.tensors(first, torch.device("cpu"))
+    assert (y[0, -1] == docs[1][2]) and (x[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_any_number_of_ranks_has_the_tokens_of_the_rule(tmp_path, world):
+    """Over three shards, one without room for a batch, while batch, row and cap change."""
+    rng = np.random.default_rng(0)
+    shards = [rng.integers(1, 30, n) for n in (90, 7, 200)]
+    documents(tmp_path, *shards)
+    texts = {"batch_tokens": "0:64 3s:128", "seq_len": "0:8 3s:16", "doc_cap": "0:5 2s:12 5s:0"}
+    cfg = in_rows(tmp_path, steps=9, micro_tokens=16, **texts)
+    plan, ranks = tg.Plan(cfg), [loader_of(cfg, r, world) for r in range(world)]
+    nows = [plan.at(step, step / 9) for step in range(9)]
+    sizes = [(8, now.seq_len, now.doc_cap) for now in nows]
+    assert sizes[1:6] == [(8, 8, 5), (8, 8, 12), (8, 16, 12), (8, 16, 12), (8, 16, 0)]
+    for step, want in enumerate(rows_by_rule(lists(tmp_path), sizes)):
+        now = nows[step]
+        parts = [r.batch(step, now.batch_tokens, now.seq_len, now.doc_cap) for r in ranks]
+        assert np.array_equal(np.concatenate(parts), want), step
+    assert ranks[0].shard == 2  # the second has no whole batch
+
+
+def test_rows_go_on_inside_a_shard_from_any_step(tmp_path):
+    rng = np.random.default_rng(1)
+    documents(tmp_path, rng.integers(1, 30, 20), rng.integers(1, 30, 60))
+    cfg = in_rows(tmp_path, steps=12, doc_cap="0:9 6s:20", epochs=0)
+    whole, positions = loader_of(cfg), []
+    caps = [9 if step < 6 else 20 for step in range(12)]
+    batches = []
+    for step, cap in enumerate(caps):
+        positions.append(whole.state_dict())
+        batches.append(whole.batch(step, 14, 7, cap))
+    assert any(0 < at["pos"] and at["shard"] == 1 for at in positions)
+    for begun in (1, 5, 6, 7, 11):
+        again = loader_of(cfg)
+        again.load_state_dict(positions[begun])
+        for step in range(begun, 12):
+            assert np.array_equal(again.batch(step, 14, 7, caps[step]), batches[step])
+
+
+def test_a_run_is_refused_exactly_where_its_documents_end(tmp_path):
+    """As many steps as the rule gives are accepted, and one more is not; epochs give more."""
+    rng = np.random.default_rng(2)
+    documents(tmp_path, rng.integers(1, 30, 60), rng.integers(1, 30, 40))
+    docs, most = lists(tmp_path), 0
+    with pytest.raises(IndexError):
+        while True:
+            rows_by_rule(docs, [(2, 7, 6)] * (most + 1))
+            most += 1
+    assert 10 < most < sum(min(len(d), 6) for shard in docs for d in shard) / 14
+    loader = loader_of(in_rows(tmp_path, steps=most, doc_cap="6"))
+    assert loader.state_dict() == {"epoch": 0, "shard": 0, "pos": 0}
+    with pytest.raises(
+        tg.UserError, match=f"too little data for {most + 1} steps.*give {14 * most}"
+    ):
+        loader_of(in_rows(tmp_path, steps=most + 1, doc_cap="6"))
+    loader_of(in_rows(tmp_path, steps=2 * most, doc_cap="6", epochs=2))
+    loader_of(in_rows(tmp_path, steps=9 * most, doc_cap="6", epochs=0))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"shuffle": 1}, "bos_rows = 1 takes documents as they stand"),
+        ({"max_seconds": 9.0}, "max_seconds = 9"),
+        ({"eval_every": -1}, "bos_rows = 1 and eval_every"),
+        ({"doc_cap": "0:4 0.5>8"}, "doc_cap"),
+        ({"batch_tokens": "700", "micro_tokens": 7, "epochs": 0}, "no train shard in"),
+    ],
+    ids=str,
+)
+def test_rows_of_documents_are_refused_beside(tmp_path, changes, words):
+    documents(tmp_path, LENGTHS)
+    with pytest.raises(tg.UserError, match=words):
+        loader_of(in_rows(tmp_path, **changes))
+
+
+def test_rows_of_documents_train_and_go_on_to_the_bit(tmp_path):
+    """Behind step 2, with a cap that grows there; and they are not the rows without."""
+    flags = {"bos_rows": 1, "doc_cap": "0:6 2s:0", "doc_mask": 1, "seq_len": "0:8 1s:16"}
+    assert sampler.check(0, tmp_path, flags)[1] == []
+    with pytest.raises(tg.UserError, match="doc_cap = '4' does nothing here: it needs bos_rows"):
+        tg.refuse_idle(tiny(doc_cap="4"))
