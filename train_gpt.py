@@ -1066,6 +1066,10 @@ class ModelConfig(Section):
     layer_scale: int = 0  # 1: normed inputs of block l's branches are divided by sqrt(l + 1)
     loop_embed: int = 0  # 1: each place adds a learned vector
     value_embeds: int = 0  # token tables of which each place adds a learned share; 0: none
+    # rows of a table for a token and the one before it, by a hash, of which each place adds a
+    # learned share, at first .05; 0: none
+    bigram_rows: int = 0
+    bigram_signs: int = 0  # so many fixed rows of signs multiply them, by another hash; 0: none
     cross_repeat: int = 0  # 1: a looped block adds a learned share of its last output
 
     doc_mask: int = 1  # 1: a token sees its own document only
@@ -1125,6 +1129,8 @@ class ModelConfig(Section):
         (0, 10**6, "softcap softcap_in mu_loss"),
         (0, 10**9, "window window_long"),
         (0, 65536, "kv_heads head_dim attn_gate value_proj"),
+        (0, 65536, "bigram_signs"),
+        (0, 2**27, "bigram_rows"),
         (1, 1000, "depth repeats passes"),
         (1, 65536, "dim heads head_multiple mlp_multiple"),
         (1, 10**12, "rope_base"),
@@ -1176,6 +1182,11 @@ class ModelConfig(Section):
             and 0 <= float(self.head_init) <= 100,
             f"head_init = {self.head_init!r}: zero, uniform or a standard deviation such as 0.005",
         )
+        require(
+            self.bigram_rows != 1,
+            "bigram_rows = 1: one row is of tokens without one before them, and there must be "
+            "others: 2 or more, or 0",
+        )
         for key in ("softcap", "softcap_in"):
             value = getattr(self, key)
             require(
@@ -1213,6 +1224,7 @@ class ModelConfig(Section):
             ("norm_gain", "layer_norm = 0, whose norms have one anyway", not self.layer_norm),
             ("bias_init", "biases = 1", self.biases > 0),
             ("softcap_shape", "softcap > 0", self.softcap > 0),
+            ("bigram_signs", "bigram_rows > 1, which they multiply", self.bigram_rows > 0),
             *[(f"softcap_{key}", "softcap > 0", self.softcap > 0) for key in ("in", "shift")],
             *[(f"softcap_{key}", "softcap_shape = 'tanh'", by_tanh) for key in ("in", "shift")],
         ]
@@ -1323,6 +1335,22 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
     """The table's rows. A CPU would sum their gradients in bfloat16, a GPU does in fp32."""
     return F.embedding(tokens, table if table.is_cuda else table.float())
+
+
+def bigram_ids(tokens: Tensor, before: Tensor, rows: int) -> Tensor:
+    """
+    Rows 0 to rows - 2 of a table for tokens and the ones before them: modded-nanogpt's hash (#62)
+    of products in int32, which wrap around, as here a sum of theirs in int64 does.
+    """
+    mixed = (36313 * tokens) ^ (27191 * before)
+    return (((mixed + 2**31) & (2**32 - 1)) - 2**31) % (rows - 1)
+
+
+def bigram_signs(cfg: Config) -> Tensor:
+    """Fixed signs [bigram_signs, D], the same for every seed, so that a table keeps them."""
+    size = cfg.bigram_signs, cfg.dim
+    signs = torch.randint(2, size, generator=generator_of("bigram_signs"), dtype=torch.int8)
+    return 2 * signs - 1
 
 
 def layer_norm(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
@@ -2108,6 +2136,9 @@ class GPT(Declaring):
         self.declare("loop_embed", "scalar", 0.0, places, cfg.dim, on=cfg.loop_embed)
         self.declare("value_embeds", "embed", normal(1.0), tables, cfg.vocab, cfg.dim, on=tables)
         self.declare("value_scales", "scalar", 0.0, places, tables, cfg.dim, on=tables)
+        pairs = {"on": cfg.bigram_rows, "betas": (0.75, 0.95)}  # modded-nanogpt's
+        self.declare("bigram", "embed", 0.0, cfg.bigram_rows, cfg.dim, **pairs)
+        self.declare("bigram_scales", "scalar", 0.05, places, on=cfg.bigram_rows)
         shape = (high - low, max(1, most - 1), cfg.dim)
         self.declare("cross_scales", "scalar", 0.0, *shape, on=cfg.cross_repeat)
         cos, sin = rope_tables(cfg, seq_len)
@@ -2115,6 +2146,7 @@ class GPT(Declaring):
         self.register_buffer("sin", sin, persistent=False)
         # of each token the one that is its longest proper prefix, for prefix_loss in training
         self.register_buffer("prefixes", None, persistent=False)
+        self.register_buffer("signs", None, persistent=False)  # bigram_signs()
         for path, module in self.named_modules():
             if path and isinstance(module, Declaring):
                 module.prefix = f"{path}."
@@ -2170,6 +2202,8 @@ class GPT(Declaring):
         if window != window_long and self.cfg.window_pattern and not cache:
             far = AttentionMask(docs, window_long, x, sharp)
         values = self.token_values(tokens_BT)
+        if self.cfg.bigram_rows:
+            values = [*values, self.bigram_values(tokens_BT, cache)]
         for _ in range(passes - 1):
             # No gradient goes into an earlier pass; with dropout as in the last (slowrun_tiny #12).
             x = self.one_pass(places, x, x0, values, rope, near, far).detach()
@@ -2204,6 +2238,23 @@ class GPT(Declaring):
         tables = self.value_embeds if self.cfg.value_embeds else ()
         return [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
 
+    def bigram_values(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        """
+        For each token and the one before it, whatever its document, a row times signs [B, T, D]. A
+        row's first token has the table's last row, and the number of that stands for it in the hash
+        of the second, as in modded-nanogpt (#62, signs #83).
+        """
+        last, size = self.cfg.bigram_rows - 1, cache.size if cache else 0
+        first = cache.token if size else tokens_BT[:, :1]
+        before = torch.cat([first, tokens_BT[:, :-1]], dim=1)
+        at = size + torch.arange(tokens_BT.size(1), device=tokens_BT.device)
+        ids = bigram_ids(tokens_BT, before.masked_fill(at == 1, last), last + 1)
+        rows = rows_of(self.bigram, ids.masked_fill(at == 0, last)).to(self.dtype)
+        if not self.cfg.bigram_signs:
+            return rows
+        ids = ((before ^ tokens_BT) % self.cfg.bigram_signs).masked_fill(at == 0, 0)
+        return rows * self.signs[ids].to(self.dtype)
+
     def drawn(self, places: int) -> Tensor | None:
         """Numbers of chance for stochastic depth, one for each place; None where all take part."""
         if self.cfg.stoch_depth and torch.is_grad_enabled():
@@ -2219,7 +2270,10 @@ class GPT(Declaring):
             pairs.append((self.skips[place.skip.row], outputs[place.skip.source]))
         if self.loop_embed is not None:
             pairs.append((self.loop_embed[place.row], one))  # the vector itself
-        pairs += [(self.value_scales[place.row, table], v) for table, v in enumerate(values)]
+        tables = values[: self.cfg.value_embeds]
+        pairs += [(self.value_scales[place.row, table], v) for table, v in enumerate(tables)]
+        if self.cfg.bigram_rows:
+            pairs.append((self.bigram_scales[place.row], values[-1]))
         if place.last_visit:
             scale = self.cross_scales[place.last_visit.row]
             pairs.append((scale, outputs[place.last_visit.source]))
@@ -2390,6 +2444,8 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: 
         return model
     model.to_empty(device=device).to(getattr(torch, cfg.param_dtype))
     model.cos, model.sin = (t.to(device) for t in rope_tables(cfg, seq_len))
+    if cfg.bigram_signs:
+        model.signs = bigram_signs(cfg).to(device)
     with torch.no_grad():
         declared = declarations(model)
         for name, p in model.named_parameters():
@@ -2473,6 +2529,9 @@ class OptimConfig(Section):
     ema_nesterov_decay: float = 0.99  # of that mean
     cautious: int = 0  # decay only where it agrees with the update: 1: all, 2: Muon's matrices
     decay_by_shape: int = 0  # 1: Muon's decay times sqrt(max(1, rows/cols)), as its step
+    # what updates the table of bigram_rows: adam, or rows (no momentum, one second moment a row; a
+    # row without a gradient stays as it is)
+    bigram_rule: str = "adam"
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
     loss_sum: int = 0  # 1: gradients are of the sum of a batch's losses, as epsilons may expect
 
@@ -2506,6 +2565,7 @@ class OptimConfig(Section):
         "polar": ("ns5", "ns12", "polar_express"),
         "polar_norm": ("frobenius", "schatten4"),
         "muon_buffer": ("lerp", "sum"),
+        "bigram_rule": ("adam", "rows"),
     }
 
     def check(self) -> None:
@@ -2585,6 +2645,7 @@ class OptimConfig(Section):
             ("weight_decay", "matrix_wd, embed_wd or scalar_wd", bool(decays)),
             ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", slows),
             ("slow_lr", "slow, the names of what it slows", bool(self.slow)),
+            ("bigram_rule", "bigram_rows > 1", self.bigram_rows > 0),
         ]
 
 
@@ -2898,6 +2959,21 @@ def adamw_update(
     descend(w, u, lr, decay, cfg.cautious == 1, False)
 
 
+def rows_update(
+    w: Tensor, g: Tensor, second: Tensor, rates: dict[str, Tensor], rule: Rule, cfg: Config
+) -> None:
+    """
+    modded-nanogpt #92's step of a large table w [n, D], in place: AdamW without momentum and with
+    one second moment [n, 1] for a row, the mean over it. Rows without a gradient keep every bit;
+    their moments fall at once, as a list of the others would make the host wait.
+    """
+    g, x = g.float(), w.float()
+    second.lerp_(g.square().mean(-1, keepdim=True), 1 - rule.beta2)
+    u = g * (rates["correct2"].sqrt() / (second.sqrt() + cfg.adam_eps))
+    shrink = rates["decay"] * (u * x >= 0) if cfg.cautious == 1 else rates["decay"]
+    w.copy_(torch.where((g != 0).any(-1, keepdim=True), x - x * shrink - u * rates["lr"], x))
+
+
 def descend(w: Tensor, u: Tensor, lr: Tensor, decay: Tensor, cautious: bool, pin: bool) -> None:
     """
     w -= lr*wd*w + lr*u, rounded once: decay by itself is too small a change for a weight in
@@ -2952,10 +3028,8 @@ class Bucket:
         own = slice(run.rank * self.share, (run.rank + 1) * self.share)
         self.shard = self.weights[own]
         self.grad_shard = self.grads if run.world == 1 else torch.zeros_like(self.shard)
-        self.state = {
-            k: torch.zeros_like(self.shard)
-            for k in (("momentum",) if rule.kind == "muon" else ("exp_avg", "exp_avg_sq"))
-        }
+        kept = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq"), "rows": ()}
+        self.state = {k: torch.zeros_like(self.shard) for k in kept[rule.kind]}
         # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of what is
         # added.
         for name, shape in states_in_fp32(rule, cfg).items():
@@ -3011,7 +3085,9 @@ def states_in_fp32(rule: Rule, cfg: Config) -> dict[str, tuple[int, ...]]:
     states: dict[str, tuple[int, ...]] = {}
     if cfg.ema_nesterov != "0":
         states |= {"drift": rule.shape, "last": rule.shape}
-    if rule.kind == "adamw":
+    if rule.kind == "rows":
+        states["row_sq"] = (1,)
+    if rule.kind != "muon":
         return states
     rows, cols = rule.shape
     if cfg.normuon:
@@ -3094,9 +3170,9 @@ class MetaStep:
 class Rule(NamedTuple):
     """How a parameter is updated; those of one rule (and, with Muon, one shape) share a bucket."""
 
-    kind: str  # muon or adamw
+    kind: str  # muon, adamw or rows
     group: str
-    shape: tuple[int, ...]  # of a matrix that Muon updates
+    shape: tuple[int, ...]  # of a matrix that Muon updates, or of a row
     lr: float
     wd: float
     beta1: float
@@ -3133,7 +3209,10 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
         usual = tuple(b if a is None else a for a, b in zip(own[1:], usual))
     lr, beta1, beta2, wd = usual
     corrected = not is_named(cfg.uncorrected, name)
-    return Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow, corrected)
+    rule = Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow, corrected)
+    if cfg.bigram_rule == "rows" and name == "bigram":
+        rule = rule._replace(kind="rows", shape=(cfg.dim,))
+    return rule
 
 
 def is_named(pattern: str, name: str) -> bool:
@@ -3173,6 +3252,7 @@ class MuonAdamW:
         on = bool(cfg.compile)
         self.muon = torch.compile(muon_update, dynamic=False) if on else muon_update
         self.adamw = torch.compile(adamw_update, dynamic=False) if on else adamw_update
+        self.rows = torch.compile(rows_update, dynamic=False) if on else rows_update
 
     @torch.no_grad()
     def collect(self, last: bool) -> None:
@@ -3255,6 +3335,8 @@ class MuonAdamW:
         if b.rule.kind == "muon":
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
             self.muon(shard, b.grad_shard, b.state, rates, b.rule, self.cfg, dtype)
+        elif self.cfg.bigram_rule == "rows" and b.rule.kind == "rows":
+            self.rows(shard, b.grad_shard, b.state["row_sq"], rates, b.rule, self.cfg)
         else:
             self.adamw(
                 shard,

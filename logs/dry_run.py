@@ -230,6 +230,7 @@ def extras(cfg: Config, place: Place) -> list[str]:
     return [
         *([f"loop vector {place.row}"] if cfg.loop_embed else []),
         *([f"value tables by row {place.row}"] if cfg.value_embeds else []),
+        *([f"pairs by share {place.row}"] if cfg.bigram_rows else []),
         *(["value projection"] if values else []),
         *(["exclusive self-attention"] if place.xsa else []),
         *(["keys of the token before"] if has_key_offset(cfg, place.block) else []),

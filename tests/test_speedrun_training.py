@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import sampler
 import torch
-from helpers import ROOT, alone, build, random_tokens, tg, tiny, write_shard
+from helpers import ROOT, alone, build, now, random_tokens, tg, tiny, write_shard
+
+from logs import score
 
 
 @pytest.fixture
@@ -322,3 +324,159 @@ def test_rows_of_documents_train_and_go_on_to_the_bit(tmp_path):
     assert sampler.check(0, tmp_path, flags)[1] == []
     with pytest.raises(tg.UserError, match="doc_cap = '4' does nothing here: it needs bos_rows"):
         tg.refuse_idle(tiny(doc_cap="4"))
+
+
+# --- a table of pairs
+
+PAIRS = {"bigram_rows": 377, "bigram_signs": 16, "head_init": "0.2", "proj_init": 1.0}
+
+
+def pair_by_hand(tokens: list[int], t: int, rows: int, signs: int) -> tuple[int, int]:
+    """Row and row of signs of the token at position t, in numpy's int32."""
+    if t == 0:
+        return rows - 1, 0
+    before = rows - 1 if t == 1 else tokens[t - 1]
+    with np.errstate(over="ignore"):
+        products = np.int32(36313) * np.int32(tokens[t]), np.int32(27191) * np.int32(before)
+    return int(products[0] ^ products[1]) % (rows - 1), (tokens[t] ^ tokens[t - 1]) % signs
+
+
+def lively(cfg: tg.Config) -> tg.GPT:
+    """Its pairs have values, and each place another share."""
+    model, rng = build(cfg), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in (model.bigram, model.bigram_scales):
+            p.copy_(torch.randn(p.shape, generator=rng))
+    return model
+
+
+def test_pairs_have_the_rows_and_signs_of_the_record():
+    """The golden numbers of 377,280 rows and 8,192 rows of signs."""
+    tokens = [50256, 15496, 11, 995, 50256, 464]
+    rows = [377279, 126884, 175303, 56405, 326291, 143001]
+    signs = [0, 6360, 7299, 1000, 1971, 1408]
+    hand = [pair_by_hand(tokens, t, 377280, 8192) for t in range(6)]
+    assert hand == list(zip(rows, signs))
+    cfg = tiny(bigram_rows=377280, bigram_signs=8192, dim=4, heads=1, vocab=50257, doc_token=50256)
+    model = build(cfg)
+    with torch.no_grad():  # each row holds its number, times 1 and -1
+        model.bigram.copy_(torch.arange(377280.0)[:, None].expand(-1, 4))
+    found = model.bigram_values(torch.tensor([tokens]))[0]
+    assert found.abs()[:, 0].tolist() == rows
+    assert torch.equal(found.sign(), tg.bigram_signs(cfg)[signs].float())
+    assert (
+        tg.bigram_signs(cfg).abs().eq(1).all() and abs(tg.bigram_signs(cfg).float().mean()) < 0.02
+    )
+    assert torch.equal(build(tiny(**PAIRS, seed=7)).signs, build(tiny(**PAIRS)).signs)
+
+
+def test_each_place_adds_its_share_of_the_pair_and_gradients_are_the_loops():
+    """Against an embedding that holds the pairs already; a loop over tokens for the table."""
+    cfg = tiny(**PAIRS, depth=1, embed_norm=0)
+    model, (x, y) = lively(cfg), random_tokens(cfg, 2, 12)
+    plain = build(tiny(head_init="0.2", proj_init=1.0, depth=1, embed_norm=0))
+    table = model.bigram.detach().clone().requires_grad_()
+    signs, share = tg.bigram_signs(cfg).float(), model.bigram_scales.detach()[0]
+    pairs = []
+    for row in x.tolist():
+        both = [pair_by_hand(row, t, 377, 16) for t in range(12)]
+        pairs.append(torch.stack([table[i] * signs[j] for i, j in both]))
+    whole = plain.embed[x] + share * torch.stack(pairs)
+    plain.embedded = lambda tokens: whole
+    torch.testing.assert_close(model.hidden(x, 1, 0), plain.hidden(x, 1, 0))
+    model(x, y).sum().backward()
+    plain(x, y).sum().backward()
+    torch.testing.assert_close(model.bigram.grad, table.grad)
+
+
+def test_pairs_of_share_0_or_of_a_fresh_table_are_the_plain_model_to_the_bit():
+    plain, (x, _) = build(tiny(head_init="0.2", proj_init=1.0)), random_tokens(tiny(), 2, 32)
+    fresh, off = build(tiny(**PAIRS)), lively(tiny(**PAIRS))
+    assert (fresh.bigram_scales == 0.05).all() and not fresh.bigram.any()
+    with torch.no_grad():
+        off.bigram_scales.zero_()
+    for model in (fresh, off):
+        assert torch.equal(model.hidden(x, 1, 0), plain.hidden(x, 1, 0))
+    assert not any("bigram" in name for name, _ in plain.named_parameters())
+    assert not torch.allclose(
+        lively(tiny(**PAIRS)).hidden(x, 1, 0), plain.hidden(x, 1, 0), atol=0.1
+    )
+
+
+def test_pairs_see_no_later_token_and_cross_documents():
+    cfg = tiny(**PAIRS, doc_mask=1, depth=1)
+    model, (x, _) = lively(cfg), random_tokens(cfg, 1, 16)
+    x[0, 6] = 0  # a document begins
+    other = x.clone()
+    other[0, 5] = x[0, 5] % 95 + 1
+    a, b = model.hidden(x, 1, 0)[0], model.hidden(other, 1, 0)[0]
+    assert torch.equal(a[:5], b[:5]) and not torch.allclose(a[6], b[6], atol=1e-3)
+
+
+@pytest.mark.parametrize("more", [{}, {"loop": "0:1", "repeats": "2", "value_embeds": 1}], ids=str)
+def test_pairs_of_a_row_that_is_fed_in_pieces_are_those_of_the_whole_row(more):
+    cfg = tiny(**PAIRS | more)
+    model, (x, _) = lively(cfg), random_tokens(cfg, 1, 32)
+    repeats = tg.largest(cfg.repeats)
+    with torch.no_grad():
+        whole = model.hidden(x, repeats, 0)[0]
+        for sizes in ((1, 1, 1, 4, 25), (2, 30), (1, 31), (32,)):
+            cache = score.Cache(model, tg.Shape(1, 32, repeats, 0))
+            parts = [cache.feed(piece) for piece in x[0].split(sizes)]
+            torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_rule_is_dense_adam_with_the_mean_square_of_each_row():
+    """
+    Eight events in which rows are left out for some: as a list of rows that owe their decay, and
+    as AdamW on the whole table, whose moment is that mean.
+    """
+    flags = {"own_lr": "bigram=0.3/0/0.9/0.5", "cautious": 1, "embed_wd": 0.1, "adam_eps": 1e-6}
+    cfg = tiny(bigram_rows=12, bigram_rule="rows", dim=8, heads=1, **flags)
+    model = build(cfg)
+    opt, rng = tg.MuonAdamW(cfg, model, alone()), torch.Generator().manual_seed(0)
+    (bucket,) = [b for b in opt.buckets if "bigram" in b.params]
+    assert {k: tuple(t.shape) for k, t in bucket.state.items()} == {"row_sq": (12, 1)}
+    with torch.no_grad():
+        model.bigram.copy_(torch.randn(12, 8, generator=rng))
+    w = model.bigram.detach().double().clone()
+    v, last, often = torch.zeros(12, dtype=torch.float64), [0] * 12, [0] * 12
+    for event in range(1, 9):
+        touched = (torch.rand(12, generator=rng) < 0.4).nonzero()[:, 0].tolist()
+        model.bigram.grad.zero_()
+        before = model.bigram.detach().clone()
+        for row in touched:
+            g = torch.randn(8, generator=rng) * (row + 1)
+            model.bigram.grad[row] = g
+            g, often[row] = g.double(), often[row] + 1
+            v[row] = v[row] * 0.9 ** (event - last[row]) + 0.1 * g.square().mean()
+            last[row] = event
+            u = (1 - 0.9**event) ** 0.5 * g / (v[row].sqrt() + 1e-6)
+            w[row] -= 0.3 * 0.5 * w[row] * (u * w[row] > 0) + 0.3 * u
+        opt.step(now())
+        rest = [row for row in range(12) if row not in touched]
+        assert touched and rest and torch.equal(model.bigram[rest], before[rest])
+        torch.testing.assert_close(model.bigram.detach().double(), w, rtol=1e-5, atol=1e-5)
+    assert max(often) > 3
+
+
+def test_a_table_of_pairs_trains_goes_on_and_is_read_back(tmp_path):
+    """Rounded, scored over a sliding window, and resumed behind step 2 with the same bits."""
+    flags = {"bigram_rows": 100, "bigram_signs": 16, "bigram_rule": "rows", "doc_mask": 1}
+    flags |= {"export": "int6", "score": {"modes": "sliding"}, "tie_embed": 1}
+    assert sampler.check(0, tmp_path, dict(flags))[1] == []
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"bigram_signs": 8}, "bigram_signs = 8 does nothing here: it needs bigram_rows"),
+        ({"bigram_rule": "rows"}, "bigram_rule = 'rows' does nothing here: it needs bigram_rows"),
+        ({"bigram_rows": 1}, "bigram_rows = 1: one row"),
+    ],
+    ids=str,
+)
+def test_tables_of_pairs_that_do_nothing_are_refused(changes, words):
+    with pytest.raises(tg.UserError, match=words):
+        tg.validate(tiny(**changes))
+        tg.refuse_idle(tiny(**changes))
