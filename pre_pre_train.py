@@ -169,7 +169,8 @@ IDLE = {
     for name in (
         *("track", "average_epochs", "export", "export_codec", "artifact_limit", "gptq", "qat"),
         *("qat_noise", "cycles", "cycle_lr", "cycle_decay", "perturb", "distill", "distill_from"),
-        *("distill_temperature", "teacher", "fitness_tokens"),
+        *("distill_temperature", "teacher", "fitness_tokens", "prefix_loss"),
+        *("bos_rows", "doc_cap"),
     )
 }
 IDLE |= TEXT | {"export": ""}
@@ -240,8 +241,8 @@ COMPAT = {
 }
 
 
-# What makes the model; what documents mean is no part of it.
-MODEL = {f.name for f in dataclasses.fields(tg.ModelConfig)} - {"doc_mask"}
+# What makes the model; what documents mean is no part of it, nor what bytes tokens have.
+MODEL = {f.name for f in dataclasses.fields(tg.ModelConfig)} - {"doc_mask", "prefix_loss"}
 
 
 # The pull request's model was the language run's without what regularises that run, its projections

@@ -162,6 +162,7 @@ GRAPHS = ("repeats", "passes", "seq_len", "window", "window_long", "batch_tokens
 RATES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", "meta_step", "mtp_next", "mtp_third")
 # Those that only tricks read; lr_matrices may be empty.
 OF_TRICKS = "lr_matrices maxwell_age soft_muon soap_floor soap_cap ema_nesterov tail_ema".split()
+OF_TRICKS += ["prefix_loss", "doc_cap"]
 BY_CYCLE = ("cycle_lr", "cycle_decay", "perturb")  # run over a cycle, or over the cycles
 SCHEDULES = (*RATES, *OF_TRICKS, *BY_CYCLE, *GRAPHS)
 # how the net is applied, whatever the rows
@@ -299,6 +300,8 @@ class Now(NamedTuple):
     meta_step: float = 0.0
     mtp_next: float = 0.0
     mtp_third: float = 0.0
+    prefix_loss: float = 0.0
+    doc_cap: int = 0
     passes: int = 1
     window_long: int = 0
     distill: float = 0.0  # the teacher's share of the loss
@@ -360,6 +363,8 @@ class Plan:
             meta_step=v["meta_step"],
             mtp_next=v["mtp_next"],
             mtp_third=v["mtp_third"],
+            prefix_loss=v["prefix_loss"],
+            doc_cap=int(v["doc_cap"]),
             passes=int(v["passes"]),
             window_long=int(v["window_long"]),
             distill=self.cfg.distill * (step >= self.taught_from()) if self.cfg.distill else 0.0,
@@ -1066,6 +1071,10 @@ class ModelConfig(Section):
     layer_scale: int = 0  # 1: normed inputs of block l's branches are divided by sqrt(l + 1)
     loop_embed: int = 0  # 1: each place adds a learned vector
     value_embeds: int = 0  # token tables of which each place adds a learned share; 0: none
+    # rows of a table for a token and the one before it, by a hash, of which each place adds a
+    # learned share, at first .05; 0: none
+    bigram_rows: int = 0
+    bigram_signs: int = 0  # so many fixed rows of signs multiply them, by another hash; 0: none
     cross_repeat: int = 0  # 1: a looped block adds a learned share of its last output
 
     # The speedrun's records #14 to #89. A list of blocks reads "0,2,5-9".
@@ -1116,6 +1125,9 @@ class ModelConfig(Section):
     mtp: float = 0.0  # weight of the loss of the token after next, by one more block; 0: none
     mtp_next: str = "0"  # [sched] weight of the loss of that token by the same logits; 0: none
     mtp_third: str = "0"  # [sched] the same of the token behind it; 0: none
+    # [sched] weight of the loss, by the same logits, of the token that is the longest proper prefix
+    # of the target's bytes; 0: none
+    prefix_loss: str = "0"
 
     tie_embed: int = 0  # 1: one table is input embedding and head
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
@@ -1132,6 +1144,8 @@ class ModelConfig(Section):
     softcap: float = 0.0  # bound of the logits; 0: none
     # how they near it: tanh (cap*tanh(z/cap)) or isru (z/sqrt(1 + (z/cap)^2))
     softcap_shape: str = "tanh"
+    softcap_in: float = 0.0  # what logits are divided by before that bound's tanh; 0: softcap
+    softcap_shift: float = 0.0  # added to them before that, so that the bounds are not alike
 
     z_loss: float = 0.0  # weight of the mean of log(Z)^2, Z the sum of softmax; 0: none
     mu_loss: float = 0.0  # weight of |mu|^2, mu the mean row of the head; 0: none
@@ -1144,18 +1158,20 @@ class ModelConfig(Section):
         (0, 100, "post_lambda value_init"),
         (0, 2, "unet"),
         (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth"),
-        (0, 100, "mtp mtp_next mtp_third"),
+        (0, 100, "mtp mtp_next mtp_third prefix_loss"),
         (0, 100, "q_gain resid_lambda embed_init init_std proj_init bias_init value_embeds"),
         (0, 1000, "attn_scale mlp_ratio z_loss"),
-        (0, 10**6, "softcap mu_loss"),
+        (0, 10**6, "softcap softcap_in mu_loss"),
         (0, 10**9, "window window_long eval_window_long"),
-        (0, 65536, "kv_heads head_dim attn_gate value_proj smear skip_dims"),
+        (0, 65536, "kv_heads head_dim attn_gate value_proj smear skip_dims bigram_signs"),
+        (0, 2**27, "bigram_rows"),
         (1, 1000, "depth repeats passes"),
         (1, 65536, "dim heads head_multiple mlp_multiple"),
         (1, 10**12, "rope_base"),
         (-1, 65536, "rope_dims xsa"),
         (-4, 4, "logit_dim_power"),
         (-100, 100, "x0_lambda"),
+        (-(10**6), 10**6, "softcap_shift"),
     )
     CHOICES = {
         "rope": ("truncated", "standard", "interleaved"),
@@ -1209,15 +1225,23 @@ class ModelConfig(Section):
             f"head_init = {self.head_init!r}: zero, uniform or a standard deviation such as 0.005",
         )
         require(
-            self.softcap == 0 or self.softcap >= 1e-3,
-            f"softcap = {self.softcap}: 0, or from 0.001 on, as logits are divided by it",
+            self.bigram_rows != 1,
+            "bigram_rows = 1: one row is of tokens without one before them, and there must be "
+            "others: 2 or more, or 0",
         )
+        for key in ("softcap", "softcap_in"):
+            value = getattr(self, key)
+            require(
+                value == 0 or value >= 1e-3,
+                f"{key} = {value}: 0, or from 0.001 on, as logits are divided by it",
+            )
 
     def needs(self) -> list[Need]:
         windowed = any(is_windowed(self, block) for block in range(self.depth))
         shortest = min(Schedule("seq_len", self.seq_len).values())
         growing = Schedule("window_long", self.window_long).values()
         starts = "init = 'remix' or 'normal', as xavier sets every start"
+        by_tanh = self.softcap_shape == "tanh"
         return [
             (
                 "xsa_learned",
@@ -1243,6 +1267,7 @@ class ModelConfig(Section):
             ("mtp", "rows of 2 tokens or more", shortest > 1),
             ("mtp_next", "rows of 2 tokens or more", shortest > 1),
             ("mtp_third", "rows of 3 tokens or more", shortest > 2),
+            ("prefix_loss", "a tokenizer, whose tokens have bytes", bool(self.tokenizer)),
             ("init_std", starts, self.init != "xavier"),
             ("proj_init", starts, self.init != "xavier"),
             ("head_init", starts, self.init != "xavier"),
@@ -1250,6 +1275,9 @@ class ModelConfig(Section):
             ("norm_gain", "layer_norm = 0, whose norms have one anyway", not self.layer_norm),
             ("bias_init", "biases = 1", self.biases > 0),
             ("softcap_shape", "softcap > 0", self.softcap > 0),
+            ("bigram_signs", "bigram_rows > 1, which they multiply", self.bigram_rows > 0),
+            *[(f"softcap_{key}", "softcap > 0", self.softcap > 0) for key in ("in", "shift")],
+            *[(f"softcap_{key}", "softcap_shape = 'tanh'", by_tanh) for key in ("in", "shift")],
         ]
 
     def check_sizes(self) -> None:
@@ -1471,8 +1499,11 @@ def rotary_dims(cfg: Config) -> int:
 
 
 def later_targets(cfg: Config) -> dict[str, int]:
-    """Schedules of weights that are on, with how far behind a token's target theirs are."""
-    far = {"mtp_next": 1, "mtp_third": 2}
+    """
+    Schedules of weights that are on, with how far behind a token's target that one stands which
+    theirs is, or is a prefix of.
+    """
+    far = {"mtp_next": 1, "mtp_third": 2, "prefix_loss": 0}
     return {name: k for name, k in far.items() if any(Schedule(name, getattr(cfg, name)).values())}
 
 
@@ -1502,6 +1533,22 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
     """The table's rows. A CPU would sum their gradients in bfloat16, a GPU does in fp32."""
     return F.embedding(tokens, table if table.is_cuda else table.float())
+
+
+def bigram_ids(tokens: Tensor, before: Tensor, rows: int) -> Tensor:
+    """
+    Rows 0 to rows - 2 of a table for tokens and the ones before them: modded-nanogpt's hash (#62)
+    of products in int32, which wrap around, as here a sum of theirs in int64 does.
+    """
+    mixed = (36313 * tokens) ^ (27191 * before)
+    return (((mixed + 2**31) & (2**32 - 1)) - 2**31) % (rows - 1)
+
+
+def bigram_signs(cfg: Config) -> Tensor:
+    """Fixed signs [bigram_signs, D], the same for every seed, so that a table keeps them."""
+    size = cfg.bigram_signs, cfg.dim
+    signs = torch.randint(2, size, generator=generator_of("bigram_signs"), dtype=torch.int8)
+    return 2 * signs - 1
 
 
 def layer_norm(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
@@ -2402,12 +2449,18 @@ class GPT(Declaring):
         self.declare("loop_embed", "scalar", 0.0, places, cfg.dim, on=cfg.loop_embed)
         self.declare("value_embeds", "embed", normal(1.0), tables, cfg.vocab, cfg.dim, on=tables)
         self.declare("value_scales", "scalar", 0.0, places, tables, cfg.dim, on=tables)
+        pairs = {"on": cfg.bigram_rows, "betas": (0.75, 0.95)}  # modded-nanogpt's
+        self.declare("bigram", "embed", 0.0, cfg.bigram_rows, cfg.dim, **pairs)
+        self.declare("bigram_scales", "scalar", 0.05, places, on=cfg.bigram_rows)
         shape = (high - low, max(1, most - 1), cfg.dim)
         self.declare("cross_scales", "scalar", 0.0, *shape, on=cfg.cross_repeat)
         self.declare_records(cfg)
         cos, sin = rope_tables(cfg, seq_len)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        # of each token the one that is its longest proper prefix, for prefix_loss in training
+        self.register_buffer("prefixes", None, persistent=False)
+        self.register_buffer("signs", None, persistent=False)  # bigram_signs()
         for path, module in self.named_modules():
             if path and isinstance(module, Declaring):
                 module.prefix = f"{path}."
@@ -2493,6 +2546,8 @@ class GPT(Declaring):
         if self.cfg.paired_layers:
             pairs = self.pairs(docs, x, window, window_long, cache)
         values, rows = self.token_values(tokens_BT), self.value_rows(tokens_BT)
+        if self.cfg.bigram_rows:
+            values = [*values, self.bigram_values(tokens_BT, cache)]
         for _ in range(passes - 1):
             # No gradient goes into an earlier pass; with dropout as in the last (slowrun_tiny #12).
             x = self.one_pass(places, x, x0, values, rope, near, far, pairs, rows).detach()
@@ -2576,6 +2631,23 @@ class GPT(Declaring):
         tables = self.value_embeds if self.cfg.value_embeds else ()
         return [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
 
+    def bigram_values(self, tokens_BT: Tensor, cache=None) -> Tensor:
+        """
+        For each token and the one before it, whatever its document, a row times signs [B, T, D]. A
+        row's first token has the table's last row, and the number of that stands for it in the hash
+        of the second, as in modded-nanogpt (#62, signs #83).
+        """
+        last, size = self.cfg.bigram_rows - 1, cache.size if cache else 0
+        first = cache.token if size else tokens_BT[:, :1]
+        before = torch.cat([first, tokens_BT[:, :-1]], dim=1)
+        at = size + torch.arange(tokens_BT.size(1), device=tokens_BT.device)
+        ids = bigram_ids(tokens_BT, before.masked_fill(at == 1, last), last + 1)
+        rows = rows_of(self.bigram, ids.masked_fill(at == 0, last)).to(self.dtype)
+        if not self.cfg.bigram_signs:
+            return rows
+        ids = ((before ^ tokens_BT) % self.cfg.bigram_signs).masked_fill(at == 0, 0)
+        return rows * self.signs[ids].to(self.dtype)
+
     def drawn(self, places: int) -> Tensor | None:
         """Numbers of chance for stochastic depth, one for each place; None where all take part."""
         if self.cfg.stoch_depth and torch.is_grad_enabled():
@@ -2591,7 +2663,10 @@ class GPT(Declaring):
             pairs.append((self.skips[place.skip.row], outputs[place.skip.source]))
         if self.loop_embed is not None:
             pairs.append((self.loop_embed[place.row], one))  # the vector itself
-        pairs += [(self.value_scales[place.row, table], v) for table, v in enumerate(values)]
+        tables = values[: self.cfg.value_embeds]
+        pairs += [(self.value_scales[place.row, table], v) for table, v in enumerate(tables)]
+        if self.cfg.bigram_rows:
+            pairs.append((self.bigram_scales[place.row], values[-1]))
         if place.last_visit:
             scale = self.cross_scales[place.last_visit.row]
             pairs.append((scale, outputs[place.last_visit.source]))
@@ -2614,6 +2689,9 @@ class GPT(Declaring):
             return z * torch.rsqrt(1 + (z / self.cfg.softcap).square())
         # Remix M's 30*sigmoid(z/7.5) is 15 + 15*tanh(z/15): a cap of 15, and softmax does not see
         # the shift.
+        if self.cfg.softcap_in or self.cfg.softcap_shift:  # modded-nanogpt #54, less its constant
+            scale = self.cfg.softcap_in or self.cfg.softcap
+            return self.cfg.softcap * torch.tanh((z + self.cfg.softcap_shift) / scale)
         return self.cfg.softcap * torch.tanh(z / self.cfg.softcap)
 
     def losses_and_log_z(self, x: Tensor, targets: Tensor, head: Tensor | None = None) -> Tensor:
@@ -2707,12 +2785,16 @@ class GPT(Declaring):
     def with_later(self, targets_BT: Tensor) -> Tensor:
         """
         [K, B, T]: targets, and those that stand 1 or 2 behind them in their row; -1 behind its end,
-        where slowrun goes on with the micro-batch's next row, which another cut would change.
+        where slowrun goes on with the micro-batch's next row, which another cut would change. For
+        prefix_loss the targets' prefixes; -1 where there is none.
         """
-        later = [
-            F.pad(targets_BT[:, k:], (0, k), value=-1) for k in later_targets(self.cfg).values()
-        ]
-        return torch.stack([targets_BT, *later])
+        found = [targets_BT]
+        for name, k in later_targets(self.cfg).items():
+            later = F.pad(targets_BT[:, k:], (0, k), value=-1)
+            if name == "prefix_loss":
+                later = torch.where(later < 0, later, self.prefixes[later.clamp_min(0)])
+            found.append(later)
+        return torch.stack(found)
 
     def mtp_losses(self, x_BTD: Tensor, targets_BT: Tensor, window_long: int = 0) -> Tensor:
         """
@@ -2770,6 +2852,8 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: 
         return model
     model.to_empty(device=device).to(getattr(torch, cfg.param_dtype))
     model.cos, model.sin = (t.to(device) for t in rope_tables(cfg, seq_len))
+    if cfg.bigram_signs:
+        model.signs = bigram_signs(cfg).to(device)
     with torch.no_grad():
         declared = declarations(model)
         for name, p in model.named_parameters():
@@ -2853,6 +2937,9 @@ class OptimConfig(Section):
     ema_nesterov_decay: float = 0.99  # of that mean
     cautious: int = 0  # decay only where it agrees with the update: 1: all, 2: Muon's matrices
     decay_by_shape: int = 0  # 1: Muon's decay times sqrt(max(1, rows/cols)), as its step
+    # what updates the table of bigram_rows: adam, or rows (no momentum, one second moment a row; a
+    # row without a gradient stays as it is)
+    bigram_rule: str = "adam"
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
     loss_sum: int = 0  # 1: gradients are of the sum of a batch's losses, as epsilons may expect
 
@@ -2886,6 +2973,7 @@ class OptimConfig(Section):
         "polar": ("ns5", "ns12", "polar_express"),
         "polar_norm": ("frobenius", "schatten4"),
         "muon_buffer": ("lerp", "sum"),
+        "bigram_rule": ("adam", "rows"),
     }
 
     def check(self) -> None:
@@ -2966,6 +3054,7 @@ class OptimConfig(Section):
             ("weight_decay", "matrix_wd, embed_wd or scalar_wd", bool(decays)),
             ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", slows),
             ("slow_lr", "slow, the names of what it slows", bool(self.slow)),
+            ("bigram_rule", "bigram_rows > 1", self.bigram_rows > 0),
         ]
 
 
@@ -3279,6 +3368,21 @@ def adamw_update(
     descend(w, u, lr, decay, cfg.cautious == 1, False)
 
 
+def rows_update(
+    w: Tensor, g: Tensor, second: Tensor, rates: dict[str, Tensor], rule: Rule, cfg: Config
+) -> None:
+    """
+    modded-nanogpt #92's step of a large table w [n, D], in place: AdamW without momentum and with
+    one second moment [n, 1] for a row, the mean over it. Rows without a gradient keep every bit;
+    their moments fall at once, as a list of the others would make the host wait.
+    """
+    g, x = g.float(), w.float()
+    second.lerp_(g.square().mean(-1, keepdim=True), 1 - rule.beta2)
+    u = g * (rates["correct2"].sqrt() / (second.sqrt() + cfg.adam_eps))
+    shrink = rates["decay"] * (u * x >= 0) if cfg.cautious == 1 else rates["decay"]
+    w.copy_(torch.where((g != 0).any(-1, keepdim=True), x - x * shrink - u * rates["lr"], x))
+
+
 def descend(w: Tensor, u: Tensor, lr: Tensor, decay: Tensor, cautious: bool, pin: bool) -> None:
     """
     w -= lr*wd*w + lr*u, rounded once: decay by itself is too small a change for a weight in
@@ -3333,10 +3437,8 @@ class Bucket:
         own = slice(run.rank * self.share, (run.rank + 1) * self.share)
         self.shard = self.weights[own]
         self.grad_shard = self.grads if run.world == 1 else torch.zeros_like(self.shard)
-        self.state = {
-            k: torch.zeros_like(self.shard)
-            for k in (("momentum",) if rule.kind == "muon" else ("exp_avg", "exp_avg_sq"))
-        }
+        kept = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq"), "rows": ()}
+        self.state = {k: torch.zeros_like(self.shard) for k in kept[rule.kind]}
         # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of what is
         # added.
         for name, shape in states_in_fp32(rule, cfg).items():
@@ -3392,7 +3494,9 @@ def states_in_fp32(rule: Rule, cfg: Config) -> dict[str, tuple[int, ...]]:
     states: dict[str, tuple[int, ...]] = {}
     if cfg.ema_nesterov != "0":
         states |= {"drift": rule.shape, "last": rule.shape}
-    if rule.kind == "adamw":
+    if rule.kind == "rows":
+        states["row_sq"] = (1,)
+    if rule.kind != "muon":
         return states
     rows, cols = rule.shape
     if cfg.normuon:
@@ -3475,9 +3579,9 @@ class MetaStep:
 class Rule(NamedTuple):
     """How a parameter is updated; those of one rule (and, with Muon, one shape) share a bucket."""
 
-    kind: str  # muon or adamw
+    kind: str  # muon, adamw or rows
     group: str
-    shape: tuple[int, ...]  # of a matrix that Muon updates
+    shape: tuple[int, ...]  # of a matrix that Muon updates, or of a row
     lr: float
     wd: float
     beta1: float
@@ -3514,7 +3618,10 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
         usual = tuple(b if a is None else a for a, b in zip(own[1:], usual))
     lr, beta1, beta2, wd = usual
     corrected = not is_named(cfg.uncorrected, name)
-    return Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow, corrected)
+    rule = Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow, corrected)
+    if cfg.bigram_rule == "rows" and name == "bigram":
+        rule = rule._replace(kind="rows", shape=(cfg.dim,))
+    return rule
 
 
 def is_named(pattern: str, name: str) -> bool:
@@ -3554,6 +3661,7 @@ class MuonAdamW:
         on = bool(cfg.compile)
         self.muon = torch.compile(muon_update, dynamic=False) if on else muon_update
         self.adamw = torch.compile(adamw_update, dynamic=False) if on else adamw_update
+        self.rows = torch.compile(rows_update, dynamic=False) if on else rows_update
 
     @torch.no_grad()
     def collect(self, last: bool) -> None:
@@ -3636,6 +3744,8 @@ class MuonAdamW:
         if b.rule.kind == "muon":
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
             self.muon(shard, b.grad_shard, b.state, rates, b.rule, self.cfg, dtype)
+        elif self.cfg.bigram_rule == "rows" and b.rule.kind == "rows":
+            self.rows(shard, b.grad_shard, b.state["row_sq"], rates, b.rule, self.cfg)
         else:
             self.adamw(
                 shard,
@@ -3733,11 +3843,15 @@ class DataConfig(Section):
     # 0: shards in the order of their names; each epoch anew 1: rows, 2: documents and rows
     # (slowrun)
     shuffle: int = 0
+    # 1: each row begins with a document; the rest of one that a row's end cuts is passed over
+    bos_rows: int = 0
+    doc_cap: str = "0"  # [sched] so many first tokens of a document are in a row; 0: all
 
     LIMITS = limits(
-        (0, 1, "canonical_mask"),
+        (0, 1, "canonical_mask bos_rows"),
         (0, 2, "shuffle"),
         (0, 10**6, "epochs"),
+        (0, 10**9, "doc_cap"),
         (0, 10**12, "val_tokens train_tokens"),
         (0, 65536, "doc_token"),
         (2, 65536, "vocab"),
@@ -3748,10 +3862,21 @@ class DataConfig(Section):
             0 <= self.doc_token < self.vocab,
             f"doc_token = {self.doc_token}: not below vocab = {self.vocab}",
         )
+        require(
+            not (self.bos_rows and self.shuffle),
+            f"bos_rows = 1 takes documents as they stand, and shuffle = {self.shuffle} does not: "
+            "set --shuffle 0 or --bos_rows 0",
+        )
+        require(
+            not (self.bos_rows and self.max_seconds),
+            f"bos_rows = 1 counts before the first step how far the documents reach, and under "
+            f"max_seconds = {self.max_seconds:g} nobody knows the steps: set --bos_rows 0",
+        )
 
     def needs(self) -> list[Need]:
         others = self.average_epochs or self.cycles
         return [
+            ("doc_cap", "bos_rows = 1, whose documents it cuts", self.bos_rows > 0),
             ("canonical_mask", "a tokenizer", bool(self.tokenizer)),
             ("canonical_mask", "no average_epochs or cycles: they are scored without", not others),
         ]
@@ -3861,6 +3986,10 @@ def get_command(cfg: Config, shards: int = 0) -> str:
     )
 
 
+class OutOfData(UserError):
+    """The last epoch has ended."""
+
+
 class Loader:
     """
     Batches of rows, the same tokens at any number of ranks. In order (shuffle 0) it follows the
@@ -3868,6 +3997,7 @@ class Loader:
     dropped, shards follow in the order of their names. Of shuffled_starts() the rows of all shards
     are drawn in a new order each epoch. With shuffle_documents() (slowrun) the stream is put
     together from its documents in a new order each epoch but the first, and rows share no token.
+    With bos_rows `pos` counts the documents of a shard, see next_documents().
     The position is two or three integers, and stays where it was if the next batch cannot be had.
     Opening a shard may fail on one rank alone: `together` is how all of them hear of it.
     """
@@ -3895,7 +4025,11 @@ class Loader:
         self.epoch = self.shard = self.pos = 0  # shuffled: pos is the index in the epoch's order
         self.order: np.ndarray | None = None
         self.marks: dict = {}  # see identity()
-        self.check_enough(plan)
+        self.ends: tuple | None = None  # see document_ends()
+        if cfg.bos_rows:
+            self.check_documents(plan)
+        else:
+            self.check_enough(plan)
 
     def check_enough(self, plan: Plan) -> None:
         """
@@ -3936,6 +4070,36 @@ class Loader:
                 f"{get_command(cfg, more)}, or lower --steps, or allow more epochs with --epochs "
                 "(0: as many as needed)"
             )
+
+    def check_documents(self, plan: Plan) -> None:
+        """
+        The same for bos_rows: go through the documents once, as all steps will. What counts epochs
+        by their tokens is refused.
+        """
+        cfg, steps, drawn = self.cfg, plan.cfg.steps, 0
+        counted = [key for key in ("lr_cycles", "average_epochs") if getattr(cfg, key)]
+        counted += ["eval_every"] if cfg.eval_every < 0 and not cfg.cycles else []
+        require(
+            not counted,
+            f"bos_rows = 1 and {' and '.join(counted)}, which counts epochs by their tokens: rows "
+            "that begin with documents leave out some of them; set --bos_rows 0",
+        )
+        try:
+            for step in range(steps):
+                keys = ("batch_tokens", "seq_len", "doc_cap")
+                sizes = [int(plan.sched[key].at(step, step / steps)) for key in keys]
+                self.next_documents(step, *sizes)
+                drawn += sizes[0]
+        except OutOfData:
+            more = math.ceil(len(self.files) * plan.tokens() / max(1, drawn)) + 1
+            raise UserError(
+                f"too little data for {steps} steps: with bos_rows = 1 and doc_cap = "
+                f"{cfg.doc_cap!r} they need {plan.tokens()} tokens, and the {len(self.files)} "
+                f"train shards in {cfg.data} give {drawn} in epochs = {cfg.epochs}; run: "
+                f"{get_command(cfg, more)}, or lower --steps, or allow more epochs with --epochs "
+                "(0: as many as needed)"
+            ) from None
+        self.epoch = self.shard = self.pos = 0
 
     def no_batch(self, batch_tokens: int) -> UserError:
         """Why not one batch can be had."""
@@ -4012,17 +4176,19 @@ class Loader:
         pos = [self.pos] + [0] * len(self.files)
         return all(p + batch_tokens + 1 >= n for p, n in zip(pos, self.counts[self.shard :]))
 
-    def batch(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
+    def batch(self, step: int, batch_tokens: int, seq_len: int, doc_cap: int = 0) -> np.ndarray:
         """This rank's rows of the next batch [n, seq_len + 1] in uint16; then move on."""
         before = self.state_dict()
         try:
-            return self.next_rows(step, batch_tokens, seq_len)
+            return self.next_rows(step, batch_tokens, seq_len, doc_cap)
         except UserError:
             self.load_state_dict(before)  # a checkpoint of now goes on with this very batch
             raise
 
-    def next_rows(self, step: int, batch_tokens: int, seq_len: int) -> np.ndarray:
+    def next_rows(self, step: int, batch_tokens: int, seq_len: int, doc_cap: int) -> np.ndarray:
         share = batch_tokens // self.world
+        if self.cfg.bos_rows:
+            return self.document_rows(step, batch_tokens, seq_len, doc_cap)
         if self.cfg.shuffle:
             starts = self.shuffled_starts(step, batch_tokens // self.block)
             first, count = self.rank * share // seq_len, share // seq_len
@@ -4046,6 +4212,66 @@ class Loader:
         self.pos += batch_tokens
         flat = self.tokens(self.shard)[low : low + share + 1]
         return np.lib.stride_tricks.sliding_window_view(flat, seq_len + 1)[::seq_len]
+
+    def document_ends(self, doc_cap: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Where documents of the present shard begin and behind them its end [n + 1], and how many
+        tokens those before each give, of each doc_cap at most [n + 1].
+        """
+        key = self.shard, doc_cap
+        if self.ends is None or self.ends[0] != key:
+            count = self.counts[self.shard]
+            begun = np.flatnonzero(self.tokens(self.shard)[:count] == self.cfg.doc_token)
+            starts = np.append(begun, count)
+            sizes = np.minimum(np.diff(starts), doc_cap or count)
+            self.ends = key, starts, np.concatenate([[0], sizes.cumsum()])
+        return self.ends[1:]
+
+    def next_documents(self, step: int, batch_tokens: int, seq_len: int, cap: int) -> list[int]:
+        """
+        Of each row of the next batch the first document, and behind them the one behind the last;
+        then move on. A shard without enough of them for the whole batch is left (modded-nanogpt).
+        """
+        tried = 0
+        while True:
+            _, ends = self.document_ends(cap)
+            bounds = [self.pos]
+            while len(bounds) <= batch_tokens // seq_len:
+                # the first that ends where the row is full, or behind that
+                last = int(np.searchsorted(ends, ends[bounds[-1]] + seq_len + 1))
+                if last == len(ends):
+                    break
+                bounds.append(last)
+            else:
+                self.pos = bounds[-1]
+                return bounds
+            tried += 1
+            if tried > len(self.files):
+                raise UserError(
+                    f"no train shard in {self.cfg.data} has documents (doc_token = "
+                    f"{self.cfg.doc_token}) for a batch of {batch_tokens} with bos_rows = 1 and "
+                    f"doc_cap = {cap}: lower --batch_tokens, or set --bos_rows 0"
+                )
+            self.shard, self.pos = self.shard + 1, 0
+            if self.shard == len(self.files):
+                self.next_epoch(step)
+
+    def document_rows(self, step: int, batch_tokens: int, seq_len: int, cap: int) -> np.ndarray:
+        """
+        Rows of whole documents, or their first `cap` tokens, the last of them cut where the row is
+        full. The target behind a cut is the token that begins the next document.
+        """
+        bounds = self.next_documents(step, batch_tokens, seq_len, cap)
+        (starts, _), tokens = self.document_ends(cap), self.tokens(self.shard)
+        share = batch_tokens // seq_len // self.world
+        rows = np.empty((share, seq_len + 1), tokens.dtype)
+        for i, row in enumerate(rows, self.rank * share):
+            at = 0
+            for first, end in zip(starts[bounds[i] :], starts[bounds[i] + 1 : bounds[i + 1] + 1]):
+                piece = tokens[first : min(end, first + (cap or end), first + seq_len + 1 - at)]
+                row[at : at + len(piece)] = piece
+                at += len(piece)
+        return rows
 
     def shuffled_starts(self, step: int, count: int) -> list[tuple]:
         """Of the next rows: stream of documents (or None), shard, number of the row in it."""
@@ -4107,7 +4333,7 @@ class Loader:
     def next_epoch(self, step: int) -> None:
         self.epoch, self.shard, self.pos, self.order = self.epoch + 1, 0, 0, None
         if self.cfg.epochs and self.epoch >= self.cfg.epochs:
-            raise UserError(
+            raise OutOfData(
                 f"ran out of train shards at step {step}: {len(self.files)} found in "
                 f"{self.cfg.data}; run: {get_command(self.cfg, 2 * len(self.files))}, or raise "
                 f"--epochs (now {self.cfg.epochs})"
@@ -4331,6 +4557,25 @@ class Tokenizer:
             )
         return {self.sp.id_to_piece(i): i for i in ids}
 
+    def pieces(self) -> list[tuple[bytes, bool]]:
+        """
+        The bytes of every id in use, none of control tokens; and whether it stands for one byte of
+        a character that has no piece (SentencePiece), whatever other piece has that byte.
+        """
+        found = []
+        for i in range(self.vocab):
+            if not self.sp:
+                control = i >= self.gpt2.n_vocab or i == self.gpt2.eot_token
+                found.append((b"" if control else self.gpt2.decode_single_token_bytes(i), False))
+            elif i >= self.sp.get_piece_size() or self.sp.is_control(i) or self.sp.is_unknown(i):
+                found.append((b"", False))
+            elif self.sp.is_byte(i):
+                found.append((bytes([int(self.sp.id_to_piece(i)[1:-1], 16)]), True))
+            else:
+                text = "" if self.sp.is_unused(i) else self.sp.id_to_piece(i)
+                found.append((text.replace("\u2581", " ").encode(), False))
+        return found
+
     def count_bytes(self, tokens: np.ndarray) -> int:
         """Bytes of text that tokens[1:] stand for, each seen behind its predecessor."""
         base, space, edge = self.tables()
@@ -4444,6 +4689,26 @@ def unpacked(mask: Tensor, tokens: Tensor, columns: int) -> Tensor:
     bits = mask[tokens].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)
     found = (bits & 1).bool().flatten(-2)[..., :columns]
     return F.pad(found, (0, columns - found.size(-1)))
+
+
+def longest_prefixes(pieces: list[tuple[bytes, bool]]) -> np.ndarray:
+    """
+    Of each of Tokenizer.pieces() the other whose bytes are the longest that its own begin with; -1
+    where there is none (modded-nanogpt #88). In the order of bytes all that begin with a piece
+    stand behind it, so those that a piece begins with are a stack.
+    """
+    ids: dict[bytes, int] = {}
+    for i in sorted(range(len(pieces)), key=lambda i: pieces[i][1]):
+        ids.setdefault(pieces[i][0], i)  # of two with the same bytes no byte of other characters
+    ids.pop(b"", None)
+    longest: dict[bytes, int] = {b"": -1}
+    stack: list[bytes] = []
+    for own in sorted(ids):
+        while stack and not own.startswith(stack[-1]):
+            stack.pop()
+        longest[own] = ids[stack[-1]] if stack else -1
+        stack.append(own)
+    return np.array([longest[own] for own, _ in pieces], np.int64)
 
 
 class Validation:
@@ -4753,8 +5018,8 @@ def check_cycles(cfg: Config) -> None:
     )
     require(
         not cfg.distill or not (cfg.biases or later_targets(cfg)),
-        f"distill = {cfg.distill:g} knows neither a head's bias nor losses of later tokens: set "
-        "--biases 0 --mtp_next 0 --mtp_third 0, or --distill 0",
+        f"distill = {cfg.distill:g} knows neither a head's bias nor losses of other tokens: set "
+        "--biases 0 --mtp_next 0 --mtp_third 0 --prefix_loss 0, or --distill 0",
     )
     if not cfg.distill or cfg.teacher or cfg.cycles == 1:
         return
@@ -4868,6 +5133,8 @@ def compare_logits(cfg: Config, theirs: Config) -> None:
         "vocab",
         "softcap",
         "softcap_shape",
+        "softcap_in",
+        "softcap_shift",
         "biases",
         "logit_dim_power",
         *(["dim"] if cfg.logit_dim_power else []),
@@ -6530,7 +6797,7 @@ def check_numbers(cfg: Section, ranges: dict[str, tuple[float, float]]) -> None:
             continue
         else:
             schedule = Schedule(name, value)
-            if name in (*GRAPHS, "qat"):
+            if name in (*GRAPHS, "qat", "doc_cap"):
                 schedule.require_plateaus()
             values, what = schedule.values(), f"{name} = {value!r}: its values"
         for x in values:
@@ -6686,6 +6953,13 @@ def assemble(
 ) -> Trainer:
     """Model and optimizer to go with the data; pre_pre_train.py brings other data."""
     model = build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
+    if "prefix_loss" in later_targets(cfg):
+        require(
+            tokenizer is not None,
+            f"prefix_loss = {cfg.prefix_loss!r} needs the bytes of all tokens, but tokenizer = "
+            f"{cfg.tokenizer!r} could not be read: see the notice above, or --prefix_loss 0",
+        )
+        model.prefixes = torch.from_numpy(longest_prefixes(tokenizer.pieces())).to(run.device)
     for line in centering_notices(cfg):
         run.log(f"notice: {line}")
     if cfg.tie_embed and cfg.head_init == "zero" and cfg.init != "xavier":
@@ -6869,7 +7143,7 @@ def rounded_weights(trainer: Trainer, step: int, now: Now):
 def extra_terms(cfg: Config) -> list[str]:
     """Names of what is added to the cross-entropy in training."""
     names = ["z_loss"] if cfg.z_loss else []
-    names += [f"{name}_loss" for name in later_targets(cfg)]
+    names += [f"{name.removesuffix('_loss')}_loss" for name in later_targets(cfg)]
     named = {"mtp": cfg.mtp, "teacher_kl": cfg.distill, "mu_loss": cfg.mu_loss}
     return names + [name for name, on in named.items() if on]
 
@@ -6891,6 +7165,7 @@ def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, now: Now) -> Tensor:
     # Beside the graph, which so has no weight in it: they may change at every step.
     if later:
         weights = {"mtp_next": now.mtp_next, "mtp_third": now.mtp_third}
+        weights["prefix_loss"] = now.prefix_loss
         for at, name in enumerate(later, 1 + bool(cfg.z_loss)):
             terms.append(weights[name] * rows[at].sum())
     if cfg.mtp:
@@ -6940,7 +7215,8 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     cfg = trainer.cfg
     if cfg.distill and now.distill:
         ready_teacher(trainer, step)
-    rows = trainer.loader.batch(step, now.batch_tokens, now.seq_len)
+    sizes = (now.batch_tokens, now.seq_len, *([now.doc_cap] if cfg.bos_rows else []))
+    rows = trainer.loader.batch(step, *sizes)
     if cfg.cycles:  # behind the last thing that may be refused: a checkpoint has no noise yet
         begin_cycle(trainer, step)
     per_pass = trainer.plan.micro_rows(now, trainer.run.world)

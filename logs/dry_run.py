@@ -199,7 +199,9 @@ def print_cost(cfg: Config, as_json: bool) -> int:
     clock = f", or what {cfg.max_seconds:g} s allow" if cfg.max_seconds else ""
     print(f"tokens: {out['tokens']:,} in {cfg.steps} steps{clock}")
     needed, present = out["shards_needed"], out["shards_present"]
-    print(f"train shards of 100M tokens: {needed} needed; {present} files present in {cfg.data}")
+    least = "or more, as rests of documents are passed over " if cfg.bos_rows else ""
+    shards = f"{needed} {least}needed; {present} files present in {cfg.data}"
+    print(f"train shards of 100M tokens: {shards}")
     memory = f"{out['memory_bytes'] / 1e9:.2f} GB a rank on {out['world_size']} ranks"
     print(
         f"memory: {memory}, estimated: weights, gradients, sharded states, what backward keeps of "
@@ -243,6 +245,7 @@ def extras(cfg: Config, place: Place) -> list[str]:
     return [
         *([f"loop vector {place.row}"] if cfg.loop_embed else []),
         *([f"value tables by row {place.row}"] if cfg.value_embeds else []),
+        *([f"pairs by share {place.row}"] if cfg.bigram_rows else []),
         *(["value projection"] if values else []),
         *([f"value table {place.table}"] if place.table >= 0 else []),
         *(["a share of the embedding"] if has_x0_share(cfg, place.block) else []),

@@ -136,6 +136,7 @@ class Cache:
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.last: dict[int, Tensor] = {}  # by turn, the last token's key as it was
         self.embedding: Tensor | None = None  # the last token's, as smear needs it
+        self.token: Tensor | None = None  # the last one [1, 1]
         self.turn = 0
 
     def feed(self, tokens: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class Cache:
         shape = self.shape
         applied = shape.repeats, shape.window, shape.passes, shape.window_long
         x = self.model.hidden(tokens[None], *applied, cache=self)[0]
-        self.size += len(tokens)
+        self.size, self.token = self.size + len(tokens), tokens[None, -1:]
         return x
 
     def begin_pass(self, docs: Tensor | None) -> Cache:
@@ -693,7 +694,7 @@ class LoRA(Sliding):
 def adapted_matrices(model: tg.GPT) -> dict[str, Tensor]:
     """The large matrices that activations are multiplied with: no table of the input."""
     named = dict(model.named_parameters())
-    tables = ("embed", "value_embeds", "value_tables")
+    tables = ("embed", "value_embeds", "value_tables", "bigram")
     return {name: named[name] for name in tg.quantised_names(model) if name not in tables}
 
 

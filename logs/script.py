@@ -157,6 +157,7 @@ PURE = (
 CALLED_AS = {
     "self.muon": ".muon_update",
     "self.adamw": ".adamw_update",
+    "self.rows": ".rows_update",
     "self.attn": "Attention.forward",
     "self.mlp": "MLP.forward",
     "block": "Block.forward",

@@ -970,6 +970,8 @@ FLAGS = {
     "ema_nesterov": {"ema_nesterov": "0 1s:0.5", "ema_nesterov_decay": 0.5},
     "loss_sum": {"loss_sum": 1, "adam_eps": 1e-3},
     "tail_ema": {"tail_ema": "0 2s:3", "tail_blend": "embed=0 0.5"},
+    "bigram": {"bigram_rows": 64, "bigram_signs": 8},
+    "bigram_rule": {"bigram_rows": 64, "bigram_rule": "rows"},
     "all": {"normuon": 0.9, "row_norm": 1, "cautious": 1, "muon_buffer": "sum",
             "polar": "polar_express", "grad_clip": 9.0, "ema": 0.9, "swa_every": 1,
             "swa_start": 0.0, "adamw_matrices": "fc"} | DECAYS,

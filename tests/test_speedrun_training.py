@@ -1,0 +1,482 @@
+"""
+Loss, tables, optimizer and loader of modded-nanogpt's records: each against its formula, written
+here once more, and to the bit what it was where it is off.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sampler
+import torch
+from helpers import ROOT, alone, build, now, random_tokens, tg, tiny, write_shard
+
+from logs import score
+
+
+@pytest.fixture
+def doubles(monkeypatch):
+    """Where the model computes in fp32 on purpose, fp64 instead."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def in_double(cfg: tg.Config, seed: int = 0) -> tg.GPT:
+    """A model in fp64 whose every weight is noise."""
+    model, rng = build(cfg, dtype=torch.float64).double(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng, dtype=torch.float64) * 0.3)
+    return model
+
+
+def terms_of(model: tg.GPT, x: torch.Tensor, y: torch.Tensor, step: int = 0) -> dict:
+    """By name, what a training step adds up for a micro-batch."""
+    cfg = model.cfg
+    now = tg.Plan(cfg).at(step, step / cfg.steps)
+    found = tg.loss_terms(SimpleNamespace(cfg=cfg, graph=model), x, y, now)
+    return dict(zip(["loss", *tg.extra_terms(cfg)], found, strict=True))
+
+
+# --- logits between two bounds that are not alike
+
+RESCALED = {"softcap": 11.5, "softcap_in": 15.0, "softcap_shift": 5.0}
+
+
+def test_rescaled_logits_are_23_sigmoids_less_a_constant(doubles):
+    """Both forms of record #54; value and slope at 0."""
+    model = in_double(tiny(**RESCALED))
+    x = torch.randn(4, 32, dtype=torch.float64) * 20
+    want = 23 * torch.sigmoid((x @ model.head.T + 5) / 7.5)
+    torch.testing.assert_close(model.logits(x) + 11.5, want)
+    x = torch.zeros(32, dtype=torch.float64, requires_grad=True)
+    z = model.logits(x)
+    assert float(z[0].detach() + 11.5) == pytest.approx(15.197, abs=5e-4)
+    (slope,) = torch.autograd.grad(z[0], x)
+    torch.testing.assert_close(slope, 0.687416 * model.head[0].detach(), rtol=1e-6, atol=0)
+
+
+def test_loss_of_the_record_at_step_0_is_the_formulas():
+    """ln V + (slope^2 d std^2)/2 = 10.8304, as 24 logs have it, padded columns counted."""
+    cfg = tiny(**RESCALED, vocab=50257, head_multiple=128, dim=768, head_init="0.005", depth=1)
+    with torch.device("meta"):
+        model = tg.GPT(cfg, torch.float32, 8)
+    rng = torch.Generator().manual_seed(0)
+    head = torch.randn(50304, 768, generator=rng) * 0.005
+    model.head = torch.nn.Parameter(head)
+    z = model.logits(tg.norm(torch.randn(16, 768, generator=rng), 2**-23)).detach()
+    assert z.shape == (16, 50304)  # the mean over all targets
+    assert float((z.logsumexp(-1) - z.mean(-1)).mean()) == pytest.approx(10.8304, abs=3e-4)
+
+
+def test_rescaled_logits_are_the_plain_ones_at_their_neutral_values():
+    plain, same = build(tiny(softcap=11.5)), build(tiny(softcap=11.5, softcap_in=11.5))
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    for model in (plain, same):
+        model.head.data.copy_(torch.randn(96, 32, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(plain.logits(x), same.logits(x))
+    for flags in ({"softcap_in": 15.0}, {"softcap_shift": 5.0}):
+        with pytest.raises(tg.UserError, match=f"{next(iter(flags))}.*it needs softcap > 0"):
+            tg.refuse_idle(tiny(**flags))
+        with pytest.raises(tg.UserError, match="it needs softcap_shape = 'tanh'"):
+            tg.refuse_idle(tiny(softcap=9.0, softcap_shape="isru", **flags))
+    with pytest.raises(tg.UserError, match="softcap_shift = 0.0 there and 5.0 here"):
+        tg.compare_logits(tiny(**RESCALED), tiny(**RESCALED | {"softcap_shift": 0.0}))
+
+
+# --- the longest proper prefix of the target
+
+
+def by_brute_force(pieces: list[tuple[bytes, bool]]) -> list[set[int]]:
+    """Of each token all that have the longest bytes which it begins with and is not."""
+    known: dict[bytes, set[int]] = {}
+    for j, (own, _) in enumerate(pieces):
+        known.setdefault(own, set()).add(j)
+    found = []
+    for own, _ in pieces:
+        sizes = [n for n in range(len(own) - 1, 0, -1) if own[:n] in known]
+        found.append(known[own[: sizes[0]]] if sizes else {-1})
+    return found
+
+
+def test_prefixes_of_gpt2_are_those_of_brute_force(gpt2_files):
+    tokenizer = tg.Tokenizer("gpt2", 50257, 50256)
+    pieces = tokenizer.pieces()
+    found = tg.longest_prefixes(pieces)
+    assert [{i} for i in found] == by_brute_force(pieces)
+    assert found[50256] == -1 and (found[:256] == -1).all() and len(pieces[50256][0]) == 0
+    assert (found >= 0).sum() == 50000  # a merged token begins with its first half's bytes
+    (there,) = tokenizer.encode(" there")
+    assert tokenizer.decode([found[there]]) == " ther"
+
+
+def test_prefixes_of_a_sentencepiece_model_are_those_of_brute_force():
+    tokenizer = tg.Tokenizer(str(ROOT / "data/sample/tokenizer.model"), 1024, 0)
+    pieces = tokenizer.pieces()
+    found = tg.longest_prefixes(pieces)
+    for i, wanted in enumerate(by_brute_force(pieces)):
+        # of a character and a byte with the same bytes, the character
+        letters = {j for j in wanted if j >= 0 and not pieces[j][1]}
+        assert {found[i]} <= (letters or wanted), pieces[i]
+    assert (found >= 0).any() and found[0] == -1
+    # such as the first byte of a letter with two, but never a letter's only byte
+    split = {pieces[j][0] for j in found if j >= 0 and pieces[j][1]}
+    assert split and all(byte >= b"\x80" for byte in split)
+
+
+def test_no_token_beyond_the_vocabulary_is_a_prefix():
+    pieces = [(b"", False), (b"a", True), (b"a", False), (b"ab", False), (b"abcd", False)]
+    assert tg.longest_prefixes(pieces).tolist() == [-1, -1, -1, 2, 3]
+    assert len(tg.Tokenizer(str(ROOT / "data/sample/tokenizer.model"), 300, 0).pieces()) == 300
+
+
+@pytest.mark.parametrize("more", [{}, {"mtp_next": "0.5", "z_loss": 0.01}], ids=str)
+@pytest.mark.parametrize("chunk", [1000, 20])
+def test_prefix_loss_is_the_cross_entropy_of_the_prefix(doubles, chunk, more):
+    cfg = tiny(tokenizer="x", prefix_loss="0.25", loss_chunk=chunk, **more)
+    model, (x, y) = in_double(cfg), random_tokens(cfg, 2, 16)
+    model.prefixes = torch.randint(-1, 60, (96,), generator=torch.Generator().manual_seed(1))
+    y[0, 3] = -1
+    found = terms_of(model, x, y)
+    log_p = model.logits(model.hidden(x, 1, 0)).log_softmax(-1)
+    want = 0.0
+    for b in range(2):
+        for t in range(16):
+            prefix = -1 if y[b, t] < 0 else int(model.prefixes[y[b, t]])
+            want = want - 0.25 * log_p[b, t, prefix] * (prefix >= 0)
+    assert float(want.detach()) > 1
+    torch.testing.assert_close(found["prefix_loss"], want)
+    grads = [
+        torch.autograd.grad(t, model.head, retain_graph=True)[0]
+        for t in (want, found["prefix_loss"])
+    ]
+    torch.testing.assert_close(*grads)
+
+
+def test_prefix_loss_of_weight_0_is_the_plain_loss_to_the_bit():
+    """Beside another later token; off, the graph has no row for it."""
+    plain, zero = tiny(mtp_next="0.5"), tiny(mtp_next="0.5", prefix_loss="0 0.5:1", tokenizer="x")
+    x, y = random_tokens(plain, 2, 16)
+    grads = []
+    for cfg in (plain, zero):
+        model = build(cfg)
+        model.prefixes = torch.arange(96) - 1
+        found = terms_of(model, x, y)
+        sum(found.values()).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert found["prefix_loss"] == 0
+    assert all(torch.equal(g, grads[1][name]) for name, g in grads[0].items())
+    assert "prefix_loss" not in tg.later_targets(plain)
+
+
+def test_prefix_loss_without_bytes_is_refused(tmp_path):
+    with pytest.raises(tg.UserError, match="prefix_loss = '0.25'.*it needs a tokenizer"):
+        tg.refuse_idle(tiny(prefix_loss="0.25"))
+    cfg = tiny(prefix_loss="0.25", tokenizer="x")
+    with pytest.raises(tg.UserError, match="prefix_loss = '0.25' needs the bytes"):
+        tg.assemble(cfg, alone(), tg.Plan(cfg), None, None, None)
+
+
+# --- rows that begin with documents
+
+LENGTHS = (5, 3, 9, 2, 4, 7, 6, 2, 3, 11, 1, 8)
+
+
+def documents(folder, *shards) -> str:
+    """Shards of documents of these lengths: 0, then tokens that tell document and position."""
+    for i, lengths in enumerate(shards):
+        parts = [[0, *(20 + (7 * d + t) % 70 for t in range(1, n))] for d, n in enumerate(lengths)]
+        write_shard(folder / f"x_train_{i:06d}.bin", np.concatenate(parts))
+    write_shard(folder / "x_val_000000.bin", np.arange(100) % 96)
+    return str(folder)
+
+
+def rows_by_rule(shards, sizes) -> list[np.ndarray]:
+    """Batches of sizes (rows, length, cap) from lists of documents, by the rule in words."""
+    batches, left = [], [list(shard) for shard in shards]
+    for rows, length, cap in sizes:
+        while True:
+            todo, batch = list(left[0]), []
+            while len(batch) < rows and todo:
+                row = []
+                while len(row) <= length and todo:
+                    row += todo.pop(0)[: cap or None]
+                if len(row) > length:
+                    batch.append(row[: length + 1])
+            if len(batch) == rows:
+                left[0] = todo
+                break
+            left.pop(0)
+        batches.append(np.array(batch))
+    return batches
+
+
+def lists(folder) -> list[list[list[int]]]:
+    shards = [tg.read_shard(path).tolist() for path in tg.shard_files(str(folder), "train")]
+    found = []
+    for tokens in shards:
+        starts = [i for i, t in enumerate(tokens) if t == 0] + [len(tokens)]
+        found.append([tokens[a:b] for a, b in zip(starts, starts[1:])])
+    return found
+
+
+def loader_of(cfg: tg.Config, rank: int = 0, world: int = 1) -> tg.Loader:
+    tg.validate(cfg)
+    return tg.Loader(cfg, tg.Plan(cfg), rank, world)
+
+
+def in_rows(folder, **changes) -> tg.Config:
+    flags = {"seq_len": "7", "batch_tokens": "14", "micro_tokens": 14, "bos_rows": 1, "steps": 1}
+    return tiny(data=str(folder), **flags | changes)
+
+
+def test_pieces_of_rows_are_those_by_hand(tmp_path):
+    """Lengths 5 3 9 2 4 7 6 ...: 4 + 3 + 1 of the third, whose rest is dropped; 2 + 4 + 2."""
+    documents(tmp_path, LENGTHS)
+    (found,) = [loader_of(in_rows(tmp_path, doc_cap="4")).batch(0, 14, 7, 4)]
+    docs = lists(tmp_path)[0]
+    assert found[0].tolist() == docs[0][:4] + docs[1] + docs[2][:1]
+    assert found[1].tolist() == docs[3] + docs[4] + docs[5][:2]
+    loader = loader_of(in_rows(tmp_path))
+    first = loader.batch(0, 14, 7, 0)
+    assert first[0].tolist() == docs[0] + docs[1]  # ends with a document, none of the next
+    assert first[1].tolist() == docs[2][:8] and loader.pos == 3
+    x, y = loader.tensors(first, torch.device("cpu"))
+    assert (y[0, -1] == docs[1][2]) and (x[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_any_number_of_ranks_has_the_tokens_of_the_rule(tmp_path, world):
+    """Over three shards, one without room for a batch, while batch, row and cap change."""
+    rng = np.random.default_rng(0)
+    shards = [rng.integers(1, 30, n) for n in (90, 7, 200)]
+    documents(tmp_path, *shards)
+    texts = {"batch_tokens": "0:64 3s:128", "seq_len": "0:8 3s:16", "doc_cap": "0:5 2s:12 5s:0"}
+    cfg = in_rows(tmp_path, steps=9, micro_tokens=16, **texts)
+    plan, ranks = tg.Plan(cfg), [loader_of(cfg, r, world) for r in range(world)]
+    nows = [plan.at(step, step / 9) for step in range(9)]
+    sizes = [(8, now.seq_len, now.doc_cap) for now in nows]
+    assert sizes[1:6] == [(8, 8, 5), (8, 8, 12), (8, 16, 12), (8, 16, 12), (8, 16, 0)]
+    for step, want in enumerate(rows_by_rule(lists(tmp_path), sizes)):
+        now = nows[step]
+        parts = [r.batch(step, now.batch_tokens, now.seq_len, now.doc_cap) for r in ranks]
+        assert np.array_equal(np.concatenate(parts), want), step
+    assert ranks[0].shard == 2  # the second has no whole batch
+
+
+def test_rows_go_on_inside_a_shard_from_any_step(tmp_path):
+    rng = np.random.default_rng(1)
+    documents(tmp_path, rng.integers(1, 30, 20), rng.integers(1, 30, 60))
+    cfg = in_rows(tmp_path, steps=12, doc_cap="0:9 6s:20", epochs=0)
+    whole, positions = loader_of(cfg), []
+    caps = [9 if step < 6 else 20 for step in range(12)]
+    batches = []
+    for step, cap in enumerate(caps):
+        positions.append(whole.state_dict())
+        batches.append(whole.batch(step, 14, 7, cap))
+    assert any(0 < at["pos"] and at["shard"] == 1 for at in positions)
+    for begun in (1, 5, 6, 7, 11):
+        again = loader_of(cfg)
+        again.load_state_dict(positions[begun])
+        for step in range(begun, 12):
+            assert np.array_equal(again.batch(step, 14, 7, caps[step]), batches[step])
+
+
+def test_a_run_is_refused_exactly_where_its_documents_end(tmp_path):
+    """As many steps as the rule gives are accepted, and one more is not; epochs give more."""
+    rng = np.random.default_rng(2)
+    documents(tmp_path, rng.integers(1, 30, 60), rng.integers(1, 30, 40))
+    docs, most = lists(tmp_path), 0
+    with pytest.raises(IndexError):
+        while True:
+            rows_by_rule(docs, [(2, 7, 6)] * (most + 1))
+            most += 1
+    assert 10 < most < sum(min(len(d), 6) for shard in docs for d in shard) / 14
+    loader = loader_of(in_rows(tmp_path, steps=most, doc_cap="6"))
+    assert loader.state_dict() == {"epoch": 0, "shard": 0, "pos": 0}
+    with pytest.raises(
+        tg.UserError, match=f"too little data for {most + 1} steps.*give {14 * most}"
+    ):
+        loader_of(in_rows(tmp_path, steps=most + 1, doc_cap="6"))
+    loader_of(in_rows(tmp_path, steps=2 * most, doc_cap="6", epochs=2))
+    loader_of(in_rows(tmp_path, steps=9 * most, doc_cap="6", epochs=0))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"shuffle": 1}, "bos_rows = 1 takes documents as they stand"),
+        ({"max_seconds": 9.0}, "max_seconds = 9"),
+        ({"eval_every": -1}, "bos_rows = 1 and eval_every"),
+        ({"doc_cap": "0:4 0.5>8"}, "doc_cap"),
+        ({"batch_tokens": "700", "micro_tokens": 7, "epochs": 0}, "no train shard in"),
+    ],
+    ids=str,
+)
+def test_rows_of_documents_are_refused_beside(tmp_path, changes, words):
+    documents(tmp_path, LENGTHS)
+    with pytest.raises(tg.UserError, match=words):
+        loader_of(in_rows(tmp_path, **changes))
+
+
+def test_rows_of_documents_train_and_go_on_to_the_bit(tmp_path):
+    """Behind step 2, with a cap that grows there; and they are not the rows without."""
+    flags = {"bos_rows": 1, "doc_cap": "0:6 2s:0", "doc_mask": 1, "seq_len": "0:8 1s:16"}
+    assert sampler.check(0, tmp_path, flags)[1] == []
+    with pytest.raises(tg.UserError, match="doc_cap = '4' does nothing here: it needs bos_rows"):
+        tg.refuse_idle(tiny(doc_cap="4"))
+
+
+# --- a table of pairs
+
+PAIRS = {"bigram_rows": 377, "bigram_signs": 16, "head_init": "0.2", "proj_init": 1.0}
+
+
+def pair_by_hand(tokens: list[int], t: int, rows: int, signs: int) -> tuple[int, int]:
+    """Row and row of signs of the token at position t, in numpy's int32."""
+    if t == 0:
+        return rows - 1, 0
+    before = rows - 1 if t == 1 else tokens[t - 1]
+    with np.errstate(over="ignore"):
+        products = np.int32(36313) * np.int32(tokens[t]), np.int32(27191) * np.int32(before)
+    return int(products[0] ^ products[1]) % (rows - 1), (tokens[t] ^ tokens[t - 1]) % signs
+
+
+def lively(cfg: tg.Config) -> tg.GPT:
+    """Its pairs have values, and each place another share."""
+    model, rng = build(cfg), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in (model.bigram, model.bigram_scales):
+            p.copy_(torch.randn(p.shape, generator=rng))
+    return model
+
+
+def test_pairs_have_the_rows_and_signs_of_the_record():
+    """The golden numbers of 377,280 rows and 8,192 rows of signs."""
+    tokens = [50256, 15496, 11, 995, 50256, 464]
+    rows = [377279, 126884, 175303, 56405, 326291, 143001]
+    signs = [0, 6360, 7299, 1000, 1971, 1408]
+    hand = [pair_by_hand(tokens, t, 377280, 8192) for t in range(6)]
+    assert hand == list(zip(rows, signs))
+    cfg = tiny(bigram_rows=377280, bigram_signs=8192, dim=4, heads=1, vocab=50257, doc_token=50256)
+    model = build(cfg)
+    with torch.no_grad():  # each row holds its number, times 1 and -1
+        model.bigram.copy_(torch.arange(377280.0)[:, None].expand(-1, 4))
+    found = model.bigram_values(torch.tensor([tokens]))[0]
+    assert found.abs()[:, 0].tolist() == rows
+    assert torch.equal(found.sign(), tg.bigram_signs(cfg)[signs].float())
+    assert (
+        tg.bigram_signs(cfg).abs().eq(1).all() and abs(tg.bigram_signs(cfg).float().mean()) < 0.02
+    )
+    assert torch.equal(build(tiny(**PAIRS, seed=7)).signs, build(tiny(**PAIRS)).signs)
+
+
+def test_each_place_adds_its_share_of_the_pair_and_gradients_are_the_loops():
+    """Against an embedding that holds the pairs already; a loop over tokens for the table."""
+    cfg = tiny(**PAIRS, depth=1, embed_norm=0)
+    model, (x, y) = lively(cfg), random_tokens(cfg, 2, 12)
+    plain = build(tiny(head_init="0.2", proj_init=1.0, depth=1, embed_norm=0))
+    table = model.bigram.detach().clone().requires_grad_()
+    signs, share = tg.bigram_signs(cfg).float(), model.bigram_scales.detach()[0]
+    pairs = []
+    for row in x.tolist():
+        both = [pair_by_hand(row, t, 377, 16) for t in range(12)]
+        pairs.append(torch.stack([table[i] * signs[j] for i, j in both]))
+    whole = plain.embed[x] + share * torch.stack(pairs)
+    plain.embedded = lambda tokens: whole
+    torch.testing.assert_close(model.hidden(x, 1, 0), plain.hidden(x, 1, 0))
+    model(x, y).sum().backward()
+    plain(x, y).sum().backward()
+    torch.testing.assert_close(model.bigram.grad, table.grad)
+
+
+def test_pairs_of_share_0_or_of_a_fresh_table_are_the_plain_model_to_the_bit():
+    plain, (x, _) = build(tiny(head_init="0.2", proj_init=1.0)), random_tokens(tiny(), 2, 32)
+    fresh, off = build(tiny(**PAIRS)), lively(tiny(**PAIRS))
+    assert (fresh.bigram_scales == 0.05).all() and not fresh.bigram.any()
+    with torch.no_grad():
+        off.bigram_scales.zero_()
+    for model in (fresh, off):
+        assert torch.equal(model.hidden(x, 1, 0), plain.hidden(x, 1, 0))
+    assert not any("bigram" in name for name, _ in plain.named_parameters())
+    assert not torch.allclose(
+        lively(tiny(**PAIRS)).hidden(x, 1, 0), plain.hidden(x, 1, 0), atol=0.1
+    )
+
+
+def test_pairs_see_no_later_token_and_cross_documents():
+    cfg = tiny(**PAIRS, doc_mask=1, depth=1)
+    model, (x, _) = lively(cfg), random_tokens(cfg, 1, 16)
+    x[0, 6] = 0  # a document begins
+    other = x.clone()
+    other[0, 5] = x[0, 5] % 95 + 1
+    a, b = model.hidden(x, 1, 0)[0], model.hidden(other, 1, 0)[0]
+    assert torch.equal(a[:5], b[:5]) and not torch.allclose(a[6], b[6], atol=1e-3)
+
+
+@pytest.mark.parametrize("more", [{}, {"loop": "0:1", "repeats": "2", "value_embeds": 1}], ids=str)
+def test_pairs_of_a_row_that_is_fed_in_pieces_are_those_of_the_whole_row(more):
+    cfg = tiny(**PAIRS | more)
+    model, (x, _) = lively(cfg), random_tokens(cfg, 1, 32)
+    repeats = tg.largest(cfg.repeats)
+    with torch.no_grad():
+        whole = model.hidden(x, repeats, 0)[0]
+        for sizes in ((1, 1, 1, 4, 25), (2, 30), (1, 31), (32,)):
+            cache = score.Cache(model, tg.Shape(1, 32, repeats, 0))
+            parts = [cache.feed(piece) for piece in x[0].split(sizes)]
+            torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_rule_is_dense_adam_with_the_mean_square_of_each_row():
+    """
+    Eight events in which rows are left out for some: as a list of rows that owe their decay, and
+    as AdamW on the whole table, whose moment is that mean.
+    """
+    flags = {"own_lr": "bigram=0.3/0/0.9/0.5", "cautious": 1, "embed_wd": 0.1, "adam_eps": 1e-6}
+    cfg = tiny(bigram_rows=12, bigram_rule="rows", dim=8, heads=1, **flags)
+    model = build(cfg)
+    opt, rng = tg.MuonAdamW(cfg, model, alone()), torch.Generator().manual_seed(0)
+    (bucket,) = [b for b in opt.buckets if "bigram" in b.params]
+    assert {k: tuple(t.shape) for k, t in bucket.state.items()} == {"row_sq": (12, 1)}
+    with torch.no_grad():
+        model.bigram.copy_(torch.randn(12, 8, generator=rng))
+    w = model.bigram.detach().double().clone()
+    v, last, often = torch.zeros(12, dtype=torch.float64), [0] * 12, [0] * 12
+    for event in range(1, 9):
+        touched = (torch.rand(12, generator=rng) < 0.4).nonzero()[:, 0].tolist()
+        model.bigram.grad.zero_()
+        before = model.bigram.detach().clone()
+        for row in touched:
+            g = torch.randn(8, generator=rng) * (row + 1)
+            model.bigram.grad[row] = g
+            g, often[row] = g.double(), often[row] + 1
+            v[row] = v[row] * 0.9 ** (event - last[row]) + 0.1 * g.square().mean()
+            last[row] = event
+            u = (1 - 0.9**event) ** 0.5 * g / (v[row].sqrt() + 1e-6)
+            w[row] -= 0.3 * 0.5 * w[row] * (u * w[row] > 0) + 0.3 * u
+        opt.step(now())
+        rest = [row for row in range(12) if row not in touched]
+        assert touched and rest and torch.equal(model.bigram[rest], before[rest])
+        torch.testing.assert_close(model.bigram.detach().double(), w, rtol=1e-5, atol=1e-5)
+    assert max(often) > 3
+
+
+def test_a_table_of_pairs_trains_goes_on_and_is_read_back(tmp_path):
+    """Rounded, scored over a sliding window, and resumed behind step 2 with the same bits."""
+    flags = {"bigram_rows": 100, "bigram_signs": 16, "bigram_rule": "rows", "doc_mask": 1}
+    flags |= {"export": "int6", "score": {"modes": "sliding"}, "tie_embed": 1}
+    assert sampler.check(0, tmp_path, dict(flags))[1] == []
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"bigram_signs": 8}, "bigram_signs = 8 does nothing here: it needs bigram_rows"),
+        ({"bigram_rule": "rows"}, "bigram_rule = 'rows' does nothing here: it needs bigram_rows"),
+        ({"bigram_rows": 1}, "bigram_rows = 1: one row"),
+    ],
+    ids=str,
+)
+def test_tables_of_pairs_that_do_nothing_are_refused(changes, words):
+    with pytest.raises(tg.UserError, match=words):
+        tg.validate(tiny(**changes))
+        tg.refuse_idle(tiny(**changes))
