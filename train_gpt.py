@@ -1103,6 +1103,16 @@ class ModelConfig(Section):
     post_lambda: float = 0.0
     # "0.5 1": starts of two learned factors: on queries, keys and values, and on attention's output
     sa_lambdas: str = ""
+    late_input: str = ""  # "7": attention of all blocks behind block 7 reads block 7's output
+    # "0,4": a small net reads the input of block 0, another that of block 4. Each gives, by token,
+    # factors of the blocks from its own to the next net's: xsa_learned's, head gates of
+    # attn_gate_layers (where attn_gate is 0), x0_layers' shares, skip_gate's (where skip_dims is 0)
+    gate_nets: str = ""
+    # "x0,7": a net gives, by token, what the last block's values and input take of the embedding,
+    # block 7's output and that input, and the factors of post_lambda, x0_lambda, value_layers there
+    mudd: str = ""
+    mudd_final: str = ""  # "x0,7,v1": what the final norm's input takes; v1: block 1's table's row
+    net_hidden: int = 64  # hidden width of those nets
 
     doc_mask: int = 1  # 1: a token sees its own document only
     window: str = "0"  # [sched] keys a token sees, itself included; 0: the whole row
@@ -1166,7 +1176,7 @@ class ModelConfig(Section):
         (0, 65536, "kv_heads head_dim attn_gate value_proj smear skip_dims bigram_signs"),
         (0, 2**27, "bigram_rows"),
         (1, 1000, "depth repeats passes"),
-        (1, 65536, "dim heads head_multiple mlp_multiple"),
+        (1, 65536, "dim heads head_multiple mlp_multiple net_hidden"),
         (1, 10**12, "rope_base"),
         (-1, 65536, "rope_dims xsa"),
         (-4, 4, "logit_dim_power"),
@@ -1187,6 +1197,7 @@ class ModelConfig(Section):
         self.check_lists()
         self.check_values()
         self.check_stream()
+        self.check_nets()
         windows = [p.value for p in Schedule("window_long", self.window_long).points]
         require(
             not self.yarn or windows[0] > 1 and windows == sorted(windows),
@@ -1249,7 +1260,17 @@ class ModelConfig(Section):
                 self.xsa != 0 or bool(self.xsa_layers),
             ),
             ("value_gate", "value_layers", bool(self.value_layers)),
-            ("attn_gate_layers", "attn_gate, the dims that it reads", self.attn_gate > 0),
+            (
+                "attn_gate_layers",
+                "attn_gate, the dims that it reads, or gate_nets",
+                self.attn_gate > 0 or bool(self.gate_nets),
+            ),
+            ("mudd", "post_lambda, whose factors it gives by token", self.post_lambda > 0),
+            (
+                "net_hidden",
+                "gate_nets, mudd or mudd_final",
+                bool(self.gate_nets or self.mudd or self.mudd_final),
+            ),
             ("skip_dims", "skip_gate, such as '3>6'", bool(self.skip_gate)),
             ("smear", "rows of 2 tokens or more", shortest > 1),
             ("window", "an S in window_pattern before its last block", windowed),
@@ -1403,12 +1424,62 @@ class ModelConfig(Section):
             f"skip_gate = {self.skip_gate!r}: from a block to a later one below depth = "
             f"{self.depth} that has no other skip, such as '3>6' or '6>9 4>10'",
         )
+        require(
+            re.fullmatch(r"(\d{1,4})?", self.late_input) is not None
+            and int(self.late_input or -1) < self.depth - 1,
+            f"late_input = {self.late_input!r}: a block that has others behind it, of {self.depth}",
+        )
         words = self.sa_lambdas.split()
         require(
             not words
             or len(words) == 2
             and all(is_number(word) and abs(float(word)) <= 100 for word in words),
             f"sa_lambdas = {self.sa_lambdas!r}: two numbers, such as '0.5 1'",
+        )
+
+    def check_nets(self) -> None:
+        nets = self.gate_nets.split(",") if self.gate_nets else []
+        ok = all(re.fullmatch(r"\d{1,4}", word) for word in nets)
+        blocks = [int(word) for word in nets] if ok else []
+        require(
+            ok and blocks == sorted(set(blocks)) and all(block < self.depth for block in blocks),
+            f"gate_nets = {self.gate_nets!r}: blocks below depth = {self.depth}, rising, such as "
+            "'0,4'",
+        )
+        for net, block in enumerate(blocks):
+            require(
+                bool(net_lanes(self, net)),
+                f"gate_nets = {self.gate_nets!r}: the net at block {block} has nothing to give: "
+                "xsa_learned, attn_gate_layers, x0_layers or skip_gate before the next one",
+            )
+        gated = [] if self.attn_gate else blocks_of(self.attn_gate_layers)
+        lost = [block for block in gated if blocks and block < blocks[0]]
+        require(
+            not lost,
+            f"attn_gate_layers = {self.attn_gate_layers!r}: no net of gate_nets = "
+            f"{self.gate_nets!r} stands before blocks {lost}",
+        )
+        last, width = self.depth - 1, (self.kv_heads or self.heads) * head_width(self)
+        for key in ("mudd", "mudd_final"):
+            text = getattr(self, key)
+            words = sources_of(text)
+            known = {"x0", *map(str, range(last)), *(f"v{block}" for block in value_tables(self))}
+            require(
+                len(words) == len(set(words)) and known.issuperset(words),
+                f"{key} = {text!r}: x0, blocks before the last, and v1 for the table of block 1 if "
+                "value_layers has it, such as 'x0,7,v1'",
+            )
+            by_width = key == "mudd" or any(word[0] == "v" for word in words)
+            require(
+                not (words and by_width) or width == self.dim,
+                f"{key} = {text!r} takes values for the stream or the other way: heads * head_dim "
+                f"= {width} must be dim = {self.dim}, without kv_heads",
+            )
+        ends = has_attention(self, last) and last not in blocks_of(self.no_mlp_layers)
+        require(
+            not self.mudd or ends and (last not in value_tables(self) or self.heads % 2 == 0),
+            f"mudd = {self.mudd!r}: the last block must have attention, an MLP and, with a value "
+            "table, an even number of heads",
         )
 
 
@@ -1455,6 +1526,66 @@ def backed_out(cfg: Config) -> tuple[int, float]:
     return (int(block), float(share)) if block else (-1, 0.0)
 
 
+class Lane(NamedTuple):
+    """Numbers by token that a net gives: what for, to which block, how many, what they start at."""
+
+    kind: str
+    block: int
+    count: int
+    start: float
+
+
+NET_SCALE = 0.1  # of the nets' outputs: learned from there by gate_nets, fixed in mudd
+
+
+def net_of(cfg: Config, block: int) -> int:
+    """Number of the net of gate_nets that a block has its factors from; -1: none."""
+    before = [net for net, first in enumerate(blocks_of(cfg.gate_nets)) if first <= block]
+    return before[-1] if before and block < cfg.depth else -1
+
+
+def net_lanes(cfg: Config, net: int) -> list[Lane]:
+    """What a net of gate_nets gives, in order; starts are modded-nanogpt's (#85)."""
+    lanes = []
+    for block in (block for block in range(cfg.depth) if net_of(cfg, block) == net):
+        if has_xsa_alpha(cfg, block):
+            lanes.append(Lane("xsa", block, cfg.heads, 0.0))
+        if has_given_gate(cfg, block):
+            lanes.append(Lane("gate", block, cfg.heads, 0.25))
+        if has_x0_share(cfg, block) and not is_in_mudd(cfg, block):
+            lanes.append(Lane("x0", block, 1, cfg.x0_lambda))
+        if block in gated_skips(cfg) and not cfg.skip_dims:
+            lanes.append(Lane("skip", block, 1, 0.5))
+    return lanes
+
+
+def sources_of(text: str) -> list[str]:
+    """Of mudd and mudd_final."""
+    return text.split(",") if text else []
+
+
+def is_in_mudd(cfg: Config, block: int) -> bool:
+    return bool(cfg.mudd) and block == cfg.depth - 1
+
+
+def mudd_starts(cfg: Config) -> list[float]:
+    """
+    Of what the net before the last block gives: by source and for the input itself, to values and
+    to the stream; to each half of the table's heads; factors of attention, the embedding's share,
+    factors of the MLP (modded-nanogpt #81, after arXiv 2502.12170).
+    """
+    shares = [0.0] * (len(sources_of(cfg.mudd)) + 1)
+    of_table = [2.0, 2.0] if cfg.depth - 1 in value_tables(cfg) else []
+    factors = [cfg.resid_lambda or 1.0, cfg.post_lambda]
+    return [*shares, *shares, *of_table, *factors, cfg.x0_lambda, *factors]
+
+
+def final_starts(cfg: Config) -> list[float]:
+    """Of what the net before the final norm gives: backout's share, and nothing."""
+    block, share = backed_out(cfg)
+    return [-share if word == str(block) else 0.0 for word in sources_of(cfg.mudd_final)]
+
+
 def has_attention(cfg: Config, block: int) -> bool:
     return block not in blocks_of(cfg.no_attn_layers)
 
@@ -1471,10 +1602,16 @@ def has_attn_gate(cfg: Config, block: int) -> bool:
     return cfg.attn_gate > 0 and listed
 
 
+def has_given_gate(cfg: Config, block: int) -> bool:
+    """Whether a net of gate_nets gives the head gate."""
+    listed = block in blocks_of(cfg.attn_gate_layers)
+    return listed and not cfg.attn_gate and net_of(cfg, block) >= 0
+
+
 def has_xsa_alpha(cfg: Config, block: int) -> bool:
     """Whether a block learns by how much xsa acts."""
     listed = not cfg.xsa_layers or block in blocks_of(cfg.xsa_layers)
-    return bool(cfg.xsa_learned) and listed
+    return bool(cfg.xsa_learned) and listed and has_attention(cfg, block)
 
 
 def is_number(text: str) -> bool:
@@ -2010,13 +2147,16 @@ class Attention(Declaring):
         # dims that it reads of the input and of the values
         in_table = index in value_tables(cfg)
         self.value_dims = value_dims(cfg) if in_table else (cfg.value_proj, 0) if values else (0, 0)
-        self.has_values = values or in_table
+        if is_in_mudd(cfg, index):
+            self.value_dims = 0, 0
+        self.has_values = values or in_table or is_in_mudd(cfg, index)
         dims = sum(self.value_dims)
         self.declare("value_gate", "matrix", 0.0, self.kv_heads, dims, on=dims)
         self.declare("iha", "scalar", identities, 3, cfg.heads, cfg.heads, on=cfg.iha)
         own = {"rate": 0.8, "betas": (0.9, 0.95)}  # slowrun's
-        learned = has_xsa_alpha(cfg, index)
-        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=learned, **own)
+        self.has_alpha, self.has_given_gate = has_xsa_alpha(cfg, index), has_given_gate(cfg, index)
+        on = self.has_alpha and net_of(cfg, index) < 0
+        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=on, **own)
         own = {"betas": (0.9, 0.99)}  # modded-nanogpt's
         start = numbers(*map(float, cfg.sa_lambdas.split()))
         self.declare(
@@ -2030,10 +2170,12 @@ class Attention(Declaring):
         mask: AttentionMask,
         xsa: bool,
         values: Tensor | None = None,
+        alpha: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> Tensor:
         """
         x [B, T, D] -> [B, T, D]. `values` [B, T, kv_heads*K] join the own ones, times 2*sigmoid of
-        a head's gate where there is a value_gate.
+        a head's gate where there is a value_gate. alpha, gate: [B, T, H] of gate_nets.
         """
         B, T, _ = x_BTD.shape
         if self.iha is not None:  # a mixture is none of the matrices: nobody watches it
@@ -2080,12 +2222,15 @@ class Attention(Declaring):
             v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
             y = y.float().unflatten(2, (self.kv_heads, -1))
             own = (y * v_hat).sum(-1, keepdim=True) * v_hat
-            if self.xsa_alpha is not None:  # slowrun #11, modded-nanogpt #82
-                own = torch.tanh(self.xsa_alpha.float()).view(self.kv_heads, -1, 1) * own
+            if self.has_alpha:  # slowrun #11, modded-nanogpt #82
+                alpha = self.xsa_alpha if alpha is None else alpha
+                own = torch.tanh(alpha.float()).unflatten(-1, (self.kv_heads, -1, 1)) * own
             y = (y - own).flatten(2, 3).to(v.dtype)
         if self.attn_gate is not None:
             few = x_BTD[..., : self.attn_gate.size(1)]
             y = y * torch.sigmoid(self.linear(few, "attn_gate")).unsqueeze(-1)
+        if self.has_given_gate:
+            y = y * gate.unsqueeze(-1)
         y = self.linear(y.reshape(B, T, -1), "proj")
         return y if self.sa_lambdas is None else self.sa_lambdas[1].to(y.dtype) * y
 
@@ -2136,6 +2281,7 @@ class Block(Declaring):
         self.mlp = None if index in blocks_of(cfg.no_mlp_layers) else MLP(cfg)
         inner_kv = (cfg.kv_heads or cfg.heads) * head_width(cfg)
         self.declare("value_proj", "matrix", plain_map(cfg), inner_kv, cfg.dim, on=values)
+        self.is_late = is_late(cfg, index)
         self.declare_lambdas(cfg, index)
         self.declare("mix", "scalar", one_and_zero, 2, cfg.dim, on=cfg.block_scales)
         self.declare("scales", "scalar", 1.0, 2, cfg.dim, on=cfg.block_scales)
@@ -2143,16 +2289,20 @@ class Block(Declaring):
 
     def declare_lambdas(self, cfg: Config, index: int) -> None:
         """Factors on the residual stream: one of the block's, or with post_lambda by branch."""
-        counted, joins = index < cfg.depth, has_x0_share(cfg, index)
+        counted, self.in_mudd = index < cfg.depth, is_in_mudd(cfg, index)
+        joins = has_x0_share(cfg, index) or self.in_mudd
+        # whether the embedding's share is given, by token
+        self.has_share, self.share_given = joins, self.in_mudd or joins and net_of(cfg, index) >= 0
         branches = (self.attn is not None) + (self.mlp is not None)
         self.by_branch = bool(cfg.post_lambda) and counted
         # A branch that is missing has no factors, but for what the embedding's share joins.
         factors = 1 if not self.by_branch else branches + (self.attn is None and joins)
-        on = cfg.resid_lambda and counted and factors
+        on = cfg.resid_lambda and counted and factors and not self.in_mudd
         self.declare("resid_lambda", "scalar", cfg.resid_lambda, factors, on=on)
-        self.declare("x0_lambda", "scalar", cfg.x0_lambda, 1, on=joins)
+        on_own = joins and not self.share_given
+        self.declare("x0_lambda", "scalar", cfg.x0_lambda, 1, on=on_own)
         own = {"rate": 0.2, "betas": (0.9, 0.95)}  # modded-nanogpt's
-        on = self.by_branch and branches
+        on = self.by_branch and branches and not self.in_mudd
         self.declare("post_lambda", "scalar", cfg.post_lambda, branches, on=on, **own)
 
     def forward(
@@ -2183,9 +2333,9 @@ class Block(Declaring):
         first, second = self.gains if self.gains is not None else (None, None)
         if self.resid_lambda is not None and not self.by_branch:
             x = self.resid_lambda.to(x.dtype) * x
-        if self.x0_lambda is not None and not self.by_branch:
-            x = x + self.x0_lambda.to(x.dtype) * x0
-        values = given["values"] if given and "values" in given else None
+        if self.has_share and not self.by_branch:
+            x = x + self.share(given).to(x.dtype) * x0
+        values, alpha, gate = map((given or {}).get, ("values", "xsa", "gate"))
         if self.value_proj is not None:
             values = self.linear(x0, "value_proj")
         if self.mix is not None:
@@ -2193,25 +2343,33 @@ class Block(Declaring):
             x = mix[0] * x + mix[1] * x0
         skipped = x
         if self.attn is not None:
-            y = self.attn(branch(x, first), rope, mask, xsa, values)
-            x = self.joined(x, self.drop(y, self.attn_dropout), 0)
-        elif self.by_branch and self.x0_lambda is not None and self.resid_lambda is not None:
+            source = given["source"] if self.is_late else x
+            y = self.attn(branch(source, first), rope, mask, xsa, values, alpha, gate)
+            x = self.joined(x, self.drop(y, self.attn_dropout), 0, given)
+        elif self.by_branch and self.has_share and self.resid_lambda is not None:
             x = self.resid_lambda[0].to(x.dtype) * x
-        if self.x0_lambda is not None and self.by_branch:
-            x = x + self.x0_lambda.to(x.dtype) * x0
+        if self.has_share and self.by_branch:
+            x = x + self.share(given).to(x.dtype) * x0
         if self.mlp is not None:
             y = self.mlp(branch(x, second))
-            x = self.joined(x, self.drop(y, self.mlp_dropout), 1)
+            x = self.joined(x, self.drop(y, self.mlp_dropout), 1, given)
         return x if keep is None else torch.where(keep, x, skipped)
 
-    def joined(self, x: Tensor, y: Tensor, half: int) -> Tensor:
+    def share(self, given: dict[str, Tensor] | None) -> Tensor:
+        """The factor on the embedding: learned, or by token [B, T, 1]."""
+        return given["x0"] if self.share_given else self.x0_lambda
+
+    def joined(self, x: Tensor, y: Tensor, half: int, given: dict | None) -> Tensor:
         """The stream with the output of attention (half 0) or of the MLP (1), both scaled."""
         if self.mix is not None:
             y = self.scales[half].to(x.dtype) * y
         if self.by_branch:  # where a branch is missing, the other's factor is both first and last
-            y = self.post_lambda[-half].to(x.dtype) * y
-            if self.resid_lambda is not None:
-                x = self.resid_lambda[-half].to(x.dtype) * x
+            resid, post = self.resid_lambda, self.post_lambda
+            if self.in_mudd:
+                resid, post = given["resid"], given["post"]
+            y = post[-half].to(x.dtype) * y
+            if resid is not None:
+                x = resid[-half].to(x.dtype) * x
         return x + y
 
     def drop(self, y: Tensor, share: float) -> Tensor:
@@ -2265,6 +2423,22 @@ class Added(NamedTuple):
     row: int | tuple[int, int]
 
 
+class TokenNet(Declaring):
+    """A few numbers by token [B, T, n], which begin at `starts` whatever the token."""
+
+    def __init__(self, cfg: Config, starts: list[float], rate: float):
+        super().__init__()
+        matrices, own = {"rate": 20 * rate, "betas": (0.9, 0.99)}, {"betas": (0.9, 0.99)}
+        start = spread(cfg, (3 * cfg.dim) ** -0.5)
+        self.declare("fc", "matrix", start, cfg.net_hidden, cfg.dim, **matrices)
+        self.declare("proj", "matrix", 0.0, len(starts), cfg.net_hidden, **matrices)
+        biases = numbers(*(start / NET_SCALE for start in starts))
+        self.declare("proj_bias", "scalar", biases, len(starts), rate=rate, **own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.gelu(self.linear(x, "fc")), "proj")
+
+
 class Pairs(NamedTuple):
     """What blocks of pairs of heads attend by: rotations, masks of S blocks and of L blocks."""
 
@@ -2287,6 +2461,9 @@ class Place(NamedTuple):
     drop: float  # the chance of stochastic depth that a training pass leaves it out
     paired: bool = False  # attention has two positions a token
     table: int = -1  # of value_layers; -1: none
+    net: int = -1  # of gate_nets, that reads its input; -1: none
+    is_late: bool = False  # attention reads late_input's block
+    in_mudd: bool = False
     gated: Added | None = None  # of skip_gate: from which block, by a row of skip_lambdas
     is_kept: bool = False  # whether its output is used behind the next place, by its block
     is_added: bool = False  # whether a later place adds its output
@@ -2322,6 +2499,9 @@ def wiring(cfg: Config, repeats: int) -> list[Place]:
             drop=drop_chance(cfg, block),
             paired=block in blocks_of(cfg.paired_layers),
             table=value_tables(cfg).get(block, -1),
+            net=net_of(cfg, block) if block in blocks_of(cfg.gate_nets) else -1,
+            is_late=is_late(cfg, block),
+            in_mudd=is_in_mudd(cfg, block),
             gated=gated_skip(cfg, block),
             is_kept=block in kept_blocks(cfg),
         )
@@ -2357,7 +2537,14 @@ def gated_skip(cfg: Config, block: int) -> Added | None:
 
 def kept_blocks(cfg: Config) -> set[int]:
     """Blocks whose last output is used elsewhere than at the next place, -1 aside."""
-    return {*gated_skips(cfg).values(), backed_out(cfg)[0]}
+    mixed = [word for word in sources_of(cfg.mudd) + sources_of(cfg.mudd_final) if word.isdigit()]
+    late = int(cfg.late_input or -1)
+    return {*gated_skips(cfg).values(), backed_out(cfg)[0], late, *map(int, mixed)}
+
+
+def is_late(cfg: Config, block: int) -> bool:
+    """Whether attention reads the output of late_input's block; not that of MTP's block."""
+    return bool(cfg.late_input) and int(cfg.late_input) < block < cfg.depth
 
 
 def has_xsa(cfg: Config, block: int, left: int) -> bool:
@@ -2478,7 +2665,15 @@ class GPT(Declaring):
         self.declare("skip_lambdas", "scalar", -1.5, skips, on=skips, **own)
         on = skips and dims
         self.declare("skip_gates", "scalar", 0.0, skips, dims, on=on, rate=0.002, **own)
-        self.declare("backout", "scalar", backed_out(cfg)[1], 1, on=cfg.backout)
+        block, share = backed_out(cfg)
+        on = cfg.backout and str(block) not in sources_of(cfg.mudd_final)
+        self.declare("backout", "scalar", share, 1, on=on)
+        nets = [net_lanes(cfg, net) for net in range(len(blocks_of(cfg.gate_nets)))]
+        starts = [[lane.start for lane in net for _ in range(lane.count)] for net in nets]
+        self.gate_nets = nn.ModuleList(TokenNet(cfg, net, 0.02) for net in starts)
+        self.declare("gate_scale", "scalar", NET_SCALE, 1, on=nets, rate=0.02, **own)
+        self.mudd = TokenNet(cfg, mudd_starts(cfg), 0.05) if cfg.mudd else None
+        self.mudd_final = TokenNet(cfg, final_starts(cfg), 0.05) if cfg.mudd_final else None
 
     def documents(self, tokens_BT: Tensor) -> Tensor | None:
         """
@@ -2585,11 +2780,22 @@ class GPT(Declaring):
         one, drawn = torch.ones((), dtype=x.dtype, device=x.device), self.drawn(len(places))
         outputs: dict[int, Tensor] = {}  # that later places add
         latest: dict[int, Tensor] = {}  # by block, last outputs that are used later
+        lanes: dict[tuple[str, int], Tensor] = {}  # of gate_nets, by what for and block
         for at, place in enumerate(places):
+            if place.net >= 0:
+                lanes |= self.lanes(place.net, x)
             added = self.added(place, outputs, values, one)
             if place.gated:
-                added.append((self.skip_factor(place, x0), latest[place.gated.source]))
-            given = self.given(place, rows)
+                lane = lanes.get(("skip", place.block))
+                factor = self.skip_factor(place.gated.row, x0, lane)
+                added.append((factor, latest[place.gated.source]))
+            given: dict = self.given_by_nets(lanes, place.block) if self.cfg.gate_nets else {}
+            if place.table >= 0:
+                given["values"] = rows[place.table]
+            if place.is_late:
+                given["source"] = latest[int(self.cfg.late_input)]
+            if place.in_mudd:
+                x = self.mixed(x, x0, latest, rows, given)
             # A tensor, as a number would make a graph of each block.
             shrink = one * place.shrink if self.cfg.layer_scale else None
             keep = drawn[at] >= place.drop if drawn is not None else None
@@ -2602,24 +2808,73 @@ class GPT(Declaring):
                 outputs[at] = x
             if place.is_kept:
                 latest[place.block] = x
+        if self.mudd_final is not None:
+            shares = (NET_SCALE * self.mudd_final(x)).split(1, dim=-1)
+            sources = self.sources(self.cfg.mudd_final, x0, latest, rows)
+            x = x + sum(share * source for share, source in zip(shares, sources))
         if self.backout is not None:  # modded-nanogpt #40
             x = x - self.backout.to(x.dtype) * latest[backed_out(self.cfg)[0]]
         return self.final(x)
 
-    def given(self, place: Place, rows: list[Tensor]) -> dict[str, Tensor] | None:
-        """What a place gives its block by name; None: nothing."""
-        if not self.cfg.value_layers:
-            return None
-        return {"values": rows[place.table]} if place.table >= 0 else None
+    def given_by_nets(self, lanes: dict[tuple[str, int], Tensor], block: int) -> dict[str, Tensor]:
+        """What gate_nets give a block, by its name there."""
+        return {kind: lane for (kind, to), lane in lanes.items() if to == block and kind != "skip"}
 
-    def skip_factor(self, place: Place, x0: Tensor) -> Tensor:
-        """Of skip_gate: a number, or one by token [B, T, 1]."""
-        row = place.gated.row
-        factor = torch.sigmoid(self.skip_lambdas[row])
+    def lanes(self, net: int, x: Tensor) -> dict[tuple[str, int], Tensor]:
+        """What a net of gate_nets gives by token for this input of its block."""
+        said = net_lanes(self.cfg, net)
+        numbers = self.gate_scale.to(x.dtype) * self.gate_nets[net](x)
+        parts = numbers.split([lane.count for lane in said], dim=-1)
+        return {(lane.kind, lane.block): part for lane, part in zip(said, parts)}
+
+    def skip_factor(self, row: int, x0: Tensor, lane: Tensor | None) -> Tensor:
+        """Of a pair of skip_gate: a number, or one by token [B, T, 1]."""
+        factor = torch.sigmoid(self.skip_lambdas[row]).to(x0.dtype)
+        if lane is not None:
+            return factor * lane
         if self.skip_gates is None:
             return factor
         few = linear(x0[..., : self.cfg.skip_dims], self.skip_gates[row : row + 1])
         return factor * 2 * torch.sigmoid(few)
+
+    def sources(
+        self, text: str, x0: Tensor, latest: dict[int, Tensor], rows: list[Tensor]
+    ) -> list[Tensor]:
+        """What mudd or mudd_final names, [B, T, D] each."""
+        tables = value_tables(self.cfg)
+        return [
+            x0
+            if word == "x0"
+            else rows[tables[int(word[1:])]]
+            if word[0] == "v"
+            else latest[int(word)]
+            for word in sources_of(text)
+        ]
+
+    def mixed(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        latest: dict[int, Tensor],
+        rows: list[Tensor],
+        given: dict[str, Tensor],
+    ) -> Tensor:
+        """
+        mudd before the last block: its input with shares of earlier ones, [B, T, D]; into `given`,
+        what joins the values, and the block's factors. All of them are read from x as it comes.
+        """
+        sources = [*self.sources(self.cfg.mudd, x0, latest, rows), x]
+        numbers = list((NET_SCALE * self.mudd(x)).split(1, dim=-1))
+        take = lambda count: [numbers.pop(0) for _ in range(count)]
+        values = sum(share * source for share, source in zip(take(len(sources)), sources))
+        x = x + sum(share * source for share, source in zip(take(len(sources)), sources))
+        if "values" in given:  # half of the heads each
+            halves = zip(take(2), given["values"].chunk(2, dim=-1))
+            values = values + torch.cat([share * half for share, half in halves], dim=-1)
+        resid, post, given["x0"], last_resid, last_post = take(5)
+        given["resid"], given["post"] = (resid, last_resid), (post, last_post)
+        given["values"] = values
+        return x
 
     def value_rows(self, tokens_BT: Tensor) -> list[Tensor]:
         """The rows [B, T, kv_heads*K] of each table of value_layers."""

@@ -386,6 +386,222 @@ def test_paired_blocks_see_their_windows_among_plain_ones():
     assert not torch.allclose(model.hidden(x, 1, 5, 1, 13), plain.hidden(x, 1, 5, 1, 13), atol=0.1)
 
 
+# --- the record's whole net
+
+# record #89's topology (without its bigram table and DC attention), small
+HEAD = {
+    "depth": 11, "dim": 48, "heads": 6, "rope": "truncated", "key_offset": "still",
+    "window_pattern": "SSSLSSSSSSL", "doc_mask": 1, "attn_scale": 0.1, "norm_eps": 2**-23,
+    "smear": 12, "backout": "7:0.5", "value_layers": "1,2,8,9,10", "value_gate": "6+6",
+    "no_attn_layers": "6", "paired_layers": "0,2,5,9", "xsa_layers": "1,3,4,7", "xsa_learned": 1,
+    "attn_gate_layers": "3,10", "skip_gate": "3>6", "x0_layers": "0-5,7-9", "post_lambda": 1.0,
+    "resid_lambda": 1.1**0.5, "sa_lambdas": "0.5 1", "late_input": "7", "gate_nets": "0,4",
+    "mudd": "x0,7", "mudd_final": "x0,7,9,v1,3", "net_hidden": 16,
+}  # fmt: skip
+LANES = [
+    "x0 0, xsa 1, x0 1, x0 2, xsa 3, gate 3, x0 3",
+    "xsa 4, x0 4, x0 5, skip 6, xsa 7, x0 7, x0 8, x0 9, gate 10",
+]
+
+
+def head_attention(model, i, u, docs, window, aux, lane):
+    """Attention of layer i as section 3 of the page has it: masks in full, pairs by their sets."""
+    attn, H, T = model.blocks[i].attn, 6, u.size(1)
+    l0, l1 = attn.sa_lambdas
+    q, k, v = ((l0 * (u @ w.T)).unflatten(-1, (H, -1)).transpose(1, 2) for w in attn.qkv)
+    v = v + aux.unflatten(-1, (H, -1)).transpose(1, 2)
+    q, k = head_norm(q), head_norm(k)
+    rope, at = model.rope(0), torch.arange(T)
+    apart, own = at[:, None] - at, docs[:, :, None] == docs[:, None]
+    y = torch.zeros_like(q)
+    if i in (0, 2, 5, 9):
+        W = window - 1
+        q, k = (
+            torch.stack([turned(x[:, h], 2 * at + h % 2, rope) for h in range(H)], 1)
+            for x in (q, k)
+        )
+        for h in range(H):
+            first, second = h % 3, h % 3 + 3
+            late = h // 3
+            for_a = (apart >= 0) & (2 * apart + late <= W)
+            for_b = (2 * apart - 1 + late >= 0) & (2 * apart - 1 + late <= W)
+            ok = torch.cat([for_a & own, for_b & own], -1)
+            z = q[:, h] @ torch.cat([k[:, first], k[:, second]], 1).mT * attn.scale
+            p_h = z.masked_fill(~ok, -math.inf).softmax(-1)
+            y[:, h] = p_h @ torch.cat([v[:, first], v[:, second]], 1)
+    else:
+        q, k = turned(q, at, rope), turned(k, at, rope)
+        if i in (3, 10):
+            still = [2, 3, 6, 7]  # of 8 dims, those of the pairs (2, 6) and (3, 7)
+            for t in range(T - 1, 0, -1):
+                k[:, :, t, still] = k[:, :, t - 1, still]
+        ok = (apart >= 0) & (apart < window) & own
+        y = (q @ k.mT * attn.scale).masked_fill(~ok[:, None], -math.inf).softmax(-1) @ v
+    if ("xsa", i) in lane:
+        share = torch.tanh(lane["xsa", i]).transpose(1, 2)[..., None]
+        y = y - share * (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True) * v
+    if ("gate", i) in lane:
+        y = y * lane["gate", i].transpose(1, 2)[..., None]
+    return l1 * (y.transpose(1, 2).flatten(2) @ attn.proj.T)
+
+
+def head_norm(x):
+    return x / (x.square().mean(-1, keepdim=True) + 2**-23).sqrt()
+
+
+def net(p, name, x, scale):
+    h = torch.nn.functional.gelu(x @ p[f"{name}.fc"].T)
+    return (h @ p[f"{name}.proj"].T + p[f"{name}.proj_bias"]) * scale
+
+
+def head_forward(model: tg.GPT, tokens: torch.Tensor, short: int, long: int) -> torch.Tensor:
+    """The forward pass of record #89, in the page's order and letters."""
+    p, N, sg = weights(model), head_norm, torch.sigmoid
+    docs = (tokens == 0).cumsum(1)
+    e = p["embed"][tokens]
+    e = torch.cat(
+        [
+            e[:, :1],
+            e[:, 1:] + p["smear_lambda"] * (sg(e[:, 1:, :12] @ p["smear_gate"].T)) * e[:, :-1],
+        ],
+        1,
+    )
+    ve = {i: p["value_tables"][row][tokens] for row, i in enumerate((1, 2, 8, 9, 10))}
+    x0 = c0 = x = N(e)
+    lane, c = {}, {}
+    for i in range(11):
+        if i in (0, 4):
+            out, at = net(p, f"gate_nets.{i // 4}", x, p["gate_scale"]), 0
+            for kind, block in (word.split() for word in LANES[i // 4].split(", ")):
+                n = 6 if kind in ("xsa", "gate") else 1
+                lane[kind, int(block)] = out[..., at : at + n]
+                at += n
+            assert at == out.size(-1) == (22, 24)[i // 4]
+        mlp = model.blocks[i].mlp
+        window, aux = long if i in (3, 10) else short, torch.zeros_like(x)
+        r, q = p.get(f"blocks.{i}.resid_lambda"), p.get(f"blocks.{i}.post_lambda")
+        if i == 6:
+            x = x + sg(p["skip_lambdas"][0]) * lane["skip", 6] * c[3]
+            x = r[0] * x + q[0] * mlp(N(x))
+        elif i == 10:
+            m = net(p, "mudd", x, 0.1).split(1, -1)
+            w = m[0] * c0 + m[1] * c[7] + m[2] * x
+            x = (1 + m[5]) * x + m[3] * c0 + m[4] * c[7]
+            aux = torch.cat([m[6] * ve[10][..., :24], m[7] * ve[10][..., 24:]], -1) + w
+            a = head_attention(model, i, N(c[7]), docs, window, aux, lane)
+            x = m[8] * x + m[9] * a + m[10] * c0
+            x = m[11] * x + m[12] * mlp(N(x))
+        else:
+            u = N(x if i <= 7 else c[7])
+            if i in ve:
+                G = p[f"blocks.{i}.attn.value_gate"]
+                gate = 2 * sg(torch.cat([u[..., :6], ve[i][..., :6]], -1) @ G.T)
+                aux = (gate[..., None] * ve[i].unflatten(-1, (6, 8))).flatten(-2)
+            a = head_attention(model, i, u, docs, window, aux, lane)
+            x = r[0] * x + q[0] * a + lane["x0", i] * x0
+            x = r[1] * x + q[1] * mlp(N(x))
+        c[i] = x
+    n = net(p, "mudd_final", x, 0.1).split(1, -1)
+    return N(x + n[0] * c0 + n[1] * c[7] + n[2] * c[9] + n[3] * ve[1] + n[4] * c[3])
+
+
+@torch.no_grad()
+def test_the_whole_net_is_the_record_as_the_page_writes_it(doubles):
+    model = noisy(**HEAD)
+    tg.validate(model.cfg)
+    tg.refuse_idle(model.cfg)
+    with torch.no_grad():
+        for name in ("mudd.proj_bias", "mudd_final.proj_bias"):  # times 0.1
+            weights(model)[name].mul_(10)
+    x, _ = random_tokens(model.cfg, 2, 32)
+    x[0, 9], x[1, 20] = 0, 0
+    torch.testing.assert_close(model.hidden(x, 1, 5, 1, 11), head_forward(model, x, 5, 11))
+
+
+@torch.no_grad()
+def test_the_nets_start_as_the_static_factors_of_the_record(doubles):
+    """proj = 0: alpha 0, head gate .25, share 0, skip .5; the values' factors 2; backout -.5."""
+    cfg = tiny(**HEAD)
+    model = build(cfg, dtype=torch.float64)
+    p = weights(model)
+    assert not any(p[f"{name}.proj"].any() for name in ("gate_nets.0", "mudd", "mudd_final"))
+    starts = [0.1 * b for b in p["gate_nets.1.proj_bias"].tolist()]
+    assert starts == pytest.approx([0] * 8 + [0.5] + [0] * 9 + [0.25] * 6)
+    root = 1.1**0.5
+    want = [0.0] * 6 + [2.0, 2.0, root, 1.0, 0.0, root, 1.0]
+    assert (0.1 * p["mudd.proj_bias"]).tolist() == pytest.approx(want)
+    assert (0.1 * p["mudd_final.proj_bias"]).tolist() == pytest.approx([0, -0.5, 0, 0, 0])
+    assert "backout" not in p and p["gate_scale"].tolist() == [pytest.approx(0.1)]
+    assert p["gate_nets.0.fc"].abs().max().item() == pytest.approx(48**-0.5, rel=0.02)
+
+
+def test_the_records_parameters_are_counted_to_the_last():
+    """Section 2.3 of the page, live ones, less the bigram table and its 11 lanes."""
+    full = {"dim": 768, "heads": 6, "net_hidden": 64, "mlp_ratio": 4.0, "vocab": 50257}
+    full |= {"head_multiple": 128, "pad_vocab": 1}
+    with torch.device("meta"):
+        model = tg.GPT(
+            tg.Config(**{k: v for k, v in vars(tiny(**HEAD | full)).items()}), torch.float32, 8
+        )
+    size = {name: p.numel() for name, p in model.named_parameters()}
+    of = lambda *words: sum(n for name, n in size.items() if any(w in name for w in words))
+    assert of("attn.qkv") == 11_796_480 + 5_898_240 and of("attn.proj") == 5_898_240
+    assert of(".mlp.") == 22 * 2_359_296 + 0 and of("value_tables") == 193_167_360
+    assert size["head"] == size["embed"] == 38_633_472
+    small = 201_779 - (64 + 1) * (4 + 5 + 1)  # a lane each of the bigram's: of net A, B and mudd
+    matrices = 11_796_480 * 2 + 51_904_512 + 2 * 38_633_472 + 193_167_360
+    assert sum(size.values()) == matrices + small
+
+
+@torch.no_grad()
+def test_late_blocks_read_the_listed_block_alone(doubles):
+    """Attention of blocks 3 to 5 sees nothing of what blocks 3 and 4 did to the stream."""
+    model, seen = noisy(late_input="2"), []
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        block.register_forward_hook(lambda module, args, out: outputs.append(out))
+    outputs = []
+    x, _ = random_tokens(model.cfg, 2, 16)
+    model.hidden(x, 1, 0)
+    assert all(torch.equal(u, seen[3]) for u in seen[4:])
+    torch.testing.assert_close(seen[5], rms(outputs[2]))
+    torch.testing.assert_close(seen[2], rms(outputs[1]))
+
+
+# What nets make of static factors: on, and the static net with the same numbers
+STATIC = [
+    (
+        {"gate_nets": "0,3", "x0_layers": "0-4", "x0_lambda": 0.3},
+        {"x0_layers": "0-4", "x0_lambda": 0.3},
+    ),
+    (
+        {"gate_nets": "2", "x0_layers": "0-4", "x0_lambda": 0.3},
+        {"x0_layers": "0-4", "x0_lambda": 0.3},
+    ),
+    ({"gate_nets": "1", "xsa_layers": "1,4", "xsa_learned": 1}, {}),
+    ({"mudd_final": "x0,2,4", "backout": "2:0.5"}, {"backout": "2:0.5"}),
+    (
+        {"mudd": "x0,2", "post_lambda": 1.0, "resid_lambda": 1.25, "x0_lambda": 0.25},
+        {"post_lambda": 1.0, "resid_lambda": 1.25, "x0_lambda": 0.25},
+    ),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("on,static", STATIC, ids=str)
+def test_nets_that_read_nothing_are_the_static_factors(on, static):
+    """proj = 0, as they start; and another proj is something else."""
+    model = build(tiny(**LIVELY | on))
+    plain = plain_like(model, **static)
+    x, _ = random_tokens(model.cfg, 2, 32)
+    want = plain.hidden(x, 1, 0)
+    torch.testing.assert_close(model.hidden(x, 1, 0), want, rtol=1e-5, atol=1e-6)
+    for name, p in model.named_parameters():
+        if "proj" in name and ("mudd" in name or "gate_nets" in name) and p.ndim == 2:
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    assert not torch.allclose(model.hidden(x, 1, 0), want, atol=1e-2)
+
+
 # --- together with the rest
 
 STREAM = {
@@ -453,6 +669,15 @@ REFUSED = [
     ({"sa_lambdas": "1"}, "sa_lambdas = '1': two numbers"),
     ({"paired_layers": "1", "heads": 4, "kv_heads": 1}, "heads = 4, kv_heads = 1: both must be"),
     ({"paired_layers": "1", "no_attn_layers": "1"}, "paired_layers has blocks without attention"),
+    ({"late_input": "5"}, "late_input = '5': a block that has others behind it"),
+    ({"gate_nets": "4,0", "x0_layers": "1"}, "gate_nets = '4,0': blocks below"),
+    ({"gate_nets": "0,4", "x0_layers": "1"}, "the net at block 4 has nothing to give"),
+    ({"gate_nets": "2", "attn_gate_layers": "1,3"}, "stands before blocks \\[1\\]"),
+    ({"mudd": "x0,5"}, "mudd = 'x0,5': x0, blocks before the last"),
+    ({"mudd": "x0,v1"}, "mudd = 'x0,v1': x0, blocks before the last"),
+    ({"mudd_final": "3,3"}, "mudd_final = '3,3': x0, blocks"),
+    ({"mudd": "x0", "heads": 2, "kv_heads": 1}, "heads \\* head_dim = 16 must be dim = 32"),
+    ({"mudd": "x0", "no_mlp_layers": "5"}, "the last block must have attention, an MLP"),
     ({"smear": 33}, "smear = 33: a number of input dims"),
 ]  # fmt: skip
 
@@ -470,6 +695,10 @@ def test_what_cannot_be_is_refused_in_one_line(changes, said):
         {"attn_gate_layers": "1"},
         {"skip_dims": 4},
         {"smear": 4, "seq_len": "1"},
+        {"mudd": "x0"},
+        {"net_hidden": 8},
+        {"mudd": "x0"},
+        {"net_hidden": 8},
     ],
     ids=str,
 )
