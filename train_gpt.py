@@ -2190,14 +2190,7 @@ class Attention(Declaring):
         qkv = qkv.view(B, T, -1, self.head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.has_values:
-            joining = values.view_as(v)
-            if self.value_gate is not None:
-                few = x_BTD[..., : self.value_dims[0]]
-                if self.value_dims[1]:
-                    few = torch.cat([few, values[..., : self.value_dims[1]]], dim=-1)
-                gate = 2 * torch.sigmoid(self.linear(few, "value_gate"))
-                joining = gate.unsqueeze(-1) * joining
-            v = v + joining
+            v = self.joined(v, x_BTD, values)
         if self.qk_norm:
             q_scale, k_scale = self.qk_gains if self.qk_gains is not None else (None, None)
             q, k = layer_norm(q, self.eps, q_scale), layer_norm(k, self.eps, k_scale)
@@ -2217,15 +2210,8 @@ class Attention(Declaring):
         y = mask.attend(*(x.transpose(1, 2) for x in heads), self.scale, self.bound).transpose(1, 2)
         if self.paired:
             y = y.reshape(B, T, self.heads, self.head_dim)
-        # arXiv 2603.09078: each head's output loses its component along the token's own value
         if xsa:
-            v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
-            y = y.float().unflatten(2, (self.kv_heads, -1))
-            own = (y * v_hat).sum(-1, keepdim=True) * v_hat
-            if self.has_alpha:  # slowrun #11, modded-nanogpt #82
-                alpha = self.xsa_alpha if alpha is None else alpha
-                own = torch.tanh(alpha.float()).unflatten(-1, (self.kv_heads, -1, 1)) * own
-            y = (y - own).flatten(2, 3).to(v.dtype)
+            y = self.without_own(y, v, self.xsa_alpha if alpha is None else alpha)
         if self.attn_gate is not None:
             few = x_BTD[..., : self.attn_gate.size(1)]
             y = y * torch.sigmoid(self.linear(few, "attn_gate")).unsqueeze(-1)
@@ -2233,6 +2219,29 @@ class Attention(Declaring):
             y = y * gate.unsqueeze(-1)
         y = self.linear(y.reshape(B, T, -1), "proj")
         return y if self.sa_lambdas is None else self.sa_lambdas[1].to(y.dtype) * y
+
+    def joined(self, v: Tensor, x_BTD: Tensor, values: Tensor) -> Tensor:
+        """Values v [B, T, H, K] and those that come from outside, [B, T, H*K], by their gate."""
+        values = values.view_as(v)
+        if self.value_gate is None:
+            return v + values
+        few = x_BTD[..., : self.value_dims[0]]
+        if self.value_dims[1]:
+            few = torch.cat([few, values.flatten(2)[..., : self.value_dims[1]]], dim=-1)
+        gate = 2 * torch.sigmoid(self.linear(few, "value_gate"))
+        return v + gate.unsqueeze(-1) * values
+
+    def without_own(self, y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
+        """
+        Each head's output without its component along the token's own value (arXiv 2603.09078), or
+        without tanh(alpha) of it (slowrun #11, modded-nanogpt #82). y: [B, T, H, K].
+        """
+        v_hat = F.normalize(v.float(), dim=-1).unsqueeze(3)  # B T kv_heads 1 K
+        y = y.float().unflatten(2, (self.kv_heads, -1))
+        own = (y * v_hat).sum(-1, keepdim=True) * v_hat
+        if self.has_alpha:
+            own = torch.tanh(alpha.float()).unflatten(-1, (self.kv_heads, -1, 1)) * own
+        return (y - own).flatten(2, 3).to(v.dtype)
 
 
 class MLP(Declaring):
