@@ -302,6 +302,7 @@ class Now(NamedTuple):
     passes: int = 1
     window_long: int = 0
     distill: float = 0.0  # the teacher's share of the loss
+    tied: int = 0  # 1: before untie_at
 
 
 class Shape(NamedTuple):
@@ -365,6 +366,7 @@ class Plan:
             passes=int(v["passes"]),
             window_long=int(v["window_long"]),
             distill=self.cfg.distill * (step >= self.taught_from()) if self.cfg.distill else 0.0,
+            tied=int(step <= last_tied(self.cfg)) if self.cfg.untie_at else 0,
         )
 
     def ends_of_cycles(self) -> list[int]:
@@ -1096,6 +1098,8 @@ class ModelConfig(Section):
     prefix_loss: str = "0"
 
     tie_embed: int = 0  # 1: one table is input embedding and head
+    # behind this step, such as 847s, or this part of training, they go on as two; empty: never
+    untie_at: str = ""
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
     pad_vocab: int = 0  # 1: the embedding has those rows too; beyond vocab there are no logits
     embed_init: float = 1.0  # standard deviation of the untied input embedding
@@ -1182,6 +1186,8 @@ class ModelConfig(Section):
             and 0 <= float(self.head_init) <= 100,
             f"head_init = {self.head_init!r}: zero, uniform or a standard deviation such as 0.005",
         )
+        if self.untie_at:
+            check_untie(self)
         require(
             self.bigram_rows != 1,
             "bigram_rows = 1: one row is of tokens without one before them, and there must be "
@@ -1225,6 +1231,12 @@ class ModelConfig(Section):
             ("bias_init", "biases = 1", self.biases > 0),
             ("softcap_shape", "softcap > 0", self.softcap > 0),
             ("bigram_signs", "bigram_rows > 1, which they multiply", self.bigram_rows > 0),
+            ("untie_at", "tie_embed = 1", self.tie_embed > 0),
+            (
+                "untie_at",
+                f"a step of two tables behind it, and steps = {self.steps}",
+                not self.untie_at or last_tied(self) < self.steps - 1,
+            ),
             *[(f"softcap_{key}", "softcap > 0", self.softcap > 0) for key in ("in", "shift")],
             *[(f"softcap_{key}", "softcap_shape = 'tanh'", by_tanh) for key in ("in", "shift")],
         ]
@@ -1277,6 +1289,41 @@ class ModelConfig(Section):
             f"unet = {self.unet} ties the second half of the blocks to the first: depth = "
             f"{self.depth} has no halves",
         )
+
+
+def check_untie(cfg: Config) -> None:
+    """Refuse what the step of two tables could not be told from, or would part them before it."""
+    require(
+        re.fullmatch(r"[0-9./]+s?", cfg.untie_at) is not None,
+        f"untie_at = {cfg.untie_at!r}: a step such as 847s, or a part of training such as 2/3",
+    )
+    steps = last_tied(cfg) + 1
+    require(
+        steps % cfg.adam_every == 0,
+        f"untie_at = {cfg.untie_at!r} is behind {steps} steps, which adam_every = "
+        f"{cfg.adam_every} does not divide: the tables part behind a step of AdamW",
+    )
+    apart = [
+        key
+        for key, on in (
+            ("max_seconds", cfg.max_seconds > 0),
+            ("mu_centering", cfg.mu_centering),
+            ("perturb", cfg.perturb != CycleConfig.perturb),
+            ("qat_noise", cfg.qat_noise),
+        )
+        if on
+    ]
+    require(
+        not apart,
+        f"untie_at = {cfg.untie_at!r} keeps two tables alike until a given step, which "
+        f"{' and '.join(apart)} do not: leave one of both out",
+    )
+
+
+def last_tied(cfg: Config) -> int:
+    """The last step that is made with one table for head and embedding."""
+    point = Schedule("untie_at", f"0 {cfg.untie_at}:1").points[1]
+    return math.ceil(point.at if point.in_steps else point.at * cfg.steps - 1e-9)
 
 
 def is_number(text: str) -> bool:
@@ -1765,9 +1812,15 @@ class Attention(Declaring):
         start = spread(cfg, (cfg.init_std or 0.5) * cfg.dim**-0.5)
         start = xavier(joined=True) if by_xavier else start
         # Three matrices, or one and two: Muon treats each by itself.
-        self.declare("qkv", "matrix", start, 3, inner, cfg.dim, on=one_map)
+        grouped = bool(cfg.qk_groups)
+        self.declare("qkv", "matrix", start, 3, inner, cfg.dim, on=one_map and not grouped)
         self.declare("q", "matrix", start, inner, cfg.dim, on=not one_map)
         self.declare("kv", "matrix", start, 2, inner_kv, cfg.dim, on=not one_map)
+        # Of queries and then of keys, each of some heads (modded-nanogpt #80); values as a whole.
+        of = cfg.qk_groups or self.heads
+        stack = (2 * self.heads // of, of * self.head_dim, cfg.dim)
+        self.declare("qk", "matrix", start, *stack, on=grouped)
+        self.declare("v", "matrix", start, inner, cfg.dim, on=grouped)
         std = 0.02 / (2 * cfg.depth) ** 0.5 if by_xavier else cfg.proj_init * cfg.dim**-0.5
         self.declare("proj", "matrix", normal(std), cfg.dim, inner)
         if cfg.biases:
@@ -1804,6 +1857,8 @@ class Attention(Declaring):
             qkv = linear(x_BTD, mixed.view(-1, x_BTD.size(-1)))
         elif self.qkv is not None:
             qkv = self.linear(x_BTD, "qkv")
+        elif self.qk is not None:
+            qkv = torch.cat([self.linear(x_BTD, "qk"), self.linear(x_BTD, "v")], dim=-1)
         else:
             qkv = torch.cat([self.linear(x_BTD, "q"), self.linear(x_BTD, "kv")], dim=-1)
         qkv = qkv.view(B, T, -1, self.head_dim)
@@ -2118,9 +2173,11 @@ class GPT(Declaring):
         self.head_rows = -(-cfg.vocab // cfg.head_multiple) * cfg.head_multiple
         self.declare("head", "head", head_start(cfg), self.head_rows, cfg.dim)
         self.declare("head_bias", "scalar", 0.0, self.head_rows, on=cfg.biases)
-        rows = self.head_rows if cfg.pad_vocab else cfg.vocab
+        rows = self.head_rows if cfg.pad_vocab or cfg.untie_at else cfg.vocab
         start = normal(cfg.dim**-0.5 if cfg.init == "xavier" else cfg.embed_init)
-        self.declare("embed", "embed", start, rows, cfg.dim, on=not cfg.tie_embed)
+        # What will be untied has two tables from the start, see same_tables().
+        apart, group = not cfg.tie_embed or cfg.untie_at, "head" if cfg.untie_at else "embed"
+        self.declare("embed", group, start, rows, cfg.dim, on=apart)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.depth))
         self.declare("mtp_proj", "matrix", plain_map(cfg), cfg.dim, 2 * cfg.dim, on=cfg.mtp)
         self.mtp_block = Block(cfg, cfg.depth) if cfg.mtp else None
@@ -2146,7 +2203,9 @@ class GPT(Declaring):
         self.register_buffer("sin", sin, persistent=False)
         # of each token the one that is its longest proper prefix, for prefix_loss in training
         self.register_buffer("prefixes", None, persistent=False)
-        self.register_buffer("signs", None, persistent=False)  # bigram_signs()
+        size = cfg.bigram_signs, cfg.dim
+        signs = torch.empty(size, dtype=torch.int8) if cfg.bigram_signs else None
+        self.register_buffer("signs", signs, persistent=False)  # bigram_signs()
         for path, module in self.named_modules():
             if path and isinstance(module, Declaring):
                 module.prefix = f"{path}."
@@ -2450,7 +2509,15 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: 
         declared = declarations(model)
         for name, p in model.named_parameters():
             p.copy_(initial_value(name, declared[name], p.shape, cfg.seed))
+    if cfg.untie_at:
+        same_tables(model)
     return model
+
+
+@torch.no_grad()
+def same_tables(model: GPT) -> None:
+    """Where tables will be untied: before the first step the embedding is a copy of the head."""
+    model.embed.copy_(model.head)
 
 
 ########################################
@@ -2465,6 +2532,9 @@ class OptimConfig(Section):
     optimizer: str = "muon"  # what updates the matrices of the blocks: muon or adamw
     adamw_matrices: str = ""  # regex: these matrices get AdamW although optimizer is muon
     matrix_lr: float = 0.05  # learning rate of Muon
+    # "pattern=factor pattern=factor": what multiplies it for names that the pattern finds, and with
+    # it their decay
+    matrix_lr_mul: str = ""
     adamw_lr: float = 0.0021  # learning rate of AdamW on matrices
     embed_lr: float = 0.6  # learning rate of the untied input embedding
     head_lr: float = 0.22  # learning rate of the untied head
@@ -2502,6 +2572,8 @@ class OptimConfig(Section):
     aurora: str = ""  # regex: matrices whose update has rows and columns of even norms
     aurora_rounds: int = 3  # polar factors that this takes
     aurora_power: float = 0.25  # how far a round evens them
+    # Muon: so many neighbouring heads have one matrix of queries and one of keys; 0: all heads
+    qk_groups: int = 0
     row_norm: int = 0  # Muon: 1 divides each row of the update by its norm first (MuonEq-R)
     normuon: float = 0.0  # Muon: decay of NorMuon's second moment per neuron; 0: off
     soap: str = ""  # regex: matrices of which Muon takes Adam's update in Shampoo's eigenbasis
@@ -2532,6 +2604,7 @@ class OptimConfig(Section):
     # what updates the table of bigram_rows: adam, or rows (no momentum, one second moment a row; a
     # row without a gradient stays as it is)
     bigram_rule: str = "adam"
+    adam_every: int = 1  # AdamW: steps whose gradients are summed for one of its own
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
     loss_sum: int = 0  # 1: gradients are of the sum of a batch's losses, as epsilons may expect
 
@@ -2551,6 +2624,8 @@ class OptimConfig(Section):
         (1, 100, "aurora_rounds"),
         (1, 10**6, "soap_every"),
         (0, 1000, "lr_matrices"),
+        (0, 65536, "qk_groups"),
+        (1, 1000, "adam_every"),
         (0, 1000, "lr weight_decay slow_lr matrix_wd embed_wd scalar_wd meta_step"),
         # diverged runs are a sweep's business
         (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),
@@ -2580,6 +2655,8 @@ class OptimConfig(Section):
         ):
             require_regex(key, getattr(self, key))
         own_rates(self)
+        matrix_factors(self)
+        self.check_groups()
         decays, ages = decays_of(self), Schedule("maxwell_age", self.maxwell_age)
         steps = zip(ages.points, ages.points[1:])
         require(
@@ -2601,6 +2678,18 @@ class OptimConfig(Section):
             f"{self.param_dtype!r}: set --param_dtype float32",
         )
 
+    def check_groups(self) -> None:
+        require(
+            not self.qk_groups or self.heads % self.qk_groups == 0,
+            f"qk_groups = {self.qk_groups}: heads = {self.heads} do not divide into groups of it",
+        )
+        other = [key for key in ("kv_heads", "iha", "biases") if getattr(self, key)]
+        require(
+            not (self.qk_groups and other),
+            f"qk_groups = {self.qk_groups} knows no {' and no '.join(other)}: set it to 0, or "
+            f"{', '.join(f'--{key} 0' for key in other)}",
+        )
+
     def needs(self) -> list[Need]:
         muon, decays = self.optimizer == "muon", self.matrix_wd or self.embed_wd or self.scalar_wd
         ages = Schedule("maxwell_age", self.maxwell_age).values()
@@ -2610,7 +2699,7 @@ class OptimConfig(Section):
         only_muon = (
             *("row_norm", "normuon", "decay_by_shape", "adamw_matrices", "maxwell", "polar_norm"),
             *("soft_muon", "aurora", "soap", "radial_brake", "row_floor", "update_floor"),
-            *("radial_pin", "hyperball", "lr_matrices"),
+            *("radial_pin", "hyperball", "lr_matrices", "matrix_lr_mul", "qk_groups"),
         )
         return [
             ("maxwell", "a maxwell_age above 0, such as '0 1000s:30'", max(ages) > 0),
@@ -2646,6 +2735,8 @@ class OptimConfig(Section):
             ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", slows),
             ("slow_lr", "slow, the names of what it slows", bool(self.slow)),
             ("bigram_rule", "bigram_rows > 1", self.bigram_rows > 0),
+            ("qk_groups", f"more heads than that, now {self.heads}", self.qk_groups < self.heads),
+            ("adam_every", f"steps to sum, now {self.steps}", self.adam_every <= self.steps),
         ]
 
 
@@ -2710,6 +2801,23 @@ def own_rates(cfg: Config) -> list[OwnRate]:
             ) from e
         rates.append(rate)
     return rates
+
+
+def matrix_factors(cfg: Config) -> list[tuple[re.Pattern, float]]:
+    """What matrix_lr_mul says: patterns, of which the first that fits holds, and their factors."""
+    factors = []
+    for word in cfg.matrix_lr_mul.split():
+        pattern, _, factor = word.rpartition("=")
+        try:
+            factors.append((re.compile(pattern), float(factor)))
+        except (re.error, ValueError) as e:
+            raise UserError(f"matrix_lr_mul = {cfg.matrix_lr_mul!r}: {word!r}: {e}") from e
+        require(
+            bool(pattern) and 0 <= factors[-1][1] <= 1000,
+            f"matrix_lr_mul = {cfg.matrix_lr_mul!r}: {word!r} is not pattern=factor with a factor "
+            "from 0 to 1000, for example mlp.proj=4",
+        )
+    return factors
 
 
 # Keller Jordan's quintic, the same every iteration (Muon, 2024).
@@ -3085,6 +3193,8 @@ def states_in_fp32(rule: Rule, cfg: Config) -> dict[str, tuple[int, ...]]:
     states: dict[str, tuple[int, ...]] = {}
     if cfg.ema_nesterov != "0":
         states |= {"drift": rule.shape, "last": rule.shape}
+    if rule.kind != "muon" and cfg.adam_every > 1:
+        states["summed"] = rule.shape  # gradients since the last step
     if rule.kind == "rows":
         states["row_sq"] = (1,)
     if rule.kind != "muon":
@@ -3182,6 +3292,7 @@ class Rule(NamedTuple):
     soap: bool = False
     soap_gate: bool = False
     aurora: bool = False
+    alone: str = ""  # the only name of its bucket: tables that are tied are cut alike
 
 
 def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
@@ -3189,6 +3300,9 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
     slow, by_pattern = is_named(cfg.slow, name), is_named(cfg.adamw_matrices, name)
     if declared.group == "matrix" and cfg.optimizer == "muon" and not by_pattern:
         lr, wd, shape = cfg.matrix_lr, cfg.matrix_wd, tuple(p.shape[-2:])
+        if cfg.matrix_lr_mul:
+            factors = matrix_factors(cfg)
+            lr *= next((factor for pattern, factor in factors if pattern.search(name)), 1.0)
         rule = Rule("muon", "matrix", shape, lr, wd, cfg.beta1, cfg.beta2, slow)
         if cfg.soap:
             soap = is_named(cfg.soap, name)
@@ -3212,6 +3326,8 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
     rule = Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow, corrected)
     if cfg.bigram_rule == "rows" and name == "bigram":
         rule = rule._replace(kind="rows", shape=(cfg.dim,))
+    if cfg.untie_at and name in ("head", "embed"):
+        rule = rule._replace(alone=name)
     return rule
 
 
@@ -3265,14 +3381,17 @@ class MuonAdamW:
         Update the weights from the summed gradients, clear those; the global gradient norm [1].
         """
         run, world = self.run, self.run.world
+        pending = []
         if world > 1:
             pending = [
                 dist.reduce_scatter_single(b.grad_shard, b.grads, async_op=True)
                 for b in self.buckets
             ]
+        if self.cfg.untie_at and now.tied:
+            self.one_gradient(pending)
         squares = []
         for i, b in enumerate(self.buckets):
-            if world > 1:
+            if world > 1 and pending[i]:
                 pending[i].wait()
             squares.append(torch.linalg.vector_norm(b.grad_shard, dtype=torch.float32).square())
         size = run.sum(torch.stack(squares).sum().view(1)).sqrt()
@@ -3304,8 +3423,9 @@ class MuonAdamW:
             lr = rule.lr * (now.lr_matrices if own else now.lr) * slow
             decay = (slow if self.cfg.independent_wd else lr) * rule.wd * now.weight_decay
             row = {"lr": lr, "momentum": now.momentum, "decay": decay}
-            row["correct1"] = 1 - rule.beta1**self.count if rule.corrected else 1.0
-            row["correct2"] = 1 - rule.beta2**self.count if rule.corrected else 1.0
+            count = self.count // self.cfg.adam_every  # of AdamW's steps
+            row["correct1"] = 1 - rule.beta1**count if rule.corrected else 1.0
+            row["correct2"] = 1 - rule.beta2**count if rule.corrected else 1.0
             table.append(row | tricks)
         device = self.buckets[0].weights.device
         # 16 bytes each: compiled graphs copy an input that is not aligned so.
@@ -3332,7 +3452,12 @@ class MuonAdamW:
     def update(self, b: Bucket, now: Now, rates: dict[str, Tensor]) -> None:
         """Update this rank's shard by its row of rates()."""
         shard = b.shard.clone() if b.frozen(now) else b.shard  # its moments go on
-        if b.rule.kind == "muon":
+        if self.cfg.untie_at and now.tied and b.rule.alone == "embed":
+            self.copy_head(b)
+            return
+        if self.cfg.adam_every > 1 and b.rule.kind != "muon" and self.is_summed(b):
+            pass
+        elif b.rule.kind == "muon":
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
             self.muon(shard, b.grad_shard, b.state, rates, b.rule, self.cfg, dtype)
         elif self.cfg.bigram_rule == "rows" and b.rule.kind == "rows":
@@ -3357,6 +3482,38 @@ class MuonAdamW:
         if self.cfg.ema_nesterov != "0":
             b.state["drift"].lerp_(b.shard - b.state["last"], 1 - self.cfg.ema_nesterov_decay)
             b.state["last"].copy_(b.shard)
+
+    def is_summed(self, b: Bucket) -> bool:
+        """
+        Add a bucket's gradients to those of the steps before. Behind adam_every steps the sum takes
+        their place; False then. (Of steps that are left at the end nobody takes them.)
+        """
+        b.state["summed"].add_(b.grad_shard)
+        if self.count % self.cfg.adam_every:
+            return True
+        b.grad_shard.copy_(b.state["summed"])
+        b.state["summed"].zero_()
+        return False
+
+    def one_gradient(self, pending: list) -> None:
+        """While head and embedding are one table, the head has the gradient of both."""
+        of = {b.rule.alone: i for i, b in enumerate(self.buckets)}
+        for at in (of["head"], of["embed"]) if pending else ():
+            pending[at].wait()
+            pending[at] = None  # gloo would write the sum once more
+        head, embed = self.buckets[of["head"]], self.buckets[of["embed"]]
+        head.grad_shard.add_(embed.grad_shard)
+        embed.grad_shard.zero_()
+
+    def copy_head(self, embed: Bucket) -> None:
+        """
+        Behind the head's update: the embedding and its moments are the head's, so that they go on
+        from there when they are untied (modded-nanogpt #53). A rank has the same part of both.
+        """
+        (head,) = [b for b in self.buckets if b.rule.alone == "head"]
+        embed.shard.copy_(head.shard)
+        for key, state in embed.state.items():
+            state.copy_(head.state[key])
 
     @torch.no_grad()
     def look_ahead(self, now: Now, before: Now | None) -> None:
@@ -5720,6 +5877,8 @@ ATTENTION_PARTS = {
     "qkv": ("qk", "qk", "vo"),
     "kv": ("qk", "vo"),
     "q": ("qk",),
+    "qk": ("qk",),
+    "v": ("vo",),
     "q_gain": ("qk",),
     "proj": ("vo",),
 }
@@ -5815,6 +5974,8 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
                 for i in [...] if all(parts) else [i for i, taken in enumerate(parts) if taken]:
                     p[i] = source[i]
         found.append(Fate(name, fate, list(p.shape), float(p.detach().float().norm()), was))
+    if cfg.untie_at:
+        same_tables(model)
     if not any(f.fate.startswith("loaded") for f in found):
         raise UserError(
             f"transfer = {cfg.transfer!r} takes nothing from {path}: no name of this model matches "
@@ -6397,7 +6558,8 @@ def assemble(
             "notice: a tied table cannot start at zero, as it is the input too: it starts uniform "
             "in +-1/sqrt(dim)"
         )
-    if cfg.adamw_matrices or cfg.own_lr or cfg.uncorrected or cfg.soap or cfg.aurora:
+    patterns = (cfg.adamw_matrices, cfg.own_lr, cfg.uncorrected, cfg.soap, cfg.aurora)
+    if any((*patterns, cfg.matrix_lr_mul)):
         for line in pattern_notices(cfg, model):
             run.log(f"notice: {line}")
     if cfg.init_from:
@@ -6427,7 +6589,7 @@ def pattern_notices(cfg: Config, model: GPT) -> list[str]:
     declared = declarations(model)
     rules = {name: rule_of(cfg, name, p, declared[name]) for name, p in model.named_parameters()}
     matrices = [name for name, rule in rules.items() if rule.group == "matrix"]
-    adamws = [name for name, rule in rules.items() if rule.kind == "adamw"]
+    adamws = [name for name, rule in rules.items() if rule.kind != "muon"]
     require(
         not cfg.adamw_matrices or any(name in adamws for name in matrices),
         f"adamw_matrices = {cfg.adamw_matrices!r} matches no matrix of this model; they are such "
@@ -6440,6 +6602,9 @@ def pattern_notices(cfg: Config, model: GPT) -> list[str]:
         hits[f"soap_gate = {cfg.soap_gate!r}"] = any(rule.soap_gate for rule in rules.values())
     if cfg.aurora:
         hits[f"aurora = {cfg.aurora!r}"] = any(rule.aurora for rule in rules.values())
+    for pattern, _ in matrix_factors(cfg) if cfg.matrix_lr_mul else ():
+        found = [name for name in rules if pattern.search(name) and rules[name].kind == "muon"]
+        hits[f"matrix_lr_mul = {pattern.pattern!r}"] = bool(found)
     if cfg.uncorrected:
         hits[f"uncorrected = {cfg.uncorrected!r}"] = not all(r.corrected for r in rules.values())
     for pattern, hit in hits.items():
@@ -6534,7 +6699,9 @@ def warm_up(trainer: Trainer) -> None:
                     loss_terms(trainer, x, y, now).sum().backward()
                     if several:
                         trainer.opt.collect(last=True)
-                    trainer.opt.step(plan.at(0, 0.0))
+                    # untied, as else no step would have an embedding of its own
+                    for _ in range(trainer.cfg.adam_every):
+                        trainer.opt.step(plan.at(0, 0.0)._replace(tied=0))
                 else:
                     with torch.no_grad():
                         trainer.graph(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sampler
 import torch
-from helpers import ROOT, alone, build, now, random_tokens, tg, tiny, write_shard
+from helpers import ROOT, alone, build, now, parts, random_tokens, tg, tiny, write_shard
 
 from logs import score
 
@@ -480,3 +480,219 @@ def test_tables_of_pairs_that_do_nothing_are_refused(changes, words):
     with pytest.raises(tg.UserError, match=words):
         tg.validate(tiny(**changes))
         tg.refuse_idle(tiny(**changes))
+
+
+# --- factors of Muon's rate, groups of heads
+
+
+def stepped(cfg: tg.Config, grads: list[dict], steps: list[tg.Now] | None = None) -> tg.GPT:
+    """A model with noise for weights behind one step for each of the gradients by name."""
+    model, rng = build(cfg), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * 0.2)
+    opt = tg.MuonAdamW(cfg, model, alone())
+    for i, named in enumerate(grads):
+        for name, p in model.named_parameters():
+            p.grad.copy_(named[name])
+        opt.step(steps[i] if steps else now())
+    return model
+
+
+def some_gradients(cfg: tg.Config, count: int) -> list[dict]:
+    rng, model = torch.Generator().manual_seed(6), build(cfg)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    return [{k: torch.randn(s, generator=rng) for k, s in shapes.items()} for _ in range(count)]
+
+
+def test_a_factor_of_a_matrix_is_another_rate_of_it_alone():
+    flags = {"matrix_wd": 0.5, "matrix_lr": 0.02}
+    grads = some_gradients(tiny(), 2)
+    plain, all_4 = (
+        stepped(tiny(**flags), grads),
+        stepped(tiny(**flags | {"matrix_lr": 0.08}), grads),
+    )
+    mine = stepped(tiny(**flags, matrix_lr_mul="mlp.proj=4 mlp=1"), grads)
+    for (name, p), q, r in zip(mine.named_parameters(), plain.parameters(), all_4.parameters()):
+        assert torch.equal(p, r if "mlp.proj" in name else q), name
+    assert not torch.equal(plain.blocks[0].mlp.proj, all_4.blocks[0].mlp.proj)
+    for text in ("mlp.proj", "=4", "x=-1", "x=nan", "(=1", "x=2000"):
+        with pytest.raises(tg.UserError, match="matrix_lr_mul"):
+            tg.validate(tiny(matrix_lr_mul=text))
+    with pytest.raises(tg.UserError, match="matrix_lr_mul = 'head' matches nothing"):
+        tg.pattern_notices(tiny(matrix_lr_mul="mlp=2 head=4"), build(tiny()))
+
+
+def test_decay_of_a_step_is_the_records_for_attention_and_both_matrices_of_the_mlp():
+    """6.35e-4, 1.27e-3 and 2.54e-3 where lr's multiplier is 1; half of it has a quarter."""
+    flags = {"matrix_lr": 0.023, "matrix_wd": 0.0276, "decay_by_shape": 1}
+    cfg = tiny(**flags, matrix_lr_mul="mlp.proj=4")
+    still = [{name: torch.zeros_like(p) for name, p in build(cfg).named_parameters()}]
+    for lr, share in ((1.0, 1), (0.5, 4)):
+        model = stepped(cfg, still, [now(lr=lr, weight_decay=lr)])
+        before = stepped(cfg, [])
+        for part, decay in (("attn.qkv", 6.35e-4), ("mlp.fc", 1.27e-3), ("mlp.proj", 2.54e-3)):
+            w, old = (
+                m.get_parameter(f"blocks.0.{part}").detach().double() for m in (model, before)
+            )
+            shrunk = 1 - float((w * old).sum() / old.square().sum())
+            assert shrunk == pytest.approx(decay / share, rel=1e-3), part
+
+
+def test_groups_of_heads_have_the_forward_pass_of_whole_matrices():
+    whole, grouped = build(tiny(heads=4)), build(tiny(heads=4, qk_groups=2))
+    with torch.no_grad():
+        for a, b in zip(whole.blocks, grouped.blocks):
+            assert b.attn.qk.shape == (4, 16, 32) and b.attn.v.shape == (32, 32)
+            b.attn.qk.copy_(a.attn.qkv[:2].reshape(4, 16, 32))
+            b.attn.v.copy_(a.attn.qkv[2])
+    x, _ = random_tokens(tiny(), 2, 16)
+    torch.testing.assert_close(grouped.hidden(x, 1, 0), whole.hidden(x, 1, 0))
+    names = {name for name, _ in whole.named_parameters()}
+    assert "blocks.0.attn.qk" not in names and "blocks.0.attn.v" not in names
+
+
+def test_each_group_of_heads_is_orthogonalised_by_itself():
+    """Another gradient of one pair moves that pair alone; a pair of 256 x 768 by a norm of 16."""
+    flags = {"heads": 6, "dim": 768, "depth": 1, "vocab": 32, "mlp_ratio": 0.1, "matrix_lr": 1.0}
+    cfg = tiny(**flags, qk_groups=2, polar="ns12", polar_steps=12)
+    grads = some_gradients(cfg, 1)
+    other = [{k: g.clone() for k, g in grads[0].items()}]
+    other[0]["blocks.0.attn.qk"][4] += 1.0
+    begun, first, second = stepped(cfg, []), stepped(cfg, grads), stepped(cfg, other)
+    a, b, c = (model.blocks[0].attn.qk.detach() for model in (begun, first, second))
+    assert a.shape == (6, 256, 768)
+    assert (b - a).norm(dim=(1, 2)).tolist() == pytest.approx([16.0] * 6, rel=1e-3)
+    moved = [i for i in range(6) if not torch.allclose(b[i], c[i], atol=1e-5)]
+    assert moved == [4]
+    v = first.blocks[0].attn.v.detach() - begun.blocks[0].attn.v.detach()
+    assert float(v.norm()) == pytest.approx(768**0.5, rel=1e-2)  # as a whole
+    state = tg.states_in_fp32(
+        tg.Rule("muon", "matrix", (256, 768), 1, 0, 0, 0, False), tiny(normuon=0.9)
+    )
+    assert state == {"second": (1, 768)}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"qk_groups": 3}, "heads = 2 do not divide"),
+        ({"qk_groups": 1, "iha": 1}, "qk_groups = 1 knows no iha"),
+        ({"qk_groups": 1, "kv_heads": 1}, "qk_groups = 1 knows no kv_heads"),
+        ({"qk_groups": 2}, "qk_groups = 2 does nothing here"),
+        ({"qk_groups": 1, "optimizer": "adamw"}, "qk_groups = 1 does nothing here"),
+        ({"adam_every": 21}, "adam_every = 21 does nothing here: it needs steps to sum"),
+        ({"untie_at": "3s"}, "untie_at = '3s' does nothing here: it needs tie_embed = 1"),
+        (
+            {"untie_at": "19s", "tie_embed": 1},
+            "untie_at = '19s' does nothing here: it needs a step",
+        ),
+        ({"untie_at": "3", "tie_embed": 1}, "3 is no fraction of training"),
+        ({"untie_at": "early", "tie_embed": 1}, "untie_at = 'early': a step such as 847s"),
+        ({"untie_at": "2s", "tie_embed": 1, "adam_every": 2}, "adam_every = 2 does not divide"),
+        ({"untie_at": "2s", "tie_embed": 1, "mu_centering": 1}, "mu_centering do not"),
+        ({"untie_at": "2s", "tie_embed": 1, "max_seconds": 9.0}, "max_seconds do not"),
+    ],
+    ids=str,
+)
+def test_what_the_optimizer_could_not_do_is_refused(changes, words):
+    with pytest.raises(tg.UserError, match=words):
+        tg.validate(tiny(**changes))
+        tg.refuse_idle(tiny(**changes))
+
+
+# --- AdamW every k-th step
+
+SMALL = {"bigram_rows": 40, "scalar_wd": 0.1, "embed_wd": 0.2, "q_gain": 1.0}
+
+
+@pytest.mark.parametrize("rule", ["adam", "rows"])
+def test_every_2nd_step_of_adam_is_adam_on_sums_of_two_gradients(rule):
+    """With the rates of the step it is made in; nobody has the fifth. Muon has a step for each."""
+    cfg, each = (tiny(**SMALL, bigram_rule=rule, adam_every=k) for k in (2, 1))
+    grads = some_gradients(cfg, 5)
+    nows = [now(lr=lr, momentum=m) for lr, m in ((1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6), (5, 0.5))]
+    sums = [{k: a[k] + b[k] for k in a} for a, b in (grads[0:2], grads[2:4])]
+    mine = stepped(cfg, grads, nows)
+    by_sums = stepped(each, sums, [nows[1], nows[3]])
+    by_each = stepped(each, grads, nows)
+    kinds = {"muon": 0, "other": 0}
+    for (name, p), q, r in zip(mine.named_parameters(), by_sums.parameters(), by_each.parameters()):
+        matrix = tg.declarations(mine)[name].group == "matrix"
+        assert torch.equal(p, r if matrix else q), name
+        kinds["muon" if matrix else "other"] += 1
+    assert min(kinds.values()) > 3
+    assert torch.equal(stepped(cfg, grads[:4], nows).head, mine.head)
+    assert not torch.equal(by_each.head, mine.head)
+
+
+def test_a_sum_of_gradients_goes_on_from_a_checkpoint(tmp_path):
+    """Behind two of three gradients; and the one step of AdamW is not three."""
+    assert sampler.check(0, tmp_path, {"adam_every": 3, "param_dtype": "bfloat16"})[1] == []
+
+
+# --- one table, then two
+
+TIED = {"tie_embed": 1, "tied_lr": 0.01, "embed_wd": 0.1, "head_init": "0.1", "proj_init": 1.0}
+
+
+def run_of(folder, steps: int, **changes) -> tg.Trainer:
+    p = parts(folder, **TIED | changes)
+    for step in range(steps):
+        tg.train_step(p, step, p.plan.at(step, step / p.cfg.steps))
+    return p
+
+
+@pytest.mark.parametrize("more", [{}, {"adam_every": 2, "grad_clip": 1.0}], ids=str)
+def test_tables_untied_behind_the_end_are_one_table_all_along(tmp_path, more):
+    one, two = run_of(tmp_path, 5, **more), run_of(tmp_path, 5, untie_at="19s", **more)
+    two_named = dict(two.model.named_parameters())
+    assert torch.equal(two_named.pop("embed"), two.model.head)
+    assert one.model.embed is None and two.model.embed is not two.model.head
+    for name, p in one.model.named_parameters():
+        assert torch.equal(p, two_named.pop(name)), name
+    assert not two_named
+
+
+def test_two_tables_go_on_from_the_weights_and_moments_of_one(tmp_path):
+    """Behind step 2 as an untied model that is given both; until then the forward pass is one's."""
+    one, two = run_of(tmp_path, 3), run_of(tmp_path, 3, untie_at="2s")
+    assert torch.equal(two.model.embed, two.model.head)
+    x, y = random_tokens(one.cfg, 2, 32)
+    assert torch.equal(one.model(x, y), two.model(x, y))
+    apart = parts(tmp_path, **TIED | {"tie_embed": 0, "head_lr": 0.01, "embed_lr": 0.01})
+    weights, state = tg.weights_on_cpu(one.model), one.opt.state_dict()
+    weights["embed"] = weights["head"]
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[f"embed:{key}"] = state[f"head:{key}"]
+    tg.load_weights(apart.model, weights, "")
+    apart.opt.load_state_dict(state)
+    for trainer in (apart, two):
+        trainer.loader.load_state_dict(one.loader.state_dict())
+        for step in (3, 4):
+            tg.train_step(trainer, step, trainer.plan.at(step, step / 20))
+    for name, p in apart.model.named_parameters():
+        assert torch.equal(p, two.model.get_parameter(name)), name
+    assert not torch.allclose(two.model.embed, two.model.head, atol=1e-3)
+    assert [two.plan.at(step, 0.0).tied for step in (0, 2, 3)] == [1, 1, 0]
+
+
+def test_gradient_of_one_table_is_the_sum_of_those_of_two():
+    (x, y), one, two = (
+        random_tokens(tiny(), 2, 16),
+        build(tiny(**TIED)),
+        build(tiny(**TIED, untie_at="2s")),
+    )
+    assert torch.equal(two.embed, one.head)
+    for model in (one, two):
+        model(x, y).sum().backward()
+    torch.testing.assert_close(two.head.grad + two.embed.grad, one.head.grad)
+    assert {name: p.shape for name, p in two.named_parameters()}["embed"] == two.head.shape
+    padded = build(tiny(**TIED, untie_at="2s", vocab=90))
+    assert padded.embed.shape == padded.head.shape == (96, 32)
+
+
+@pytest.mark.parametrize("untie_at", ["1s", "1/3"])
+def test_untied_tables_go_on_from_a_checkpoint_and_are_exported(tmp_path, untie_at):
+    flags = {"tie_embed": 1, "untie_at": untie_at, "export": "int8", "ema": 0.9}
+    assert sampler.check(0, tmp_path, flags)[1] == []
