@@ -156,6 +156,7 @@ class LengthConfig(Section):
 
 # schedules that make another graph
 GRAPHS = ("repeats", "passes", "seq_len", "window", "window_long", "batch_tokens")
+GRAPHS += ("sampled_classes",)
 RATES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", "meta_step", "mtp_next", "mtp_third")
 # Those that only tricks read; lr_matrices may be empty.
 OF_TRICKS = "lr_matrices maxwell_age soft_muon soap_floor soap_cap ema_nesterov tail_ema".split()
@@ -302,12 +303,14 @@ class Now(NamedTuple):
     passes: int = 1
     window_long: int = 0
     distill: float = 0.0  # the teacher's share of the loss
+    sampled_classes: int = 0
     tied: int = 0  # 1: before untie_at
 
 
 class Shape(NamedTuple):
     """
-    What makes a graph: rows per micro-batch, tokens per row, how the net is applied, a teacher.
+    What makes a graph: rows per micro-batch, tokens per row, how the net is applied, a teacher, how
+    many classes a loss is over.
     """
 
     rows: int
@@ -317,6 +320,7 @@ class Shape(NamedTuple):
     passes: int = 1
     window_long: int = 0
     distill: bool = False
+    sampled_classes: int = 0  # 0: all
 
 
 class Plan:
@@ -366,6 +370,7 @@ class Plan:
             passes=int(v["passes"]),
             window_long=int(v["window_long"]),
             distill=self.cfg.distill * (step >= self.taught_from()) if self.cfg.distill else 0.0,
+            sampled_classes=int(v["sampled_classes"]),
             tied=int(step <= last_tied(self.cfg)) if self.cfg.untie_at else 0,
         )
 
@@ -472,7 +477,7 @@ class Plan:
         found: dict[Shape, Now] = {}
         for n in self.moments():
             rows = self.micro_rows(n, world)
-            applied = n.passes, n.window_long, n.distill > 0
+            applied = n.passes, n.window_long, n.distill > 0, n.sampled_classes
             shape = Shape(rows, n.seq_len, n.repeats, n.window, *applied)
             found.setdefault(shape, n)
         return found
@@ -696,6 +701,14 @@ class Ranks:
                 f"rank {rank} on {host} has {', '.join(other)}, which is not what rank 0 on "
                 f"{first} has: give every node the same flags, sources and data",
             )
+
+    def most(self, n: int) -> int:
+        """The largest of all ranks' n; on the CPU: no wait for the device."""
+        if self.world > 1:
+            both = torch.tensor([n])
+            dist.all_reduce(both, op=dist.ReduceOp.MAX)
+            n = int(both)
+        return n
 
     def together(self, work):
         """Call work() on every rank, for what may fail on one alone: it is then raised on all."""
@@ -1096,6 +1109,9 @@ class ModelConfig(Section):
     # [sched] weight of the loss, by the same logits, of the token that is the longest proper prefix
     # of the target's bytes; 0: none
     prefix_loss: str = "0"
+    # [sched] in training a row's softmax is over so many classes, its targets and others in turn;
+    # 0: over all
+    sampled_classes: str = "0"
 
     tie_embed: int = 0  # 1: one table is input embedding and head
     # behind this step, such as 847s, or this part of training, they go on as two; empty: never
@@ -1135,6 +1151,7 @@ class ModelConfig(Section):
         (0, 65536, "kv_heads head_dim attn_gate value_proj"),
         (0, 65536, "bigram_signs"),
         (0, 2**27, "bigram_rows"),
+        (0, 2**17, "sampled_classes"),
         (1, 1000, "depth repeats passes"),
         (1, 65536, "dim heads head_multiple mlp_multiple"),
         (1, 10**12, "rope_base"),
@@ -1188,6 +1205,8 @@ class ModelConfig(Section):
         )
         if self.untie_at:
             check_untie(self)
+        if self.sampled_classes != "0":
+            check_sampled(self)
         require(
             self.bigram_rows != 1,
             "bigram_rows = 1: one row is of tokens without one before them, and there must be "
@@ -1289,6 +1308,42 @@ class ModelConfig(Section):
             f"unet = {self.unet} ties the second half of the blocks to the first: depth = "
             f"{self.depth} has no halves",
         )
+
+
+SWEEP = 20011  # modded-nanogpt #92's: prime, so a multiple by it visits every class
+
+
+def check_sampled(cfg: Config) -> None:
+    """Refuse what a loss over some classes does not know, and more classes than there are."""
+    classes, most = classes_of(cfg), largest(cfg.sampled_classes)
+    require(
+        most <= classes and classes % SWEEP > 0,
+        f"sampled_classes = {cfg.sampled_classes!r}: at most {classes}, the rows of the head that "
+        f"have a logit, and these no multiple of {SWEEP}",
+    )
+    other = [key for key in ("z_loss", "mtp", "distill", "biases") if getattr(cfg, key)]
+    require(
+        not other,
+        f"sampled_classes = {cfg.sampled_classes!r} knows no {' and no '.join(other)}, which are "
+        "about all classes or have a head of their own: leave one of both out",
+    )
+
+
+def classes_of(cfg: Config) -> int:
+    """How many rows of the head have a logit."""
+    return cfg.vocab if cfg.pad_vocab else -(-cfg.vocab // cfg.head_multiple) * cfg.head_multiple
+
+
+def candidates(targets: np.ndarray, count: int, classes: int, start: int) -> np.ndarray:
+    """
+    Classes [count], rising, for the softmax of a row: all that are targets (no more than count) and
+    as many others as are missing, in the order of k * SWEEP mod classes from k = start on.
+    """
+    free = np.ones(classes, bool)
+    free[targets] = False
+    swept = (start + np.arange(classes)) * SWEEP % classes
+    used = np.flatnonzero(~free)
+    return np.sort(np.concatenate([used, swept[free[swept]][: count - len(used)]]))
 
 
 def check_untie(cfg: Config) -> None:
@@ -2419,14 +2474,18 @@ class GPT(Declaring):
         later: bool = False,
         taught: Tensor | None = None,
         teacher_head: Tensor | None = None,
+        candidates_BP: Tensor | None = None,
     ) -> Tensor:
         """
         Losses [B*T] of all targets, in nats. With log_z a row more, of losses_and_log_z(), with
         later one for each of later_targets(), with a teacher's activations and head those of
-        losses_and_teacher_kl(), with mtp one more, of mtp_losses().
+        losses_and_teacher_kl(), with mtp one more, of mtp_losses(). With candidates those of
+        sampled_losses().
         """
         x = self.hidden(tokens_BT, repeats, window, passes, window_long)
         targets = self.with_later(targets_BT) if later else targets_BT
+        if self.cfg.sampled_classes != "0" and candidates_BP is not None:
+            return self.sampled_losses(x, targets, candidates_BP)
         losses = self.chunked(x, targets, log_z, taught, teacher_head)
         if not mtp:
             return losses
@@ -2446,6 +2505,21 @@ class GPT(Declaring):
                 later = torch.where(later < 0, later, self.prefixes[later.clamp_min(0)])
             found.append(later)
         return torch.stack(found)
+
+    def sampled_losses(self, x_BTD: Tensor, targets: Tensor, candidates_BP: Tensor) -> Tensor:
+        """
+        Losses of targets [B, T] or [K, B, T] by softmaxes over the candidates of each row alone
+        (modded-nanogpt #92, without a correction for how they were chosen); 0 where a prefix of the
+        target is none of them.
+        """
+        parts = []
+        for row, (x, ids) in enumerate(zip(x_BTD, candidates_BP)):
+            own = targets[..., row, :].contiguous()
+            at = torch.searchsorted(ids, own.clamp_min(0)).clamp_max(len(ids) - 1)
+            at = at.masked_fill((own < 0) | (ids[at] != own), -1)
+            some = F.embedding(ids, self.head)
+            parts.append(self.chunked(x[None], at.unsqueeze(-2), False, head=some))
+        return torch.cat(parts, -1)
 
     def mtp_losses(self, x_BTD: Tensor, targets_BT: Tensor, window_long: int = 0) -> Tensor:
         """
@@ -2472,11 +2546,12 @@ class GPT(Declaring):
         log_z: bool,
         taught: Tensor | None = None,
         teacher_head: Tensor | None = None,
+        head: Tensor | None = None,
     ) -> Tensor:
         """
         losses() of targets [B, T], or losses_with_later() of [K, B, T], with logits of loss_chunk
         tokens at a time; with more than one chunk they are computed again in the backward pass
-        instead of being kept.
+        instead of being kept. head: the rows of it that have a logit; else all.
         """
         by_token, more = [x_BTD.flatten(0, 1), targets.flatten(-2)], []
         losses = self.losses_and_log_z if log_z else self.losses
@@ -2487,10 +2562,11 @@ class GPT(Declaring):
             by_token.append(taught.flatten(0, 1))
         size = self.cfg.loss_chunk
         if len(by_token[0]) <= size:
-            return losses(*by_token, *more)
+            return losses(*by_token, *more, *([] if head is None else [head]))
         splits = [t.split(size, -1 if t is by_token[1] else 0) for t in by_token]
         chunks = zip(*splits)
-        head = self.head.float()  # so that chunks' gradients are summed in fp32
+        # in fp32, so that chunks' gradients are summed in it
+        head = (self.head if head is None else head).float()
         recomputed = torch.utils.checkpoint.checkpoint
         parts = [recomputed(losses, *c, *more, head, use_reentrant=False) for c in chunks]
         return torch.cat(parts, -1)
@@ -6696,7 +6772,11 @@ def warm_up(trainer: Trainer) -> None:
                 )
                 x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
                 if now:
-                    loss_terms(trainer, x, y, now).sum().backward()
+                    some = ()
+                    if trainer.cfg.sampled_classes != "0" and now.sampled_classes:
+                        some = [torch.arange(now.sampled_classes, device=run.device)]
+                        some = (some[0].repeat(shape.rows, 1),)
+                    loss_terms(trainer, x, y, now, *some).sum().backward()
                     if several:
                         trainer.opt.collect(last=True)
                     # untied, as else no step would have an embedding of its own
@@ -6744,17 +6824,25 @@ def extra_terms(cfg: Config) -> list[str]:
     return names + [name for name, on in named.items() if on]
 
 
-def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, now: Now) -> Tensor:
+def loss_terms(
+    trainer: Trainer, x: Tensor, y: Tensor, now: Now, some: Tensor | None = None
+) -> Tensor:
     """
     Sums over the tokens of a micro-batch: cross-entropy and, where they are on, weighted z-loss,
-    losses of later tokens and MTP, and the divergence from the teacher; [1] to [6].
+    losses of later tokens and MTP, and the divergence from the teacher; [1] to [6]. some: the
+    classes [B, P] of each row's softmax.
     """
     cfg, later = trainer.cfg, later_targets(trainer.cfg)
     applied = now.repeats, now.window, now.passes, now.window_long
-    if not (cfg.z_loss or cfg.mtp or later or now.distill):
+    taught = ()
+    if cfg.sampled_classes != "0" and some is not None:
+        rows = trainer.graph(x, y, *applied, later=bool(later), candidates_BP=some)
+        rows = rows.view(-1, y.numel())
+    elif not (cfg.z_loss or cfg.mtp or later or now.distill):
         return trainer.graph(x, y, *applied).sum().view(1)
-    taught = trainer.teacher.activations(x) if cfg.distill and now.distill else ()
-    rows = trainer.graph(x, y, *applied, bool(cfg.z_loss), bool(cfg.mtp), bool(later), *taught)
+    else:
+        taught = trainer.teacher.activations(x) if cfg.distill and now.distill else ()
+        rows = trainer.graph(x, y, *applied, bool(cfg.z_loss), bool(cfg.mtp), bool(later), *taught)
     terms = [rows[0].sum()]
     if cfg.z_loss:
         terms.append(cfg.z_loss * rows[1].square().sum())
@@ -6769,6 +6857,29 @@ def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, now: Now) -> Tensor:
     if taught:
         terms.append(rows[2].sum())
     return torch.stack(terms)
+
+
+def next_batch(trainer: Trainer, step: int, now: Now) -> tuple[np.ndarray, np.ndarray | None]:
+    """This rank's rows of a step and, with sampled_classes, each one's candidates(). Collective."""
+    cfg, loader = trainer.cfg, trainer.loader
+    sizes = (now.batch_tokens, now.seq_len, *([now.doc_cap] if cfg.bos_rows else []))
+    if cfg.sampled_classes == "0" or not now.sampled_classes:
+        return loader.batch(step, *sizes), None
+    before, count, classes = loader.state_dict(), now.sampled_classes, classes_of(cfg)
+    rows = loader.batch(step, *sizes)
+    most = trainer.run.most(max(len(np.unique(row[1:])) for row in rows))
+    if most > count:
+        loader.load_state_dict(before)  # a checkpoint of now goes on with this batch
+        raise UserError(
+            f"step {step}: a row has {most} different targets, more than sampled_classes = "
+            f"{count}: raise it, or shorten rows with --seq_len"
+        )
+    # The sweep goes on from step to step; rows of a step begin at equal distances along it.
+    total, first = now.batch_tokens // now.seq_len, trainer.run.rank * len(rows)
+    starts = [step * count + classes * (first + i) // total for i in range(len(rows))]
+    return rows, np.stack(
+        [candidates(row[1:], count, classes, start) for row, start in zip(rows, starts)]
+    )
 
 
 def begin_cycle(trainer: Trainer, step: int) -> None:
@@ -6811,8 +6922,7 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     cfg = trainer.cfg
     if cfg.distill and now.distill:
         ready_teacher(trainer, step)
-    sizes = (now.batch_tokens, now.seq_len, *([now.doc_cap] if cfg.bos_rows else []))
-    rows = trainer.loader.batch(step, *sizes)
+    rows, classes = next_batch(trainer, step, now)
     if cfg.cycles:  # behind the last thing that may be refused: a checkpoint has no noise yet
         begin_cycle(trainer, step)
     per_pass = trainer.plan.micro_rows(now, trainer.run.world)
@@ -6831,7 +6941,11 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
             x, y = trainer.loader.tensors(part, trainer.run.device)
             # Summed over tokens and divided by the global count: ranks and micro-batches change the
             # float order alone.
-            sums = loss_terms(trainer, x, y, now)
+            some = ()
+            if cfg.sampled_classes != "0" and classes is not None:
+                part = classes[at * per_pass : (at + 1) * per_pass]
+                some = (to_device(part, trainer.run.device),)
+            sums = loss_terms(trainer, x, y, now, *some)
             means = sums / targets
             taught = cfg.distill and now.distill
             loss = blended(means, now.distill) if taught else means.sum()

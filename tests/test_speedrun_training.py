@@ -696,3 +696,158 @@ def test_gradient_of_one_table_is_the_sum_of_those_of_two():
 def test_untied_tables_go_on_from_a_checkpoint_and_are_exported(tmp_path, untie_at):
     flags = {"tie_embed": 1, "untie_at": untie_at, "export": "int8", "ema": 0.9}
     assert sampler.check(0, tmp_path, flags)[1] == []
+
+
+# --- a softmax over some classes
+
+
+def test_candidates_are_the_targets_and_the_next_of_the_sweep():
+    """The record's sweep over 50,304 classes begins 0, 20011, 40022, 9729, 29740."""
+    targets = np.array([7, 40022, 7, 50303])
+    assert tg.candidates(targets, 6, 50304, 0).tolist() == [0, 7, 9729, 20011, 40022, 50303]
+    assert tg.candidates(targets, 3, 50304, 0).tolist() == [7, 40022, 50303]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        targets, start = rng.integers(0, 97, 30), int(rng.integers(10**6))
+        found = set(targets.tolist())
+        for k in range(start, start + 97):
+            if len(found) < 50:
+                found.add(k * 20011 % 97)
+        assert tg.candidates(targets, 50, 97, start).tolist() == sorted(found)
+    whole = tg.candidates(targets, 97, 97, 5)
+    assert whole.tolist() == list(range(97))
+
+
+def test_the_sweep_takes_every_class_equally_often():
+    """Over V/gcd(V, P) steps, where nothing is a target."""
+    counts = np.zeros(96, int)
+    none = np.zeros(0, int)
+    for step in range(96 // 12):
+        counts[tg.candidates(none, 36, 96, step * 36)] += 1
+    assert (counts == 3).all()
+
+
+class Hearing(tg.Ranks):
+    """A rank whose rows have no more targets than the others'."""
+
+    def most(self, n: int) -> int:
+        return n
+
+
+def chosen(folder, steps: range, world: int = 1, **changes) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each step the rows and candidates of all ranks."""
+    p = parts(folder, sampled_classes="40 5s:64", bos_rows=0, **changes)
+    found = []
+    for step in steps:
+        now, both = p.plan.at(step, step / 20), []
+        for rank in range(world):
+            p.run = Hearing(torch.device("cpu"), rank, world)
+            p.loader = tg.Loader(p.cfg, p.plan, rank, world)
+            p.loader.pos = 128 * step
+            both.append(tg.next_batch(p, step, now))
+        found.append(tuple(np.concatenate(each) for each in zip(*both)))
+    return found
+
+
+def test_candidates_depend_on_step_and_row_alone(tmp_path):
+    """Not on ranks, nor on where a run goes on; and no two steps or rows have the same."""
+    whole = chosen(tmp_path, range(7))
+    assert [classes.shape for _, classes in whole] == [(4, 40)] * 5 + [(4, 64)] * 2
+    for world in (2, 4):
+        for (rows, classes), (others, theirs) in zip(whole, chosen(tmp_path, range(7), world)):
+            assert np.array_equal(rows, others) and np.array_equal(classes, theirs)
+    assert np.array_equal(chosen(tmp_path, range(6, 7))[0][1], whole[6][1])
+    assert len({row.tobytes() for _, classes in whole for row in classes}) == 7 * 4
+    for rows, classes in whole:
+        for row, ids in zip(rows, classes):
+            assert set(row[1:]) <= set(ids) and (np.diff(ids) > 0).all()
+
+
+def sampled(**changes) -> tuple:
+    """A model in fp64 with tokens, and candidates for two rows of 16."""
+    cfg = tiny(**{"sampled_classes": "40", "softcap": 15.0, "vocab": 90} | changes)
+    model, (x, y) = in_double(cfg), random_tokens(cfg, 2, 16)
+    count = tg.largest(cfg.sampled_classes)
+    ids = [tg.candidates(row.numpy(), count, 96, 30 * i) for i, row in enumerate(y)]
+    return model, x, y, torch.from_numpy(np.stack(ids))
+
+
+LATER = {"mtp_next": "0.5", "prefix_loss": "0.25", "tokenizer": "x"}
+
+
+@pytest.mark.parametrize("chunk", [1000, 5])
+@pytest.mark.parametrize("more", [{}, LATER], ids=str)
+def test_loss_over_all_classes_is_the_full_one(doubles, chunk, more):
+    """P = V: value and every gradient, padded columns included."""
+    model, x, y, ids = sampled(sampled_classes="96", loss_chunk=chunk, **more)
+    model.prefixes = torch.randint(-1, 90, (90,), generator=torch.Generator().manual_seed(1))
+    now = tg.Plan(model.cfg).at(0, 0.0)
+    trainer, grads = SimpleNamespace(cfg=model.cfg, graph=model), []
+    losses = [tg.loss_terms(trainer, x, y, now, *some) for some in ((), (ids,))]
+    torch.testing.assert_close(*losses)
+    assert len(losses[0]) == 1 + len(more) - ("tokenizer" in more)
+    for terms in losses:
+        grads.append(torch.autograd.grad(terms.sum(), list(model.parameters()), allow_unused=True))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("chunk", [1000, 5])
+def test_loss_over_some_classes_is_the_formula(doubles, chunk):
+    """Below the full loss; rows of the head outside have a gradient of exactly 0."""
+    model, x, y, ids = sampled(loss_chunk=chunk, **LATER)
+    model.prefixes = torch.randint(-1, 90, (90,), generator=torch.Generator().manual_seed(1))
+    now = tg.Plan(model.cfg).at(0, 0.0)
+    found = tg.loss_terms(SimpleNamespace(cfg=model.cfg, graph=model), x, y, now, ids)
+    z = 15 * torch.tanh(model.hidden(x, 1, 0) @ model.head.T / 15)
+    want, left_out = [0.0, 0.0, 0.0], 0
+    for b in range(2):
+        for t in range(16):
+            log_p = z[b, t] - z[b, t, ids[b]].logsumexp(-1)
+            want[0] = want[0] - log_p[y[b, t]]
+            if t < 15:
+                want[1] = want[1] - 0.5 * log_p[y[b, t + 1]]
+            prefix = int(model.prefixes[y[b, t]])
+            if prefix in ids[b].tolist():
+                want[2] = want[2] - 0.25 * log_p[prefix]
+            left_out += prefix >= 0 and prefix not in ids[b].tolist()
+    torch.testing.assert_close(found, torch.stack(want))
+    assert left_out and (model(x, y).view(2, 16).sum() > found[0]) and len(model(x, y)) == 32
+    (grad,) = torch.autograd.grad(found.sum(), model.head, retain_graph=True)
+    outside = [c for c in range(96) if c not in ids]
+    assert len(outside) > 10 and not grad[outside].any() and grad[ids.unique()].any(1).all()
+    (wanted,) = torch.autograd.grad(sum(want), model.head)
+    torch.testing.assert_close(grad, wanted)
+
+
+def test_training_on_some_classes_goes_on_to_the_bit_and_is_scored_on_all(tmp_path):
+    flags = {"sampled_classes": "0:30 2s:0", "mtp_next": "0.5", "loss_chunk": 16}
+    assert sampler.check(0, tmp_path, flags)[1] == []
+
+
+def test_more_targets_than_classes_stop_a_run_before_the_step(tmp_path):
+    """The loader stays where it was, so that a checkpoint of then goes on with that batch."""
+    p = parts(tmp_path, sampled_classes="20")
+    with pytest.raises(tg.UserError, match="step 0: a row has 2[0-9] different targets, more than"):
+        tg.train_step(p, 0, p.plan.at(0, 0.0))
+    assert p.loader.state_dict() == {"epoch": 0, "shard": 0, "pos": 0}
+
+
+@pytest.mark.parametrize(
+    "key, value", [("z_loss", 0.1), ("mtp", 0.3), ("distill", 0.5), ("biases", 1)]
+)
+def test_classes_beside_what_knows_all_of_them_are_refused(key, value):
+    with pytest.raises(tg.UserError, match=f"sampled_classes = '40' knows no {key}"):
+        tg.validate(tiny(sampled_classes="40", cycles=2, **{key: value}))
+
+
+def test_classes_that_there_are_not_are_refused():
+    tg.validate(tiny(sampled_classes="96", vocab=90))
+    for flags in (
+        {"sampled_classes": "97"},
+        {"sampled_classes": "96", "vocab": 90, "pad_vocab": 1},
+    ):
+        with pytest.raises(tg.UserError, match="at most 9[06], the rows"):
+            tg.validate(tiny(**flags))
+    with pytest.raises(tg.UserError, match="no multiple of 20011"):
+        tg.validate(tiny(sampled_classes="64", vocab=20011, head_multiple=20011))
