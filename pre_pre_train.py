@@ -170,7 +170,7 @@ IDLE = {
         *("track", "average_epochs", "export", "export_codec", "artifact_limit", "gptq", "qat"),
         *("qat_noise", "cycles", "cycle_lr", "cycle_decay", "perturb", "distill", "distill_from"),
         *("distill_temperature", "teacher", "fitness_tokens", "prefix_loss"),
-        *("bos_rows", "doc_cap"),
+        *("bos_rows", "doc_cap", "sampled_classes"),
     )
 }
 IDLE |= TEXT | {"export": ""}
@@ -241,8 +241,9 @@ COMPAT = {
 }
 
 
-# What makes the model; what documents mean is no part of it, nor what bytes tokens have.
-MODEL = {f.name for f in dataclasses.fields(tg.ModelConfig)} - {"doc_mask", "prefix_loss"}
+# What makes the model; what documents mean is no part of it, nor losses that are about text.
+MODEL = {f.name for f in dataclasses.fields(tg.ModelConfig)}
+MODEL -= {"doc_mask", "prefix_loss", "sampled_classes"}
 
 
 # The pull request's model was the language run's without what regularises that run, its projections

@@ -159,6 +159,7 @@ class LengthConfig(Section):
 
 # schedules that make another graph
 GRAPHS = ("repeats", "passes", "seq_len", "window", "window_long", "batch_tokens")
+GRAPHS += ("sampled_classes",)
 RATES = ("lr", "momentum", "weight_decay", "qat", "slow_lr", "meta_step", "mtp_next", "mtp_third")
 # Those that only tricks read; lr_matrices may be empty.
 OF_TRICKS = "lr_matrices maxwell_age soft_muon soap_floor soap_cap ema_nesterov tail_ema".split()
@@ -305,11 +306,14 @@ class Now(NamedTuple):
     passes: int = 1
     window_long: int = 0
     distill: float = 0.0  # the teacher's share of the loss
+    sampled_classes: int = 0
+    tied: int = 0  # 1: before untie_at
 
 
 class Shape(NamedTuple):
     """
-    What makes a graph: rows per micro-batch, tokens per row, how the net is applied, a teacher.
+    What makes a graph: rows per micro-batch, tokens per row, how the net is applied, a teacher, how
+    many classes a loss is over.
     """
 
     rows: int
@@ -319,6 +323,7 @@ class Shape(NamedTuple):
     passes: int = 1
     window_long: int = 0
     distill: bool = False
+    sampled_classes: int = 0  # 0: all
 
 
 class Plan:
@@ -368,6 +373,8 @@ class Plan:
             passes=int(v["passes"]),
             window_long=int(v["window_long"]),
             distill=self.cfg.distill * (step >= self.taught_from()) if self.cfg.distill else 0.0,
+            sampled_classes=int(v["sampled_classes"]),
+            tied=int(step <= last_tied(self.cfg)) if self.cfg.untie_at else 0,
         )
 
     def ends_of_cycles(self) -> list[int]:
@@ -473,7 +480,7 @@ class Plan:
         found: dict[Shape, Now] = {}
         for n in self.moments():
             rows = self.micro_rows(n, world)
-            applied = n.passes, n.window_long, n.distill > 0
+            applied = n.passes, n.window_long, n.distill > 0, n.sampled_classes
             shape = Shape(rows, n.seq_len, n.repeats, n.window, *applied)
             found.setdefault(shape, n)
         return found
@@ -699,6 +706,14 @@ class Ranks:
                 f"rank {rank} on {host} has {', '.join(other)}, which is not what rank 0 on "
                 f"{first} has: give every node the same flags, sources and data",
             )
+
+    def most(self, n: int) -> int:
+        """The largest of all ranks' n; on the CPU: no wait for the device."""
+        if self.world > 1:
+            both = torch.tensor([n])
+            dist.all_reduce(both, op=dist.ReduceOp.MAX)
+            n = int(both)
+        return n
 
     def together(self, work):
         """Call work() on every rank, for what may fail on one alone: it is then raised on all."""
@@ -1138,8 +1153,13 @@ class ModelConfig(Section):
     # [sched] weight of the loss, by the same logits, of the token that is the longest proper prefix
     # of the target's bytes; 0: none
     prefix_loss: str = "0"
+    # [sched] in training a row's softmax is over so many classes, its targets and others in turn;
+    # 0: over all
+    sampled_classes: str = "0"
 
     tie_embed: int = 0  # 1: one table is input embedding and head
+    # behind this step, such as 847s, or this part of training, they go on as two; empty: never
+    untie_at: str = ""
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
     pad_vocab: int = 0  # 1: the embedding has those rows too; beyond vocab there are no logits
     embed_init: float = 1.0  # standard deviation of the untied input embedding
@@ -1175,6 +1195,7 @@ class ModelConfig(Section):
         (0, 10**9, "window window_long eval_window_long"),
         (0, 65536, "kv_heads head_dim attn_gate value_proj smear skip_dims bigram_signs"),
         (0, 2**27, "bigram_rows"),
+        (0, 2**17, "sampled_classes"),
         (1, 1000, "depth repeats passes"),
         (1, 65536, "dim heads head_multiple mlp_multiple net_hidden"),
         (1, 10**12, "rope_base"),
@@ -1235,6 +1256,10 @@ class ModelConfig(Section):
             and 0 <= float(self.head_init) <= 100,
             f"head_init = {self.head_init!r}: zero, uniform or a standard deviation such as 0.005",
         )
+        if self.untie_at:
+            check_untie(self)
+        if self.sampled_classes != "0":
+            check_sampled(self)
         require(
             self.bigram_rows != 1,
             "bigram_rows = 1: one row is of tokens without one before them, and there must be "
@@ -1297,6 +1322,12 @@ class ModelConfig(Section):
             ("bias_init", "biases = 1", self.biases > 0),
             ("softcap_shape", "softcap > 0", self.softcap > 0),
             ("bigram_signs", "bigram_rows > 1, which they multiply", self.bigram_rows > 0),
+            ("untie_at", "tie_embed = 1", self.tie_embed > 0),
+            (
+                "untie_at",
+                f"a step of two tables behind it, and steps = {self.steps}",
+                not self.untie_at or last_tied(self) < self.steps - 1,
+            ),
             *[(f"softcap_{key}", "softcap > 0", self.softcap > 0) for key in ("in", "shift")],
             *[(f"softcap_{key}", "softcap_shape = 'tanh'", by_tanh) for key in ("in", "shift")],
         ]
@@ -1612,6 +1643,77 @@ def has_xsa_alpha(cfg: Config, block: int) -> bool:
     """Whether a block learns by how much xsa acts."""
     listed = not cfg.xsa_layers or block in blocks_of(cfg.xsa_layers)
     return bool(cfg.xsa_learned) and listed and has_attention(cfg, block)
+
+
+SWEEP = 20011  # modded-nanogpt #92's: prime, so a multiple by it visits every class
+
+
+def check_sampled(cfg: Config) -> None:
+    """Refuse what a loss over some classes does not know, and more classes than there are."""
+    classes, most = classes_of(cfg), largest(cfg.sampled_classes)
+    require(
+        most <= classes and classes % SWEEP > 0,
+        f"sampled_classes = {cfg.sampled_classes!r}: at most {classes}, the rows of the head that "
+        f"have a logit, and these no multiple of {SWEEP}",
+    )
+    other = [key for key in ("z_loss", "mtp", "distill", "biases") if getattr(cfg, key)]
+    require(
+        not other,
+        f"sampled_classes = {cfg.sampled_classes!r} knows no {' and no '.join(other)}, which are "
+        "about all classes or have a head of their own: leave one of both out",
+    )
+
+
+def classes_of(cfg: Config) -> int:
+    """How many rows of the head have a logit."""
+    return cfg.vocab if cfg.pad_vocab else -(-cfg.vocab // cfg.head_multiple) * cfg.head_multiple
+
+
+def candidates(targets: np.ndarray, count: int, classes: int, start: int) -> np.ndarray:
+    """
+    Classes [count], rising, for the softmax of a row: all that are targets (no more than count) and
+    as many others as are missing, in the order of k * SWEEP mod classes from k = start on.
+    """
+    free = np.ones(classes, bool)
+    free[targets] = False
+    swept = (start + np.arange(classes)) * SWEEP % classes
+    used = np.flatnonzero(~free)
+    return np.sort(np.concatenate([used, swept[free[swept]][: count - len(used)]]))
+
+
+def check_untie(cfg: Config) -> None:
+    """Refuse what the step of two tables could not be told from, or would part them before it."""
+    require(
+        re.fullmatch(r"[0-9./]+s?", cfg.untie_at) is not None,
+        f"untie_at = {cfg.untie_at!r}: a step such as 847s, or a part of training such as 2/3",
+    )
+    steps = last_tied(cfg) + 1
+    require(
+        steps % cfg.adam_every == 0,
+        f"untie_at = {cfg.untie_at!r} is behind {steps} steps, which adam_every = "
+        f"{cfg.adam_every} does not divide: the tables part behind a step of AdamW",
+    )
+    apart = [
+        key
+        for key, on in (
+            ("max_seconds", cfg.max_seconds > 0),
+            ("mu_centering", cfg.mu_centering),
+            ("perturb", cfg.perturb != CycleConfig.perturb),
+            ("qat_noise", cfg.qat_noise),
+        )
+        if on
+    ]
+    require(
+        not apart,
+        f"untie_at = {cfg.untie_at!r} keeps two tables alike until a given step, which "
+        f"{' and '.join(apart)} do not: leave one of both out",
+    )
+
+
+def last_tied(cfg: Config) -> int:
+    """The last step that is made with one table for head and embedding."""
+    point = Schedule("untie_at", f"0 {cfg.untie_at}:1").points[1]
+    return math.ceil(point.at if point.in_steps else point.at * cfg.steps - 1e-9)
 
 
 def is_number(text: str) -> bool:
@@ -2127,9 +2229,15 @@ class Attention(Declaring):
         start = spread(cfg, (cfg.init_std or 0.5) * cfg.dim**-0.5)
         start = xavier(joined=True) if by_xavier else start
         # Three matrices, or one and two: Muon treats each by itself.
-        self.declare("qkv", "matrix", start, 3, inner, cfg.dim, on=one_map)
+        grouped = bool(cfg.qk_groups)
+        self.declare("qkv", "matrix", start, 3, inner, cfg.dim, on=one_map and not grouped)
         self.declare("q", "matrix", start, inner, cfg.dim, on=not one_map)
         self.declare("kv", "matrix", start, 2, inner_kv, cfg.dim, on=not one_map)
+        # Of queries and then of keys, each of some heads (modded-nanogpt #80); values as a whole.
+        of = cfg.qk_groups or self.heads
+        stack = (2 * self.heads // of, of * self.head_dim, cfg.dim)
+        self.declare("qk", "matrix", start, *stack, on=grouped)
+        self.declare("v", "matrix", start, inner, cfg.dim, on=grouped)
         std = 0.02 / (2 * cfg.depth) ** 0.5 if by_xavier else cfg.proj_init * cfg.dim**-0.5
         self.declare("proj", "matrix", normal(std), cfg.dim, inner)
         if cfg.biases:
@@ -2183,6 +2291,8 @@ class Attention(Declaring):
             qkv = linear(x_BTD, mixed.view(-1, x_BTD.size(-1)))
         elif self.qkv is not None:
             qkv = self.linear(x_BTD, "qkv")
+        elif self.qk is not None:
+            qkv = torch.cat([self.linear(x_BTD, "qk"), self.linear(x_BTD, "v")], dim=-1)
         else:
             qkv = torch.cat([self.linear(x_BTD, "q"), self.linear(x_BTD, "kv")], dim=-1)
         if self.sa_lambdas is not None:
@@ -2627,9 +2737,11 @@ class GPT(Declaring):
         self.head_rows = -(-cfg.vocab // cfg.head_multiple) * cfg.head_multiple
         self.declare("head", "head", head_start(cfg), self.head_rows, cfg.dim)
         self.declare("head_bias", "scalar", 0.0, self.head_rows, on=cfg.biases)
-        rows = self.head_rows if cfg.pad_vocab else cfg.vocab
+        rows = self.head_rows if cfg.pad_vocab or cfg.untie_at else cfg.vocab
         start = normal(cfg.dim**-0.5 if cfg.init == "xavier" else cfg.embed_init)
-        self.declare("embed", "embed", start, rows, cfg.dim, on=not cfg.tie_embed)
+        # What will be untied has two tables from the start, see same_tables().
+        apart, group = not cfg.tie_embed or cfg.untie_at, "head" if cfg.untie_at else "embed"
+        self.declare("embed", group, start, rows, cfg.dim, on=apart)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.depth))
         self.declare("mtp_proj", "matrix", plain_map(cfg), cfg.dim, 2 * cfg.dim, on=cfg.mtp)
         self.mtp_block = Block(cfg, cfg.depth) if cfg.mtp else None
@@ -2656,7 +2768,9 @@ class GPT(Declaring):
         self.register_buffer("sin", sin, persistent=False)
         # of each token the one that is its longest proper prefix, for prefix_loss in training
         self.register_buffer("prefixes", None, persistent=False)
-        self.register_buffer("signs", None, persistent=False)  # bigram_signs()
+        size = cfg.bigram_signs, cfg.dim
+        signs = torch.empty(size, dtype=torch.int8) if cfg.bigram_signs else None
+        self.register_buffer("signs", signs, persistent=False)  # bigram_signs()
         for path, module in self.named_modules():
             if path and isinstance(module, Declaring):
                 module.prefix = f"{path}."
@@ -3018,16 +3132,20 @@ class GPT(Declaring):
         taught: Tensor | None = None,
         teacher_head: Tensor | None = None,
         impossible: Tensor | None = None,
+        candidates_BP: Tensor | None = None,
     ) -> Tensor:
         """
         Losses [B*T] of all targets, in nats. With log_z a row more, of losses_and_log_z(), with
         later one for each of later_targets(), with a teacher's activations and head those of
         losses_and_teacher_kl(), with mtp one more, of mtp_losses(). impossible: canonical_mask().
+        With candidates the losses are sampled_losses().
         """
         x = self.hidden(tokens_BT, repeats, window, passes, window_long)
         if impossible is not None:
             return self.canonical_losses(x, tokens_BT, targets_BT, impossible)
         targets = self.with_later(targets_BT) if later else targets_BT
+        if self.cfg.sampled_classes != "0" and candidates_BP is not None:
+            return self.sampled_losses(x, targets, candidates_BP)
         losses = self.chunked(x, targets, log_z, taught, teacher_head)
         if not mtp:
             return losses
@@ -3060,6 +3178,21 @@ class GPT(Declaring):
             found.append(later)
         return torch.stack(found)
 
+    def sampled_losses(self, x_BTD: Tensor, targets: Tensor, candidates_BP: Tensor) -> Tensor:
+        """
+        Losses of targets [B, T] or [K, B, T] by softmaxes over the candidates of each row alone
+        (modded-nanogpt #92, without a correction for how they were chosen); 0 where a prefix of the
+        target is none of them.
+        """
+        parts = []
+        for row, (x, ids) in enumerate(zip(x_BTD, candidates_BP)):
+            own = targets[..., row, :].contiguous()
+            at = torch.searchsorted(ids, own.clamp_min(0)).clamp_max(len(ids) - 1)
+            at = at.masked_fill((own < 0) | (ids[at] != own), -1)
+            some = F.embedding(ids, self.head)
+            parts.append(self.chunked(x[None], at.unsqueeze(-2), False, head=some))
+        return torch.cat(parts, -1)
+
     def mtp_losses(self, x_BTD: Tensor, targets_BT: Tensor, window_long: int = 0) -> Tensor:
         """
         Multi-token prediction as in DeepSeek-V3 (2024): activations and the embedding of the target
@@ -3085,11 +3218,12 @@ class GPT(Declaring):
         log_z: bool,
         taught: Tensor | None = None,
         teacher_head: Tensor | None = None,
+        head: Tensor | None = None,
     ) -> Tensor:
         """
         losses() of targets [B, T], or losses_with_later() of [K, B, T], with logits of loss_chunk
         tokens at a time; with more than one chunk they are computed again in the backward pass
-        instead of being kept.
+        instead of being kept. head: the rows of it that have a logit; else all.
         """
         by_token, more = [x_BTD.flatten(0, 1), targets.flatten(-2)], []
         losses = self.losses_and_log_z if log_z else self.losses
@@ -3100,10 +3234,11 @@ class GPT(Declaring):
             by_token.append(taught.flatten(0, 1))
         size = self.cfg.loss_chunk
         if len(by_token[0]) <= size:
-            return losses(*by_token, *more)
+            return losses(*by_token, *more, *([] if head is None else [head]))
         splits = [t.split(size, -1 if t is by_token[1] else 0) for t in by_token]
         chunks = zip(*splits)
-        head = self.head.float()  # so that chunks' gradients are summed in fp32
+        # in fp32, so that chunks' gradients are summed in it
+        head = (self.head if head is None else head).float()
         recomputed = torch.utils.checkpoint.checkpoint
         parts = [recomputed(losses, *c, *more, head, use_reentrant=False) for c in chunks]
         return torch.cat(parts, -1)
@@ -3122,7 +3257,15 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: 
         declared = declarations(model)
         for name, p in model.named_parameters():
             p.copy_(initial_value(name, declared[name], p.shape, cfg.seed))
+    if cfg.untie_at:
+        same_tables(model)
     return model
+
+
+@torch.no_grad()
+def same_tables(model: GPT) -> None:
+    """Where tables will be untied: before the first step the embedding is a copy of the head."""
+    model.embed.copy_(model.head)
 
 
 ########################################
@@ -3137,6 +3280,9 @@ class OptimConfig(Section):
     optimizer: str = "muon"  # what updates the matrices of the blocks: muon or adamw
     adamw_matrices: str = ""  # regex: these matrices get AdamW although optimizer is muon
     matrix_lr: float = 0.05  # learning rate of Muon
+    # "pattern=factor pattern=factor": what multiplies it for names that the pattern finds, and with
+    # it their decay
+    matrix_lr_mul: str = ""
     adamw_lr: float = 0.0021  # learning rate of AdamW on matrices
     embed_lr: float = 0.6  # learning rate of the untied input embedding
     head_lr: float = 0.22  # learning rate of the untied head
@@ -3174,6 +3320,8 @@ class OptimConfig(Section):
     aurora: str = ""  # regex: matrices whose update has rows and columns of even norms
     aurora_rounds: int = 3  # polar factors that this takes
     aurora_power: float = 0.25  # how far a round evens them
+    # Muon: so many neighbouring heads have one matrix of queries and one of keys; 0: all heads
+    qk_groups: int = 0
     row_norm: int = 0  # Muon: 1 divides each row of the update by its norm first (MuonEq-R)
     normuon: float = 0.0  # Muon: decay of NorMuon's second moment per neuron; 0: off
     soap: str = ""  # regex: matrices of which Muon takes Adam's update in Shampoo's eigenbasis
@@ -3204,6 +3352,7 @@ class OptimConfig(Section):
     # what updates the table of bigram_rows: adam, or rows (no momentum, one second moment a row; a
     # row without a gradient stays as it is)
     bigram_rule: str = "adam"
+    adam_every: int = 1  # AdamW: steps whose gradients are summed for one of its own
     grad_clip: float = 0.0  # largest global gradient norm; 0: no clipping
     loss_sum: int = 0  # 1: gradients are of the sum of a batch's losses, as epsilons may expect
 
@@ -3223,6 +3372,8 @@ class OptimConfig(Section):
         (1, 100, "aurora_rounds"),
         (1, 10**6, "soap_every"),
         (0, 1000, "lr_matrices"),
+        (0, 65536, "qk_groups"),
+        (1, 1000, "adam_every"),
         (0, 1000, "lr weight_decay slow_lr matrix_wd embed_wd scalar_wd meta_step"),
         # diverged runs are a sweep's business
         (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),
@@ -3252,6 +3403,8 @@ class OptimConfig(Section):
         ):
             require_regex(key, getattr(self, key))
         own_rates(self)
+        matrix_factors(self)
+        self.check_groups()
         decays, ages = decays_of(self), Schedule("maxwell_age", self.maxwell_age)
         steps = zip(ages.points, ages.points[1:])
         require(
@@ -3273,6 +3426,18 @@ class OptimConfig(Section):
             f"{self.param_dtype!r}: set --param_dtype float32",
         )
 
+    def check_groups(self) -> None:
+        require(
+            not self.qk_groups or self.heads % self.qk_groups == 0,
+            f"qk_groups = {self.qk_groups}: heads = {self.heads} do not divide into groups of it",
+        )
+        other = [key for key in ("kv_heads", "iha", "biases") if getattr(self, key)]
+        require(
+            not (self.qk_groups and other),
+            f"qk_groups = {self.qk_groups} knows no {' and no '.join(other)}: set it to 0, or "
+            f"{', '.join(f'--{key} 0' for key in other)}",
+        )
+
     def needs(self) -> list[Need]:
         muon, decays = self.optimizer == "muon", self.matrix_wd or self.embed_wd or self.scalar_wd
         ages = Schedule("maxwell_age", self.maxwell_age).values()
@@ -3282,7 +3447,7 @@ class OptimConfig(Section):
         only_muon = (
             *("row_norm", "normuon", "decay_by_shape", "adamw_matrices", "maxwell", "polar_norm"),
             *("soft_muon", "aurora", "soap", "radial_brake", "row_floor", "update_floor"),
-            *("radial_pin", "hyperball", "lr_matrices"),
+            *("radial_pin", "hyperball", "lr_matrices", "matrix_lr_mul", "qk_groups"),
         )
         return [
             ("maxwell", "a maxwell_age above 0, such as '0 1000s:30'", max(ages) > 0),
@@ -3319,6 +3484,8 @@ class OptimConfig(Section):
             ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", slows),
             ("slow_lr", "slow, the names of what it slows", bool(self.slow)),
             ("bigram_rule", "bigram_rows > 1", self.bigram_rows > 0),
+            ("qk_groups", f"more heads than that, now {self.heads}", self.qk_groups < self.heads),
+            ("adam_every", f"steps to sum, now {self.steps}", self.adam_every <= self.steps),
         ]
 
 
@@ -3383,6 +3550,23 @@ def own_rates(cfg: Config) -> list[OwnRate]:
             ) from e
         rates.append(rate)
     return rates
+
+
+def matrix_factors(cfg: Config) -> list[tuple[re.Pattern, float]]:
+    """What matrix_lr_mul says: patterns, of which the first that fits holds, and their factors."""
+    factors = []
+    for word in cfg.matrix_lr_mul.split():
+        pattern, _, factor = word.rpartition("=")
+        try:
+            factors.append((re.compile(pattern), float(factor)))
+        except (re.error, ValueError) as e:
+            raise UserError(f"matrix_lr_mul = {cfg.matrix_lr_mul!r}: {word!r}: {e}") from e
+        require(
+            bool(pattern) and 0 <= factors[-1][1] <= 1000,
+            f"matrix_lr_mul = {cfg.matrix_lr_mul!r}: {word!r} is not pattern=factor with a factor "
+            "from 0 to 1000, for example mlp.proj=4",
+        )
+    return factors
 
 
 # Keller Jordan's quintic, the same every iteration (Muon, 2024).
@@ -3758,6 +3942,8 @@ def states_in_fp32(rule: Rule, cfg: Config) -> dict[str, tuple[int, ...]]:
     states: dict[str, tuple[int, ...]] = {}
     if cfg.ema_nesterov != "0":
         states |= {"drift": rule.shape, "last": rule.shape}
+    if rule.kind != "muon" and cfg.adam_every > 1:
+        states["summed"] = rule.shape  # gradients since the last step
     if rule.kind == "rows":
         states["row_sq"] = (1,)
     if rule.kind != "muon":
@@ -3855,6 +4041,7 @@ class Rule(NamedTuple):
     soap: bool = False
     soap_gate: bool = False
     aurora: bool = False
+    alone: str = ""  # the only name of its bucket: tables that are tied are cut alike
 
 
 def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
@@ -3862,6 +4049,9 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
     slow, by_pattern = is_named(cfg.slow, name), is_named(cfg.adamw_matrices, name)
     if declared.group == "matrix" and cfg.optimizer == "muon" and not by_pattern:
         lr, wd, shape = cfg.matrix_lr, cfg.matrix_wd, tuple(p.shape[-2:])
+        if cfg.matrix_lr_mul:
+            factors = matrix_factors(cfg)
+            lr *= next((factor for pattern, factor in factors if pattern.search(name)), 1.0)
         rule = Rule("muon", "matrix", shape, lr, wd, cfg.beta1, cfg.beta2, slow)
         if cfg.soap:
             soap = is_named(cfg.soap, name)
@@ -3885,6 +4075,8 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
     rule = Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow, corrected)
     if cfg.bigram_rule == "rows" and name == "bigram":
         rule = rule._replace(kind="rows", shape=(cfg.dim,))
+    if cfg.untie_at and name in ("head", "embed"):
+        rule = rule._replace(alone=name)
     return rule
 
 
@@ -3938,14 +4130,17 @@ class MuonAdamW:
         Update the weights from the summed gradients, clear those; the global gradient norm [1].
         """
         run, world = self.run, self.run.world
+        pending = []
         if world > 1:
             pending = [
                 dist.reduce_scatter_single(b.grad_shard, b.grads, async_op=True)
                 for b in self.buckets
             ]
+        if self.cfg.untie_at and now.tied:
+            self.one_gradient(pending)
         squares = []
         for i, b in enumerate(self.buckets):
-            if world > 1:
+            if world > 1 and pending[i]:
                 pending[i].wait()
             squares.append(torch.linalg.vector_norm(b.grad_shard, dtype=torch.float32).square())
         size = run.sum(torch.stack(squares).sum().view(1)).sqrt()
@@ -3977,8 +4172,9 @@ class MuonAdamW:
             lr = rule.lr * (now.lr_matrices if own else now.lr) * slow
             decay = (slow if self.cfg.independent_wd else lr) * rule.wd * now.weight_decay
             row = {"lr": lr, "momentum": now.momentum, "decay": decay}
-            row["correct1"] = 1 - rule.beta1**self.count if rule.corrected else 1.0
-            row["correct2"] = 1 - rule.beta2**self.count if rule.corrected else 1.0
+            count = self.count // self.cfg.adam_every  # of AdamW's steps
+            row["correct1"] = 1 - rule.beta1**count if rule.corrected else 1.0
+            row["correct2"] = 1 - rule.beta2**count if rule.corrected else 1.0
             table.append(row | tricks)
         device = self.buckets[0].weights.device
         # 16 bytes each: compiled graphs copy an input that is not aligned so.
@@ -4005,7 +4201,12 @@ class MuonAdamW:
     def update(self, b: Bucket, now: Now, rates: dict[str, Tensor]) -> None:
         """Update this rank's shard by its row of rates()."""
         shard = b.shard.clone() if b.frozen(now) else b.shard  # its moments go on
-        if b.rule.kind == "muon":
+        if self.cfg.untie_at and now.tied and b.rule.alone == "embed":
+            self.copy_head(b)
+            return
+        if self.cfg.adam_every > 1 and b.rule.kind != "muon" and self.is_summed(b):
+            pass
+        elif b.rule.kind == "muon":
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
             self.muon(shard, b.grad_shard, b.state, rates, b.rule, self.cfg, dtype)
         elif self.cfg.bigram_rule == "rows" and b.rule.kind == "rows":
@@ -4030,6 +4231,38 @@ class MuonAdamW:
         if self.cfg.ema_nesterov != "0":
             b.state["drift"].lerp_(b.shard - b.state["last"], 1 - self.cfg.ema_nesterov_decay)
             b.state["last"].copy_(b.shard)
+
+    def is_summed(self, b: Bucket) -> bool:
+        """
+        Add a bucket's gradients to those of the steps before. Behind adam_every steps the sum takes
+        their place; False then. (Of steps that are left at the end nobody takes them.)
+        """
+        b.state["summed"].add_(b.grad_shard)
+        if self.count % self.cfg.adam_every:
+            return True
+        b.grad_shard.copy_(b.state["summed"])
+        b.state["summed"].zero_()
+        return False
+
+    def one_gradient(self, pending: list) -> None:
+        """While head and embedding are one table, the head has the gradient of both."""
+        of = {b.rule.alone: i for i, b in enumerate(self.buckets)}
+        for at in (of["head"], of["embed"]) if pending else ():
+            pending[at].wait()
+            pending[at] = None  # gloo would write the sum once more
+        head, embed = self.buckets[of["head"]], self.buckets[of["embed"]]
+        head.grad_shard.add_(embed.grad_shard)
+        embed.grad_shard.zero_()
+
+    def copy_head(self, embed: Bucket) -> None:
+        """
+        Behind the head's update: the embedding and its moments are the head's, so that they go on
+        from there when they are untied (modded-nanogpt #53). A rank has the same part of both.
+        """
+        (head,) = [b for b in self.buckets if b.rule.alone == "head"]
+        embed.shard.copy_(head.shard)
+        for key, state in embed.state.items():
+            state.copy_(head.state[key])
 
     @torch.no_grad()
     def look_ahead(self, now: Now, before: Now | None) -> None:
@@ -6531,6 +6764,8 @@ ATTENTION_PARTS = {
     "qkv": ("qk", "qk", "vo"),
     "kv": ("qk", "vo"),
     "q": ("qk",),
+    "qk": ("qk",),
+    "v": ("vo",),
     "q_gain": ("qk",),
     "proj": ("vo",),
 }
@@ -6626,6 +6861,8 @@ def transfer_weights(model: nn.Module, cfg: Config, run: Run) -> None:
                 for i in [...] if all(parts) else [i for i, taken in enumerate(parts) if taken]:
                     p[i] = source[i]
         found.append(Fate(name, fate, list(p.shape), float(p.detach().float().norm()), was))
+    if cfg.untie_at:
+        same_tables(model)
     if not any(f.fate.startswith("loaded") for f in found):
         raise UserError(
             f"transfer = {cfg.transfer!r} takes nothing from {path}: no name of this model matches "
@@ -7231,7 +7468,8 @@ def assemble(
             "notice: a tied table cannot start at zero, as it is the input too: it starts uniform "
             "in +-1/sqrt(dim)"
         )
-    if cfg.adamw_matrices or cfg.own_lr or cfg.uncorrected or cfg.soap or cfg.aurora:
+    patterns = (cfg.adamw_matrices, cfg.own_lr, cfg.uncorrected, cfg.soap, cfg.aurora)
+    if any((*patterns, cfg.matrix_lr_mul)):
         for line in pattern_notices(cfg, model):
             run.log(f"notice: {line}")
     if cfg.init_from:
@@ -7261,7 +7499,7 @@ def pattern_notices(cfg: Config, model: GPT) -> list[str]:
     declared = declarations(model)
     rules = {name: rule_of(cfg, name, p, declared[name]) for name, p in model.named_parameters()}
     matrices = [name for name, rule in rules.items() if rule.group == "matrix"]
-    adamws = [name for name, rule in rules.items() if rule.kind == "adamw"]
+    adamws = [name for name, rule in rules.items() if rule.kind != "muon"]
     require(
         not cfg.adamw_matrices or any(name in adamws for name in matrices),
         f"adamw_matrices = {cfg.adamw_matrices!r} matches no matrix of this model; they are such "
@@ -7274,6 +7512,9 @@ def pattern_notices(cfg: Config, model: GPT) -> list[str]:
         hits[f"soap_gate = {cfg.soap_gate!r}"] = any(rule.soap_gate for rule in rules.values())
     if cfg.aurora:
         hits[f"aurora = {cfg.aurora!r}"] = any(rule.aurora for rule in rules.values())
+    for pattern, _ in matrix_factors(cfg) if cfg.matrix_lr_mul else ():
+        found = [name for name in rules if pattern.search(name) and rules[name].kind == "muon"]
+        hits[f"matrix_lr_mul = {pattern.pattern!r}"] = bool(found)
     if cfg.uncorrected:
         hits[f"uncorrected = {cfg.uncorrected!r}"] = not all(r.corrected for r in rules.values())
     for pattern, hit in hits.items():
@@ -7365,10 +7606,16 @@ def warm_up(trainer: Trainer) -> None:
                 )
                 x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
                 if now:
-                    loss_terms(trainer, x, y, now).sum().backward()
+                    some = ()
+                    if trainer.cfg.sampled_classes != "0" and now.sampled_classes:
+                        some = [torch.arange(now.sampled_classes, device=run.device)]
+                        some = (some[0].repeat(shape.rows, 1),)
+                    loss_terms(trainer, x, y, now, *some).sum().backward()
                     if several:
                         trainer.opt.collect(last=True)
-                    trainer.opt.step(plan.at(0, 0.0))
+                    # untied, as else no step would have an embedding of its own
+                    for _ in range(trainer.cfg.adam_every):
+                        trainer.opt.step(plan.at(0, 0.0)._replace(tied=0))
                 else:
                     applied = shape.repeats, shape.window, shape.passes, shape.window_long
                     with torch.no_grad():
@@ -7412,17 +7659,25 @@ def extra_terms(cfg: Config) -> list[str]:
     return names + [name for name, on in named.items() if on]
 
 
-def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, now: Now) -> Tensor:
+def loss_terms(
+    trainer: Trainer, x: Tensor, y: Tensor, now: Now, some: Tensor | None = None
+) -> Tensor:
     """
     Sums over the tokens of a micro-batch: cross-entropy and, where they are on, weighted z-loss,
-    losses of later tokens and MTP, and the divergence from the teacher; [1] to [6].
+    losses of later tokens and MTP, and the divergence from the teacher; [1] to [6]. some: the
+    classes [B, P] of each row's softmax.
     """
     cfg, later = trainer.cfg, later_targets(trainer.cfg)
     applied = now.repeats, now.window, now.passes, now.window_long
-    if not (cfg.z_loss or cfg.mtp or later or now.distill):
+    taught = ()
+    if cfg.sampled_classes != "0" and some is not None:
+        rows = trainer.graph(x, y, *applied, later=bool(later), candidates_BP=some)
+        rows = rows.view(-1, y.numel())
+    elif not (cfg.z_loss or cfg.mtp or later or now.distill):
         return trainer.graph(x, y, *applied).sum().view(1)
-    taught = trainer.teacher.activations(x) if cfg.distill and now.distill else ()
-    rows = trainer.graph(x, y, *applied, bool(cfg.z_loss), bool(cfg.mtp), bool(later), *taught)
+    else:
+        taught = trainer.teacher.activations(x) if cfg.distill and now.distill else ()
+        rows = trainer.graph(x, y, *applied, bool(cfg.z_loss), bool(cfg.mtp), bool(later), *taught)
     terms = [rows[0].sum()]
     if cfg.z_loss:
         terms.append(cfg.z_loss * rows[1].square().sum())
@@ -7437,6 +7692,29 @@ def loss_terms(trainer: Trainer, x: Tensor, y: Tensor, now: Now) -> Tensor:
     if taught:
         terms.append(rows[2].sum())
     return torch.stack(terms)
+
+
+def next_batch(trainer: Trainer, step: int, now: Now) -> tuple[np.ndarray, np.ndarray | None]:
+    """This rank's rows of a step and, with sampled_classes, each one's candidates(). Collective."""
+    cfg, loader = trainer.cfg, trainer.loader
+    sizes = (now.batch_tokens, now.seq_len, *([now.doc_cap] if cfg.bos_rows else []))
+    if cfg.sampled_classes == "0" or not now.sampled_classes:
+        return loader.batch(step, *sizes), None
+    before, count, classes = loader.state_dict(), now.sampled_classes, classes_of(cfg)
+    rows = loader.batch(step, *sizes)
+    most = trainer.run.most(max(len(np.unique(row[1:])) for row in rows))
+    if most > count:
+        loader.load_state_dict(before)  # a checkpoint of now goes on with this batch
+        raise UserError(
+            f"step {step}: a row has {most} different targets, more than sampled_classes = "
+            f"{count}: raise it, or shorten rows with --seq_len"
+        )
+    # The sweep goes on from step to step; rows of a step begin at equal distances along it.
+    total, first = now.batch_tokens // now.seq_len, trainer.run.rank * len(rows)
+    starts = [step * count + classes * (first + i) // total for i in range(len(rows))]
+    return rows, np.stack(
+        [candidates(row[1:], count, classes, start) for row, start in zip(rows, starts)]
+    )
 
 
 def begin_cycle(trainer: Trainer, step: int) -> None:
@@ -7479,8 +7757,7 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     cfg = trainer.cfg
     if cfg.distill and now.distill:
         ready_teacher(trainer, step)
-    sizes = (now.batch_tokens, now.seq_len, *([now.doc_cap] if cfg.bos_rows else []))
-    rows = trainer.loader.batch(step, *sizes)
+    rows, classes = next_batch(trainer, step, now)
     if cfg.cycles:  # behind the last thing that may be refused: a checkpoint has no noise yet
         begin_cycle(trainer, step)
     per_pass = trainer.plan.micro_rows(now, trainer.run.world)
@@ -7499,7 +7776,11 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
             x, y = trainer.loader.tensors(part, trainer.run.device)
             # Summed over tokens and divided by the global count: ranks and micro-batches change the
             # float order alone.
-            sums = loss_terms(trainer, x, y, now)
+            some = ()
+            if cfg.sampled_classes != "0" and classes is not None:
+                part = classes[at * per_pass : (at + 1) * per_pass]
+                some = (to_device(part, trainer.run.device),)
+            sums = loss_terms(trainer, x, y, now, *some)
             means = sums / targets
             taught = cfg.distill and now.distill
             loss = blended(means, now.distill) if taught else means.sum()

@@ -134,6 +134,8 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
     def flops(at: Now | Shape) -> int:
         applied = at.window, at.passes, at.window_long
         own = flops_per_token(cfg, at.repeats, at.seq_len, *applied)
+        if at.sampled_classes:
+            own -= 6 * cfg.dim * (len(model.head) - at.sampled_classes)
         return own * 4 // 3 if at.distill else own  # a teacher of this size goes forward alone
 
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
@@ -160,7 +162,8 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
         f"repeats {s.repeats}, seq_len {s.seq_len}, window {s.window}"
         + f", passes {s.passes}" * (cfg.passes != "1")
         + f", window_long {s.window_long}" * (cfg.window_long != "0")
-        + ", a teacher" * bool(s.distill): s
+        + ", a teacher" * bool(s.distill)
+        + f", {s.sampled_classes or 'all'} classes" * (cfg.sampled_classes != "0"): s
         for s in shapes
     }
     mean_flops = sum(map(flops, moments)) / len(moments)

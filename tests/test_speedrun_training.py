@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sampler
 import torch
-from helpers import ROOT, alone, build, now, random_tokens, tg, tiny, write_shard
+from helpers import ROOT, alone, build, now, parts, random_tokens, tg, tiny, write_shard
 
 from logs import score
 
@@ -480,3 +480,374 @@ def test_tables_of_pairs_that_do_nothing_are_refused(changes, words):
     with pytest.raises(tg.UserError, match=words):
         tg.validate(tiny(**changes))
         tg.refuse_idle(tiny(**changes))
+
+
+# --- factors of Muon's rate, groups of heads
+
+
+def stepped(cfg: tg.Config, grads: list[dict], steps: list[tg.Now] | None = None) -> tg.GPT:
+    """A model with noise for weights behind one step for each of the gradients by name."""
+    model, rng = build(cfg), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * 0.2)
+    opt = tg.MuonAdamW(cfg, model, alone())
+    for i, named in enumerate(grads):
+        for name, p in model.named_parameters():
+            p.grad.copy_(named[name])
+        opt.step(steps[i] if steps else now())
+    return model
+
+
+def some_gradients(cfg: tg.Config, count: int) -> list[dict]:
+    rng, model = torch.Generator().manual_seed(6), build(cfg)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    return [{k: torch.randn(s, generator=rng) for k, s in shapes.items()} for _ in range(count)]
+
+
+def test_a_factor_of_a_matrix_is_another_rate_of_it_alone():
+    flags = {"matrix_wd": 0.5, "matrix_lr": 0.02}
+    grads = some_gradients(tiny(), 2)
+    plain, all_4 = (
+        stepped(tiny(**flags), grads),
+        stepped(tiny(**flags | {"matrix_lr": 0.08}), grads),
+    )
+    mine = stepped(tiny(**flags, matrix_lr_mul="mlp.proj=4 mlp=1"), grads)
+    for (name, p), q, r in zip(mine.named_parameters(), plain.parameters(), all_4.parameters()):
+        assert torch.equal(p, r if "mlp.proj" in name else q), name
+    assert not torch.equal(plain.blocks[0].mlp.proj, all_4.blocks[0].mlp.proj)
+    for text in ("mlp.proj", "=4", "x=-1", "x=nan", "(=1", "x=2000"):
+        with pytest.raises(tg.UserError, match="matrix_lr_mul"):
+            tg.validate(tiny(matrix_lr_mul=text))
+    with pytest.raises(tg.UserError, match="matrix_lr_mul = 'head' matches nothing"):
+        tg.pattern_notices(tiny(matrix_lr_mul="mlp=2 head=4"), build(tiny()))
+
+
+def test_decay_of_a_step_is_the_records_for_attention_and_both_matrices_of_the_mlp():
+    """6.35e-4, 1.27e-3 and 2.54e-3 where lr's multiplier is 1; half of it has a quarter."""
+    flags = {"matrix_lr": 0.023, "matrix_wd": 0.0276, "decay_by_shape": 1}
+    cfg = tiny(**flags, matrix_lr_mul="mlp.proj=4")
+    still = [{name: torch.zeros_like(p) for name, p in build(cfg).named_parameters()}]
+    for lr, share in ((1.0, 1), (0.5, 4)):
+        model = stepped(cfg, still, [now(lr=lr, weight_decay=lr)])
+        before = stepped(cfg, [])
+        for part, decay in (("attn.qkv", 6.35e-4), ("mlp.fc", 1.27e-3), ("mlp.proj", 2.54e-3)):
+            w, old = (
+                m.get_parameter(f"blocks.0.{part}").detach().double() for m in (model, before)
+            )
+            shrunk = 1 - float((w * old).sum() / old.square().sum())
+            assert shrunk == pytest.approx(decay / share, rel=1e-3), part
+
+
+def test_groups_of_heads_have_the_forward_pass_of_whole_matrices():
+    whole, grouped = build(tiny(heads=4)), build(tiny(heads=4, qk_groups=2))
+    with torch.no_grad():
+        for a, b in zip(whole.blocks, grouped.blocks):
+            assert b.attn.qk.shape == (4, 16, 32) and b.attn.v.shape == (32, 32)
+            b.attn.qk.copy_(a.attn.qkv[:2].reshape(4, 16, 32))
+            b.attn.v.copy_(a.attn.qkv[2])
+    x, _ = random_tokens(tiny(), 2, 16)
+    torch.testing.assert_close(grouped.hidden(x, 1, 0), whole.hidden(x, 1, 0))
+    names = {name for name, _ in whole.named_parameters()}
+    assert "blocks.0.attn.qk" not in names and "blocks.0.attn.v" not in names
+
+
+def test_each_group_of_heads_is_orthogonalised_by_itself():
+    """Another gradient of one pair moves that pair alone; a pair of 256 x 768 by a norm of 16."""
+    flags = {"heads": 6, "dim": 768, "depth": 1, "vocab": 32, "mlp_ratio": 0.1, "matrix_lr": 1.0}
+    cfg = tiny(**flags, qk_groups=2, polar="ns12", polar_steps=12)
+    grads = some_gradients(cfg, 1)
+    other = [{k: g.clone() for k, g in grads[0].items()}]
+    other[0]["blocks.0.attn.qk"][4] += 1.0
+    begun, first, second = stepped(cfg, []), stepped(cfg, grads), stepped(cfg, other)
+    a, b, c = (model.blocks[0].attn.qk.detach() for model in (begun, first, second))
+    assert a.shape == (6, 256, 768)
+    assert (b - a).norm(dim=(1, 2)).tolist() == pytest.approx([16.0] * 6, rel=1e-3)
+    moved = [i for i in range(6) if not torch.allclose(b[i], c[i], atol=1e-5)]
+    assert moved == [4]
+    v = first.blocks[0].attn.v.detach() - begun.blocks[0].attn.v.detach()
+    assert float(v.norm()) == pytest.approx(768**0.5, rel=1e-2)  # as a whole
+    state = tg.states_in_fp32(
+        tg.Rule("muon", "matrix", (256, 768), 1, 0, 0, 0, False), tiny(normuon=0.9)
+    )
+    assert state == {"second": (1, 768)}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"qk_groups": 3}, "heads = 2 do not divide"),
+        ({"qk_groups": 1, "iha": 1}, "qk_groups = 1 knows no iha"),
+        ({"qk_groups": 1, "kv_heads": 1}, "qk_groups = 1 knows no kv_heads"),
+        ({"qk_groups": 2}, "qk_groups = 2 does nothing here"),
+        ({"qk_groups": 1, "optimizer": "adamw"}, "qk_groups = 1 does nothing here"),
+        ({"adam_every": 21}, "adam_every = 21 does nothing here: it needs steps to sum"),
+        ({"untie_at": "3s"}, "untie_at = '3s' does nothing here: it needs tie_embed = 1"),
+        (
+            {"untie_at": "19s", "tie_embed": 1},
+            "untie_at = '19s' does nothing here: it needs a step",
+        ),
+        ({"untie_at": "3", "tie_embed": 1}, "3 is no fraction of training"),
+        ({"untie_at": "early", "tie_embed": 1}, "untie_at = 'early': a step such as 847s"),
+        ({"untie_at": "2s", "tie_embed": 1, "adam_every": 2}, "adam_every = 2 does not divide"),
+        ({"untie_at": "2s", "tie_embed": 1, "mu_centering": 1}, "mu_centering do not"),
+        ({"untie_at": "2s", "tie_embed": 1, "max_seconds": 9.0}, "max_seconds do not"),
+    ],
+    ids=str,
+)
+def test_what_the_optimizer_could_not_do_is_refused(changes, words):
+    with pytest.raises(tg.UserError, match=words):
+        tg.validate(tiny(**changes))
+        tg.refuse_idle(tiny(**changes))
+
+
+# --- AdamW every k-th step
+
+SMALL = {"bigram_rows": 40, "scalar_wd": 0.1, "embed_wd": 0.2, "q_gain": 1.0}
+
+
+@pytest.mark.parametrize("rule", ["adam", "rows"])
+def test_every_2nd_step_of_adam_is_adam_on_sums_of_two_gradients(rule):
+    """With the rates of the step it is made in; nobody has the fifth. Muon has a step for each."""
+    cfg, each = (tiny(**SMALL, bigram_rule=rule, adam_every=k) for k in (2, 1))
+    grads = some_gradients(cfg, 5)
+    nows = [now(lr=lr, momentum=m) for lr, m in ((1, 0.9), (2, 0.8), (3, 0.7), (4, 0.6), (5, 0.5))]
+    sums = [{k: a[k] + b[k] for k in a} for a, b in (grads[0:2], grads[2:4])]
+    mine = stepped(cfg, grads, nows)
+    by_sums = stepped(each, sums, [nows[1], nows[3]])
+    by_each = stepped(each, grads, nows)
+    kinds = {"muon": 0, "other": 0}
+    for (name, p), q, r in zip(mine.named_parameters(), by_sums.parameters(), by_each.parameters()):
+        matrix = tg.declarations(mine)[name].group == "matrix"
+        assert torch.equal(p, r if matrix else q), name
+        kinds["muon" if matrix else "other"] += 1
+    assert min(kinds.values()) > 3
+    assert torch.equal(stepped(cfg, grads[:4], nows).head, mine.head)
+    assert not torch.equal(by_each.head, mine.head)
+
+
+def test_a_sum_of_gradients_goes_on_from_a_checkpoint(tmp_path):
+    """Behind two of three gradients; and the one step of AdamW is not three."""
+    assert sampler.check(0, tmp_path, {"adam_every": 3, "param_dtype": "bfloat16"})[1] == []
+
+
+# --- one table, then two
+
+TIED = {"tie_embed": 1, "tied_lr": 0.01, "embed_wd": 0.1, "head_init": "0.1", "proj_init": 1.0}
+
+
+def run_of(folder, steps: int, **changes) -> tg.Trainer:
+    p = parts(folder, **TIED | changes)
+    for step in range(steps):
+        tg.train_step(p, step, p.plan.at(step, step / p.cfg.steps))
+    return p
+
+
+@pytest.mark.parametrize("more", [{}, {"adam_every": 2, "grad_clip": 1.0}], ids=str)
+def test_tables_untied_behind_the_end_are_one_table_all_along(tmp_path, more):
+    one, two = run_of(tmp_path, 5, **more), run_of(tmp_path, 5, untie_at="19s", **more)
+    two_named = dict(two.model.named_parameters())
+    assert torch.equal(two_named.pop("embed"), two.model.head)
+    assert one.model.embed is None and two.model.embed is not two.model.head
+    for name, p in one.model.named_parameters():
+        assert torch.equal(p, two_named.pop(name)), name
+    assert not two_named
+
+
+def test_two_tables_go_on_from_the_weights_and_moments_of_one(tmp_path):
+    """Behind step 2 as an untied model that is given both; until then the forward pass is one's."""
+    one, two = run_of(tmp_path, 3), run_of(tmp_path, 3, untie_at="2s")
+    assert torch.equal(two.model.embed, two.model.head)
+    x, y = random_tokens(one.cfg, 2, 32)
+    assert torch.equal(one.model(x, y), two.model(x, y))
+    apart = parts(tmp_path, **TIED | {"tie_embed": 0, "head_lr": 0.01, "embed_lr": 0.01})
+    weights, state = tg.weights_on_cpu(one.model), one.opt.state_dict()
+    weights["embed"] = weights["head"]
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[f"embed:{key}"] = state[f"head:{key}"]
+    tg.load_weights(apart.model, weights, "")
+    apart.opt.load_state_dict(state)
+    for trainer in (apart, two):
+        trainer.loader.load_state_dict(one.loader.state_dict())
+        for step in (3, 4):
+            tg.train_step(trainer, step, trainer.plan.at(step, step / 20))
+    for name, p in apart.model.named_parameters():
+        assert torch.equal(p, two.model.get_parameter(name)), name
+    assert not torch.allclose(two.model.embed, two.model.head, atol=1e-3)
+    assert [two.plan.at(step, 0.0).tied for step in (0, 2, 3)] == [1, 1, 0]
+
+
+def test_gradient_of_one_table_is_the_sum_of_those_of_two():
+    (x, y), one, two = (
+        random_tokens(tiny(), 2, 16),
+        build(tiny(**TIED)),
+        build(tiny(**TIED, untie_at="2s")),
+    )
+    assert torch.equal(two.embed, one.head)
+    for model in (one, two):
+        model(x, y).sum().backward()
+    torch.testing.assert_close(two.head.grad + two.embed.grad, one.head.grad)
+    assert {name: p.shape for name, p in two.named_parameters()}["embed"] == two.head.shape
+    padded = build(tiny(**TIED, untie_at="2s", vocab=90))
+    assert padded.embed.shape == padded.head.shape == (96, 32)
+
+
+@pytest.mark.parametrize("untie_at", ["1s", "1/3"])
+def test_untied_tables_go_on_from_a_checkpoint_and_are_exported(tmp_path, untie_at):
+    flags = {"tie_embed": 1, "untie_at": untie_at, "export": "int8", "ema": 0.9}
+    assert sampler.check(0, tmp_path, flags)[1] == []
+
+
+# --- a softmax over some classes
+
+
+def test_candidates_are_the_targets_and_the_next_of_the_sweep():
+    """The record's sweep over 50,304 classes begins 0, 20011, 40022, 9729, 29740."""
+    targets = np.array([7, 40022, 7, 50303])
+    assert tg.candidates(targets, 6, 50304, 0).tolist() == [0, 7, 9729, 20011, 40022, 50303]
+    assert tg.candidates(targets, 3, 50304, 0).tolist() == [7, 40022, 50303]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        targets, start = rng.integers(0, 97, 30), int(rng.integers(10**6))
+        found = set(targets.tolist())
+        for k in range(start, start + 97):
+            if len(found) < 50:
+                found.add(k * 20011 % 97)
+        assert tg.candidates(targets, 50, 97, start).tolist() == sorted(found)
+    whole = tg.candidates(targets, 97, 97, 5)
+    assert whole.tolist() == list(range(97))
+
+
+def test_the_sweep_takes_every_class_equally_often():
+    """Over V/gcd(V, P) steps, where nothing is a target."""
+    counts = np.zeros(96, int)
+    none = np.zeros(0, int)
+    for step in range(96 // 12):
+        counts[tg.candidates(none, 36, 96, step * 36)] += 1
+    assert (counts == 3).all()
+
+
+class Hearing(tg.Ranks):
+    """A rank whose rows have no more targets than the others'."""
+
+    def most(self, n: int) -> int:
+        return n
+
+
+def chosen(folder, steps: range, world: int = 1, **changes) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each step the rows and candidates of all ranks."""
+    p = parts(folder, sampled_classes="40 5s:64", bos_rows=0, **changes)
+    found = []
+    for step in steps:
+        now, both = p.plan.at(step, step / 20), []
+        for rank in range(world):
+            p.run = Hearing(torch.device("cpu"), rank, world)
+            p.loader = tg.Loader(p.cfg, p.plan, rank, world)
+            p.loader.pos = 128 * step
+            both.append(tg.next_batch(p, step, now))
+        found.append(tuple(np.concatenate(each) for each in zip(*both)))
+    return found
+
+
+def test_candidates_depend_on_step_and_row_alone(tmp_path):
+    """Not on ranks, nor on where a run goes on; and no two steps or rows have the same."""
+    whole = chosen(tmp_path, range(7))
+    assert [classes.shape for _, classes in whole] == [(4, 40)] * 5 + [(4, 64)] * 2
+    for world in (2, 4):
+        for (rows, classes), (others, theirs) in zip(whole, chosen(tmp_path, range(7), world)):
+            assert np.array_equal(rows, others) and np.array_equal(classes, theirs)
+    assert np.array_equal(chosen(tmp_path, range(6, 7))[0][1], whole[6][1])
+    assert len({row.tobytes() for _, classes in whole for row in classes}) == 7 * 4
+    for rows, classes in whole:
+        for row, ids in zip(rows, classes):
+            assert set(row[1:]) <= set(ids) and (np.diff(ids) > 0).all()
+
+
+def sampled(**changes) -> tuple:
+    """A model in fp64 with tokens, and candidates for two rows of 16."""
+    cfg = tiny(**{"sampled_classes": "40", "softcap": 15.0, "vocab": 90} | changes)
+    model, (x, y) = in_double(cfg), random_tokens(cfg, 2, 16)
+    count = tg.largest(cfg.sampled_classes)
+    ids = [tg.candidates(row.numpy(), count, 96, 30 * i) for i, row in enumerate(y)]
+    return model, x, y, torch.from_numpy(np.stack(ids))
+
+
+LATER = {"mtp_next": "0.5", "prefix_loss": "0.25", "tokenizer": "x"}
+
+
+@pytest.mark.parametrize("chunk", [1000, 5])
+@pytest.mark.parametrize("more", [{}, LATER], ids=str)
+def test_loss_over_all_classes_is_the_full_one(doubles, chunk, more):
+    """P = V: value and every gradient, padded columns included."""
+    model, x, y, ids = sampled(sampled_classes="96", loss_chunk=chunk, **more)
+    model.prefixes = torch.randint(-1, 90, (90,), generator=torch.Generator().manual_seed(1))
+    now = tg.Plan(model.cfg).at(0, 0.0)
+    trainer, grads = SimpleNamespace(cfg=model.cfg, graph=model), []
+    losses = [tg.loss_terms(trainer, x, y, now, *some) for some in ((), (ids,))]
+    torch.testing.assert_close(*losses)
+    assert len(losses[0]) == 1 + len(more) - ("tokenizer" in more)
+    for terms in losses:
+        grads.append(torch.autograd.grad(terms.sum(), list(model.parameters()), allow_unused=True))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("chunk", [1000, 5])
+def test_loss_over_some_classes_is_the_formula(doubles, chunk):
+    """Below the full loss; rows of the head outside have a gradient of exactly 0."""
+    model, x, y, ids = sampled(loss_chunk=chunk, **LATER)
+    model.prefixes = torch.randint(-1, 90, (90,), generator=torch.Generator().manual_seed(1))
+    now = tg.Plan(model.cfg).at(0, 0.0)
+    found = tg.loss_terms(SimpleNamespace(cfg=model.cfg, graph=model), x, y, now, ids)
+    z = 15 * torch.tanh(model.hidden(x, 1, 0) @ model.head.T / 15)
+    want, left_out = [0.0, 0.0, 0.0], 0
+    for b in range(2):
+        for t in range(16):
+            log_p = z[b, t] - z[b, t, ids[b]].logsumexp(-1)
+            want[0] = want[0] - log_p[y[b, t]]
+            if t < 15:
+                want[1] = want[1] - 0.5 * log_p[y[b, t + 1]]
+            prefix = int(model.prefixes[y[b, t]])
+            if prefix in ids[b].tolist():
+                want[2] = want[2] - 0.25 * log_p[prefix]
+            left_out += prefix >= 0 and prefix not in ids[b].tolist()
+    torch.testing.assert_close(found, torch.stack(want))
+    assert left_out and (model(x, y).view(2, 16).sum() > found[0]) and len(model(x, y)) == 32
+    (grad,) = torch.autograd.grad(found.sum(), model.head, retain_graph=True)
+    outside = [c for c in range(96) if c not in ids]
+    assert len(outside) > 10 and not grad[outside].any() and grad[ids.unique()].any(1).all()
+    (wanted,) = torch.autograd.grad(sum(want), model.head)
+    torch.testing.assert_close(grad, wanted)
+
+
+def test_training_on_some_classes_goes_on_to_the_bit_and_is_scored_on_all(tmp_path):
+    flags = {"sampled_classes": "0:30 2s:0", "mtp_next": "0.5", "loss_chunk": 16}
+    assert sampler.check(0, tmp_path, flags)[1] == []
+
+
+def test_more_targets_than_classes_stop_a_run_before_the_step(tmp_path):
+    """The loader stays where it was, so that a checkpoint of then goes on with that batch."""
+    p = parts(tmp_path, sampled_classes="20")
+    with pytest.raises(tg.UserError, match="step 0: a row has 2[0-9] different targets, more than"):
+        tg.train_step(p, 0, p.plan.at(0, 0.0))
+    assert p.loader.state_dict() == {"epoch": 0, "shard": 0, "pos": 0}
+
+
+@pytest.mark.parametrize(
+    "key, value", [("z_loss", 0.1), ("mtp", 0.3), ("distill", 0.5), ("biases", 1)]
+)
+def test_classes_beside_what_knows_all_of_them_are_refused(key, value):
+    with pytest.raises(tg.UserError, match=f"sampled_classes = '40' knows no {key}"):
+        tg.validate(tiny(sampled_classes="40", cycles=2, **{key: value}))
+
+
+def test_classes_that_there_are_not_are_refused():
+    tg.validate(tiny(sampled_classes="96", vocab=90))
+    for flags in (
+        {"sampled_classes": "97"},
+        {"sampled_classes": "96", "vocab": 90, "pad_vocab": 1},
+    ):
+        with pytest.raises(tg.UserError, match="at most 9[06], the rows"):
+            tg.validate(tiny(**flags))
+    with pytest.raises(tg.UserError, match="no multiple of 20011"):
+        tg.validate(tiny(sampled_classes="64", vocab=20011, head_multiple=20011))
