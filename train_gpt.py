@@ -1292,6 +1292,11 @@ class ModelConfig(Section):
             ),
             ("mudd", "post_lambda, whose factors it gives by token", self.post_lambda > 0),
             (
+                "late_input",
+                "a block with attention behind that one",
+                any(is_late(self, b) and has_attention(self, b) for b in range(self.depth)),
+            ),
+            (
                 "net_hidden",
                 "gate_nets, mudd or mudd_final",
                 bool(self.gate_nets or self.mudd or self.mudd_final),
@@ -1628,6 +1633,30 @@ def has_x0_share(cfg: Config, block: int) -> bool:
     return bool(cfg.x0_lambda) and block < cfg.depth
 
 
+def has_share(cfg: Config, block: int) -> bool:
+    """Whether the embedding joins the stream within a block."""
+    return has_x0_share(cfg, block) or is_in_mudd(cfg, block)
+
+
+def has_value_proj(cfg: Config, block: int) -> bool:
+    """Every second block, counted from the last one, has one of value_proj; not that of MTP."""
+    second = block < cfg.depth and (cfg.depth - 1 - block) % 2 == 0
+    return cfg.value_proj > 0 and second and has_attention(cfg, block)
+
+
+def has_given_values(cfg: Config, block: int) -> bool:
+    """Whether a block's values are joined by those of a table, or of mudd."""
+    return block in value_tables(cfg) or is_in_mudd(cfg, block)
+
+
+def gate_dims(cfg: Config, block: int, projected: bool) -> tuple[int, int]:
+    """Dims that a block's gate of values reads: of attention's input, of the values."""
+    if projected:
+        return cfg.value_proj, 0
+    in_table = block in value_tables(cfg) and not is_in_mudd(cfg, block)
+    return value_dims(cfg) if in_table else (0, 0)
+
+
 def has_attn_gate(cfg: Config, block: int) -> bool:
     listed = not cfg.attn_gate_layers or block in blocks_of(cfg.attn_gate_layers)
     return cfg.attn_gate > 0 and listed
@@ -1853,7 +1882,8 @@ def rope_tables(cfg: Config, seq_len: int) -> tuple[Tensor, Tensor]:
     rope_table(), with yarn one for each value of window_long; twice as long where pairs of heads
     have two positions a token.
     """
-    seq_len *= 2 if cfg.paired_layers else 1
+    if cfg.paired_layers:
+        seq_len *= 2
     if not cfg.yarn:
         return rope_table(cfg, seq_len)
     cos, sin = zip(*(rope_table(cfg, seq_len, window) for window in yarn_stages(cfg)))
@@ -2164,6 +2194,10 @@ def numbers(*values: float) -> Start:
     return lambda shape, rng: torch.tensor(values, dtype=torch.float32).view(shape)
 
 
+def sa_start(cfg: Config) -> Start:
+    return numbers(*map(float, cfg.sa_lambdas.split()))
+
+
 def spread(cfg: Config, std: float) -> Start:
     """Around zero with this standard deviation, as `init` says: uniform or normal."""
     return normal(std) if cfg.init == "normal" else uniform(3**0.5 * std)
@@ -2207,8 +2241,9 @@ def generator_of(text: str) -> torch.Generator:
 class Attention(Declaring):
     def __init__(self, cfg: Config, index: int, values: bool):
         super().__init__()
-        self.offset = offset_dims(cfg) if has_key_offset(cfg, index) else []
-        self.paired = index in blocks_of(cfg.paired_layers)
+        offset = bool(cfg.key_offset) and has_key_offset(cfg, index)
+        self.offset = offset_dims(cfg) if offset else []
+        self.paired = bool(cfg.paired_layers) and index in blocks_of(cfg.paired_layers)
         self.heads, self.kv_heads, self.head_dim = (
             cfg.heads,
             cfg.kv_heads or cfg.heads,
@@ -2250,26 +2285,29 @@ class Attention(Declaring):
         gains = cfg.layer_norm and cfg.qk_norm
         self.declare("qk_gains", "scalar", 1.0, 2, self.head_dim, on=gains)
         self.neighbours = rotary_dims(cfg) if cfg.rope == "interleaved" else 0
-        gated = has_attn_gate(cfg, index)
-        self.declare("attn_gate", "matrix", 0.0, cfg.heads, cfg.attn_gate, on=gated)
-        # dims that it reads of the input and of the values
-        in_table = index in value_tables(cfg)
-        self.value_dims = value_dims(cfg) if in_table else (cfg.value_proj, 0) if values else (0, 0)
-        if is_in_mudd(cfg, index):
-            self.value_dims = 0, 0
-        self.has_values = values or in_table or is_in_mudd(cfg, index)
-        dims = sum(self.value_dims)
-        self.declare("value_gate", "matrix", 0.0, self.kv_heads, dims, on=dims)
         self.declare("iha", "scalar", identities, 3, cfg.heads, cfg.heads, on=cfg.iha)
+        self.declare_by_index(cfg, index, values)
+
+    def declare_by_index(self, cfg: Config, index: int, values: bool) -> None:
+        """What some blocks have and others do not."""
+        on = cfg.attn_gate and has_attn_gate(cfg, index)
+        self.declare("attn_gate", "matrix", 0.0, cfg.heads, cfg.attn_gate, on=cfg.attn_gate and on)
+        joins = values or has_given_values(cfg, index)
+        self.has_values = bool(cfg.value_proj or cfg.value_layers or cfg.mudd) and joins
+        # dims that it reads of the input and of the values
+        self.value_dims = gate_dims(cfg, index, values) if self.has_values else (0, 0)
+        shape = (self.kv_heads, sum(self.value_dims))
+        on = bool(cfg.value_proj or cfg.value_gate) and shape[1] > 0
+        self.declare("value_gate", "matrix", 0.0, *shape, on=self.has_values and on)
         own = {"rate": 0.8, "betas": (0.9, 0.95)}  # slowrun's
-        self.has_alpha, self.has_given_gate = has_xsa_alpha(cfg, index), has_given_gate(cfg, index)
-        on = self.has_alpha and net_of(cfg, index) < 0
-        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=on, **own)
+        self.has_alpha = bool(cfg.xsa_learned) and has_xsa_alpha(cfg, index)
+        self.steered = bool(cfg.gate_nets) and net_of(cfg, index) >= 0
+        self.has_given_gate = bool(cfg.gate_nets) and has_given_gate(cfg, index)
+        on = self.has_alpha and not self.steered
+        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=cfg.xsa_learned and on, **own)
         own = {"betas": (0.9, 0.99)}  # modded-nanogpt's
-        start = numbers(*map(float, cfg.sa_lambdas.split()))
-        self.declare(
-            "sa_lambdas", "scalar", start, 2, on=cfg.sa_lambdas and index < cfg.depth, **own
-        )
+        on = cfg.sa_lambdas and index < cfg.depth
+        self.declare("sa_lambdas", "scalar", sa_start(cfg), 2, on=cfg.sa_lambdas and on, **own)
 
     def forward(
         self,
@@ -2278,12 +2316,11 @@ class Attention(Declaring):
         mask: AttentionMask,
         xsa: bool,
         values: Tensor | None = None,
-        alpha: Tensor | None = None,
-        gate: Tensor | None = None,
+        given: dict | None = None,
     ) -> Tensor:
         """
         x [B, T, D] -> [B, T, D]. `values` [B, T, kv_heads*K] join the own ones, times 2*sigmoid of
-        a head's gate where there is a value_gate. alpha, gate: [B, T, H] of gate_nets.
+        a head's gate where there is a value_gate. given: numbers by token and head of gate_nets.
         """
         B, T, _ = x_BTD.shape
         if self.iha is not None:  # a mixture is none of the matrices: nobody watches it
@@ -2316,17 +2353,17 @@ class Attention(Declaring):
                 parts += [k[..., at:low], before[..., low:high]]
                 at = high
             k = torch.cat([*parts, k[..., at:]], dim=-1)
-        heads = [q, k, v] if not self.paired else [as_pairs(q), as_pairs(k), as_pairs(v)]
-        y = mask.attend(*(x.transpose(1, 2) for x in heads), self.scale, self.bound).transpose(1, 2)
+        seen = (as_pairs(q), as_pairs(k), as_pairs(v)) if self.paired else (q, k, v)
+        y = mask.attend(*(x.transpose(1, 2) for x in seen), self.scale, self.bound).transpose(1, 2)
         if self.paired:
             y = y.reshape(B, T, self.heads, self.head_dim)
         if xsa:
-            y = self.without_own(y, v, self.xsa_alpha if alpha is None else alpha)
+            y = self.without_own(y, v, given)
         if self.attn_gate is not None:
             few = x_BTD[..., : self.attn_gate.size(1)]
             y = y * torch.sigmoid(self.linear(few, "attn_gate")).unsqueeze(-1)
         if self.has_given_gate:
-            y = y * gate.unsqueeze(-1)
+            y = y * given["gate"].unsqueeze(-1)
         y = self.linear(y.reshape(B, T, -1), "proj")
         return y if self.sa_lambdas is None else self.sa_lambdas[1].to(y.dtype) * y
 
@@ -2341,7 +2378,7 @@ class Attention(Declaring):
         gate = 2 * torch.sigmoid(self.linear(few, "value_gate"))
         return v + gate.unsqueeze(-1) * values
 
-    def without_own(self, y: Tensor, v: Tensor, alpha: Tensor | None) -> Tensor:
+    def without_own(self, y: Tensor, v: Tensor, given: dict | None) -> Tensor:
         """
         Each head's output without its component along the token's own value (arXiv 2603.09078), or
         without tanh(alpha) of it (slowrun #11, modded-nanogpt #82). y: [B, T, H, K].
@@ -2350,6 +2387,7 @@ class Attention(Declaring):
         y = y.float().unflatten(2, (self.kv_heads, -1))
         own = (y * v_hat).sum(-1, keepdim=True) * v_hat
         if self.has_alpha:
+            alpha = given["xsa"] if self.steered else self.xsa_alpha
             own = torch.tanh(alpha.float()).unflatten(-1, (self.kv_heads, -1, 1)) * own
         return (y - own).flatten(2, 3).to(v.dtype)
 
@@ -2394,13 +2432,15 @@ class Block(Declaring):
         super().__init__()
         self.eps, self.norm = cfg.norm_eps, layer_norm if cfg.layer_norm else norm
         self.attn_dropout, self.mlp_dropout = cfg.attn_dropout, cfg.mlp_dropout
-        values = bool(cfg.value_proj) and index < cfg.depth and (cfg.depth - 1 - index) % 2 == 0
-        values = values and has_attention(cfg, index)
-        self.attn = Attention(cfg, index, values) if has_attention(cfg, index) else None
-        self.mlp = None if index in blocks_of(cfg.no_mlp_layers) else MLP(cfg)
+        values = bool(cfg.value_proj) and has_value_proj(cfg, index)
+        self.no_attn = bool(cfg.no_attn_layers) and not has_attention(cfg, index)
+        self.no_mlp = bool(cfg.no_mlp_layers) and index in blocks_of(cfg.no_mlp_layers)
+        self.attn = None if self.no_attn else Attention(cfg, index, values)
+        self.mlp = None if self.no_mlp else MLP(cfg)
         inner_kv = (cfg.kv_heads or cfg.heads) * head_width(cfg)
         self.declare("value_proj", "matrix", plain_map(cfg), inner_kv, cfg.dim, on=values)
-        self.is_late = is_late(cfg, index)
+        self.is_late = bool(cfg.late_input) and is_late(cfg, index)
+        self.values_given = bool(cfg.value_layers or cfg.mudd) and has_given_values(cfg, index)
         self.declare_lambdas(cfg, index)
         self.declare("mix", "scalar", one_and_zero, 2, cfg.dim, on=cfg.block_scales)
         self.declare("scales", "scalar", 1.0, 2, cfg.dim, on=cfg.block_scales)
@@ -2408,21 +2448,23 @@ class Block(Declaring):
 
     def declare_lambdas(self, cfg: Config, index: int) -> None:
         """Factors on the residual stream: one of the block's, or with post_lambda by branch."""
-        counted, self.in_mudd = index < cfg.depth, is_in_mudd(cfg, index)
-        joins = has_x0_share(cfg, index) or self.in_mudd
-        # whether the embedding's share is given, by token
-        self.has_share, self.share_given = joins, self.in_mudd or joins and net_of(cfg, index) >= 0
-        branches = (self.attn is not None) + (self.mlp is not None)
+        counted = index < cfg.depth
         self.by_branch = bool(cfg.post_lambda) and counted
+        self.in_mudd = bool(cfg.mudd) and is_in_mudd(cfg, index)
+        # whether the embedding joins, and by a share that is given by token
+        self.has_share = bool(cfg.x0_lambda or cfg.x0_layers or cfg.mudd) and has_share(cfg, index)
+        steered = bool(cfg.gate_nets) and net_of(cfg, index) >= 0
+        self.share_given = self.in_mudd or self.has_share and steered
+        start, own = cfg.x0_lambda, self.has_share and not self.share_given
+        self.declare("x0_lambda", "scalar", start, 1, on=(cfg.x0_lambda or cfg.x0_layers) and own)
         # A branch that is missing has no factors, but for what the embedding's share joins.
-        factors = 1 if not self.by_branch else branches + (self.attn is None and joins)
-        on = cfg.resid_lambda and counted and factors and not self.in_mudd
-        self.declare("resid_lambda", "scalar", cfg.resid_lambda, factors, on=on)
-        on_own = joins and not self.share_given
-        self.declare("x0_lambda", "scalar", cfg.x0_lambda, 1, on=on_own)
-        own = {"rate": 0.2, "betas": (0.9, 0.95)}  # modded-nanogpt's
-        on = self.by_branch and branches and not self.in_mudd
-        self.declare("post_lambda", "scalar", cfg.post_lambda, branches, on=on, **own)
+        branches = 2 - self.no_attn - self.no_mlp
+        factors = branches + (self.no_attn and self.has_share) if self.by_branch else 1
+        start, own = cfg.resid_lambda, counted and factors > 0 and not self.in_mudd
+        self.declare("resid_lambda", "scalar", start, factors, on=cfg.resid_lambda and own)
+        start, own = cfg.post_lambda, counted and branches > 0 and not self.in_mudd
+        usual = {"rate": 0.2, "betas": (0.9, 0.95)}  # modded-nanogpt's
+        self.declare("post_lambda", "scalar", start, branches, on=cfg.post_lambda and own, **usual)
 
     def forward(
         self,
@@ -2440,7 +2482,8 @@ class Block(Declaring):
         x [B, T, D] -> [B, T, D]. x0: the embedding. added: pairs of a learned factor ([D], or by
         token) and what it scales. shrink: what the normed inputs of both branches are multiplied
         with. keep: a truth value [], whether the block takes part (stoch_depth, Huang et al. 2016,
-        here without rescaling). given: what GPT.given() has for this place.
+        here without rescaling). given: by name, what is not the block's own: values, the
+        source that attention reads, and factors by token of nets.
         """
 
         def branch(x: Tensor, gain: Tensor | None) -> Tensor:
@@ -2452,31 +2495,30 @@ class Block(Declaring):
         first, second = self.gains if self.gains is not None else (None, None)
         if self.resid_lambda is not None and not self.by_branch:
             x = self.resid_lambda.to(x.dtype) * x
+        share = self.x0_lambda
+        if self.share_given:
+            share = given["x0"]
         if self.has_share and not self.by_branch:
-            x = x + self.share(given).to(x.dtype) * x0
-        values, alpha, gate = map((given or {}).get, ("values", "xsa", "gate"))
+            x = x + share.to(x.dtype) * x0
+        values = given["values"] if self.values_given else None
         if self.value_proj is not None:
             values = self.linear(x0, "value_proj")
         if self.mix is not None:
             mix = self.mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
         skipped = x
-        if self.attn is not None:
-            source = given["source"] if self.is_late else x
-            y = self.attn(branch(source, first), rope, mask, xsa, values, alpha, gate)
+        if not self.no_attn:
+            read = branch(given["source"] if self.is_late else x, first)
+            y = self.attn(read, rope, mask, xsa, values, given)
             x = self.joined(x, self.drop(y, self.attn_dropout), 0, given)
         elif self.by_branch and self.has_share and self.resid_lambda is not None:
             x = self.resid_lambda[0].to(x.dtype) * x
         if self.has_share and self.by_branch:
-            x = x + self.share(given).to(x.dtype) * x0
-        if self.mlp is not None:
+            x = x + share.to(x.dtype) * x0
+        if not self.no_mlp:
             y = self.mlp(branch(x, second))
             x = self.joined(x, self.drop(y, self.mlp_dropout), 1, given)
         return x if keep is None else torch.where(keep, x, skipped)
-
-    def share(self, given: dict[str, Tensor] | None) -> Tensor:
-        """The factor on the embedding: learned, or by token [B, T, 1]."""
-        return given["x0"] if self.share_given else self.x0_lambda
 
     def joined(self, x: Tensor, y: Tensor, half: int, given: dict | None) -> Tensor:
         """The stream with the output of attention (half 0) or of the MLP (1), both scaled."""
@@ -2556,6 +2598,13 @@ class TokenNet(Declaring):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(F.gelu(self.linear(x, "fc")), "proj")
+
+
+def token_nets(cfg: Config) -> nn.ModuleList:
+    """Of gate_nets."""
+    nets = [net_lanes(cfg, net) for net in range(len(blocks_of(cfg.gate_nets)))]
+    starts = [[lane.start for lane in net for _ in range(lane.count)] for net in nets]
+    return nn.ModuleList(TokenNet(cfg, net, 0.02) for net in starts)
 
 
 class Pairs(NamedTuple):
@@ -2782,19 +2831,18 @@ class GPT(Declaring):
         self.declare("smear_lambda", "scalar", 0.0, 1, on=cfg.smear, **own)
         tables, width = len(set(value_tables(cfg).values())), head_width(cfg)
         shape = (tables, self.head_rows, (cfg.kv_heads or cfg.heads) * width)
-        start, own_tables = normal(cfg.value_init), {"betas": (0.75, 0.95)}
-        self.declare("value_tables", "embed", start, *shape, on=tables, **own_tables)
+        usual = {"betas": (0.75, 0.95)}
+        start = normal(cfg.value_init) if cfg.value_layers else 0.0
+        self.declare("value_tables", "embed", start, *shape, on=cfg.value_layers, **usual)
         skips, dims = len(gated_skips(cfg)), cfg.skip_dims
-        self.declare("skip_lambdas", "scalar", -1.5, skips, on=skips, **own)
-        on = skips and dims
+        self.declare("skip_lambdas", "scalar", -1.5, skips, on=cfg.skip_gate, **own)
+        on = cfg.skip_gate and cfg.skip_dims
         self.declare("skip_gates", "scalar", 0.0, skips, dims, on=on, rate=0.002, **own)
         block, share = backed_out(cfg)
-        on = cfg.backout and str(block) not in sources_of(cfg.mudd_final)
-        self.declare("backout", "scalar", share, 1, on=on)
-        nets = [net_lanes(cfg, net) for net in range(len(blocks_of(cfg.gate_nets)))]
-        starts = [[lane.start for lane in net for _ in range(lane.count)] for net in nets]
-        self.gate_nets = nn.ModuleList(TokenNet(cfg, net, 0.02) for net in starts)
-        self.declare("gate_scale", "scalar", NET_SCALE, 1, on=nets, rate=0.02, **own)
+        static = str(block) not in sources_of(cfg.mudd_final)  # else that does it
+        self.declare("backout", "scalar", share, 1, on=cfg.backout and static)
+        self.gate_nets = token_nets(cfg) if cfg.gate_nets else None
+        self.declare("gate_scale", "scalar", NET_SCALE, 1, on=cfg.gate_nets, rate=0.02, **own)
         self.mudd = TokenNet(cfg, mudd_starts(cfg), 0.05) if cfg.mudd else None
         self.mudd_final = TokenNet(cfg, final_starts(cfg), 0.05) if cfg.mudd_final else None
 
@@ -2931,7 +2979,7 @@ class GPT(Declaring):
                 outputs[at] = x
             if place.is_kept:
                 latest[place.block] = x
-        if self.mudd_final is not None:
+        if self.cfg.mudd_final:
             shares = (NET_SCALE * self.mudd_final(x)).split(1, dim=-1)
             sources = self.sources(self.cfg.mudd_final, x0, latest, rows)
             x = x + sum(share * source for share, source in zip(shares, sources))
@@ -3468,9 +3516,10 @@ class OptimConfig(Section):
             ),
             (
                 "hyperball",
-                "attn_gate = 0, value_proj = 0 and no value_gate, whose gates begin at zero and so "
-                "would stay, or adamw_matrices = 'gate'",
+                "attn_gate = 0, value_proj = 0, no value_gate, gate_nets, mudd, whose gates begin "
+                "at zero and so would stay, or adamw_matrices = 'gate|mudd'",
                 not (self.attn_gate or self.value_proj or self.value_gate)
+                and not (self.gate_nets or self.mudd or self.mudd_final)
                 or bool(self.adamw_matrices),
             ),
             ("hyperball", "matrix_wd = 0, as it keeps each norm", not self.matrix_wd),
@@ -7559,8 +7608,9 @@ def compile_model(model: GPT, cfg: Config):
     """The model as train and evaluation call it."""
     if cfg.compile == 0:
         return model
-    # one graph per shape of the schedule; the default of 8 is for accidents
-    torch._dynamo.config.recompile_limit = 64
+    # one graph per shape of the schedule, and per block where no two are alike; the default of 8 is
+    # for accidents
+    torch._dynamo.config.recompile_limit = 256
     if cfg.compile == 2:
         return torch.compile(model, dynamic=False)
     for block in [*model.blocks, *([model.mtp_block] if cfg.mtp else [])]:

@@ -32,12 +32,16 @@ from train_gpt import (  # noqa: E402
     build_model,
     has_attention,
     has_attn_gate,
+    has_given_gate,
     has_key_offset,
     has_meta_step,
+    has_value_proj,
     has_x0_share,
     head_width,
     hidden_width,
     moved_matrices,
+    net_lanes,
+    net_of,
     param_buckets,
     parse_args,
     shard_files,
@@ -63,6 +67,8 @@ def flops_per_token(
     weights = often * sum(sizes[place.block] for place in places) + model.head.numel()
     seeing = [place for place in places if has_attention(cfg, place.block)]
     windows = [(window if p.windowed else window_long, seq_len << p.paired, often) for p in seeing]
+    nets = [*(model.gate_nets or ()), model.mudd, model.mudd_final]
+    weights += often * sum(weights_applied(net) for net in nets if net is not None)
     if cfg.mtp:
         weights += weights_applied(model.mtp_block) + model.mtp_proj.numel() + model.head.numel()
         windows.append((0, seq_len, 1))
@@ -231,31 +237,42 @@ def wiring_table(cfg: Config, repeats: int) -> list[str]:
         adds += [f"last visit ({place.last_visit.source})" if place.last_visit else ""]
         adds, also = ", ".join(filter(None, adds)) or "-", ", ".join(extras(cfg, place)) or "-"
         lines.append(f"{at:5}{place.block:6}{place.visit:6}  {sees:8}{adds:28}{also}")
+    return lines + around(cfg)
+
+
+def around(cfg: Config) -> list[str]:
+    """What is done before the first place and behind the last, a line each."""
+    lines = []
     if cfg.smear:
         lines.append("before: each embedding takes a share of the one before it")
-    if cfg.backout:
-        lines.append(
-            f"behind: less a share (from {cfg.backout.split(':')[1]}) of the output of "
-            f"block {cfg.backout.split(':')[0]}"
-        )
+    if cfg.mudd_final:
+        lines.append(f"behind: shares of {cfg.mudd_final} by a net join")
+    elif cfg.backout:
+        block, share = cfg.backout.split(":")
+        lines.append(f"behind: a share, from {share}, of block {block}'s output is taken away")
     return lines
 
 
 def extras(cfg: Config, place: Place) -> list[str]:
     """What else is done at a place, in words."""
-    values = cfg.value_proj and (cfg.depth - 1 - place.block) % 2 == 0
-    values = values and has_attention(cfg, place.block)
+    attends = has_attention(cfg, place.block)
+    lanes = any(lane.block == place.block for lane in net_lanes(cfg, net_of(cfg, place.block)))
     return [
         *([f"loop vector {place.row}"] if cfg.loop_embed else []),
         *([f"value tables by row {place.row}"] if cfg.value_embeds else []),
         *([f"pairs by share {place.row}"] if cfg.bigram_rows else []),
-        *(["value projection"] if values else []),
+        *(["value projection"] if has_value_proj(cfg, place.block) else []),
         *([f"value table {place.table}"] if place.table >= 0 else []),
         *(["a share of the embedding"] if has_x0_share(cfg, place.block) else []),
         *(["pairs of heads"] if place.paired else []),
         *(["no MLP"] if place.block in blocks_of(cfg.no_mlp_layers) else []),
         *(["head gate"] if has_attn_gate(cfg, place.block) else []),
+        *(["head gate by token"] if has_given_gate(cfg, place.block) else []),
         *(["exclusive self-attention"] if place.xsa else []),
+        *([f"attention reads block {cfg.late_input}"] if place.is_late and attends else []),
+        *([f"reads its input for net {place.net}"] if place.net >= 0 else []),
+        *([f"factors by net {net_of(cfg, place.block)}"] if lanes else []),
+        *([f"shares of {cfg.mudd} by a net"] if place.in_mudd else []),
         *(["keys of the token before"] if has_key_offset(cfg, place.block) else []),
         *([f"inputs x {place.shrink:.3f}"] if cfg.layer_scale else []),
         *([f"left out at {place.drop:.3f}"] if place.drop else []),

@@ -151,7 +151,8 @@ PURE = (
     "head_width hidden_width rotary_dims loop_span is_number extra_terms drop_chance is_windowed "
     "is_constant is_averaged largest layer_order Schedule own_rates decays_of tail_shares "
     "centering_notices has_meta_step matrix_factors last_tied classes_of "
-    "later_targets offset_dims yarn_growths yarn_stages"
+    "later_targets offset_dims yarn_growths yarn_stages blocks_of value_tables value_dims "
+    "gated_skips backed_out sources_of mudd_starts final_starts"
 ).split()
 # expressions of the trainer by what they hold or call
 CALLED_AS = {

@@ -1377,6 +1377,57 @@ def test_a_broken_run_of_the_slowrun_records_ends_with_the_same_bits(server, fla
         same_end(folder / "logs/tiny", whole)
 
 
+# every part of the speedrun's blocks and stream, windows and YaRN changing in mid-run
+PARTS = {
+    "depth": 5, "steps": 8, "eval_every": 4, "head_init": 0.1, "proj_init": 1, "dim": 64,
+    "heads": 4, "mlp_ratio": 1, "window": "4 0.5:6", "window_pattern": "SSSSL", "yarn": 1,
+    "window_long": "5 0.5:9", "key_offset": "still", "smear": 8, "backout": "2:0.5",
+    "value_layers": "1,4 0=1", "value_gate": "4+4", "no_attn_layers": "3", "paired_layers": "0",
+    "xsa_layers": "1,2", "xsa_learned": 1, "attn_gate_layers": "2,4", "skip_gate": "1>3",
+    "x0_layers": "0-2", "post_lambda": 1, "resid_lambda": 1.05, "sa_lambdas": "0.5 1",
+    "late_input": "2", "gate_nets": "0,2", "mudd": "x0,2", "mudd_final": "x0,2,v1",
+    "net_hidden": 64, "micro_tokens": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [1, 2])
+def test_every_graph_of_the_speedruns_parts_is_warmed(server, flags, tmp_path, how):
+    ended = server.run(*flags(**PARTS | {"compile": how}), cwd=tmp_path, backend="eager")
+    succeed(ended)
+    assert re.search(r"^recompiles:0$", ended.out, re.M), ended.out
+    train = [r for r in metrics(tmp_path / "logs/tiny") if r["kind"] == "train"]
+    assert [r["window_long"] for r in train] == [5] * 4 + [9] * 4
+
+
+def test_ranks_of_the_speedruns_parts_give_the_same_losses(server, flags, tmp_path):
+    """1 and 2 ranks, and another cut into micro-batches."""
+    found = {}
+    for world, micro in ((1, 64), (2, 64), (2, 32)):
+        argv = flags(**PARTS | {"run": f"w{world}-{micro}", "micro_tokens": micro})
+        succeed(run_ranks(server, world, argv, tmp_path))
+        records = metrics(tmp_path / "logs" / f"w{world}-{micro}")
+        keys = ("train_loss", "grad_norm", "val_loss")
+        found[world, micro] = {key: numbers(records, key) for key in keys}
+    for key, one in found[1, 64].items():
+        for other in list(found.values())[1:]:
+            assert other[key] == pytest.approx(one, rel=1e-4, abs=1e-6), key
+
+
+def test_a_broken_run_of_the_speedruns_parts_ends_with_the_same_bits(server, flags, tmp_path):
+    """Its artifact too, which reads back."""
+    argv = flags(**PARTS | {"save_every": 1, "keep": 9, "export": "int8"})
+    succeed(server.run(*argv, cwd=tmp_path))
+    whole = tmp_path / "logs/tiny"
+    for step in (3, 5):
+        folder = tmp_path / str(step)
+        _copy(whole, folder / "logs/tiny")
+        for later in range(step + 1, 9):
+            shutil.rmtree(folder / f"logs/tiny/ckpt/{later:06d}")
+        (folder / "logs/tiny/result.json").unlink()
+        succeed(server.run(*argv, "--resume", cwd=folder))
+        same_end(folder / "logs/tiny", whole)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiling(request, flags, tmp_path_factory):
     """
