@@ -6819,7 +6819,8 @@ def rounded_weights(trainer: Trainer, step: int, now: Now):
 def extra_terms(cfg: Config) -> list[str]:
     """Names of what is added to the cross-entropy in training."""
     names = ["z_loss"] if cfg.z_loss else []
-    names += [f"{name.removesuffix('_loss')}_loss" for name in later_targets(cfg)]
+    terms = {"prefix_loss": "prefix_token_loss"}  # as the weight is logged too
+    names += [terms.get(name, f"{name}_loss") for name in later_targets(cfg)]
     named = {"mtp": cfg.mtp, "teacher_kl": cfg.distill, "mu_loss": cfg.mu_loss}
     return names + [name for name, on in named.items() if on]
 

@@ -1377,6 +1377,59 @@ def test_a_broken_run_of_the_slowrun_records_ends_with_the_same_bits(server, fla
         same_end(folder / "logs/tiny", whole)
 
 
+# loss, tables, optimizer and loader of the speedrun's records, changing in mid-run
+SPEEDRUN = {
+    "depth": 2, "steps": 8, "eval_every": 4, "head_init": 0.1, "proj_init": 1, "tie_embed": 1,
+    "untie_at": "3s", "adam_every": 2, "softcap": 11.5, "softcap_in": 15, "softcap_shift": 5,
+    "mtp_next": "0:0.5 1>0", "prefix_loss": "0:0.25 0.5:0.25 1>0", "loss_chunk": 12,
+    "tokenizer": ROOT / "data/sample/tokenizer.model", "bos_rows": 1, "doc_cap": "0:20 4s:40",
+    "seq_len": "0:16 4s:32", "batch_tokens": "0:128 4s:256", "micro_tokens": 64,
+    "bigram_rows": 200, "bigram_signs": 16, "bigram_rule": "rows", "qk_groups": 1,
+    "own_lr": "head=0.01/0.5 embed=0.02/0.7",
+    "matrix_lr_mul": "mlp.proj=4", "sampled_classes": "0:40 2s:50 6s:0", "loss_sum": 1,
+}  # fmt: skip
+
+
+def test_every_graph_of_the_speedrun_records_is_warmed(server, flags, tmp_path):
+    """Also that of the embedding's own update, which no step has before it is untied."""
+    argv = flags(**SPEEDRUN | {"compile": 1})
+    ended = server.run(*argv, cwd=tmp_path, backend="eager")
+    succeed(ended)
+    assert re.search(r"^recompiles:0$", ended.out, re.M), ended.out
+    train = [r for r in metrics(tmp_path / "logs/tiny") if r["kind"] == "train"]
+    assert [r["sampled_classes"] for r in train] == [40] * 2 + [50] * 4 + [0] * 2
+    assert [r.get("tied", 0) for r in train] == [1] * 4 + [0] * 4
+
+
+def test_ranks_of_the_speedrun_records_give_the_same_losses(server, flags, tmp_path):
+    """1 and 2 ranks, and another cut into micro-batches."""
+    found = {}
+    for world, micro in ((1, 64), (2, 64), (2, 32)):
+        argv = flags(**SPEEDRUN | {"run": f"w{world}-{micro}", "micro_tokens": micro})
+        succeed(run_ranks(server, world, argv, tmp_path))
+        records = metrics(tmp_path / "logs" / f"w{world}-{micro}")
+        keys = ("train_loss", "mtp_next_loss", "prefix_token_loss", "grad_norm", "val_loss")
+        found[world, micro] = {key: numbers(records, key) for key in keys}
+    for key, one in found[1, 64].items():
+        for other in list(found.values())[1:]:
+            assert other[key] == pytest.approx(one, rel=1e-4, abs=1e-6), key
+
+
+def test_a_broken_run_of_the_speedrun_records_ends_with_the_same_bits(server, flags, tmp_path):
+    """Tied or not, inside a shard, with a gradient that waits for the next, in any stage."""
+    argv = flags(**SPEEDRUN | {"save_every": 1, "keep": 9, "export": "int8"})
+    succeed(server.run(*argv, cwd=tmp_path))
+    whole = tmp_path / "logs/tiny"
+    for step in (1, 3, 4, 5):
+        folder = tmp_path / str(step)
+        _copy(whole, folder / "logs/tiny")
+        for later in range(step + 1, 9):
+            shutil.rmtree(folder / f"logs/tiny/ckpt/{later:06d}")
+        (folder / "logs/tiny/result.json").unlink()
+        succeed(server.run(*argv, "--resume", cwd=folder))
+        same_end(folder / "logs/tiny", whole)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiling(request, flags, tmp_path_factory):
     """

@@ -144,10 +144,10 @@ def test_prefix_loss_is_the_cross_entropy_of_the_prefix(doubles, chunk, more):
             prefix = -1 if y[b, t] < 0 else int(model.prefixes[y[b, t]])
             want = want - 0.25 * log_p[b, t, prefix] * (prefix >= 0)
     assert float(want.detach()) > 1
-    torch.testing.assert_close(found["prefix_loss"], want)
+    torch.testing.assert_close(found["prefix_token_loss"], want)
     grads = [
         torch.autograd.grad(t, model.head, retain_graph=True)[0]
-        for t in (want, found["prefix_loss"])
+        for t in (want, found["prefix_token_loss"])
     ]
     torch.testing.assert_close(*grads)
 
@@ -163,7 +163,7 @@ def test_prefix_loss_of_weight_0_is_the_plain_loss_to_the_bit():
         found = terms_of(model, x, y)
         sum(found.values()).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
-    assert found["prefix_loss"] == 0
+    assert found["prefix_token_loss"] == 0
     assert all(torch.equal(g, grads[1][name]) for name, g in grads[0].items())
     assert "prefix_loss" not in tg.later_targets(plain)
 
