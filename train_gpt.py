@@ -1279,30 +1279,7 @@ class ModelConfig(Section):
         starts = "init = 'remix' or 'normal', as xavier sets every start"
         by_tanh = self.softcap_shape == "tanh"
         return [
-            (
-                "xsa_learned",
-                "xsa, of which it learns a share, such as --xsa -1",
-                self.xsa != 0 or bool(self.xsa_layers),
-            ),
-            ("value_gate", "value_layers", bool(self.value_layers)),
-            (
-                "attn_gate_layers",
-                "attn_gate, the dims that it reads, or gate_nets",
-                self.attn_gate > 0 or bool(self.gate_nets),
-            ),
-            ("mudd", "post_lambda, whose factors it gives by token", self.post_lambda > 0),
-            (
-                "late_input",
-                "a block with attention behind that one",
-                any(is_late(self, b) and has_attention(self, b) for b in range(self.depth)),
-            ),
-            (
-                "net_hidden",
-                "gate_nets, mudd or mudd_final",
-                bool(self.gate_nets or self.mudd or self.mudd_final),
-            ),
-            ("skip_dims", "skip_gate, such as '3>6'", bool(self.skip_gate)),
-            ("smear", "rows of 2 tokens or more", shortest > 1),
+            *self.needs_of_records(),
             ("window", "an S in window_pattern before its last block", windowed),
             ("window_long", "window_pattern, of which it is the L", bool(self.window_pattern)),
             ("eval_window_long", "window_pattern, of which it is the L", bool(self.window_pattern)),
@@ -1335,6 +1312,35 @@ class ModelConfig(Section):
             ),
             *[(f"softcap_{key}", "softcap > 0", self.softcap > 0) for key in ("in", "shift")],
             *[(f"softcap_{key}", "softcap_shape = 'tanh'", by_tanh) for key in ("in", "shift")],
+        ]
+
+    def needs_of_records(self) -> list[Need]:
+        shortest = min(Schedule("seq_len", self.seq_len).values())
+        return [
+            (
+                "xsa_learned",
+                "xsa, of which it learns a share, such as --xsa -1",
+                self.xsa != 0 or bool(self.xsa_layers),
+            ),
+            ("value_gate", "value_layers", bool(self.value_layers)),
+            (
+                "attn_gate_layers",
+                "attn_gate, the dims that it reads, or gate_nets",
+                self.attn_gate > 0 or bool(self.gate_nets),
+            ),
+            ("mudd", "post_lambda, whose factors it gives by token", self.post_lambda > 0),
+            (
+                "late_input",
+                "a block with attention behind that one",
+                any(is_late(self, b) and has_attention(self, b) for b in range(self.depth)),
+            ),
+            (
+                "net_hidden",
+                "gate_nets, mudd or mudd_final",
+                bool(self.gate_nets or self.mudd or self.mudd_final),
+            ),
+            ("skip_dims", "skip_gate, such as '3>6'", bool(self.skip_gate)),
+            ("smear", "rows of 2 tokens or more", shortest > 1),
         ]
 
     def check_sizes(self) -> None:
@@ -7704,7 +7710,8 @@ def rounded_weights(trainer: Trainer, step: int, now: Now):
 def extra_terms(cfg: Config) -> list[str]:
     """Names of what is added to the cross-entropy in training."""
     names = ["z_loss"] if cfg.z_loss else []
-    names += [f"{name.removesuffix('_loss')}_loss" for name in later_targets(cfg)]
+    terms = {"prefix_loss": "prefix_token_loss"}  # as the weight is logged too
+    names += [terms.get(name, f"{name}_loss") for name in later_targets(cfg)]
     named = {"mtp": cfg.mtp, "teacher_kl": cfg.distill, "mu_loss": cfg.mu_loss}
     return names + [name for name, on in named.items() if on]
 

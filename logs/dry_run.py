@@ -208,8 +208,8 @@ def print_cost(cfg: Config, as_json: bool) -> int:
     clock = f", or what {cfg.max_seconds:g} s allow" if cfg.max_seconds else ""
     print(f"tokens: {out['tokens']:,} in {cfg.steps} steps{clock}")
     needed, present = out["shards_needed"], out["shards_present"]
-    least = "or more, as rests of documents are passed over " if cfg.bos_rows else ""
-    shards = f"{needed} {least}needed; {present} files present in {cfg.data}"
+    least = ", or more, as rests of documents are passed over" if cfg.bos_rows else ""
+    shards = f"{needed} needed{least}; {present} files present in {cfg.data}"
     print(f"train shards of 100M tokens: {shards}")
     memory = f"{out['memory_bytes'] / 1e9:.2f} GB a rank on {out['world_size']} ranks"
     print(

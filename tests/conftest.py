@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import io
 import os
 import shutil
 import subprocess
@@ -73,3 +74,29 @@ def gpt2_files(tmp_path_factory):
         del os.environ["TIKTOKEN_CACHE_DIR"]
     else:
         os.environ["TIKTOKEN_CACHE_DIR"] = before
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A SentencePiece model of 400 pieces and shards of the shipped text in it."""
+    import sentencepiece
+    from helpers import SENTENCES, TEXTS, tg, write_shard
+
+    folder, model = tmp_path_factory.mktemp("text"), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        bos_id=1,
+        unk_id=0,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = tg.Tokenizer(str(folder / "tokenizer.model"), 400, 1)
+    for name, some in (("train_000001", TEXTS[:50]), ("val_000000", TEXTS[50:])):
+        tokens = [t for one in some for t in (1, *tokenizer.encode(one))]
+        write_shard(folder / f"x_{name}.bin", tokens)
+    return folder

@@ -1,5 +1,7 @@
 """Plain functions that several test files share (fixtures are in conftest.py)."""
 
+import json
+import lzma
 import sys
 from pathlib import Path
 
@@ -10,6 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_gpt as tg  # noqa: E402
+
+TEXTS = [json.loads(x)["text"] for x in lzma.open(ROOT / "data" / "sample.jsonl.xz")][:60]
+# what SentencePiece trains on: it leaves lines of more than 4,192 bytes out
+SENTENCES = [part[:2000] for one in TEXTS[:30] for part in one.splitlines() if part]
 
 # tiny operations: threads that wait for each other cost more than they bring
 torch.set_num_threads(1)

@@ -1,9 +1,6 @@
 """Tokens that a tokenizer never puts behind another: found without its help, and worth nothing."""
 
 import collections
-import io
-import json
-import lzma
 import math
 import random
 
@@ -11,13 +8,9 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from helpers import ROOT, parts, tg, tiny, write_shard
+from helpers import SENTENCES, TEXTS, parts, tg, tiny, write_shard
 
 from logs import score
-
-TEXTS = [json.loads(x)["text"] for x in lzma.open(ROOT / "data" / "sample.jsonl.xz")][:60]
-# what SentencePiece trains on: it leaves lines of more than 4,192 bytes out
-SENTENCES = [part[:2000] for one in TEXTS[:30] for part in one.splitlines() if part]
 
 
 def trained_pairs(text: str, merges: int) -> list[str]:
@@ -87,29 +80,6 @@ def test_a_token_whose_merges_are_not_in_order_is_left_alone():
     ids = {p: i for i, p in enumerate(["a", "b", "c", "abc", "bc", "ab", "abd", "d"])}
     assert tg.merge_history("abc", ids) is None  # bc (4), then abc (3)
     assert tg.Merges(ids).impossible(ids["abc"]).size == 0
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A SentencePiece model of 300 pieces and shards of the shipped text in it."""
-    folder, model = tmp_path_factory.mktemp("text"), io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES),
-        model_writer=model,
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        bos_id=1,
-        unk_id=0,
-        eos_id=-1,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    tokenizer = tg.Tokenizer(str(folder / "tokenizer.model"), 400, 1)
-    for name, some in (("train_000001", TEXTS[:50]), ("val_000000", TEXTS[50:])):
-        tokens = [t for one in some for t in (1, *tokenizer.encode(one))]
-        write_shard(folder / f"x_{name}.bin", tokens)
-    return folder
 
 
 def dropped(mask: np.ndarray, tokens: np.ndarray) -> int:

@@ -1377,48 +1377,84 @@ def test_a_broken_run_of_the_slowrun_records_ends_with_the_same_bits(server, fla
         same_end(folder / "logs/tiny", whole)
 
 
-# every part of the speedrun's blocks and stream, windows and YaRN changing in mid-run
-PARTS = {
-    "depth": 5, "steps": 8, "eval_every": 4, "head_init": 0.1, "proj_init": 1, "dim": 64,
-    "heads": 4, "mlp_ratio": 1, "window": "4 0.5:6", "window_pattern": "SSSSL", "yarn": 1,
-    "window_long": "5 0.5:9", "key_offset": "still", "smear": 8, "backout": "2:0.5",
-    "value_layers": "1,4 0=1", "value_gate": "4+4", "no_attn_layers": "3", "paired_layers": "0",
-    "xsa_layers": "1,2", "xsa_learned": 1, "attn_gate_layers": "2,4", "skip_gate": "1>3",
-    "x0_layers": "0-2", "post_lambda": 1, "resid_lambda": 1.05, "sa_lambdas": "0.5 1",
-    "late_input": "2", "gate_nets": "0,2", "mudd": "x0,2", "mudd_final": "x0,2,v1",
-    "net_hidden": 64, "micro_tokens": 64,
+SPEEDRUN = {
+    # every part of blocks and stream, windows and YaRN changing in mid-run
+    "blocks": {
+        "depth": 5, "steps": 8, "eval_every": 4, "head_init": 0.1, "proj_init": 1, "dim": 64,
+        "heads": 4, "mlp_ratio": 1, "window": "4 0.5:6", "window_pattern": "SSSSL", "yarn": 1,
+        "window_long": "5 0.5:9", "key_offset": "still", "smear": 8, "backout": "2:0.5",
+        "value_layers": "1,4 0=1", "value_gate": "4+4", "no_attn_layers": "3", "paired_layers": "0",
+        "xsa_layers": "1,2", "xsa_learned": 1, "attn_gate_layers": "2,4", "skip_gate": "1>3",
+        "x0_layers": "0-2", "post_lambda": 1, "resid_lambda": 1.05, "sa_lambdas": "0.5 1",
+        "late_input": "2", "gate_nets": "0,2", "mudd": "x0,2", "mudd_final": "x0,2,v1",
+        "net_hidden": 64, "micro_tokens": 64,
+    },
+    # loss, tables, optimizer and loader, changing in mid-run
+    "training": {
+        "depth": 2, "steps": 8, "eval_every": 4, "head_init": 0.1, "proj_init": 1, "tie_embed": 1,
+        "untie_at": "3s", "adam_every": 2, "softcap": 11.5, "softcap_in": 15, "softcap_shift": 5,
+        "mtp_next": "0:0.5 1>0", "prefix_loss": "0:0.25 0.5:0.25 1>0", "loss_chunk": 12,
+        "bos_rows": 1, "doc_cap": "0:20 4s:40",
+        "seq_len": "0:16 4s:32", "batch_tokens": "0:128 4s:256", "micro_tokens": 64,
+        "bigram_rows": 200, "bigram_signs": 16, "bigram_rule": "rows", "qk_groups": 1,
+        "own_lr": "head=0.01/0.5 embed=0.02/0.7",
+        "matrix_lr_mul": "mlp.proj=4", "sampled_classes": "0:40 2s:50 6s:0", "loss_sum": 1,
+    },
 }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def speedrun(flags, spoken):
+    """speedrun("blocks", steps=3) -> the command line of a run with that part of the records."""
+    text = {"data": spoken[0], "tokenizer": spoken[0] / "tokenizer.model", "vocab": 96}
+    text |= {"doc_token": 1, "val_tokens": 0}
+    return lambda part, **changes: flags(**text | SPEEDRUN[part] | changes)
+
+
+@pytest.mark.parametrize("part", SPEEDRUN)
 @pytest.mark.parametrize("how", [1, 2])
-def test_every_graph_of_the_speedruns_parts_is_warmed(server, flags, tmp_path, how):
-    ended = server.run(*flags(**PARTS | {"compile": how}), cwd=tmp_path, backend="eager")
+def test_every_graph_of_the_speedrun_records_is_warmed(server, speedrun, tmp_path, part, how):
+    """Also that of the embedding's own update, which no step has before it is untied."""
+    argv = speedrun(part, compile=how)
+    ended = server.run(*argv, cwd=tmp_path, backend="eager")
     succeed(ended)
     assert re.search(r"^recompiles:0$", ended.out, re.M), ended.out
     train = [r for r in metrics(tmp_path / "logs/tiny") if r["kind"] == "train"]
-    assert [r["window_long"] for r in train] == [5] * 4 + [9] * 4
+    if part == "blocks":
+        assert [r["window_long"] for r in train] == [5] * 4 + [9] * 4
+    else:
+        assert [r["sampled_classes"] for r in train] == [40] * 2 + [50] * 4 + [0] * 2
+        assert [r.get("tied", 0) for r in train] == [1] * 4 + [0] * 4
 
 
-def test_ranks_of_the_speedruns_parts_give_the_same_losses(server, flags, tmp_path):
+@pytest.mark.parametrize("part", SPEEDRUN)
+def test_ranks_of_the_speedrun_records_give_the_same_losses(server, speedrun, tmp_path, part):
     """1 and 2 ranks, and another cut into micro-batches."""
     found = {}
     for world, micro in ((1, 64), (2, 64), (2, 32)):
-        argv = flags(**PARTS | {"run": f"w{world}-{micro}", "micro_tokens": micro})
+        argv = speedrun(part, run=f"w{world}-{micro}", micro_tokens=micro)
         succeed(run_ranks(server, world, argv, tmp_path))
         records = metrics(tmp_path / "logs" / f"w{world}-{micro}")
-        keys = ("train_loss", "grad_norm", "val_loss")
+        keys = ["train_loss", "grad_norm", "val_loss"]
+        if part == "training":
+            keys += ["mtp_next_loss", "prefix_token_loss"]
         found[world, micro] = {key: numbers(records, key) for key in keys}
     for key, one in found[1, 64].items():
         for other in list(found.values())[1:]:
             assert other[key] == pytest.approx(one, rel=1e-4, abs=1e-6), key
+    if part == "training":
+        assert min(found[1, 64]["prefix_token_loss"][:4]) > 0
 
 
-def test_a_broken_run_of_the_speedruns_parts_ends_with_the_same_bits(server, flags, tmp_path):
-    """Its artifact too, which reads back."""
-    argv = flags(**PARTS | {"save_every": 1, "keep": 9, "export": "int8"})
+@pytest.mark.parametrize("part, steps", [("blocks", (3, 5)), ("training", (1, 3, 4, 5))])
+def test_a_broken_run_of_the_speedrun_records_ends_with_the_same_bits(
+    server, speedrun, tmp_path, part, steps
+):
+    """Tied or not, inside a shard, with a gradient that waits for the next, in any stage."""
+    argv = speedrun(part, save_every=1, keep=9, export="int8")
     succeed(server.run(*argv, cwd=tmp_path))
     whole = tmp_path / "logs/tiny"
-    for step in (3, 5):
+    for step in steps:
         folder = tmp_path / str(step)
         _copy(whole, folder / "logs/tiny")
         for later in range(step + 1, 9):

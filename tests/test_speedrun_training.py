@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sampler
 import torch
-from helpers import ROOT, alone, build, now, parts, random_tokens, tg, tiny, write_shard
+from helpers import alone, build, now, parts, random_tokens, tg, tiny, write_shard
 
 from logs import score
 
@@ -109,8 +109,8 @@ def test_prefixes_of_gpt2_are_those_of_brute_force(gpt2_files):
     assert tokenizer.decode([found[there]]) == " ther"
 
 
-def test_prefixes_of_a_sentencepiece_model_are_those_of_brute_force():
-    tokenizer = tg.Tokenizer(str(ROOT / "data/sample/tokenizer.model"), 1024, 0)
+def test_prefixes_of_a_sentencepiece_model_are_those_of_brute_force(text):
+    tokenizer = tg.Tokenizer(str(text / "tokenizer.model"), 400, 0)
     pieces = tokenizer.pieces()
     found = tg.longest_prefixes(pieces)
     for i, wanted in enumerate(by_brute_force(pieces)):
@@ -123,10 +123,10 @@ def test_prefixes_of_a_sentencepiece_model_are_those_of_brute_force():
     assert split and all(byte >= b"\x80" for byte in split)
 
 
-def test_no_token_beyond_the_vocabulary_is_a_prefix():
+def test_no_token_beyond_the_vocabulary_is_a_prefix(text):
     pieces = [(b"", False), (b"a", True), (b"a", False), (b"ab", False), (b"abcd", False)]
     assert tg.longest_prefixes(pieces).tolist() == [-1, -1, -1, 2, 3]
-    assert len(tg.Tokenizer(str(ROOT / "data/sample/tokenizer.model"), 300, 0).pieces()) == 300
+    assert len(tg.Tokenizer(str(text / "tokenizer.model"), 300, 0).pieces()) == 300
 
 
 @pytest.mark.parametrize("more", [{}, {"mtp_next": "0.5", "z_loss": 0.01}], ids=str)
@@ -144,10 +144,10 @@ def test_prefix_loss_is_the_cross_entropy_of_the_prefix(doubles, chunk, more):
             prefix = -1 if y[b, t] < 0 else int(model.prefixes[y[b, t]])
             want = want - 0.25 * log_p[b, t, prefix] * (prefix >= 0)
     assert float(want.detach()) > 1
-    torch.testing.assert_close(found["prefix_loss"], want)
+    torch.testing.assert_close(found["prefix_token_loss"], want)
     grads = [
         torch.autograd.grad(t, model.head, retain_graph=True)[0]
-        for t in (want, found["prefix_loss"])
+        for t in (want, found["prefix_token_loss"])
     ]
     torch.testing.assert_close(*grads)
 
@@ -163,7 +163,7 @@ def test_prefix_loss_of_weight_0_is_the_plain_loss_to_the_bit():
         found = terms_of(model, x, y)
         sum(found.values()).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
-    assert found["prefix_loss"] == 0
+    assert found["prefix_token_loss"] == 0
     assert all(torch.equal(g, grads[1][name]) for name, g in grads[0].items())
     assert "prefix_loss" not in tg.later_targets(plain)
 
