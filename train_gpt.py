@@ -4981,7 +4981,8 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 def tensors(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows [n, T+1] -> inputs and targets [n, T] int64 on the device."""
     rows = to_device(rows.astype(np.int64), device)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    # clone: of a single row both would be views of one memory, and evaluation writes to targets
+    return rows[:, :-1].contiguous(), rows[:, 1:].clone(memory_format=torch.contiguous_format)
 
 
 def shard_mark(path: str) -> list:

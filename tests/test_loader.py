@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from helpers import tg, tiny, write_shard
+from helpers import parts, tg, tiny, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -871,3 +871,12 @@ def test_a_model_without_a_piece_for_a_space_is_refused(sp_models, tmp_path):
         tg.Tokenizer(str(tmp_path / "bare.model"), 512, 1)
     for model in sp_models.values():
         tg.Tokenizer(model, 512, 1)
+
+
+def test_a_single_row_beyond_the_text_is_ignored_and_its_inputs_are_tokens(tmp_path):
+    """One row a batch: of inputs and targets that are views of each other, -1 would be an input."""
+    trainer = parts(tmp_path, micro_tokens=32, val_tokens=96)
+    x, y = trainer.val.batch(range(3, 4), torch.device("cpu"), 1)
+    assert bool((y == -1).all()) and bool((x >= 0).all())
+    whole = trainer.val.batch(range(2, 3), torch.device("cpu"), 1)
+    assert torch.equal(x, whole[0]) and bool((whole[1] >= 0).all())

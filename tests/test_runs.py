@@ -177,8 +177,8 @@ def run_ranks(
 
 
 def succeed(ended: Ended | list[Ended]) -> None:
-    for e in ended if isinstance(ended, list) else [ended]:
-        assert e.code == 0, e.text
+    ended = ended if isinstance(ended, list) else [ended]
+    assert not any(e.code for e in ended), "\n".join(e.text for e in ended)
 
 
 ########################################
