@@ -2157,14 +2157,7 @@ class Attention(Declaring):
         qkv = qkv.view(B, T, -1, self.head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.has_values:
-            joining = values.view_as(v)
-            if self.value_gate is not None:
-                few = x_BTD[..., : self.value_dims[0]]
-                if self.value_dims[1]:
-                    few = torch.cat([few, values[..., : self.value_dims[1]]], dim=-1)
-                gate = 2 * torch.sigmoid(self.linear(few, "value_gate"))
-                joining = gate.unsqueeze(-1) * joining
-            v = v + joining
+            v = v + self.joining(x_BTD, values)
         if self.qk_norm:
             q_scale, k_scale = self.qk_gains if self.qk_gains is not None else (None, None)
             q, k = layer_norm(q, self.eps, q_scale), layer_norm(k, self.eps, k_scale)
@@ -2200,6 +2193,16 @@ class Attention(Declaring):
             y = y * given["gate"].unsqueeze(-1)
         y = self.linear(y.reshape(B, T, -1), "proj")
         return y if self.sa_lambdas is None else self.sa_lambdas[1].to(y.dtype) * y
+
+    def joining(self, x_BTD: Tensor, values: Tensor) -> Tensor:
+        """What joins the own values, [B, T, kv_heads, K]: `values`, by a gate or as they are."""
+        values = values.unflatten(-1, (self.kv_heads, -1))
+        if self.value_gate is None:
+            return values
+        few = x_BTD[..., : self.value_dims[0]]
+        if self.value_dims[1]:
+            few = torch.cat([few, values.flatten(2)[..., : self.value_dims[1]]], dim=-1)
+        return 2 * torch.sigmoid(self.linear(few, "value_gate")).unsqueeze(-1) * values
 
 
 class MLP(Declaring):
