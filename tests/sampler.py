@@ -209,6 +209,7 @@ SILENT = {
     "cycle_decay",
     "distill_temperature",
     "fitness_tokens",
+    "late_input",
 }
 
 
