@@ -1577,6 +1577,7 @@ class Lane(NamedTuple):
     start: float
 
 
+BIGRAM_SHARE = 0.05  # what places take of the table of pairs at first (modded-nanogpt)
 NET_SCALE = 0.1  # of the nets' outputs: learned from there by gate_nets, fixed in mudd
 
 
@@ -1596,6 +1597,8 @@ def net_lanes(cfg: Config, net: int) -> list[Lane]:
             lanes.append(Lane("gate", block, cfg.heads, 0.25))
         if has_x0_share(cfg, block) and not is_in_mudd(cfg, block):
             lanes.append(Lane("x0", block, 1, cfg.x0_lambda))
+            if cfg.bigram_rows:
+                lanes.append(Lane("bigram", block, 1, BIGRAM_SHARE))
         if block in gated_skips(cfg) and not cfg.skip_dims:
             lanes.append(Lane("skip", block, 1, 0.5))
     return lanes
@@ -1613,19 +1616,34 @@ def is_in_mudd(cfg: Config, block: int) -> bool:
 def mudd_starts(cfg: Config) -> list[float]:
     """
     Of what the net before the last block gives: by source and for the input itself, to values and
-    to the stream; to each half of the table's heads; factors of attention, the embedding's share,
-    factors of the MLP (modded-nanogpt #81, after arXiv 2502.12170).
+    to the stream; to each half of the table's heads; factors of attention, shares of the embedding
+    and, where nets give it, of the pairs, factors of the MLP (modded-nanogpt #81, after arXiv
+    2502.12170).
     """
     shares = [0.0] * (len(sources_of(cfg.mudd)) + 1)
     of_table = [2.0, 2.0] if cfg.depth - 1 in value_tables(cfg) else []
     factors = [cfg.resid_lambda or 1.0, cfg.post_lambda]
-    return [*shares, *shares, *of_table, *factors, cfg.x0_lambda, *factors]
+    of_pairs = [BIGRAM_SHARE] if pairs_by_nets(cfg) else []
+    return [*shares, *shares, *of_table, *factors, cfg.x0_lambda, *of_pairs, *factors]
 
 
 def final_starts(cfg: Config) -> list[float]:
     """Of what the net before the final norm gives: backout's share, and nothing."""
     block, share = backed_out(cfg)
     return [-share if word == str(block) else 0.0 for word in sources_of(cfg.mudd_final)]
+
+
+def pairs_by_nets(cfg: Config) -> bool:
+    """
+    Whether the shares of the table of pairs are given by token, to the blocks that have one of the
+    embedding; the first takes it before it begins.
+    """
+    return cfg.bigram_rows > 0 and bool(cfg.gate_nets)
+
+
+def has_pairs_given(cfg: Config, block: int) -> bool:
+    steered = net_of(cfg, block) >= 0 and has_x0_share(cfg, block)
+    return 0 < block < cfg.depth and (steered or is_in_mudd(cfg, block))
 
 
 def has_attention(cfg: Config, block: int) -> bool:
@@ -2461,6 +2479,7 @@ class Block(Declaring):
         self.has_share = bool(cfg.x0_lambda or cfg.x0_layers or cfg.mudd) and has_share(cfg, index)
         steered = bool(cfg.gate_nets) and net_of(cfg, index) >= 0
         self.share_given = self.in_mudd or self.has_share and steered
+        self.pairs_given = pairs_by_nets(cfg) and has_pairs_given(cfg, index)
         start, own = cfg.x0_lambda, self.has_share and not self.share_given
         self.declare("x0_lambda", "scalar", start, 1, on=(cfg.x0_lambda or cfg.x0_layers) and own)
         # A branch that is missing has no factors, but for what the embedding's share joins.
@@ -2506,6 +2525,8 @@ class Block(Declaring):
             share = given["x0"]
         if self.has_share and not self.by_branch:
             x = x + share.to(x.dtype) * x0
+        if self.pairs_given and not self.by_branch:
+            x = x + given["pairs"]
         values = given["values"] if self.values_given else None
         if self.value_proj is not None:
             values = self.linear(x0, "value_proj")
@@ -2521,6 +2542,8 @@ class Block(Declaring):
             x = self.resid_lambda[0].to(x.dtype) * x
         if self.has_share and self.by_branch:
             x = x + share.to(x.dtype) * x0
+        if self.pairs_given and self.by_branch:
+            x = x + given["pairs"]
         if not self.no_mlp:
             y = self.mlp(branch(x, second))
             x = self.joined(x, self.drop(y, self.mlp_dropout), 1, given)
@@ -2814,7 +2837,8 @@ class GPT(Declaring):
         self.declare("value_scales", "scalar", 0.0, places, tables, cfg.dim, on=tables)
         pairs = {"on": cfg.bigram_rows, "betas": (0.75, 0.95)}  # modded-nanogpt's
         self.declare("bigram", "embed", 0.0, cfg.bigram_rows, cfg.dim, **pairs)
-        self.declare("bigram_scales", "scalar", 0.05, places, on=cfg.bigram_rows)
+        on = cfg.bigram_rows and not cfg.gate_nets
+        self.declare("bigram_scales", "scalar", BIGRAM_SHARE, places, on=on)
         shape = (high - low, max(1, most - 1), cfg.dim)
         self.declare("cross_scales", "scalar", 0.0, *shape, on=cfg.cross_repeat)
         self.declare_records(cfg)
@@ -2958,6 +2982,7 @@ class GPT(Declaring):
         outputs: dict[int, Tensor] = {}  # that later places add
         latest: dict[int, Tensor] = {}  # by block, last outputs that are used later
         lanes: dict[tuple[str, int], Tensor] = {}  # of gate_nets, by what for and block
+        begun = x0
         for at, place in enumerate(places):
             if place.net >= 0:
                 lanes |= self.lanes(place.net, x)
@@ -2971,8 +2996,15 @@ class GPT(Declaring):
                 given["values"] = rows[place.table]
             if place.is_late:
                 given["source"] = latest[int(self.cfg.late_input)]
+            if self.cfg.bigram_rows and ("bigram", place.block) in lanes:
+                share = lanes["bigram", place.block] * values[-1]
+                if at == 0:  # modded-nanogpt: the stream begins so, and is c0 for nets
+                    x, begun = x + share, x0 + share
+                else:
+                    given["pairs"] = share
             if place.in_mudd:
-                x = self.mixed(x, x0, latest, rows, given)
+                table = values[-1] if self.cfg.bigram_rows else None
+                x = self.mixed(x, begun, latest, rows, table, given)
             # A tensor, as a number would make a graph of each block.
             shrink = one * place.shrink if self.cfg.layer_scale else None
             keep = drawn[at] >= place.drop if drawn is not None else None
@@ -2980,14 +3012,15 @@ class GPT(Declaring):
             turns = rope
             if place.paired:
                 turns, mask = pairs.rope, pairs.near if place.windowed else pairs.far
-            x = block(x, x0, added, turns, mask, place.xsa, shrink, keep, given)
+            own = begun if place.in_mudd else x0
+            x = block(x, own, added, turns, mask, place.xsa, shrink, keep, given)
             if place.is_added:
                 outputs[at] = x
             if place.is_kept:
                 latest[place.block] = x
         if self.cfg.mudd_final:
             shares = (NET_SCALE * self.mudd_final(x)).split(1, dim=-1)
-            sources = self.sources(self.cfg.mudd_final, x0, latest, rows)
+            sources = self.sources(self.cfg.mudd_final, begun, latest, rows)
             x = x + sum(share * source for share, source in zip(shares, sources))
         if self.backout is not None:  # modded-nanogpt #40
             x = x - self.backout.to(x.dtype) * latest[backed_out(self.cfg)[0]]
@@ -2995,7 +3028,8 @@ class GPT(Declaring):
 
     def given_by_nets(self, lanes: dict[tuple[str, int], Tensor], block: int) -> dict[str, Tensor]:
         """What gate_nets give a block, by its name there."""
-        return {kind: lane for (kind, to), lane in lanes.items() if to == block and kind != "skip"}
+        joined = ("skip", "bigram")  # by the stream, outside of the block
+        return {kind: x for (kind, to), x in lanes.items() if to == block and kind not in joined}
 
     def lanes(self, net: int, x: Tensor) -> dict[tuple[str, int], Tensor]:
         """What a net of gate_nets gives by token for this input of its block."""
@@ -3034,6 +3068,7 @@ class GPT(Declaring):
         x0: Tensor,
         latest: dict[int, Tensor],
         rows: list[Tensor],
+        pairs: Tensor | None,
         given: dict[str, Tensor],
     ) -> Tensor:
         """
@@ -3048,7 +3083,10 @@ class GPT(Declaring):
         if "values" in given:  # half of the heads each
             halves = zip(take(2), given["values"].chunk(2, dim=-1))
             values = values + torch.cat([share * half for share, half in halves], dim=-1)
-        resid, post, given["x0"], last_resid, last_post = take(5)
+        resid, post, given["x0"] = take(3)
+        if self.cfg.bigram_rows and self.cfg.gate_nets:
+            given["pairs"] = numbers.pop(0) * pairs
+        last_resid, last_post = take(2)
         given["resid"], given["post"] = (resid, last_resid), (post, last_post)
         given["values"] = values
         return x
@@ -3097,7 +3135,7 @@ class GPT(Declaring):
             pairs.append((self.loop_embed[place.row], one))  # the vector itself
         tables = values[: self.cfg.value_embeds]
         pairs += [(self.value_scales[place.row, table], v) for table, v in enumerate(tables)]
-        if self.cfg.bigram_rows:
+        if self.bigram_scales is not None:
             pairs.append((self.bigram_scales[place.row], values[-1]))
         if place.last_visit:
             scale = self.cross_scales[place.last_visit.row]

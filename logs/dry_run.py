@@ -260,7 +260,7 @@ def extras(cfg: Config, place: Place) -> list[str]:
     return [
         *([f"loop vector {place.row}"] if cfg.loop_embed else []),
         *([f"value tables by row {place.row}"] if cfg.value_embeds else []),
-        *([f"pairs by share {place.row}"] if cfg.bigram_rows else []),
+        *([f"pairs by share {place.row}"] if cfg.bigram_rows and not cfg.gate_nets else []),
         *(["value projection"] if has_value_proj(cfg, place.block) else []),
         *([f"value table {place.table}"] if place.table >= 0 else []),
         *(["a share of the embedding"] if has_x0_share(cfg, place.block) else []),

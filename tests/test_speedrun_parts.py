@@ -388,7 +388,7 @@ def test_paired_blocks_see_their_windows_among_plain_ones():
 
 # --- the record's whole net
 
-# record #89's topology (without its bigram table and DC attention), small
+# record #89's topology (without DC attention), small
 HEAD = {
     "depth": 11, "dim": 48, "heads": 6, "rope": "truncated", "key_offset": "still",
     "window_pattern": "SSSLSSSSSSL", "doc_mask": 1, "attn_scale": 0.1, "norm_eps": 2**-23,
@@ -397,10 +397,12 @@ HEAD = {
     "attn_gate_layers": "3,10", "skip_gate": "3>6", "x0_layers": "0-5,7-9", "post_lambda": 1.0,
     "resid_lambda": 1.1**0.5, "sa_lambdas": "0.5 1", "late_input": "7", "gate_nets": "0,4",
     "mudd": "x0,7", "mudd_final": "x0,7,9,v1,3", "net_hidden": 16,
+    "bigram_rows": 377, "bigram_signs": 16,
 }  # fmt: skip
 LANES = [
-    "x0 0, xsa 1, x0 1, x0 2, xsa 3, gate 3, x0 3",
-    "xsa 4, x0 4, x0 5, skip 6, xsa 7, x0 7, x0 8, x0 9, gate 10",
+    "x0 0, bigram 0, xsa 1, x0 1, bigram 1, x0 2, bigram 2, xsa 3, gate 3, x0 3, bigram 3",
+    "xsa 4, x0 4, bigram 4, x0 5, bigram 5, skip 6, xsa 7, x0 7, bigram 7, x0 8, bigram 8, "
+    "x0 9, bigram 9, gate 10",
 ]
 
 
@@ -454,6 +456,18 @@ def net(p, name, x, scale):
     return (h @ p[f"{name}.proj"].T + p[f"{name}.proj_bias"]) * scale
 
 
+def pairs_by_hand(model: tg.GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """Bigram vectors of section 4.12: a row of the table times a row of signs."""
+    table, signs, rows = weights(model)["bigram"], tg.bigram_signs(model.cfg), []
+    for row in tokens.tolist():
+        for t, token in enumerate(row):
+            before = 376 if t == 1 else row[t - 1]
+            at = 376 if t == 0 else (36313 * token ^ 27191 * before) % 376
+            sign = (row[t - 1] ^ token) % 16 if t else 0
+            rows.append(table[at] * signs[sign])
+    return torch.stack(rows).view(*tokens.shape, -1)
+
+
 def head_forward(model: tg.GPT, tokens: torch.Tensor, short: int, long: int) -> torch.Tensor:
     """The forward pass of record #89, in the page's order and letters."""
     p, N, sg = weights(model), head_norm, torch.sigmoid
@@ -467,7 +481,8 @@ def head_forward(model: tg.GPT, tokens: torch.Tensor, short: int, long: int) -> 
         1,
     )
     ve = {i: p["value_tables"][row][tokens] for row, i in enumerate((1, 2, 8, 9, 10))}
-    x0 = c0 = x = N(e)
+    x0 = x = N(e)
+    B = pairs_by_hand(model, tokens)
     lane, c = {}, {}
     for i in range(11):
         if i in (0, 4):
@@ -476,7 +491,9 @@ def head_forward(model: tg.GPT, tokens: torch.Tensor, short: int, long: int) -> 
                 n = 6 if kind in ("xsa", "gate") else 1
                 lane[kind, int(block)] = out[..., at : at + n]
                 at += n
-            assert at == out.size(-1) == (22, 24)[i // 4]
+            assert at == out.size(-1) == (26, 29)[i // 4]
+        if i == 0:
+            x = c0 = x0 + lane["bigram", 0] * B
         mlp = model.blocks[i].mlp
         window, aux = long if i in (3, 10) else short, torch.zeros_like(x)
         r, q = p.get(f"blocks.{i}.resid_lambda"), p.get(f"blocks.{i}.post_lambda")
@@ -489,8 +506,8 @@ def head_forward(model: tg.GPT, tokens: torch.Tensor, short: int, long: int) -> 
             x = (1 + m[5]) * x + m[3] * c0 + m[4] * c[7]
             aux = torch.cat([m[6] * ve[10][..., :24], m[7] * ve[10][..., 24:]], -1) + w
             a = head_attention(model, i, N(c[7]), docs, window, aux, lane)
-            x = m[8] * x + m[9] * a + m[10] * c0
-            x = m[11] * x + m[12] * mlp(N(x))
+            x = m[8] * x + m[9] * a + m[10] * c0 + m[11] * B
+            x = m[12] * x + m[13] * mlp(N(x))
         else:
             u = N(x if i <= 7 else c[7])
             if i in ve:
@@ -499,6 +516,8 @@ def head_forward(model: tg.GPT, tokens: torch.Tensor, short: int, long: int) -> 
                 aux = (gate[..., None] * ve[i].unflatten(-1, (6, 8))).flatten(-2)
             a = head_attention(model, i, u, docs, window, aux, lane)
             x = r[0] * x + q[0] * a + lane["x0", i] * x0
+            if i:
+                x = x + lane["bigram", i] * B
             x = r[1] * x + q[1] * mlp(N(x))
         c[i] = x
     n = net(p, "mudd_final", x, 0.1).split(1, -1)
@@ -526,9 +545,10 @@ def test_the_nets_start_as_the_static_factors_of_the_record(doubles):
     p = weights(model)
     assert not any(p[f"{name}.proj"].any() for name in ("gate_nets.0", "mudd", "mudd_final"))
     starts = [0.1 * b for b in p["gate_nets.1.proj_bias"].tolist()]
-    assert starts == pytest.approx([0] * 8 + [0.5] + [0] * 9 + [0.25] * 6)
+    pair = [0, 0.05]
+    assert starts == pytest.approx([0] * 6 + pair * 2 + [0.5] + [0] * 6 + pair * 3 + [0.25] * 6)
     root = 1.1**0.5
-    want = [0.0] * 6 + [2.0, 2.0, root, 1.0, 0.0, root, 1.0]
+    want = [0.0] * 6 + [2.0, 2.0, root, 1.0, 0.0, 0.05, root, 1.0]
     assert (0.1 * p["mudd.proj_bias"]).tolist() == pytest.approx(want)
     assert (0.1 * p["mudd_final.proj_bias"]).tolist() == pytest.approx([0, -0.5, 0, 0, 0])
     assert "backout" not in p and p["gate_scale"].tolist() == [pytest.approx(0.1)]
@@ -536,9 +556,9 @@ def test_the_nets_start_as_the_static_factors_of_the_record(doubles):
 
 
 def test_the_records_parameters_are_counted_to_the_last():
-    """Section 2.3 of the page, live ones, less the bigram table and its 11 lanes."""
+    """Section 2.3 of the page: live ones, without DC attention and dead slots."""
     full = {"dim": 768, "heads": 6, "net_hidden": 64, "mlp_ratio": 4.0, "vocab": 50257}
-    full |= {"head_multiple": 128, "pad_vocab": 1}
+    full |= {"head_multiple": 128, "pad_vocab": 1, "bigram_rows": 377_280, "bigram_signs": 8192}
     with torch.device("meta"):
         model = tg.GPT(
             tg.Config(**{k: v for k, v in vars(tiny(**HEAD | full)).items()}), torch.float32, 8
@@ -548,9 +568,8 @@ def test_the_records_parameters_are_counted_to_the_last():
     assert of("attn.qkv") == 11_796_480 + 5_898_240 and of("attn.proj") == 5_898_240
     assert of(".mlp.") == 22 * 2_359_296 + 0 and of("value_tables") == 193_167_360
     assert size["head"] == size["embed"] == 38_633_472
-    small = 201_779 - (64 + 1) * (4 + 5 + 1)  # a lane each of the bigram's: of net A, B and mudd
-    matrices = 11_796_480 * 2 + 51_904_512 + 2 * 38_633_472 + 193_167_360
-    assert sum(size.values()) == matrices + small
+    tables = 2 * 38_633_472 + 193_167_360 + 289_751_040
+    assert sum(size.values()) == 11_796_480 * 2 + 51_904_512 + tables + 201_779 == 635_884_595
 
 
 @torch.no_grad()
