@@ -5595,6 +5595,11 @@ class CycleConfig(Section):
 
 def check_cycles(cfg: Config) -> None:
     """Refuse cycles without steps, and teachers that would be applied in another way."""
+    require(
+        not cfg.distill or not (cfg.biases or later_targets(cfg)),
+        f"distill = {cfg.distill:g} knows neither a head's bias nor losses of other tokens: set "
+        "--biases 0 --mtp_next 0 --mtp_third 0 --prefix_loss 0, or --distill 0",
+    )
     if not cfg.cycles:
         return
     require(
@@ -5606,11 +5611,6 @@ def check_cycles(cfg: Config) -> None:
         len(set(Plan(cfg).cycle_ends)) == cfg.cycles,
         f"cycles = {cfg.cycles} in steps = {cfg.steps}: with batch_tokens = {cfg.batch_tokens!r} "
         "one of them would have no step: fewer cycles",
-    )
-    require(
-        not cfg.distill or not (cfg.biases or later_targets(cfg)),
-        f"distill = {cfg.distill:g} knows neither a head's bias nor losses of other tokens: set "
-        "--biases 0 --mtp_next 0 --mtp_third 0 --prefix_loss 0, or --distill 0",
     )
     if not cfg.distill or cfg.teacher or cfg.cycles == 1:
         return

@@ -937,6 +937,25 @@ def test_rounded_weights_in_training_make_no_step_wait(tmp_path, monkeypatch, no
     assert len(traffic.copies) == 2 + noise * matrices
 
 
+def test_classes_and_prefixes_make_no_step_wait(tmp_path, monkeypatch):
+    """On the meta device, which has no numbers: two rows' classes cross beside the rows."""
+    flags = {"micro_tokens": 64, "sampled_classes": "40", "mtp_next": "0.5"}
+    p = parts(tmp_path, device="meta", **flags)
+    p.cfg.prefix_loss = "0.25"
+    p.plan = tg.Plan(p.cfg)
+    p.model.prefixes = torch.zeros(96, dtype=torch.int64, device="meta")
+    traffic = Traffic()
+    monkeypatch.setattr(torch, "tensor", traffic.tensor)
+    with traffic:
+        tg.train_step(p, 0, p.plan.at(0, 0.0))
+    assert not traffic.waits
+    assert [shape for _, shape, quick in traffic.copies if quick] == [
+        *[(2, 33), (2, 40)] * 2,
+        (len(p.opt.buckets), 5, 4),
+    ]
+    assert len(traffic.copies) == 5
+
+
 # --- every flag, weights in fp32 and bfloat16, on one rank and two
 
 DECAYS = {"matrix_wd": 0.5, "embed_wd": 0.3, "scalar_wd": 0.2}

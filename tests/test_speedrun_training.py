@@ -841,6 +841,14 @@ def test_classes_beside_what_knows_all_of_them_are_refused(key, value):
         tg.validate(tiny(sampled_classes="40", cycles=2, **{key: value}))
 
 
+@pytest.mark.parametrize("teacher", [{"teacher": "x"}, {"cycles": 2}], ids=str)
+@pytest.mark.parametrize("key", ["mtp_next", "mtp_third", "prefix_loss"])
+def test_teachers_beside_losses_of_other_tokens_are_refused(key, teacher):
+    """Also one that is there all along, without cycles."""
+    with pytest.raises(tg.UserError, match="distill = 0.5 knows neither .* nor losses of other"):
+        tg.validate(tiny(distill=0.5, tokenizer="x", **teacher, **{key: "0.5"}))
+
+
 def test_classes_that_there_are_not_are_refused():
     tg.validate(tiny(sampled_classes="96", vocab=90))
     for flags in (
