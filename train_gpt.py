@@ -1166,6 +1166,7 @@ class ModelConfig(Section):
     head_init: str = "zero"  # of head or tied table: zero, uniform (1/sqrt(dim)), or a deviation
     init_std: float = 0.0  # std of q, k, v, MLP input, times sqrt(dim); 0: 0.5 and 1/sqrt(3)
     proj_init: float = 0.0  # std of both output projections, times sqrt(dim); 0: they start at zero
+    attn_proj_init: float = 0.0  # the same of attention's alone, drawn as q, k, v; 0: as proj_init
     bias_init: float = 0.0  # std of biases, times sqrt(fan in); those of proj and head start at 0
     # initial values: remix (uniform), normal (the same deviations), or xavier (normal; embedding
     # 1/sqrt(dim), attn.proj .02/sqrt(2*depth))
@@ -1185,7 +1186,7 @@ class ModelConfig(Section):
         (0, 1, "layer_norm embed_norm qk_norm iha block_scales layer_scale loop_embed"),
         (0, 1, "cross_repeat doc_mask tie_embed pad_vocab mu_centering norm_eps xsa_learned"),
         (0, 1, "norm_gain biases yarn"),
-        (0, 100, "post_lambda value_init"),
+        (0, 100, "post_lambda value_init attn_proj_init"),
         (0, 2, "unet"),
         (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth"),
         (0, 100, "mtp mtp_next mtp_third prefix_loss"),
@@ -1298,6 +1299,7 @@ class ModelConfig(Section):
             ("prefix_loss", "a tokenizer, whose tokens have bytes", bool(self.tokenizer)),
             ("init_std", starts, self.init != "xavier"),
             ("proj_init", starts, self.init != "xavier"),
+            ("attn_proj_init", starts, self.init != "xavier"),
             ("head_init", starts, self.init != "xavier"),
             ("embed_init", starts, self.init != "xavier"),
             ("norm_gain", "layer_norm = 0, whose norms have one anyway", not self.layer_norm),
@@ -2298,7 +2300,10 @@ class Attention(Declaring):
         self.declare("qk", "matrix", start, *stack, on=grouped)
         self.declare("v", "matrix", start, inner, cfg.dim, on=grouped)
         std = 0.02 / (2 * cfg.depth) ** 0.5 if by_xavier else cfg.proj_init * cfg.dim**-0.5
-        self.declare("proj", "matrix", normal(std), cfg.dim, inner)
+        way = normal(std)
+        if cfg.attn_proj_init:  # modded-nanogpt #64
+            way = spread(cfg, cfg.attn_proj_init * cfg.dim**-0.5)
+        self.declare("proj", "matrix", way, cfg.dim, inner)
         if cfg.biases:
             start = bias_start(cfg)
             self.declare("qkv_bias", "scalar", start, 3, inner, on=one_map)
