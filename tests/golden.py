@@ -98,8 +98,40 @@ CHAIN = {
 }
 LOOP = {"loop": "1:3"}  # within four blocks
 GROUPED = {"kv_heads": 2}
+# The speedrun's six blocks instead of eleven, its stages, and documents that are short enough.
+RECORD = {
+    "head_dim": 16,
+    "depth": 6,
+    "mlp_ratio": 2,
+    "seq_len": "0:64 2s:128",
+    "batch_tokens": "0:512 2s:1024",
+    "doc_cap": "0:24 2s:48",
+    "window": "0:9 2s:25",
+    "window_pattern": "SLSSSL",
+    "window_long": "0:25 2s:57",
+    "eval_window_long": 81,
+    "paired_layers": "0,4",
+    "no_attn_layers": "3",
+    "skip_gate": "1>3",
+    "value_layers": "1,4,5",
+    "xsa_layers": "1,2",
+    "attn_gate_layers": "1,5",
+    "x0_layers": "0-2,4",
+    "late_input": "3",
+    "gate_nets": "0,2",
+    "mudd": "x0,3",
+    "mudd_final": "x0,3,v1,1",
+    "backout": "3:0.5",
+    "net_hidden": 16,
+    "bigram_rows": 2048,
+    "bigram_signs": 64,
+    "untie_at": "3s",
+    "tail_ema": "0 2s:3",
+    "shuffle": 0,
+}
 # What a preset needs to keep its mechanisms at this size.
 FITTED = {
+    "speedrun": RECORD,
     "remix_a": {"window": 50},
     "remix_m": {"window": 50},
     "golf_baseline": {"export": "int8"} | GROUPED,
