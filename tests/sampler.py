@@ -185,6 +185,7 @@ SILENT = {
     "embed_stats",
     "own_lr",
     "window",
+    "window_pattern",  # its window may have been refused
     "xsa",
     "gptq",
     "rope_dims",
