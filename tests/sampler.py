@@ -204,6 +204,7 @@ SILENT = {
     "embed_stats",
     "own_lr",
     "window",
+    "window_pattern",  # its window may have been refused
     "xsa",
     "gptq",
     "rope_dims",
