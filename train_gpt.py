@@ -1347,7 +1347,9 @@ class ModelConfig(Section):
         for blocks, shared in pairs:
             ok = ok and len(blocks_of(blocks)) == len(blocks_of(shared))
         require(
-            ok and all(0 <= block < self.depth for block in tables) and -1 not in tables.values(),
+            ok
+            and all(block < self.depth for block in tables)
+            and set(tables.values()) == set(range(len(set(tables.values())))),
             f"value_layers = {self.value_layers!r}: blocks below depth = {self.depth}, such as "
             "'1,2,8-10', and behind them those that share their tables, such as '11-15=0-4'",
         )
@@ -1372,11 +1374,11 @@ class ModelConfig(Section):
         require(
             not self.backout
             or match is not None
-            and int(match[1]) < self.depth
+            and int(match[1]) < self.depth - 1
             and is_number(match[2])
             and abs(float(match[2])) <= 100,
-            f"backout = {self.backout!r}: a block below depth = {self.depth} and a share, such as "
-            "'7:0.5'",
+            f"backout = {self.backout!r}: a block that has others behind it, of {self.depth}, and "
+            "a share, such as '7:0.5'",
         )
         word = r"\d{1,4}>\d{1,4}"
         ok = re.fullmatch(rf"({word}( {word})*)?", self.skip_gate) is not None
@@ -2295,8 +2297,8 @@ class Block(Declaring):
         x [B, T, D] -> [B, T, D]. x0: the embedding. added: pairs of a learned factor ([D], or by
         token) and what it scales. shrink: what the normed inputs of both branches are multiplied
         with. keep: a truth value [], whether the block takes part (stoch_depth, Huang et al. 2016,
-        here without rescaling). given: by name, what is not the block's own: values, the
-        source that attention reads, and factors by token of nets.
+        here without rescaling). given: by name, what is not the block's own: values, the source
+        that attention reads, and factors by token of nets.
         """
 
         def branch(x: Tensor, gain: Tensor | None) -> Tensor:
@@ -2667,8 +2669,8 @@ class GPT(Declaring):
 
     def smeared(self, x: Tensor, cache=None) -> Tensor:
         """
-        Each token's embedding with a share of the one before it in the row, documents or not
-        (modded-nanogpt #34, @classiclarryd).
+        Each token's embedding with a share of the one before it in the row, whatever its document
+        (modded-nanogpt #34).
         """
         first = cache.embedding_before(x) if cache else torch.zeros_like(x[:, :1])
         gate = torch.sigmoid(linear(x[..., : self.cfg.smear], self.smear_gate))
