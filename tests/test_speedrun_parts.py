@@ -653,6 +653,9 @@ REFUSED = [
     ({"no_attn_layers": "0,7"}, "no_attn_layers = '0,7': blocks below depth = 6"),
     ({"no_attn_layers": "0-5"}, "no_attn_layers: a block or more must have attention"),
     ({"xsa_layers": "a"}, "xsa_layers = 'a': blocks below depth"),
+    ({"xsa_layers": "1,0-2"}, "xsa_layers = '1,0-2': blocks below depth = 6, each once"),
+    ({"xsa_layers": "3-2"}, "xsa_layers = '3-2': blocks below depth"),
+    ({"gate_nets": "0-4", "x0_layers": "0-5"}, "gate_nets = '0-4': blocks below"),
     ({"no_attn_layers": "2", "value_layers": "1,2"}, "value_layers has blocks without attention"),
     ({"no_attn_layers": "2", "xsa_layers": "2"}, "xsa_layers has blocks without attention"),
     ({"xsa": -1, "xsa_layers": "2"}, "set one of them"),
@@ -688,6 +691,12 @@ REFUSED = [
 def test_what_cannot_be_is_refused_in_one_line(changes, said):
     with pytest.raises(tg.UserError, match=said):
         tg.validate(tiny(depth=6, **changes))
+
+
+def test_a_list_of_a_forged_file_costs_no_memory():
+    for key, text in (("xsa_layers", "0-9999," * 10**5), ("value_layers", "0-5 " * 10**5)):
+        with pytest.raises(tg.UserError, match=f"{key} = '{text[:8]}"):
+            tg.validate(tiny(depth=6, **{key: text + "1"}))
 
 
 @pytest.mark.parametrize(
