@@ -2179,11 +2179,7 @@ class Attention(Declaring):
         if self.q_gain is not None:
             q = q * self.q_gain[:, None].to(q.dtype)
         if self.offset:
-            before, parts, at = mask.before(k), [], 0
-            for low, high in self.offset:
-                parts += [k[..., at:low], before[..., low:high]]
-                at = high
-            k = torch.cat([*parts, k[..., at:]], dim=-1)
+            k = self.shifted(k, mask.before(k))
         seen = (as_pairs(q), as_pairs(k), as_pairs(v)) if self.paired else (q, k, v)
         y = mask.attend(*(x.transpose(1, 2) for x in seen), self.scale, self.bound).transpose(1, 2)
         if self.paired:
@@ -2204,6 +2200,14 @@ class Attention(Declaring):
             y = y * given["gate"].unsqueeze(-1)
         y = self.linear(y.reshape(B, T, -1), "proj")
         return y if self.sa_lambdas is None else self.sa_lambdas[1].to(y.dtype) * y
+
+    def shifted(self, k: Tensor, before: Tensor) -> Tensor:
+        """Keys of which some dims are those of the keys before them."""
+        parts, at = [], 0
+        for low, high in self.offset:
+            parts += [k[..., at:low], before[..., low:high]]
+            at = high
+        return torch.cat([*parts, k[..., at:]], dim=-1)
 
     def joining(self, x_BTD: Tensor, values: Tensor) -> Tensor:
         """What joins the own values, [B, T, kv_heads, K]: `values`, by a gate or as they are."""
