@@ -1398,9 +1398,9 @@ class ModelConfig(Section):
         for key in BLOCK_LISTS:
             text = getattr(self, key)
             require(
-                re.fullmatch(rf"({BLOCK_LIST})?", text) is not None
-                and all(block < self.depth for block in blocks_of(text)),
-                f"{key} = {text!r}: blocks below depth = {self.depth}, such as '0,2,5-9'",
+                not text or is_block_list(text, self.depth),
+                f"{key} = {text!r}: blocks below depth = {self.depth}, each once, such as "
+                "'0,2,5-9'",
             )
         bare = set(blocks_of(self.no_attn_layers))
         require(len(bare) < self.depth, "no_attn_layers: a block or more must have attention")
@@ -1420,14 +1420,17 @@ class ModelConfig(Section):
         )
 
     def check_values(self) -> None:
-        word = rf"{BLOCK_LIST}(={BLOCK_LIST})?"
-        ok = re.fullmatch(rf"({word}( {word})*)?", self.value_layers) is not None
+        # at most a word a block: what is longer is a forged file's
+        words = [word.split("=") for word in self.value_layers.split()[: self.depth + 1]]
+        ok = len(words) <= self.depth and all(
+            len(lists) <= 2
+            and all(is_block_list(text, self.depth) for text in lists)
+            and len(blocks_of(lists[0])) == len(blocks_of(lists[-1]))
+            for lists in words
+        )
         tables = value_tables(self) if ok else {}
-        pairs = [word.split("=") for word in self.value_layers.split() if "=" in word] if ok else []
-        for blocks, shared in pairs:
-            ok = ok and len(blocks_of(blocks)) == len(blocks_of(shared))
         require(
-            ok and all(0 <= block < self.depth for block in tables) and -1 not in tables.values(),
+            ok and set(tables.values()) == set(range(len(set(tables.values())))),
             f"value_layers = {self.value_layers!r}: blocks below depth = {self.depth}, such as "
             "'1,2,8-10', and behind them those that share their tables, such as '11-15=0-4'",
         )
@@ -1452,14 +1455,13 @@ class ModelConfig(Section):
         require(
             not self.backout
             or match is not None
-            and int(match[1]) < self.depth
+            and int(match[1]) < self.depth - 1
             and is_number(match[2])
             and abs(float(match[2])) <= 100,
-            f"backout = {self.backout!r}: a block below depth = {self.depth} and a share, such as "
-            "'7:0.5'",
+            f"backout = {self.backout!r}: a block that has others behind it, of {self.depth}, and "
+            "a share, such as '7:0.5'",
         )
-        word = r"\d{1,4}>\d{1,4}"
-        ok = re.fullmatch(rf"({word}( {word})*)?", self.skip_gate) is not None
+        ok = all(re.fullmatch(r"\d{1,4}>\d{1,4}", word) for word in self.skip_gate.split())
         skips = gated_skips(self) if ok else {}
         require(
             ok
@@ -1482,11 +1484,10 @@ class ModelConfig(Section):
         )
 
     def check_nets(self) -> None:
-        nets = self.gate_nets.split(",") if self.gate_nets else []
-        ok = all(re.fullmatch(r"\d{1,4}", word) for word in nets)
-        blocks = [int(word) for word in nets] if ok else []
+        ok = not self.gate_nets or is_block_list(self.gate_nets, self.depth)
+        blocks = blocks_of(self.gate_nets) if ok else []
         require(
-            ok and blocks == sorted(set(blocks)) and all(block < self.depth for block in blocks),
+            ok and "-" not in self.gate_nets and blocks == sorted(blocks),
             f"gate_nets = {self.gate_nets!r}: blocks below depth = {self.depth}, rising, such as "
             "'0,4'",
         )
@@ -1527,9 +1528,19 @@ class ModelConfig(Section):
         )
 
 
-BLOCK_LIST = r"\d{1,4}(?:-\d{1,4})?(?:,\d{1,4}(?:-\d{1,4})?)*"  # 0,2,5-9
+SPAN = r"(\d{1,4})(?:-(\d{1,4}))?"
+BLOCK_LIST = rf"{SPAN}(?:,{SPAN})*"  # 0,2,5-9
 BLOCK_LISTS = ("no_attn_layers", "no_mlp_layers", "attn_gate_layers", "xsa_layers", "x0_layers")
 BLOCK_LISTS += ("paired_layers",)
+
+
+def is_block_list(text: str, depth: int) -> bool:
+    """Whether it names blocks below `depth`, each once."""
+    if not re.fullmatch(BLOCK_LIST, text):
+        return False
+    spans = sorted((int(low), int(high or low)) for low, high in re.findall(SPAN, text))
+    ends = [-1, *(high for _, high in spans)]
+    return ends[-1] < depth and all(end < low <= high for end, (low, high) in zip(ends, spans))
 
 
 def blocks_of(text: str) -> list[int]:
@@ -2379,11 +2390,7 @@ class Attention(Declaring):
         if self.q_gain is not None:
             q = q * self.q_gain[:, None].to(q.dtype)
         if self.offset:
-            before, parts, at = mask.before(k), [], 0
-            for low, high in self.offset:
-                parts += [k[..., at:low], before[..., low:high]]
-                at = high
-            k = torch.cat([*parts, k[..., at:]], dim=-1)
+            k = self.shifted(k, mask.before(k))
         seen = (as_pairs(q), as_pairs(k), as_pairs(v)) if self.paired else (q, k, v)
         y = mask.attend(*(x.transpose(1, 2) for x in seen), self.scale, self.bound).transpose(1, 2)
         if self.paired:
@@ -2397,6 +2404,14 @@ class Attention(Declaring):
             y = y * given["gate"].unsqueeze(-1)
         y = self.linear(y.reshape(B, T, -1), "proj")
         return y if self.sa_lambdas is None else self.sa_lambdas[1].to(y.dtype) * y
+
+    def shifted(self, k: Tensor, before: Tensor) -> Tensor:
+        """Keys of which some dims are those of the keys before them."""
+        parts, at = [], 0
+        for low, high in self.offset:
+            parts += [k[..., at:low], before[..., low:high]]
+            at = high
+        return torch.cat([*parts, k[..., at:]], dim=-1)
 
     def joined(self, v: Tensor, x_BTD: Tensor, values: Tensor) -> Tensor:
         """Values v [B, T, H, K] and those that come from outside, [B, T, H*K], by their gate."""
@@ -2514,8 +2529,8 @@ class Block(Declaring):
         x [B, T, D] -> [B, T, D]. x0: the embedding. added: pairs of a learned factor ([D], or by
         token) and what it scales. shrink: what the normed inputs of both branches are multiplied
         with. keep: a truth value [], whether the block takes part (stoch_depth, Huang et al. 2016,
-        here without rescaling). given: by name, what is not the block's own: values, the
-        source that attention reads, and factors by token of nets.
+        here without rescaling). given: by name, what is not the block's own: values, the source
+        that attention reads, and factors by token of nets.
         """
 
         def branch(x: Tensor, gain: Tensor | None) -> Tensor:
@@ -2681,7 +2696,8 @@ def wiring(cfg: Config, repeats: int) -> list[Place]:
     order = layer_order(cfg, repeats)
     deepest = len(layer_order(cfg, largest(cfg.repeats)))
     last: dict[int, int] = {}  # of each block, the place where it was applied last
-    places = []
+    places, kept, tables = [], kept_blocks(cfg), value_tables(cfg)
+    paired, nets = blocks_of(cfg.paired_layers), blocks_of(cfg.gate_nets)
     for at, block in enumerate(order):
         visit = order[:at].count(block)
         # loop_embed and value_scales have as many rows as the deepest order: up to the loop's end
@@ -2701,13 +2717,13 @@ def wiring(cfg: Config, repeats: int) -> list[Place]:
             xsa=has_xsa(cfg, block, len(order) - at),
             shrink=(block + 1) ** -0.5 if cfg.layer_scale else 1.0,
             drop=drop_chance(cfg, block),
-            paired=block in blocks_of(cfg.paired_layers),
-            table=value_tables(cfg).get(block, -1),
-            net=net_of(cfg, block) if block in blocks_of(cfg.gate_nets) else -1,
+            paired=block in paired,
+            table=tables.get(block, -1),
+            net=nets.index(block) if block in nets else -1,
             is_late=is_late(cfg, block),
             in_mudd=is_in_mudd(cfg, block),
             gated=gated_skip(cfg, block),
-            is_kept=block in kept_blocks(cfg),
+            is_kept=block in kept,
         )
         places.append(place)
         last[block] = at
@@ -2901,8 +2917,8 @@ class GPT(Declaring):
 
     def smeared(self, x: Tensor, cache=None) -> Tensor:
         """
-        Each token's embedding with a share of the one before it in the row, documents or not
-        (modded-nanogpt #34, @classiclarryd).
+        Each token's embedding with a share of the one before it in the row, whatever its document
+        (modded-nanogpt #34).
         """
         first = cache.embedding_before(x) if cache else torch.zeros_like(x[:, :1])
         gate = torch.sigmoid(linear(x[..., : self.cfg.smear], self.smear_gate))

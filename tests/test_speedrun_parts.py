@@ -672,17 +672,22 @@ REFUSED = [
     ({"no_attn_layers": "0,7"}, "no_attn_layers = '0,7': blocks below depth = 6"),
     ({"no_attn_layers": "0-5"}, "no_attn_layers: a block or more must have attention"),
     ({"xsa_layers": "a"}, "xsa_layers = 'a': blocks below depth"),
+    ({"xsa_layers": "1,0-2"}, "xsa_layers = '1,0-2': blocks below depth = 6, each once"),
+    ({"xsa_layers": "3-2"}, "xsa_layers = '3-2': blocks below depth"),
+    ({"gate_nets": "0-4", "x0_layers": "0-5"}, "gate_nets = '0-4': blocks below"),
     ({"no_attn_layers": "2", "value_layers": "1,2"}, "value_layers has blocks without attention"),
     ({"no_attn_layers": "2", "xsa_layers": "2"}, "xsa_layers has blocks without attention"),
     ({"xsa": -1, "xsa_layers": "2"}, "set one of them"),
     ({"value_layers": "1 3=2"}, "value_layers = '1 3=2': blocks below"),
     ({"value_layers": "0-1 3-5=0-1"}, "value_layers = '0-1 3-5=0-1': blocks below"),
     ({"value_layers": "6"}, "value_layers = '6': blocks below"),
+    ({"value_layers": "1,1"}, "value_layers = '1,1': blocks below"),
+    ({"value_layers": "1-2 1"}, "value_layers = '1-2 1': blocks below"),
     ({"value_layers": "1", "value_proj": 8}, "from tables or from maps"),
     ({"value_layers": "1", "value_gate": "40+1"}, "value_gate = '40\\+1': numbers of dims"),
     ({"value_layers": "1", "value_gate": "0"}, "value_gate = '0': numbers of dims"),
-    ({"backout": "6:0.5"}, "backout = '6:0.5': a block below"),
-    ({"backout": "2"}, "backout = '2': a block below"),
+    ({"backout": "5:0.5"}, "backout = '5:0.5': a block that has others"),
+    ({"backout": "2"}, "backout = '2': a block that"),
     ({"skip_gate": "3>3"}, "skip_gate = '3>3': from a block to a later one"),
     ({"skip_gate": "1>3 2>3"}, "that has no other skip"),
     ({"sa_lambdas": "1"}, "sa_lambdas = '1': two numbers"),
@@ -705,6 +710,12 @@ REFUSED = [
 def test_what_cannot_be_is_refused_in_one_line(changes, said):
     with pytest.raises(tg.UserError, match=said):
         tg.validate(tiny(depth=6, **changes))
+
+
+def test_a_list_of_a_forged_file_costs_no_memory():
+    for key, text in (("xsa_layers", "0-9999," * 10**5), ("value_layers", "0-5 " * 10**5)):
+        with pytest.raises(tg.UserError, match=f"{key} = '{text[:8]}"):
+            tg.validate(tiny(depth=6, **{key: text + "1"}))
 
 
 @pytest.mark.parametrize(
