@@ -3041,13 +3041,7 @@ class GPT(Declaring):
                 outputs[at] = x
             if place.is_kept:
                 latest[place.block] = x
-        if self.cfg.mudd_final:
-            shares = (NET_SCALE * self.mudd_final(x)).split(1, dim=-1)
-            sources = self.sources(self.cfg.mudd_final, begun, latest, rows)
-            x = x + sum(share * source for share, source in zip(shares, sources))
-        if self.backout is not None:  # modded-nanogpt #40
-            x = x - self.backout.to(x.dtype) * latest[backed_out(self.cfg)[0]]
-        return self.final(x)
+        return self.final(self.mixed_last(x, begun, latest, rows))
 
     def given_by_nets(self, lanes: dict[tuple[str, int], Tensor], block: int) -> dict[str, Tensor]:
         """What gate_nets give a block, by its name there."""
@@ -3112,6 +3106,18 @@ class GPT(Declaring):
         last_resid, last_post = take(2)
         given["resid"], given["post"] = (resid, last_resid), (post, last_post)
         given["values"] = values
+        return x
+
+    def mixed_last(
+        self, x: Tensor, x0: Tensor, latest: dict[int, Tensor], rows: list[Tensor]
+    ) -> Tensor:
+        """The last block's output with shares of earlier ones: mudd_final's, and backout's."""
+        if self.cfg.mudd_final:
+            shares = (NET_SCALE * self.mudd_final(x)).split(1, dim=-1)
+            sources = self.sources(self.cfg.mudd_final, x0, latest, rows)
+            x = x + sum(share * source for share, source in zip(shares, sources))
+        if self.backout is not None:  # modded-nanogpt #40
+            x = x - self.backout.to(x.dtype) * latest[backed_out(self.cfg)[0]]
         return x
 
     def value_rows(self, tokens_BT: Tensor) -> list[Tensor]:
