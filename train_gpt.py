@@ -1777,10 +1777,9 @@ def check_untie(cfg: Config) -> None:
 
 
 def last_tied(cfg: Config) -> int:
-    """The last step that is made with one table for head and embedding; -1 without untie_at."""
-    if not cfg.untie_at:
-        return -1
-    point = Schedule("untie_at", f"0 {cfg.untie_at}:1").points[1]
+    """The last step that is made with one table for head and embedding."""
+    # the end without untie_at, which a script's folding asks as well
+    point = Schedule("untie_at", f"0 {cfg.untie_at or '1'}:1").points[1]
     return math.ceil(point.at if point.in_steps else point.at * cfg.steps - 1e-9)
 
 
