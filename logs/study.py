@@ -459,7 +459,7 @@ def program(argv: list[str] | None) -> int:
     seeds = options.seeds or said.get("seeds", [1])
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: each seed is one run: none twice")
-    name, arms = Path(options.study).stem, chosen(said, options.arms)
+    name, arms = Path(options.study).name.removesuffix(".toml"), chosen(said, options.arms)
     phase1, log_dir = shlex.split(options.phase1), Path(options.log_dir)
     study = Study(name, said, arms, seeds, more, phase1, log_dir)
     if options.only in (None, "get"):

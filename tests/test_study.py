@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +117,15 @@ def result(name: str, run: str) -> dict:
 ########################################
 #           Arms and matching          #
 ########################################
+
+
+def test_a_studys_name_keeps_its_dots(here):
+    """Else cap0.1 and cap0.2 would share a folder."""
+    for name in ("cap0.1", "cap0.2"):
+        Path(f"{name}.toml").write_text(PLAIN)
+        argv = [f"{name}.toml", "--arms", "plain", "--seeds", "1", "--steps", "1"]
+        assert study.main(argv) == 0
+        assert Path(f"logs/{name}/plain-s1/result.json").is_file()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").glob("*.toml")), ids=str)
