@@ -1,7 +1,9 @@
 """What several test files share."""
 
+import functools
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import os
 import shutil
@@ -14,6 +16,12 @@ from hypothesis import settings
 
 settings.register_profile("patient", deadline=None)  # a busy neighbour is no failure
 settings.load_profile("patient")
+
+# Under pytest, tyro checks a tenth of what it has cached by making it again, for every flag of a
+# help text; each time Python parses the whole trainer for one class' source, half a second.
+source_of = inspect.getsource
+of_class = functools.cache(source_of)
+inspect.getsource = lambda of: of_class(of) if inspect.isclass(of) else source_of(of)
 
 GOLDEN = Path(__file__).with_name("golden.py")
 

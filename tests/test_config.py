@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 
+import golden
 import pytest
 from helpers import ROOT, tg, tiny
 from hypothesis import example, given, settings
@@ -106,9 +107,13 @@ def test_preset_has_only_keys_that_are_fields_or_tables(path):
 def test_on_cpu_keeps_the_recipe_of_a_preset(name):
     """The layer may change sizes, never optimizer, schedules, tying or softcap."""
     plain = preset(name)
-    # a span beyond the layer's four blocks
-    loop = ("--loop", "1:3") if tg.loop_span(plain)[1] > 4 else ()
-    layered = preset(name, "on_cpu", flags=loop)
+    # a span, or lists of blocks, beyond the layer's four
+    fitted = ("--loop", "1:3") if tg.loop_span(plain)[1] > 4 else ()
+    if name == "speedrun":
+        fitted = [
+            w for k, v in golden.RECORD.items() if k != "head_dim" for w in (f"--{k}", str(v))
+        ]
+    layered = preset(name, "on_cpu", flags=fitted)
     for key in (
         "optimizer",
         "matrix_lr",
