@@ -311,7 +311,7 @@ def test_a_clock_that_ends_before_the_last_depth_is_told(tmp_path, monkeypatch):
     p, said, applied = parts(tmp_path, loop="0:2", repeats="0:1 0.9:2", max_seconds=10.0), [], []
     monkeypatch.setattr(p.run, "log", said.append)
     loss = tg.evaluate(p.run, p.graph, p.val, p.plan.eval_shape(p.plan.at(20, 1.0)))
-    evaluate = lambda run, graph, val, shape: applied.append(shape.repeats) or loss
+    evaluate = lambda run, graph, val, shape, mask: applied.append(shape.repeats) or loss
     monkeypatch.setattr(tg, "evaluate", evaluate)
     p.cfg.export = "int8"
     p.run.folder = tmp_path
