@@ -3161,8 +3161,9 @@ class GPT(Declaring):
             pairs.append((self.skips[place.skip.row], outputs[place.skip.source]))
         if self.loop_embed is not None:
             pairs.append((self.loop_embed[place.row], one))  # the vector itself
-        tables = values[: self.cfg.value_embeds]
-        pairs += [(self.value_scales[place.row, table], v) for table, v in enumerate(tables)]
+        if self.cfg.value_embeds:
+            tables = values[: self.cfg.value_embeds]
+            pairs += [(self.value_scales[place.row, table], v) for table, v in enumerate(tables)]
         if self.bigram_scales is not None:
             pairs.append((self.bigram_scales[place.row], values[-1]))
         if place.last_visit:
@@ -7736,9 +7737,11 @@ def warm_up(trainer: Trainer) -> None:
                     loss_terms(trainer, x, y, now, *some).sum().backward()
                     if several:
                         trainer.opt.collect(last=True)
-                    # untied, as else no step would have an embedding of its own
+                    first = plan.at(0, 0.0)
+                    if trainer.cfg.untie_at:  # else no step would have an embedding of its own
+                        first = first._replace(tied=0)
                     for _ in range(trainer.cfg.adam_every):
-                        trainer.opt.step(plan.at(0, 0.0)._replace(tied=0))
+                        trainer.opt.step(first)
                 else:
                     applied = shape.repeats, shape.window, shape.passes, shape.window_long
                     with torch.no_grad():
