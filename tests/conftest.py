@@ -86,7 +86,7 @@ def gpt2_files(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    """A SentencePiece model of 400 pieces and shards of the shipped text in it."""
+    """A SentencePiece model of 512 pieces and shards of the shipped text in it."""
     import sentencepiece
     from helpers import SENTENCES, TEXTS, tg, write_shard
 
@@ -94,7 +94,8 @@ def text(tmp_path_factory):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES),
         model_writer=model,
-        vocab_size=400,
+        vocab_size=512,
+        character_coverage=1.0,
         model_type="bpe",
         byte_fallback=True,
         bos_id=1,
@@ -103,7 +104,7 @@ def text(tmp_path_factory):
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    tokenizer = tg.Tokenizer(str(folder / "tokenizer.model"), 400, 1)
+    tokenizer = tg.Tokenizer(str(folder / "tokenizer.model"), 512, 1)
     for name, some in (("train_000001", TEXTS[:50]), ("val_000000", TEXTS[50:])):
         tokens = [t for one in some for t in (1, *tokenizer.encode(one))]
         write_shard(folder / f"x_{name}.bin", tokens)

@@ -16,6 +16,7 @@ import train_gpt as tg  # noqa: E402
 TEXTS = [json.loads(x)["text"] for x in lzma.open(ROOT / "data" / "sample.jsonl.xz")][:60]
 # what SentencePiece trains on: it leaves lines of more than 4,192 bytes out
 SENTENCES = [part[:2000] for one in TEXTS[:30] for part in one.splitlines() if part]
+SENTENCES += ["a naïve café, über résumé: déjà vu"]  # letters of two bytes
 
 # tiny operations: threads that wait for each other cost more than they bring
 torch.set_num_threads(1)

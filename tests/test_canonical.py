@@ -88,12 +88,12 @@ def dropped(mask: np.ndarray, tokens: np.ndarray) -> int:
 
 
 def test_sentencepiece_never_writes_what_is_masked_and_documents_begin_anywhere(text):
-    tokenizer = tg.Tokenizer(str(text / "tokenizer.model"), 400, 1)
+    tokenizer = tg.Tokenizer(str(text / "tokenizer.model"), 512, 1)
     mask = tg.canonical_mask(tokenizer)
     rows = np.unpackbits(mask, axis=1, bitorder="little")
     assert rows.sum() > 200 and not rows[1].any() and not rows[:, 1].any()
     for name in ("train_000001", "val_000000"):
-        assert dropped(mask, tg.read_shard(text / f"x_{name}.bin", 400).astype(np.int64)) == 0
+        assert dropped(mask, tg.read_shard(text / f"x_{name}.bin", 512).astype(np.int64)) == 0
     one = sentencepiece.SentencePieceProcessor(str(text / "tokenizer.model"))
     pairs = np.argwhere(rows)
     for i, j in pairs[np.random.default_rng(0).permutation(len(pairs))[:300]]:
@@ -143,7 +143,7 @@ def test_gpt2_never_writes_what_is_masked(gpt2_files):
 
 
 def test_the_last_evaluation_takes_the_impossible_tokens_share_and_says_what_it_was(text):
-    flags = {"vocab": 400, "doc_token": 1, "tokenizer": str(text / "tokenizer.model")}
+    flags = {"vocab": 512, "doc_token": 1, "tokenizer": str(text / "tokenizer.model")}
     trainer = parts(text, canonical_mask=1, head_init="0.2", ema=0.9, **flags)
     log = []
     trainer.run.log, trainer.run.metric = log.append, lambda *values, **more: None
@@ -161,8 +161,8 @@ def test_the_last_evaluation_takes_the_impossible_tokens_share_and_says_what_it_
     with torch.no_grad():
         p = trainer.model.logits(trainer.model.hidden(x, 1, 0)).double().softmax(-1)
         found = trainer.model(x, y, impossible=trainer.impossible).double()
-    left = p[..., :400] * (1 - torch.from_numpy(rows[:, :400].astype(float))[x])
-    mass = left.sum(-1) + p[..., 400:].sum(-1)
+    left = p[..., :512] * (1 - torch.from_numpy(rows[:, :512].astype(float))[x])
+    mass = left.sum(-1) + p[..., 512:].sum(-1)
     want = -(left.gather(-1, y[..., None])[..., 0] / mass).log().flatten()
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
     plain = -p.gather(-1, y[..., None])[..., 0].log().flatten()
@@ -173,8 +173,8 @@ def test_the_last_evaluation_takes_the_impossible_tokens_share_and_says_what_it_
 def test_text_of_another_tokenizer_is_refused(text, tmp_path):
     rng = np.random.default_rng(0)
     for name in ("train", "val"):
-        write_shard(tmp_path / f"x_{name}_000000.bin", rng.integers(0, 400, 4000))
-    flags = {"vocab": 400, "doc_token": 1, "tokenizer": str(text / "tokenizer.model")}
+        write_shard(tmp_path / f"x_{name}_000000.bin", rng.integers(0, 512, 4000))
+    flags = {"vocab": 512, "doc_token": 1, "tokenizer": str(text / "tokenizer.model")}
     with pytest.raises(tg.UserError, match="of the validation text stand where"):
         parts(tmp_path, canonical_mask=1, **flags)
 
@@ -195,7 +195,7 @@ def test_it_needs_a_tokenizer():
 @pytest.mark.parametrize("mode", list(score.SCORERS))
 def test_scorers_prove_and_decode_what_the_mask_gains(mode, text):
     cfg = tiny(
-        vocab=400,
+        vocab=512,
         doc_token=1,
         tokenizer=str(text / "tokenizer.model"),
         dim=64,
@@ -203,7 +203,7 @@ def test_scorers_prove_and_decode_what_the_mask_gains(mode, text):
         seq_len="16",
         head_init="0.2",
     )
-    tokens = tg.read_shard(text / "x_val_000000.bin", 400)[:61]
+    tokens = tg.read_shard(text / "x_val_000000.bin", 512)[:61]
 
     def scorer(canonical: int) -> score.Sliding:
         how = score.OneScore(mode=mode, stride=8, ttt_chunk=20, ttt_lr=0.01, lora_rank=2)

@@ -110,7 +110,7 @@ def test_prefixes_of_gpt2_are_those_of_brute_force(gpt2_files):
 
 
 def test_prefixes_of_a_sentencepiece_model_are_those_of_brute_force(text):
-    tokenizer = tg.Tokenizer(str(text / "tokenizer.model"), 400, 0)
+    tokenizer = tg.Tokenizer(str(text / "tokenizer.model"), 512, 0)
     pieces = tokenizer.pieces()
     found = tg.longest_prefixes(pieces)
     for i, wanted in enumerate(by_brute_force(pieces)):
