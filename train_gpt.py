@@ -2326,7 +2326,6 @@ class Attention(Declaring):
         gains = cfg.layer_norm and cfg.qk_norm
         self.declare("qk_gains", "scalar", 1.0, 2, self.head_dim, on=gains)
         self.neighbours = rotary_dims(cfg) if cfg.rope == "interleaved" else 0
-        self.declare("iha", "scalar", identities, 3, cfg.heads, cfg.heads, on=cfg.iha)
         self.declare_by_index(cfg, index, values)
 
     def declare_by_index(self, cfg: Config, index: int, values: bool) -> None:
@@ -2340,6 +2339,7 @@ class Attention(Declaring):
         shape = (self.kv_heads, sum(self.value_dims))
         on = bool(cfg.value_proj or cfg.value_gate) and shape[1] > 0
         self.declare("value_gate", "matrix", 0.0, *shape, on=self.has_values and on)
+        self.declare("iha", "scalar", identities, 3, cfg.heads, cfg.heads, on=cfg.iha)
         own = {"rate": 0.8, "betas": (0.9, 0.95)}  # slowrun's
         self.has_alpha = bool(cfg.xsa_learned) and has_xsa_alpha(cfg, index)
         self.steered = bool(cfg.gate_nets) and net_of(cfg, index) >= 0

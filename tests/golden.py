@@ -129,6 +129,13 @@ RECORD = {
     "tail_ema": "0 2s:3",
     "shuffle": 0,
 }
+
+
+def fitted_lists() -> list[str]:
+    """RECORD as flags, for heads of any width."""
+    return [w for k, v in RECORD.items() if k != "head_dim" for w in (f"--{k}", str(v))]
+
+
 # What a preset needs to keep its mechanisms at this size.
 FITTED = {
     "speedrun": RECORD,

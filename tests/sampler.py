@@ -223,6 +223,7 @@ SILENT = {
     "distill_temperature",
     "fitness_tokens",
     "late_input",
+    "decay_by_shape",  # no matrix here is taller than wide
 }
 
 

@@ -110,9 +110,7 @@ def test_on_cpu_keeps_the_recipe_of_a_preset(name):
     # a span, or lists of blocks, beyond the layer's four
     fitted = ("--loop", "1:3") if tg.loop_span(plain)[1] > 4 else ()
     if name == "speedrun":
-        fitted = [
-            w for k, v in golden.RECORD.items() if k != "head_dim" for w in (f"--{k}", str(v))
-        ]
+        fitted = golden.fitted_lists()
     layered = preset(name, "on_cpu", flags=fitted)
     for key in (
         "optimizer",
