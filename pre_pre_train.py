@@ -170,7 +170,7 @@ IDLE = {
         *("track", "average_epochs", "export", "export_codec", "artifact_limit", "gptq", "qat"),
         *("qat_noise", "cycles", "cycle_lr", "cycle_decay", "perturb", "distill", "distill_from"),
         *("distill_temperature", "teacher", "fitness_tokens", "prefix_loss"),
-        *("bos_rows", "doc_cap", "sampled_classes"),
+        *("bos_rows", "doc_cap", "sampled_classes", "canonical_mask"),
     )
 }
 IDLE |= TEXT | {"export": ""}

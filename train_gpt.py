@@ -1121,7 +1121,8 @@ class ModelConfig(Section):
     late_input: str = ""  # "7": attention of all blocks behind block 7 reads block 7's output
     # "0,4": a small net reads the input of block 0, another that of block 4. Each gives, by token,
     # factors of the blocks from its own to the next net's: xsa_learned's, head gates of
-    # attn_gate_layers (where attn_gate is 0), x0_layers' shares, skip_gate's (where skip_dims is 0)
+    # attn_gate_layers (where attn_gate is 0), x0_layers' shares and there those of bigram_rows,
+    # skip_gate's (where skip_dims is 0)
     gate_nets: str = ""
     # "x0,7": a net gives, by token, what the last block's values and input take of the embedding,
     # block 7's output and that input, and the factors of post_lambda, x0_lambda, value_layers there
@@ -1590,7 +1591,7 @@ class Lane(NamedTuple):
     start: float
 
 
-BIGRAM_SHARE = 0.05  # what places take of the table of pairs at first (modded-nanogpt)
+BIGRAM_SHARE = 0.05  # what places take of bigram_rows' table at first (modded-nanogpt)
 NET_SCALE = 0.1  # of the nets' outputs: learned from there by gate_nets, fixed in mudd
 
 
@@ -1630,14 +1631,14 @@ def mudd_starts(cfg: Config) -> list[float]:
     """
     Of what the net before the last block gives: by source and for the input itself, to values and
     to the stream; to each half of the table's heads; factors of attention, shares of the embedding
-    and, where nets give it, of the pairs, factors of the MLP (modded-nanogpt #81, after arXiv
-    2502.12170).
+    and, where nets give it, of bigram_rows' table, factors of the MLP (modded-nanogpt #81, after
+    arXiv 2502.12170).
     """
     shares = [0.0] * (len(sources_of(cfg.mudd)) + 1)
     of_table = [2.0, 2.0] if cfg.depth - 1 in value_tables(cfg) else []
     factors = [cfg.resid_lambda or 1.0, cfg.post_lambda]
-    of_pairs = [BIGRAM_SHARE] if pairs_by_nets(cfg) else []
-    return [*shares, *shares, *of_table, *factors, cfg.x0_lambda, *of_pairs, *factors]
+    of_bigram = [BIGRAM_SHARE] if bigram_by_nets(cfg) else []
+    return [*shares, *shares, *of_table, *factors, cfg.x0_lambda, *of_bigram, *factors]
 
 
 def final_starts(cfg: Config) -> list[float]:
@@ -1646,15 +1647,15 @@ def final_starts(cfg: Config) -> list[float]:
     return [-share if word == str(block) else 0.0 for word in sources_of(cfg.mudd_final)]
 
 
-def pairs_by_nets(cfg: Config) -> bool:
+def bigram_by_nets(cfg: Config) -> bool:
     """
-    Whether the shares of the table of pairs are given by token, to the blocks that have one of the
-    embedding; the first takes it before it begins.
+    Whether the shares of the table of bigram_rows are given by token, to the blocks that have one
+    of the embedding; the first takes it before it begins.
     """
     return cfg.bigram_rows > 0 and bool(cfg.gate_nets)
 
 
-def has_pairs_given(cfg: Config, block: int) -> bool:
+def has_bigram_given(cfg: Config, block: int) -> bool:
     steered = net_of(cfg, block) >= 0 and has_x0_share(cfg, block)
     return 0 < block < cfg.depth and (steered or is_in_mudd(cfg, block))
 
@@ -1730,9 +1731,13 @@ def check_sampled(cfg: Config) -> None:
     )
 
 
+def head_rows(cfg: Config) -> int:
+    return -(-cfg.vocab // cfg.head_multiple) * cfg.head_multiple
+
+
 def classes_of(cfg: Config) -> int:
     """How many rows of the head have a logit."""
-    return cfg.vocab if cfg.pad_vocab else -(-cfg.vocab // cfg.head_multiple) * cfg.head_multiple
+    return cfg.vocab if cfg.pad_vocab else head_rows(cfg)
 
 
 def candidates(targets: np.ndarray, count: int, classes: int, start: int) -> np.ndarray:
@@ -2378,7 +2383,7 @@ class Attention(Declaring):
         qkv = qkv.view(B, T, -1, self.head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.has_values:
-            v = self.joined(v, x_BTD, values)
+            v = self.with_values(v, x_BTD, values)
         if self.qk_norm:
             q_scale, k_scale = self.qk_gains if self.qk_gains is not None else (None, None)
             q, k = layer_norm(q, self.eps, q_scale), layer_norm(k, self.eps, k_scale)
@@ -2412,7 +2417,7 @@ class Attention(Declaring):
             at = high
         return torch.cat([*parts, k[..., at:]], dim=-1)
 
-    def joined(self, v: Tensor, x_BTD: Tensor, values: Tensor) -> Tensor:
+    def with_values(self, v: Tensor, x_BTD: Tensor, values: Tensor) -> Tensor:
         """Values v [B, T, H, K] and those that come from outside, [B, T, H*K], by their gate."""
         values = values.view_as(v)
         if self.value_gate is None:
@@ -2500,7 +2505,7 @@ class Block(Declaring):
         self.has_share = bool(cfg.x0_lambda or cfg.x0_layers or cfg.mudd) and has_share(cfg, index)
         steered = bool(cfg.gate_nets) and net_of(cfg, index) >= 0
         self.share_given = self.in_mudd or self.has_share and steered
-        self.pairs_given = pairs_by_nets(cfg) and has_pairs_given(cfg, index)
+        self.bigram_given = bigram_by_nets(cfg) and has_bigram_given(cfg, index)
         start, own = cfg.x0_lambda, self.has_share and not self.share_given
         self.declare("x0_lambda", "scalar", start, 1, on=(cfg.x0_lambda or cfg.x0_layers) and own)
         # A branch that is missing has no factors, but for what the embedding's share joins.
@@ -2546,8 +2551,8 @@ class Block(Declaring):
             share = given["x0"]
         if self.has_share and not self.by_branch:
             x = x + share.to(x.dtype) * x0
-        if self.pairs_given and not self.by_branch:
-            x = x + given["pairs"]
+        if self.bigram_given and not self.by_branch:
+            x = x + given["bigram"]
         values = given["values"] if self.values_given else None
         if self.value_proj is not None:
             values = self.linear(x0, "value_proj")
@@ -2563,8 +2568,8 @@ class Block(Declaring):
             x = self.resid_lambda[0].to(x.dtype) * x
         if self.has_share and self.by_branch:
             x = x + share.to(x.dtype) * x0
-        if self.pairs_given and self.by_branch:
-            x = x + given["pairs"]
+        if self.bigram_given and self.by_branch:
+            x = x + given["bigram"]
         if not self.no_mlp:
             y = self.mlp(branch(x, second))
             x = self.joined(x, self.drop(y, self.mlp_dropout), 1, given)
@@ -2834,7 +2839,7 @@ class GPT(Declaring):
     def __init__(self, cfg: Config, dtype: torch.dtype, seq_len: int):
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
-        self.head_rows = -(-cfg.vocab // cfg.head_multiple) * cfg.head_multiple
+        self.head_rows = head_rows(cfg)
         self.declare("head", "head", head_start(cfg), self.head_rows, cfg.dim)
         self.declare("head_bias", "scalar", 0.0, self.head_rows, on=cfg.biases)
         rows = self.head_rows if cfg.pad_vocab or cfg.untie_at else cfg.vocab
@@ -2857,8 +2862,8 @@ class GPT(Declaring):
         self.declare("loop_embed", "scalar", 0.0, places, cfg.dim, on=cfg.loop_embed)
         self.declare("value_embeds", "embed", normal(1.0), tables, cfg.vocab, cfg.dim, on=tables)
         self.declare("value_scales", "scalar", 0.0, places, tables, cfg.dim, on=tables)
-        pairs = {"on": cfg.bigram_rows, "betas": (0.75, 0.95)}  # modded-nanogpt's
-        self.declare("bigram", "embed", 0.0, cfg.bigram_rows, cfg.dim, **pairs)
+        own = {"on": cfg.bigram_rows, "betas": (0.75, 0.95)}  # modded-nanogpt's
+        self.declare("bigram", "embed", 0.0, cfg.bigram_rows, cfg.dim, **own)
         on = cfg.bigram_rows and not cfg.gate_nets
         self.declare("bigram_scales", "scalar", BIGRAM_SHARE, places, on=on)
         shape = (high - low, max(1, most - 1), cfg.dim)
@@ -3023,7 +3028,7 @@ class GPT(Declaring):
                 if at == 0:  # modded-nanogpt: the stream begins so, and is c0 for nets
                     x, begun = x + share, x0 + share
                 else:
-                    given["pairs"] = share
+                    given["bigram"] = share
             if place.in_mudd:
                 table = values[-1] if self.cfg.bigram_rows else None
                 x = self.mixed(x, begun, latest, rows, table, given)
@@ -3084,12 +3089,13 @@ class GPT(Declaring):
         x0: Tensor,
         latest: dict[int, Tensor],
         rows: list[Tensor],
-        pairs: Tensor | None,
+        bigram: Tensor | None,
         given: dict[str, Tensor],
     ) -> Tensor:
         """
         mudd before the last block: its input with shares of earlier ones, [B, T, D]; into `given`,
         what joins the values, and the block's factors. All of them are read from x as it comes.
+        bigram: rows of the table of bigram_rows.
         """
         sources = [*self.sources(self.cfg.mudd, x0, latest, rows), x]
         numbers = list((NET_SCALE * self.mudd(x)).split(1, dim=-1))
@@ -3101,7 +3107,7 @@ class GPT(Declaring):
             values = values + torch.cat([share * half for share, half in halves], dim=-1)
         resid, post, given["x0"] = take(3)
         if self.cfg.bigram_rows and self.cfg.gate_nets:
-            given["pairs"] = numbers.pop(0) * pairs
+            given["bigram"] = numbers.pop(0) * bigram
         last_resid, last_post = take(2)
         given["resid"], given["post"] = (resid, last_resid), (post, last_post)
         given["values"] = values
@@ -3173,8 +3179,7 @@ class GPT(Declaring):
 
     @property
     def logit_rows(self) -> int:
-        """How many rows of the head have a logit."""
-        return self.cfg.vocab if self.cfg.pad_vocab else len(self.head)
+        return classes_of(self.cfg)
 
     def logits(self, x: Tensor, head: Tensor | None = None) -> Tensor:
         """activations [..., D] -> fp32 logits [..., V]; head: the same in another type."""
@@ -5238,7 +5243,7 @@ class Merges:
 
     def __init__(self, ids: dict[bytes | str, int]):
         """ids: of every piece that merging makes or begins with, in the order of the merges."""
-        self.ids, known = ids, {i: merge_history(piece, ids) for piece, i in ids.items()}
+        known = {i: merge_history(piece, ids) for piece, i in ids.items()}
         self.histories = {i: history for i, history in known.items() if history}
         beginning = defaultdict(list)  # by piece: tokens that begin with it, and from when to when
         self.rules = defaultdict(list)  # by left piece: rank of the merge, tokens behind the border
@@ -7154,7 +7159,7 @@ FREE_ON_RESUME = set(
 )
 # What is asked for behind the last step alone: an unfinished run may change it, or its end might be
 # impossible.
-AFTER_TRAINING = set("export export_codec artifact_limit gptq final_weights canonical_mask".split())
+AFTER_TRAINING = {"export", "export_codec", "artifact_limit", "gptq", "final_weights"}
 # Flags that this version lacks: {name: the value at which it did nothing}. What was written with
 # that value is read as if the name were not there; any other value is an error. A flag that is new
 # has such a value as its default, so what was written before it means what it meant.
@@ -7732,8 +7737,8 @@ def warm_up(trainer: Trainer) -> None:
                 if now:
                     some = ()
                     if trainer.cfg.sampled_classes != "0" and now.sampled_classes:
-                        some = [torch.arange(now.sampled_classes, device=run.device)]
-                        some = (some[0].repeat(shape.rows, 1),)
+                        classes = torch.arange(now.sampled_classes, device=run.device)
+                        some = (classes.repeat(shape.rows, 1),)
                     loss_terms(trainer, x, y, now, *some).sum().backward()
                     if several:
                         trainer.opt.collect(last=True)

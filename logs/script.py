@@ -150,7 +150,7 @@ class Fixed:
 PURE = (
     "head_width hidden_width rotary_dims loop_span is_number extra_terms drop_chance is_windowed "
     "is_constant is_averaged largest layer_order Schedule own_rates decays_of tail_shares "
-    "centering_notices has_meta_step matrix_factors last_tied classes_of "
+    "centering_notices has_meta_step matrix_factors last_tied classes_of head_rows "
     "later_targets offset_dims yarn_growths yarn_stages blocks_of value_tables value_dims "
     "gated_skips backed_out sources_of mudd_starts final_starts"
 ).split()

@@ -109,3 +109,16 @@ def text(tmp_path_factory):
         tokens = [t for one in some for t in (1, *tokenizer.encode(one))]
         write_shard(folder / f"x_{name}.bin", tokens)
     return folder
+
+
+@pytest.fixture
+def doubles():
+    """Everything in fp64."""
+    import torch
+
+    from logs import explain_centering
+
+    torch.set_default_dtype(torch.float64)
+    with explain_centering.in_float64():
+        yield
+    torch.set_default_dtype(torch.float32)

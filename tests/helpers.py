@@ -1,5 +1,6 @@
 """Plain functions that several test files share (fixtures are in conftest.py)."""
 
+import itertools
 import json
 import lzma
 import sys
@@ -13,7 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt as tg  # noqa: E402
 
-TEXTS = [json.loads(x)["text"] for x in lzma.open(ROOT / "data" / "sample.jsonl.xz")][:60]
+with lzma.open(ROOT / "data" / "sample.jsonl.xz") as lines:  # no more of it is unpacked
+    TEXTS = [json.loads(line)["text"] for line in itertools.islice(lines, 60)]
 # what SentencePiece trains on: it leaves lines of more than 4,192 bytes out
 SENTENCES = [part[:2000] for one in TEXTS[:30] for part in one.splitlines() if part]
 SENTENCES += ["a naïve café, über résumé: déjà vu"]  # letters of two bytes

@@ -222,8 +222,7 @@ SILENT = {
     "cycle_decay",
     "distill_temperature",
     "fitness_tokens",
-    "late_input",
-    "decay_by_shape",  # no matrix here is taller than wide
+    "late_input",  # right behind that block, attention reads its output anyway
 }
 
 
@@ -263,7 +262,10 @@ def sample(seed: int) -> dict:
     for name in names:  # most alone would be refused: bring along what they need
         if name in needed and needed[name] not in names and rng.random() < 0.9:
             names.append(needed[name])
-    return {name: rng.choice(SWITCHES[name]) for name in names}
+    flags = {name: rng.choice(SWITCHES[name]) for name in names}
+    if "decay_by_shape" in flags:  # else no matrix is taller than wide
+        flags["mlp_ratio"] = 2.0
+    return flags
 
 
 def make_data(folder: Path) -> str:

@@ -1362,19 +1362,24 @@ def test_ranks_of_the_slowrun_records_give_the_same_losses(server, flags, tmp_pa
             assert other[key] == pytest.approx(one, rel=1e-4, abs=1e-6), key
 
 
+def ends_the_same_from(server, argv: list[str], folder: Path, steps: tuple[int, ...]) -> None:
+    """A run of 8 steps, continued from its checkpoint of each of these, ends with its own bits."""
+    succeed(server.run(*argv, cwd=folder))
+    whole = folder / "logs/tiny"
+    for step in steps:
+        again = folder / str(step)
+        _copy(whole, again / "logs/tiny")
+        for later in range(step + 1, 9):
+            shutil.rmtree(again / f"logs/tiny/ckpt/{later:06d}")
+        (again / "logs/tiny/result.json").unlink()
+        succeed(server.run(*argv, "--resume", cwd=again))
+        same_end(again / "logs/tiny", whole)
+
+
 def test_a_broken_run_of_the_slowrun_records_ends_with_the_same_bits(server, flags, tmp_path):
     """Whatever it is in: tables, windows and weights of the losses are reckoned from the step."""
     argv = flags(**RECORDS | {"save_every": 1, "keep": 9, "attn_dropout": 0.1, "export": "int8"})
-    succeed(server.run(*argv, cwd=tmp_path))
-    whole = tmp_path / "logs/tiny"
-    for step in (1, 3, 5):
-        folder = tmp_path / str(step)
-        _copy(whole, folder / "logs/tiny")
-        for later in range(step + 1, 9):
-            shutil.rmtree(folder / f"logs/tiny/ckpt/{later:06d}")
-        (folder / "logs/tiny/result.json").unlink()
-        succeed(server.run(*argv, "--resume", cwd=folder))
-        same_end(folder / "logs/tiny", whole)
+    ends_the_same_from(server, argv, tmp_path, (1, 3, 5))
 
 
 SPEEDRUN = {
@@ -1452,16 +1457,7 @@ def test_a_broken_run_of_the_speedrun_records_ends_with_the_same_bits(
 ):
     """Tied or not, inside a shard, with a gradient that waits for the next, in any stage."""
     argv = speedrun(part, save_every=1, keep=9, export="int8")
-    succeed(server.run(*argv, cwd=tmp_path))
-    whole = tmp_path / "logs/tiny"
-    for step in steps:
-        folder = tmp_path / str(step)
-        _copy(whole, folder / "logs/tiny")
-        for later in range(step + 1, 9):
-            shutil.rmtree(folder / f"logs/tiny/ckpt/{later:06d}")
-        (folder / "logs/tiny/result.json").unlink()
-        succeed(server.run(*argv, "--resume", cwd=folder))
-        same_end(folder / "logs/tiny", whole)
+    ends_the_same_from(server, argv, tmp_path, steps)
 
 
 @pytest.fixture(scope="session", autouse=True)

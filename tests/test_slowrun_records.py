@@ -11,7 +11,7 @@ from helpers import OneOf, alone, build, parts, random_tokens, tg, tiny
 from test_model import preset
 from torch.utils.flop_counter import FlopCounterMode
 
-from logs import explain_centering, score
+from logs import score
 
 CPU = torch.device("cpu")
 
@@ -29,15 +29,6 @@ def share(folder, rank: int = 0, world: int = 1, **changes) -> tg.Trainer:
 def gradients(p: tg.Trainer, step: int = 0) -> dict[str, torch.Tensor]:
     tg.train_step(p, step, p.plan.at(step, step / p.cfg.steps))
     return {name: w.grad.clone() for name, w in p.model.named_parameters()}
-
-
-@pytest.fixture
-def doubles():
-    """Everything in fp64."""
-    torch.set_default_dtype(torch.float64)
-    with explain_centering.in_float64():
-        yield
-    torch.set_default_dtype(torch.float32)
 
 
 def doubled(p: tg.Trainer) -> tg.Trainer:

@@ -6,19 +6,10 @@ import pytest
 import torch
 from helpers import build, random_tokens, tg, tiny
 
-from logs import explain_centering, score
+from logs import score
 
 # Nothing that starts at zero hides a part.
 LIVELY = {"depth": 6, "heads": 4, "head_init": "0.2", "proj_init": 1.0}
-
-
-@pytest.fixture
-def doubles():
-    """Everything in fp64."""
-    torch.set_default_dtype(torch.float64)
-    with explain_centering.in_float64():
-        yield
-    torch.set_default_dtype(torch.float32)
 
 
 def noisy(seed: int = 0, **changes) -> tg.GPT:
