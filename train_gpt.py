@@ -4701,7 +4701,8 @@ class Loader:
         by their tokens is refused.
         """
         cfg, steps, drawn = self.cfg, plan.cfg.steps, 0
-        counted = [key for key in ("lr_cycles", "average_epochs") if getattr(cfg, key)]
+        counted = ["lr_cycles"] if cfg.lr_cycles else []
+        counted += ["average_epochs"] if cfg.average_epochs else []
         counted += ["eval_every"] if cfg.eval_every < 0 and not cfg.cycles else []
         require(
             not counted,
@@ -4710,10 +4711,9 @@ class Loader:
         )
         try:
             for step in range(steps):
-                keys = ("batch_tokens", "seq_len", "doc_cap")
-                sizes = [int(plan.sched[key].at(step, step / steps)) for key in keys]
-                self.next_documents(step, *sizes)
-                drawn += sizes[0]
+                now = plan.at(step, step / steps)
+                self.next_documents(step, now.batch_tokens, now.seq_len, now.doc_cap)
+                drawn += now.batch_tokens
         except OutOfData:
             more = math.ceil(len(self.files) * plan.tokens() / max(1, drawn)) + 1
             raise UserError(
@@ -7541,9 +7541,8 @@ def build(cfg: Config, run: Run) -> Trainer:
     loader.open_shards()
     tokenizer = open_tokenizer(cfg, run) if cfg.tokenizer else None
     val = run.together(lambda: Validation(cfg, plan, tokenizer))
-    trainer = assemble(cfg, run, plan, loader, val, tokenizer)
-    if cfg.canonical_mask:
-        trainer.impossible = find_impossible(run, tokenizer, val)
+    impossible = find_impossible(run, tokenizer, val) if cfg.canonical_mask else None
+    trainer = assemble(cfg, run, plan, loader, val, tokenizer, impossible)
     if cfg.export:
         for line in check_artifact(cfg, trainer.model):
             run.log(f"notice: {line}")
@@ -7578,7 +7577,13 @@ def open_tokenizer(cfg: Config, run: Run) -> Tokenizer | None:
 
 
 def assemble(
-    cfg: Config, run: Run, plan: Plan, loader, val, tokenizer: Tokenizer | None
+    cfg: Config,
+    run: Run,
+    plan: Plan,
+    loader,
+    val,
+    tokenizer: Tokenizer | None,
+    impossible: Tensor | None = None,
 ) -> Trainer:
     """Model and optimizer to go with the data; pre_pre_train.py brings other data."""
     model = build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
@@ -7616,6 +7621,7 @@ def assemble(
         val,
         tokenizer,
         build_teacher(cfg, run, plan) if cfg.distill else None,
+        impossible,
     )
 
 

@@ -5,10 +5,12 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -30,27 +32,45 @@ PRESETS = {
     "slowrun": "slowrun_cpu --train_tokens 0 --average_epochs 0 --lr_cycles 0 --export int8 "
     "--repeats 2 --cycles 2 --perturb 0.1 --distill 0.45 --fitness_tokens 300",
     "centering": "centering_cpu --mu_loss 0.1 --z_loss 1e-4 --ema 0.9",
+    # on text, as its mask of tokens and its prefixes are of a tokenizer
+    "speedrun": "speedrun on_cpu --dim 64 --heads 4 --head_dim 16 --shuffle 0 --export int8 "
+    "--eval_seq_len 0",
 }
 
 
+def words_of(name: str) -> list[str]:
+    """The preset and all flags of a run."""
+    own, flags = shlex.split(PRESETS[name]), shlex.split(FLAGS)
+    if name == "speedrun":
+        fitted = golden.fitted_lists()
+        pairs = dict(zip(fitted[::2], fitted[1::2]))
+        lists = {k: v for k, v in pairs.items() if k not in (*own, *flags)}
+        own += [word for pair in lists.items() for word in pair]
+        flags[flags.index("--tokenizer=")] = "--tokenizer=tokens/tokenizer.model"
+    return own + flags
+
+
 @pytest.fixture(scope="module")
-def scripts(tmp_path_factory):
+def scripts(tmp_path_factory, text):
     """(folder, script) of a preset, made when it is first asked for."""
     made = {}
 
     def ask(name: str):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            (folder / "tokens").mkdir()
-            rng = np.random.default_rng(0)
-            for split, count in (("train", 20000), ("val", 2049)):
-                shard = folder / "tokens" / f"x_{split}_000000.bin"
-                write_shard(shard, rng.integers(0, 64, count) ** 2 % 512)
+            if name == "speedrun":
+                shutil.copytree(text, folder / "tokens")
+            else:
+                (folder / "tokens").mkdir()
+                rng = np.random.default_rng(0)
+                for split, count in (("train", 20000), ("val", 2049)):
+                    shard = folder / "tokens" / f"x_{split}_000000.bin"
+                    write_shard(shard, rng.integers(0, 64, count) ** 2 % 512)
             os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
             before = os.getcwd()
             os.chdir(folder)
             try:
-                request = script.read_request(f"{PRESETS[name]} {FLAGS}".split())
+                request = script.read_request(words_of(name))
                 (folder / "script.py").write_text(script.script_of(request))
             finally:
                 os.chdir(before)
@@ -88,9 +108,16 @@ def told(folder, name: str) -> tuple[list[dict], dict, dict]:
 
 
 def trainer(folder, name: str, run_name: str, ranks: int = 1) -> None:
-    flags = f"{PRESETS[name]} {FLAGS}".split()
     if not (folder / "logs" / run_name).exists():
-        run(folder, ROOT / "train_gpt.py", "--config", *flags, "--run", run_name, ranks=ranks)
+        run(
+            folder,
+            ROOT / "train_gpt.py",
+            "--config",
+            *words_of(name),
+            "--run",
+            run_name,
+            ranks=ranks,
+        )
 
 
 def same(folder, a: str, b: str) -> None:
