@@ -3980,8 +3980,11 @@ def descend_on_sphere(w: Tensor, u: Tensor, lr: Tensor) -> None:
     """MuonH (modded-nanogpt track 3, #5): a step of lr times the norm of w, which stays."""
     x, u = w.float(), u.float()
     size = frobenius(x)
-    y = x - lr * size / frobenius(u).clamp_min(1e-30) * u
-    w.copy_(y * (size / frobenius(y).clamp_min(1e-30)))
+    step = lr * size / frobenius(u).clamp_min(1e-30)
+    # |x - step u| by its parts: a norm of the difference itself ends torch.compile (2.13) in a KeyError
+    along = (x * u).sum((-2, -1), keepdim=True)
+    length = (size.square() * (1 + lr * lr) - 2 * step * along).clamp_min(1e-30).sqrt()
+    w.copy_((x - step * u) * (size / length))
 
 
 class Bucket:
@@ -7096,12 +7099,16 @@ SECTIONS = (
 )
 
 
+Table = Annotated[dict, tyro.conf.Suppress]  # of a preset, and no flag
+
+
 @dataclass
 class Config(*reversed(SECTIONS)):  # of which the last one's fields come first
     """Every flag, and the tables of a preset that other programs read in the run's folder."""
 
-    rule: Annotated[dict, tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
-    score: Annotated[dict, tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
+    # no help in their metadata would make tyro read this file once for each class
+    rule: Table = dataclasses.field(default_factory=dict, metadata={"help": ""})
+    score: Table = dataclasses.field(default_factory=dict, metadata={"help": ""})
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
