@@ -260,7 +260,8 @@ def like_pr63(model: dict, seq_len: int) -> dict:
     cfg = Config(**model)
     if cfg.window_pattern and cfg.window != "0":
         model = model | {"window": str(seq_len // 2 + 1)}
-    if not (cfg.loop_embed or cfg.value_embeds or cfg.cross_repeat or cfg.unet == 1):
+    by_place = cfg.loop_embed, cfg.value_embeds, cfg.second_embed, cfg.cross_repeat, cfg.unet == 1
+    if not any(by_place):
         model = model | {"repeats": "1"}
     return model | LIKE_PR63
 

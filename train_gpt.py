@@ -491,7 +491,7 @@ class Plan:
     def eval_shape(self, now: Now) -> Shape:
         rows = max(1, self.cfg.micro_tokens // self.eval_seq_len)
         length, far = self.eval_seq_len, now.window_long
-        if self.cfg.eval_window_long and far == yarn_stages(self.cfg)[-1]:
+        if self.cfg.eval_window_long and far == long_windows(self.cfg)[-1]:
             far = self.cfg.eval_window_long
         return Shape(rows, length, now.repeats, now.window, now.passes, far)
 
@@ -1086,6 +1086,7 @@ class ModelConfig(Section):
     layer_scale: int = 0  # 1: normed inputs of block l's branches are divided by sqrt(l + 1)
     loop_embed: int = 0  # 1: each place adds a learned vector
     value_embeds: int = 0  # token tables of which each place adds a learned share; 0: none
+    second_embed: int = 0  # 1: another embedding, normed, of which each place adds a learned share
     # rows of a table for a token and the one before it, by a hash, of which each place adds a
     # learned share, at first .05; 0: none
     bigram_rows: int = 0
@@ -1137,7 +1138,8 @@ class ModelConfig(Section):
     window_long: str = "0"  # [sched] keys a token sees in an L block; 0: the whole row
     # the same in evaluation, once window_long has its last value; 0: that value
     eval_window_long: int = 0
-    # 1: where window_long grows, rotations slow down and attention sharpens (YaRN), in all blocks
+    # where window_long grows, rotations slow down and attention sharpens (YaRN), in all blocks:
+    # 1: always; more: until it has this value
     yarn: int = 0
     loop: str = ""  # "a:b": blocks a..b-1 are applied `repeats` times; empty: none
     repeats: str = "1"  # [sched] passes through the looped blocks
@@ -1186,7 +1188,7 @@ class ModelConfig(Section):
     LIMITS = limits(
         (0, 1, "layer_norm embed_norm qk_norm iha block_scales layer_scale loop_embed"),
         (0, 1, "cross_repeat doc_mask tie_embed pad_vocab mu_centering norm_eps xsa_learned"),
-        (0, 1, "norm_gain biases yarn"),
+        (0, 1, "norm_gain biases second_embed"),
         (0, 100, "post_lambda value_init attn_proj_init"),
         (0, 2, "unet"),
         (0, BELOW_ONE, "attn_dropout mlp_dropout stoch_depth"),
@@ -1194,7 +1196,7 @@ class ModelConfig(Section):
         (0, 100, "q_gain resid_lambda embed_init init_std proj_init bias_init value_embeds"),
         (0, 1000, "attn_scale mlp_ratio z_loss"),
         (0, 10**6, "softcap softcap_in mu_loss"),
-        (0, 10**9, "window window_long eval_window_long"),
+        (0, 10**9, "window window_long eval_window_long yarn"),
         (0, 65536, "kv_heads head_dim attn_gate value_proj smear skip_dims bigram_signs"),
         (0, 2**27, "bigram_rows"),
         (0, 2**17, "sampled_classes"),
@@ -1221,11 +1223,11 @@ class ModelConfig(Section):
         self.check_values()
         self.check_stream()
         self.check_nets()
-        windows = [p.value for p in Schedule("window_long", self.window_long).points]
+        windows = long_windows(self)
         require(
             not self.yarn or windows[0] > 1 and windows == sorted(windows),
-            f"yarn = 1 follows the growth of window_long = {self.window_long!r}: its values must "
-            "grow, from 2 on (as many as the row is long for the whole row)",
+            f"yarn = {self.yarn} follows the growth of window_long = {self.window_long!r}: its "
+            "values must grow, from 2 on (as many as the row is long for the whole row)",
         )
         require(
             not self.eval_window_long or 0 < windows[-1] <= self.eval_window_long,
@@ -1286,6 +1288,11 @@ class ModelConfig(Section):
             ("window_long", "window_pattern, of which it is the L", bool(self.window_pattern)),
             ("eval_window_long", "window_pattern, of which it is the L", bool(self.window_pattern)),
             ("yarn", "a window_long that grows, such as '769 0.5:1025'", len(growing) > 1),
+            (
+                "yarn",
+                "1 or a second value of window_long that is not beyond it",
+                self.yarn < 2 or len(growing) < 2 or long_windows(self)[1] <= self.yarn,
+            ),
             ("rope_dims", "rope = 'standard' or 'interleaved'", self.rope != "truncated"),
             ("key_offset", "rows of 2 tokens or more", shortest > 1),
             (
@@ -1871,13 +1878,20 @@ def layer_norm(x: Tensor, eps: float, gain: Tensor | None) -> Tensor:
     )
 
 
-def yarn_stages(cfg: Config) -> list[int]:
-    """The values of window_long in order: all that yarn depends on, so that nothing is stored."""
+def long_windows(cfg: Config) -> list[int]:
     return [int(p.value) for p in Schedule("window_long", cfg.window_long).points]
 
 
+def yarn_stages(cfg: Config) -> list[int]:
+    """
+    The values of window_long, in order, up to yarn where that is more than 1: all that it depends
+    on, so that nothing is stored.
+    """
+    return [w for w in long_windows(cfg) if cfg.yarn < 2 or w <= cfg.yarn]
+
+
 def yarn_stage(cfg: Config, window_long: int) -> int:
-    """Its place among yarn_stages(); eval_window_long is read with the last one's rotations."""
+    """Its place among yarn_stages(); beyond them, as in evaluation, the last one's rotations."""
     stages = yarn_stages(cfg)
     return stages.index(window_long) if window_long in stages else len(stages) - 1
 
@@ -2862,6 +2876,8 @@ class GPT(Declaring):
         self.declare("loop_embed", "scalar", 0.0, places, cfg.dim, on=cfg.loop_embed)
         self.declare("value_embeds", "embed", normal(1.0), tables, cfg.vocab, cfg.dim, on=tables)
         self.declare("value_scales", "scalar", 0.0, places, tables, cfg.dim, on=tables)
+        self.declare("second_embed", "embed", start, rows, cfg.dim, on=cfg.second_embed)
+        self.declare("second_scales", "scalar", 0.0, places, on=cfg.second_embed)
         own = {"on": cfg.bigram_rows, "betas": (0.75, 0.95)}  # modded-nanogpt's
         self.declare("bigram", "embed", 0.0, cfg.bigram_rows, cfg.dim, **own)
         on = cfg.bigram_rows and not cfg.gate_nets
@@ -3131,9 +3147,13 @@ class GPT(Declaring):
         return [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
 
     def token_values(self, tokens_BT: Tensor) -> list[Tensor]:
-        """The rows [B, T, D] of each value table."""
+        """The rows [B, T, D] of each value table, and those of the second embedding, normed."""
         tables = self.value_embeds if self.cfg.value_embeds else ()
-        return [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
+        values = [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
+        if self.cfg.second_embed:  # modded-nanogpt's track 2
+            x = rows_of(self.second_embed, tokens_BT).to(self.dtype)
+            values.append(self.norm(x, self.cfg.norm_eps))
+        return values
 
     def bigram_values(self, tokens_BT: Tensor, cache=None) -> Tensor:
         """
@@ -3170,6 +3190,8 @@ class GPT(Declaring):
         if self.cfg.value_embeds:
             tables = values[: self.cfg.value_embeds]
             pairs += [(self.value_scales[place.row, table], v) for table, v in enumerate(tables)]
+        if self.second_scales is not None:
+            pairs.append((self.second_scales[place.row], values[self.cfg.value_embeds]))
         if self.bigram_scales is not None:
             pairs.append((self.bigram_scales[place.row], values[-1]))
         if place.last_visit:
@@ -3981,7 +4003,7 @@ def descend_on_sphere(w: Tensor, u: Tensor, lr: Tensor) -> None:
     x, u = w.float(), u.float()
     size = frobenius(x)
     step = lr * size / frobenius(u).clamp_min(1e-30)
-    # |x - step u| by its parts: a norm of the difference itself ends torch.compile (2.13) in a KeyError
+    # |x - step u| by its parts: of the difference, a norm ends torch.compile (2.13) in a KeyError
     along = (x * u).sum((-2, -1), keepdim=True)
     length = (size.square() * (1 + lr * lr) - 2 * step * along).clamp_min(1e-30).sqrt()
     w.copy_((x - step * u) * (size / length))

@@ -260,6 +260,7 @@ def extras(cfg: Config, place: Place) -> list[str]:
     return [
         *([f"loop vector {place.row}"] if cfg.loop_embed else []),
         *([f"value tables by row {place.row}"] if cfg.value_embeds else []),
+        *([f"second embedding by share {place.row}"] if cfg.second_embed else []),
         *([f"pairs by share {place.row}"] if cfg.bigram_rows and not cfg.gate_nets else []),
         *(["value projection"] if has_value_proj(cfg, place.block) else []),
         *([f"value table {place.table}"] if place.table >= 0 else []),

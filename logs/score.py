@@ -694,7 +694,7 @@ class LoRA(Sliding):
 def adapted_matrices(model: tg.GPT) -> dict[str, Tensor]:
     """The large matrices that activations are multiplied with: no table of the input."""
     named = dict(model.named_parameters())
-    tables = ("embed", "value_embeds", "value_tables", "bigram")
+    tables = ("embed", "value_embeds", "value_tables", "second_embed", "bigram")
     return {name: named[name] for name in tg.quantised_names(model) if name not in tables}
 
 

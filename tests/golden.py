@@ -131,6 +131,27 @@ RECORD = {
 }
 
 
+MEDIUM = {
+    "head_dim": 16,
+    "depth": 6,
+    "mlp_ratio": 2,
+    "seq_len": "0:64 2s:128",
+    "batch_tokens": "0:512 2s:1024",
+    "doc_cap": 48,
+    "window": "0:9 2s:25",
+    "window_pattern": "LSSLSL",
+    "window_long": "0:25 2s:41 4s:57",
+    "eval_window_long": 81,
+    "yarn": 41,
+    "skip_gate": "2>4 1>5",
+    "value_layers": "0-1 4-5=0-1",
+    "x0_layers": "0-5",
+    "backout": "3:0.5",
+    "untie_at": "3s",
+    "shuffle": 0,
+}
+
+
 def fitted_lists() -> list[str]:
     """RECORD as flags, for heads of any width."""
     return [w for k, v in RECORD.items() if k != "head_dim" for w in (f"--{k}", str(v))]
@@ -139,6 +160,7 @@ def fitted_lists() -> list[str]:
 # What a preset needs to keep its mechanisms at this size.
 FITTED = {
     "speedrun": RECORD,
+    "speedrun_medium": MEDIUM,
     "remix_a": {"window": 50},
     "remix_m": {"window": 50},
     "golf_baseline": {"export": "int8"} | GROUPED,

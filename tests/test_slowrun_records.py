@@ -536,6 +536,20 @@ def test_yarn_meets_the_vectors_of_the_speedrun():
     assert scales == pytest.approx([0.1, 0.116946, 0.127518, 0.131778], abs=5e-7)
 
 
+def test_yarn_ends_where_it_is_told():
+    """As track 2 has it: rotations and sharpness stay from the window of that value on."""
+    how = {"window_pattern": "SL", "depth": 2, "window_long": "129 0.3:257 0.6:513"}
+    cut, whole = tiny(yarn=257, **how), tiny(yarn=1, **how)
+    tg.validate(cut)
+    for window, same in ((129, 129), (257, 257), (513, 257)):
+        assert torch.equal(frequencies(cut, window), frequencies(whole, same))
+        assert tg.sharpness(cut, window) == tg.sharpness(whole, same)
+    assert tg.rope_tables(cut, 8)[0].size(0) == 2
+    for yarn in (128, 256):  # nothing would grow
+        with pytest.raises(tg.UserError, match=f"yarn = {yarn} .*second value of window_long"):
+            tg.refuse_idle(tiny(yarn=yarn, **how))
+
+
 def test_yarn_is_a_function_of_the_schedule_and_switches_with_it():
     plan = tg.Plan(preset("slowrun_two_hour"))
     at = {s: plan.at(s, s / 4194) for s in (0, 1143, 1144, 2478, 2479, 4193)}

@@ -50,6 +50,7 @@ def plain_like(model: tg.GPT, **changes) -> tg.GPT:
 # What is on, and what its parameters are where it does nothing
 NEUTRAL = [
     ({"smear": 12}, {"smear_lambda": 0.0}),
+    ({"second_embed": 1}, {"second_": 0.0}),
     ({"backout": "3:0.5"}, {"backout": 0.0}),
     ({"value_layers": "1,4-5"}, {"value_tables": 0.0}),
     ({"value_layers": "0-1 4-5=0-1", "value_gate": "6+2"}, {"value_tables": 0.0}),
@@ -109,6 +110,36 @@ def test_smear_is_its_formula_and_knows_no_documents(doubles):
     p["smear_lambda"].fill_(1.0)
     torch.testing.assert_close(model.embedded(x)[:, 1:], e[:, 1:] + 0.5 * e[:, :-1])
     assert torch.equal(model.embedded(x)[:, 0], e[:, 0])
+
+
+@torch.no_grad()
+def test_a_second_embedding_joins_every_blocks_input_normed(doubles):
+    """Its share stands before the factor of the block."""
+    model, reads = noisy(second_embed=1, resid_lambda=1.1, value_embeds=1, bigram_rows=50), []
+    model.bigram_scales.zero_()
+    model.value_scales.zero_()
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: reads.append(args))
+    x, _ = random_tokens(model.cfg, 2, 32)
+    model.hidden(x, 1, 0)
+    for i, (_, _, added, *_) in enumerate(reads):
+        joined = sum(scale * term for scale, term in added)
+        torch.testing.assert_close(joined, model.second_scales[i] * rms(model.second_embed[x]))
+    fresh = build(tiny(second_embed=1, depth=2))
+    assert not fresh.second_scales.any() and fresh.second_embed.std().item() > 0.9
+
+
+def test_track_2_is_counted_to_the_last():
+    """The page's 613,420,440 of records of track 2, less the three scalars that nothing reads."""
+    cfg = tg.parse_args(["--config", "speedrun_medium"])
+    with torch.device("meta"):
+        model = tg.GPT(cfg, torch.float32, 8)
+    size = {name: p.numel() for name, p in model.named_parameters()}
+    of = lambda *words: sum(n for name, n in size.items() if any(w in name for w in words))
+    assert of("attn.qkv", "attn.proj") == 67_108_864 and of(".mlp.") == 134_217_728
+    assert size["head"] == size["embed"] == size["second_embed"] == 51_511_296
+    assert size["value_tables"] == 257_556_480 and of("_gate") - of("skip_gates") == 3_392 - 48
+    assert sum(size.values()) == 613_420_440 - 3
 
 
 @torch.no_grad()
