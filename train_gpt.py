@@ -50,6 +50,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import typing
@@ -74,6 +75,7 @@ from safetensors.torch import load as tensors_of_bytes
 from safetensors.torch import save as tensors_as_bytes
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
@@ -549,7 +551,9 @@ class RunConfig(Section):
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # of compute: bfloat16, float32, or auto (bfloat16 where that is fast)
     param_dtype: str = "float32"  # type of weights, gradients, optimizer's state; remix: bfloat16
-    compile: int = 1  # before the clock starts: 1: one block, for all; 2: the whole model; 0: no
+    # before the clock starts: 1: one block, for all, and on a GPU the updates; 2: the whole model
+    # and the updates; 0: nothing
+    compile: int = 1
     micro_tokens: int = 65536  # tokens a rank takes at once; fewer save memory, same result
     auto_micro: int = 0  # 1: micro_tokens is a ceiling; the most rows that divide the batch
     loss_chunk: int = 16384  # tokens whose logits exist at once
@@ -731,6 +735,21 @@ class Ranks:
         return answer
 
 
+def keep_compiled() -> None:
+    """
+    Compiled graphs beside this file instead of in the system's temporary folder, which a reboot
+    empties; one folder for each kind of CPU, as they are made for that alone.
+    """
+    home, cpu = Path(__file__).resolve().parent, platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((x for x in lines if x.startswith(("flags", "Features"))), cpu)
+    kind = hashlib.sha256(cpu.encode()).hexdigest()[:8]
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # by the user, or by torch's own import
+    if named in (None, default_cache_dir()) and os.access(home, os.W_OK):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home / ".compiled" / kind)
+
+
 class Run(Ranks):
     """One run: the ranks and device of this process, the run's folder, log, clocks, signals."""
 
@@ -755,6 +774,7 @@ class Run(Ranks):
         self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
 
     def prepare_machine(self) -> None:
+        keep_compiled()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
@@ -4266,7 +4286,8 @@ class MuonAdamW:
         self.meta = None
         if has_meta_step(cfg):
             self.meta = MetaStep(cfg, model, run.world)
-        on = bool(cfg.compile)
+        # Updates are matmuls and long vectors: on a CPU, compiled ones are no faster.
+        on = cfg.compile > (run.device.type == "cpu")
         self.muon = torch.compile(muon_update, dynamic=False) if on else muon_update
         self.adamw = torch.compile(adamw_update, dynamic=False) if on else adamw_update
         self.rows = torch.compile(rows_update, dynamic=False) if on else rows_update
@@ -7752,15 +7773,12 @@ def warm_up(trainer: Trainer) -> None:
     kept = trainer.opt.snapshot()
     several = any(plan.micro_batches(n, run.world) > 1 for n in plan.moments())
     todo = [*plan.train_moments(run.world).items(), *((s, None) for s in plan.eval_shapes())]
-    bar = tqdm(
-        todo,
-        desc="compile" if trainer.cfg.compile else "warm up",
-        leave=False,
-        disable=not (run.is_main and sys.stderr.isatty()),
-    )
+    what = "compile" if trainer.cfg.compile else "warm up"
+    bar = tqdm(todo, desc=what, leave=False, disable=not (run.is_main and sys.stderr.isatty()))
     try:
         with (
             run.interruptible(),
+            told_while(bar, what, len(todo)) if run.is_main else contextlib.nullcontext(),
             torch.random.fork_rng([run.device] if run.device.type == "cuda" else []),
         ):
             for shape, now in bar:
@@ -7794,6 +7812,27 @@ def warm_up(trainer: Trainer) -> None:
         with torch.no_grad():
             trainer.opt.restore(kept)
     run.log(f"warmup:{len(todo)} graphs time:{time.perf_counter() - began:.1f}s")
+
+
+@contextlib.contextmanager
+def told_while(bar: tqdm, what: str, graphs: int):
+    """One graph may take a minute: the bar's clock goes on; without one, a line every 10 s."""
+    over, began = threading.Event(), time.perf_counter()
+
+    def tell() -> None:
+        while not over.wait(10 if bar.disable else 1):
+            if bar.disable:
+                print(f"{what}: {graphs} graphs, {time.perf_counter() - began:.0f} s", flush=True)
+            else:
+                bar.refresh()
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
 
 
 def keep_time_for_gptq(trainer: Trainer) -> None:

@@ -1305,7 +1305,7 @@ def test_every_graph_of_the_schedules_is_warmed(server, flags, tmp_path, seconds
     the clock.
     """
     argv = flags(
-        compile=1,
+        compile=2,
         depth=2,
         steps=8,
         eval_every=2,
@@ -1338,7 +1338,7 @@ RECORDS = {
 
 def test_every_graph_of_the_slowrun_records_is_warmed(server, flags, tmp_path):
     """Weights of later tokens and the meta step's length change at every step, graphs at three."""
-    argv = flags(**RECORDS | {"compile": 1, "eval_every": 4})
+    argv = flags(**RECORDS | {"compile": 2, "eval_every": 4})
     ended = server.run(*argv, cwd=tmp_path, backend="eager")
     succeed(ended)
     assert re.search(r"^recompiles:0$", ended.out, re.M), ended.out
