@@ -1201,6 +1201,10 @@ class ModelConfig(Section):
     softcap_in: float = 0.0  # what logits are divided by before that bound's tanh; 0: softcap
     softcap_shift: float = 0.0  # added to them before that, so that the bounds are not alike
 
+    # regex: maps, such as "^head$|mlp", whose products training takes in 8 bits, those of gradients
+    # for weights aside, where the device can: GPUs from compute capability 8.9 on
+    fp8: str = ""
+
     z_loss: float = 0.0  # weight of the mean of log(Z)^2, Z the sum of softmax; 0: none
     mu_loss: float = 0.0  # weight of |mu|^2, mu the mean row of the head; 0: none
     mu_centering: int = 0  # 1: after every step mu is subtracted from every row of the head
@@ -1243,6 +1247,7 @@ class ModelConfig(Section):
         self.check_values()
         self.check_stream()
         self.check_nets()
+        require_regex("fp8", self.fp8)
         windows = long_windows(self)
         require(
             not self.yarn or windows[0] > 1 and windows == sorted(windows),
@@ -1868,6 +1873,47 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, w.to(x.dtype), None if bias is None else bias.flatten().to(x.dtype))
 
 
+class Fp8Product(torch.autograd.Function):
+    """
+    x [n, cols] @ w.T of w [rows, cols], with x and w in e4m3 and the gradient of the result, for
+    that of x, in e5m2, each by one scale from its largest entry (Micikevicius et al. 2022). The
+    gradient for w is of x and w as they were.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        (x8, of_x), (w8, of_w) = in_fp8(x, E4M3), in_fp8(w, E4M3)
+        how = {"out_dtype": x.dtype, "use_fast_accum": True}
+        return torch._scaled_mm(x8, w8.mT, scale_a=of_x, scale_b=of_w, **how)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        (g8, of_g), (w8, of_w) = in_fp8(grad, E5M2), in_fp8(w.mT.contiguous(), E4M3)
+        back = torch._scaled_mm(g8, w8.mT, scale_a=of_g, scale_b=of_w, out_dtype=grad.dtype)
+        return back, grad.mT @ x
+
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def in_fp8(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x over a scale that brings its largest entry to the largest of that kind, and the scale."""
+    scale = (x.abs().amax().float() / torch.finfo(kind).max).clamp_min(1e-12)
+    return (x / scale.to(x.dtype)).to(kind), scale
+
+
+def has_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def fp8_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """linear(), with the products of Fp8Product."""
+    y = Fp8Product.apply(x.flatten(0, -2), w.to(x.dtype)).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias.flatten().to(x.dtype)
+
+
 def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
     """The table's rows. A CPU would sum their gradients in bfloat16, a GPU does in fp32."""
     return F.embedding(tokens, table if table.is_cuda else table.float())
@@ -2186,6 +2232,7 @@ class Declaring(nn.Module):
         self.declared: dict[str, Declared] = {}
         self.prefix = ""  # of the module within the model, with a dot behind it
         self.watch: Watch | None = None  # see watching()
+        self.in_fp8: set[str] = set()  # its maps of cfg.fp8, where the device has 8 bits
 
     def declare(
         self,
@@ -2209,7 +2256,8 @@ class Declaring(nn.Module):
         one, and its bias if it has one; w: the same matrix in another type.
         """
         w = getattr(self, name).flatten(0, -2) if w is None else w
-        y = linear(x, w, getattr(self, f"{name}_bias", None))
+        product = fp8_linear if name in self.in_fp8 and torch.is_grad_enabled() else linear
+        y = product(x, w, getattr(self, f"{name}_bias", None))
         return y if self.watch is None else self.watch(self.prefix + name, x, y)
 
 
@@ -3427,7 +3475,17 @@ def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: 
             p.copy_(initial_value(name, declared[name], p.shape, cfg.seed))
     if cfg.untie_at:
         same_tables(model)
+    if cfg.fp8 and has_fp8(device):
+        for module in model.modules():
+            if isinstance(module, Declaring):
+                module.in_fp8 = {n for n in module.declared if is_in_fp8(cfg, module, n)}
     return model
+
+
+def is_in_fp8(cfg: Config, module: Declaring, name: str) -> bool:
+    """Named by cfg.fp8, and of sizes that the products take."""
+    *rows, cols = getattr(module, name).shape
+    return is_named(cfg.fp8, module.prefix + name) and not (math.prod(rows) % 16 or cols % 16)
 
 
 @torch.no_grad()
@@ -7651,10 +7709,12 @@ def assemble(
             "notice: a tied table cannot start at zero, as it is the input too: it starts uniform "
             "in +-1/sqrt(dim)"
         )
-    patterns = (cfg.adamw_matrices, cfg.own_lr, cfg.uncorrected, cfg.soap, cfg.aurora)
+    patterns = (cfg.adamw_matrices, cfg.own_lr, cfg.uncorrected, cfg.soap, cfg.aurora, cfg.fp8)
     if any((*patterns, cfg.matrix_lr_mul)):
         for line in pattern_notices(cfg, model):
             run.log(f"notice: {line}")
+    if cfg.fp8 and not has_fp8(run.device):
+        run.log(f"notice: fp8 = {cfg.fp8!r}: {run.device} takes no products in 8 bits")
     if cfg.init_from:
         transfer_weights(model, cfg, run)
     opt = MuonAdamW(cfg, model, run)
@@ -7699,6 +7759,8 @@ def pattern_notices(cfg: Config, model: GPT) -> list[str]:
     for pattern, _ in matrix_factors(cfg) if cfg.matrix_lr_mul else ():
         found = [name for name in rules if pattern.search(name) and rules[name].kind == "muon"]
         hits[f"matrix_lr_mul = {pattern.pattern!r}"] = bool(found)
+    if cfg.fp8:
+        hits[f"fp8 = {cfg.fp8!r}"] = any(is_named(cfg.fp8, n) for n in ("head", *matrices))
     if cfg.uncorrected:
         hits[f"uncorrected = {cfg.uncorrected!r}"] = not all(r.corrected for r in rules.values())
     for pattern, hit in hits.items():

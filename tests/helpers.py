@@ -24,6 +24,10 @@ SENTENCES += ["a naïve café, über résumé: déjà vu"]  # letters of two byt
 torch.set_num_threads(1)
 
 
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def tiny(**changes) -> tg.Config:
     """A model and a run small enough for a test; a few hundred kilobytes at most."""
     small = {

@@ -110,6 +110,25 @@ def test_a_gpu_trains_as_a_cpu_does(tmp_path, text, preset, more):
     assert found[1] == pytest.approx(found[0], rel=3e-3)  # the GPU multiplies in TF32
 
 
+def test_products_in_8_bits_are_those_of_a_cpu():
+    """Sizes of a head and an MLP, forward and backward, against a CPU's and plain ones."""
+    if not tg.has_fp8(torch.device(DEVICE)):
+        pytest.skip("no products in 8 bits before compute capability 8.9")
+    rng = torch.Generator().manual_seed(0)
+    x, w, slope = (torch.randn(*s, generator=rng) for s in ((256, 768), (3072, 768), (256, 3072)))
+
+    def found(product, device: str) -> list[torch.Tensor]:
+        own = [t.to(device, torch.bfloat16).requires_grad_() for t in (x, w)]
+        y = product(*own)
+        y.backward(slope.to(device, torch.bfloat16))
+        return [t.float().cpu() for t in (y.detach(), own[0].grad, own[1].grad)]
+
+    gpu, cpu = (found(tg.fp8_linear, device) for device in (DEVICE, "cpu"))
+    plain = found(tg.linear, "cpu")
+    for a, b, c in zip(gpu, cpu, plain):
+        assert (a - b).norm() < 0.01 * b.norm() and (a - c).norm() < 0.08 * c.norm()
+
+
 @pytest.mark.parametrize(
     "window,documents,heads", [(0, True, 2), (200, False, 4), (200, True, 2), (1024, True, 4)]
 )

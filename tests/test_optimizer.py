@@ -9,17 +9,13 @@ import numpy as np
 import pytest
 import torch
 from forks import Server
-from helpers import ROOT, alone, build, now, parts, random_tokens, tg, tiny
+from helpers import ROOT, alone, build, now, parts, randn, random_tokens, tg, tiny
 from test_runs import free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def scalar(x: float) -> torch.Tensor:
     return torch.tensor(x, dtype=torch.float32)
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def exact_polar(g: torch.Tensor) -> torch.Tensor:

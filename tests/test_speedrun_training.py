@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sampler
 import torch
-from helpers import alone, build, now, parts, random_tokens, tg, tiny, write_shard
+from helpers import alone, build, now, parts, randn, random_tokens, tg, tiny, write_shard
 
 from logs import score
 
@@ -859,3 +859,53 @@ def test_classes_that_there_are_not_are_refused():
             tg.validate(tiny(**flags))
     with pytest.raises(tg.UserError, match="no multiple of 20011"):
         tg.validate(tiny(sampled_classes="64", vocab=20011, head_multiple=20011))
+
+
+# --- products in 8 bits
+
+
+def rounded_to(x: torch.Tensor, bits: int, least: int, most: float) -> torch.Tensor:
+    """x over amax/most, in a float of that many bits of mantissa and that least exponent."""
+    scale = (x.abs().max() / most).clamp_min(1e-12)
+    y = (x / scale).double()
+    step = 2.0 ** (torch.frexp(y)[1] - 1).clamp_min(least).double() / 2**bits
+    return (y / step).round() * step * scale.double()
+
+
+def test_products_in_8_bits_are_those_of_rounded_factors():
+    """e4m3 has 3 bits of mantissa, exponents from -6 and at most 448; e5m2 2 bits, -14, 57,344."""
+    x, w, slope = randn(48, 64, seed=1), randn(32, 64, seed=2) / 8, randn(48, 32, seed=3) * 1e-4
+    x.requires_grad_(), w.requires_grad_()
+    y = tg.fp8_linear(x.view(3, 16, 64), w, torch.full((32,), 0.5))
+    (y * slope.view(3, 16, 32)).sum().backward()
+    x8, w8 = (rounded_to(t.detach(), 3, -6, 448.0) for t in (x, w))
+    g8 = rounded_to(slope, 2, -14, 57344.0)
+    found = y.detach().flatten(0, 1).double() - 0.5
+    torch.testing.assert_close(found, x8 @ w8.mT, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x.grad.double(), g8 @ w8, atol=1e-8, rtol=1e-4)
+    torch.testing.assert_close(w.grad, slope.mT @ x.detach())
+    assert 0.005 < (y.detach().flatten(0, 1) - 0.5 - x @ w.mT).norm() / (x @ w.mT).norm() < 0.06
+
+
+def test_8_bits_are_for_named_maps_in_training_where_the_device_has_them(monkeypatch):
+    cfg = tiny(fp8="^head$|mlp", dim=64, vocab=96, head_init="0.2", proj_init=1.0, attn_gate=12)
+    x, y = random_tokens(cfg, 2, 32)
+    plain = build(cfg)
+    assert torch.equal(plain(x, y, 1, 0), build(tiny(**vars(cfg) | {"fp8": ""}))(x, y, 1, 0))
+    monkeypatch.setattr(tg, "has_fp8", lambda device: True)
+    model = build(cfg)
+    named = {m.prefix + n for m in model.modules() if isinstance(m, tg.Declaring) for n in m.in_fp8}
+    assert named == {"head", *(f"blocks.{i}.mlp.{w}" for i in (0, 1) for w in ("fc", "proj"))}
+    loss, want = model(x, y, 1, 0).mean(), plain(x, y, 1, 0).mean()
+    assert loss.item() != want.item() and loss.item() == pytest.approx(want.item(), rel=0.01)
+    loss.backward(), want.backward()
+    for p, q in zip(model.parameters(), plain.parameters()):
+        assert (p.grad - q.grad).norm() <= 0.15 * q.grad.norm()
+    with torch.no_grad():
+        assert torch.equal(model(x, y, 1, 0), plain(x, y, 1, 0))
+    # 12 dims of a gate are not what the products take
+    assert not build(tiny(fp8="attn_gate", attn_gate=12)).blocks[0].attn.in_fp8
+    with pytest.raises(tg.UserError, match="fp8 = 'q_gain' matches nothing"):
+        tg.pattern_notices(tiny(fp8="q_gain", q_gain=1.5), build(tiny(q_gain=1.5)))
+    with pytest.raises(tg.UserError, match=r"fp8 = '\(' is no regular expression"):
+        tg.validate(tiny(fp8="("))

@@ -9,11 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import alone, build, parts, random_tokens, tg, tiny
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from helpers import alone, build, parts, randn, random_tokens, tg, tiny
 
 
 def one(x: float) -> torch.Tensor:
