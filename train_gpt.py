@@ -551,8 +551,8 @@ class RunConfig(Section):
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # of compute: bfloat16, float32, or auto (bfloat16 where that is fast)
     param_dtype: str = "float32"  # type of weights, gradients, optimizer's state; remix: bfloat16
-    # before the clock starts: 1: one block, for all, and on a GPU the updates; 2: the whole model
-    # and the updates; 0: nothing
+    # before the clock starts: 1: one block, for all, and the updates, on a CPU those of AdamW
+    # alone; 2: the whole model and the updates; 0: nothing
     compile: int = 1
     micro_tokens: int = 65536  # tokens a rank takes at once; fewer save memory, same result
     auto_micro: int = 0  # 1: micro_tokens is a ceiling; the most rows that divide the batch
@@ -4344,9 +4344,10 @@ class MuonAdamW:
         self.meta = None
         if has_meta_step(cfg):
             self.meta = MetaStep(cfg, model, run.world)
-        # Updates are matmuls and long vectors: on a CPU, compiled ones are no faster.
-        on = cfg.compile > (run.device.type == "cpu")
-        self.muon = torch.compile(muon_update, dynamic=False) if on else muon_update
+        on = bool(cfg.compile)
+        # Of matrix products: on a CPU they take as long when compiled, and longest to compile.
+        products = cfg.compile > (run.device.type == "cpu")
+        self.muon = torch.compile(muon_update, dynamic=False) if products else muon_update
         self.adamw = torch.compile(adamw_update, dynamic=False) if on else adamw_update
         self.rows = torch.compile(rows_update, dynamic=False) if on else rows_update
 
@@ -6396,7 +6397,8 @@ def smallest_artifact(
         rule = check_bits(bits, quantised_names(model))
         return artifact_of(model, rule, bits, codec, hessians, most, log)
     for choice in LADDER:
-        found = artifact_of(model, parse_bits(choice), choice, codec, hessians, most, log)
+        far = 1.1 * most if choice != LADDER[-1] else math.inf
+        found = artifact_of(model, parse_bits(choice), choice, codec, hessians, most, log, far)
         if len(found[0]) <= most:
             break
     return found
@@ -6410,12 +6412,19 @@ def artifact_of(
     hessians: dict[str, Tensor] | None,
     most: int,
     log: Callable,
+    far: float = math.inf,
 ) -> tuple[bytes, str]:
-    """The artifact in these bits, and their name and that of the codec; log() is told its size."""
+    """
+    The artifact in these bits, and their name and that of the codec; log() is told its size. far:
+    a size from which no other codec leads back to `most`, so that none is tried.
+    """
     named, cfg = dict(model.named_parameters()), model.cfg
     found = quantise({name: named[name] for name in quantised_names(model)}, bits, hessians)
-    codecs = (*CODECS, ENTROPY) if codec == "best" else (codec,)
-    packed = {name: pack_artifact(named, found, cfg, name, said) for name in codecs}
+    packed: dict[str, bytes] = {}
+    for name in (ENTROPY, *CODECS) if codec == "best" else (codec,):  # the fastest one first
+        packed[name] = pack_artifact(named, found, cfg, name, said)
+        if len(packed[name]) > far:
+            break
     smallest = min(packed, key=lambda name: len(packed[name]))
     sizes = " ".join(f"{name}:{len(data)}" for name, data in packed.items())
     how, limit = " gptq" if hessians else "", f", limit {most}" if most else ""

@@ -160,6 +160,7 @@ def fitted_lists() -> list[str]:
 # What a preset needs to keep its mechanisms at this size.
 FITTED = {
     "speedrun": RECORD,
+    "speedrun_cpu": RECORD | {"doc_cap": 0},
     "speedrun_medium": MEDIUM,
     "remix_a": {"window": 50},
     "remix_m": {"window": 50},
