@@ -7886,12 +7886,12 @@ def warm_up(trainer: Trainer) -> None:
 
 
 @contextlib.contextmanager
-def told_while(bar: tqdm, what: str, graphs: int):
+def told_while(bar: tqdm, what: str, graphs: int, every: float = 10):
     """One graph may take a minute: the bar's clock goes on; without one, a line every 10 s."""
     over, began = threading.Event(), time.perf_counter()
 
     def tell() -> None:
-        while not over.wait(10 if bar.disable else 1):
+        while not over.wait(every if bar.disable else 1):
             if bar.disable:
                 print(f"{what}: {graphs} graphs, {time.perf_counter() - began:.0f} s", flush=True)
             else:

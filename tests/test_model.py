@@ -5,13 +5,16 @@ nothing when off.
 
 import dataclasses
 import math
+import os
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import alone, build, now, random_tokens, tg, tiny
+from helpers import ROOT, alone, build, now, random_tokens, tg, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
@@ -855,6 +858,35 @@ def test_halfway_house_between_a_and_m_is_one_flag_and_trains(names, flags, tied
     assert losses[-1] < losses[0] - 0.4 and all(map(math.isfinite, losses)), losses
     if not tied and names == "remix_m":
         assert losses[0] == pytest.approx(math.log(96), abs=1e-5)
+
+
+def test_compiled_graphs_stay_beside_the_trainer_unless_a_folder_is_named(monkeypatch, tmp_path):
+    name, usual = "TORCHINDUCTOR_CACHE_DIR", tg.default_cache_dir()
+
+    def kept(before: str | None) -> str:
+        if before is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, before)
+        tg.keep_compiled()
+        return os.environ.get(name, "")
+
+    ours = kept(None)
+    assert Path(ours).parent == ROOT / ".compiled" and kept(usual) == ours
+    assert kept(str(tmp_path)) == str(tmp_path)
+    monkeypatch.setattr(tg.Path, "read_text", lambda path: "flags : another CPU")
+    assert Path(kept(usual)).parent == ROOT / ".compiled" and kept(usual) != ours
+    monkeypatch.setattr(tg.os, "access", lambda folder, how: False)  # installed by someone else
+    assert kept(usual) == usual
+
+
+def test_who_waits_for_a_compiler_without_a_terminal_is_told(capsys):
+    with tg.told_while(tg.tqdm([], disable=True), "compile", 3, every=0.01):
+        time.sleep(0.2)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) > 2 and set(said) == {"compile: 3 graphs, 0 s"}
+    time.sleep(0.05)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
