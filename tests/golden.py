@@ -152,9 +152,10 @@ MEDIUM = {
 }
 
 
-def fitted_lists() -> list[str]:
-    """RECORD as flags, for heads of any width."""
-    return [w for k, v in RECORD.items() if k != "head_dim" for w in (f"--{k}", str(v))]
+def fitted_lists(preset: str) -> list[str]:
+    """What fits lists of blocks beyond a layer's four, as flags, for heads of any width."""
+    lists = FITTED[preset] if preset.startswith("speedrun") else {}
+    return [w for k, v in lists.items() if k != "head_dim" for w in (f"--{k}", str(v))]
 
 
 # What a preset needs to keep its mechanisms at this size.

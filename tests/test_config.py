@@ -107,11 +107,9 @@ def test_preset_has_only_keys_that_are_fields_or_tables(path):
 def test_on_cpu_keeps_the_recipe_of_a_preset(name):
     """The layer may change sizes, never optimizer, schedules, tying or softcap."""
     plain = preset(name)
-    # a span, or lists of blocks, beyond the layer's four
+    # a span beyond the layer's four
     fitted = ("--loop", "1:3") if tg.loop_span(plain)[1] > 4 else ()
-    if name == "speedrun":
-        fitted = golden.fitted_lists()
-    layered = preset(name, "on_cpu", flags=fitted)
+    layered = preset(name, "on_cpu", flags=(*fitted, *golden.fitted_lists(name)))
     for key in (
         "optimizer",
         "matrix_lr",

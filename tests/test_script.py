@@ -42,7 +42,7 @@ def words_of(name: str) -> list[str]:
     """The preset and all flags of a run."""
     own, flags = shlex.split(PRESETS[name]), shlex.split(FLAGS)
     if name == "speedrun":
-        fitted = golden.fitted_lists()
+        fitted = golden.fitted_lists(name)
         pairs = dict(zip(fitted[::2], fitted[1::2]))
         lists = {k: v for k, v in pairs.items() if k not in (*own, *flags)}
         own += [word for pair in lists.items() for word in pair]

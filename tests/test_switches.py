@@ -441,9 +441,8 @@ def test_neutral_configuration_and_every_preset_have_no_idle_switch():
     for path in sorted((ROOT / "configs").glob("*.toml")):
         if not tg.is_layer(path):
             plain = ["--loop", "", "--repeats", "1", "--cross_repeat", "0"]
-            if path.stem == "speedrun":  # its blocks are more than the layer's four
-                plain += golden.fitted_lists()
-            tg.parse_args(["--config", path.stem, "on_cpu", *plain])
+            fitted = golden.fitted_lists(path.stem)
+            tg.parse_args(["--config", path.stem, "on_cpu", *plain, *fitted])
 
 
 def test_run_that_was_begun_goes_on_although_one_of_its_switches_does_nothing(tmp_path):
