@@ -742,7 +742,7 @@ def keep_compiled() -> None:
     """
     home, cpu = Path(__file__).resolve().parent, platform.processor()
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         cpu = next((x for x in lines if x.startswith(("flags", "Features"))), cpu)
     kind = hashlib.sha256(cpu.encode()).hexdigest()[:8]
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # by the user, or by torch's own import

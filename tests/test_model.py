@@ -874,7 +874,7 @@ def test_compiled_graphs_stay_beside_the_trainer_unless_a_folder_is_named(monkey
     ours = kept(None)
     assert Path(ours).parent == ROOT / ".compiled" and kept(usual) == ours
     assert kept(str(tmp_path)) == str(tmp_path)
-    monkeypatch.setattr(tg.Path, "read_text", lambda path: "flags : another CPU")
+    monkeypatch.setattr(tg.Path, "read_text", lambda path, how: "flags : another CPU")
     assert Path(kept(usual)).parent == ROOT / ".compiled" and kept(usual) != ours
     monkeypatch.setattr(tg.os, "access", lambda folder, how: False)  # installed by someone else
     assert kept(usual) == usual

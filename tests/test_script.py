@@ -210,7 +210,7 @@ def test_a_packed_script_trains_and_scores_from_an_empty_folder(scripts, tmp_pat
     packed = (tmp_path / "packed" / "train_gpt.py").read_text()
     assert len(packed) < 0.85 * len(pack.pack([ROOT / name for name in pack.PROGRAMS]))
     run(tmp_path, "packed/train_gpt.py", "--run", "a")
-    flags = "--stride 32 --modes sliding --sample_tokens 0 --prove_bytes 0".split()
+    flags = "--stride 32 --modes sliding --canonical 0 --sample_tokens 0 --prove_bytes 0".split()
     run(tmp_path, "packed/train_gpt.py", "logs.score", "logs/a", *flags)
     result = json.loads((tmp_path / "logs" / "a" / "result.json").read_text())
     assert result["code_bytes"] == len(packed)
