@@ -326,6 +326,7 @@ class Shape(NamedTuple):
     window_long: int = 0
     distill: bool = False
     sampled_classes: int = 0  # 0: all
+    as_trained: bool = False  # of an evaluation: in a graph of training, which keeps activations
 
 
 class Plan:
@@ -495,7 +496,22 @@ class Plan:
         length, far = self.eval_seq_len, now.window_long
         if self.cfg.eval_window_long and far == long_windows(self.cfg)[-1]:
             far = self.cfg.eval_window_long
-        return Shape(rows, length, now.repeats, now.window, now.passes, far)
+        as_trained = self.has_trained(length, now.window, far)
+        applied = now.passes, far, False, 0, as_trained
+        return Shape(rows, length, now.repeats, now.window, *applied)
+
+    def has_trained(self, seq_len: int, window: int, window_long: int) -> bool:
+        """
+        Whether blocks have graphs of training for an evaluation's rows, which do the same there: a
+        third less is then compiled.
+        """
+        cfg = self.cfg
+        if cfg.compile != 1 or cfg.attn_dropout or cfg.mlp_dropout or cfg.stoch_depth or cfg.fp8:
+            return False
+        full = [n for n in self.moments() if n.batch_tokens >= cfg.micro_tokens]
+        return (seq_len, window, window_long) in [
+            (n.seq_len, n.window, n.window_long) for n in full
+        ]
 
     def eval_shapes(self) -> list[Shape]:
         # the last evaluation is behind the last step
@@ -5926,7 +5942,8 @@ def evaluate(
         first = low + run.rank * shape.rows
         x, y = val.batch(range(first, first + shape.rows), run.device, shape.rows)
         applied = shape.repeats, shape.window, shape.passes, shape.window_long
-        losses = model(x, y, *applied, impossible=impossible)
+        with torch.set_grad_enabled(shape.as_trained):
+            losses = model(x, y, *applied, impossible=impossible).detach()
         total += losses.double().sum()
     loss = float(run.sum(total)) / val.scored
     return loss, bits_per_byte(loss, val.scored, val.bytes)
@@ -5943,7 +5960,9 @@ def token_losses(run: Run, model, val: Validation, shape: Shape) -> Tensor:
         first = low + run.rank * shape.rows
         x, y = val.batch(range(first, first + shape.rows), run.device, shape.rows)
         applied = shape.repeats, shape.window, shape.passes, shape.window_long
-        losses[first // shape.rows] = model(x, y, *applied).float()
+        with torch.set_grad_enabled(shape.as_trained):
+            found = model(x, y, *applied).detach()
+        losses[first // shape.rows] = found.float()
     return run.sum(losses).flatten()[: val.scored].cpu()
 
 
@@ -7873,7 +7892,7 @@ def warm_up(trainer: Trainer) -> None:
                         trainer.opt.step(first)
                 else:
                     applied = shape.repeats, shape.window, shape.passes, shape.window_long
-                    with torch.no_grad():
+                    with torch.set_grad_enabled(shape.as_trained):
                         trainer.graph(x, y, *applied, impossible=None)
                         if trainer.impossible is not None:
                             trainer.graph(x, y, *applied, impossible=trainer.impossible)

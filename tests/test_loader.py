@@ -3,6 +3,7 @@ Data: the same tokens for every number of ranks, damaged shards refused, bytes c
 decode.
 """
 
+import functools
 import itertools
 import os
 import re
@@ -595,6 +596,40 @@ def test_validation_loss_is_the_same_for_all_batches_and_ranks(tmp_path, world, 
         run.device, run.poll = torch.device("cpu"), lambda: None
         total += tg.evaluate(run, model, val, tg.Shape(rows, 32, 1, 0))[0]
     assert total == pytest.approx(torch.cat(by_row).double().mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, shared",
+    [
+        ({}, True),
+        ({"mtp": 0.3}, True),
+        ({"loop": "0:2", "repeats": "2"}, True),
+        ({"eval_seq_len": 16}, False),
+        ({"attn_dropout": 0.1}, False),
+    ],
+)
+def test_evaluation_has_the_blocks_graphs_of_training_where_they_do_the_same(
+    tmp_path, monkeypatch, changes, shared
+):
+    """
+    compile = 1: behind a training step an evaluation compiles nothing, and gives what the same
+    weights give uncompiled; where training drops something, or has other rows, both differ.
+    """
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    p = parts(tmp_path, compile=1, val_tokens=512, head_init="0.3", **changes)
+    now = p.plan.at(0, 0.0)
+    tg.train_step(p, 0, now)
+    shape, before = p.plan.eval_shape(now), tg.graphs_compiled()
+    losses = [tg.evaluate(p.run, p.graph, p.val, shape)[0]]
+    losses.append(float(tg.token_losses(p.run, p.graph, p.val, shape).double().mean()))
+    assert shape.as_trained == shared == (tg.graphs_compiled() == before)
+    torch.compiler.set_stance("force_eager")
+    try:
+        losses.append(tg.evaluate(p.run, p.model, p.val, shape._replace(as_trained=False))[0])
+    finally:
+        torch.compiler.set_stance("default")
+    assert losses == pytest.approx([losses[-1]] * 3, abs=1e-6) and losses[0] > 1
 
 
 def test_bits_per_byte_is_nats_over_ln2_times_tokens_per_byte():
