@@ -1,8 +1,9 @@
-"""Training speed against a textbook GPT of the same shape: 6 layers, width 384, 6 heads, rows of
-512 tokens, 16 rows, vocabulary 1024, bfloat16, compiled, the loss, gradients and optimizer of a
-whole step.
+"""Training speed against a textbook GPT of the same shape: 6 layers, width 384, heads of 64 dims,
+rows of 512 tokens, 16 rows, vocabulary 1024, bfloat16, compiled, the loss, gradients and optimizer
+of a whole step.
 
     python tests/bench_textbook.py [--pairs 10] [--dtype bfloat16]
+    python tests/bench_textbook.py --shape 4x256x256 --rows 8     # layers x width x tokens of a row
     python tests/bench_textbook.py --recipe              # ours with Muon, softcap, document mask
     python tests/bench_textbook.py --against faulting    # ours with glibc's return of memory
     python tests/bench_textbook.py --attention           # one layer's attention, both ways
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-LAYERS, DIM, HEADS, T, ROWS, VOCAB, STEPS = 6, 384, 6, 512, 16, 1024, 3
+LAYERS, DIM, HEADS, T, ROWS, VOCAB, STEPS = 6, 384, 6, 512, 16, 1024, 3  # see main()
 
 
 class TextbookBlock(nn.Module):
@@ -191,11 +192,16 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--shape", default="6x384x512")
+    parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--against", default="textbook", choices=["textbook", "faulting"])
     parser.add_argument("--recipe", action="store_true")
     parser.add_argument("--attention", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    global LAYERS, DIM, HEADS, T, ROWS
+    LAYERS, DIM, T = map(int, args.shape.split("x"))
+    HEADS, ROWS = DIM // 64, args.rows
     if args.worker:
         return worker(args.worker, getattr(torch, args.dtype))
     if args.attention:
@@ -203,6 +209,7 @@ def main() -> None:
     workers, ours = {}, "recipe" if args.recipe else "ours"
     for which in (args.against, ours):
         command = [sys.executable, __file__, "--worker", which, "--dtype", args.dtype]
+        command += ["--shape", args.shape, "--rows", str(args.rows)]
         workers[which] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
