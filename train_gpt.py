@@ -75,7 +75,6 @@ from safetensors.torch import load as tensors_of_bytes
 from safetensors.torch import save as tensors_as_bytes
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor, nn
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
@@ -756,6 +755,9 @@ def keep_compiled() -> None:
     Compiled graphs beside this file instead of in the system's temporary folder, which a reboot
     empties; one folder for each kind of CPU, as they are made for that alone.
     """
+    # a second that what compiles nothing does not wait
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     home, cpu = Path(__file__).resolve().parent, platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
@@ -790,7 +792,8 @@ class Run(Ranks):
         self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
 
     def prepare_machine(self) -> None:
-        keep_compiled()
+        if self.cfg.compile:
+            keep_compiled()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
@@ -2934,7 +2937,7 @@ class GPT(Declaring):
 
     norm = staticmethod(norm)  # of embedding and head; compile_model() puts a compiled one here
 
-    def __init__(self, cfg: Config, dtype: torch.dtype, seq_len: int):
+    def __init__(self, cfg: Config, dtype: torch.dtype):
         super().__init__()
         self.cfg, self.dtype = cfg, dtype
         self.head_rows = head_rows(cfg)
@@ -2969,9 +2972,8 @@ class GPT(Declaring):
         shape = (high - low, max(1, most - 1), cfg.dim)
         self.declare("cross_scales", "scalar", 0.0, *shape, on=cfg.cross_repeat)
         self.declare_records(cfg)
-        cos, sin = rope_tables(cfg, seq_len)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("cos", None, persistent=False)  # rope_tables()
+        self.register_buffer("sin", None, persistent=False)
         # of each token the one that is its longest proper prefix, for prefix_loss in training
         self.register_buffer("prefixes", None, persistent=False)
         size = cfg.bigram_signs, cfg.dim
@@ -3477,11 +3479,11 @@ class GPT(Declaring):
 
 
 def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: int) -> GPT:
-    with torch.device("meta"):
-        model = GPT(cfg, dtype, seq_len)
+    with torch.device(device):
+        model = GPT(cfg, dtype)
     if device.type == "meta":
         return model
-    model.to_empty(device=device).to(getattr(torch, cfg.param_dtype))
+    model.to(getattr(torch, cfg.param_dtype))
     model.cos, model.sin = (t.to(device) for t in rope_tables(cfg, seq_len))
     if cfg.bigram_signs:
         model.signs = bigram_signs(cfg).to(device)
@@ -6130,7 +6132,6 @@ class OutOfTime(Exception):
     """The training clock has come to the end of what calibration may take, within a row."""
 
 
-@torch.compiler.set_stance("force_eager")  # compiled graphs have no place to watch
 @torch.no_grad()
 def record_hessians(
     model: GPT, rows: np.ndarray, shape: Shape, run: Ranks, until: float = math.inf
@@ -6163,7 +6164,8 @@ def record_hessians(
         return y
 
     whole = 0
-    with watching(model, record):
+    # compiled graphs have no place to watch
+    with torch.compiler.set_stance("force_eager"), watching(model, record):
         for turn in range(0, len(rows), run.world):  # as many on every rank: each asks the others
             if run.poll(float(timed and is_late())):
                 break
@@ -7850,7 +7852,8 @@ def compile_model(model: GPT, cfg: Config):
 
 
 def graphs_compiled() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    loaded = sys.modules.get("torch._dynamo.utils")  # by what compiles; it takes a second to load
+    return loaded.counters["stats"]["unique_graphs"] if loaded else 0
 
 
 def warm_up(trainer: Trainer) -> None:

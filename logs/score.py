@@ -577,7 +577,7 @@ class LoRA(Sliding):
     def adapting(self):
         """Inside, a forward pass adds the products; blocks compiled one by one run eagerly."""
         stance = contextlib.nullcontext()
-        if self.model.cfg.compile != 2:
+        if self.model.cfg.compile == 1:
             stance = torch.compiler.set_stance("force_eager")
         with tg.watching(self.model, self.watch), stance:
             self.pairs = self.products
@@ -1594,10 +1594,16 @@ def prompt_tokens(subject: Subject, prompt: str) -> list[int]:
     return tokens
 
 
-@torch.compiler.set_stance("force_eager")  # every length would be a graph of its own
-@torch.no_grad()
 def generate(subject: Subject, how: Sample) -> str:
     """The prompt and what the model goes on with; it stops where a document ends."""
+    if not subject.cfg.compile:  # the compiler takes a second to load
+        return continued(subject, how)
+    with torch.compiler.set_stance("force_eager"):  # every length would be a graph of its own
+        return continued(subject, how)
+
+
+@torch.no_grad()
+def continued(subject: Subject, how: Sample) -> str:
     model, device, vocab = subject.model, subject.run.device, subject.cfg.vocab
     rng = torch.Generator(device).manual_seed(how.seed)
     tokens = prompt_tokens(subject, how.prompt)

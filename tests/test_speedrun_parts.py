@@ -133,7 +133,7 @@ def test_track_2_is_counted_to_the_last():
     """The page's 613,420,440 of records of track 2, less the three scalars that nothing reads."""
     cfg = tg.parse_args(["--config", "speedrun_medium"])
     with torch.device("meta"):
-        model = tg.GPT(cfg, torch.float32, 8)
+        model = tg.GPT(cfg, torch.float32)
     size = {name: p.numel() for name, p in model.named_parameters()}
     of = lambda *words: sum(n for name, n in size.items() if any(w in name for w in words))
     assert of("attn.qkv", "attn.proj") == 67_108_864 and of(".mlp.") == 134_217_728
@@ -582,9 +582,7 @@ def test_the_records_parameters_are_counted_to_the_last():
     full = {"dim": 768, "heads": 6, "net_hidden": 64, "mlp_ratio": 4.0, "vocab": 50257}
     full |= {"head_multiple": 128, "pad_vocab": 1, "bigram_rows": 377_280, "bigram_signs": 8192}
     with torch.device("meta"):
-        model = tg.GPT(
-            tg.Config(**{k: v for k, v in vars(tiny(**HEAD | full)).items()}), torch.float32, 8
-        )
+        model = tg.GPT(tg.Config(**vars(tiny(**HEAD | full))), torch.float32)
     size = {name: p.numel() for name, p in model.named_parameters()}
     of = lambda *words: sum(n for name, n in size.items() if any(w in name for w in words))
     assert of("attn.qkv") == 11_796_480 + 5_898_240 and of("attn.proj") == 5_898_240

@@ -59,7 +59,7 @@ def test_loss_of_the_record_at_step_0_is_the_formulas():
     """ln V + (slope^2 d std^2)/2 = 10.8304, as 24 logs have it, padded columns counted."""
     cfg = tiny(**RESCALED, vocab=50257, head_multiple=128, dim=768, head_init="0.005", depth=1)
     with torch.device("meta"):
-        model = tg.GPT(cfg, torch.float32, 8)
+        model = tg.GPT(cfg, torch.float32)
     rng = torch.Generator().manual_seed(0)
     head = torch.randn(50304, 768, generator=rng) * 0.005
     model.head = torch.nn.Parameter(head)
