@@ -6,6 +6,7 @@ name.
 import dataclasses
 import inspect
 import math
+import os
 import re
 import subprocess
 import sys
@@ -728,3 +729,29 @@ def test_import_does_nothing(tmp_path):
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )
     assert done.stdout.strip() == "clean", done.stdout + done.stderr
+
+
+EAGER = """
+import sys
+from pathlib import Path
+from helpers import parts, tg
+p = parts(Path.cwd(), val_tokens=256)
+p.run.prepare_machine()
+now = p.plan.at(0, 0.0)
+tg.warm_up(p)
+tg.train_step(p, 0, now)
+loss = tg.evaluate(p.run, p.graph, p.val, p.plan.eval_shape(now))[0]
+print({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules), loss > 1)
+"""
+
+
+def test_what_compiles_nothing_does_not_wait_for_the_compiler_to_load(tmp_path):
+    """It takes as long as all else that a run loads; a sample or a test is over before that."""
+    done = subprocess.run(
+        [sys.executable, "-c", EAGER],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )
+    assert done.stdout.splitlines()[-1:] == ["set() True"], done.stdout + done.stderr

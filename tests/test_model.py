@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from helpers import ROOT, alone, build, now, random_tokens, tg, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.overrides import TorchFunctionMode
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -861,7 +862,7 @@ def test_halfway_house_between_a_and_m_is_one_flag_and_trains(names, flags, tied
 
 
 def test_compiled_graphs_stay_beside_the_trainer_unless_a_folder_is_named(monkeypatch, tmp_path):
-    name, usual = "TORCHINDUCTOR_CACHE_DIR", tg.default_cache_dir()
+    name, usual = "TORCHINDUCTOR_CACHE_DIR", default_cache_dir()
 
     def kept(before: str | None) -> str:
         if before is None:
