@@ -52,6 +52,7 @@ import subprocess
 import sys
 import threading
 import time
+import tokenize
 import tomllib
 import typing
 import unicodedata
@@ -8526,7 +8527,8 @@ def begin_log(run: Run, step: int | None) -> None:
     run.open_log((-1 if step is None else step) if run.cfg.resume else None)
     if step is None:
         for path in source_files(run.cfg):
-            run.log(path.read_text(encoding="utf-8"), console=False)
+            with tokenize.open(path) as source:  # a packed one is not UTF-8
+                run.log(source.read(), console=False)
     run.log("=" * 100, console=False)
     for line in environment(run):
         run.log(line, console=False)

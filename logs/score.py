@@ -1295,7 +1295,8 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False, found=Non
     is_run = is_run_folder(flags.source)
     folder = Path(flags.source) if is_run else path.parent
     cfg.device, cfg.data = flags.device, flags.data or cfg.data
-    cfg.val_tokens = cfg.val_tokens if flags.val_tokens < 0 else flags.val_tokens
+    if flags.val_tokens >= 0:
+        cfg.val_tokens = flags.val_tokens
     on_cpu = tg.choose_device(cfg).type == "cpu"
     if on_cpu and isinstance(flags, (Prove, Decode)):
         cfg.dtype = "float32"  # a walk token by token would spend its time on casting weights
@@ -1308,7 +1309,8 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False, found=Non
     model = tg.build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
     tg.load_weights(model, named, str(path))
     shape = plan.eval_shape(plan.at(cfg.steps, 1.0))
-    shape = shape._replace(rows=flags.rows or shape.rows)
+    if flags.rows:
+        shape = shape._replace(rows=flags.rows)
     graph = tg.compile_model(model, cfg)
     own_text = not flags.data and flags.val_tokens < 0
     return Subject(cfg, run, plan, model, graph, shape, path, folder, is_run, own_text)
@@ -1707,12 +1709,12 @@ class Prove(OneScore, Source):
 
 
 def prove_command(flags: Prove) -> None:
-    s = opened(flags)
-    if not s.tokenizer:
+    subject = opened(flags)
+    if not subject.tokenizer:
         raise UserError(
             f"{flags.source} was trained without a tokenizer: there is no text to encode"
         )
-    tokens, text = stretch(s.val.tokens, s.tokenizer, flags.bytes)
+    tokens, text = stretch(subject.val.tokens, subject.tokenizer, flags.bytes)
     note = ""
     if flags.mode == "ttt" and flags.ttt_chunk > len(tokens) // 4:  # else nothing is trained
         flags.ttt_chunk = len(tokens) // 4
@@ -1729,8 +1731,8 @@ def prove_command(flags: Prove) -> None:
             fresh_process("decode", flags.source, *argv)
             return np.fromfile(out, "<u2")
 
-        found = prove(make_scorer(s.model, flags, s.shape), tokens, decode_afresh)
-        same = text_of(s.tokenizer, np.fromfile(out, "<u2")) == text
+        found = prove(make_scorer(subject.model, flags, subject.shape), tokens, decode_afresh)
+        same = text_of(subject.tokenizer, np.fromfile(out, "<u2")) == text
     if not same:
         raise UserError("the tokens came back, but not the text")
     bpb = {
@@ -1760,9 +1762,9 @@ def decode_command(flags: Decode) -> None:
         raise UserError(
             "say which file holds the code and where the tokens go: --code FILE --out FILE"
         )
-    s = opened(flags)
+    subject = opened(flags)
     code = Path(flags.code).read_bytes()
-    decode(make_scorer(s.model, flags, s.shape), code).astype("<u2").tofile(flags.out)
+    decode(make_scorer(subject.model, flags, subject.shape), code).astype("<u2").tofile(flags.out)
 
 
 @dataclass

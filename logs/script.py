@@ -239,23 +239,18 @@ def parsed_scorer() -> cst.Module:
     return cst.parse_module(SCORER.read_text(encoding="utf-8"))
 
 
-def names_of_scorer() -> set[str]:
-    """What logs/score.py has behind a dot: what the trainer calls so stays as it is."""
-    return set(folding.names_in(parsed_scorer()).attributes) | {"Config", "UserError"}
-
-
-def facts_of(cfg: tg.Config, keep: list[str], scorer: bool = False) -> folding.Facts:
+def facts_of(cfg: tg.Config, keep: list[str]) -> folding.Facts:
     fields = {
         name: getattr(cfg, name) for name in tg.FIELDS if name not in NEVER and name not in keep
     }
     now, place = constant_schedules(cfg, keep), constant_places(cfg)
-    varying = tuple(name for name in tg.SCHEDULES if scorer or name not in now)
-    graphs = tuple(name for name in tg.GRAPHS if scorer or name not in now)
-    applied = tuple(name for name in tg.APPLIED if scorer or name not in now)
+    varying = tuple(name for name in tg.SCHEDULES if name not in now)
+    graphs = tuple(name for name in tg.GRAPHS if name not in now)
+    applied = tuple(name for name in tg.APPLIED if name not in now)
     return folding.Facts(
         fields=fields,
         config=Fixed(fields),
-        records={} if scorer else {"now": now, "end": now, "n": now, "place": place, "p": place},
+        records={"now": now, "end": now, "n": now, "place": place, "p": place},
         functions={name: getattr(tg, name) for name in PURE},
         constants={
             "SCHEDULES": varying,
@@ -264,7 +259,7 @@ def facts_of(cfg: tg.Config, keep: list[str], scorer: bool = False) -> folding.F
             "ENTROPY": tg.ENTROPY,
         },
         called_as=CALLED_AS | HOLDERS,
-        roots={"main", "Config"} | (names_of_scorer() if scorer else set()),
+        roots={"main", "Config"},
         protocol={"forward", "backward", "on_signal"},
         pure=WITHOUT_EFFECT,
         aliases={"Now", "Trainer", "Due", "Declared", "Shape", "Place", "Added", "Point"},
@@ -331,14 +326,6 @@ def stored_config(text: str, where: str) -> Config:
     flags = {f.name for f in dataclasses.fields(Config)}
     return Config(**{k: v for k, v in tomllib.loads(text).items() if k in flags})
 '''
-
-
-# where the scorer stands beside it
-FOR_SCORER = """
-
-def checkpoint_config(path: Path) -> Config:
-    return stored_config((path / "config.toml").read_text(encoding="utf-8"), str(path))
-"""
 
 # where no schedule makes another graph
 ONE_GRAPH = """
@@ -418,11 +405,11 @@ def name_of(statement: cst.BaseStatement) -> str:
     return ""
 
 
-def prepared(module: cst.Module, cfg: tg.Config, facts: folding.Facts, scorer: bool) -> cst.Module:
-    """The trainer with a script's own configuration in the place of its sections."""
-    template = (TEMPLATE + (FOR_SCORER if scorer else "")).replace(
-        "PRESET", "-".join(Path(n).stem for n in cfg.config)
-    )
+def prepared(module: cst.Module, cfg: tg.Config, facts: folding.Facts, more: str) -> cst.Module:
+    """The trainer with a script's own configuration in the place of its sections; more: and other
+    definitions in the place of its own.
+    """
+    template = (TEMPLATE + more).replace("PRESET", "-".join(Path(n).stem for n in cfg.config))
     if not facts.constants["GRAPHS"]:
         template += ONE_GRAPH
     stand_ins = {name_of(s): s for s in cst.parse_module(template).body}
@@ -440,7 +427,7 @@ def prepared(module: cst.Module, cfg: tg.Config, facts: folding.Facts, scorer: b
             "FIELDS",
             "LIMITS",
             "TABLES",
-            *(() if scorer else ("TABLE_LIMITS",)),
+            "TABLE_LIMITS",
             "MOVED",
             "REMOVED",
             "Need",
@@ -471,14 +458,16 @@ def prepared(module: cst.Module, cfg: tg.Config, facts: folding.Facts, scorer: b
 
 def with_wiring(module: cst.Module, cfg: tg.Config) -> cst.Module:
     """The order of the blocks as a plain loop, or as a table of what differs between places."""
-    read = set()
+    read, code = set(), module.code
     for function in [*find_all(module, "one_pass"), *find_all(module, "added")]:
-        found = folding.find_all(function, cst.Attribute)
-        read |= {n.attr.value for n in found if m.matches(n.value, m.Name("place"))}
+        read |= read_of(function, "place")
+    of_scorer = "places = wiring(model.cfg, " in code  # that of its cache
+    if of_scorer:
+        (cache,) = (s for s in module.body if name_of(s) == "Cache")
+        read |= read_of(cache, "p")
     orders = tg.wirings(cfg)
     (one, *more) = orders.values()
-    in_turn = not more and [p.block for p in one] == list(range(cfg.depth))
-    code = module.code
+    in_turn = not more and [p.block for p in one] == list(range(cfg.depth)) and not of_scorer
     if in_turn and read <= {"block"}:
         code = code.replace("for at, place in enumerate(places):", "for block in self.blocks:")
         code = code.replace("block = self.blocks[place.block]\n", "pass\n")
@@ -503,9 +492,16 @@ def with_wiring(module: cst.Module, cfg: tg.Config) -> cst.Module:
     (function,) = find_all(module, "hidden")
     key = "repeats" if "repeats" in folding.names_in(function.params).bound else min(orders)
     code = re.sub(r"places = self.places.get\(.*\n", f"places = PLACES[{key}]\n", code)
+    code = re.sub(r"places = wiring\(model.cfg, (.*)\)\n", r"places = PLACES[\1]\n", code)
     code = code.replace("self.places = wirings(cfg)\n", "pass\n")
     code = re.sub(r"\n\n\ndef wiring\(", f"\n\n\n{table}\n\ndef wiring(", code, count=1)
     return cst.parse_module(code)
+
+
+def read_of(node: cst.CSTNode, name: str) -> set[str]:
+    """The attributes that are read of what a name holds."""
+    found = folding.find_all(node, cst.Attribute)
+    return {n.attr.value for n in found if m.matches(n.value, m.Name(name))}
 
 
 def find_all(module: cst.Module, name: str) -> list[cst.FunctionDef]:
@@ -612,26 +608,29 @@ def formatted(code: str) -> str:
     return code
 
 
-def script_of(
-    request: Request, say: Callable[[str], None] = lambda line: None, scorer: bool = False
-) -> str:
-    """The script as text; with all that logs/score.py calls, if that shall stand beside it."""
+def script_of(request: Request, say: Callable[[str], None] = lambda line: None) -> str:
+    """The script as text."""
     cfg = configure(request)
-    if scorer:  # which sets these for itself
-        own = "dtype compile device val_tokens wandb tokenizer".split()
-        request = dataclasses.replace(request, keep=[*request.keep, *own])
-    facts = facts_of(cfg, request.keep, scorer)
+    return text_of(cfg, request, facts_of(cfg, request.keep), say=say)
+
+
+def text_of(
+    cfg: tg.Config,
+    request: Request,
+    facts: folding.Facts,
+    more: str = "",
+    beside: Callable[[cst.Module], cst.Module] = lambda module: module,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
+    """The trainer folded; more: definitions in the place of its own; beside: puts others to it."""
     source = Path(tg.__file__).read_text(encoding="utf-8")
-    module = prepared(cst.parse_module(source), cfg, facts, scorer)
+    module = beside(prepared(cst.parse_module(source), cfg, facts, more))
+    before = identifiers(module)
     module = folding.fold(module, facts, say)
-    if not scorer:
-        module = folding.fold(with_wiring(module, cfg), facts, say)
-    gone = identifiers(cst.parse_module(source)) - identifiers(module)
+    module = folding.fold(with_wiring(module, cfg), facts, say)
+    gone = (identifiers(cst.parse_module(source)) | before) - identifiers(module)
     module = module.visit(Retelling(gone))
-    read = folding.fields_read(module)
-    if scorer:
-        read |= folding.fields_read(parsed_scorer()) & tg.FIELDS.keys()
-    read |= set(facts.constants["SCHEDULES"])
+    read = folding.fields_read(module) | set(facts.constants["SCHEDULES"])
     flags = [n for n in tg.FIELDS if n in request.keep and (n in read or n in KEPT[:5])]
     varying = set(facts.constants["SCHEDULES"]) - set(flags)
     text = config_class(cfg, flags, (read | varying) - set(flags))
