@@ -13,7 +13,6 @@ import libcst as cst
 import libcst.matchers as m
 
 from logs import folding, score, script
-from logs.endings import UserError
 
 GONE = ("resume", "wandb")  # as --without says it: timed tracks take runs in one piece
 # flags of the trainer that the scorer sets for itself
@@ -141,18 +140,24 @@ CALLED_AS = {
 }
 
 
-def settings_of(cfg) -> tuple[list[str], dict[str, object]]:
-    """The modes of a preset's [score] table, and what the scorer's flags are fixed to."""
+def asked_of(cfg: script.tg.Config) -> score.Phase:
+    """What a preset's [score] table asks for; UserError where that makes no score."""
     table = {k: v for k, v in cfg.score.items() if k in {f.name for f in fields_of(score.Phase)}}
     asked = score.Phase(source="", **table)
     score.check(asked)
-    modes = asked.modes.split()
-    if not modes:
-        raise UserError(f"{' '.join(cfg.config)}: its [score] table names no mode to score by")
+    where = " ".join(cfg.config)
+    script.require(bool(asked.modes.split()), f"{where}: its [score] table names no mode")
+    script.require(bool(cfg.export), f"{where}: export is empty: there is no artifact to score")
     if asked.canonical or asked.prove_bytes:
-        script.require(bool(cfg.tokenizer), "its [score] table needs a tokenizer, and it has none")
-    fixed = {f.name: getattr(asked, f.name) for f in fields_of(score.Settings)}
-    return modes, fixed | {"rows": 0, "val_tokens": -1, "prove_bytes": asked.prove_bytes}
+        script.require(bool(cfg.tokenizer), f"{where}: its [score] table needs a tokenizer")
+    return asked
+
+
+def fixed_of(asked: score.Phase) -> dict[str, object]:
+    """What the scorer's settings are fixed to."""
+    modes, found = asked.modes.split(), {"rows": 0, "val_tokens": -1}
+    found |= {f.name: getattr(asked, f.name) for f in fields_of(score.Settings)}
+    return found | ({"mode": modes[0]} if len(modes) == 1 else {})
 
 
 def fields_of(kind: type) -> tuple:
@@ -179,12 +184,12 @@ def statements(text: str) -> dict[str, cst.BaseStatement]:
     return {script.name_of(s): s for s in cst.parse_module(text).body}
 
 
-def stand_ins(modes: list[str], fixed: dict[str, object]) -> dict[str, cst.BaseStatement]:
+def stand_ins(asked: score.Phase) -> dict[str, cst.BaseStatement]:
     """What takes the place of the scorer's own command line and settings."""
-    text = FOR_SCORER.replace("PROVE_BYTES", repr(fixed["prove_bytes"]))
+    modes, text = asked.modes.split(), FOR_SCORER.replace("PROVE_BYTES", repr(asked.prove_bytes))
     found = statements(text.replace('"MODE"', repr(modes[-1])).replace("MODES", repr(modes)))
     if len(modes) == 1:
-        settings = {f.name: fixed[f.name] for f in fields_of(score.Settings)}
+        settings = {f.name: getattr(asked, f.name) for f in fields_of(score.Settings)}
         label = score.label(score.OneScore(mode=modes[0], **settings))
         text = ONE_MODE.replace("KIND", score.SCORERS[modes[0]].__name__).replace("LABEL", label)
         found |= statements(text)
@@ -227,11 +232,10 @@ def is_pair(statement: cst.BaseStatement) -> bool:
     return m.matches(statement, m.SimpleStatementLine([m.Assign([target])]))
 
 
-def merged(module: cst.Module, modes: list[str], fixed: dict[str, object]) -> cst.Module:
+def merged(module: cst.Module, asked: score.Phase) -> cst.Module:
     """The trainer's module with the scorer behind it."""
-    of_mode = fixed | ({"mode": modes[0]} if len(modes) == 1 else {})
-    scorer = script.parsed_scorer().visit(Fixing(of_mode))
-    own = stand_ins(modes, fixed)
+    scorer = script.parsed_scorer().visit(Fixing(fixed_of(asked)))
+    own = stand_ins(asked)
     known: set[str] = {"tg", "Config", "UserError"}
     without_new([s for s in module.body if is_import(s)], known)
     imports = without_new(scorer.body, known)
@@ -257,11 +261,11 @@ def program_of(request: script.Request) -> str:
             setattr(cfg, name, value)
     gone = {name for part in GONE for name in script.DROPPED[part]}
     keep = [name for name in [*request.keep, *OWN] if name not in gone]
-    modes, fixed = settings_of(cfg)
+    asked = asked_of(cfg)
     facts = script.facts_of(cfg, keep)
     facts.called_as |= CALLED_AS
     facts.aliases |= {"Subject"}
     facts.constants |= {"RESULT": score.RESULT}
     facts.expressions['Path(__file__).name == "score.py"'] = False
     request = dataclasses.replace(request, keep=keep)
-    return script.text_of(cfg, request, facts, FOR_TRAINER, lambda tree: merged(tree, modes, fixed))
+    return script.text_of(cfg, request, facts, FOR_TRAINER, lambda tree: merged(tree, asked))

@@ -21,6 +21,7 @@ characters of Latin-1 that print: 5.9 % more than the bytes, where base 85 takes
 """
 
 import ast
+import functools
 import io
 import lzma
 import re
@@ -319,7 +320,9 @@ def pack(paths: list[Path], root: Path = ROOT) -> str:
 def pack_program(text: str, preset: str, revision: str) -> str:
     """The text of one Python file that runs as this one does; preset: the words it was made by."""
     codec = "brotli" if "brotli" in imported(text) else "lzma"
-    data = as_text(compressed(shrunk(text), codec))
+    # behind the frame's lines, so that a traceback does not take those for its own
+    small = "\n" * FRAME.count("\n") + shrunk(text)
+    data = as_text(compressed(small, codec))
     words = shlex.join(preset.split())
     return FRAME.format(revision=revision, words=shlex.quote(words), codec=codec, data=data)
 
@@ -372,6 +375,7 @@ def show(packed: Path, folder: Path) -> None:
     print(f"{folder}: {names}, without comments as they were packed")
 
 
+@functools.cache  # folding takes a minute
 def program_of(preset: str) -> str:
     """The program of a preset and its scorer, as a person reads it."""
     from logs import golf, script  # bring torch

@@ -193,6 +193,11 @@ def sources_in(head: str, texts: dict[str, str]) -> dict[str, str]:
     return found
 
 
+def size_of(sources: dict[str, str]) -> int:
+    """Bytes of their files."""
+    return sum(len(pack.bytes_of(text)) for text in sources.values())
+
+
 def is_script(source: str) -> bool:
     """Whether logs/script.py printed it, also where it was changed by hand since."""
     docstring = source.split('"""')[1:2]
@@ -203,10 +208,25 @@ def script_in(head: str) -> dict[str, str]:
     """The source of a run whose program is a preset's script, readable or packed; else {}."""
     if is_script(head):
         return {"train_gpt.py": head.removesuffix("\n")}
+    text = head.removesuffix("\n")
     with contextlib.suppress(UserError):
-        if is_script(pack.unpack(head).get("train_gpt", "")):
-            return {"train_gpt.py": head.removesuffix("\n")}
+        if any(pack.origin_of(text)) and pack.unpack(text):
+            return {"train_gpt.py": text}
     return {}
+
+
+def readable_of(packed: str) -> dict[str, str]:
+    """
+    What a preset's packed script was made from, if this checkout makes the same of the preset; else
+    what is inside it.
+    """
+    revision, preset = pack.origin_of(packed)
+    with contextlib.suppress(UserError, tg.UserError):
+        text = pack.program_of(preset)
+        if pack.pack_program(text, preset, revision) == packed:
+            return {"train_gpt.py": text}
+    parts = pack.unpack(packed)
+    return {f"{name.replace('.', '/')}.py": text for name, text in parts.items()}
 
 
 def script_hash(text: str) -> str:
@@ -237,7 +257,7 @@ def check_sources(s: Submission) -> None:
             )
             continue
         s.sources = s.sources or found
-        size = sum(len(text.encode()) for text in found.values())
+        size = size_of(found)
         if found != s.sources:
             s.object(
                 folder / "log.txt",
@@ -261,8 +281,7 @@ def check_sources(s: Submission) -> None:
     elif shipped in texts.values() and s.track.packed or s.sources == packed:
         s.sources, s.readable = packed, texts
     elif s.track.packed and shipped:  # packed from a script
-        parts = pack.unpack(shipped)
-        s.readable = {f"{name.replace('.', '/')}.py": text for name, text in parts.items()}
+        s.readable = readable_of(shipped)
     elif is_script(shipped):
         s.readable = {}
     elif s.runs[0].config.get("average_epochs"):  # which the scorer takes, whatever [score] says
@@ -476,7 +495,7 @@ def check_alone(s: Submission) -> None:
 def check_caps(s: Submission) -> None:
     """Clocks and sizes of each run; total_bytes is from here on that of what is shipped."""
     cap, limit, score_cap = s.rule["max_seconds"], s.rule["max_bytes"], s.track.max_eval_seconds
-    code = sum(len(text.encode()) for text in s.sources.values())
+    code = size_of(s.sources)
     for folder, _, run, result in s.of_each():
         spent, scoring = result.get("train_time_s"), result.get("eval_time_s")
         # parameter-golf looks at its clock after a step and accepted 600.038 s: the last step may
@@ -653,7 +672,7 @@ def summary(s: Submission, options: Options) -> dict:
         "val_loss_std": mean_sd(s, as_loss)[1],
         "val_bpb_std": mean_sd(s, as_bpb)[1],
         "bytes_total": max(r["total_bytes"] for r in results) if s.rule["max_bytes"] else None,
-        "bytes_code": sum(len(text.encode()) for text in s.sources.values()),
+        "bytes_code": size_of(s.sources),
         "seeds": [r["seed"] for r in results],
         "seed_results": of_seeds,
         "test": test or None,
@@ -769,12 +788,13 @@ def readme(s: Submission, facts: dict, options: Options, logs: list[str]) -> str
     train = f"{start} train_gpt.py --config config.toml --seed {seed} --run again"
     commands = [f"{train} --data DATA --tokenizer TOKENIZER"]
     if script_in(next(iter(s.sources.values()), "")):  # has its configuration inside
-        commands = [f"{start} train_gpt.py --seed {seed} --run again --data DATA"]
+        tokenizer = " --tokenizer TOKENIZER" if s.readable else ""
+        commands = [f"{start} train_gpt.py --seed {seed} --run again --data DATA{tokenizer}"]
     sources = f"{', '.join(s.sources)}: the source that ran"
     if s.readable:
         commands += [f"{start} train_gpt.py logs.score logs/again"]
         sources = (
-            "train_gpt.py: packed (comments left out, LZMA, base 85); it alone is run and counted\n"
+            "train_gpt.py: packed (comments left out, compressed); it alone is run and counted\n"
             f"- source/: {', '.join(s.readable)}, from which logs/pack.py packed it; neither run "
             "nor counted"
         )
@@ -861,7 +881,8 @@ def write_folder(s: Submission, options: Options) -> Path:
         part = Path(tempfile.mkdtemp(prefix=f".{options.name}-", suffix=".part", dir=place.parent))
         for name, text in files.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
-            (part / name).write_text(text, encoding="utf-8")
+            own = name in s.sources  # a packed one is not UTF-8; a log begins with its text
+            (part / name).write_bytes(pack.bytes_of(text) if own else text.encode())
         part.chmod(0o755)  # mkdtemp's folders are for their owner alone
         os.rename(part, place)
     except BaseException:

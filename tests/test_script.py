@@ -202,25 +202,83 @@ def test_an_edit_by_hand_runs_and_its_log_can_be_submitted(scripts):
     assert (read.softcap, read.window, read.activation) == (15, "32", "relu2")
 
 
-def test_a_packed_script_trains_and_scores_from_an_empty_folder(scripts, tmp_path):
-    """With the scorer inside; the trainer's own scorer gives the same figure."""
-    os.symlink(scripts("golf") / "tokens", tmp_path / "tokens")
-    preset = f"{PRESETS['golf']} {FLAGS} --dim 64 --heads 2 --kv_heads 1 --head_dim 32"
-    run(tmp_path, ROOT / "logs" / "pack.py", "--preset", preset, "--out", "packed/train_gpt.py")
-    packed = (tmp_path / "packed" / "train_gpt.py").read_text()
-    assert len(packed) < 0.85 * len(pack.pack([ROOT / name for name in pack.PROGRAMS]))
-    run(tmp_path, "packed/train_gpt.py", "--run", "a")
-    flags = "--stride 32 --modes sliding --canonical 0 --sample_tokens 0 --prove_bytes 0".split()
-    run(tmp_path, "packed/train_gpt.py", "logs.score", "logs/a", *flags)
-    result = json.loads((tmp_path / "logs" / "a" / "result.json").read_text())
-    assert result["code_bytes"] == len(packed)
-    shutil.copytree(tmp_path / "logs" / "a", tmp_path / "logs" / "b")
-    unscored = {k: v for k, v in result.items() if k != "scores" and "sliding" not in k}
-    (tmp_path / "logs" / "b" / "result.json").write_text(json.dumps(unscored))
-    run(tmp_path, ROOT / "logs" / "score.py", "logs/b", *flags)
-    again = json.loads((tmp_path / "logs" / "b" / "result.json").read_text())
+@pytest.fixture(scope="module")
+def golf(tmp_path_factory, text):
+    """A folder with text and golf_cpu's packed program, made small; what it was made from."""
+    folder = tmp_path_factory.mktemp("packed")
+    shutil.copytree(text, folder / "tokens")
+    small = FLAGS.replace("--tokenizer=", "--tokenizer tokens/tokenizer.model")
+    preset = f"{PRESETS['golf']} {small} --dim 64 --heads 2 --kv_heads 1 --head_dim 32"
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        assert pack.main(["--preset", preset, "--out", "packed/train_gpt.py"]) == 0
+        yield folder, preset
+    finally:
+        os.chdir(before)
+
+
+def test_a_packed_script_trains_scores_and_proves_from_an_empty_folder(golf):
+    """The trainer has its losses, and the project's own scorer gives its figures to the bit."""
+    folder, preset = golf
+    file = folder / "packed" / "train_gpt.py"
+    assert file.stat().st_size < 36_000
+    run(folder, "packed/train_gpt.py", "--run", "a")
+    run(folder, "packed/train_gpt.py", "logs.score", "logs/a", "--prove_bytes", "100")
+    result = json.loads((folder / "logs" / "a" / "result.json").read_text())
+    assert result["code_bytes"] == file.stat().st_size
+    shutil.copytree(folder / "logs" / "a", folder / "logs" / "b")
+    unscored = {k: v for k, v in result.items() if k not in ("scores", "decoded_bpb")}
+    unscored = {k: v for k, v in unscored.items() if "sliding" not in k}
+    (folder / "logs" / "b" / "result.json").write_text(json.dumps(unscored))
+    flags = "--prove_bytes 100 --sample_tokens 0".split()
+    run(folder, ROOT / "logs" / "score.py", "logs/b", *flags)
+    again = json.loads((folder / "logs" / "b" / "result.json").read_text())
     assert math.isfinite(result["sliding_val_loss"])
-    assert result["sliding_val_loss"] == again["sliding_val_loss"]
+    scores = {k: v["top"] for k, v in again["scores"].items() if k != "compressors"}
+    assert scores == {k: v["top"] for k, v in result["scores"].items()} and len(scores) == 2
+    run(folder, ROOT / "train_gpt.py", "--config", *shlex.split(preset), "--run", "c")
+    theirs = json.loads((folder / "logs" / "c" / "result.json").read_text())
+    for key in ("val_loss", "val_loss_ema", "roundtrip_val_loss", "params"):
+        assert result[key] == theirs[key], key
+
+
+def test_a_packed_scripts_log_is_shipped_with_what_it_was_made_from(golf):
+    folder, _ = golf
+    packed = (folder / "packed" / "train_gpt.py").read_bytes()
+    if not (folder / "logs" / "a").exists():
+        run(folder, "packed/train_gpt.py", "--run", "a")
+    head = submit.head_of((folder / "logs" / "a" / "log.txt").read_text(encoding="utf-8"))
+    (shipped,) = submit.script_in(head).values()
+    assert pack.bytes_of(shipped) == packed
+    readable = (folder / "packed" / "train_gpt_readable.py").read_text()
+    assert submit.readable_of(shipped) == {"train_gpt.py": readable}
+    assert "class Mixture" not in readable and "class Sliding" in readable
+    other = shipped.replace("golf_cpu ", "golf_cpux ", 1)
+    assert submit.readable_of(other) == {"train_gpt.py": pack.unpack(other)["train_gpt"]}
+
+
+def test_a_packed_script_that_fails_names_the_line_of_its_text(golf):
+    folder, _ = golf
+    (folder / "broken").mkdir()
+    text = (folder / "packed" / "train_gpt_readable.py").read_text()
+    at = "def main(argv: list[str] | None = None) -> int:\n"
+    assert text.count(at) == 1
+    text = text.replace(at, at + "    return 1 // len(argv or ())\n")
+    packed = pack.pack_program(text, "golf_cpu", "0")
+    (folder / "broken" / "train_gpt.py").write_bytes(pack.bytes_of(packed))
+    said = run(folder, "broken/train_gpt.py", code=1)
+    number, line = re.findall(r"line (\d+), in \w+\n +(.*return 1//.*)\n", said)[0]
+    assert line in pack.unpack(packed)["train_gpt"].split("\n")[int(number) - 1]
+    assert "ZeroDivisionError" in said
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 999, 1000, 1001, 4321])
+def test_digits_give_the_bytes_back(size):
+    for data in (os.urandom(size), b"\xff" * size):
+        text = pack.as_text(data)
+        assert pack.from_text(text) == data and len(text) < 1.06 * size + 2
+        assert not set(text) & set('"\\\n\r\x00\x85\xa0')
 
 
 @pytest.mark.parametrize(
@@ -241,6 +299,20 @@ def test_what_cannot_be_a_script_is_one_line(argv, words, capsys):
     assert script.main(argv.split()) == 2
     said = capsys.readouterr()
     assert words in said.err and said.err.count("\n") == 1 and not said.out
+
+
+@pytest.mark.parametrize(
+    "preset,words",
+    [
+        ("golf_cpu --tokenizer= ", "its [score] table needs a tokenizer"),
+        ("golf_cpu --export= --gptq 0 --artifact_limit 0", "export is empty"),
+        ("remix_m", "its [score] table names no mode"),
+    ],
+)
+def test_what_cannot_be_scored_is_not_packed(preset, words, tmp_path, capsys):
+    assert pack.main(["--preset", preset, "--out", str(tmp_path / "x" / "train_gpt.py")]) == 2
+    said = capsys.readouterr()
+    assert words in said.err and said.err.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
 def test_keep_with_a_number_is_the_trainers_flag():

@@ -232,7 +232,7 @@ def test_a_packed_run_is_the_run(work, packed_run, packed_file):
     assert (
         (packed_run / "log.txt")
         .read_text()
-        .startswith(packed_file.read_text() + "\n" + "=" * 100 + "\n")
+        .startswith(pack.text_in(packed_file.read_bytes()) + "\n" + "=" * 100 + "\n")
     )
     assert packed_file.stat().st_size < (ROOT / "train_gpt.py").stat().st_size / 2
 
@@ -331,7 +331,7 @@ def g(x) :
 
 
 def test_unpacking_runs_nothing_and_gives_every_module(packed_file, tmp_path, capsys):
-    assert set(pack.unpack(packed_file.read_text())) == {"train_gpt", "logs.score"}
+    assert set(pack.unpack(pack.text_in(packed_file.read_bytes()))) == {"train_gpt", "logs.score"}
     assert pack.main(["--unpack", str(packed_file), "--out", str(tmp_path / "shown")]) == 0
     assert "class GPT(Declaring):" in (tmp_path / "shown/train_gpt.py").read_text()
     assert pack.main(["--unpack", str(ROOT / "run.sh"), "--out", str(tmp_path / "no")]) == 2
@@ -406,7 +406,8 @@ def test_a_golf_folder_holds_all_that_is_asked_for_and_runs(copy, capsys, server
         ).read_bytes()
     programs = [place / "source" / name for name in pack.PROGRAMS]
     sources = pack.modules_of(programs, place / "source")
-    assert pack.pack(sources, place / "source") == (place / "train_gpt.py").read_text()
+    shipped = pack.text_in((place / "train_gpt.py").read_bytes())
+    assert pack.pack(sources, place / "source") == shipped
     ran = server.run(
         "--config",
         "config.toml",
