@@ -5,6 +5,7 @@ logs/score.py, both folded together under the preset and its [score] table.
 Modes that the table does not name, settings that it fixes, samples, ensembles, averages of epochs
 and studies of artifacts are gone, and so is what a golf run may not do (go on after a stop) or does
 not need (wandb). `train_gpt.py logs.score RUN` scores, proves and decodes as logs/score.py does.
+Where the table names no mode, the trainer's own figure is the score, and there is no scorer.
 """
 
 import dataclasses
@@ -20,6 +21,13 @@ OWN = ("device", "compile", "dtype", "tokenizer")
 # of the scorer: what the trainer has a name for too, and what stands in its place here
 DROPPED = {"main", "check", "Table", "Export", "Sample", "token_losses", "ROOT", "Settings"}
 
+ALONE = '''
+
+def source_files(cfg: Config) -> list[Path]:
+    """This file is all that runs and is counted."""
+    return [Path(__file__).resolve()]
+'''
+
 FOR_TRAINER = '''
 
 def open_source(where: str, exact: bool = False) -> tuple[Config, dict[str, Tensor], Path]:
@@ -27,11 +35,6 @@ def open_source(where: str, exact: bool = False) -> tuple[Config, dict[str, Tens
     path = Path(where) / "model.nrx" if Path(where).is_dir() else Path(where)
     cfg, named = load_artifact(path)
     return found_near(cfg, path), named, path
-
-
-def source_files(cfg: Config) -> list[Path]:
-    """This file is all that runs and is counted."""
-    return [Path(__file__).resolve()]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,13 +144,13 @@ CALLED_AS = {
 
 
 def asked_of(cfg: script.tg.Config) -> score.Phase:
-    """What a preset's [score] table asks for; UserError where that makes no score."""
+    """What a preset's [score] table asks for; UserError where that could not be given."""
     table = {k: v for k, v in cfg.score.items() if k in {f.name for f in fields_of(score.Phase)}}
     asked = score.Phase(source="", **table)
     score.check(asked)
     where = " ".join(cfg.config)
-    script.require(bool(asked.modes.split()), f"{where}: its [score] table names no mode")
-    script.require(bool(cfg.export), f"{where}: export is empty: there is no artifact to score")
+    scored = bool(cfg.export) or not asked.modes
+    script.require(scored, f"{where}: export is empty: there is no artifact to score")
     if asked.canonical or asked.prove_bytes:
         script.require(bool(cfg.tokenizer), f"{where}: its [score] table needs a tokenizer")
     return asked
@@ -268,4 +271,8 @@ def program_of(request: script.Request) -> str:
     facts.constants |= {"RESULT": score.RESULT}
     facts.expressions['Path(__file__).name == "score.py"'] = False
     request = dataclasses.replace(request, keep=keep)
-    return script.text_of(cfg, request, facts, FOR_TRAINER, lambda tree: merged(tree, asked))
+    if not asked.modes.split():  # what the trainer measures is the score
+        return script.text_of(cfg, request, facts, ALONE)
+    return script.text_of(
+        cfg, request, facts, ALONE + FOR_TRAINER, lambda tree: merged(tree, asked)
+    )

@@ -792,7 +792,8 @@ def readme(s: Submission, facts: dict, options: Options, logs: list[str]) -> str
         commands = [f"{start} train_gpt.py --seed {seed} --run again --data DATA{tokenizer}"]
     sources = f"{', '.join(s.sources)}: the source that ran"
     if s.readable:
-        commands += [f"{start} train_gpt.py logs.score logs/again"]
+        if SCORER in s.readable or "logs.score" in s.readable["train_gpt.py"]:
+            commands += [f"{start} train_gpt.py logs.score logs/again"]
         sources = (
             "train_gpt.py: packed (comments left out, compressed); it alone is run and counted\n"
             f"- source/: {', '.join(s.readable)}, from which logs/pack.py packed it; neither run "

@@ -306,7 +306,6 @@ def test_what_cannot_be_a_script_is_one_line(argv, words, capsys):
     [
         ("golf_cpu --tokenizer= ", "its [score] table needs a tokenizer"),
         ("golf_cpu --export= --gptq 0 --artifact_limit 0", "export is empty"),
-        ("remix_m", "its [score] table names no mode"),
     ],
 )
 def test_what_cannot_be_scored_is_not_packed(preset, words, tmp_path, capsys):
