@@ -151,6 +151,9 @@ def asked_of(cfg: script.tg.Config) -> score.Phase:
     where = " ".join(cfg.config)
     scored = bool(cfg.export) or not asked.modes
     script.require(scored, f"{where}: export is empty: there is no artifact to score")
+    training = set(asked.modes.split()) & {"ttt", "lora"}  # a proof of theirs sets its own chunks
+    why = f"{where}: modes = {asked.modes!r} train on what they score: leave --preset out"
+    script.require(not training, why)
     if asked.canonical or asked.prove_bytes:
         script.require(bool(cfg.tokenizer), f"{where}: its [score] table needs a tokenizer")
     return asked

@@ -323,8 +323,8 @@ def pack_program(text: str, preset: str, revision: str) -> str:
     # behind the frame's lines, so that a traceback does not take those for its own
     small = "\n" * FRAME.count("\n") + shrunk(text)
     data = as_text(compressed(small, codec))
-    words = shlex.join(preset.split())
-    return FRAME.format(revision=revision, words=shlex.quote(words), codec=codec, data=data)
+    words = shlex.quote(shlex.join(preset.split())).encode("ascii", "replace").decode()
+    return FRAME.format(revision=revision, words=words, codec=codec, data=data)
 
 
 def origin_of(text: str) -> tuple[str, str]:
@@ -340,7 +340,7 @@ def unpack(text: str) -> dict[str, str]:
         raise UserError("this is no file that logs/pack.py wrote; give one that it did")
     try:
         data = from_text(found[1])
-        codec = lzma if "import lzma" in text else brotli
+        codec = lzma if "\nimport lzma," in text else brotli
         whole = codec.decompress(data).decode()
     except (ValueError, lzma.LZMAError, brotli.error) as error:
         raise UserError(f"the packed sources are damaged ({error}); pack them again") from error

@@ -221,7 +221,7 @@ def readable_of(packed: str) -> dict[str, str]:
     what is inside it.
     """
     revision, preset = pack.origin_of(packed)
-    with contextlib.suppress(UserError, tg.UserError):
+    with contextlib.suppress(UserError, tg.UserError, SystemExit):  # of flags that it lacks
         text = pack.program_of(preset)
         if pack.pack_program(text, preset, revision) == packed:
             return {"train_gpt.py": text}

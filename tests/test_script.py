@@ -306,9 +306,12 @@ def test_what_cannot_be_a_script_is_one_line(argv, words, capsys):
     [
         ("golf_cpu --tokenizer= ", "its [score] table needs a tokenizer"),
         ("golf_cpu --export= --gptq 0 --artifact_limit 0", "export is empty"),
+        ("golf_cpu ttt.toml", "modes = 'ttt' train on what they score"),
     ],
 )
 def test_what_cannot_be_scored_is_not_packed(preset, words, tmp_path, capsys):
+    (tmp_path / "ttt.toml").write_text('[score]\nmodes = "ttt"\n')
+    preset = preset.replace("ttt.toml", str(tmp_path / "ttt.toml"))
     assert pack.main(["--preset", preset, "--out", str(tmp_path / "x" / "train_gpt.py")]) == 2
     said = capsys.readouterr()
     assert words in said.err and said.err.count("\n") == 1 and not (tmp_path / "x").exists()
