@@ -8,12 +8,13 @@ import itertools
 import os
 import re
 import subprocess
+import tomllib
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
-from helpers import parts, tg, tiny, write_shard
+from helpers import ROOT, parts, tg, tiny, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -915,3 +916,24 @@ def test_a_single_row_beyond_the_text_is_ignored_and_its_inputs_are_tokens(tmp_p
     assert bool((y == -1).all()) and bool((x >= 0).all())
     whole = trainer.val.batch(range(2, 3), torch.device("cpu"), 1)
     assert torch.equal(x, whole[0]) and bool((whole[1] >= 0).all())
+
+
+def test_every_preset_of_the_shipped_text_begins(tmp_path):
+    """
+    As much text as is shipped is enough, and its rows divide its batches: a preset's golden run is
+    of another size and says neither.
+    """
+    write_shard(tmp_path / "x_train_000001.bin", np.zeros(4_026_360, dtype=np.uint16))
+    write_shard(tmp_path / "x_val_000000.bin", np.zeros(223_044, dtype=np.uint16))
+    begun = set()
+    for path in sorted((ROOT / "configs").glob("*.toml")):
+        if tomllib.loads(path.read_text("utf-8")).get("data") != "data/sample":
+            continue
+        names = ["remix_m"] * (path.stem == "on_cpu") + [path.stem]
+        cfg = tg.parse_args(["--config", *names, "--data", str(tmp_path)])
+        now, plan = tg.Plan(cfg).at(0, 0.0), tg.Plan(cfg)
+        rows = loader(cfg).batch(0, now.batch_tokens, now.seq_len)
+        assert len(rows) * now.seq_len == now.batch_tokens and plan.train_shapes(1)
+        assert tg.Validation(cfg, plan, None).rows > 0
+        begun.add(path.stem)
+    assert {"tiny_cpu", "golf_cpu", "speedrun_cpu", "on_cpu"} <= begun
