@@ -77,6 +77,7 @@ class Facts:
     protocol: set[str]  # methods that a library calls
     pure: set[str]  # functions that may be left out where nobody takes what they give
     aliases: set[str]  # records whose fields may go
+    tuples: set[str]  # names of what is a NamedTuple, wherever it stands
     attributes: dict[tuple[str, str], object]  # (class, attribute) -> its one value
     expressions: dict[str, object]  # what else is known, by its text
 
@@ -130,7 +131,7 @@ def text_of(statement: cst.CSTNode) -> str:
 
 
 def revisit(
-    module: cst.Module, visitor: cst.CSTTransformer, wanted: Callable[[str], bool]
+    module: cst.Module, visitor: Transformer, wanted: Callable[[str], bool]
 ) -> cst.Module:
     """
     visit() of those statements of a module whose text is `wanted`; what did not change stays the
@@ -141,11 +142,11 @@ def revisit(
         if not wanted(text_of(statement)):
             body.append(statement)
             continue
-        new = statement.visit(visitor)
+        new = visitor.transform(statement)
         if isinstance(new, cst.FlattenSentinel):
             body.extend(new)
         elif not isinstance(new, cst.RemovalSentinel):
-            same = text_of(new) == text_of(statement)
+            same = new is statement or text_of(new) == text_of(statement)
             body.append(statement if same else new)
     return module.with_changes(body=body)
 
@@ -164,7 +165,7 @@ class Settled:
     def __init__(self):
         self.texts: dict[str, set[str]] = defaultdict(set)
 
-    def visit(self, name: str, module: cst.Module, visitor: cst.CSTTransformer) -> cst.Module:
+    def visit(self, name: str, module: cst.Module, visitor: Transformer) -> cst.Module:
         texts = self.texts[name]
         new = revisit(module, visitor, lambda text: text not in texts)
         texts |= {text_of(s) for s in module.body} & {text_of(s) for s in new.body}
@@ -183,6 +184,42 @@ class Walker:
             behind = getattr(self, f"leave_{kind}", None)
             if behind:
                 behind(node)
+
+
+class Transformer:
+    """
+    What becomes of a tree by leave_KIND(old, new) of each node; libcst's own goes through the
+    layout, too. What does not change stays the same object.
+    """
+
+    def transform(self, node: cst.CSTNode):
+        kind = type(node).__name__
+        if begin := getattr(self, f"visit_{kind}", None):
+            begin(node)
+        changes: dict[str, object] = {}
+        for name in parts_of(type(node)):
+            value = getattr(node, name)
+            if isinstance(value, cst.CSTNode):
+                new = self.transform(value)
+                if new is not value:
+                    changes[name] = None if isinstance(new, cst.RemovalSentinel) else new
+            elif value and isinstance(value, list | tuple):
+                items = self.each(value)
+                if len(items) != len(value) or any(a is not b for a, b in zip(items, value)):
+                    changes[name] = items
+        new = node.with_changes(**changes) if changes else node
+        end = getattr(self, f"leave_{kind}", None)
+        return end(node, new) if end else new
+
+    def each(self, nodes) -> list:
+        found: list = []
+        for node in nodes:
+            new = self.transform(node) if isinstance(node, cst.CSTNode) else node
+            if isinstance(new, cst.FlattenSentinel):
+                found.extend(new)
+            elif not isinstance(new, cst.RemovalSentinel):
+                found.append(new)
+        return found
 
 
 def literal(value: object) -> cst.BaseExpression:
@@ -213,6 +250,7 @@ class Values:
 
     def __init__(self, facts: Facts):
         self.facts = facts
+        self.told = {re.match(r"\w+", text)[0] for text in facts.expressions}
 
     def value_of(self, node: cst.CSTNode) -> object:
         try:
@@ -222,14 +260,23 @@ class Values:
 
     def find(self, node: cst.CSTNode) -> object:
         """The same; KeyError where it is not known."""
-        if isinstance(node, cst.Comparison | cst.Call):
-            code = code_of(node)
-            if code in self.facts.expressions:
-                return self.facts.expressions[code]
+        if self.is_told(node):
+            return self.facts.expressions[code_of(node)]
         how = getattr(self, f"find_{type(node).__name__}", None)
         if how is None:
             raise KeyError(type(node).__name__)
         return how(node)
+
+    def is_told(self, node: cst.CSTNode) -> bool:
+        """Whether it is known by its text; the first word is looked at before all are written."""
+        if not isinstance(node, cst.Comparison | cst.Call):
+            return False
+        first = node.left if isinstance(node, cst.Comparison) else node.func
+        while isinstance(first, cst.Subscript | cst.Attribute):
+            first = first.value
+        if not isinstance(first, cst.Name) or first.value not in self.told:
+            return False
+        return code_of(node) in self.facts.expressions
 
     def find_Integer(self, node):
         return node.evaluated_value
@@ -265,7 +312,7 @@ class Values:
         holder = node.value.value if isinstance(node.value, cst.Name) else ""
         if node.attr.value in self.facts.records.get(holder, ()):
             return self.facts.records[holder][node.attr.value]
-        if code_of(node) == "math.inf":
+        if holder == "math" and node.attr.value == "inf":
             return math.inf
         raise KeyError(node.attr.value)
 
@@ -277,6 +324,15 @@ class Values:
 
     def find_Set(self, node):
         return set(self.items(node))
+
+    def find_Dict(self, node):
+        found: dict = {}
+        for e in node.elements:
+            if isinstance(e, cst.StarredDictElement):
+                found |= self.find(e.value)
+            else:
+                found[self.find(e.key)] = self.find(e.value)
+        return found
 
     def items(self, node) -> list:
         found = []
@@ -323,7 +379,8 @@ class Values:
         if isinstance(node.func, cst.Attribute):  # of a text or a schedule
             if is_config(node.func.value):
                 raise KeyError("a method of the configuration")
-            whose = self.find(node.func.value)
+            module = m.matches(node.func.value, m.Name("math"))
+            whose = math if module else self.find(node.func.value)
             if type(whose).__module__ == "torch":
                 raise KeyError("a tensor")
             call = getattr(whose, node.func.attr.value)
@@ -386,16 +443,26 @@ def as_operand(node: cst.BaseExpression) -> cst.BaseExpression:
 
 ENDS = m.SimpleStatementLine([m.Return() | m.Raise() | m.Continue() | m.Break()])
 EMPTY = m.List(elements=[]) | m.Tuple(elements=[])
+MAKERS = m.Name("set") | m.Name("list") | m.Name("dict")
+NOTHING = m.List(elements=[]) | m.Dict(elements=[]) | m.Call(MAKERS, args=[])  # may be filled
+HOLLOW = EMPTY | NOTHING
 NO_TEXT = m.SimpleString(value='""') | m.SimpleString(value="''")
 
 
-class Folding(cst.CSTTransformer):
+class Folding(Transformer):
     """Conditions that are known, and what hangs on them."""
 
     def __init__(self, facts: Facts):
-        super().__init__()
         self.facts, self.values = facts, Values(facts)
         self.elifs: set[int] = set()
+        self.inside = 0  # functions
+
+    def visit_FunctionDef(self, node):
+        self.inside += 1
+
+    def leave_FunctionDef(self, old, new):
+        self.inside -= 1
+        return new
 
     def visit_If(self, node):
         if isinstance(node.orelse, cst.If):
@@ -420,8 +487,11 @@ class Folding(cst.CSTTransformer):
         both = isinstance(new.operator, cst.And)
         if left is not UNKNOWN:
             return wrapped(new, new.right if bool(left) == both else new.left)
-        if type(right) is bool and right == both and is_truth(new.left):
-            return wrapped(new, new.left)
+        if type(right) is bool and is_truth(new.left):
+            if right == both:
+                return wrapped(new, new.left)
+            if is_pure(new.left, self.facts):
+                return literal(right)
         return new
 
     def leave_UnaryOperation(self, old, new):
@@ -432,6 +502,9 @@ class Folding(cst.CSTTransformer):
 
     def leave_Comparison(self, old, new):
         value = self.known(new)
+        inside = m.Comparison(comparisons=[m.ComparisonTarget(m.In() | m.NotIn(), HOLLOW)])
+        if m.matches(new, inside) and is_pure(new.left, self.facts):
+            return literal(isinstance(new.comparisons[0].operator, cst.NotIn))
         return new if value is UNKNOWN else literal(value)
 
     def leave_Subscript(self, old, new):
@@ -443,7 +516,21 @@ class Folding(cst.CSTTransformer):
         if m.matches(new.value, m.List() | m.Tuple()):
             value = self.known(new)
             return new if value is UNKNOWN or not is_literal(value) else literal(value)
+        if m.matches(new, m.Subscript(m.Dict(), slice=[m.SubscriptElement(m.Index())])):
+            return self.looked_up(new)
         return new
+
+    def looked_up(self, new):
+        """What stands behind a known key of a dictionary that is written down there."""
+        key, rows = self.known(new.slice[0].slice.value), new.value.elements
+        if key is UNKNOWN or any(isinstance(e, cst.StarredDictElement) for e in rows):
+            return new
+        keys = [self.known(e.key) for e in rows]
+        if UNKNOWN in keys or keys.count(key) != 1:
+            return new
+        if not all(is_pure(e.value, self.facts) for e in rows):
+            return new
+        return as_operand(rows[keys.index(key)].value)
 
     def leave_Attribute(self, old, new):
         holder = new.value.value if isinstance(new.value, cst.Name) else ""
@@ -458,9 +545,9 @@ class Folding(cst.CSTTransformer):
         method = isinstance(new.func, cst.Attribute) and isinstance(
             new.func.value, cst.Call | cst.SimpleString
         )
-        if code_of(new) in self.facts.expressions:
+        if self.values.is_told(new):
             return literal(self.facts.expressions[code_of(new)])
-        nothing = EMPTY | m.Dict([])
+        nothing = HOLLOW
         if name in ("zip", "enumerate") and any(m.matches(a.value, nothing) for a in new.args):
             return cst.parse_expression("[]")
         if name == "next" and len(new.args) == 2 and m.matches(new.args[0].value, nothing):
@@ -473,19 +560,46 @@ class Folding(cst.CSTTransformer):
             one = self.as_test(new.args[0].value.elements[0].value)
             if is_truth(one):
                 return one
+        if name == "len" and len(new.args) == 1 and m.matches(new.args[0].value, nothing):
+            return literal(0)
+        method |= m.matches(new.func, m.Attribute(m.Name("math"), m.Name("prod")))
         if name in ("bool", "any", "all") or name in self.facts.functions or method:
             value = self.known(new)
             if value is not UNKNOWN and is_literal(value):
                 return literal(value)
         if name == "bool" and len(new.args) == 1 and is_truth(new.args[0].value):
             return new.args[0].value
-        args = [a for a in new.args if not (a.star == "*" and m.matches(a.value, EMPTY))]
-        args = [a for a in args if not (a.star == "**" and m.matches(a.value, m.Dict([])))]
-        if len(args) < len(new.args):
-            new = new.with_changes(
-                args=[a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in args]
-            )
-        return new
+        args = self.spread(new.args)
+        if len(args) == len(new.args) and all(a is b for a, b in zip(args, new.args)):
+            return new
+        return new.with_changes(
+            args=[a.with_changes(comma=cst.MaybeSentinel.DEFAULT) for a in args]
+        )
+
+    def spread(self, args) -> list[cst.Arg]:
+        """Arguments of which starred ones that are written down are single ones."""
+        found: list[cst.Arg] = []
+        for a in args:
+            keywords = m.DictElement(m.SimpleString())
+            if a.star == "*" and isinstance(a.value, cst.Tuple | cst.List):
+                stars = [isinstance(e, cst.StarredElement) for e in a.value.elements]
+                if not (stars and any(f.keyword or f.star == "**" for f in found)):
+                    found += [
+                        cst.Arg(e.value, star="*" if star else "")
+                        for e, star in zip(a.value.elements, stars)
+                    ]
+                    continue
+            elif a.star == "**" and m.matches(a.value, m.Dict([m.ZeroOrMore(keywords)])):
+                names = [e.key.evaluated_value for e in a.value.elements]
+                if all(name.isidentifier() for name in names):
+                    equal = cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace(""))
+                    found += [
+                        cst.Arg(e.value, keyword=cst.Name(name), equal=equal)
+                        for e, name in zip(a.value.elements, names)
+                    ]
+                    continue
+            found.append(a)
+        return found
 
     def leave_FormattedString(self, old, new):
         parts = []
@@ -516,13 +630,19 @@ class Folding(cst.CSTTransformer):
                 return wrapped(new, new.right)
             if m.matches(new.right, nothing):
                 return wrapped(new, new.left)
-        if isinstance(new.operator, cst.BitOr) and m.matches(new.right, m.Dict([])):
-            return wrapped(new, new.left)
+        if isinstance(new.operator, cst.BitOr):
+            nothing = m.Dict([]) | m.Call(m.Name("set"), args=[])
+            if m.matches(new.right, nothing):
+                return wrapped(new, new.left)
+            if m.matches(new.left, nothing):
+                return wrapped(new, new.right)
         one = m.Integer("1") | m.Float("1.0")
         if isinstance(new.operator, cst.Multiply) and m.matches(new.right, one):
             return wrapped(new, new.left)
-        if isinstance(new.operator, cst.Add) and m.matches(new.right, m.Name("False")):
-            return wrapped(new, new.left)
+        nothing = m.Name("False") | m.Integer("0")
+        if isinstance(new.operator, cst.Add | cst.Subtract) and m.matches(new.right, nothing):
+            if m.matches(new.right, m.Name("False")) or m.matches(new.left, m.Integer()):
+                return wrapped(new, new.left)
         return new
 
     def spliced(self, elements) -> list:
@@ -571,11 +691,11 @@ class Folding(cst.CSTTransformer):
             return None
         if count > 1 and not m.matches(item, SIMPLE):
             return None
-        return new.elt.visit(Replacing({name: as_operand(item)}))
+        return Replacing({name: as_operand(item)}).transform(new.elt)
 
     def comprehension(self, new, nothing: str):
         over = self.known(new.for_in.iter)
-        if m.matches(new.for_in.iter, EMPTY) or over is not UNKNOWN and not over:
+        if m.matches(new.for_in.iter, HOLLOW) or over is not UNKNOWN and not over:
             return cst.parse_expression(nothing)
         ifs = [i for i in new.for_in.ifs if self.known(i.test) is UNKNOWN or not self.known(i.test)]
         if len(ifs) < len(new.for_in.ifs):
@@ -591,6 +711,9 @@ class Folding(cst.CSTTransformer):
         if (one := self.once(new)) is not None:
             return cst.Tuple([cst.Element(one, comma=cst.Comma())])
         return self.comprehension(new, "()")
+
+    def leave_SetComp(self, old, new):
+        return self.comprehension(new, "set()")
 
     def leave_DictComp(self, old, new):
         return self.comprehension(new, "{}")
@@ -640,7 +763,7 @@ class Folding(cst.CSTTransformer):
         return cst.FlattenSentinel(taken)
 
     def leave_For(self, old, new):
-        if m.matches(new.iter, EMPTY) or m.matches(new.iter, m.Dict([])):
+        if m.matches(new.iter, HOLLOW):
             return cst.RemoveFromParent()
         once = m.matches(new.iter, m.List([m.Element(CONSTANT)]) | m.Tuple([m.Element(CONSTANT)]))
         if (
@@ -649,7 +772,7 @@ class Folding(cst.CSTTransformer):
             and not m.findall(new.body, m.Break() | m.Continue())
         ):
             instead = {new.target.value: new.iter.elements[0].value}
-            body = list(new.body.visit(Replacing(instead)).body)
+            body = list(Replacing(instead).transform(new.body).body)
             body[0] = with_comments(body[0], new.leading_lines)
             return cst.FlattenSentinel(body)
         if is_empty(new.body) and is_pure(new.iter, self.facts):
@@ -688,13 +811,27 @@ class Folding(cst.CSTTransformer):
                     [first.value.args[1].with_changes(comma=cst.MaybeSentinel.DEFAULT)],
                 )
                 return new.with_changes(body=[cst.Raise(error)])
+        if m.matches(first, m.Assign([m.AssignTarget(m.Name())], m.Name())) and self.inside:
+            if first.targets[0].target.value == first.value.value:
+                return cst.RemoveFromParent()
         if isinstance(first, cst.Expr) and not is_doc(new) and is_pure(first.value, self.facts):
             return cst.RemoveFromParent()
-        empty = m.AugAssign(operator=m.AddAssign() | m.BitOrAssign(), value=EMPTY | m.Dict([]))
+        empty = m.AugAssign(operator=m.AddAssign() | m.BitOrAssign(), value=HOLLOW)
         return cst.RemoveFromParent() if m.matches(first, empty) else new
 
     def leave_IndentedBlock(self, old, new):
-        return filled(self.returned(self.reachable(new)))
+        return filled(self.returned(self.undivided(self.reachable(new))))
+
+    def undivided(self, block):
+        """`if a: return x` before `return x` as the second alone."""
+        last = block.body[-2:]
+        rule = m.If(body=m.IndentedBlock([m.SimpleStatementLine([m.Return()])]), orelse=None)
+        while len(last) == 2 and m.matches(last[0], rule) and is_pure(last[0].test, self.facts):
+            if code_of(last[0].body.body[0].body[0]) != code_of(last[1]).strip():
+                break
+            block = block.with_changes(body=[*block.body[:-2], last[1]])
+            last = block.body[-2:]
+        return block
 
     def returned(self, block):
         """`x = f(); return x` as `return f()`."""
@@ -903,21 +1040,20 @@ def names_in(node: cst.CSTNode) -> Names:
     return found
 
 
-class Replacing(cst.CSTTransformer):
+class Replacing(Transformer):
     """Names that are read -> what stands there instead."""
 
     def __init__(self, instead: dict[str, cst.BaseExpression]):
-        super().__init__()
         self.instead = instead
 
     def leave_Attribute(self, old, new):
-        return new.with_changes(attr=old.attr)
+        return new if new.attr is old.attr else new.with_changes(attr=old.attr)
 
     def leave_Arg(self, old, new):
-        return new.with_changes(keyword=old.keyword)
+        return new if new.keyword is old.keyword else new.with_changes(keyword=old.keyword)
 
     def leave_Param(self, old, new):
-        return new.with_changes(name=old.name)
+        return new if new.name is old.name else new.with_changes(name=old.name)
 
     def leave_AssignTarget(self, old, new):
         return old if isinstance(old.target, cst.Name) else new
@@ -948,6 +1084,8 @@ def is_local_constant(node: cst.CSTNode, facts: Facts) -> bool:
     """The same, and a field that is fixed, of a configuration that is at hand."""
     if isinstance(node, cst.Attribute) and is_config(node.value):
         return node.attr.value in facts.fields
+    if isinstance(node, cst.Tuple):
+        return all(is_local_constant(e.value, facts) for e in node.elements)
     return is_constant(node, facts)
 
 
@@ -983,11 +1121,10 @@ def assignment(assign: cst.Assign, pairs: list) -> cst.Assign | None:
     return assign.with_changes(targets=[new_target], value=value)
 
 
-class Locals(cst.CSTTransformer):
+class Locals(Transformer):
     """Names of one outermost function: constants are put where they are read."""
 
     def __init__(self, facts: Facts):
-        super().__init__()
         self.facts, self.depth = facts, 0
 
     def visit_FunctionDef(self, node):
@@ -1000,35 +1137,78 @@ class Locals(cst.CSTTransformer):
     def simplified(self, function: cst.FunctionDef) -> cst.FunctionDef:
         names = names_in(function.body)
         params = names_in(function.params).bound
-        gone, instead = set(), {}
+        gone, instead, tuples = set(), {}, {}
+        found: dict[str, list[cst.BaseExpression]] = defaultdict(list)
         for assign in find_all(function.body, cst.Assign, cst.AnnAssign):
             for target, value in pairs_of(assign) or ():
-                name = target.value if isinstance(target, cst.Name) else ""
-                if not name or params[name]:
-                    continue
-                if not names.read[name]:
-                    gone.add(name)
-                elif names.bound[name] == 1 and is_local_constant(value, self.facts):
-                    if not is_long(value):
-                        instead[name] = as_operand(value)
-                elif names.bound[name] == 1 and m.matches(value, NOTHING):
-                    if not is_filled(function.body, name):
-                        instead[name] = value
-                elif names.bound[name] == 1 and m.matches(value, m.Name()):
-                    if names.bound[value.value] + params[value.value] <= 1:
-                        instead[name] = value
-        if not gone and not instead:
-            return function
-        body = function.body.visit(Dropping(gone | set(instead), self.facts))
-        return function.with_changes(body=body.visit(Replacing(instead)))
+                if isinstance(target, cst.Name) and not params[target.value]:
+                    found[target.value].append(value)
+        for name, values in found.items():
+            value = values[0]
+            if not names.read[name]:
+                gone.add(name)
+            elif names.bound[name] != len(values) or not all(map(value.deep_equals, values[1:])):
+                continue
+            elif is_local_constant(value, self.facts):
+                if not is_long(value):
+                    instead[name] = as_operand(value)
+            elif m.matches(value, NOTHING):
+                if not is_filled(function.body, name):
+                    instead[name] = value
+            elif len(values) > 1:
+                continue
+            elif isinstance(value, cst.Name):
+                if names.bound[value.value] + params[value.value] <= 1 and value.value != name:
+                    instead[name] = value
+            elif isinstance(value, cst.Tuple):
+                if all(self.is_steady(e.value, names, params) for e in value.elements):
+                    tuples[name] = value
+        body = function.body
+        if tuples:
+            spread = Spreading(tuples)
+            body = spread.transform(body)
+            gone |= {name for name in tuples if names.read[name] == spread.done[name]}
+        if gone or instead:
+            body = Dropping(gone | set(instead), self.facts).transform(body)
+            body = Replacing(instead).transform(body)
+        return function if body is function.body else function.with_changes(body=body)
+
+    def is_steady(self, node: cst.BaseExpression, names: Names, params: Counter) -> bool:
+        """Whether an expression is the same wherever it stands in a function, and cheap."""
+        if isinstance(node, cst.Attribute):
+            record = isinstance(node.value, cst.Name) and node.value.value in self.facts.tuples
+            record = record or is_config(node.value)
+            return record and self.is_steady(node.value, names, params)
+        if isinstance(node, cst.Name):
+            return names.bound[node.value] + params[node.value] <= 1
+        return is_constant(node, self.facts)
+
+
+class Spreading(Transformer):
+    """Tuples of these names, where they are starred, as their elements."""
+
+    def __init__(self, tuples: dict[str, cst.Tuple]):
+        self.tuples, self.done = tuples, Counter()
+
+    def written(self, node):
+        name = node.value.value if isinstance(node.value, cst.Name) else ""
+        if name not in self.tuples:
+            return node
+        self.done[name] += 1
+        parens = {"lpar": [cst.LeftParen()], "rpar": [cst.RightParen()]}
+        return node.with_changes(value=self.tuples[name].with_changes(**parens))
+
+    def leave_Arg(self, old, new):
+        return self.written(new) if new.star == "*" else new
+
+    def leave_StarredElement(self, old, new):
+        return self.written(new)
 
 
 def is_long(node: cst.CSTNode) -> bool:
     """Whether a text is too long to stand in the middle of others: it keeps its name."""
     return isinstance(node, cst.SimpleString) and len(node.value) > 24
 
-
-NOTHING = m.List(elements=[]) | m.Dict(elements=[])
 
 
 def is_filled(body: cst.CSTNode, name: str) -> bool:
@@ -1048,11 +1228,10 @@ def is_filled(body: cst.CSTNode, name: str) -> bool:
     return False
 
 
-class Dropping(cst.CSTTransformer):
+class Dropping(Transformer):
     """Assignments to these names; a call that may do something stays."""
 
     def __init__(self, names: set[str], facts: Facts):
-        super().__init__()
         self.names, self.facts = names, facts
 
     def leave_SimpleStatementLine(self, old, new):
@@ -1228,11 +1407,10 @@ class AttributeFacts(InClasses):
         return found
 
 
-class Attributes(cst.CSTTransformer):
+class Attributes(Transformer):
     """Reads of attributes that are one constant; declarations of parameters that are off."""
 
     def __init__(self, known: Known, constants: dict, present: set):
-        super().__init__()
         self.known, self.constants, self.present, self.inside = known, constants, present, []
 
     def leave_Comparison(self, old, new):
@@ -1540,11 +1718,10 @@ class Change:
     instead: dict[str, cst.BaseExpression]
 
 
-class Parameters(cst.CSTTransformer):
+class Parameters(Transformer):
     """Leaves out parameters, and their arguments in the calls that were found."""
 
     def __init__(self, known: Known, changes: dict[tuple[str, str], Change]):
-        super().__init__()
         self.known, self.changes, self.inside, self.depth = known, changes, [], 0
         self.of_call = {id(c): ch for ch in changes.values() for c in ch.called.calls}
 
@@ -1581,7 +1758,7 @@ class Parameters(cst.CSTTransformer):
             kept[-1] = kept[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
         star = p.star_arg if only else cst.MaybeSentinel.DEFAULT
         params = p.with_changes(params=kept, kwonly_params=only, star_arg=star)
-        body = new.body.visit(Replacing(change.instead)) if change.instead else new.body
+        body = Replacing(change.instead).transform(new.body)
         return new.with_changes(params=params, body=body)
 
     def leave_Call(self, old, new):
@@ -1671,11 +1848,10 @@ def function_of(known: Known, key: tuple[str, str]) -> cst.FunctionDef:
 # --- inlining ----------------------------------------------------------------------------------
 
 
-class Inlining(cst.CSTTransformer):
+class Inlining(Transformer):
     """Calls of functions of which one expression is left, or nothing."""
 
     def __init__(self, bodies: dict[int, cst.BaseExpression | None]):
-        super().__init__()
         self.bodies = bodies
 
     def leave_Call(self, old, new):
@@ -1753,7 +1929,7 @@ def inlined(value, call: cst.Call, called: Called, facts: Facts):
         instead["self"] = call.func.value
     if len(code_of(value)) > 60 and not is_constant(value, facts):
         return None
-    return value.visit(Replacing(instead))
+    return Replacing(instead).transform(value)
 
 
 # --- what nobody uses --------------------------------------------------------------------------
@@ -1806,9 +1982,8 @@ def fields_read(module: cst.Module) -> set[str]:
     return {node.attr.value for node in found if is_config(node.value)}
 
 
-class Unused(cst.CSTTransformer):
+class Unused(Transformer):
     def __init__(self, gone: set[tuple[str, str]]):
-        super().__init__()
         self.gone, self.inside, self.depth = gone, [], 0
 
     def visit_ClassDef(self, node):
@@ -1909,7 +2084,7 @@ def needed(name: str, facts: Facts) -> bool:
     return name.startswith("__") or name in facts.protocol
 
 
-class InnerUnused(cst.CSTTransformer):
+class InnerUnused(Transformer):
     """Functions within functions that nobody calls."""
 
     def leave_FunctionDef(self, old, new):
@@ -1917,13 +2092,12 @@ class InnerUnused(cst.CSTTransformer):
         inner = {f.name.value for f in find_all(new.body, cst.FunctionDef)}
         gone = {("inner", name) for name in inner if not read[name]}
         if gone:
-            new = new.with_changes(body=new.body.visit(DropInner(gone)))
+            new = new.with_changes(body=DropInner(gone).transform(new.body))
         return new
 
 
-class DropInner(cst.CSTTransformer):
+class DropInner(Transformer):
     def __init__(self, gone):
-        super().__init__()
         self.gone = gone
 
     def leave_FunctionDef(self, old, new):

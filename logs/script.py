@@ -190,6 +190,7 @@ HOLDERS = {
     "said": "Declared",
     "declared": "Declared",
 }
+RECORDS = {"Now", "Place", "Due", "Rule", "Shape", "Declared"}  # NamedTuples
 # calls that can be left out where nobody takes what they give
 WITHOUT_EFFECT = set(
     "clone ones zeros size view float Path cast items unbind to arange get isinstance hasattr "
@@ -263,6 +264,7 @@ def facts_of(cfg: tg.Config, keep: list[str]) -> folding.Facts:
         protocol={"forward", "backward", "on_signal"},
         pure=WITHOUT_EFFECT,
         aliases={"Now", "Trainer", "Due", "Declared", "Shape", "Place", "Added", "Point"},
+        tuples={name for name, cls in HOLDERS.items() if cls in RECORDS},
         attributes={("Ranks", "one_node"): True},
         expressions=expressions_of(cfg),
     )
