@@ -20,7 +20,7 @@ import functools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import libcst as cst
 import libcst.matchers as m
@@ -763,8 +763,10 @@ class Folding(Transformer):
         return cst.FlattenSentinel(taken)
 
     def leave_For(self, old, new):
-        if m.matches(new.iter, HOLLOW):
+        over = self.known(new.iter)
+        if m.matches(new.iter, HOLLOW) or over is not UNKNOWN and not list(over):
             return cst.RemoveFromParent()
+        new = self.without_false(new)
         once = m.matches(new.iter, m.List([m.Element(CONSTANT)]) | m.Tuple([m.Element(CONSTANT)]))
         if (
             once
@@ -783,6 +785,20 @@ class Folding(Transformer):
             line = cst.SimpleStatementLine([cst.Assign([value[0]], value[1])])
             return cst.FlattenSentinel([with_comments(line, new.leading_lines), *new.body.body])
         return new
+
+    def without_false(self, new):
+        """`for x in (a, None): if x:` without what is never taken."""
+        inside = m.IndentedBlock([m.If(m.Name(), orelse=None)])
+        if not m.matches(new, m.For(m.Name(), m.Tuple(), inside)):
+            return new
+        if new.body.body[0].test.value != new.target.value:
+            return new
+        never = m.Name("None") | m.Name("False")
+        elements = [e for e in new.iter.elements if not m.matches(e.value, never)]
+        if len(elements) == len(new.iter.elements) or len(elements) < 2:
+            return new
+        elements[-1] = elements[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
+        return new.with_changes(iter=new.iter.with_changes(elements=elements))
 
     def leave_With(self, old, new):
         items = [i for i in new.items if code_of(i.item) != "contextlib.nullcontext()"]
@@ -811,16 +827,32 @@ class Folding(Transformer):
                     [first.value.args[1].with_changes(comma=cst.MaybeSentinel.DEFAULT)],
                 )
                 return new.with_changes(body=[cst.Raise(error)])
-        if m.matches(first, m.Assign([m.AssignTarget(m.Name())], m.Name())) and self.inside:
-            if first.targets[0].target.value == first.value.value:
-                return cst.RemoveFromParent()
+        if isinstance(first, cst.Assign) and self.inside and len(first.targets) == 1:
+            pairs = pairs_of(first) or []
+            kept = [p for p in pairs if not isinstance(p[0], cst.Name) or not p[0].deep_equals(p[1])]
+            if len(kept) < len(pairs):
+                left = assignment(first, kept)
+                return new.with_changes(body=[left]) if left else cst.RemoveFromParent()
         if isinstance(first, cst.Expr) and not is_doc(new) and is_pure(first.value, self.facts):
             return cst.RemoveFromParent()
         empty = m.AugAssign(operator=m.AddAssign() | m.BitOrAssign(), value=HOLLOW)
         return cst.RemoveFromParent() if m.matches(first, empty) else new
 
     def leave_IndentedBlock(self, old, new):
-        return filled(self.returned(self.undivided(self.reachable(new))))
+        return filled(self.returned(self.undivided(self.stored(self.reachable(new)))))
+
+    def stored(self, block):
+        """`x = a; x = b` as the second alone."""
+        rule = m.SimpleStatementLine([m.Assign([m.AssignTarget(m.Name())])])
+        body = list(block.body)
+        for one, two in zip(block.body, block.body[1:]):
+            if m.matches(one, rule) and m.matches(two, rule) and self.inside:
+                (a,), (b,) = one.body, two.body
+                name = a.targets[0].target.value
+                again = name == b.targets[0].target.value and not names_in(b.value).read[name]
+                if again and is_pure(a.value, self.facts):
+                    body.remove(one)
+        return block if len(body) == len(block.body) else block.with_changes(body=body)
 
     def undivided(self, block):
         """`if a: return x` before `return x` as the second alone."""
@@ -921,20 +953,40 @@ def is_pure(node: cst.CSTNode, facts: Facts) -> bool:
 # --- names -------------------------------------------------------------------------------------
 
 
+def leaf_of(node: cst.CSTNode) -> str:
+    """The last name of a.b.c; empty of what is no name."""
+    if isinstance(node, cst.Attribute):
+        return node.attr.value
+    return node.value if isinstance(node, cst.Name) else ""
+
+
 class Names(Walker):
     """Counts of names that are read and of attributes that are read, and where names are bound."""
 
     def __init__(self):
         self.read, self.attributes, self.bound = Counter(), Counter(), Counter()
         self.strings: Counter = Counter()
+        self.held: Counter = Counter()  # attributes that are read, with the last name before them
+        self.set: Counter = Counter()  # those that are set, likewise
+        self.own: set[str] = set()  # names that are bound in this scope, and not in one inside
+        self.free: Counter = Counter()  # names that are read and not bound in a function around
+        self.asked: set[str] = set()  # last names of what getattr() is called with
+        self.outer: set[str] = set()  # those that are said to be global or nonlocal
+        self.depth = 0  # of comprehensions and lambdas
 
     def visit_Attribute(self, node):
         self.attributes[node.attr.value] += 1
+        self.held[leaf_of(node.value), node.attr.value] += 1
         self.visit(node.value)
         return False
 
     def visit_Name(self, node):
         self.read[node.value] += 1
+        self.free[node.value] += 1
+
+    def visit_Call(self, node):
+        if m.matches(node.func, m.Name("getattr") | m.Name("hasattr")):
+            self.asked.add(leaf_of(node.args[0].value))
 
     def visit_SimpleString(self, node):
         self.strings[node.raw_value] += 1
@@ -950,28 +1002,50 @@ class Names(Walker):
                 self.visit(part)
         return False
 
+    def bind(self, name: str) -> None:
+        self.bound[name] += 1
+        if not self.depth:
+            self.own.add(name)
+
     def visit_FunctionDef(self, node):
-        self.bound[node.name.value] += 1
-        for part in (*node.decorators, node.params, node.body, node.returns):
+        self.bind(node.name.value)
+        for part in (*node.decorators, node.params, node.returns):
             if part is not None:
                 self.visit(part)
+        inside = names_in(node.body)
+        self.add(inside, inside.own | set(names_in(node.params).bound))
         return False
 
     def visit_ClassDef(self, node):
-        self.bound[node.name.value] += 1
-        for part in (*node.decorators, *node.bases, *node.keywords, node.body):
+        self.bind(node.name.value)
+        for part in (*node.decorators, *node.bases, *node.keywords):
             self.visit(part)
+        self.add(names_in(node.body), set())
         return False
+
+    def add(self, inside: Names, own: set[str]) -> None:
+        """What a function or class mentions, that has these names of its own."""
+        for kind in ("read", "attributes", "bound", "strings", "held", "set"):
+            getattr(self, kind).update(getattr(inside, kind))
+        self.asked |= inside.asked
+        self.free.update({name: n for name, n in inside.free.items() if name not in own})
+
+    def visit_Lambda(self, node):
+        self.depth += 1
+
+    def leave_Lambda(self, node):
+        self.depth -= 1
 
     def target(self, node) -> None:
         if isinstance(node, cst.Name):
-            self.bound[node.value] += 1
+            self.bind(node.value)
         elif isinstance(node, cst.Tuple | cst.List):
             for e in node.elements:
                 self.target(e.value)
         elif isinstance(node, cst.StarredElement):
             self.target(node.value)
         elif isinstance(node, cst.Attribute):
+            self.set[leaf_of(node.value), node.attr.value] += 1
             self.visit(node.value)  # what is set is not read
         else:
             self.visit(node)
@@ -989,8 +1063,9 @@ class Names(Walker):
 
     def visit_AugAssign(self, node):
         if isinstance(node.target, cst.Name):
-            self.bound[node.target.value] += 2  # never bound once
-            self.read[node.target.value] += 1
+            self.bind(node.target.value)
+            self.bound[node.target.value] += 1  # never bound once
+            self.visit(node.target)
         else:
             self.visit(node.target)
         self.visit(node.value)
@@ -1004,7 +1079,9 @@ class Names(Walker):
         return False
 
     def visit_CompFor(self, node):
+        self.depth += 1
         self.target(node.target)
+        self.depth -= 1
         for part in (node.iter, *node.ifs, node.inner_for_in):
             if part is not None:
                 self.visit(part)
@@ -1022,6 +1099,7 @@ class Names(Walker):
     def visit_Nonlocal(self, node):
         for item in node.names:
             self.bound[item.name.value] += 2
+            self.outer.add(item.name.value)
         return False
 
     visit_Global = visit_Nonlocal
@@ -1029,7 +1107,7 @@ class Names(Walker):
     def visit_ImportAlias(self, node):
         name = node.asname.name if node.asname else node.name
         if isinstance(name, cst.Name):
-            self.bound[name.value] += 1
+            self.bind(name.value)
         return False
 
 
@@ -1037,6 +1115,7 @@ class Names(Walker):
 def names_in(node: cst.CSTNode) -> Names:
     found = Names()
     found.visit(node)
+    found.own -= found.outer
     return found
 
 
@@ -1090,11 +1169,14 @@ def is_local_constant(node: cst.CSTNode, facts: Facts) -> bool:
 
 
 def pairs_of(assign: cst.Assign) -> list[tuple[cst.CSTNode, cst.BaseExpression]] | None:
-    """(target, value) of a = x, and of a, b = x, y; None of all else."""
+    """(target, value) of a = x, of a, b = x, y, and of a = b = 0; None of all else."""
     if isinstance(assign, cst.AnnAssign):
         return [(assign.target, assign.value)] if assign.value else None
     if len(assign.targets) != 1:
-        return None
+        simple = all(isinstance(t.target, cst.Name | cst.Attribute) for t in assign.targets)
+        if not simple or not m.matches(assign.value, CONSTANT):
+            return None
+        return [(t.target, assign.value) for t in assign.targets]
     target, value = assign.targets[0].target, assign.value
     if not isinstance(target, cst.Tuple):
         return [(target, value)]
@@ -1109,6 +1191,9 @@ def pairs_of(assign: cst.Assign) -> list[tuple[cst.CSTNode, cst.BaseExpression]]
 def assignment(assign: cst.Assign, pairs: list) -> cst.Assign | None:
     if not pairs:
         return None
+    if len(assign.targets) > 1:
+        left = [target for target, _ in pairs]
+        return assign.with_changes(targets=[t for t in assign.targets if t.target in left])
     if len(pairs) == 1:
         target, value = pairs[0]
     else:
@@ -1137,12 +1222,18 @@ class Locals(Transformer):
     def simplified(self, function: cst.FunctionDef) -> cst.FunctionDef:
         names = names_in(function.body)
         params = names_in(function.params).bound
-        gone, instead, tuples = set(), {}, {}
+        gone, instead, tuples, unread = set(), {}, {}, []
         found: dict[str, list[cst.BaseExpression]] = defaultdict(list)
         for assign in find_all(function.body, cst.Assign, cst.AnnAssign):
             for target, value in pairs_of(assign) or ():
                 if isinstance(target, cst.Name) and not params[target.value]:
                     found[target.value].append(value)
+        for assign in find_all(function.body, cst.Assign):
+            target = assign.targets[0].target
+            if m.matches(target, m.Tuple([m.ZeroOrMore(m.Element(m.Name()))])):
+                own = [e.value.value for e in target.elements]
+                if not any(names.read[name] for name in own) and is_pure(assign.value, self.facts):
+                    unread.append(assign)
         for name, values in found.items():
             value = values[0]
             if not names.read[name]:
@@ -1160,16 +1251,22 @@ class Locals(Transformer):
             elif isinstance(value, cst.Name):
                 if names.bound[value.value] + params[value.value] <= 1 and value.value != name:
                     instead[name] = value
-            elif isinstance(value, cst.Tuple):
+            elif m.matches(value, m.Tuple() | m.Dict([m.AtLeastN(m.DictElement(), n=1)])):
                 if all(self.is_steady(e.value, names, params) for e in value.elements):
                     tuples[name] = value
         body = function.body
-        if tuples:
-            spread = Spreading(tuples)
-            body = spread.transform(body)
-            gone |= {name for name in tuples if names.read[name] == spread.done[name]}
-        if gone or instead:
-            body = Dropping(gone | set(instead), self.facts).transform(body)
+        stars = Counter(
+            (a.value.value, getattr(a, "star", "*"))
+            for a in (find_all(body, cst.Arg, cst.StarredElement) if tuples else ())
+            if getattr(a, "star", "*") and isinstance(a.value, cst.Name)
+        )
+        for name, value in tuples.items():
+            if stars[name, "*" if isinstance(value, cst.Tuple) else "**"] == names.read[name]:
+                gone.add(name)
+        if gone & set(tuples):
+            body = Spreading({k: v for k, v in tuples.items() if k in gone}).transform(body)
+        if gone or instead or unread:
+            body = Dropping(gone | set(instead), self.facts, unread).transform(body)
             body = Replacing(instead).transform(body)
         return function if body is function.body else function.with_changes(body=body)
 
@@ -1185,21 +1282,19 @@ class Locals(Transformer):
 
 
 class Spreading(Transformer):
-    """Tuples of these names, where they are starred, as their elements."""
+    """Tuples and dictionaries of these names, where they are starred, as their elements."""
 
-    def __init__(self, tuples: dict[str, cst.Tuple]):
-        self.tuples, self.done = tuples, Counter()
+    def __init__(self, tuples: dict[str, cst.Tuple | cst.Dict]):
+        self.tuples = tuples
 
     def written(self, node):
         name = node.value.value if isinstance(node.value, cst.Name) else ""
         if name not in self.tuples:
             return node
-        self.done[name] += 1
-        parens = {"lpar": [cst.LeftParen()], "rpar": [cst.RightParen()]}
-        return node.with_changes(value=self.tuples[name].with_changes(**parens))
+        return node.with_changes(value=as_operand(self.tuples[name]))
 
     def leave_Arg(self, old, new):
-        return self.written(new) if new.star == "*" else new
+        return self.written(new) if new.star else new
 
     def leave_StarredElement(self, old, new):
         return self.written(new)
@@ -1222,8 +1317,9 @@ def is_filled(body: cst.CSTNode, name: str) -> bool:
                 return True
         if isinstance(node, cst.AugAssign) and names_in(node.target).read[name]:
             return True
-        if isinstance(node, cst.AssignTarget) and not isinstance(node.target, cst.Name):
-            if names_in(node.target).read[name]:
+        if isinstance(node, cst.AssignTarget):
+            parts = find_all(node.target, cst.Subscript, cst.Attribute)
+            if any(names_in(part).read[name] for part in parts):
                 return True
     return False
 
@@ -1231,10 +1327,13 @@ def is_filled(body: cst.CSTNode, name: str) -> bool:
 class Dropping(Transformer):
     """Assignments to these names; a call that may do something stays."""
 
-    def __init__(self, names: set[str], facts: Facts):
+    def __init__(self, names: set[str], facts: Facts, unread: Iterable[cst.Assign] = ()):
         self.names, self.facts = names, facts
+        self.unread = {id(assign) for assign in unread}
 
     def leave_SimpleStatementLine(self, old, new):
+        if len(old.body) == 1 and id(old.body[0]) in self.unread:
+            return cst.RemoveFromParent()
         if len(new.body) == 1 and isinstance(new.body[0], cst.AnnAssign):
             one = new.body[0]
             gone = self.is_gone(one.target) and one.value and is_pure(one.value, self.facts)
@@ -1269,10 +1368,24 @@ class Dropping(Transformer):
 
 
 class DroppingAttributes(Dropping):
-    """Assignments to attributes of any object, by the attribute's name."""
+    """Assignments to these attributes: pairs of a class and a name."""
+
+    def __init__(self, names: set[tuple[str, str]], known: Known):
+        super().__init__(names, known.facts)
+        self.known, self.inside = known, []
+
+    def visit_ClassDef(self, node):
+        self.inside.append(node.name.value)
+
+    def leave_ClassDef(self, old, new):
+        self.inside.pop()
+        return new
 
     def is_gone(self, target) -> bool:
-        return isinstance(target, cst.Attribute) and target.attr.value in self.names
+        if not isinstance(target, cst.Attribute):
+            return False
+        cls = self.known.class_of(target.value, self.inside[0] if self.inside else "")
+        return (cls, target.attr.value) in self.names
 
 
 # --- classes, attributes, functions and calls --------------------------------------------------
@@ -1297,6 +1410,16 @@ class Known:
         self.inner = {f.name.value: f for f in every if id(f) not in tops}
         self.counts = Counter(f.name.value for f in every)
         self.holders = {k: v for k, v in self.facts.called_as.items() if v in self.classes}
+        self.own_members: dict[str, set[str]] = defaultdict(set)
+        self.all_members: dict[str, set[str]] = {}
+        for statement in self.module.body:
+            inside = statement.name.value if isinstance(statement, cst.ClassDef) else ""
+            for leaf, attribute in names_in(statement).set:
+                cls = inside if leaf == "self" else self.holders.get(leaf, "")
+                self.own_members[cls].add(attribute)
+        for name, cls in self.classes.items():
+            for s in cls.body.body:
+                self.own_members[name].add(defined(s))
 
     def bases(self, name: str) -> list[str]:
         """The class and those of the module that it inherits from."""
@@ -1310,8 +1433,22 @@ class Known:
         """The class of what an expression holds, by its name; empty where that says nothing."""
         if isinstance(node, cst.Name) and node.value == "self":
             return inside
-        leaf = node.attr.value if isinstance(node, cst.Attribute) else getattr(node, "value", "")
-        return self.holders.get(leaf, "") if isinstance(leaf, str) else ""
+        return self.holders.get(leaf_of(node), "")
+
+    def owner(self, leaf: str, attribute: str, inside: str) -> str:
+        """
+        The class of what is read as leaf.attribute in class `inside`; empty where it is not known
+        to be one that has such an attribute.
+        """
+        cls = inside if leaf == "self" else self.holders.get(leaf, "")
+        return cls if cls and attribute in self.members(cls) else ""
+
+    def members(self, cls: str) -> set[str]:
+        """Attributes, fields and methods of a class and of those that it is related to."""
+        if cls not in self.all_members:
+            names = [name for name in self.classes if self.related(name, cls)]
+            self.all_members[cls] = set().union(*(self.own_members[name] for name in names))
+        return self.all_members[cls]
 
     def related(self, a: str, b: str) -> bool:
         return bool(a and b) and (a in self.bases(b) or b in self.bases(a))
@@ -1343,6 +1480,57 @@ class InClasses(Walker):
         return self.inside[0] if self.inside else ""
 
 
+class Looks(Walker):
+    """
+    Reads of attributes where a list, set or dictionary is only looked at: whether it has anything,
+    whether something is in it, all that is in it.
+    """
+
+    def __init__(self):
+        self.found: Counter = Counter()
+
+    def looked(self, node: cst.CSTNode) -> None:
+        if isinstance(node, cst.Attribute):
+            self.found[node.attr.value] += 1
+        elif isinstance(node, cst.BooleanOperation):
+            self.looked(node.left)
+            self.looked(node.right)
+
+    def visit_If(self, node):
+        self.looked(node.test)
+
+    visit_IfExp = visit_While = visit_If
+
+    def visit_UnaryOperation(self, node):
+        if isinstance(node.operator, cst.Not):
+            self.looked(node.expression)
+
+    def visit_ComparisonTarget(self, node):
+        if isinstance(node.operator, cst.In | cst.NotIn):
+            self.looked(node.comparator)
+
+    def visit_For(self, node):
+        self.looked(node.iter)
+
+    visit_CompFor = visit_For
+
+    def visit_Arg(self, node):
+        if node.star:
+            self.looked(node.value)
+
+    def visit_StarredElement(self, node):
+        self.looked(node.value)
+
+    def visit_Call(self, node):
+        func, looks = node.func, m.Name("items") | m.Name("values") | m.Name("keys") | m.Name("get")
+        if isinstance(func, cst.Attribute) and m.matches(func.attr, looks):
+            self.looked(func.value)
+        taken = m.Name("len") | m.Name("any") | m.Name("all") | m.Name("sorted") | m.Name("bool")
+        if m.matches(func, taken | m.Name("list") | m.Name("tuple") | m.Name("set")):
+            for arg in node.args:
+                self.looked(arg.value)
+
+
 PRESENT = object()
 
 
@@ -1352,7 +1540,10 @@ class AttributeFacts(InClasses):
     def __init__(self, known: Known):
         super().__init__(known)
         self.set: dict[tuple[str, str], list] = defaultdict(list)
-        self.read: Counter = Counter()
+        looks = Looks()
+        looks.visit(known.module)
+        read = sum((names_in(s).attributes for s in known.module.body), Counter())
+        self.filled = {name for name, count in read.items() if looks.found[name] < count}
 
     def target(self, node, value) -> None:
         for t in node.elements if isinstance(node, cst.Tuple | cst.List) else [node]:
@@ -1401,6 +1592,9 @@ class AttributeFacts(InClasses):
                 if n == name and c != cls and (not c or self.known.related(c, cls))
             ]
             if cls and len(values) == 1 and isinstance(values[0], cst.CSTNode) and not others:
+                if m.matches(values[0], NOTHING) and name not in self.filled:
+                    found[cls, name] = values[0]
+                    continue
                 value = Values(self.known.facts).value_of(values[0])
                 if value is not UNKNOWN and is_literal(value) and is_switch(value):
                     found[cls, name] = literal(value)
@@ -1410,10 +1604,22 @@ class AttributeFacts(InClasses):
 class Attributes(Transformer):
     """Reads of attributes that are one constant; declarations of parameters that are off."""
 
-    def __init__(self, known: Known, constants: dict, present: set):
+    def __init__(self, known: Known, constants: dict, present: set, values: dict):
         self.known, self.constants, self.present, self.inside = known, constants, present, []
+        self.values = values
 
     def leave_Comparison(self, old, new):
+        if len(old.comparisons) == 1 and isinstance(old.left, cst.Attribute):
+            inside = self.inside[0] if self.inside else ""
+            attribute, operator = old.left.attr.value, old.comparisons[0].operator
+            cls = self.known.owner(leaf_of(old.left.value), attribute, inside)
+            other = Values(self.known.facts).value_of(old.comparisons[0].comparator)
+            if (cls, attribute) in self.values and other is not UNKNOWN:
+                compare = COMPARISONS[type(operator)]
+                literals = self.values[cls, attribute]
+                found = {compare(Values(self.known.facts).find(v), other) for v in literals}
+                if len(found) == 1:
+                    return literal(found.pop())
         is_none = m.ComparisonTarget(m.Is() | m.IsNot(), m.Name("None"))
         if m.matches(old, m.Comparison(m.Attribute(), [is_none])):
             cls = self.known.class_of(old.left.value, self.inside[0] if self.inside else "")
@@ -1468,8 +1674,8 @@ class Attributes(Transformer):
         return new
 
 
-def record_constants(known: Known) -> dict[tuple[str, str], cst.BaseExpression]:
-    """Fields of records that are the same literal wherever one is made."""
+def record_values(known: Known) -> dict[tuple[str, str], list[cst.BaseExpression]]:
+    """Fields of records that are a literal wherever one is made, and those literals."""
     calls, found = Calls(known), {}
     calls.visit(known.module)
     replacing = [
@@ -1481,17 +1687,12 @@ def record_constants(known: Known) -> dict[tuple[str, str], cst.BaseExpression]:
     for (cls, _), called in calls.found.items():
         if not called.record or not called.whole or not called.calls:
             continue
-        sites = [arguments(c, called.params) for c in called.calls]
+        sites = [called.arguments(c) for c in called.calls]
         for name, default in called.params:
             values = [s[name].value if name in s else default for s in sites if s is not None]
-            same = (
-                values
-                and None not in values
-                and all(code_of(v) == code_of(values[0]) for v in values)
-            )
-            same = same and None not in sites and name not in changed
-            if same and is_constant(values[0], known.facts):
-                found[cls, name] = values[0]
+            clear = values and None not in values and None not in sites and name not in changed
+            if clear and all(is_constant(v, known.facts) for v in values):
+                found[cls, name] = list({code_of(v): v for v in values}.values())
     return found
 
 
@@ -1500,21 +1701,19 @@ def attributes(module: cst.Module, facts: Facts) -> cst.Module:
     found = AttributeFacts(known)
     found.visit(module)
     given = {key: literal(value) for key, value in facts.attributes.items()}
-    given |= record_constants(known)
+    values = record_values(known)
+    given |= {key: literals[0] for key, literals in values.items() if len(literals) == 1}
     constants, present = found.constants() | given, found.present()
-    names = {name for _, name in (*constants, *present)} | {"declare"}
-    module = revisit(module, Attributes(known, constants, present), mentions(names))
-    names = names_in(module)
-    strings = set(names.strings)
-    read = names.attributes - Counter(
-        node.attr.value for node in find_all(module, cst.Attribute) if is_config(node.value)
-    )
-    gone = {
-        name
-        for (cls, name), values in found.set.items()
-        if cls and not read[name] and name not in strings | facts.roots
-    }
-    return revisit(module, DroppingAttributes(gone, facts), mentions(gone))
+    names = {name for _, name in (*constants, *present, *values)} | {"declare"}
+    module = revisit(module, Attributes(known, constants, present, values), mentions(names))
+    known = Known(facts, module)
+    reads, strings = Reads(known), set().union(*(names_in(s).strings for s in module.body))
+    asked, gone = Dynamic(known), set()
+    for cls, name in found.set:
+        if cls and name not in facts.roots and not reads.of(cls)[name]:
+            if not (name in strings and asked.of(cls)):
+                gone.add((cls, name))
+    return revisit(module, DroppingAttributes(gone, known), mentions(name for _, name in gone))
 
 
 # --- parameters --------------------------------------------------------------------------------
@@ -1529,14 +1728,39 @@ class Called:
     calls: list[cst.Call] = dataclasses.field(default_factory=list)
     whole: bool = True
     record: bool = False  # a NamedTuple or a dataclass, whose fields these are
+    star: int = -1  # how many stand before *args; -1: it has none
+
+    def arguments(self, call: cst.Call) -> dict[str, cst.Arg] | None:
+        """Arguments by the name of their parameter; None where that is not clear."""
+        names, found = [name for name, _ in self.params], {}
+        for i, arg in enumerate(call.args):
+            if not arg.keyword and 0 <= self.star <= i:
+                continue  # one of *args
+            name = arg.keyword.value if arg.keyword else names[i] if i < len(names) else None
+            if name not in names:
+                return None
+            found[name] = arg
+        return found
+
+    def is_plain(self, call: cst.Call) -> bool:
+        """Whether it shows which parameters the arguments are for."""
+        stars = [i for i, arg in enumerate(call.args) if arg.star]
+        only = all(call.args[i].star == "*" for i in stars)
+        return not stars or only and 0 <= self.star <= stars[0]
 
 
 def params_of(function: cst.FunctionDef, method: bool) -> list | None:
     p = function.params
-    if p.posonly_params or isinstance(p.star_arg, cst.Param) or p.star_kwarg:
+    if p.posonly_params or p.star_kwarg:
         return None
     both = [*p.params, *p.kwonly_params][1 if method else 0 :]
     return [(x.name.value, x.default) for x in both]
+
+
+def star_of(function: cst.FunctionDef, method: bool) -> int:
+    """How many parameters stand before *args; -1: it has none."""
+    p = function.params
+    return len(p.params) - method if isinstance(p.star_arg, cst.Param) else -1
 
 
 def is_static(function: cst.FunctionDef) -> bool:
@@ -1546,6 +1770,9 @@ def is_static(function: cst.FunctionDef) -> bool:
     )
 
 
+LIBRARIES = set("torch F np nn dist math os re json shutil time".split())
+
+
 class Calls(InClasses):
     """All calls of the module's functions, methods and classes, by what they call."""
 
@@ -1553,28 +1780,30 @@ class Calls(InClasses):
         super().__init__(known)
         self.found: dict[tuple[str, str], Called] = {}
         self.by_method: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        self.locals: list[set[str]] = []  # of the functions around
         for name, f in known.functions.items():
-            self.add(("", name), params_of(f, False))
+            self.add(("", name), params_of(f, False), star=star_of(f, False))
         for name in known.classes:
             methods = known.methods(name)
             for method, f in methods.items():
                 if method != "__init__" and not is_static(f):
-                    self.add((name, method), params_of(f, True))
+                    self.add((name, method), params_of(f, True), star=star_of(f, True))
                     self.by_method[method].append((name, method))
             if "__init__" in methods:
-                self.add((name, "__init__"), params_of(methods["__init__"], True))
+                f = methods["__init__"]
+                self.add((name, "__init__"), params_of(f, True), star=star_of(f, True))
             elif known.fields(name):
                 fields = [(f.target.value, f.value) for f in known.fields(name)]
                 self.add((name, "__init__"), fields, record=True)
         for name, inner in known.inner.items():
             if self.known.counts[name] == 1:
-                self.add(("inner", name), params_of(inner, False))
+                self.add(("inner", name), params_of(inner, False), star=star_of(inner, False))
 
-    def add(self, key, params, record: bool = False) -> None:
+    def add(self, key, params, record: bool = False, star: int = -1) -> None:
         roots = self.known.facts.roots
         used = key[0] in roots if key[1] == "__init__" else key[1] in roots
         if params is not None and not used:
-            self.found[key] = Called(key, params, record=record)
+            self.found[key] = Called(key, params, record=record, star=star)
 
     def called(self, func: cst.BaseExpression) -> list[tuple[str, str]]:
         """What an expression calls: keys of `found`."""
@@ -1588,32 +1817,21 @@ class Calls(InClasses):
         """What an expression means by its name: keys of `found`."""
         if isinstance(func, cst.Name):
             name = func.value
+            if any(name in own for own in self.locals):
+                return [k for k in [("inner", name)] if k in self.found]
             if name in self.known.classes:
                 return [(name, "__init__")]
             return [k for k in (("", name), ("inner", name)) if k in self.found]
         if isinstance(func, cst.Attribute):
             name = func.attr.value
             keys = self.by_method.get(name, [])
-            cls = self.known.class_of(func.value, self.here)
+            cls = self.known.owner(leaf_of(func.value), name, self.here)
             if cls:
                 return [k for k in keys if self.known.related(k[0], cls)]
             if m.matches(func.value, m.Call(m.Name("super"))):
                 bases = self.known.bases(self.here)[1:] if self.here else []
                 return [(c, name) for c in bases if (c, name) in self.found]
-            library = isinstance(func.value, cst.Name) and func.value.value in (
-                "torch",
-                "F",
-                "np",
-                "nn",
-                "dist",
-                "math",
-                "os",
-                "re",
-                "json",
-                "shutil",
-                "time",
-            )
-            return [] if library else keys
+            return [] if leaf_of(func.value) in LIBRARIES else keys
         return []
 
     def visit_Call(self, node):
@@ -1631,7 +1849,7 @@ class Calls(InClasses):
                 called = self.found[key]
                 if called.record and all(a.star == "**" for a in node.args):
                     continue  # of what was such a record
-                if sure and not any(a.star for a in node.args):
+                if sure and called.is_plain(node):
                     called.calls.append(node)
                 else:
                     self.found[key].whole = False
@@ -1660,7 +1878,7 @@ class Calls(InClasses):
         pairs = pairs_of(node)
         if pairs and len(pairs) == 1:
             alias = self.known.facts.called_as.get(code_of(pairs[0][0]), "")
-            if alias and alias not in self.known.classes:
+            if alias.startswith("."):
                 return False
         return True
 
@@ -1673,8 +1891,11 @@ class Calls(InClasses):
         return False
 
     def visit_FunctionDef(self, node):
-        for part in (*node.decorators, node.params, node.body):
+        for part in (*node.decorators, node.params):
             self.visit(part)
+        self.locals.append(names_in(node.body).own | set(names_in(node.params).bound))
+        self.visit(node.body)
+        self.locals.pop()
         return False
 
     def visit_AssignTarget(self, node):
@@ -1683,30 +1904,36 @@ class Calls(InClasses):
         return False
 
 
-class Reads(InClasses):
+class Reads:
     """Reads of attributes by the class of what has them; "" where that is not known."""
 
     def __init__(self, known: Known):
-        super().__init__(known)
+        self.known = known
         self.found: dict[str, Counter] = defaultdict(Counter)
-
-    def visit_Attribute(self, node):
-        if not is_config(node.value):
-            self.found[self.known.class_of(node.value, self.here)][node.attr.value] += 1
+        for statement in known.module.body:
+            inside = statement.name.value if isinstance(statement, cst.ClassDef) else ""
+            for (leaf, attribute), count in names_in(statement).held.items():
+                if leaf != "cfg":
+                    self.found[known.owner(leaf, attribute, inside)][attribute] += count
 
     def of(self, cls: str) -> Counter:
-        return self.found[cls] + self.found[""]
+        """Those of a class and its relatives, and those of who knows what."""
+        related = [c for c in self.found if not c or self.known.related(c, cls)]
+        return sum((self.found[c] for c in related), Counter())
 
 
-def arguments(call: cst.Call, params: list) -> dict[str, cst.Arg] | None:
-    """Arguments by the name of their parameter."""
-    names, found = [name for name, _ in params], {}
-    for i, arg in enumerate(call.args):
-        name = arg.keyword.value if arg.keyword else names[i] if i < len(names) else None
-        if name not in names:
-            return None
-        found[name] = arg
-    return found
+class Dynamic:
+    """Classes of which attributes are read by names that are texts."""
+
+    def __init__(self, known: Known):
+        self.known, self.found = known, set()
+        for statement in known.module.body:
+            inside = statement.name.value if isinstance(statement, cst.ClassDef) else ""
+            for leaf in names_in(statement).asked - LIBRARIES - {"cfg"}:
+                self.found.add(inside if leaf == "self" else known.holders.get(leaf, ""))
+
+    def of(self, cls: str) -> bool:
+        return any(not c or self.known.related(c, cls) for c in self.found)
 
 
 @dataclasses.dataclass
@@ -1756,7 +1983,9 @@ class Parameters(Transformer):
         only = [x for x in p.kwonly_params if x.name.value not in change.gone]
         if kept:
             kept[-1] = kept[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
-        star = p.star_arg if only else cst.MaybeSentinel.DEFAULT
+        star = p.star_arg
+        if not only and not isinstance(star, cst.Param):
+            star = cst.MaybeSentinel.DEFAULT
         params = p.with_changes(params=kept, kwonly_params=only, star_arg=star)
         body = Replacing(change.instead).transform(new.body)
         return new.with_changes(params=params, body=body)
@@ -1765,12 +1994,11 @@ class Parameters(Transformer):
         change = self.of_call.get(id(old))
         if change is None:
             return new
-        named = arguments(old, change.called.params)
+        named = change.called.arguments(old)
         names = {id(arg): name for name, arg in named.items()}
         kept = []
         for before, arg in zip(old.args, new.args):
-            name = names[id(before)]
-            if name in change.gone:
+            if names.get(id(before)) in change.gone:
                 continue
             kept.append(arg.with_changes(comma=cst.MaybeSentinel.DEFAULT))
         return new.with_changes(args=kept)
@@ -1781,20 +2009,19 @@ def parameters(module: cst.Module, facts: Facts) -> cst.Module:
     calls = Calls(known)
     calls.visit(module)
     reads = Reads(known)
-    reads.visit(module)
     changes = {}
     for key, called in calls.found.items():
         if not called.whole or not called.calls or key[1] in ("backward", "on_signal"):
             continue
-        sites = [arguments(c, called.params) for c in called.calls]
+        sites = [called.arguments(c) for c in called.calls]
         if any(s is None for s in sites):
             continue
         change = Change(called, set(), {})
         body = None if called.record else function_of(known, key)
         read = reads.of(key[0]) if called.record else names_in(body.body).read
         bound = names_in(body.body).bound if body is not None else Counter()
-        for name, default in called.params:
-            if called.record and name in facts.roots:
+        for at, (name, default) in enumerate(called.params):
+            if called.record and name in facts.roots or at < called.star:
                 continue
             values = [s[name].value if name in s else default for s in sites]
             if any(v is None for v in values):
@@ -1835,7 +2062,7 @@ def constant_of(node: cst.BaseExpression, known: Known) -> cst.BaseExpression | 
 
 def is_switch(value: object) -> bool:
     """Whether a value decides something, rather than being one of several sizes."""
-    return value is None or type(value) in (bool, str) or value in (0, ())
+    return value is None or type(value) in (bool, str) or value in (0, 1, ())
 
 
 def function_of(known: Known, key: tuple[str, str]) -> cst.FunctionDef:
@@ -1881,7 +2108,7 @@ def inlining(module: cst.Module, facts: Facts, before: dict[tuple[str, str], str
     for key, called in calls.found.items():
         if not called.whole or not called.calls or called.record or key[1] == "__init__":
             continue
-        if key[1] in facts.protocol | {"forward"}:
+        if key[1] in facts.protocol | {"forward"} or called.star >= 0:
             continue
         function = function_of(known, key)
         body = own_body(function)
@@ -1898,7 +2125,7 @@ def inlining(module: cst.Module, facts: Facts, before: dict[tuple[str, str], str
             continue
         if not isinstance(one, cst.Return) or one.value is None or function.decorators:
             continue
-        if code_of(function.body) == before.get(key, ""):
+        if code_of(function.body) == before.get(key, "") and not m.matches(one.value, HOLLOW):
             continue  # the author has written it so
         names.add(key[1])
         for call in called.calls:
@@ -1910,7 +2137,7 @@ def inlining(module: cst.Module, facts: Facts, before: dict[tuple[str, str], str
 
 def inlined(value, call: cst.Call, called: Called, facts: Facts):
     """The function's expression with this call's arguments; None where it must stay a call."""
-    named, read = arguments(call, called.params), names_in(value).read
+    named, read = called.arguments(call), names_in(value).read
     if named is None:
         return None
     instead = {}
@@ -2017,6 +2244,8 @@ def defined(statement: cst.BaseStatement) -> str:
         target = one.targets[0].target
     elif isinstance(one, cst.AnnAssign | cst.AugAssign):
         target = one.target
+    if isinstance(target, cst.Tuple) and all(isinstance(e.value, cst.Name) for e in target.elements):
+        return " ".join(e.value.value for e in target.elements)
     return target.value if isinstance(target, cst.Name) else ""
 
 
@@ -2050,21 +2279,35 @@ def definitions(module: cst.Module, facts: Facts) -> tuple[dict[Key, list[Names]
 
 def unused(module: cst.Module, facts: Facts) -> cst.Module:
     """Without definitions that nothing mentions which can be reached from the roots."""
-    owners, todo = definitions(module, facts)
+    owners, others = definitions(module, facts)
+    known = Known(facts, module)
     named: dict[str, list[Key]] = defaultdict(list)
     for key in owners:
-        named[key[1]].append(key)
+        for name in key[1].split():
+            named[name].append(key)
+    asked = Dynamic(known)
     seen = {key for root in facts.roots for key in named.get(root, ())}
-    todo = [*todo, *(names for key in seen for names in owners[key])]
+    todo = [("", names) for names in others]
+    todo += [(key[0] or key[1], names) for key in seen for names in owners[key]]
     while todo:
-        names = todo.pop()
+        inside, names = todo.pop()
         texts = words_of(names.strings)
-        for name in {*names.read, *names.attributes, *texts}:
+        read: dict[str, set[str]] = defaultdict(set)  # attributes, and classes that have them
+        for leaf, name in names.held:
+            read[name].add(known.owner(leaf, name, inside))
+
+        def is_read(key: Key) -> bool:
+            return any(not cls or known.related(cls, key[0]) for cls in read.get(key[1], ()))
+
+        for name in {*names.free, *names.attributes, *texts}:
             for key in named.get(name, ()):
-                used = name in texts or name in names.attributes if key[0] else name in names.read
+                if key[0]:
+                    used = is_read(key) or name in texts and asked.of(key[0])
+                else:
+                    used = name in names.free or name in texts
                 if key not in seen and used:
                     seen.add(key)
-                    todo += owners[key]
+                    todo += [(key[0] or key[1], names) for names in owners[key]]
     gone = set(owners) - seen
     body: list[cst.BaseStatement] = []
     for statement in module.body:

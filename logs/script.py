@@ -189,12 +189,13 @@ HOLDERS = {
     "s": "Shape",
     "said": "Declared",
     "declared": "Declared",
+    "module": "Declaring",
 }
 RECORDS = {"Now", "Place", "Due", "Rule", "Shape", "Declared"}  # NamedTuples
 # calls that can be left out where nobody takes what they give
 WITHOUT_EFFECT = set(
     "clone ones zeros size view float Path cast items unbind to arange get isinstance hasattr "
-    "enumerate named_modules Generator nullcontext contextlib.nullcontext environ "
+    "enumerate torch.compile named_modules Generator nullcontext contextlib.nullcontext environ "
     "next_step_seconds graph_of Averages is_late embedded at ends_epoch eval_shape AttentionMask "
     "check_bits parse_bits quantised_names extra tokens tokens_in_order".split()
 )
@@ -263,7 +264,7 @@ def facts_of(cfg: tg.Config, keep: list[str]) -> folding.Facts:
         roots={"main", "Config"},
         protocol={"forward", "backward", "on_signal"},
         pure=WITHOUT_EFFECT,
-        aliases={"Now", "Trainer", "Due", "Declared", "Shape", "Place", "Added", "Point"},
+        aliases={"Now", "Trainer", "Due", "Declared", "Shape", "Place", "Added", "Point", "Rule"},
         tuples={name for name, cls in HOLDERS.items() if cls in RECORDS},
         attributes={("Ranks", "one_node"): True},
         expressions=expressions_of(cfg),
