@@ -780,7 +780,7 @@ class Run(Ranks):
         self.one_node = int(env["LOCAL_WORLD_SIZE"] or 1) == self.world
         self.cfg = cfg
         self.folder = Path(cfg.log_dir) / cfg.run
-        self.began, self.earlier_wall = time.perf_counter(), 0.0
+        self.began = time.perf_counter()  # of a resumed run: so much earlier as it had taken
         self.leave_at_once = False
         self.trained: Now | None = None  # the schedules of the last step that was trained
         self.owns_group = False
@@ -904,7 +904,7 @@ class Run(Ranks):
         """
         Seconds since the first start of this run's processes, compilation and evaluation included.
         """
-        return self.earlier_wall + time.perf_counter() - self.began
+        return time.perf_counter() - self.began
 
     def open_log(self, step: int | None) -> None:
         """Begin log.txt and metrics.jsonl, or go on with them without metrics behind `step`."""
@@ -2253,6 +2253,7 @@ class Declaring(nn.Module):
         self.prefix = ""  # of the module within the model, with a dot behind it
         self.watch: Watch | None = None  # see watching()
         self.in_fp8: set[str] = set()  # its maps of cfg.fp8, where the device has 8 bits
+        self.biased: set[str] = set()  # its maps with a bias, see declare_bias()
 
     def declare(
         self,
@@ -2270,6 +2271,18 @@ class Declaring(nn.Module):
         if on:
             self.declared[name] = Declared(group, start, rate, betas)
 
+    def declare_bias(
+        self,
+        name: str,
+        start: float | Start,
+        *shape: int,
+        rate: float = 1.0,
+        betas: tuple[float, float] | None = None,
+    ) -> None:
+        """Make what linear() adds to the products with the matrix `name`."""
+        self.biased.add(name)
+        self.declare(f"{name}_bias", "scalar", start, *shape, rate=rate, betas=betas)
+
     def linear(self, x: Tensor, name: str, w: Tensor | None = None) -> Tensor:
         """
         x [..., cols] times the matrix `name` [rows, cols], or a stack of matrices as if they were
@@ -2277,7 +2290,7 @@ class Declaring(nn.Module):
         """
         w = getattr(self, name).flatten(0, -2) if w is None else w
         product = fp8_linear if name in self.in_fp8 and torch.is_grad_enabled() else linear
-        y = product(x, w, getattr(self, f"{name}_bias", None))
+        y = product(x, w, getattr(self, f"{name}_bias") if name in self.biased else None)
         return y if self.watch is None else self.watch(self.prefix + name, x, y)
 
 
@@ -2425,10 +2438,12 @@ class Attention(Declaring):
         self.declare("proj", "matrix", way, cfg.dim, inner)
         if cfg.biases:
             start = bias_start(cfg)
-            self.declare("qkv_bias", "scalar", start, 3, inner, on=one_map)
-            self.declare("q_bias", "scalar", start, inner, on=not one_map)
-            self.declare("kv_bias", "scalar", start, 2, inner_kv, on=not one_map)
-            self.declare("proj_bias", "scalar", 0.0, cfg.dim)
+            if one_map:
+                self.declare_bias("qkv", start, 3, inner)
+            else:
+                self.declare_bias("q", start, inner)
+                self.declare_bias("kv", start, 2, inner_kv)
+            self.declare_bias("proj", 0.0, cfg.dim)
         self.declare("q_gain", "scalar", cfg.q_gain, cfg.heads, on=cfg.q_gain)
         gains = cfg.layer_norm and cfg.qk_norm
         self.declare("qk_gains", "scalar", 1.0, 2, self.head_dim, on=gains)
@@ -2560,8 +2575,9 @@ class MLP(Declaring):
         self.declare("fc", "matrix", xavier() if by_xavier else start, *stack)
         start = xavier() if by_xavier else normal(cfg.proj_init * width)
         self.declare("proj", "matrix", start, cfg.dim, hidden)
-        self.declare("fc_bias", "scalar", bias_start(cfg), *stack[:-1], on=cfg.biases)
-        self.declare("proj_bias", "scalar", 0.0, cfg.dim, on=cfg.biases)
+        if cfg.biases:
+            self.declare_bias("fc", bias_start(cfg), *stack[:-1])
+            self.declare_bias("proj", 0.0, cfg.dim)
         self.slope = 0.5 if cfg.activation == "leaky_relu2" else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -2751,7 +2767,7 @@ class TokenNet(Declaring):
         self.declare("fc", "matrix", start, cfg.net_hidden, cfg.dim, **matrices)
         self.declare("proj", "matrix", 0.0, len(starts), cfg.net_hidden, **matrices)
         biases = numbers(*(start / NET_SCALE for start in starts))
-        self.declare("proj_bias", "scalar", biases, len(starts), rate=rate, **own)
+        self.declare_bias("proj", biases, len(starts), rate=rate, **own)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(F.gelu(self.linear(x, "fc")), "proj")
@@ -2943,7 +2959,8 @@ class GPT(Declaring):
         self.cfg, self.dtype = cfg, dtype
         self.head_rows = head_rows(cfg)
         self.declare("head", "head", head_start(cfg), self.head_rows, cfg.dim)
-        self.declare("head_bias", "scalar", 0.0, self.head_rows, on=cfg.biases)
+        if cfg.biases:
+            self.declare_bias("head", 0.0, self.head_rows)
         rows = self.head_rows if cfg.pad_vocab or cfg.untie_at else cfg.vocab
         start = normal(cfg.dim**-0.5 if cfg.init == "xavier" else cfg.embed_init)
         # What will be untied has two tables from the start, see same_tables().
@@ -3061,8 +3078,9 @@ class GPT(Declaring):
         # A copy: at the first place x would be x0, and a compiled block takes a graph of its own
         # for two arguments that are one tensor.
         x0 = x.clone()
-        (cos, sin), docs = self.rope(window_long), self.documents(tokens_BT)
-        rope = (cos[cache.size :], sin[cache.size :]) if cache else (cos, sin)
+        rope, docs = self.rope(window_long), self.documents(tokens_BT)
+        if cache:
+            rope = rope[0][cache.size :], rope[1][cache.size :]
         sharp = sharpness(self.cfg, window_long)
         near = cache.begin_pass(docs) if cache else AttentionMask(docs, window, x, sharp)
         far = near  # of L blocks: one object for all of them
@@ -3456,13 +3474,13 @@ class GPT(Declaring):
         head: Tensor | None = None,
     ) -> Tensor:
         """
-        losses() of targets [B, T], or losses_with_later() of [K, B, T], with logits of loss_chunk
-        tokens at a time; with more than one chunk they are computed again in the backward pass
-        instead of being kept. head: the rows of it that have a logit; else all.
+        losses() of targets [B, T] with logits of loss_chunk tokens at a time; with more than one
+        chunk they are computed again in the backward pass instead of being kept. Of targets
+        [K, B, T] losses_with_later(). head: the rows of it that have a logit; else all.
         """
         by_token, more = [x_BTD.flatten(0, 1), targets.flatten(-2)], []
         losses = self.losses_and_log_z if log_z else self.losses
-        if targets.ndim > 2:
+        if later_targets(self.cfg) and targets.ndim > 2:
             losses = self.losses_with_later
         if self.cfg.distill and taught is not None:
             losses, more = self.losses_and_teacher_kl, [teacher_head]
@@ -3473,9 +3491,9 @@ class GPT(Declaring):
         splits = [t.split(size, -1 if t is by_token[1] else 0) for t in by_token]
         chunks = zip(*splits)
         # in fp32, so that chunks' gradients are summed in it
-        head = (self.head if head is None else head).float()
+        rows = (self.head if head is None else head).float()
         recomputed = torch.utils.checkpoint.checkpoint
-        parts = [recomputed(losses, *c, *more, head, use_reentrant=False) for c in chunks]
+        parts = [recomputed(losses, *c, *more, rows, use_reentrant=False) for c in chunks]
         return torch.cat(parts, -1)
 
 
@@ -4315,11 +4333,11 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
         "scalar": (cfg.scalar_lr, cfg.scalar_wd),
     }[declared.group]
     beta1, beta2 = declared.betas or (cfg.beta1, cfg.beta2)
-    usual = lr * declared.rate, beta1, beta2, wd
+    lr = lr * declared.rate
     own = next((own for own in own_rates(cfg) if own.pattern.search(name)), None)
     if own is not None:
-        usual = tuple(b if a is None else a for a, b in zip(own[1:], usual))
-    lr, beta1, beta2, wd = usual
+        usual = lr, beta1, beta2, wd
+        lr, beta1, beta2, wd = (b if a is None else a for a, b in zip(own[1:], usual))
     corrected = not is_named(cfg.uncorrected, name)
     rule = Rule("adamw", declared.group, (), lr, wd, beta1, beta2, slow, corrected)
     if cfg.bigram_rule == "rows" and name == "bigram":
@@ -6948,7 +6966,8 @@ def load_checkpoint(path: Path, trainer: Trainer) -> int:
                 torch.set_rng_state(rng)
             elif run.device.type == "cuda":
                 torch.cuda.set_rng_state(rng)
-    run.clock.total, run.earlier_wall = state["train_seconds"], state["wall_seconds"]
+    run.clock.total = state["train_seconds"]
+    run.began -= state["wall_seconds"]
     run.trained = Now(**state["trained"]) if state.get("trained") else None
     run.paces, run.over = state.get("paces", []), state.get("over", False)  # older ones have none
     return state["step"]
@@ -7996,11 +8015,12 @@ def loss_terms(
 
 def next_batch(trainer: Trainer, step: int, now: Now) -> tuple[np.ndarray, np.ndarray | None]:
     """This rank's rows of a step and, with sampled_classes, each one's candidates(). Collective."""
-    cfg, loader = trainer.cfg, trainer.loader
+    cfg = trainer.cfg
     sizes = (now.batch_tokens, now.seq_len, *([now.doc_cap] if cfg.bos_rows else []))
     if cfg.sampled_classes == "0" or not now.sampled_classes:
-        return loader.batch(step, *sizes), None
-    before, count, classes = loader.state_dict(), now.sampled_classes, classes_of(cfg)
+        return trainer.loader.batch(step, *sizes), None
+    loader, count, classes = trainer.loader, now.sampled_classes, classes_of(cfg)
+    before = loader.state_dict()
     rows = loader.batch(step, *sizes)
     most = trainer.run.most(max(len(np.unique(row[1:])) for row in rows))
     if most > count:
@@ -8212,7 +8232,7 @@ def log_step(trainer: Trainer, step: int, now: Now, reading: Reading) -> None:
         others = loss + terms.get("z_loss", 0.0) + terms.get("mtp", 0.0)
         terms["blended_loss"] = (1 - now.distill) * others + now.distill * terms["teacher_kl"]
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        good = checkpoints(run.folder)
+        good = checkpoints(run.folder) if cfg.keep or cfg.resume else []
         kept = "No checkpoint was saved before it"
         if good:
             kept = f"Last good checkpoint: {good[-1]}; it is kept"
@@ -8316,10 +8336,10 @@ def due(plan: Plan, step: int, last: bool) -> Due:
     keep = cfg.average_epochs > 0 and epoch_ends and step * cfg.epochs // cfg.steps > first
     snapshot = plan.ends_cycle(step) if cfg.cycles else False
     if cfg.eval_every < 0:
-        evaluate = (snapshot if cfg.cycles else epoch_ends) or step == 0
+        measured = (snapshot if cfg.cycles else epoch_ends) or step == 0
     else:
-        evaluate = cfg.eval_every > 0 and step % cfg.eval_every == 0
-    return Due(save, keep, evaluate or last, snapshot)
+        measured = cfg.eval_every > 0 and step % cfg.eval_every == 0
+    return Due(save, keep, measured or last, snapshot)
 
 
 def pause(trainer: Trainer, step: int, now: Now, todo: Due) -> dict:

@@ -1532,6 +1532,7 @@ class Looks(Walker):
 
 
 PRESENT = object()
+TEXT = m.Arg(m.SimpleString())
 
 
 class AttributeFacts(InClasses):
@@ -1570,7 +1571,7 @@ class AttributeFacts(InClasses):
             self.target(node.target, node.value)
 
     def visit_Call(self, node):
-        if m.matches(node.func, m.Attribute(attr=m.Name("declare"))):
+        if m.matches(node, m.Call(m.Attribute(attr=m.Name("declare")), [TEXT, m.ZeroOrMore()])):
             name = node.args[0].value.evaluated_value
             on = [a.value for a in node.args if a.keyword and a.keyword.value == "on"]
             value = Values(self.known.facts).value_of(on[0]) if on else True
@@ -1691,6 +1692,7 @@ def record_values(known: Known) -> dict[tuple[str, str], list[cst.BaseExpression
         for name, default in called.params:
             values = [s[name].value if name in s else default for s in sites if s is not None]
             clear = values and None not in values and None not in sites and name not in changed
+            clear = clear and name not in known.facts.roots
             if clear and all(is_constant(v, known.facts) for v in values):
                 found[cls, name] = list({code_of(v): v for v in values}.values())
     return found

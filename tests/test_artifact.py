@@ -594,7 +594,7 @@ def everything(p) -> dict[str, torch.Tensor]:
 def test_resumed_training_is_the_same_to_the_bit(tmp_path, changes):
     run, p = started(tmp_path / "a", **changes)
     train_on(p, 0, 5)
-    run.clock.total, run.earlier_wall = 12.5, 100.0
+    run.clock.total, run.began = 12.5, run.began - 100.0
     torch.rand(3)
     saved = tg.save_checkpoint(p, 5)
     assert saved == tmp_path / "a" / "ckpt" / "000005"
