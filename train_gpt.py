@@ -2452,25 +2452,26 @@ class Attention(Declaring):
 
     def declare_by_index(self, cfg: Config, index: int, values: bool) -> None:
         """What some blocks have and others do not."""
-        on = cfg.attn_gate and has_attn_gate(cfg, index)
-        self.declare("attn_gate", "matrix", 0.0, cfg.heads, cfg.attn_gate, on=cfg.attn_gate and on)
-        joins = values or has_given_values(cfg, index)
+        # In conditions first comes what the flags alone decide: a script is made without that.
+        gated = cfg.attn_gate and has_attn_gate(cfg, index)
+        self.declare("attn_gate", "matrix", 0.0, cfg.heads, cfg.attn_gate, on=gated)
+        joins = has_given_values(cfg, index) or values
         self.has_values = bool(cfg.value_proj or cfg.value_layers or cfg.mudd) and joins
         # dims that it reads of the input and of the values
         self.value_dims = gate_dims(cfg, index, values) if self.has_values else (0, 0)
         shape = (self.kv_heads, sum(self.value_dims))
-        on = bool(cfg.value_proj or cfg.value_gate) and shape[1] > 0
-        self.declare("value_gate", "matrix", 0.0, *shape, on=self.has_values and on)
+        has_dims = bool(cfg.value_proj or cfg.value_gate) and shape[1] > 0
+        self.declare("value_gate", "matrix", 0.0, *shape, on=has_dims and self.has_values)
         self.declare("iha", "scalar", identities, 3, cfg.heads, cfg.heads, on=cfg.iha)
         own = {"rate": 0.8, "betas": (0.9, 0.95)}  # slowrun's
         self.has_alpha = bool(cfg.xsa_learned) and has_xsa_alpha(cfg, index)
         self.steered = bool(cfg.gate_nets) and net_of(cfg, index) >= 0
         self.has_given_gate = bool(cfg.gate_nets) and has_given_gate(cfg, index)
-        on = self.has_alpha and not self.steered
-        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=cfg.xsa_learned and on, **own)
-        own = {"betas": (0.9, 0.99)}  # modded-nanogpt's
-        on = cfg.sa_lambdas and index < cfg.depth
-        self.declare("sa_lambdas", "scalar", sa_start(cfg), 2, on=cfg.sa_lambdas and on, **own)
+        has_own = not self.steered and self.has_alpha
+        self.declare("xsa_alpha", "scalar", 0.0, cfg.heads, on=cfg.xsa_learned and has_own, **own)
+        usual = {"betas": (0.9, 0.99)}  # modded-nanogpt's
+        scaled = cfg.sa_lambdas and index < cfg.depth
+        self.declare("sa_lambdas", "scalar", sa_start(cfg), 2, on=scaled, **usual)
 
     def forward(
         self,
@@ -2622,18 +2623,20 @@ class Block(Declaring):
         # whether the embedding joins, and by a share that is given by token
         self.has_share = bool(cfg.x0_lambda or cfg.x0_layers or cfg.mudd) and has_share(cfg, index)
         steered = bool(cfg.gate_nets) and net_of(cfg, index) >= 0
-        self.share_given = self.in_mudd or self.has_share and steered
+        self.share_given = self.in_mudd or steered and self.has_share
         self.bigram_given = bigram_by_nets(cfg) and has_bigram_given(cfg, index)
-        start, own = cfg.x0_lambda, self.has_share and not self.share_given
-        self.declare("x0_lambda", "scalar", start, 1, on=(cfg.x0_lambda or cfg.x0_layers) and own)
+        own = not self.share_given and self.has_share
+        on = (cfg.x0_lambda or cfg.x0_layers) and own
+        self.declare("x0_lambda", "scalar", cfg.x0_lambda, 1, on=on)
         # A branch that is missing has no factors, but for what the embedding's share joins.
         branches = 2 - self.no_attn - self.no_mlp
         factors = branches + (self.no_attn and self.has_share) if self.by_branch else 1
-        start, own = cfg.resid_lambda, counted and factors > 0 and not self.in_mudd
-        self.declare("resid_lambda", "scalar", start, factors, on=cfg.resid_lambda and own)
-        start, own = cfg.post_lambda, counted and branches > 0 and not self.in_mudd
+        scaled = cfg.resid_lambda and not self.in_mudd and factors > 0 and counted
+        self.declare("resid_lambda", "scalar", cfg.resid_lambda, factors, on=scaled)
         usual = {"rate": 0.2, "betas": (0.9, 0.95)}  # modded-nanogpt's
-        self.declare("post_lambda", "scalar", start, branches, on=cfg.post_lambda and own, **usual)
+        scaled_by_branch = cfg.post_lambda and not self.in_mudd and branches > 0 and counted
+        start = cfg.post_lambda
+        self.declare("post_lambda", "scalar", start, branches, on=scaled_by_branch, **usual)
 
     def forward(
         self,
@@ -2976,8 +2979,8 @@ class GPT(Declaring):
         # What is learned by place, and not by block, is there for the deepest order.
         most, (low, high) = largest(cfg.repeats), loop_span(cfg)
         places, tables = len(layer_order(cfg, largest(cfg.repeats))), cfg.value_embeds
-        shape = (cfg.depth // 2,) if cfg.unet == 2 else (places // 2, cfg.dim)
-        self.declare("skips", "scalar", 1.0, *shape, on=cfg.unet)
+        pairs = (cfg.depth // 2,) if cfg.unet == 2 else (places // 2, cfg.dim)
+        self.declare("skips", "scalar", 1.0, *pairs, on=cfg.unet)
         self.declare("loop_embed", "scalar", 0.0, places, cfg.dim, on=cfg.loop_embed)
         self.declare("value_embeds", "embed", normal(1.0), tables, cfg.vocab, cfg.dim, on=tables)
         self.declare("value_scales", "scalar", 0.0, places, tables, cfg.dim, on=tables)
@@ -4773,17 +4776,11 @@ class Loader:
     ):
         self.cfg, self.rank, self.world, self.together = cfg, rank, world, together
         self.files = find_shards(cfg, "train")
-        self.counts, left = [], cfg.train_tokens or math.inf
-        for f in self.files:
-            self.counts.append(int(min(shard_tokens(f), left)))
-            left -= self.counts[-1]
+        self.counts = [shard_tokens(f) for f in self.files]
+        if cfg.train_tokens:
+            self.read_less(cfg.train_tokens)
         self.held_out = len(held_out(cfg)) if cfg.fitness_tokens else 0
         self.counts[0] -= self.held_out
-        if cfg.train_tokens and left:
-            raise UserError(
-                f"train_tokens = {cfg.train_tokens}, but the train shards in {cfg.data} hold "
-                f"{sum(self.counts)}; lower it, or run: {get_command(cfg, 2 * len(self.files))}"
-            )
         self.block = plan.max_seq_len
         self.opened: dict[int, np.ndarray] = {}
         # shuffle 2: shard, start, length and end in this epoch's stream of each document [n, 4]
@@ -4796,6 +4793,18 @@ class Loader:
             self.check_documents(plan)
         else:
             self.check_enough(plan)
+
+    def read_less(self, left: int) -> None:
+        """Of all shards so many tokens, from the first on."""
+        for i, count in enumerate(self.counts):
+            self.counts[i] = min(count, left)
+            left -= self.counts[i]
+        if left:
+            raise UserError(
+                f"train_tokens = {self.cfg.train_tokens}, but the train shards in {self.cfg.data} "
+                f"hold {sum(self.counts)}; lower it, or run: "
+                f"{get_command(self.cfg, 2 * len(self.files))}"
+            )
 
     def check_enough(self, plan: Plan) -> None:
         """

@@ -77,9 +77,11 @@ class Facts:
     protocol: set[str]  # methods that a library calls
     pure: set[str]  # functions that may be left out where nobody takes what they give
     aliases: set[str]  # records whose fields may go
+    compared: set[str]  # of these, records that are told apart by fields which nobody reads, too
     tuples: set[str]  # names of what is a NamedTuple, wherever it stands
     attributes: dict[tuple[str, str], object]  # (class, attribute) -> its one value
     expressions: dict[str, object]  # what else is known, by its text
+    harmless: set[str] = dataclasses.field(default_factory=set)  # functions; fold() finds them
 
 
 def code_of(node: cst.CSTNode) -> str:
@@ -251,6 +253,7 @@ class Values:
     def __init__(self, facts: Facts):
         self.facts = facts
         self.told = {re.match(r"\w+", text)[0] for text in facts.expressions}
+        self.inside: dict[str, object] = {}  # names of comprehensions
 
     def value_of(self, node: cst.CSTNode) -> object:
         try:
@@ -304,6 +307,8 @@ class Values:
     def find_Name(self, node):
         if node.value in ("None", "True", "False"):
             return {"None": None, "True": True, "False": False}[node.value]
+        if node.value in self.inside:
+            return self.inside[node.value]
         return self.facts.constants[node.value]
 
     def find_Attribute(self, node):
@@ -333,6 +338,27 @@ class Values:
             else:
                 found[self.find(e.key)] = self.find(e.value)
         return found
+
+    def find_ListComp(self, node):
+        if node.for_in.inner_for_in:
+            raise KeyError("two loops")
+        found, before = [], self.inside
+        for item in self.find(node.for_in.iter):
+            self.inside = before | self.bound(node.for_in.target, item)
+            try:
+                if all(self.find(i.test) for i in node.for_in.ifs):
+                    found.append(self.find(node.elt))
+            finally:
+                self.inside = before
+        return found
+
+    find_GeneratorExp = find_ListComp
+
+    def bound(self, target: cst.CSTNode, value: object) -> dict[str, object]:
+        if isinstance(target, cst.Name):
+            return {target.value: value}
+        names = [e.value.value for e in target.elements]
+        return dict(zip(names, value, strict=True))
 
     def items(self, node) -> list:
         found = []
@@ -376,6 +402,10 @@ class Values:
         return self.find(node.value)[self.find(element.slice.value)]
 
     def find_Call(self, node):
+        if m.matches(node, m.Call(m.Name("getattr"), [m.Arg(), m.Arg()])):
+            if not is_config(node.args[0].value):
+                raise KeyError("of what is not known")
+            return self.facts.fields[self.find(node.args[1].value)]
         if isinstance(node.func, cst.Attribute):  # of a text or a schedule
             if is_config(node.func.value):
                 raise KeyError("a method of the configuration")
@@ -562,6 +592,9 @@ class Folding(Transformer):
                 return one
         if name == "len" and len(new.args) == 1 and m.matches(new.args[0].value, nothing):
             return literal(0)
+        if name == "len" and len(new.args) == 1 and isinstance(new.args[0].value, cst.List):
+            value = self.known(new)
+            return new if value is UNKNOWN else literal(value)
         method |= m.matches(new.func, m.Attribute(m.Name("math"), m.Name("prod")))
         if name in ("bool", "any", "all") or name in self.facts.functions or method:
             value = self.known(new)
@@ -643,6 +676,11 @@ class Folding(Transformer):
         if isinstance(new.operator, cst.Add | cst.Subtract) and m.matches(new.right, nothing):
             if m.matches(new.right, m.Name("False")) or m.matches(new.left, m.Integer()):
                 return wrapped(new, new.left)
+        if isinstance(new.operator, cst.Subtract) and m.matches(new.right, m.Call(m.Name("set"), [])):
+            return wrapped(new, new.left)
+        if m.matches(new, m.BinaryOperation(m.Integer(), m.Subtract(), m.Integer())):
+            value = self.known(new)
+            return new if value < 0 else literal(value)
         return new
 
     def spliced(self, elements) -> list:
@@ -703,6 +741,8 @@ class Folding(Transformer):
         return new
 
     def leave_ListComp(self, old, new):
+        if self.known(new) == []:
+            return cst.parse_expression("[]")
         if (one := self.once(new)) is not None:
             return cst.List([cst.Element(one)])
         return self.comprehension(new, "[]")
@@ -836,6 +876,7 @@ class Folding(Transformer):
         if isinstance(first, cst.Expr) and not is_doc(new) and is_pure(first.value, self.facts):
             return cst.RemoveFromParent()
         empty = m.AugAssign(operator=m.AddAssign() | m.BitOrAssign(), value=HOLLOW)
+        empty |= m.AugAssign(operator=m.AddAssign() | m.SubtractAssign(), value=m.Integer("0"))
         return cst.RemoveFromParent() if m.matches(first, empty) else new
 
     def leave_IndentedBlock(self, old, new):
@@ -940,7 +981,7 @@ def is_pure(node: cst.CSTNode, facts: Facts) -> bool:
         name = code_of(node.func)
         leaf = name.split(".")[-1]
         pure = leaf in facts.pure or name in facts.pure or name in facts.functions
-        pure = pure or name in BUILTINS
+        pure = pure or name in BUILTINS or name in facts.harmless
         inner = [node.func.value] if isinstance(node.func, cst.Attribute) else []
         return pure and all(is_pure(x, facts) for x in [*inner, *(a.value for a in node.args)])
     if isinstance(node, cst.Lambda):
@@ -986,7 +1027,12 @@ class Names(Walker):
 
     def visit_Call(self, node):
         if m.matches(node.func, m.Name("getattr") | m.Name("hasattr")):
-            self.asked.add(leaf_of(node.args[0].value))
+            leaf, name = leaf_of(node.args[0].value), node.args[1].value
+            if isinstance(name, cst.SimpleString):
+                self.attributes[name.raw_value] += 1
+                self.held[leaf, name.raw_value] += 1
+            else:
+                self.asked.add(leaf)
 
     def visit_SimpleString(self, node):
         self.strings[node.raw_value] += 1
@@ -1544,6 +1590,7 @@ class AttributeFacts(InClasses):
         looks = Looks()
         looks.visit(known.module)
         read = sum((names_in(s).attributes for s in known.module.body), Counter())
+        self.truths: dict[tuple[str, str], bool] = {}  # of those that are sizes
         self.filled = {name for name, count in read.items() if looks.found[name] < count}
 
     def target(self, node, value) -> None:
@@ -1597,17 +1644,19 @@ class AttributeFacts(InClasses):
                     found[cls, name] = values[0]
                     continue
                 value = Values(self.known.facts).value_of(values[0])
-                if value is not UNKNOWN and is_literal(value) and is_switch(value):
-                    found[cls, name] = literal(value)
+                if value is not UNKNOWN and is_literal(value):
+                    if is_switch(value):
+                        found[cls, name] = literal(value)
+                    self.truths[cls, name] = bool(value)
         return found
 
 
 class Attributes(Transformer):
     """Reads of attributes that are one constant; declarations of parameters that are off."""
 
-    def __init__(self, known: Known, constants: dict, present: set, values: dict):
+    def __init__(self, known: Known, constants: dict, present: set, values: dict, truths: dict):
         self.known, self.constants, self.present, self.inside = known, constants, present, []
-        self.values = values
+        self.values, self.truths = values, truths
 
     def leave_Comparison(self, old, new):
         if len(old.comparisons) == 1 and isinstance(old.left, cst.Attribute):
@@ -1643,6 +1692,13 @@ class Attributes(Transformer):
 
     def leave_AugAssign(self, old, new):
         return new.with_changes(target=old.target)
+
+    def leave_IfExp(self, old, new):
+        if isinstance(old.test, cst.Attribute):
+            cls = self.known.class_of(old.test.value, self.inside[0] if self.inside else "")
+            if (cls, old.test.attr.value) in self.truths:
+                return as_operand(new.body if self.truths[cls, old.test.attr.value] else new.orelse)
+        return new
 
     def leave_Call(self, old, new):
         """What is called stays, though nothing calls it where it is None."""
@@ -1705,9 +1761,10 @@ def attributes(module: cst.Module, facts: Facts) -> cst.Module:
     given = {key: literal(value) for key, value in facts.attributes.items()}
     values = record_values(known)
     given |= {key: literals[0] for key, literals in values.items() if len(literals) == 1}
-    constants, present = found.constants() | given, found.present()
-    names = {name for _, name in (*constants, *present, *values)} | {"declare"}
-    module = revisit(module, Attributes(known, constants, present, values), mentions(names))
+    constants, present, truths = found.constants() | given, found.present(), found.truths
+    names = {name for _, name in (*constants, *present, *values, *truths)} | {"declare"}
+    change = Attributes(known, constants, present, values, truths)
+    module = revisit(module, change, mentions(names))
     known = Known(facts, module)
     reads, strings = Reads(known), set().union(*(names_in(s).strings for s in module.body))
     asked, gone = Dynamic(known), set()
@@ -1859,7 +1916,7 @@ class Calls(InClasses):
             self.visit(arg.value)
         if isinstance(node.func, cst.Attribute):
             self.visit(node.func.value)
-        elif not isinstance(node.func, cst.Name):
+        elif not isinstance(node.func, cst.Name) and not alias:
             self.visit(node.func)
         return False
 
@@ -1885,6 +1942,13 @@ class Calls(InClasses):
         return True
 
     def visit_Annotation(self, node):
+        return False
+
+    def visit_AnnAssign(self, node):
+        if not isinstance(node.target, cst.Name):
+            self.visit(node.target)
+        if node.value is not None:
+            self.visit(node.value)
         return False
 
     def visit_Param(self, node):
@@ -2033,7 +2097,8 @@ def parameters(module: cst.Module, facts: Facts) -> cst.Module:
             constants = [constant_of(v, known) for v in values]
             same = None not in constants and len({code_of(c) for c in constants}) == 1
             if not read[name]:
-                if all(is_pure(v, facts) for v in values):
+                told_apart = called.record and key[0] in facts.compared and not same
+                if all(is_pure(v, facts) for v in values) and not told_apart:
                     change.gone.add(name)
             elif same and not bound[name] and not called.record:
                 change.gone.add(name)
@@ -2306,7 +2371,7 @@ def unused(module: cst.Module, facts: Facts) -> cst.Module:
                 if key[0]:
                     used = is_read(key) or name in texts and asked.of(key[0])
                 else:
-                    used = name in names.free or name in texts
+                    used = name in names.free
                 if key not in seen and used:
                     seen.add(key)
                     todo += [(key[0] or key[1], names) for names in owners[key]]
@@ -2352,6 +2417,21 @@ class DropInner(Transformer):
         return filled(new)
 
 
+def harmless(module: cst.Module, facts: Facts) -> set[str]:
+    """Functions of which one expression is left that has no effect."""
+    found = set()
+    for f in module.body:
+        if isinstance(f, cst.FunctionDef) and not f.decorators:
+            body = own_body(f)
+            one = m.matches(body[0], m.SimpleStatementLine([m.Return()])) if body else False
+            if one and len(body) == 1 and is_pure(body[0].body[0].value or NONE, facts):
+                found.add(f.name.value)
+    return found
+
+
+NONE = cst.Name("None")
+
+
 def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) -> cst.Module:
     """The passes, until none changes anything."""
     known = Known(facts, module)
@@ -2371,6 +2451,7 @@ def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) ->
     ]
     for turn in range(30):
         old = [text_of(s) for s in module.body]
+        facts.harmless = harmless(module, facts)
         for _, run in passes:
             module = run(module)
         new = [text_of(s) for s in module.body]

@@ -165,6 +165,8 @@ CALLED_AS = {
     "self.mtp_block": "Block.forward",
     "trainer.graph": "GPT.forward",
     "model": "GPT.forward",
+    "compiled_on_gpu(attend_flex, q)": ".attend_flex",
+    "compiled_on_gpu(block_mask, q)": ".block_mask",
 }
 HOLDERS = {
     "run": "Run",
@@ -190,12 +192,14 @@ HOLDERS = {
     "said": "Declared",
     "declared": "Declared",
     "module": "Declaring",
+    "old": "Now",
+    "new": "Now",
 }
 RECORDS = {"Now", "Place", "Due", "Rule", "Shape", "Declared"}  # NamedTuples
 # calls that can be left out where nobody takes what they give
 WITHOUT_EFFECT = set(
     "clone ones zeros size view float Path cast items unbind to arange get isinstance hasattr "
-    "enumerate torch.compile named_modules Generator nullcontext contextlib.nullcontext environ "
+    "enumerate torch.compile dataclasses.field named_modules Generator nullcontext contextlib.nullcontext environ "
     "next_step_seconds graph_of Averages is_late embedded at ends_epoch eval_shape AttentionMask "
     "check_bits parse_bits quantised_names extra tokens tokens_in_order".split()
 )
@@ -245,6 +249,8 @@ def facts_of(cfg: tg.Config, keep: list[str]) -> folding.Facts:
     fields = {
         name: getattr(cfg, name) for name in tg.FIELDS if name not in NEVER and name not in keep
     }
+    if not scorer:
+        fields["score"] = cfg.score
     now, place = constant_schedules(cfg, keep), constant_places(cfg)
     varying = tuple(name for name in tg.SCHEDULES if name not in now)
     graphs = tuple(name for name in tg.GRAPHS if name not in now)
@@ -265,6 +271,7 @@ def facts_of(cfg: tg.Config, keep: list[str]) -> folding.Facts:
         protocol={"forward", "backward", "on_signal"},
         pure=WITHOUT_EFFECT,
         aliases={"Now", "Trainer", "Due", "Declared", "Shape", "Place", "Added", "Point", "Rule"},
+        compared={"Rule", "Shape"},
         tuples={name for name, cls in HOLDERS.items() if cls in RECORDS},
         attributes={("Ranks", "one_node"): True},
         expressions=expressions_of(cfg),
