@@ -3133,37 +3133,37 @@ class GPT(Declaring):
         outputs: dict[int, Tensor] = {}  # that later places add
         latest: dict[int, Tensor] = {}  # by block, last outputs that are used later
         lanes: dict[tuple[str, int], Tensor] = {}  # of gate_nets, by what for and block
-        begun = x0
+        begun, cfg = x0, self.cfg
         for at, place in enumerate(places):
-            if place.net >= 0:
+            if cfg.gate_nets and place.net >= 0:
                 lanes |= self.lanes(place.net, x)
             added = self.added(place, outputs, values, one)
-            if place.gated:
+            if cfg.skip_gate and place.gated:
                 lane = lanes.get(("skip", place.block))
                 factor = self.skip_factor(place.gated.row, x0, lane)
                 added.append((factor, latest[place.gated.source]))
-            given: dict = self.given_by_nets(lanes, place.block) if self.cfg.gate_nets else {}
-            if place.table >= 0:
+            given: dict = self.given_by_nets(lanes, place.block) if cfg.gate_nets else {}
+            if cfg.value_layers and place.table >= 0:
                 given["values"] = rows[place.table]
-            if place.is_late:
-                given["source"] = latest[int(self.cfg.late_input)]
-            if self.cfg.bigram_rows and ("bigram", place.block) in lanes:
+            if cfg.late_input and place.is_late:
+                given["source"] = latest[int(cfg.late_input)]
+            if cfg.bigram_rows and ("bigram", place.block) in lanes:
                 share = lanes["bigram", place.block] * values[-1]
                 if at == 0:  # modded-nanogpt: the stream begins so, and is c0 for nets
                     x, begun = x + share, x0 + share
                 else:
                     given["bigram"] = share
-            if place.in_mudd:
-                table = values[-1] if self.cfg.bigram_rows else None
+            if cfg.mudd and place.in_mudd:
+                table = values[-1] if cfg.bigram_rows else None
                 x = self.mixed(x, begun, latest, rows, table, given)
             # A tensor, as a number would make a graph of each block.
-            shrink = one * place.shrink if self.cfg.layer_scale else None
+            shrink = one * place.shrink if cfg.layer_scale else None
             keep = drawn[at] >= place.drop if drawn is not None else None
             block, mask = self.blocks[place.block], near if place.windowed else far
             turns = rope
-            if place.paired:
+            if cfg.paired_layers and place.paired:
                 turns, mask = pairs.rope, pairs.near if place.windowed else pairs.far
-            own = begun if place.in_mudd else x0
+            own = begun if cfg.mudd and place.in_mudd else x0
             x = block(x, own, added, turns, mask, place.xsa, shrink, keep, given)
             if place.is_added:
                 outputs[at] = x

@@ -132,9 +132,7 @@ def text_of(statement: cst.CSTNode) -> str:
     return found[1]
 
 
-def revisit(
-    module: cst.Module, visitor: Transformer, wanted: Callable[[str], bool]
-) -> cst.Module:
+def revisit(module: cst.Module, visitor: Transformer, wanted: Callable[[str], bool]) -> cst.Module:
     """
     visit() of those statements of a module whose text is `wanted`; what did not change stays the
     same object, so that what was found out about it holds.
@@ -492,6 +490,9 @@ class Folding(Transformer):
 
     def leave_FunctionDef(self, old, new):
         self.inside -= 1
+        body = new.body.body
+        if len(body) > 1 and m.matches(body[-1], m.SimpleStatementLine([m.Return(None)])):
+            return new.with_changes(body=new.body.with_changes(body=body[:-1]))
         return new
 
     def visit_If(self, node):
@@ -676,7 +677,9 @@ class Folding(Transformer):
         if isinstance(new.operator, cst.Add | cst.Subtract) and m.matches(new.right, nothing):
             if m.matches(new.right, m.Name("False")) or m.matches(new.left, m.Integer()):
                 return wrapped(new, new.left)
-        if isinstance(new.operator, cst.Subtract) and m.matches(new.right, m.Call(m.Name("set"), [])):
+        if isinstance(new.operator, cst.Subtract) and m.matches(
+            new.right, m.Call(m.Name("set"), [])
+        ):
             return wrapped(new, new.left)
         if m.matches(new, m.BinaryOperation(m.Integer(), m.Subtract(), m.Integer())):
             value = self.known(new)
@@ -869,7 +872,9 @@ class Folding(Transformer):
                 return new.with_changes(body=[cst.Raise(error)])
         if isinstance(first, cst.Assign) and self.inside and len(first.targets) == 1:
             pairs = pairs_of(first) or []
-            kept = [p for p in pairs if not isinstance(p[0], cst.Name) or not p[0].deep_equals(p[1])]
+            kept = [
+                p for p in pairs if not isinstance(p[0], cst.Name) or not p[0].deep_equals(p[1])
+            ]
             if len(kept) < len(pairs):
                 left = assignment(first, kept)
                 return new.with_changes(body=[left]) if left else cst.RemoveFromParent()
@@ -1113,6 +1118,8 @@ class Names(Walker):
             self.bound[node.target.value] += 1  # never bound once
             self.visit(node.target)
         else:
+            if isinstance(node.target, cst.Attribute):
+                self.set[leaf_of(node.target.value), node.target.attr.value] += 1
             self.visit(node.target)
         self.visit(node.value)
         return False
@@ -1351,7 +1358,6 @@ def is_long(node: cst.CSTNode) -> bool:
     return isinstance(node, cst.SimpleString) and len(node.value) > 24
 
 
-
 def is_filled(body: cst.CSTNode, name: str) -> bool:
     """
     Whether something is put into the list or dictionary of this name; a function that it is given
@@ -1457,12 +1463,15 @@ class Known:
         self.counts = Counter(f.name.value for f in every)
         self.holders = {k: v for k, v in self.facts.called_as.items() if v in self.classes}
         self.own_members: dict[str, set[str]] = defaultdict(set)
+        self.set_by: dict[str, set[str]] = defaultdict(set)  # attributes; "": of who knows what
         self.all_members: dict[str, set[str]] = {}
         for statement in self.module.body:
             inside = statement.name.value if isinstance(statement, cst.ClassDef) else ""
             for leaf, attribute in names_in(statement).set:
                 cls = inside if leaf == "self" else self.holders.get(leaf, "")
-                self.own_members[cls].add(attribute)
+                self.set_by[cls].add(attribute)
+        for cls, attributes in self.set_by.items():
+            self.own_members[cls] |= attributes
         for name, cls in self.classes.items():
             for s in cls.body.body:
                 self.own_members[name].add(defined(s))
@@ -1495,6 +1504,11 @@ class Known:
             names = [name for name in self.classes if self.related(name, cls)]
             self.all_members[cls] = set().union(*(self.own_members[name] for name in names))
         return self.all_members[cls]
+
+    def is_set(self, cls: str, attribute: str) -> bool:
+        """Whether an object of the class may get another value of an attribute later."""
+        setters = [c for c, names in self.set_by.items() if attribute in names]
+        return any(not c or self.related(c, cls) for c in setters)
 
     def related(self, a: str, b: str) -> bool:
         return bool(a and b) and (a in self.bases(b) or b in self.bases(a))
@@ -1748,7 +1762,7 @@ def record_values(known: Known) -> dict[tuple[str, str], list[cst.BaseExpression
         for name, default in called.params:
             values = [s[name].value if name in s else default for s in sites if s is not None]
             clear = values and None not in values and None not in sites and name not in changed
-            clear = clear and name not in known.facts.roots
+            clear = clear and name not in known.facts.roots and not known.is_set(cls, name)
             if clear and all(is_constant(v, known.facts) for v in values):
                 found[cls, name] = list({code_of(v): v for v in values}.values())
     return found
@@ -2311,7 +2325,9 @@ def defined(statement: cst.BaseStatement) -> str:
         target = one.targets[0].target
     elif isinstance(one, cst.AnnAssign | cst.AugAssign):
         target = one.target
-    if isinstance(target, cst.Tuple) and all(isinstance(e.value, cst.Name) for e in target.elements):
+    if isinstance(target, cst.Tuple) and all(
+        isinstance(e.value, cst.Name) for e in target.elements
+    ):
         return " ".join(e.value.value for e in target.elements)
     return target.value if isinstance(target, cst.Name) else ""
 
@@ -2363,13 +2379,11 @@ def unused(module: cst.Module, facts: Facts) -> cst.Module:
         for leaf, name in names.held:
             read[name].add(known.owner(leaf, name, inside))
 
-        def is_read(key: Key) -> bool:
-            return any(not cls or known.related(cls, key[0]) for cls in read.get(key[1], ()))
-
         for name in {*names.free, *names.attributes, *texts}:
             for key in named.get(name, ()):
                 if key[0]:
-                    used = is_read(key) or name in texts and asked.of(key[0])
+                    used = any(not cls or known.related(cls, key[0]) for cls in read[name])
+                    used = used or name in texts and asked.of(key[0])
                 else:
                     used = name in names.free
                 if key not in seen and used:

@@ -199,9 +199,10 @@ RECORDS = {"Now", "Place", "Due", "Rule", "Shape", "Declared"}  # NamedTuples
 # calls that can be left out where nobody takes what they give
 WITHOUT_EFFECT = set(
     "clone ones zeros size view float Path cast items unbind to arange get isinstance hasattr "
-    "enumerate torch.compile dataclasses.field named_modules Generator nullcontext contextlib.nullcontext environ "
-    "next_step_seconds graph_of Averages is_late embedded at ends_epoch eval_shape AttentionMask "
-    "check_bits parse_bits quantised_names extra tokens tokens_in_order".split()
+    "enumerate torch.compile dataclasses.field named_modules Generator nullcontext "
+    "contextlib.nullcontext environ next_step_seconds graph_of Averages is_late embedded at "
+    "ends_epoch eval_shape AttentionMask check_bits parse_bits quantised_names extra tokens "
+    "tokens_in_order".split()
 )
 
 
