@@ -1299,7 +1299,7 @@ class Locals(Transformer):
             elif m.matches(value, NOTHING):
                 if not is_filled(function.body, name):
                     instead[name] = value
-            elif len(values) > 1:
+            elif len(values) > 1 or not is_set_first(function.body, name, value):
                 continue
             elif isinstance(value, cst.Name):
                 if names.bound[value.value] + params[value.value] <= 1 and value.value != name:
@@ -1332,6 +1332,17 @@ class Locals(Transformer):
         if isinstance(node, cst.Name):
             return names.bound[node.value] + params[node.value] <= 1
         return is_constant(node, self.facts)
+
+
+def is_set_first(body: cst.CSTNode, name: str, value: cst.BaseExpression) -> bool:
+    """Whether a name is set to this value before it is read: in a loop, by each of its turns."""
+    for node in walk(body):
+        if isinstance(node, cst.Assign | cst.AnnAssign):
+            if any(v is value for _, v in pairs_of(node) or ()):
+                return True
+        if isinstance(node, cst.Name) and node.value == name:
+            return False
+    return False
 
 
 class Spreading(Transformer):

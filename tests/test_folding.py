@@ -64,6 +64,10 @@ STATEMENTS = [
     # a tuple that is only starred, of what nothing changes
     ("a = cfg.n, y\nreturn f(*a)", "return f(cfg.n, y)"),
     ("a = x, y\nx = f(x)\nreturn f(*a)", "a = x, y\nx = f(x)\nreturn f(*a)"),
+    # what a name was in the turn before
+    ("for b in x:\n    f(a)\n    a = b", "for b in x:\n    f(a)\n    a = b"),
+    ("for b in x:\n    f(*a)\n    a = b, y", "for b in x:\n    f(*a)\n    a = b, y"),
+    ("for b in x:\n    a = b, y\n    f(*a)", "for b in x:\n    f(b, y)"),
     ("a = {'k': y}\nreturn f(x, **a)", "return f(x, k=y)"),
     ("a, b = [], {}\na.append(x)\nreturn f(a, x | b)", "a = []\na.append(x)\nreturn f(a, x)"),
     ("x = x\nreturn f(x)", "return f(x)"),
