@@ -250,8 +250,7 @@ def facts_of(cfg: tg.Config, keep: list[str]) -> folding.Facts:
     fields = {
         name: getattr(cfg, name) for name in tg.FIELDS if name not in NEVER and name not in keep
     }
-    if not scorer:
-        fields["score"] = cfg.score
+    fields["score"] = cfg.score
     now, place = constant_schedules(cfg, keep), constant_places(cfg)
     varying = tuple(name for name in tg.SCHEDULES if name not in now)
     graphs = tuple(name for name in tg.GRAPHS if name not in now)
