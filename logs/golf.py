@@ -270,6 +270,7 @@ def program_of(request: script.Request) -> str:
     asked = asked_of(cfg)
     facts = script.facts_of(cfg, keep)
     facts.called_as |= CALLED_AS
+    del facts.called_as["mask"]  # the scorer's Cache stands in its place, too
     facts.aliases |= {"Subject"}
     facts.constants |= {"RESULT": score.RESULT}
     facts.expressions['Path(__file__).name == "score.py"'] = False
