@@ -52,7 +52,6 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
 from scipy.special import ndtr, ndtri
 from tqdm import tqdm
@@ -594,57 +593,49 @@ def draw_weights(ids: np.ndarray, cfg: PrePreConfig) -> Weights:
 
 class Tables(NamedTuple):
     """N rules made ready to run. Behind the first convolution there is no activation and its input
-    is one-hot, so the 16 hidden numbers of a cell are a sum of nine table rows, one for the colour
-    of each neighbour. With width = 2, pairs of cells side by side are looked up: larger tables with
+    is one-hot, so its four numbers for a cell are a sum of nine table rows, one for the colour of
+    each neighbour. With width = 2, pairs of cells side by side are looked up: larger tables with
     longer rows, but 6 lookups serve 2 cells.
     """
 
-    # [N*9*d, 16] float64, row (rule*9 + neighbour)*d + colour; the middle neighbour has the biases
-    exact: np.ndarray
-    exact_head: np.ndarray  # [N, 16, d] float64
-    # [N*symbols*d^width, width*16] float32, row (rule*symbols + symbol)*d^width + its cells' digits
-    fast: torch.Tensor
-    head: torch.Tensor  # [N, d, 16] float32
-    bias: np.ndarray  # [N, d] float32
+    weights: Weights
+    # [N*symbols*d^width, width*4] float32, row (rule*symbols + symbol)*d^width + its cells' digits
+    near: torch.Tensor
+    second: np.ndarray  # [N, 16, 5] float32: the second convolution, its bias last
+    head: np.ndarray  # [N, d, 17] float32: the third one, its bias last
     doubt: np.ndarray  # [N] float32: how much a lead in float32 may differ from the true one
     width: int  # 1 or 2
 
 
 def make_tables(w: Weights, cfg: PrePreConfig, width: int = 1) -> Tables:
-    """Tables, and a bound on float32's error. Let S be the largest sum of |terms| of a logit, in
-    units of 2^-24. Nine rounded table entries added in any order err by 10 S at most, 16 products
-    and a bias by 17 S more, and the comparison of `rollout` by 2 S: 32 S covers them, for each of
-    the two logits of a lead.
+    """Tables, and a bound on float32's error. Let S be the largest sum of |products| of a logit, in
+    units of 2^-24. No term passes more than 38 roundings, whatever the order of the sums: 2 in a
+    table of pairs, 8 in the sum of its rows, 1 + 5 behind the second convolution, 1 + 17 behind the
+    third, the identity's, the comparison's in `add_up`, and the margin's two: 40 S cover them, for
+    each of the two logits of a lead.
     """
     N, d = len(w.conv1), cfg.nca_colors
-    # [N, 9, d, 4]
-    near = w.conv1.astype(np.float64).reshape(N, HIDDEN1, d, 9).transpose(0, 3, 2, 1)
-    second = w.conv2.astype(np.float64)
-    exact, middle = np.zeros((N, 9, d, HIDDEN2)), w.bias2.astype(np.float64)
-    # one product at a time: the order of the sum is part of the definition
-    for j in range(HIDDEN1):
-        exact += near[..., j, None] * second[:, None, None, :, j]
-        middle = middle + w.bias1[:, j, None] * second[:, :, j]
-    exact[:, 4] += middle[:, None]
-    largest = np.abs(exact).max(axis=2).sum(axis=1)  # [N, 16], of the hidden numbers' terms
-    logit = (np.abs(w.conv3) * largest[:, None]).sum(-1) + np.abs(w.bias3)  # [N, d], likewise
+    # [N, 3, 3, d, 4]: by line and column of the kernel
+    near = np.ascontiguousarray(w.conv1.transpose(0, 3, 4, 2, 1))
+    first = np.abs(near).max(axis=3).sum(axis=(1, 2)) + np.abs(w.bias1)  # [N, 4]
+    hidden = (np.abs(w.conv2) * first[:, None]).sum(-1) + np.abs(w.bias2)  # [N, 16]
+    logit = (np.abs(w.conv3) * hidden[:, None]).sum(-1) + np.abs(w.bias3)  # [N, d]
     size = logit.max(-1) + abs(cfg.nca_identity)
-    doubt = (2 * 32 * 2.0**-24 * size).astype(np.float32)
-    fast = exact.astype(np.float32)
-    if width > 1:
-        single, code = fast.reshape(N, 3, 3, d, HIDDEN2), np.arange(d**width)
-        fast = np.zeros((N, 3, symbols(width) // 3, len(code), width, HIDDEN2), np.float32)
-        for cell in range(width):
+    near[:, 1, 1] += w.bias1[:, None]
+    if width == 2:  # [N, 3, 2 symbols, d (right cell), d (left cell), 2 cells, 4]
+        pairs = np.zeros((N, 3, 2, d, d, 2, HIDDEN1), np.float32)
+        for cell in range(2):
             for dx in range(3):
-                symbol, digit = divmod(cell + dx, width)
-                fast[:, :, symbol, :, cell] += single[:, :, dx, code // d**digit % d]
+                symbol, right = divmod(cell + dx, 2)
+                one = near[:, :, dx, :, None] if right else near[:, :, dx, None]
+                pairs[:, :, symbol, :, :, cell] += one
+        near = pairs
     return Tables(
-        exact.reshape(-1, HIDDEN2),
-        w.conv3.transpose(0, 2, 1).astype(np.float64, order="C"),
-        torch.from_numpy(fast.reshape(-1, width * HIDDEN2)),
-        torch.from_numpy(w.conv3),
-        w.bias3,
-        doubt,
+        w,
+        torch.from_numpy(near.reshape(-1, width * HIDDEN1)),
+        np.concatenate([w.conv2, w.bias2[:, :, None]], axis=2),
+        np.concatenate([w.conv3, w.bias3[:, :, None]], axis=2),
+        (2 * 40 * 2.0**-24 * size).astype(np.float32),
         width,
     )
 
@@ -653,29 +644,39 @@ def make_tables(w: Weights, cfg: PrePreConfig, width: int = 1) -> Tables:
 #              Simulation              #
 ########################################
 
-# automata per piece of work: enough to drown Python's overhead, few enough for the caches
-ROWS_AT_ONCE = 384
-
-
-def symbols(width: int) -> int:
-    """Symbols of `width` cells in a block of `width` cells with its neighbours, width + 2 by 3."""
-    return 3 * ((width + 2) // width)
+# cells per piece of work, 1,600 grids of 12x12: enough to drown the overhead of what is done for
+# the few that float32 leaves open
+CELLS_AT_ONCE = 230_400
+# cells per part of it: enough to drown Python's overhead, few enough for the caches
+CELLS_IN_PART = 21_600
+# multiplications of one matrix product: with more, OpenBLAS may start threads of its own
+PRODUCT = 2**18
 
 
 @functools.lru_cache
-def neighbours(grid: int, width: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Where neighbours are on the torus. First [width, C/width]: the cells of each symbol. A symbol
-    is a cell; or a pair, the cell left of a block of two and the block's first. Then [C/width,
-    symbols]: the symbols around each block, line by line as in a 3x3 kernel.
+def places(grid: int, width: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """How a state lays out its cells: [C], the cell at each place, and the place of each cell. In
+    blocks of two cells side by side, all first cells come before all second ones; either go column
+    by column.
+    """
+    cells = np.arange(grid * grid).reshape(grid, -1, width).transpose(2, 1, 0).ravel()
+    return cells, np.argsort(cells)
+
+
+@functools.lru_cache
+def neighbours(grid: int, width: int = 1) -> np.ndarray:
+    """The symbols around each block on the torus [blocks, symbols], line by line as in a 3x3
+    kernel. A symbol is a cell; or a pair, the cell left of a block of two and the block's first.
+    Both are numbered column by column.
     """
     blocks = grid // width
-    y, j = np.divmod(np.arange(grid * blocks), blocks)
-    cells = [y * grid + (width * j + 1 - width + digit) % grid for digit in range(width)]
+    j, y = np.divmod(np.arange(grid * blocks), grid)
     across = (-1, 0, 1) if width == 1 else (0, 1)
-    near = [(y + dy) % grid * blocks + (j + dj) % blocks for dy in (-1, 0, 1) for dj in across]
-    return np.stack(cells), np.stack(near, axis=1)
+    near = [(j + dj) % blocks * grid + (y + dy) % grid for dy in (-1, 0, 1) for dj in across]
+    return np.stack(near, axis=1)
 
 
+@torch.no_grad()
 def rollout(
     rules: Tables,
     slot: np.ndarray,
@@ -694,85 +695,152 @@ def rollout(
     float64 and in one order. So the result does not depend on what else is in the batch.
     """
     R, C = start.shape
-    automata = Automata(rules, slot, C, cfg)
-    recorded, state = np.empty((R, len(times), C), np.uint8), start.astype(np.int32)
+    automata = Automata(rules, slot, keys, C, cfg)
+    cells, back = places(cfg.nca_grid, rules.width)
+    recorded, state = np.empty((R, len(times), C), np.uint8), np.take(start, cells, axis=1)
     for step in range(times[-1] + 1):
         if step in times:
             recorded[:, times.index(step)] = state
-        if step == times[-1]:
-            break
-        after, doubtful = automata.settle(state)
-        if len(doubtful):
-            u = uniform(keys[doubtful // C], step * C + doubtful % C, 24)
-            if len(doubtful) > 50:  # worth a look at each one's u
-                best, still = automata.leads(doubtful, u)
-                after.ravel()[doubtful] = best
-                doubtful, u = doubtful[still], u[still]
-            after.ravel()[doubtful] = decide(rules, slot, state, doubtful, u, cfg)
-        state = after
-    return recorded
+        if step < times[-1]:
+            after, doubtful = automata.settle(state, step)
+            if len(doubtful):
+                u = automata.numbers(doubtful, step)
+                after.ravel()[doubtful] = decide(rules, slot, state, doubtful, u, cfg)
+            state = after
+    return np.take(recorded, back, axis=2)
+
+
+class Part(NamedTuple):
+    """Some of the automata: n products of Q cells, and buffers that all parts share, as arrays and
+    as tensors on the same memory. The last of a product's inputs is 1, for the bias.
+    """
+
+    rows: slice
+    rules: tuple  # second [n, 16, 5], head [n, d, 17], margin [n, 1]
+    index: np.ndarray  # [rows, blocks*symbols] int32
+    bags: tuple  # index, flat, and where each bag begins in it
+    sums: np.ndarray  # [n, 4, cells of a block, group, blocks]: a view of `first`
+    first: np.ndarray  # [n, 5, Q]
+    hidden: np.ndarray  # [n, 17, Q]
+    logits: np.ndarray  # [n, d, Q]
+    close: np.ndarray  # [n, d, Q] bool
+    tensors: tuple  # hidden, logits
 
 
 class Automata:
-    """One step of R automata in float32, in buffers that are made once: row r runs rule slot[r].
-
-    `group` rows of one rule side by side are one matrix product: U products of Q cells each.
+    """Steps of R automata in float32: row r runs rule slot[r] and chooses by the stream keys[r].
+    `group` rows of one rule side by side are one matrix product of Q cells.
     """
 
-    def __init__(self, rules: Tables, slot: np.ndarray, C: int, cfg: PrePreConfig):
-        self.rules, self.slot, self.cfg, self.d = rules, slot, cfg, cfg.nca_colors
-        R, width, group = len(slot), rules.width, rows_per_rule(slot)
-        self.R, self.C, self.U, self.Q = R, C, R // group, group * C
-        self.cells, near = neighbours(cfg.nca_grid, width)
-        self.near = near.ravel()
-        codes, count = self.d**width, symbols(width)
+    def __init__(self, rules: Tables, slot, keys, C: int, cfg: PrePreConfig):
+        self.rules, self.slot, self.keys, self.cfg = rules, slot, keys, cfg
+        self.C, self.d, self.width, self.group = C, cfg.nca_colors, rules.width, rows_per_rule(slot)
+        while self.group > 1 and self.group * C * (HIDDEN2 + 1) * self.d > PRODUCT:
+            self.group //= next(k for k in range(2, self.group + 1) if self.group % k == 0)
+        near, self.blocks = neighbours(cfg.nca_grid, self.width), C // self.width
+        self.near, codes, count = near.ravel(), self.d**self.width, near.shape[1]
+        self.count = count
         self.table_of = (slot[:, None] * (count * codes)).astype(np.int32)
-        self.row_of = np.tile(np.arange(count, dtype=np.int32) * codes, len(near))
-        self.index = np.empty((R, near.size), np.int32)
-        self.bags = torch.arange(0, self.index.size, count, dtype=torch.int32)
-        of_group = slot[::group]
-        self.head = rules.head[torch.from_numpy(of_group)]
-        self.bias = torch.from_numpy(rules.bias[of_group])[:, :, None]
-        margin = rules.doubt[of_group] + np.float32(lead_for(2.0**-25, cfg))
-        self.margin = torch.from_numpy(margin)[:, None]
-        shape = (self.U, self.d, self.Q)
-        self.close, self.logits = np.empty(shape, np.bool_), np.empty(shape, np.float32)
+        self.row_of = np.tile(np.arange(count, dtype=np.int32) * codes, self.blocks)
+        self.parts = list(self.cut(slot[:: self.group]))
         # Colour c marks 16 + c: a sum below 32 is of one colour, and says which it is.
         self.marks = np.arange(16, 16 + self.d, dtype=np.uint16 if self.d > 11 else np.uint8)
 
-    @torch.no_grad()
-    def settle(self, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The next states int32 [R, C] of states int32 [R, C], and the cells row*C + cell among
+    def cut(self, of_group: np.ndarray):
+        """Parts of the groups, whose rules these are."""
+        g, Q, d = self.group, self.group * self.C, self.d
+        most = min(len(of_group), max(1, CELLS_IN_PART // Q))
+        index = np.empty((most * g, self.near.size), np.int32)
+        bags = torch.arange(0, index.size, self.count, dtype=torch.int32)
+        first = np.ones((most, HIDDEN1 + 1, Q), np.float32)
+        hidden = np.ones((most, HIDDEN2 + 1, Q), np.float32)
+        logits, close = np.empty((most, d, Q), np.float32), np.empty((most, d, Q), np.bool_)
+        for low in range(0, len(of_group), most):
+            which = of_group[low : low + most]
+            n, lead = len(which), np.float32(lead_for(2.0**-25, self.cfg))
+            yield Part(
+                slice(low * g, (low + n) * g),
+                (
+                    self.rules.second[which],
+                    self.rules.head[which],
+                    self.rules.doubt[which, None] + lead,
+                ),
+                index[: n * g],
+                (torch.from_numpy(index[: n * g]).view(-1), bags[: n * g * self.blocks]),
+                first[:n, :-1].reshape(n, HIDDEN1, self.width, g * self.blocks),
+                first[:n],
+                hidden[:n],
+                logits[:n],
+                close[:n],
+                (torch.from_numpy(hidden[:n]), torch.from_numpy(logits[:n])),
+            )
+
+    def settle(self, state: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next states uint8 [R, C] of states uint8 [R, C], and the places row*C + place among
         them that float32 leaves open, as several colours are close to the best.
         """
-        logits, U, Q = torch.from_numpy(self.logits), self.U, self.Q
         code = state
-        if self.rules.width == 2:
-            code = state[:, self.cells[0]] + state[:, self.cells[1]] * np.int32(self.d)
-        np.take(code + self.table_of, self.near, axis=1, out=self.index, mode="clip")
-        self.index += self.row_of
-        index = torch.from_numpy(self.index).view(-1)
-        hidden = F.embedding_bag(index, self.rules.fast, self.bags, mode="sum").relu_()
-        hidden = hidden.view(U, Q, HIDDEN2).transpose(1, 2)
-        torch.baddbmm(self.bias, self.head, hidden, out=logits)
-        if self.cfg.nca_identity:
-            own = torch.from_numpy(state).long().view(U, 1, Q)
-            logits.scatter_add_(1, own, torch.full(own.shape, self.cfg.nca_identity))
-        least = logits.amax(1).sub_(self.margin)
-        np.greater_equal(self.logits, least.numpy()[:, None], out=self.close)
-        marked = np.einsum("udq,d->uq", self.close.view(np.uint8), self.marks)
-        marked = marked.reshape(self.R, self.C)
-        return marked.astype(np.int32) - 16, np.flatnonzero(marked >= 32)
+        if self.width == 2:  # d * d <= 256: uint8 holds the code of a pair
+            side, code = self.cfg.nca_grid, state[:, : self.blocks] * np.uint8(self.d)
+            code[:, side:] += state[:, self.blocks : -side]
+            code[:, :side] += state[:, -side:]
+        code, after, doubtful = code + self.table_of, np.empty(state.shape, np.uint8), []
+        for part in self.parts:
+            marked = self.add_up(part, code[part.rows], state[part.rows])
+            np.subtract(marked, 16, out=after[part.rows], casting="unsafe")
+            where = np.flatnonzero(marked >= 32)
+            if len(where) > len(marked):  # worth a look at each one's u
+                where = self.narrow(part, where, after, step)
+            else:
+                where += part.rows.start * self.C
+            doubtful.append(where)
+        return after, np.concatenate(doubtful)
 
-    def leads(self, cells: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of the n cells row*C + cell and their u [n], after settle: the best colour, and whether
-        its lead is too small for this u.
+    def add_up(self, part: Part, code: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """Sums of the marks of the colours close to the best, [rows, C]; logits stay in `part`."""
+        (second, head, margin), (hidden, logits) = part.rules, part.tensors
+        n, d, Q = part.logits.shape
+        np.take(code, self.near, axis=1, out=part.index, mode="clip")
+        np.add(part.index, self.row_of, out=part.index)
+        sums = torch.embedding_bag(self.rules.near, *part.bags)[0].numpy()
+        # [n, group*blocks, cells of a block, 4] -> [n, 4, cells of a block, group*blocks]
+        np.copyto(part.sums, sums.reshape(n, -1, self.width, HIDDEN1).transpose(0, 3, 2, 1))
+        np.matmul(second, part.first, out=part.hidden[:, :-1])
+        hidden.relu_()
+        np.matmul(head, part.hidden, out=part.logits)
+        if self.cfg.nca_identity:
+            own = state.reshape(n, self.group, self.width, self.blocks).swapaxes(1, 2)
+            own = torch.from_numpy(own.reshape(n, 1, Q)).long()
+            add = torch.full(own.shape, self.cfg.nca_identity)
+            logits.scatter_add_(1, own, add)
+        least = logits.amax(1).numpy()
+        least -= margin
+        np.greater_equal(part.logits, least[:, None], out=part.close)
+        marked = np.einsum("udq,d->uq", part.close.view(np.uint8), self.marks)
+        marked = marked.reshape(n, self.width, self.group, self.blocks).swapaxes(1, 2)
+        return marked.reshape(len(code), self.C)
+
+    def narrow(self, part: Part, where: np.ndarray, after: np.ndarray, step: int) -> np.ndarray:
+        """Of places in a part behind add_up: those whose best colour leads by too little for their
+        u; the others' is put into `after`.
         """
-        logits = self.logits[cells // self.Q, :, cells % self.Q]  # [n, d]
+        row, place = np.divmod(where, self.C)
+        unit, in_group = np.divmod(row, self.group)
+        cell, block = np.divmod(place, self.blocks)
+        logits = part.logits[unit, :, (cell * self.group + in_group) * self.blocks + block]
+        where = where + part.rows.start * self.C
+        u = self.numbers(where, step)
         second, first = np.partition(logits, self.d - 2)[:, self.d - 2 :].T
-        doubt = self.rules.doubt[self.slot[cells // self.C]]
-        needed = doubt + lead_for(np.minimum(u, 1 - u), self.cfg)
-        return logits.argmax(1), first - second <= needed
+        needed = self.rules.doubt[self.slot[where // self.C]]
+        needed = needed + lead_for(np.minimum(u, 1 - u), self.cfg)
+        after.ravel()[where] = logits.argmax(1)
+        return where[first - second <= needed]
+
+    def numbers(self, where: np.ndarray, step: int) -> np.ndarray:
+        """u [n] of the places row*C + place [n] at a step."""
+        row, place = np.divmod(where, self.C)
+        cell = places(self.cfg.nca_grid, self.width)[0][place]
+        return uniform(self.keys[row], step * self.C + cell, 24)
 
 
 def lead_for(v: float | np.ndarray, cfg: PrePreConfig) -> float | np.ndarray:
@@ -788,19 +856,44 @@ def decide(
     u: np.ndarray,
     cfg: PrePreConfig,
 ) -> np.ndarray:
-    """Next colours [n] as defined, of the cells row*C + cell [n] of states [R, C], by u [n]."""
-    d = cfg.nca_colors
-    row, cell = np.divmod(where, state.shape[1])
-    slot, around = slot[row], state[row[:, None], neighbours(cfg.nca_grid)[1][cell]]  # [n], [n, 9]
-    # numpy adds along a middle axis in order, for one cell as for many
-    terms = rules.exact[(slot[:, None] * 9 + np.arange(9)) * d + around]  # [n, 9, 16]
-    hidden = np.maximum(terms.sum(axis=1), 0)
-    logits = (rules.exact_head[slot] * hidden[:, :, None]).sum(axis=1) + rules.bias[slot]
-    logits[np.arange(len(row)), state[row, cell]] += cfg.nca_identity
+    """Next colours [n] as defined, of the places row*C + place [n] of states [R, C], by u [n]."""
+    row, place = np.divmod(where, state.shape[1])
+    around = around_places(cfg.nca_grid, rules.width)[place]
+    slot, around = slot[row], state[row[:, None], around]  # [n], [n, 9]
+    logits = exact_logits(rules.weights, slot, around)
+    logits[np.arange(len(row)), state[row, place]] += cfg.nca_identity
     logits -= logits.max(-1, keepdims=True)
     if not cfg.nca_temperature:
         return logits.argmax(-1)
     return choose(np.exp(logits / cfg.nca_temperature), u)
+
+
+@functools.lru_cache
+def around_places(grid: int, width: int) -> np.ndarray:
+    """The places of each place's neighbours [C, 9], line by line."""
+    cells, back = places(grid, width)
+    y, x = np.divmod(cells, grid)
+    near = [(y + dy) % grid * grid + (x + dx) % grid for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    return back[np.stack(near, axis=1)]
+
+
+def exact_logits(w: Weights, slot: np.ndarray, around: np.ndarray) -> np.ndarray:
+    """Logits float64 [n, d] as defined, of cells of the rules slot [n] with the colours around [n,
+    9]: the order of all sums is part of the definition.
+    """
+    n = len(slot)
+    conv1 = w.conv1.reshape(len(w.conv1), HIDDEN1, -1, 9)
+    near = conv1[slot[:, None], :, around, np.arange(9)].astype(np.float64)  # [n, 9, 4]
+    second, bias1 = w.conv2[slot].astype(np.float64), w.bias1[slot]  # [n, 16, 4], [n, 4]
+    terms, middle = np.zeros((n, 9, HIDDEN2)), w.bias2[slot].astype(np.float64)
+    for j in range(HIDDEN1):  # one product at a time
+        terms += near[:, :, j, None] * second[:, None, :, j]
+        middle += bias1[:, j, None] * second[:, :, j]
+    terms[:, 4] += middle
+    # numpy adds along a middle axis in order, for one cell as for many
+    hidden = np.maximum(terms.sum(axis=1), 0)
+    head = w.conv3[slot].transpose(0, 2, 1).astype(np.float64, order="C")
+    return (head * hidden[:, :, None]).sum(axis=1) + w.bias3[slot]
 
 
 def rows_per_rule(slot: np.ndarray) -> int:
@@ -1098,8 +1191,9 @@ def thread_count(cfg: PrePreConfig) -> int:
 
 
 def pieces(n: int, cfg: PrePreConfig) -> list[slice]:
-    """n rows cut for the threads, of whole rules: a piece each, or of many rows ROWS_AT_ONCE."""
-    size = min(ROWS_AT_ONCE, max(32, -(-n // thread_count(cfg))))
+    """n rows cut for the threads, of whole rules: a piece each, or of many rows CELLS_AT_ONCE."""
+    most = max(1, CELLS_AT_ONCE // cfg.nca_grid**2)
+    size = min(most, max(32, -(-n // thread_count(cfg))))
     size = max(1, size // cfg.nca_sims_per_rule) * cfg.nca_sims_per_rule
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
@@ -1110,16 +1204,13 @@ def workers(cfg: PrePreConfig):
     other. Torch's number of threads is one setting for the process, so nothing else should compute
     on the CPU meanwhile; it is restored.
     """
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    # the margin of make_tables counts on float32 proper
-    torch.set_float32_matmul_precision("highest")
+    threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(thread_count(cfg), initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
 
 
 def gather_from_ranks(mine: np.ndarray, world: int) -> list[np.ndarray]:

@@ -274,23 +274,36 @@ def test_grids_are_those_of_the_oracle(values, monkeypatch):
 
 
 def test_doubt_bounds_the_error_of_float32():
+    rng, rule, steps = np.random.default_rng(0), np.arange(200), 4
     for compat in nca.COMPAT:
         cfg = config(nca_compat=compat)
-        w = nca.draw_weights(np.arange(200), cfg)
-        rules = nca.make_tables(w, cfg)
-        index = np.random.default_rng(0).integers(0, 10, (200, 500, 9)) + 10 * np.arange(9)
-        index += 90 * np.arange(200)[:, None, None]
-        exact = (
-            np.einsum("nck,nkd->ncd", rules.exact[index].sum(2).clip(0), rules.exact_head)
-            + rules.bias[:, None]
-        )
-        hidden = rules.fast.numpy()[index].sum(2, dtype=np.float32).clip(0)
-        fast = (
-            np.einsum("nck,ndk->ncd", hidden, rules.head.numpy(), dtype=np.float32)
-            + rules.bias[:, None]
-        )
-        error = abs(fast - exact).max((1, 2))
-        assert (2 * error < rules.doubt).all() and (rules.doubt < 0.02 * exact.std((1, 2))).all()
+        w = nca.draw_weights(rule, cfg)
+        for width in (1, 2):
+            rules, errors, spread = nca.make_tables(w, cfg, width), [], []
+            automata = nca.Automata(rules, rule, nca.stream(0, nca.STEP, rule), 144, cfg)
+            cells, near = nca.places(12, width)[0], nca.around_places(12, width)
+            for _ in range(steps):
+                state = rng.integers(0, 10, (200, 144)).astype(np.uint8)
+                where = np.arange(200 * 144).reshape(200, 144)
+                fast = np.empty((200, 144, 10), np.float32)
+                add_up = automata.add_up
+
+                def keep(part, code, state, fast=fast, add_up=add_up):
+                    marked = add_up(part, code, state)
+                    fast[part.rows] = part.logits.swapaxes(1, 2)  # one row a rule: in their order
+                    return marked
+
+                automata.add_up = keep
+                automata.settle(state, 0)
+                automata.add_up = add_up
+                row, place = where.ravel() // 144, where.ravel() % 144
+                exact = nca.exact_logits(w, row, state[row[:, None], near[place]])
+                errors.append(abs(fast - exact.reshape(fast.shape)).max((1, 2)))
+                spread.append(exact.reshape(fast.shape).std((1, 2)))
+            assert (2 * np.max(errors, axis=0) < rules.doubt).all() and sorted(cells) == [
+                *range(144)
+            ]
+            assert (rules.doubt < 0.02 * np.mean(spread, axis=0)).all()
 
 
 def test_rows_do_not_depend_on_the_batch_or_on_threads(monkeypatch):
