@@ -5,6 +5,7 @@ only one that means to may rewrite tests/golden.json.
     python tests/golden.py                      # compare all with tests/golden.json
     python tests/golden.py golf_loop remix_m    # only runs whose names hold one of these words
     python tests/golden.py --write              # keep the present numbers, and print what moved
+    python tests/golden.py --scripts remix_m    # the presets' scripts (logs/script.py) instead
 
 Each preset runs six steps under on_cpu on the shipped text, in fp32 and eagerly, as one process and
 as two gloo ranks; Remix also with bfloat16 weights, pre-pre-training and the transfer behind it
@@ -18,6 +19,7 @@ x86-64 has, so most other machines give the same bits as well.
 
 import argparse
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -259,6 +261,22 @@ def runs() -> dict[str, list[tuple[str, list[str]]]]:
     }
 
 
+def scripts(wanted: dict[str, list]) -> dict[str, list]:
+    """The training of these runs by scripts, each as its text and the flags that are left."""
+    from logs import script
+
+    found, texts = {}, {}
+    for name, ((program, argv), *_) in wanted.items():
+        if program != "train_gpt":
+            continue
+        words = tuple(argv[1:])
+        if words not in texts:
+            print(f"folding {' '.join(words[:2])} ...", flush=True)
+            texts[words] = script.script_of(script.read_request(list(words)))
+        found[name] = [("script", [texts[words], *GOLDEN])]
+    return found
+
+
 ########################################
 #             One run                  #
 ########################################
@@ -348,6 +366,10 @@ def work(
     torch.set_num_threads(1)
     pre_pre_train.draw_picture = lambda *how, **more: None  # it takes longer than the run
     programs = {"train_gpt": train_gpt, "pre_pre_train": pre_pre_train, "score": score}
+    if program == "script":
+        sys.path.insert(0, str(folder))
+        programs["script"] = importlib.import_module("script")
+        argv = argv[1:]
     code = programs[program].main(argv)
     if code == 0 and rank == 0 and last:
         (folder / "found.json").write_text(json.dumps(collect(folder / "logs" / "golden")))
@@ -419,6 +441,8 @@ def start(
     if phase == 0:
         (folder / "data").mkdir(parents=True)
         (folder / "data" / "sample").symlink_to(data)
+        if phases[0][0] == "script":
+            (folder / "script.py").write_text(phases[0][1][0], "utf-8")
     port, last = free_port(), phase + 1 == len(phases)
     for rank in range(world):
         running[fork(*phases[phase], rank, world, port, folder, last)] = name, phase
@@ -494,8 +518,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--list", action="store_true", help="print the runs and their command lines"
     )
+    parser.add_argument(
+        "--scripts", action="store_true", help="compare the presets' scripts with the file"
+    )
     parser.add_argument("--places", type=int, default=2, help="ranks at work at a time")
     flags = parser.parse_args(argv)
+    if flags.scripts and flags.write:
+        parser.error("--scripts compares with the trainer's numbers: leave --write out")
     wanted = {
         n: how for n, how in runs().items() if not flags.words or any(w in n for w in flags.words)
     }
@@ -520,13 +549,16 @@ def main(argv: list[str] | None = None) -> int:
         import train_gpt
 
         train_gpt.parse_args(["--run", "warm"])  # tyro's first parsing is slow
+        phases = {name: len(how) for name, how in wanted.items()}
+        if flags.scripts:
+            wanted = scripts(wanted)
         found = measure(wanted, data, flags.places)
     exact = machine() == kept["machine"] and not NATIVE
-    moved = [
-        line
-        for name in wanted
-        for line in differences(kept["runs"].get(name, {}), found[name], exact, name)
-    ]
+    before = {name: kept["runs"].get(name, {}) for name in wanted}
+    if flags.scripts:  # what a later phase finds is not of the script
+        for name in (name for name in wanted if phases[name] > 1):
+            before[name] = {k: v for k, v in before[name].items() if k in found[name]}
+    moved = [x for name in wanted for x in differences(before[name], found[name], exact, name)]
     gone = sorted(kept["runs"].keys() - runs().keys())
     for line in [*moved, *(f"{name}: no longer a run" for name in gone)]:
         print(line)
