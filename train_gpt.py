@@ -3503,10 +3503,11 @@ class GPT(Declaring):
 def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: int) -> GPT:
     with torch.device(device):
         model = GPT(cfg, dtype)
+    if device.type != "meta":
+        model.to(getattr(torch, cfg.param_dtype))
+    model.cos, model.sin = (t.to(device) for t in rope_tables(cfg, seq_len))  # in fp32
     if device.type == "meta":
         return model
-    model.to(getattr(torch, cfg.param_dtype))
-    model.cos, model.sin = (t.to(device) for t in rope_tables(cfg, seq_len))
     if cfg.bigram_signs:
         model.signs = bigram_signs(cfg).to(device)
     with torch.no_grad():

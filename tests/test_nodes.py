@@ -461,7 +461,13 @@ def without_encoding(path: Path) -> list[int]:
             if isinstance(a, ast.Constant)
         ]
         binary = any(isinstance(w, str) and re.fullmatch("[rwaxt+]*b[rwaxt+]*", w) for w in words)
-        other = isinstance(owner, ast.Name) and owner.id in ("os", "gzip", "lzma", "archive")
+        other = isinstance(owner, ast.Name) and owner.id in (
+            "os",
+            "gzip",
+            "lzma",
+            "archive",
+            "tokenize",  # by what the source says of itself
+        )
         if (
             name == "write_text"
             or name == "read_text"
