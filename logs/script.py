@@ -209,13 +209,17 @@ WITHOUT_EFFECT = set(
 def constant_schedules(cfg: tg.Config, keep: list[str]) -> dict[str, object]:
     """Fields of Now that are one value from start to end."""
     found: dict[str, object] = {}
+    plan, steps = tg.Plan(cfg), range(0, cfg.steps + 1, max(1, cfg.steps // 500))
+    nows = [plan.at(step, step / cfg.steps) for step in steps]
     for name in tg.SCHEDULES:
         text = getattr(cfg, name)
         values = tg.Schedule(name, text).values() if text else [None]  # lr_matrices: as lr
         # those of cycles are no fields of Now, but looked up by their names
         asked = name in keep or bool(cfg.cycles) and name in tg.BY_CYCLE
-        if not asked and len(values) == 1:
-            found[name] = int(values[0]) if name in tg.GRAPHS else values[0]
+        # cycles multiply some, and counts of tokens are whole
+        seen = {getattr(now, name, values[0]) for now in nows}
+        if not asked and len(values) == len(seen) == 1:
+            found[name] = seen.pop()
     return found
 
 

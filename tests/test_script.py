@@ -320,3 +320,16 @@ def test_what_cannot_be_scored_is_not_packed(preset, words, tmp_path, capsys):
 def test_keep_with_a_number_is_the_trainers_flag():
     request = script.read_request(["remix_m", "--keep", "3", "--keep", "seed", "lr"])
     assert request.argv == ["--config", "remix_m", "--keep", "3"] and request.keep == ["seed", "lr"]
+
+
+@pytest.mark.parametrize("name", golden.presets())
+def test_what_no_schedule_moves_is_in_a_script_as_the_trainer_has_it(name):
+    """A cap of 48 tokens is no 48.0, by which nothing can be cut."""
+    cfg = tg.parse_args(["--config", name])
+    plan = tg.Plan(cfg)
+    fixed = script.constant_schedules(cfg, [])
+    assert len(fixed) > 5
+    for now in (plan.at(0, 0.0), plan.at(cfg.steps, 1.0)):
+        for key, value in fixed.items():
+            if key in tg.Now._fields and value is not None:
+                assert repr(getattr(now, key)) == repr(value), key
