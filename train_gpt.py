@@ -497,13 +497,13 @@ class Plan:
         if self.cfg.eval_window_long and far == long_windows(self.cfg)[-1]:
             far = self.cfg.eval_window_long
         as_trained = self.has_trained(length, now.window, far)
-        applied = now.passes, far, False, 0, as_trained
-        return Shape(rows, length, now.repeats, now.window, *applied)
+        applied = now.repeats, now.window, now.passes, far
+        return Shape(rows, length, *applied, as_trained=as_trained)
 
     def has_trained(self, seq_len: int, window: int, window_long: int) -> bool:
         """
-        Whether blocks have graphs of training for an evaluation's rows, which do the same there: a
-        third less is then compiled.
+        Whether blocks have graphs of training for an evaluation's rows, which do the same there, so
+        that no others are compiled.
         """
         cfg = self.cfg
         if cfg.compile != 1 or cfg.attn_dropout or cfg.mlp_dropout or cfg.stoch_depth or cfg.fp8:
@@ -3503,8 +3503,7 @@ class GPT(Declaring):
 def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: int) -> GPT:
     with torch.device(device):
         model = GPT(cfg, dtype)
-    if device.type != "meta":
-        model.to(getattr(torch, cfg.param_dtype))
+    model.to(getattr(torch, cfg.param_dtype))
     model.cos, model.sin = (t.to(device) for t in rope_tables(cfg, seq_len))  # in fp32
     if device.type == "meta":
         return model

@@ -145,7 +145,6 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
         return own * 4 // 3 if at.distill else own  # a teacher of this size goes forward alone
 
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
-    model.to(getattr(torch, cfg.param_dtype))
     groups, params, states, matrices = [], 0, 0, 0
     for bucket in param_buckets(cfg, model, Ranks(torch.device("meta"), 0, world)):
         sizes = [p.numel() for p in bucket.params.values()]

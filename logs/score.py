@@ -1606,6 +1606,7 @@ def generate(subject: Subject, how: Sample) -> str:
 
 @torch.no_grad()
 def continued(subject: Subject, how: Sample) -> str:
+    """generate(), one token behind the other."""
     model, device, vocab = subject.model, subject.run.device, subject.cfg.vocab
     rng = torch.Generator(device).manual_seed(how.seed)
     tokens = prompt_tokens(subject, how.prompt)

@@ -253,8 +253,7 @@ def parsed_scorer() -> cst.Module:
 def facts_of(cfg: tg.Config, keep: list[str]) -> folding.Facts:
     fields = {
         name: getattr(cfg, name) for name in tg.FIELDS if name not in NEVER and name not in keep
-    }
-    fields["score"] = cfg.score
+    } | {"score": cfg.score}
     now, place = constant_schedules(cfg, keep), constant_places(cfg)
     varying = tuple(name for name in tg.SCHEDULES if name not in now)
     graphs = tuple(name for name in tg.GRAPHS if name not in now)
