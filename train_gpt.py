@@ -3582,6 +3582,9 @@ class OptimConfig(Section):
     polar: str = "ns5"
     polar_steps: int = 5  # Muon: iterations towards the polar factor; ns12 is meant for 12
     polar_norm: str = "frobenius"  # Muon: they begin with a norm of 1: frobenius or schatten4
+    # Muon: matrices at least twice as wide as high, or high as wide: of the iterations so many at a
+    # time are made with the smaller x x^T in place of x; bfloat16 carries 2 or 3; 1: with x
+    polar_gram: int = 1
     soft_muon: str = "0"  # [sched] Muon: share of U S^0.1 V^T in the polar factor, by ns12
     aurora: str = ""  # regex: matrices whose update has rows and columns of even norms
     aurora_rounds: int = 3  # polar factors that this takes
@@ -3645,7 +3648,7 @@ class OptimConfig(Section):
         (0, 1e38, "matrix_lr adamw_lr embed_lr head_lr tied_lr scalar_lr"),
         (0, 10**6, "lr_cycles"),
         (0, 10**9, "grad_clip"),
-        (1, 100, "polar_steps"),
+        (1, 100, "polar_steps polar_gram"),
         (1, 65536, "meta_groups"),
         (1e-30, 1, "adam_eps"),
     )
@@ -3713,13 +3716,14 @@ class OptimConfig(Section):
         only_muon = (
             *("row_norm", "normuon", "decay_by_shape", "adamw_matrices", "maxwell", "polar_norm"),
             *("soft_muon", "aurora", "soap", "radial_brake", "row_floor", "update_floor"),
-            *("radial_pin", "hyperball", "lr_matrices", "matrix_lr_mul", "qk_groups"),
+            *("polar_gram", "radial_pin", "hyperball", "lr_matrices", "matrix_lr_mul", "qk_groups"),
         )
         return [
             ("maxwell", "a maxwell_age above 0, such as '0 1000s:30'", max(ages) > 0),
             ("maxwell_age", "maxwell, two decays or more", bool(self.maxwell)),
             ("maxwell", "muon_buffer = 'lerp'", self.muon_buffer == "lerp"),
             ("soft_muon", "polar = 'ns12', polar_steps = 12, whose iterates it sums", exact),
+            ("polar_gram", "soft_muon = 0, which sums iterates of x", self.soft_muon == "0"),
             ("aurora_rounds", "aurora", bool(self.aurora)),
             ("aurora_power", "aurora, aurora_rounds > 1", self.aurora and self.aurora_rounds > 1),
             *[(f"soap_{key}", "soap", bool(self.soap)) for key in ("decay", "every", "gate")],
@@ -3880,11 +3884,12 @@ def polar_factor(
     dtype: torch.dtype,
     by: str = "frobenius",
     soft: Tensor | None = None,
+    gram: int = 1,
 ) -> Tensor:
     """
     Roughly U V^T of each matrix U S V^T in a stack [n, rows, cols], by matmuls in `dtype` alone.
     by: the norm that the iteration begins with. soft: the share [] of Soft-Muon's sum, brought to
-    the Schatten-4 norm of the result, which it keeps.
+    the Schatten-4 norm of the result, which it keeps. gram: see polar_gram.
     """
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
@@ -3893,19 +3898,48 @@ def polar_factor(
     size = (frobenius(x) if by == "frobenius" else schatten4(g)).to(dtype)
     table = {"ns5": NS5, "ns12": NS12, "polar_express": POLAR_EXPRESS}[method]
     x = x / (1.02 * size + 1e-6) if method == "polar_express" else x / (size + 1e-7)
+    factors = [table[min(i, len(table) - 1)] for i in range(steps)]
+    if gram > 1 and x.size(-1) >= 2 * x.size(-2):
+        x = iterate_on_gram(x, factors, gram)
+        return x.mT if tall else x
     iterates = []
-    for i in range(steps):
+    for a, b, c in factors:
         if soft is not None:
             iterates.append(x)
-        a, b, c = table[min(i, len(table) - 1)]
         xxt = x @ x.mT
-        x = a * x + (b * xxt + c * (xxt @ xxt)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(xxt, xxt, xxt, beta=b, alpha=c), x, beta=a)
     if soft is not None:
         x, size = x.float(), schatten4(x)
         total = sum(share * iterate.float() for share, iterate in zip(SOFT, iterates))
         x = x.lerp(total * (size / schatten4(total).clamp_min(1e-30)), soft)
         x = x * (size / schatten4(x).clamp_min(1e-30))
     return x.mT if tall else x
+
+
+def iterate_on_gram(x: Tensor, factors: list[tuple[float, float, float]], at_once: int) -> Tensor:
+    """
+    x <- (a I + b x x^T + c (x x^T)^2) x for each (a, b, c) in turn, `at_once` of them by products
+    of x x^T's size (Gram Newton-Schulz, Zhang, Amsel, Chen and Dao 2026): with P = b G + c G^2, G
+    becomes (a I + P) G (a I + P). G holds squares of the singular values, so rounding drowns small
+    ones, and each iteration makes more of that, until x is made again. A rest of the iterations
+    comes first, where singular values lie farthest apart.
+    """
+    while factors:
+        few = len(factors) % at_once or at_once
+        now, factors = factors[:few], factors[few:]
+        a, b, c = now[0]
+        gram = x @ x.mT
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        whole = p.clone()  # and a I: x becomes whole x
+        whole.diagonal(dim1=-2, dim2=-1).add_(a)
+        for factor in now[1:]:
+            gram = torch.baddbmm(gram, p, gram, beta=a)
+            gram = torch.baddbmm(gram, gram, p, beta=a)
+            a, b, c = factor
+            p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            whole = torch.baddbmm(whole, p, whole, beta=a)
+        x = whole @ x
+    return x
 
 
 def even_polar_factor(g: Tensor, cfg: Config, factor: Callable[[Tensor], Tensor]) -> Tensor:
@@ -4015,6 +4049,19 @@ def radial(w: Tensor, u: Tensor, ratio: float, cfg: Config) -> Tensor:
     return u
 
 
+def normalized(u: Tensor, second: Tensor, beta: float) -> Tensor:
+    """
+    NorMuon (Li et al. 2025): the rows (or columns) of u over the roots of their second moments, at
+    the norm that u had. Both norms follow from the means of squares: u is read once, written once.
+    """
+    side = -1 if second.size(-1) == 1 else -2
+    squares = u.square().sum(side, keepdim=True)  # [n, rows, 1] or [n, 1, cols]
+    second.lerp_(squares / u.size(side), 1 - beta)
+    scale = second.clamp_min(1e-10).rsqrt()
+    before, after = (x.sum((-2, -1), keepdim=True) for x in (squares, squares * scale.square()))
+    return u * (scale * (before.sqrt() / after.sqrt().clamp_min(1e-10)))
+
+
 def muon_update(
     w: Tensor,
     g: Tensor,
@@ -4036,20 +4083,13 @@ def muon_update(
     if cfg.soap and rule.soap:
         u = soap_update(u, g, state, rates, rule.soap_gate, cfg.soap_decay)
     soft = rates["soft_muon"] if cfg.soft_muon != "0" else None
-    how = cfg.polar, cfg.polar_steps, dtype, cfg.polar_norm, soft
+    how = cfg.polar, cfg.polar_steps, dtype, cfg.polar_norm, soft, cfg.polar_gram
     if cfg.aurora and rule.aurora:
         u = even_polar_factor(u, cfg, lambda x: polar_factor(x, *how))
     else:
         u = polar_factor(u, *how)
     if cfg.normuon:
-        second = state["second"]
-        u = u.float()
-        size = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True)
-        second.lerp_(
-            u.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True), 1 - cfg.normuon
-        )
-        u = u * second.clamp_min(1e-10).rsqrt()
-        u = u * (size / torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+        u = normalized(u.float(), state["second"], cfg.normuon)
     ratio = max(1.0, w.size(-2) / w.size(-1)) ** 0.5
     if cfg.radial_brake != 1 or cfg.update_floor or cfg.row_floor:
         u = radial(w, u, ratio, cfg)
@@ -4067,7 +4107,7 @@ def adamw_update(
     m: Tensor,
     v: Tensor,
     lr: Tensor,
-    decay: Tensor,
+    decay: Tensor | None,
     correct1: Tensor,
     correct2: Tensor,
     rule: Rule,
@@ -4094,26 +4134,39 @@ def rows_update(
     g, x = g.float(), w.float()
     second.lerp_(g.square().mean(-1, keepdim=True), 1 - rule.beta2)
     u = g * (rates["correct2"].sqrt() / (second.sqrt() + cfg.adam_eps))
-    shrink = rates["decay"] * (u * x >= 0) if cfg.cautious == 1 else rates["decay"]
-    w.copy_(torch.where((g != 0).any(-1, keepdim=True), x - x * shrink - u * rates["lr"], x))
+    stepped = descended(x, u, rates["lr"], rates["decay"], cfg.cautious == 1)
+    w.copy_(torch.where((g != 0).any(-1, keepdim=True), stepped, x))
 
 
-def descend(w: Tensor, u: Tensor, lr: Tensor, decay: Tensor, cautious: bool, pin: bool) -> None:
+def descend(
+    w: Tensor, u: Tensor, lr: Tensor, decay: Tensor | None, cautious: bool, pin: bool
+) -> None:
     """
-    w -= lr*wd*w + lr*u, rounded once: decay by itself is too small a change for a weight in
-    bfloat16. cautious: decay only entries that the update shrinks too (Liang et al. 2024, Chen et
-    al. 2025). pin: the norm of a matrix changes to first order in lr only, and decay comes behind
-    that (modded-nanogpt track 3, #29 and #46).
+    One step of w in place, see descended(). pin: the norm of a matrix changes to first order in lr
+    only, and decay comes behind that (modded-nanogpt track 3, #29 and #46).
     """
-    x = w.float()
-    shrink = decay * (u * x >= 0) if cautious else decay
+    x, u = w.float(), u.float()
     if not pin:
-        w.copy_(x - x * shrink - u.float() * lr)
+        w.copy_(descended(x, u, lr, decay, cautious))
         return
-    size, y = frobenius(x).clamp_min(1e-8), x - u.float() * lr
+    size, y = frobenius(x).clamp_min(1e-8), x - u * lr
     wanted = (size - lr * (u * x).sum((-2, -1), keepdim=True) / size).clamp_min(1e-8)
     y = y * (wanted / frobenius(y).clamp_min(1e-8))
-    w.copy_(y - y * shrink)
+    if decay is not None:
+        y = y - y * (decay * (u * x >= 0) if cautious else decay)
+    w.copy_(y)
+
+
+def descended(x: Tensor, u: Tensor, lr: Tensor, decay: Tensor | None, cautious: bool) -> Tensor:
+    """
+    x - decay*x - lr*u in fp32, to be rounded once: decay by itself is too small a change for a
+    weight in bfloat16. decay: lr*wd. cautious: of entries alone that the update shrinks too (Liang
+    et al. 2024, Chen et al. 2025).
+    """
+    if decay is None:
+        return x - u * lr
+    shrink = decay * (u * x >= 0) if cautious else decay
+    return x - x * shrink - u * lr
 
 
 def descend_on_sphere(w: Tensor, u: Tensor, lr: Tensor) -> None:
@@ -4431,11 +4484,11 @@ class MuonAdamW:
             work.wait()
         return size
 
-    def rates(self, now: Now) -> list[dict[str, Tensor]]:
+    def rates(self, now: Now) -> list[dict[str, Tensor | None]]:
         """
-        Of each bucket, on the device: learning rate, momentum, decay, both corrections of AdamW's
-        moments, and what tricks need. In one copy from pinned memory: a tensor made of a number on
-        a GPU makes the host wait until the GPU has nothing to do.
+        Of each bucket, on the device: learning rate, momentum, decay (None: it has none), both
+        corrections of AdamW's moments, and what tricks need. In one copy from pinned memory: a
+        tensor made of a number on a GPU makes the host wait until the GPU has nothing to do.
         """
         table, tricks = [], self.rates_of_tricks(now)
         for b in self.buckets:
@@ -4453,7 +4506,10 @@ class MuonAdamW:
         spread = torch.zeros(len(table), len(table[0]), 4, pin_memory=device.type == "cuda")
         spread[..., 0] = torch.tensor([list(row.values()) for row in table], dtype=torch.float32)
         moved = spread.to(device, non_blocking=True)[..., 0]
-        return [dict(zip(table[0], row.unbind())) for row in moved]
+        rates = [dict(zip(table[0], row.unbind())) for row in moved]
+        for b, row in zip(self.buckets, rates):
+            row["decay"] = row["decay"] if b.rule.wd else None
+        return rates
 
     def rates_of_tricks(self, now: Now) -> dict[str, float]:
         """The same for all buckets; of the tricks that are on."""

@@ -147,6 +147,7 @@ SWITCHES = {
     "slow": ("blocks.0.",),
     "slow_lr": ("0 1s:0 2s>1", "0.5"),
     "polar": ("polar_express",),
+    "polar_gram": (3,),
     "row_norm": (1,),
     "qk_groups": (1,),
     "matrix_lr_mul": ("mlp=4", "attn=0.5 mlp.proj=4"),
