@@ -671,6 +671,24 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
+    @property
+    def sums_in_place(self) -> bool:
+        """On a CPU: gloo's reduce_scatter and all_gather copy for longer than they send."""
+        return self.device.type == "cpu"
+
+    def start_sum(self, whole: Tensor, shard: Tensor) -> dist.Work:
+        """Begin a sum over the ranks, of which this one needs its shard."""
+        if self.sums_in_place:  # shard is a view into whole
+            return dist.all_reduce(whole, async_op=True)
+        return dist.reduce_scatter_single(shard, whole, async_op=True)
+
+    def start_gather(self, whole: Tensor, shard: Tensor) -> list[dist.Work]:
+        """Begin to bring all shards into whole, into which this rank's is a view."""
+        if self.sums_in_place:
+            parts = enumerate(whole.chunk(self.world))
+            return [dist.broadcast(part, rank, async_op=True) for rank, part in parts]
+        return [dist.all_gather_single(whole, shard, async_op=True)]
+
     def on_main(self, work):
         """
         Call work() on rank 0 alone, while the others wait for what it gives; whatever it raises
@@ -4207,7 +4225,8 @@ class Bucket:
             p.grad = self.grads[low:high].view(p.shape)
         own = slice(run.rank * self.share, (run.rank + 1) * self.share)
         self.shard = self.weights[own]
-        self.grad_shard = self.grads if run.world == 1 else torch.zeros_like(self.shard)
+        in_place = run.world == 1 or run.sums_in_place
+        self.grad_shard = self.grads[own] if in_place else torch.zeros_like(self.shard)
         kept = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq"), "rows": ()}
         self.state = {k: torch.zeros_like(self.shard) for k in kept[rule.kind]}
         # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of what is
@@ -4457,10 +4476,7 @@ class MuonAdamW:
         run, world = self.run, self.run.world
         pending = []
         if world > 1:
-            pending = [
-                dist.reduce_scatter_single(b.grad_shard, b.grads, async_op=True)
-                for b in self.buckets
-            ]
+            pending = [run.start_sum(b.grads, b.grad_shard) for b in self.buckets]
         if self.cfg.untie_at and now.tied:
             self.one_gradient(pending)
         squares = []
@@ -4479,7 +4495,7 @@ class MuonAdamW:
             self.update(b, now, rates[i])
             b.grads.zero_()
             if world > 1:
-                gathers.append(dist.all_gather_single(b.weights, b.shard, async_op=True))
+                gathers += run.start_gather(b.weights, b.shard)
         for work in gathers:
             work.wait()
         return size

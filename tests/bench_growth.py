@@ -4,6 +4,7 @@ each, one behind the other.
     python tests/bench_growth.py [--steps 8] [--only models rows ranks] [--config tiny_cpu]
     python tests/bench_growth.py --figure docs/growth.png --json growth.json
     python tests/bench_growth.py --config remix_m --largest 1400    # on a GPU, millions of weights
+    python tests/bench_growth.py --pairs 5    # two ranks of one thread against one of two, in turns
 
 The net is --config's, with the widths and depths of MODELS, batches of 2,048 tokens and rows of
 512; with rows of 1,024 to 65,536 it is the second of them, batches are one row and windows are of
@@ -69,7 +70,7 @@ def measure(config: str, flags: dict, steps: int, more: list[str]) -> dict:
         argv = ["--config", *config.split(), *words, *more]
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "--"]
         command = [sys.executable, *(start if world > 1 else []), str(ROOT / "train_gpt.py"), *argv]
-        threads = {"OMP_NUM_THREADS": "1"} if world > 1 else {}
+        threads = {"OMP_NUM_THREADS": "1"} if world > 1 else {}  # one process: all cores
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
         if done.returncode:
             sys.exit(f"{' '.join(argv)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -90,6 +91,21 @@ def measure(config: str, flags: dict, steps: int, more: list[str]) -> dict:
         "device": result["device"],
         "n": len(seconds),
     }
+
+
+def compare_ranks(config: str, pairs: int, steps: int, more: list[str]) -> None:
+    """Two ranks with a thread each against one process with two, in turns: tokens per second."""
+    by_world = {flags["world"]: flags for _, _, flags in jobs(["ranks"], 0)}
+    ratios = []
+    for _ in range(pairs):
+        one, two = (measure(config, dict(by_world[n]), steps, more) for n in (1, 2))
+        ratios.append(one["us_per_token"][0] / two["us_per_token"][0])
+        print(f"1 x 2 threads {one['us_per_token'][0]:.1f} us a token, 2 x 1 thread ", end="")
+        print(f"{two['us_per_token'][0]:.1f}, ratio {ratios[-1]:.3f}", flush=True)
+    print(
+        f"ratio of tokens/s {statistics.median(ratios):.3f} (median of {pairs}; {min(ratios):.3f} "
+        f"to {max(ratios):.3f})"
+    )
 
 
 def draw(found: list[dict], path: Path) -> None:
@@ -125,9 +141,12 @@ def main() -> None:
     tables = ["models", "rows", "ranks"]
     parser.add_argument("--only", nargs="+", choices=tables, default=tables)
     parser.add_argument("--largest", type=float, default=320, help="millions of weights in blocks")
+    parser.add_argument("--pairs", type=int, default=0, help="two ranks against one, so often")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--json", type=Path)
     args, more = parser.parse_known_args()
+    if args.pairs:
+        return compare_ranks(args.config, args.pairs, args.steps, more)
     found = []
     print("| what | weights | us a token, quartiles | n | TFLOP/s a rank | GB, reckoned |")
     print("|-|-|-|-|-|-|")

@@ -246,7 +246,7 @@ def test_ranks_without_rank_0s_disk_end_alike(server, flags, tmp_path):
     argv = flags(init_from="logs/source", **WRITTEN)
     succeed(start_nodes(server, argv, (one, one)))
     reference = (one / "logs/tiny").rename(tmp_path / "reference")
-    killed = {"phase": "train_step", "send": [[5000, signal.SIGKILL]]}
+    killed = {"phase": "train_step", "send": [[7000, signal.SIGKILL]]}
     assert {e.code for e in start_nodes(server, argv, (one, two), when=killed)} != {0}
     assert newest(one / "logs/tiny")
     succeed(start_nodes(server, [*argv, "--resume"], (one, two)))
