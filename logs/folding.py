@@ -81,6 +81,9 @@ class Facts:
     tuples: set[str]  # names of what is a NamedTuple, wherever it stands
     attributes: dict[tuple[str, str], object]  # (class, attribute) -> its one value
     expressions: dict[str, object]  # what else is known, by its text
+    anywhere: dict[str, object] = dataclasses.field(default_factory=dict)  # attributes, of all
+    # functions that make an error which says what to do: an assertion is enough instead
+    refusals: set[str] = dataclasses.field(default_factory=set)
     harmless: set[str] = dataclasses.field(default_factory=set)  # functions; fold() finds them
 
 
@@ -312,9 +315,13 @@ class Values:
     def find_Attribute(self, node):
         if is_config(node.value):
             return self.facts.fields[node.attr.value]
-        holder = node.value.value if isinstance(node.value, cst.Name) else ""
+        holder = leaf_of(node.value)
+        if node.attr.value in self.facts.anywhere:
+            return self.facts.anywhere[node.attr.value]
         if node.attr.value in self.facts.records.get(holder, ()):
             return self.facts.records[holder][node.attr.value]
+        if code_of(node) in self.facts.expressions:
+            return self.facts.expressions[code_of(node)]
         if holder == "math" and node.attr.value == "inf":
             return math.inf
         raise KeyError(node.attr.value)
@@ -493,6 +500,15 @@ class Folding(Transformer):
         body = new.body.body
         if len(body) > 1 and m.matches(body[-1], m.SimpleStatementLine([m.Return(None)])):
             return new.with_changes(body=new.body.with_changes(body=body[:-1]))
+        # `if a: return` before one last statement
+        leaves = m.If(body=m.IndentedBlock([m.SimpleStatementLine([m.Return(None)])]), orelse=None)
+        if len(body) > 1 and m.matches(body[-2], leaves):
+            if m.matches(body[-1], m.SimpleStatementLine([m.Raise() | m.Expr()])):
+                last = body[-2].with_changes(
+                    test=negated(body[-2].test), body=cst.IndentedBlock([body[-1]])
+                )
+                last = self.leave_If(last, last)
+                return new.with_changes(body=new.body.with_changes(body=[*body[:-2], last]))
         return new
 
     def visit_If(self, node):
@@ -516,6 +532,8 @@ class Folding(Transformer):
     def leave_BooleanOperation(self, old, new):
         left, right = self.known(new.left), self.known(new.right)
         both = isinstance(new.operator, cst.And)
+        if left is not UNKNOWN and bool(left) != both and type(left) is bool:
+            return literal(left)
         if left is not UNKNOWN:
             return wrapped(new, new.right if bool(left) == both else new.left)
         if type(right) is bool and is_truth(new.left):
@@ -564,10 +582,10 @@ class Folding(Transformer):
         return as_operand(rows[keys.index(key)].value)
 
     def leave_Attribute(self, old, new):
-        holder = new.value.value if isinstance(new.value, cst.Name) else ""
-        if new.attr.value in self.facts.records.get(holder, ()):
-            return literal(self.facts.records[holder][new.attr.value])
-        return new
+        if is_config(new.value) or isinstance(new.value, cst.Call) or code_of(new) == "math.inf":
+            return new
+        value = self.known(new)
+        return literal(value) if value is not UNKNOWN and is_literal(value) else new
 
     def leave_Call(self, old, new):
         if m.matches(new, m.Call(m.Lambda(params=m.Parameters([])), args=[])):
@@ -591,6 +609,8 @@ class Folding(Transformer):
             one = self.as_test(new.args[0].value.elements[0].value)
             if is_truth(one):
                 return one
+        if name == "sum" and m.matches(new, m.Call(args=[m.Arg(m.Tuple([m.Element()]))])):
+            return as_operand(new.args[0].value.elements[0].value)
         if name == "len" and len(new.args) == 1 and m.matches(new.args[0].value, nothing):
             return literal(0)
         if name == "len" and len(new.args) == 1 and isinstance(new.args[0].value, cst.List):
@@ -684,6 +704,11 @@ class Folding(Transformer):
         if m.matches(new, m.BinaryOperation(m.Integer(), m.Subtract(), m.Integer())):
             value = self.known(new)
             return new if value < 0 else literal(value)
+        whole = m.Multiply() | m.FloorDivide() | m.Modulo()
+        if m.matches(new, m.BinaryOperation(m.Integer(), whole, m.Integer())):
+            written = isinstance(old.left, cst.Integer) and isinstance(old.right, cst.Integer)
+            value = self.known(new)  # unless the author has written it so
+            return new if written or value is UNKNOWN else literal(value)
         return new
 
     def spliced(self, elements) -> list:
@@ -722,17 +747,15 @@ class Folding(Transformer):
     def once(self, new):
         """A comprehension over a list of one thing, as that one element."""
         over = new.for_in.iter
-        if not m.matches(over, m.List([m.Element()])) or not isinstance(
-            new.for_in.target, cst.Name
-        ):
+        if not m.matches(over, m.List([m.Element()])) or new.for_in.ifs or new.for_in.inner_for_in:
             return None
-        item, name = over.elements[0].value, new.for_in.target.value
-        count = names_in(new.elt).read[name]
-        if new.for_in.ifs or new.for_in.inner_for_in or not is_pure(item, self.facts):
-            return None
-        if count > 1 and not m.matches(item, SIMPLE):
-            return None
-        return Replacing({name: as_operand(item)}).transform(new.elt)
+        pairs = matched(new.for_in.target, over.elements[0].value)
+        for target, item in pairs:
+            if not isinstance(target, cst.Name) or not is_pure(item, self.facts):
+                return None
+            if names_in(new.elt).read[target.value] > 1 and not m.matches(item, SIMPLE):
+                return None
+        return Replacing({t.value: as_operand(item) for t, item in pairs}).transform(new.elt)
 
     def comprehension(self, new, nothing: str):
         over = self.known(new.for_in.iter)
@@ -759,6 +782,17 @@ class Folding(Transformer):
         return self.comprehension(new, "set()")
 
     def leave_DictComp(self, old, new):
+        """{k: v for k, v in x.items()} is dict(x)."""
+        same = m.CompFor(
+            m.Tuple([m.Element(m.Name()), m.Element(m.Name())]),
+            m.Call(m.Attribute(attr=m.Name("items")), []),
+            ifs=[],
+            inner_for_in=None,
+        )
+        if m.matches(new.for_in, same):
+            names = [e.value.value for e in new.for_in.target.elements]
+            if m.matches(new, m.DictComp(m.Name(names[0]), m.Name(names[1]))):
+                return cst.Call(cst.Name("dict"), [cst.Arg(new.for_in.iter.func.value)])
         return self.comprehension(new, "{}")
 
     def as_test(self, node):
@@ -787,6 +821,8 @@ class Folding(Transformer):
                 new = new.with_changes(orelse=None)
             if new.orelse is None and is_empty(new.body) and is_pure(new.test, self.facts):
                 return cst.RemoveFromParent()
+            if new.orelse is None and id(old) not in self.elifs and self.refuses(new.body):
+                return asserted(negated(new.test), new.leading_lines)
             return new
         if id(old) in self.elifs:
             if test:
@@ -823,7 +859,7 @@ class Folding(Transformer):
         if is_empty(new.body) and is_pure(new.iter, self.facts):
             return cst.RemoveFromParent()
         leaves = find_all(new.body, cst.Break, cst.Continue)
-        if m.matches(new, m.For(m.Name(), m.List([m.Element()]))) and not leaves:
+        if m.matches(new, m.For(iter=m.List([m.Element()]))) and not leaves:
             value = cst.AssignTarget(new.target), new.iter.elements[0].value
             line = cst.SimpleStatementLine([cst.Assign([value[0]], value[1])])
             return cst.FlattenSentinel([with_comments(line, new.leading_lines), *new.body.body])
@@ -842,6 +878,23 @@ class Folding(Transformer):
             return new
         elements[-1] = elements[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
         return new.with_changes(iter=new.iter.with_changes(elements=elements))
+
+    def refuses(self, block) -> bool:
+        """Whether nothing is done there but to say what is wrong."""
+        *said, last = block.body
+        raises = m.matches(last, m.SimpleStatementLine([m.Raise(exc=m.Call())]))
+        if not raises or leaf_of(last.body[0].exc.func) not in self.facts.refusals:
+            return False
+        return all(m.matches(s, m.SimpleStatementLine([m.Assign()])) for s in said)
+
+    def leave_Try(self, old, new):
+        """Without handlers that raise the same again, or something that says more of it."""
+        again = m.IndentedBlock([m.SimpleStatementLine([m.Raise(None)])])
+        handlers = list(new.handlers)
+        while handlers and (m.matches(handlers[-1].body, again) or self.refuses(handlers[-1].body)):
+            handlers.pop()
+        final = None if new.finalbody and is_empty(new.finalbody.body) else new.finalbody
+        return tried(new, handlers, final)
 
     def leave_With(self, old, new):
         items = [i for i in new.items if code_of(i.item) != "contextlib.nullcontext()"]
@@ -862,6 +915,8 @@ class Folding(Transformer):
             return cst.RemoveFromParent()
         if m.matches(first, m.Expr(m.Call(m.Name("require")))):
             ok = self.known(first.value.args[0].value)
+            if ok is UNKNOWN and "require" in self.facts.refusals:
+                return asserted(first.value.args[0].value, new.leading_lines)
             if ok is not UNKNOWN and ok:
                 return cst.RemoveFromParent()
             if ok is not UNKNOWN:
@@ -937,6 +992,82 @@ class Folding(Transformer):
             if ends:
                 return block.with_changes(body=block.body[: i + 1])
         return block
+
+
+def negated(test: cst.BaseExpression) -> cst.BaseExpression:
+    """What is true where a test is not."""
+    opposite = {
+        cst.Equal: cst.NotEqual,
+        cst.LessThan: cst.GreaterThanEqual,
+        cst.LessThanEqual: cst.GreaterThan,
+        cst.Is: cst.IsNot,
+        cst.In: cst.NotIn,
+    }
+    opposite |= {b: a for a, b in opposite.items()}
+    if isinstance(test, cst.UnaryOperation) and isinstance(test.operator, cst.Not):
+        return test.expression
+    if isinstance(test, cst.Comparison) and len(test.comparisons) == 1:
+        (target,) = test.comparisons
+        if type(target.operator) in opposite:  # of nan both would be false: no check is of it
+            target = target.with_changes(operator=opposite[type(target.operator)]())
+            return test.with_changes(comparisons=[target])
+    if isinstance(test, cst.BooleanOperation) and isinstance(test.operator, cst.Or):
+        left, right = negated(test.left), negated(test.right)
+        return test.with_changes(left=left, operator=cst.And(), right=right)
+    loose = m.BooleanOperation() | m.IfExp() | m.NamedExpr()
+    return cst.UnaryOperation(cst.Not(), as_operand(test) if m.matches(test, loose) else test)
+
+
+def asserted(test: cst.BaseExpression, lines) -> cst.SimpleStatementLine:
+    return cst.SimpleStatementLine([cst.Assert(test)], lines)
+
+
+def tried(node: cst.Try, handlers: list, final):
+    """A try statement with these handlers; where there are none, what stands inside."""
+    if len(handlers) == len(node.handlers) and final is node.finalbody:
+        return node
+    if handlers or final:
+        return node.with_changes(handlers=handlers, finalbody=final)
+    body = [*node.body.body, *(node.orelse.body.body if node.orelse else [])]
+    return cst.FlattenSentinel([with_comments(body[0], node.leading_lines), *body[1:]])
+
+
+class Unraised(Transformer):
+    """Handlers of exceptions that nobody raises."""
+
+    def __init__(self, names: set[str]):
+        self.names = names
+
+    def left(self, handler: cst.ExceptHandler) -> cst.ExceptHandler | None:
+        if isinstance(handler.type, cst.Tuple):
+            kept = [e for e in handler.type.elements if leaf_of(e.value) not in self.names]
+            if len(kept) == len(handler.type.elements):
+                return handler
+            left = kept[0].value if len(kept) == 1 else handler.type.with_changes(elements=kept)
+            return handler.with_changes(type=left) if kept else None
+        return None if leaf_of(handler.type) in self.names else handler
+
+    def leave_Try(self, old, new):
+        handlers = [h for h in map(self.left, new.handlers) if h]
+        if len(handlers) == len(new.handlers):
+            same = all(a is b for a, b in zip(handlers, new.handlers))
+            return new if same else new.with_changes(handlers=handlers)
+        return tried(new, handlers, new.finalbody)
+
+
+def unraised(module: cst.Module, facts: Facts) -> cst.Module:
+    """Without handlers of the module's own exceptions that nothing mentions but handlers."""
+    known, caught = Known(facts, module), Counter()
+    read = sum((names_in(s).read for s in module.body), Counter())
+    for handler in find_all(module, cst.ExceptHandler):
+        if handler.type is not None:
+            caught.update(names_in(handler.type).read)
+    builtin = m.Arg(m.Name("Exception") | m.Name("BaseException"))
+    roots = {
+        name for name, c in known.classes.items() if any(m.matches(b, builtin) for b in c.bases)
+    }
+    names = {name for name in roots if caught[name] and read[name] == caught[name]}
+    return revisit(module, Unraised(names), mentions(names)) if names else module
 
 
 def always_ends(statement) -> bool:
@@ -1241,6 +1372,13 @@ def pairs_of(assign: cst.Assign) -> list[tuple[cst.CSTNode, cst.BaseExpression]]
     return [(t.value, v.value) for t, v in zip(target.elements, value.elements)]
 
 
+def matched(target: cst.CSTNode, value: cst.BaseExpression) -> list[tuple]:
+    """What each part of a target is given: a, b = x, y."""
+    if not isinstance(target, cst.Tuple) or not isinstance(value, cst.Tuple):
+        return [(target, value)]
+    return [(t.value, v.value) for t, v in zip(target.elements, value.elements, strict=True)]
+
+
 def assignment(assign: cst.Assign, pairs: list) -> cst.Assign | None:
     if not pairs:
         return None
@@ -1316,6 +1454,7 @@ class Locals(Transformer):
         for name, value in tuples.items():
             if stars[name, "*" if isinstance(value, cst.Tuple) else "**"] == names.read[name]:
                 gone.add(name)
+        body = Uncounted({name for name in names.own if not names.read[name]}).transform(body)
         if gone & set(tuples):
             body = Spreading({k: v for k, v in tuples.items() if k in gone}).transform(body)
         if gone or instead or unread:
@@ -1332,6 +1471,23 @@ class Locals(Transformer):
         if isinstance(node, cst.Name):
             return names.bound[node.value] + params[node.value] <= 1
         return is_constant(node, self.facts)
+
+
+class Uncounted(Transformer):
+    """`for i, x in enumerate(y)` as `for x in y`, where nobody reads i."""
+
+    def __init__(self, unread: set[str]):
+        self.unread = unread
+
+    def leave_For(self, old, new):
+        pair = m.Tuple([m.Element(m.Name()), m.Element()])
+        over = m.Call(m.Name("enumerate"), [m.Arg(keyword=None, star="")])
+        if not m.matches(new, m.For(pair, over)):
+            return new
+        number, target = (e.value for e in new.target.elements)
+        if number.value not in self.unread:
+            return new
+        return new.with_changes(target=target, iter=new.iter.args[0].value)
 
 
 def is_set_first(body: cst.CSTNode, name: str, value: cst.BaseExpression) -> bool:
@@ -2034,6 +2190,7 @@ class Change:
     called: Called
     gone: set[str]
     instead: dict[str, cst.BaseExpression]
+    given: set[str] = dataclasses.field(default_factory=set)  # which need no default
 
 
 class Parameters(Transformer):
@@ -2071,6 +2228,11 @@ class Parameters(Transformer):
             return new
         p = new.params
         kept = [x for x in p.params if x.name.value not in change.gone]
+        plain = cst.MaybeSentinel.DEFAULT
+        kept = [
+            x.with_changes(default=None, equal=plain) if x.name.value in change.given else x
+            for x in kept
+        ]
         only = [x for x in p.kwonly_params if x.name.value not in change.gone]
         if kept:
             kept[-1] = kept[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
@@ -2128,9 +2290,11 @@ def parameters(module: cst.Module, facts: Facts) -> cst.Module:
             elif same and not bound[name] and not called.record:
                 change.gone.add(name)
                 change.instead[name] = as_operand(constants[0])
+        if not called.record:
+            change.given = given_by_all(called, sites, change.gone)
         if called.record and key[0] not in facts.aliases:
             change.gone.clear()
-        if change.gone:
+        if change.gone or change.given:
             changes[key] = change
     names = {name for pair in changes for name in pair} - {"__init__", "inner"}
     names |= {
@@ -2139,6 +2303,18 @@ def parameters(module: cst.Module, facts: Facts) -> cst.Module:
         if what.split(".")[-1] in {name for _, name in changes}
     }
     return revisit(module, Parameters(known, changes), mentions(names))
+
+
+def given_by_all(called: Called, sites: list[dict], gone: set[str]) -> set[str]:
+    """Parameters whose default no call takes; not those behind one whose default is."""
+    found: set[str] = set()
+    for name, default in called.params:
+        if name in gone or default is None:
+            continue
+        if not all(name in site for site in sites):
+            break
+        found.add(name)
+    return found
 
 
 def constant_of(node: cst.BaseExpression, known: Known) -> cst.BaseExpression | None:
@@ -2187,6 +2363,8 @@ class Inlining(Transformer):
         return filled(new)
 
 
+MANAGER = "(contextlib.contextmanager,)"
+NO_CONTEXT = cst.parse_expression("contextlib.nullcontext()")
 SIMPLE = m.Name() | m.Attribute(value=m.Name() | m.Attribute(value=m.Name())) | CONSTANT
 
 
@@ -2203,12 +2381,17 @@ def inlining(module: cst.Module, facts: Facts, before: dict[tuple[str, str], str
         if key[1] in facts.protocol | {"forward"} or called.star >= 0:
             continue
         function = function_of(known, key)
-        body = own_body(function)
+        body = without_aliases(own_body(function), names_in(function.params).bound)
         one = (
             body[0].body[0]
             if len(body) == 1 and isinstance(body[0], cst.SimpleStatementLine)
             else None
         )
+        if code_of(cst.Tuple([cst.Element(d.decorator) for d in function.decorators])) == MANAGER:
+            if m.matches(one, m.Expr(m.Yield(None))):
+                names.add(key[1])
+                bodies |= {id(call): NO_CONTEXT for call in called.calls}
+            continue
         if not body or isinstance(one, cst.Pass) or m.matches(one, m.Return(None)):
             names.add(key[1])
             for call in called.calls:
@@ -2218,13 +2401,28 @@ def inlining(module: cst.Module, facts: Facts, before: dict[tuple[str, str], str
         if not isinstance(one, cst.Return) or one.value is None or function.decorators:
             continue
         if code_of(function.body) == before.get(key, "") and not m.matches(one.value, HOLLOW):
-            continue  # the author has written it so
+            if len(called.calls) > 1 or len(body) < len(function.body.body):
+                continue  # the author has written it so
         names.add(key[1])
         for call in called.calls:
             expression = inlined(one.value, call, called, facts)
             if expression is not None:
                 bodies[id(call)] = expression
     return revisit(module, Inlining(bodies), mentions(names))
+
+
+def without_aliases(body: list[cst.BaseStatement], params: Counter) -> list[cst.BaseStatement]:
+    """`cfg = self.cfg; return f(cfg)` as `return f(self.cfg)`."""
+    alias = m.Attribute(value=m.Name() | m.Attribute(value=m.Name()))
+    if len(body) != 2 or not m.matches(body[0], m.SimpleStatementLine([m.Assign()])):
+        return body
+    pairs = pairs_of(body[0].body[0]) or []
+    plain = all(isinstance(t, cst.Name) and not params[t.value] for t, _ in pairs)
+    if not pairs or not plain or not all(m.matches(v, alias) for _, v in pairs):
+        return body
+    if not m.matches(body[1], m.SimpleStatementLine([m.Return()])):
+        return body
+    return [Replacing({t.value: v for t, v in pairs}).transform(body[1])]
 
 
 def inlined(value, call: cst.Call, called: Called, facts: Facts):
@@ -2471,6 +2669,7 @@ def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) ->
         ("locals", lambda tree: settled.visit("locals", tree, Locals(facts))),
         ("attributes", lambda tree: attributes(tree, facts)),
         ("parameters", lambda tree: parameters(tree, facts)),
+        ("unraised", lambda tree: unraised(tree, facts)),
         ("inlining", lambda tree: inlining(tree, facts, before)),
         ("inner", lambda tree: settled.visit("inner", tree, InnerUnused())),
     ]

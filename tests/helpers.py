@@ -59,6 +59,9 @@ class OneOf(tg.Ranks):
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
+    def together(self, work):
+        return work()
+
 
 def alone(rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float32) -> OneOf:
     return OneOf(torch.device("cpu"), rank, world, dtype)
