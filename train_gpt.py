@@ -343,8 +343,8 @@ class Plan:
         self.seconds = cfg.max_seconds
 
     def fraction(self, step: int, seconds: float) -> float:
-        by_time = seconds / self.seconds if self.seconds else 0.0
-        return min(1.0, max(step / self.cfg.steps, by_time))
+        share = step / self.cfg.steps
+        return min(1.0, max(share, seconds / self.seconds)) if self.seconds else share
 
     def at(self, step: int, fraction: float) -> Now:
         v = {name: s.at(step, fraction) for name, s in self.sched.items()}
@@ -7717,7 +7717,8 @@ class Trainer:
 def build(cfg: Config, run: Run) -> Trainer:
     """Make every part; what is wrong with config or data is found here."""
     plan = Plan(cfg)
-    plan.train_shapes(run.world)  # refuses batches that do not divide
+    for now in plan.moments():
+        plan.micro_rows(now, run.world)  # refuses batches that do not divide
     loader = run.together(lambda: Loader(cfg, plan, run))
     loader.open_shards()
     tokenizer = open_tokenizer(cfg, run) if cfg.tokenizer else None
@@ -8235,11 +8236,12 @@ class Reading:
     def __init__(self, losses: Tensor, grad_norm: Tensor, begun: float | torch.cuda.Event):
         numbers = torch.cat([losses, grad_norm.view(1)])
         self.numbers = numbers.to("cpu", non_blocking=True)  # of a GPU: a copy, in pinned memory
-        self.begun, self.ended = begun, moment(numbers.is_cuda)
+        self.on_gpu = numbers.is_cuda
+        self.begun, self.ended = begun, moment(self.on_gpu)
 
     def read(self) -> tuple[list[float], float]:
         """The cross-entropy, the extra terms, the gradient norm; the seconds of the step."""
-        if isinstance(self.ended, float):
+        if not self.on_gpu:
             return self.numbers.tolist(), max(1e-9, self.ended - self.begun)
         self.ended.synchronize()
         return self.numbers.tolist(), self.begun.elapsed_time(self.ended) / 1000
@@ -8252,14 +8254,16 @@ def told(plan: Plan, now: Now) -> dict[str, float]:
     def moves(key: str) -> bool:
         return key in plan.sched and plan.sched[key].values() != [neutral[key]]
 
-    values = now._asdict().items()
-    return {k: v for k, v in values if k not in neutral or v != neutral[k] or moves(k)}
+    return {
+        k: v for k, v in now._asdict().items() if k not in neutral or v != neutral[k] or moves(k)
+    }
 
 
 def log_step(trainer: Trainer, step: int, now: Now, reading: Reading) -> None:
     """Read a finished step's numbers (a wait), stop if not finite, write the lines."""
-    ((loss, *extra, grad_norm), seconds), run, cfg = reading.read(), trainer.run, trainer.cfg
-    terms = dict(zip(extra_terms(cfg), extra))
+    (numbers, seconds), run, cfg = reading.read(), trainer.run, trainer.cfg
+    loss, grad_norm = numbers[0], numbers[-1]
+    terms = dict(zip(extra_terms(cfg), numbers[1:-1]))
     if cfg.distill and now.distill:  # what was descended, beside the cross-entropy alone
         others = loss + terms.get("z_loss", 0.0) + terms.get("mtp", 0.0)
         terms["blended_loss"] = (1 - now.distill) * others + now.distill * terms["teacher_kl"]
@@ -8481,15 +8485,19 @@ def finish(trainer: Trainer, step: int, now: Now, found: dict) -> dict:
     return result
 
 
+def taken(cfg: Config, folder: Path) -> UserError:
+    return UserError(
+        f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or "
+        "delete it"
+    )
+
+
 def check_folder(cfg: Config, folder: Path) -> None:
     """Refuse a name that is taken, and to go on with what was begun under another configuration."""
     if not folder.exists():
         return
-    require(
-        cfg.resume,
-        f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or "
-        "delete it",
-    )
+    if not cfg.resume:
+        raise taken(cfg, folder)
     # else what is done behind the last step may still be done otherwise
     finished = is_finished(folder)
     frozen = {"export"} if Schedule("qat", cfg.qat).values() != [0] else set()
@@ -8551,8 +8559,8 @@ def prepare_folder(run: Run) -> None:
         if cfg.resume:  # again, for another start may have been here meanwhile
             check_folder(cfg, folder)
         write_config(folder, cfg)
-    except FileExistsError:
-        check_folder(cfg, folder)
+    except FileExistsError as e:
+        raise taken(cfg, folder) from e
     except FileNotFoundError as e:  # so /proc and the like say that nothing can be made in them
         raise UserError(
             f"cannot create {folder} ({e}); choose another folder with --log_dir"

@@ -547,6 +547,10 @@ class Folding(Transformer):
         if isinstance(new.operator, cst.Not):
             new = new.with_changes(expression=self.as_test(new.expression))
         value = self.known(new) if isinstance(new.operator, cst.Not) else UNKNOWN
+        minus = {"operator": m.Minus()}
+        rounded_up = m.BinaryOperation(m.UnaryOperation(**minus), m.FloorDivide(), m.Integer("1"))
+        if m.matches(new, m.UnaryOperation(**minus, expression=rounded_up)):
+            return new.expression.left.expression
         return new if value is UNKNOWN else literal(value)
 
     def leave_Comparison(self, old, new):
@@ -582,9 +586,11 @@ class Folding(Transformer):
         return as_operand(rows[keys.index(key)].value)
 
     def leave_Attribute(self, old, new):
-        if is_config(new.value) or isinstance(new.value, cst.Call) or code_of(new) == "math.inf":
+        if isinstance(new.value, cst.Call) or code_of(new) == "math.inf":
             return new
         value = self.known(new)
+        if is_config(new.value) and type(value) is not bool:
+            return new
         return literal(value) if value is not UNKNOWN and is_literal(value) else new
 
     def leave_Call(self, old, new):
@@ -704,11 +710,23 @@ class Folding(Transformer):
         if m.matches(new, m.BinaryOperation(m.Integer(), m.Subtract(), m.Integer())):
             value = self.known(new)
             return new if value < 0 else literal(value)
-        whole = m.Multiply() | m.FloorDivide() | m.Modulo()
-        if m.matches(new, m.BinaryOperation(m.Integer(), whole, m.Integer())):
-            written = isinstance(old.left, cst.Integer) and isinstance(old.right, cst.Integer)
-            value = self.known(new)  # unless the author has written it so
-            return new if written or value is UNKNOWN else literal(value)
+        return self.with_ones(new)
+
+    def with_ones(self, new):
+        """Sizes divided by 1, and parts of 0: what is left of ranks where there is one."""
+        size = m.Integer() | SIMPLE
+        nothing = m.Integer("0") | m.BinaryOperation(m.Integer("0"), m.Multiply(), size)
+        if m.matches(new, m.BinaryOperation(operator=m.BitOr(), right=m.Integer("0"))):
+            return wrapped(new, new.left)
+        if m.matches(new, m.BinaryOperation(size, m.Add(), m.BinaryOperation())):
+            return wrapped(new, new.left) if m.matches(new.right, nothing) else new
+        if m.matches(new, m.BinaryOperation(m.Integer("1"), m.Multiply(), size)):
+            return wrapped(new, new.right)
+        by_one = self.known(new.right) if m.matches(new.left, size) else UNKNOWN
+        if type(by_one) is int and by_one == 1 and isinstance(new.operator, cst.FloorDivide):
+            return wrapped(new, new.left)
+        if type(by_one) is int and by_one == 1 and isinstance(new.operator, cst.Modulo):
+            return literal(0)
         return new
 
     def spliced(self, elements) -> list:
@@ -940,7 +958,23 @@ class Folding(Transformer):
         return cst.RemoveFromParent() if m.matches(first, empty) else new
 
     def leave_IndentedBlock(self, old, new):
-        return filled(self.returned(self.undivided(self.stored(self.reachable(new)))))
+        new = self.unnested(self.undivided(self.stored(self.reachable(new))))
+        return filled(self.returned(new))
+
+    def unnested(self, block):
+        """`def f(): ...; return f()` as what stands inside."""
+        if len(block.body) < 2 or not isinstance(block.body[-2], cst.FunctionDef):
+            return block
+        inner, name = block.body[-2], block.body[-2].name.value
+        called = m.SimpleStatementLine([m.Return(m.Call(m.Name(name), []))])
+        plain = m.FunctionDef(params=m.Parameters([], kwonly_params=[]), decorators=[])
+        if not m.matches(block.body[-1], called) or not m.matches(inner, plain):
+            return block
+        if find_all(inner, cst.Yield) or names_in(inner.body).read[name]:
+            return block
+        first, *more = inner.body.body
+        first = with_comments(first, inner.leading_lines)
+        return block.with_changes(body=[*block.body[:-2], first, *more])
 
     def stored(self, block):
         """`x = a; x = b` as the second alone."""
@@ -1454,7 +1488,10 @@ class Locals(Transformer):
         for name, value in tuples.items():
             if stars[name, "*" if isinstance(value, cst.Tuple) else "**"] == names.read[name]:
                 gone.add(name)
-        body = Uncounted({name for name in names.own if not names.read[name]}).transform(body)
+        loops: Counter = Counter()  # reads of what is counted, in the loops that count it
+        for node in find_all(body, cst.For):
+            loops.update({t: names_in(node.body).read[t] for t in names_in(node.target).read})
+        body = Uncounted({t for t in loops if loops[t] == names.read[t]}).transform(body)
         if gone & set(tuples):
             body = Spreading({k: v for k, v in tuples.items() if k in gone}).transform(body)
         if gone or instead or unread:
@@ -1485,7 +1522,7 @@ class Uncounted(Transformer):
         if not m.matches(new, m.For(pair, over)):
             return new
         number, target = (e.value for e in new.target.elements)
-        if number.value not in self.unread:
+        if number.value not in self.unread or names_in(new.body).read[number.value]:
             return new
         return new.with_changes(target=target, iter=new.iter.args[0].value)
 
@@ -1820,9 +1857,10 @@ class AttributeFacts(InClasses):
                 for (c, n), v in self.set.items()
                 if n == name and c != cls and (not c or self.known.related(c, cls))
             ]
-            if cls and len(values) == 1 and isinstance(values[0], cst.CSTNode) and not others:
-                if m.matches(values[0], NOTHING) and name not in self.filled:
-                    found[cls, name] = values[0]
+            if cls and one_value(values) and not others:
+                if m.matches(values[0], NOTHING):
+                    if len(values) == 1 and name not in self.filled:
+                        found[cls, name] = values[0]
                     continue
                 value = Values(self.known.facts).value_of(values[0])
                 if value is not UNKNOWN and is_literal(value):
@@ -1830,6 +1868,13 @@ class AttributeFacts(InClasses):
                         found[cls, name] = literal(value)
                     self.truths[cls, name] = bool(value)
         return found
+
+
+def one_value(values: list) -> bool:
+    """Whether an attribute is set to the same each time, as far as it is written down."""
+    if not all(isinstance(value, cst.CSTNode) for value in values):
+        return False
+    return all(map(values[0].deep_equals, values[1:]))
 
 
 class Attributes(Transformer):
@@ -2080,6 +2125,7 @@ class Calls(InClasses):
         sure = len(keys) == 1 and (
             alias
             or isinstance(node.func, cst.Name)
+            or m.matches(node.func, m.Attribute(value=m.Call(m.Name("super"), [])))
             or self.known.class_of(
                 node.func.value if isinstance(node.func, cst.Attribute) else node.func, self.here
             )
@@ -2338,6 +2384,154 @@ def function_of(known: Known, key: tuple[str, str]) -> cst.FunctionDef:
     if cls == "inner":
         return known.inner[name]
     return known.methods(cls)[name] if cls else known.functions[name]
+
+
+# --- what is one and stands as two --------------------------------------------------------------
+
+
+class Without(Transformer):
+    """A module without some statements, and with others in the place of some."""
+
+    def __init__(self, instead: dict[int, list[cst.BaseStatement]]):
+        self.instead = instead
+
+    def leave_IndentedBlock(self, old, new):
+        body: list[cst.BaseStatement] = []
+        for before, now in zip(old.body, new.body) if len(old.body) == len(new.body) else ():
+            body += self.instead.get(id(before), [now])
+        return new.with_changes(body=body) if len(old.body) == len(new.body) else new
+
+
+def reads_of(module: cst.Module, name: str) -> int:
+    """How often a name is read, but for annotations."""
+    count, todo = 0, list(module.body)
+    while todo:
+        node = todo.pop()
+        count += isinstance(node, cst.Name) and node.value == name
+        todo += [kid for kid in kids(node) if not isinstance(kid, cst.Annotation)]
+    return count
+
+
+def joined(module: cst.Module, facts: Facts) -> cst.Module:
+    """A class that only one other inherits from, and nobody makes, as a part of that one."""
+    known = Known(facts, module)
+    for name, base in known.classes.items():
+        heirs = [c for c in known.classes if known.bases(c)[1:2] == [name]]
+        if len(heirs) != 1 or base.bases or base.decorators or heirs[0] in facts.roots:
+            continue
+        if reads_of(module, name) != 2:  # its own definition, and that of the heir
+            continue
+        heir = known.classes[heirs[0]]
+        whole = with_base(base, heir)
+        if whole is not None:
+            rest = [whole if s is heir else s for s in module.body if s is not base]
+            module = module.with_changes(body=rest)
+            renamed = Replacing({name: cst.Name(heirs[0])})
+            return revisit(module, renamed, mentions([name]))
+    return module
+
+
+def with_base(base: cst.ClassDef, heir: cst.ClassDef) -> cst.ClassDef | None:
+    """The heir with what its base has; None where that is not plain."""
+    ours, theirs = (
+        {f.name.value: f for f in c.body.body if isinstance(f, cst.FunctionDef)}
+        for c in (heir, base)
+    )
+    above = m.Call(m.Name("super"), [])
+    supers = [n for n in find_all(heir, cst.Attribute) if m.matches(n.value, above)]
+    if len(supers) != 1 or "__init__" not in ours or "__init__" not in theirs:
+        return None
+    begin = m.SimpleStatementLine([m.Expr(m.Call(m.Attribute(above, m.Name("__init__"))))])
+    (call,) = [s for s in ours["__init__"].body.body if m.matches(s, begin)] or [None]
+    if call is None or supers[0] is not call.body[0].value.func:
+        return None
+    called = Called(("", ""), params_of(theirs["__init__"], True))
+    body = spliced(theirs["__init__"], called.arguments(call.body[0].value), called)
+    if body is None:
+        return None
+    start = Without({id(call): body}).transform(ours["__init__"])
+    more = [f for name, f in theirs.items() if name not in ours]
+    members = []
+    for s in heir.body.body:
+        members += [start, *more] if s is ours["__init__"] else [s]
+    bases = [a for a in heir.bases if leaf_of(a.value) != base.name.value]
+    return heir.with_changes(bases=bases, body=heir.body.with_changes(body=members))
+
+
+def spliced(function: cst.FunctionDef, args: dict | None, called: Called) -> list | None:
+    """The statements of a function with these arguments; None where they would be other ones."""
+    if args is None or function.params.kwonly_params:
+        return None
+    names, instead = names_in(function.body), {}
+    for name, default in called.params:
+        value = args[name].value if name in args else default
+        if value is None or names.bound[name] and code_of(value) != name:
+            return None
+        if names.read[name] > 1 and not m.matches(value, SIMPLE):
+            return None
+        instead[name] = as_operand(value) if names.read[name] == 1 else value
+    return list(Replacing(instead).transform(function.body).body)
+
+
+def tails(module: cst.Module, facts: Facts) -> cst.Module:
+    """`return f(x)` as what f does, where nobody else calls it."""
+    known, calls = Known(facts, module), None
+    calls = Calls(known)
+    calls.visit(module)
+    for key, called in calls.found.items():
+        if not called.whole or len(called.calls) != 1 or called.record or called.star >= 0:
+            continue
+        if key[1] in facts.protocol | {"__init__", "forward"} or key[0] == "inner":
+            continue
+        function, call = function_of(known, key), called.calls[0]
+        if function.decorators or find_all(function.body, cst.Yield, cst.FunctionDef):
+            continue
+        for caller, cls in callers(known):
+            last = caller.body.body[-1]
+            is_tail = m.matches(last, m.SimpleStatementLine([m.Return()]))
+            if not is_tail or last.body[0].value is not call or caller is function:
+                continue
+            whole = with_tail(caller, cls, function, key[0], called, call)
+            if whole is not None:
+                change = InPlace({id(caller): whole})
+                return revisit(module, change, mentions([caller.name.value]))
+    return module
+
+
+class InPlace(Transformer):
+    """Functions of these identities as others."""
+
+    def __init__(self, instead: dict[int, cst.FunctionDef]):
+        self.instead = instead
+
+    def leave_FunctionDef(self, old, new):
+        return self.instead.get(id(old), new)
+
+
+def callers(known: Known) -> Iterator[tuple[cst.FunctionDef, str]]:
+    """Functions and methods, with their class."""
+    yield from ((f, "") for f in known.functions.values())
+    for cls in known.classes:
+        yield from ((f, cls) for f in known.methods(cls).values())
+
+
+def with_tail(caller, cls: str, function, own: str, called: Called, call: cst.Call):
+    """The caller with the function's statements in the place of its last one; None if not so."""
+    method = isinstance(call.func, cst.Attribute)
+    if method and not (own == cls and m.matches(call.func.value, m.Name("self"))):
+        return None
+    body = spliced(function, called.arguments(call), called)
+    ours, theirs = names_in(caller.body), names_in(function.body)
+    bound = set(ours.bound) | set(names_in(caller.params).bound)
+    params = {name for name, _ in called.params} | {"self"}
+    if body is None or any(theirs.free[n] for n in bound - set(theirs.bound) - params):
+        return None
+    if body and is_doc(body[0]):
+        if not is_doc(caller.body.body[0]):
+            return None
+        body = body[1:]
+    whole = caller.with_changes(body=caller.body.with_changes(body=[*caller.body.body[:-1], *body]))
+    return whole if code_of(whole).count("\n") <= 60 else None
 
 
 # --- inlining ----------------------------------------------------------------------------------
@@ -2671,9 +2865,11 @@ def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) ->
         ("parameters", lambda tree: parameters(tree, facts)),
         ("unraised", lambda tree: unraised(tree, facts)),
         ("inlining", lambda tree: inlining(tree, facts, before)),
+        ("joined", lambda tree: joined(tree, facts)),
+        ("tails", lambda tree: tails(tree, facts)),
         ("inner", lambda tree: settled.visit("inner", tree, InnerUnused())),
     ]
-    for turn in range(30):
+    for turn in range(60):
         old = [text_of(s) for s in module.body]
         facts.harmless = harmless(module, facts)
         for _, run in passes:

@@ -53,7 +53,10 @@ class Part:
 
 
 DROPPED = {  # by the word of --without
-    "resume": Part({"resume": False, "keep": 0, "save_every": 0, "save_last": 0}),
+    "resume": Part(
+        {"resume": False, "keep": 0, "save_every": 0, "save_last": 0},
+        instead="def write_whole(path: Path, data: bytes) -> None:\n    path.write_bytes(data)\n",
+    ),
     "wandb": Part({"wandb": ""}),
     "averages": Part({"ema": 0.0, "swa_every": 0, "average_epochs": 0, "final_weights": "live"}),
     "export": Part({"export": "", "gptq": 0, "artifact_limit": 0, "qat": "0", "qat_noise": 0}),
@@ -68,9 +71,9 @@ DROPPED = {  # by the word of --without
     "checks": Part(
         idle="check",
         instead="def exit_code(work: Callable[[], int]) -> int:\n    return work()\n",
-        refusals="require UserError error unreadable no_batch",
+        refusals="require UserError Diverged error unreadable no_batch taken",
     ),
-    "warmup": Part(idle="warm_up log_recompiles", pure="graphs_compiled"),
+    "warmup": Part(idle="warm_up log_recompiles keep_compiled", pure="graphs_compiled"),
     "witness": Part(
         idle="log_head",
         instead="def evidence(trainer: Trainer) -> dict[str, str]:\n    return {}\n",
@@ -236,8 +239,8 @@ WITHOUT_EFFECT = set(
     "clone ones zeros size view float Path cast items unbind to arange get isinstance hasattr "
     "enumerate torch.compile dataclasses.field named_modules Generator nullcontext "
     "contextlib.nullcontext environ next_step_seconds graph_of Averages is_late embedded at "
-    "ends_epoch eval_shape AttentionMask check_bits parse_bits quantised_names extra tokens "
-    "tokens_in_order".split()
+    "ends_epoch eval_shape seconds AttentionMask check_bits parse_bits quantised_names extra "
+    "tokens tokens_in_order".split()
 )
 
 
@@ -299,6 +302,8 @@ def without(facts: folding.Facts, cfg: tg.Config, word: str) -> None:
     facts.expressions |= part.expressions
     facts.pure |= set(part.pure.split())
     facts.refusals |= set(part.refusals.split())
+    if word == "checks" and not cfg.bos_rows:
+        facts.refusals |= {"OutOfData"}
     if word == "signals":
         facts.protocol -= {"on_signal"}
     if part.device:
@@ -359,7 +364,7 @@ def facts_of(cfg: tg.Config, keep: list[str], words: list[str]) -> folding.Facts
         aliases={"Now", "Trainer", "Due", "Declared", "Shape", "Place", "Added", "Point", "Rule"},
         compared={"Rule", "Shape"},
         tuples={name for name, cls in HOLDERS.items() if cls in RECORDS},
-        attributes={("Ranks", "one_node"): True},
+        attributes={("Ranks", "one_node"): True, ("Run", "one_node"): True},
         expressions=expressions_of(cfg, now),
     )
     for word in words:
