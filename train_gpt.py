@@ -673,7 +673,7 @@ class Ranks:
             raise Interrupted
         return seconds
 
-    def sum(self, x: Tensor) -> Tensor:
+    def sum_of(self, x: Tensor) -> Tensor:
         if self.world > 1:
             dist.all_reduce(x)
         return x
@@ -821,12 +821,12 @@ class Run(Ranks):
 
     def __enter__(self) -> Run:
         self.prepare_machine()
-        self.join()
+        self.join_group()
         for number_ in SIGNALS:
             signal.signal(number_, self.on_signal)
         return self
 
-    def join(self) -> None:
+    def join_group(self) -> None:
         """Join the process group once per process: a sweep has already done so for its runs."""
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
@@ -4429,7 +4429,7 @@ class MuonAdamW:
             if world > 1 and pending[i]:
                 pending[i].wait()
             squares.append(torch.linalg.vector_norm(b.grad_shard, dtype=torch.float32).square())
-        size = run.sum(torch.stack(squares).sum().view(1)).sqrt()
+        size = run.sum_of(torch.stack(squares).sum().view(1)).sqrt()
         self.count += 1
         rates, gathers = self.rates(now), []
         for i, b in enumerate(self.buckets):
@@ -5989,7 +5989,7 @@ def evaluate(
         with torch.set_grad_enabled(shape.as_trained):
             losses = model(x, y, *applied, impossible=impossible).detach()
         total += losses.double().sum()
-    return float(run.sum(total)) / val.scored
+    return float(run.sum_of(total)) / val.scored
 
 
 @torch.no_grad()
@@ -6006,7 +6006,7 @@ def token_losses(run: Run, model, val: Validation, shape: Shape) -> Tensor:
         with torch.set_grad_enabled(shape.as_trained):
             found = model(x, y, *applied).detach()
         losses[first // shape.rows] = found.float()
-    return run.sum(losses).flatten()[: val.scored].cpu()
+    return run.sum_of(losses).flatten()[: val.scored].cpu()
 
 
 ########################################
@@ -6217,8 +6217,8 @@ def record_hessians(
                     whole += 1
     # A rank without a row has seen no name: all sums are exchanged, and those without an input are
     # zero on every rank.
-    seen = int(run.sum(torch.tensor(whole, device=run.device)))
-    found = {name: run.sum(h) / (seen * (rows.shape[1] - 1)) for name, h in sums.items() if seen}
+    seen = int(run.sum_of(torch.tensor(whole, device=run.device)))
+    found = {name: run.sum_of(h) / (seen * (rows.shape[1] - 1)) for name, h in sums.items() if seen}
     return {name: h for name, h in found.items() if bool(h.any())}, seen
 
 
@@ -8139,7 +8139,7 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
                 trainer.opt.collect(last=at + 1 == count)
             if trainer.opt.meta is not None:
                 trainer.opt.meta.after(at, count)
-    total = trainer.run.sum(total)
+    total = trainer.run.sum_of(total)
     if cfg.mu_loss:
         head, rows_used = trainer.model.head, trainer.model.logit_rows
         extra = add_mu_loss(head, cfg.mu_loss, trainer.run.world, rows_used, scale)

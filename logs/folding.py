@@ -84,6 +84,7 @@ class Facts:
     anywhere: dict[str, object] = dataclasses.field(default_factory=dict)  # attributes, of all
     # functions that make an error which says what to do: an assertion is enough instead
     refusals: set[str] = dataclasses.field(default_factory=set)
+    short: set[str] = dataclasses.field(default_factory=set)  # functions whose calls are inlined
     harmless: set[str] = dataclasses.field(default_factory=set)  # functions; fold() finds them
 
 
@@ -649,6 +650,9 @@ class Folding(Transformer):
                         for e, star in zip(a.value.elements, stars)
                     ]
                     continue
+            elif a.star == "**" and m.matches(a.value, m.Call(m.Name("dict"), [m.Arg(star="")])):
+                found.append(a.with_changes(value=a.value.args[0].value))
+                continue
             elif a.star == "**" and m.matches(a.value, m.Dict([m.ZeroOrMore(keywords)])):
                 names = [e.key.evaluated_value for e in a.value.elements]
                 if all(name.isidentifier() for name in names):
@@ -839,6 +843,8 @@ class Folding(Transformer):
                 new = new.with_changes(orelse=None)
             if new.orelse is None and is_empty(new.body) and is_pure(new.test, self.facts):
                 return cst.RemoveFromParent()
+            if isinstance(new.orelse, cst.Else) and is_empty(new.body):
+                return new.with_changes(test=negated(new.test), body=new.orelse.body, orelse=None)
             if new.orelse is None and id(old) not in self.elifs and self.refuses(new.body):
                 return asserted(negated(new.test), new.leading_lines)
             return new
@@ -1475,7 +1481,8 @@ class Locals(Transformer):
                 continue
             elif isinstance(value, cst.Name):
                 if names.bound[value.value] + params[value.value] <= 1 and value.value != name:
-                    instead[name] = value
+                    if not outlives(function.body, name, value.value):
+                        instead[name] = value
             elif m.matches(value, m.Tuple() | m.Dict([m.AtLeastN(m.DictElement(), n=1)])):
                 if all(self.is_steady(e.value, names, params) for e in value.elements):
                     tuples[name] = value
@@ -1525,6 +1532,12 @@ class Uncounted(Transformer):
         if number.value not in self.unread or names_in(new.body).read[number.value]:
             return new
         return new.with_changes(target=target, iter=new.iter.args[0].value)
+
+
+def outlives(body: cst.CSTNode, name: str, value: str) -> bool:
+    """Whether a name is read behind a loop whose turns set anew what it was given."""
+    loops = [names_in(loop) for loop in find_all(body, cst.For, cst.While)]
+    return any(i.bound[value] and i.read[name] < names_in(body).read[name] for i in loops)
 
 
 def is_set_first(body: cst.CSTNode, name: str, value: cst.BaseExpression) -> bool:
@@ -2595,7 +2608,8 @@ def inlining(module: cst.Module, facts: Facts, before: dict[tuple[str, str], str
         if not isinstance(one, cst.Return) or one.value is None or function.decorators:
             continue
         if code_of(function.body) == before.get(key, "") and not m.matches(one.value, HOLLOW):
-            if len(called.calls) > 1 or len(body) < len(function.body.body):
+            often = len(called.calls) > 1 or len(body) < len(function.body.body)
+            if often and key[1] not in facts.short:
                 continue  # the author has written it so
         names.add(key[1])
         for call in called.calls:

@@ -55,7 +55,7 @@ class Part:
 DROPPED = {  # by the word of --without
     "resume": Part(
         {"resume": False, "keep": 0, "save_every": 0, "save_last": 0},
-        instead="def write_whole(path: Path, data: bytes) -> None:\n    path.write_bytes(data)\n",
+        instead="def write_whole(path: Path, data: bytes):\n    return path.write_bytes(data)\n",
     ),
     "wandb": Part({"wandb": ""}),
     "averages": Part({"ema": 0.0, "swa_every": 0, "average_epochs": 0, "final_weights": "live"}),
@@ -73,6 +73,7 @@ DROPPED = {  # by the word of --without
         instead="def exit_code(work: Callable[[], int]) -> int:\n    return work()\n",
         refusals="require UserError Diverged error unreadable no_batch taken",
     ),
+    "schedules": Part(constants={"SCHEDULES": ()}),  # as code: scheduled()
     "warmup": Part(idle="warm_up log_recompiles keep_compiled", pure="graphs_compiled"),
     "witness": Part(
         idle="log_head",
@@ -128,6 +129,7 @@ def read_request(argv: list[str]) -> Request:
     keep = own["--keep"].split() if "--keep" in own else KEPT
     without = own.get("--without", "").split()
     gone = {name for part in without if part in DROPPED for name in DROPPED[part].fields}
+    gone |= set(tg.SCHEDULES) if "schedules" in without else set()
     keep = [name for name in keep if name not in gone]
     flags = ["--config", *presets, *rest] if presets else rest
     return Request(flags, keep, without, own.get("--out", ""), "--keep" in own)
@@ -167,6 +169,10 @@ def used_by(cfg: tg.Config, part: str) -> str:
         return f"its rule is about {metric}, whose bytes the tokenizer counts"
     if DROPPED[part].device and cfg.device not in ("auto", DROPPED[part].device):
         return f"device = {cfg.device!r}"
+    if part == "schedules":
+        moving = set(tg.SCHEDULES) - set(constant_schedules(cfg, []))
+        other = sorted(moving & {*tg.GRAPHS, *tg.BY_CYCLE} | moving & set(tg.Now._field_defaults))
+        return f"more than rates depends on {', '.join(other)}" if other else ""
     if part == "resume" and (cfg.resume or cfg.save_every != plain.save_every):
         return f"save_every = {cfg.save_every}"
     return ""
@@ -286,6 +292,41 @@ def expressions_of(cfg: tg.Config, now: dict[str, object]) -> dict[str, object]:
     return found
 
 
+def scheduled(source: str, cfg: tg.Config) -> str:
+    """The trainer with each schedule that moves as a function, and without texts of schedules."""
+    functions = ""
+    for name in tg.SCHEDULES:
+        if name not in constant_schedules(cfg, []):
+            functions += "\n".join(schedule_lines(name, getattr(cfg, name))) + "\n\n\n"
+            read = rf'v\["{name}"\](?! \*=)'  # cycles, which multiply it, are not allowed
+            source = re.sub(read, f"{name}_at(step, fraction)", source)
+    return source.replace("class Now(NamedTuple):\n", functions + "class Now(NamedTuple):\n")
+
+
+def schedule_lines(name: str, text: str) -> list[str]:
+    """Schedule.at() of one schedule, with its operations in their order."""
+    first, *points = tg.Schedule(name, text).points
+    value, last = first.value, first
+    lines = [f"def {name}_at(step: int, fraction: float) -> float:", f'    """{text}"""']
+    for point in points:
+        x = "step" if point.in_steps else "fraction"
+        start = last.at if last.in_steps == point.in_steps else 0.0
+        reached = value
+        if point.ramp and value != point.value:
+            share = f"({x} - {start}) / ({point.at} - {start})" if start else f"{x} / {point.at}"
+            if point.power != 1:
+                share = f"1 - (1 - {share}) ** {point.power}"
+            if point.cosine:
+                share = f"(1 - math.cos(math.pi * ({share}))) / 2"
+            reached = f"{value} + ({point.value} - {value}) * ({share})"
+            if start:
+                lines += [f"    if {x} <= {start}:", f"        return {value}"]
+        if str(reached) != str(point.value):
+            lines += [f"    if {x} < {point.at}:", f"        return {reached}"]
+        value, last = point.value, point
+    return [*lines, f"    return {value}"]
+
+
 SCORER = ROOT / "logs" / "score.py"
 
 
@@ -301,6 +342,7 @@ def without(facts: folding.Facts, cfg: tg.Config, word: str) -> None:
     facts.constants |= part.constants
     facts.expressions |= part.expressions
     facts.pure |= set(part.pure.split())
+    facts.short |= set(re.findall(r"^def (\w+)", part.instead, re.M))
     facts.refusals |= set(part.refusals.split())
     if word == "checks" and not cfg.bos_rows:
         facts.refusals |= {"OutOfData"}
@@ -515,7 +557,10 @@ def prepared(
     """The trainer with a script's own configuration in the place of its sections; more: and other
     definitions in the place of its own.
     """
-    template = (TEMPLATE + more).replace("PRESET", "-".join(Path(n).stem for n in cfg.config))
+    template = TEMPLATE
+    if "schedules" in words:
+        template = re.sub(r"in Schedule\(.*\]:", "in [value]:", template)
+    template = (template + more).replace("PRESET", "-".join(Path(n).stem for n in cfg.config))
     if not facts.constants["GRAPHS"]:
         template += ONE_GRAPH
     stand_ins = {name_of(s): s for s in cst.parse_module(template).body}
@@ -626,16 +671,19 @@ def identifiers(module: cst.Module) -> set[str]:
     return {*names.read, *names.attributes, *names.bound}
 
 
-def told_without(text: str, gone: set[str], width: int, first: str) -> list[str]:
+def told_without(text: str, gone: set[str], width: int, first: str, lost: set[str]) -> list[str]:
     """
     The lines of a comment or docstring without the sentences that speak of names that are `gone`.
-    A word of plain English is such a name where it is called, or explained as a parameter is.
+    A word of plain English is such a name where it is called, or explained as a parameter is; lost:
+    parameters that the function itself does not have any more.
     """
     words = "|".join(map(re.escape, gone))
     clear = "|".join(re.escape(name) for name in gone if "_" in name)
     spoken = re.compile(rf"(?<![-\w])(?:(?:{clear})\b|(?:{words})(?:\(\)|: |, or))")
     sentences = re.split(r"(?<=[.])\s+(?=[A-Za-z`])", " ".join(text.split()))
-    kept = [one for one in sentences if not spoken.search(one)] or sentences[:1]
+    explained = re.compile(rf"`?(?:{'|'.join(map(re.escape, lost)) or '-'})`?(?: > 0)?: ")
+    kept = [s for s in sentences if not spoken.search(s) and not explained.match(s)]
+    kept = kept or sentences[:1]
     if len(kept) == len(sentences):
         return []
     return textwrap.wrap(" ".join(kept), width, initial_indent=first, subsequent_indent=first)
@@ -644,9 +692,19 @@ def told_without(text: str, gone: set[str], width: int, first: str) -> list[str]
 class Retelling(cst.CSTTransformer):
     """Docstrings that do not speak of what is gone."""
 
-    def __init__(self, gone: set[str]):
+    def __init__(self, gone: set[str], params: dict[str, set[str]]):
         super().__init__()
         self.gone, self.depth = gone, 0
+        self.params = params  # of each function, as they were
+        self.lost: list[set[str]] = [set()]
+
+    def visit_FunctionDef(self, node):
+        left = folding.names_in(node.params).bound
+        self.lost.append({p for p in self.params.get(node.name.value, ()) if not left[p]})
+
+    def leave_FunctionDef(self, old, new):
+        self.lost.pop()
+        return new
 
     def visit_IndentedBlock(self, node):
         self.depth += 1
@@ -659,7 +717,7 @@ class Retelling(cst.CSTTransformer):
         text = new.body[0].body[0].value.value
         if not text.startswith('"""'):
             return new
-        lines = told_without(text.strip('"'), self.gone, 100, indent)
+        lines = told_without(text.strip('"'), self.gone, 100, indent, self.lost[-1])
         if not lines:
             return new
         one = f'"""{lines[0].strip()}"""'
@@ -667,6 +725,15 @@ class Retelling(cst.CSTTransformer):
             one = "\n".join(['"""', *lines, indent + '"""'])
         doc = cst.SimpleStatementLine([cst.Expr(cst.SimpleString(one))])
         return new.with_changes(body=[doc, *new.body[1:]])
+
+
+def parameters_of(module: cst.Module) -> dict[str, set[str]]:
+    """Of each function of this name, what it is given."""
+    found: dict[str, set[str]] = {}
+    for function in folding.find_all(module, cst.FunctionDef):
+        bound = set(folding.names_in(function.params).bound)
+        found[function.name.value] = found.get(function.name.value, set()) | bound
+    return found
 
 
 def header(cfg: tg.Config, request: Request) -> str:
@@ -736,6 +803,8 @@ def text_of(
 ) -> str:
     """The trainer folded; more: definitions in the place of its own; beside: puts others to it."""
     source = Path(tg.__file__).read_text(encoding="utf-8")
+    if "schedules" in request.without:
+        source = scheduled(source, cfg)
     parts = [DROPPED[word].instead for word in request.without]
     tree = cst.parse_module(source).visit(Idle(idle_functions(cfg, request.without)))
     module = beside(prepared(tree, cfg, facts, "\n".join([more, *parts]), request.without))
@@ -743,7 +812,7 @@ def text_of(
     module = folding.fold(module, facts, say)
     module = folding.fold(with_wiring(module, cfg), facts, say)
     gone = (identifiers(cst.parse_module(source)) | before) - identifiers(module)
-    module = module.visit(Retelling(gone))
+    module = module.visit(Retelling(gone, parameters_of(tree)))
     read = folding.fields_read(module) | set(facts.constants["SCHEDULES"])
     flags = [n for n in tg.FIELDS if n in request.keep and (n in read or n in KEPT[:5])]
     varying = set(facts.constants["SCHEDULES"]) - set(flags)
