@@ -1499,6 +1499,7 @@ class Locals(Transformer):
         for node in find_all(body, cst.For):
             loops.update({t: names_in(node.body).read[t] for t in names_in(node.target).read})
         body = Uncounted({t for t in loops if loops[t] == names.read[t]}).transform(body)
+        body = Unnamed({t for t in names.own if not names.read[t]}).transform(body)
         if gone & set(tuples):
             body = Spreading({k: v for k, v in tuples.items() if k in gone}).transform(body)
         if gone or instead or unread:
@@ -1515,6 +1516,18 @@ class Locals(Transformer):
         if isinstance(node, cst.Name):
             return names.bound[node.value] + params[node.value] <= 1
         return is_constant(node, self.facts)
+
+
+class Unnamed(Transformer):
+    """`(x := y)` as y, where nobody reads x."""
+
+    def __init__(self, unread: set[str]):
+        self.unread = unread
+
+    def leave_NamedExpr(self, old, new):
+        if new.target.value not in self.unread:
+            return new
+        return new.value.with_changes(lpar=new.lpar, rpar=new.rpar) if new.lpar else new.value
 
 
 class Uncounted(Transformer):
@@ -2575,7 +2588,7 @@ NO_CONTEXT = cst.parse_expression("contextlib.nullcontext()")
 SIMPLE = m.Name() | m.Attribute(value=m.Name() | m.Attribute(value=m.Name())) | CONSTANT
 
 
-def inlining(module: cst.Module, facts: Facts, before: dict[tuple[str, str], str]) -> cst.Module:
+def inlining(module: cst.Module, facts: Facts, before: set[tuple[str, str]]) -> cst.Module:
     """`before`: the functions as they were written; what the author wrote short stays."""
     known = Known(facts, module)
     calls = Calls(known)
@@ -2607,7 +2620,7 @@ def inlining(module: cst.Module, facts: Facts, before: dict[tuple[str, str], str
             continue
         if not isinstance(one, cst.Return) or one.value is None or function.decorators:
             continue
-        if code_of(function.body) == before.get(key, "") and not m.matches(one.value, HOLLOW):
+        if (key[1], code_of(function.body)) in before and not m.matches(one.value, HOLLOW):
             often = len(called.calls) > 1 or len(body) < len(function.body.body)
             if often and key[1] not in facts.short:
                 continue  # the author has written it so
@@ -2865,11 +2878,7 @@ NONE = cst.Name("None")
 
 def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) -> cst.Module:
     """The passes, until none changes anything."""
-    known = Known(facts, module)
-    before = {("", name): code_of(f.body) for name, f in known.functions.items()}
-    for cls in known.classes:
-        before |= {(cls, name): code_of(f.body) for name, f in known.methods(cls).items()}
-    before |= {("inner", name): code_of(f.body) for name, f in known.inner.items()}
+    before = {(f.name.value, code_of(f.body)) for f in find_all(module, cst.FunctionDef)}
     settled = Settled()
     passes: list[tuple[str, Callable]] = [
         ("unused", lambda tree: unused(tree, facts)),

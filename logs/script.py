@@ -143,6 +143,9 @@ def configure(request: Request) -> tg.Config:
         close = difflib.get_close_matches(name, fields, n=2)
         hint = f"did you mean {' or '.join(close)}?" if close else "python train_gpt.py --help"
         require(name in fields, f"--keep {name}: the configuration has no such field; {hint}")
+    require(
+        not {"cpu", "gpu"} <= set(request.without), "--without cpu gpu: then nothing is to run it"
+    )
     for part in request.without:
         require(part in DROPPED, f"--without {part}: what can be left out is {', '.join(DROPPED)}")
         why = used_by(cfg, part)
