@@ -356,9 +356,15 @@ def without(facts: folding.Facts, cfg: tg.Config, word: str) -> None:
         facts.records["device"] = {"type": part.device}
         facts.anywhere["is_cuda"] = on_gpu
         facts.expressions["torch.cuda.is_available()"] = on_gpu
-        # where nothing applies the model but its graphs
-        if on_gpu and cfg.compile == 2 and not cfg.export and not cfg.embed_stats:
+        if is_in_graphs(cfg, [word]):
             facts.expressions["torch.compiler.is_compiling()"] = True
+            facts.expressions["mask is None"] = False  # flex_mask()'s
+
+
+def is_in_graphs(cfg: tg.Config, words: list[str]) -> bool:
+    """Whether the model is on a GPU, and nothing applies it but its compiled graphs."""
+    beside = cfg.gptq or cfg.distill or cfg.embed_stats
+    return "cpu" in words and cfg.compile == 2 and not beside
 
 
 def idle_functions(cfg: tg.Config, words: list[str]) -> set[str]:
@@ -615,7 +621,7 @@ def prepared(
 def with_wiring(module: cst.Module, cfg: tg.Config) -> cst.Module:
     """The order of the blocks as a plain loop, or as a table of what differs between places."""
     read, code = set(), module.code
-    for function in [*find_all(module, "one_pass"), *find_all(module, "added")]:
+    for function in [f for n in ("hidden", "one_pass", "added") for f in find_all(module, n)]:
         read |= read_of(function, "place")
     of_scorer = "places = wiring(model.cfg, " in code  # that of its cache
     if of_scorer:
@@ -808,6 +814,8 @@ def text_of(
     source = Path(tg.__file__).read_text(encoding="utf-8")
     if "schedules" in request.without:
         source = scheduled(source, cfg)
+    if is_in_graphs(cfg, request.without):
+        source = re.sub(r"compiled_on_gpu\((attend_flex|block_mask), q\)", r"\1", source)
     parts = [DROPPED[word].instead for word in request.without]
     tree = cst.parse_module(source).visit(Idle(idle_functions(cfg, request.without)))
     module = beside(prepared(tree, cfg, facts, "\n".join([more, *parts]), request.without))
