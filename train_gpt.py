@@ -343,8 +343,8 @@ class Plan:
         self.seconds = cfg.max_seconds
 
     def fraction(self, step: int, seconds: float) -> float:
-        by_time = seconds / self.seconds if self.seconds else 0.0
-        return min(1.0, max(step / self.cfg.steps, by_time))
+        share = step / self.cfg.steps
+        return min(1.0, max(share, seconds / self.seconds)) if self.seconds else share
 
     def at(self, step: int, fraction: float) -> Now:
         v = {name: s.at(step, fraction) for name, s in self.sched.items()}
@@ -603,6 +603,9 @@ class RunConfig(Section):
         )
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that ask a run to leave
+
+
 class Interrupted(BaseException):
     """SIGTERM or Ctrl-C, raised where all ranks can leave; no Exception: nobody swallows it."""
 
@@ -610,12 +613,16 @@ class Interrupted(BaseException):
 class Clock:
     """The timed clock of training: it stands still in warm-up, evaluation and saving."""
 
-    def __init__(self, sync):
-        self.sync, self.total, self.started = sync, 0.0, None
+    def __init__(self, on_gpu: bool):
+        self.on_gpu, self.total, self.started = on_gpu, 0.0, None
 
     def start(self) -> None:
         self.sync()
         self.started = time.perf_counter()
+
+    def sync(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
 
     def stop(self) -> None:
         self.sync()
@@ -666,7 +673,7 @@ class Ranks:
             raise Interrupted
         return seconds
 
-    def sum(self, x: Tensor) -> Tensor:
+    def sum_of(self, x: Tensor) -> Tensor:
         if self.world > 1:
             dist.all_reduce(x)
         return x
@@ -694,6 +701,8 @@ class Ranks:
         Call work() on rank 0 alone, while the others wait for what it gives; whatever it raises
         is raised on all, for a rank that never heard of it would wait for the next sum.
         """
+        if self.world == 1:
+            return work()
         answer: list = [None, None]
         raised = None
         if self.is_main:
@@ -701,8 +710,7 @@ class Ranks:
                 answer[0] = work()
             except BaseException as e:
                 raised, answer[1] = e, portable(e)
-        if self.world > 1:
-            dist.broadcast_object_list(answer, src=0)
+        dist.broadcast_object_list(answer, src=0)
         if raised or answer[1]:
             raise raised or answer[1]
         return answer[0]
@@ -755,18 +763,22 @@ class Ranks:
 
     def together(self, work):
         """Call work() on every rank, for what may fail on one alone: it is then raised on all."""
+        if self.world == 1:
+            return work()
         answer, failure = None, None
         try:
             answer = work()
         except Exception as e:  # whatever it is, the others would wait for this rank
             failure = portable(e)
-        if self.world > 1:
-            failures = [None] * self.world
-            dist.all_gather_object(failures, failure)
-            failure = next((e for e in failures if e), None)
+        failures = [None] * self.world
+        dist.all_gather_object(failures, failure)
+        failure = next((e for e in failures if e), None)
         if failure:
             raise failure
         return answer
+
+
+ALONE = Ranks(torch.device("cpu"))
 
 
 def keep_compiled() -> None:
@@ -808,7 +820,7 @@ class Run(Ranks):
         self.complete = False  # result.json is written
         self.early: list[str] = []  # lines from before the log was there
         self.live_line, self.last_print = False, 0.0
-        self.clock = Clock(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
+        self.clock = Clock(self.device.type == "cuda")
 
     def prepare_machine(self) -> None:
         if self.cfg.compile:
@@ -827,12 +839,12 @@ class Run(Ranks):
 
     def __enter__(self) -> Run:
         self.prepare_machine()
-        self.join()
-        for number_ in (signal.SIGTERM, signal.SIGINT):
+        self.join_group()
+        for number_ in SIGNALS:
             signal.signal(number_, self.on_signal)
         return self
 
-    def join(self) -> None:
+    def join_group(self) -> None:
         """Join the process group once per process: a sweep has already done so for its runs."""
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
@@ -853,7 +865,7 @@ class Run(Ranks):
         self.owns_group = False
 
     def __exit__(self, *exc) -> None:
-        for number_ in (signal.SIGTERM, signal.SIGINT):
+        for number_ in SIGNALS:
             signal.signal(number_, signal.SIG_DFL)
         for f in (self.log_file, self.metrics_file, self.lock_file):
             if f:
@@ -3013,11 +3025,12 @@ class GPT(Declaring):
         self.declare_records(cfg)
         self.register_buffer("cos", None, persistent=False)  # rope_tables()
         self.register_buffer("sin", None, persistent=False)
-        # of each token the one that is its longest proper prefix, for prefix_loss in training
-        self.register_buffer("prefixes", None, persistent=False)
-        size = cfg.bigram_signs, cfg.dim
-        signs = torch.empty(size, dtype=torch.int8) if cfg.bigram_signs else None
-        self.register_buffer("signs", signs, persistent=False)  # bigram_signs()
+        if "prefix_loss" in later_targets(cfg):
+            # of each token the one that is its longest proper prefix
+            self.register_buffer("prefixes", None, persistent=False)
+        if cfg.bigram_signs:
+            signs = torch.empty(cfg.bigram_signs, cfg.dim, dtype=torch.int8)
+            self.register_buffer("signs", signs, persistent=False)  # bigram_signs()
         for path, module in self.named_modules():
             if path and isinstance(module, Declaring):
                 module.prefix = f"{path}."
@@ -4223,10 +4236,12 @@ class Bucket:
             self.weights[low:high].copy_(p.detach().view(-1, *self.unit))
             p.data = self.weights[low:high].view(p.shape)
             p.grad = self.grads[low:high].view(p.shape)
-        own = slice(run.rank * self.share, (run.rank + 1) * self.share)
-        self.shard = self.weights[own]
-        in_place = run.world == 1 or run.sums_in_place
-        self.grad_shard = self.grads[own] if in_place else torch.zeros_like(self.shard)
+        self.shard, self.grad_shard = self.weights, self.grads
+        if run.world > 1:
+            own = slice(run.rank * self.share, (run.rank + 1) * self.share)
+            self.shard, self.grad_shard = self.weights[own], self.grads[own]
+            if not run.sums_in_place:
+                self.grad_shard = torch.zeros_like(self.shard)
         kept = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq"), "rows": ()}
         self.state = {k: torch.zeros_like(self.shard) for k in kept[rule.kind]}
         # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of what is
@@ -4484,7 +4499,7 @@ class MuonAdamW:
             if world > 1 and pending[i]:
                 pending[i].wait()
             squares.append(torch.linalg.vector_norm(b.grad_shard, dtype=torch.float32).square())
-        size = run.sum(torch.stack(squares).sum().view(1)).sqrt()
+        size = run.sum_of(torch.stack(squares).sum().view(1)).sqrt()
         self.count += 1
         rates, gathers = self.rates(now), []
         for i, b in enumerate(self.buckets):
@@ -4840,13 +4855,10 @@ class Loader:
     together from its documents in a new order each epoch but the first, and rows share no token.
     With bos_rows `pos` counts the documents of a shard, see next_documents().
     The position is two or three integers, and stays where it was if the next batch cannot be had.
-    Opening a shard may fail on one rank alone: `together` is how all of them hear of it.
     """
 
-    def __init__(
-        self, cfg: Config, plan: Plan, rank: int = 0, world: int = 1, together=lambda work: work()
-    ):
-        self.cfg, self.rank, self.world, self.together = cfg, rank, world, together
+    def __init__(self, cfg: Config, plan: Plan, run: Ranks = ALONE):
+        self.cfg, self.run = cfg, run
         self.files = find_shards(cfg, "train")
         self.counts = [shard_tokens(f) for f in self.files]
         if cfg.train_tokens:
@@ -5009,7 +5021,8 @@ class Loader:
             if not self.cfg.shuffle:
                 self.opened.clear()  # one at a time
             path, vocab = self.files[shard], self.cfg.vocab
-            self.opened[shard] = self.together(lambda: read_shard(path, vocab))
+            # which may fail on one rank alone
+            self.opened[shard] = self.run.together(lambda: read_shard(path, vocab))
             if self.held_out and shard == 0:
                 self.opened[shard] = self.opened[shard][self.held_out :]
         return self.opened[shard]
@@ -5025,6 +5038,8 @@ class Loader:
 
     def batch(self, step: int, batch_tokens: int, seq_len: int, doc_cap: int = 0) -> np.ndarray:
         """This rank's rows of the next batch [n, seq_len + 1] in uint16; then move on."""
+        if not self.cfg.keep:
+            return self.next_rows(step, batch_tokens, seq_len, doc_cap)
         before = self.state_dict()
         try:
             return self.next_rows(step, batch_tokens, seq_len, doc_cap)
@@ -5033,12 +5048,12 @@ class Loader:
             raise
 
     def next_rows(self, step: int, batch_tokens: int, seq_len: int, doc_cap: int) -> np.ndarray:
-        share = batch_tokens // self.world
+        share = batch_tokens // self.run.world
         if self.cfg.bos_rows:
             return self.document_rows(step, batch_tokens, seq_len, doc_cap)
         if self.cfg.shuffle:
             starts = self.shuffled_starts(step, batch_tokens // self.block)
-            first, count = self.rank * share // seq_len, share // seq_len
+            first, count = self.run.rank * share // seq_len, share // seq_len
             per = self.block // seq_len  # rows in a block
             rows = []
             for i in range(first, first + count):
@@ -5055,7 +5070,7 @@ class Loader:
             self.shard, self.pos = self.shard + 1, 0
             if self.shard == len(self.files):
                 self.next_epoch(step)
-        low = self.pos + self.rank * share
+        low = self.pos + self.run.rank * share
         self.pos += batch_tokens
         flat = self.tokens(self.shard)[low : low + share + 1]
         return np.lib.stride_tricks.sliding_window_view(flat, seq_len + 1)[::seq_len]
@@ -5110,9 +5125,9 @@ class Loader:
         """
         bounds = self.next_documents(step, batch_tokens, seq_len, cap)
         (starts, _), tokens = self.document_ends(cap), self.tokens(self.shard)
-        share = batch_tokens // seq_len // self.world
+        share = batch_tokens // seq_len // self.run.world
         rows = np.empty((share, seq_len + 1), tokens.dtype)
-        for i, row in enumerate(rows, self.rank * share):
+        for i, row in enumerate(rows, self.run.rank * share):
             at = 0
             for first, end in zip(starts[bounds[i] :], starts[bounds[i] + 1 : bounds[i + 1] + 1]):
                 piece = tokens[first : min(end, first + (cap or end), first + seq_len + 1 - at)]
@@ -6025,11 +6040,11 @@ def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float | None:
 @torch.no_grad()
 def evaluate(
     run: Run, model, val: Validation, shape: Shape, impossible: Tensor | None = None
-) -> tuple[float, float | None]:
+) -> float:
     """
-    Mean loss in nats per token over the validation prefix, and bits per byte. Rows do not overlap;
-    ranks take turns with batches of one shape (the last is filled up with ignored rows); sums are
-    in float64. Polls for signals. impossible: canonical_mask(), of what has no probability.
+    Mean loss in nats per token over the validation prefix. Rows do not overlap; ranks take turns
+    with batches of one shape (the last is filled up with ignored rows); sums are in float64. Polls
+    for signals. impossible: canonical_mask(), of what has no probability.
     """
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     stride = shape.rows * run.world
@@ -6047,8 +6062,7 @@ def evaluate(
         with torch.set_grad_enabled(shape.as_trained):
             losses = model(x, y, *applied, impossible=impossible).detach()
         total += losses.double().sum()
-    loss = float(run.sum(total)) / val.scored
-    return loss, bits_per_byte(loss, val.scored, val.bytes)
+    return float(run.sum_of(total)) / val.scored
 
 
 @torch.no_grad()
@@ -6065,7 +6079,7 @@ def token_losses(run: Run, model, val: Validation, shape: Shape) -> Tensor:
         with torch.set_grad_enabled(shape.as_trained):
             found = model(x, y, *applied).detach()
         losses[first // shape.rows] = found.float()
-    return run.sum(losses).flatten()[: val.scored].cpu()
+    return run.sum_of(losses).flatten()[: val.scored].cpu()
 
 
 ########################################
@@ -6276,8 +6290,8 @@ def record_hessians(
                     whole += 1
     # A rank without a row has seen no name: all sums are exchanged, and those without an input are
     # zero on every rank.
-    seen = int(run.sum(torch.tensor(whole, device=run.device)))
-    found = {name: run.sum(h) / (seen * (rows.shape[1] - 1)) for name, h in sums.items() if seen}
+    seen = int(run.sum_of(torch.tensor(whole, device=run.device)))
+    found = {name: run.sum_of(h) / (seen * (rows.shape[1] - 1)) for name, h in sums.items() if seen}
     return {name: h for name, h in found.items() if bool(h.any())}, seen
 
 
@@ -6808,7 +6822,8 @@ def export_artifact(trainer: Trainer) -> dict:
     )
     began = time.perf_counter()
     shape = trainer.plan.eval_shape(trainer.plan.at(cfg.steps, 1.0))
-    loss, bpb = evaluate(run, trainer.graph, trainer.val, shape, trainer.impossible)
+    loss = evaluate(run, trainer.graph, trainer.val, shape, trainer.impossible)
+    bpb = bits_per_byte(loss, trainer.val.scored, trainer.val.bytes)
     seconds = time.perf_counter() - began
     bits = f" val_bpb:{bpb:.8f}" if bpb else ""
     run.log(f"final_{chosen}_roundtrip val_loss:{loss:.8f}{bits} eval_time:{seconds * 1000:.0f}ms")
@@ -7775,8 +7790,9 @@ class Trainer:
 def build(cfg: Config, run: Run) -> Trainer:
     """Make every part; what is wrong with config or data is found here."""
     plan = Plan(cfg)
-    plan.train_shapes(run.world)  # refuses batches that do not divide
-    loader = run.together(lambda: Loader(cfg, plan, run.rank, run.world, run.together))
+    for now in plan.moments():
+        plan.micro_rows(now, run.world)  # refuses batches that do not divide
+    loader = run.together(lambda: Loader(cfg, plan, run))
     loader.open_shards()
     tokenizer = open_tokenizer(cfg, run) if cfg.tokenizer else None
     val = run.together(lambda: Validation(cfg, plan, tokenizer))
@@ -7955,6 +7971,11 @@ def compile_model(model: GPT, cfg: Config):
 def graphs_compiled() -> int:
     loaded = sys.modules.get("torch._dynamo.utils")  # by what compiles; it takes a second to load
     return loaded.counters["stats"]["unique_graphs"] if loaded else 0
+
+
+def log_recompiles(run: Run, before: int) -> None:
+    """How many graphs the warm-up has left out."""
+    run.log(f"recompiles:{graphs_compiled() - before}")
 
 
 def warm_up(trainer: Trainer) -> None:
@@ -8191,7 +8212,7 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
                 trainer.opt.collect(last=at + 1 == count)
             if trainer.opt.meta is not None:
                 trainer.opt.meta.after(at, count)
-    total = trainer.run.sum(total)
+    total = trainer.run.sum_of(total)
     if cfg.mu_loss:
         head, rows_used = trainer.model.head, trainer.model.logit_rows
         extra = add_mu_loss(head, cfg.mu_loss, trainer.run.world, rows_used, scale)
@@ -8205,34 +8226,38 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
 def validate_all(trainer: Trainer, step: int, now: Now) -> dict:
     """Evaluate live weights and averages; a line in the speedrun's format and one more."""
     run, ms = trainer.run, trainer.run.clock.seconds() * 1000
-    began, found = time.perf_counter(), {}
+    began, val, more = time.perf_counter(), trainer.val, {}
+    shape, mask = trainer.plan.eval_shape(now), trainer.impossible if run.over else None
     averages = trainer.avg.ready() if is_averaged(trainer.cfg) else []
     for name in ["live", *averages]:
         with weights_of(trainer, name):
-            shape, mask = trainer.plan.eval_shape(now), trainer.impossible if run.over else None
-            loss, bpb = evaluate(run, trainer.graph, trainer.val, shape, mask)
             tail = "" if name == "live" else f"_{name}"
-            found |= {f"val_loss{tail}": loss} | ({f"val_bpb{tail}": bpb} if bpb else {})
+            measured = evaluate(run, trainer.graph, val, shape, mask)
+            if name == "live":
+                loss = measured
+            else:
+                more[f"val_loss{tail}"] = measured
+            if trainer.cfg.tokenizer and val.bytes:
+                more[f"val_bpb{tail}"] = bits_per_byte(measured, val.scored, val.bytes)
             if mask is not None:
-                unmasked = evaluate(run, trainer.graph, trainer.val, shape)[0]
-                found[f"val_loss{tail}_unmasked"] = unmasked
-    found |= trainer.val.measure(trainer, step, trainer.plan.eval_shape(now))
+                unmasked = evaluate(run, trainer.graph, val, shape)
+                more[f"val_loss{tail}_unmasked"] = unmasked
+    more |= val.measure(trainer, step, shape)
     run.log(
-        f"step:{step}/{trainer.cfg.steps} val_loss:{found['val_loss']:.5f} train_time:{ms:.0f}ms "
+        f"step:{step}/{trainer.cfg.steps} val_loss:{loss:.5f} train_time:{ms:.0f}ms "
         f"step_avg:{ms / max(step, 1):.2f}ms"
     )
-    more = {k: v for k, v in found.items() if k != "val_loss"}
     if more:
         run.log(f"  at:{step} " + " ".join(f"{k}:{v:.5f}" for k, v in more.items()))
-    found["eval_time_s"] = time.perf_counter() - began
-    if trainer.cfg.embed_stats and math.isfinite(found["val_loss"]):
+    found = {"val_loss": loss, **more, "eval_time_s": time.perf_counter() - began}
+    if trainer.cfg.embed_stats and math.isfinite(loss):
         found |= run.on_main(lambda: embedding_statistics(trainer, now))
     run.metric(
         "val", step, steps=trainer.cfg.steps, **found, train_time_ms=ms, wall_time_s=run.wall()
     )
-    if not math.isfinite(found["val_loss"]):
+    if not math.isfinite(loss):
         raise Diverged(
-            f"step {step}: the validation loss is {found['val_loss']} although the training loss "
+            f"step {step}: the validation loss is {loss} although the training loss "
             "was finite a step ago: lower the learning rates; if they are low, compare with "
             "--compile 0 and report which graph went wrong"
         )
@@ -8284,11 +8309,12 @@ class Reading:
     def __init__(self, losses: Tensor, grad_norm: Tensor, begun: float | torch.cuda.Event):
         numbers = torch.cat([losses, grad_norm.view(1)])
         self.numbers = numbers.to("cpu", non_blocking=True)  # of a GPU: a copy, in pinned memory
-        self.begun, self.ended = begun, moment(numbers.is_cuda)
+        self.on_gpu = numbers.is_cuda
+        self.begun, self.ended = begun, moment(self.on_gpu)
 
     def read(self) -> tuple[list[float], float]:
         """The cross-entropy, the extra terms, the gradient norm; the seconds of the step."""
-        if isinstance(self.ended, float):
+        if not self.on_gpu:
             return self.numbers.tolist(), max(1e-9, self.ended - self.begun)
         self.ended.synchronize()
         return self.numbers.tolist(), self.begun.elapsed_time(self.ended) / 1000
@@ -8296,19 +8322,21 @@ class Reading:
 
 def told(plan: Plan, now: Now) -> dict[str, float]:
     """The schedules at a step, without those of tricks that are off for the whole run."""
-    neutral, found = Now._field_defaults, {}
-    for key, value in now._asdict().items():
-        schedule = plan.sched.get(key)
-        moves = schedule is not None and schedule.values() != [neutral.get(key)]
-        if key not in neutral or moves or value != neutral[key]:
-            found[key] = value
-    return found
+    neutral = Now._field_defaults
+
+    def moves(key: str) -> bool:
+        return key in plan.sched and plan.sched[key].values() != [neutral[key]]
+
+    return {
+        k: v for k, v in now._asdict().items() if k not in neutral or v != neutral[k] or moves(k)
+    }
 
 
 def log_step(trainer: Trainer, step: int, now: Now, reading: Reading) -> None:
     """Read a finished step's numbers (a wait), stop if not finite, write the lines."""
-    ((loss, *extra, grad_norm), seconds), run, cfg = reading.read(), trainer.run, trainer.cfg
-    terms = dict(zip(extra_terms(cfg), extra))
+    (numbers, seconds), run, cfg = reading.read(), trainer.run, trainer.cfg
+    loss, grad_norm = numbers[0], numbers[-1]
+    terms = dict(zip(extra_terms(cfg), numbers[1:-1]))
     if cfg.distill and now.distill:  # what was descended, beside the cross-entropy alone
         others = loss + terms.get("z_loss", 0.0) + terms.get("mtp", 0.0)
         terms["blended_loss"] = (1 - now.distill) * others + now.distill * terms["teacher_kl"]
@@ -8382,15 +8410,17 @@ def next_step_seconds(paces: list[tuple[list, float]], graph: list) -> float:
 def is_over(trainer: Trainer, step: int, now: Now, seconds: float) -> bool:
     """Whether no step is begun behind `step`, at these seconds of the clock."""
     cfg, run, plan = trainer.cfg, trainer.run, trainer.plan
+    over = run.over or step >= cfg.steps
+    if over or not cfg.max_seconds:
+        return over
     # A clock cap is a cap: no step is begun that would end behind it. The clocks that all ranks
     # agreed on decide, or one rank would leave alone.
     busy = 2 if run.device.type == "cuda" else 1  # with the step before, perhaps
     took = busy * next_step_seconds(run.paces, graph_of(now))
-    capped = cfg.max_seconds > 0 and seconds + took > plan.seconds
-    if run.over or step >= cfg.steps or capped:
+    if seconds + took > plan.seconds:
         return True
     # When the data of a capped run ends, nobody could know before: it ends training as a cap does.
-    ended = bool(cfg.max_seconds) and trainer.loader.ended(now.batch_tokens)
+    ended = trainer.loader.ended(now.batch_tokens)
     if ended:
         run.log(
             f"notice: the data ended at step {step}, after {seconds:.1f} of {plan.seconds:.1f} s, "
@@ -8493,9 +8523,9 @@ def trained_is_kept(trainer: Trainer, begun: int):
     except Diverged:
         raise
     except UserError as e:
-        run.clock.stop()
-        if run.step == begun or not run.cfg.keep:
+        if not run.cfg.keep or run.step == begun:
             raise
+        run.clock.stop()
         saved = save_checkpoint(trainer, run.step)
         raise UserError(
             f"{e}; all {run.step} steps are saved in {saved}: mend that and continue with --resume"
@@ -8518,24 +8548,29 @@ def finish(trainer: Trainer, step: int, now: Now, found: dict) -> dict:
             f"notice: the clock ended training at {ended}, and the evaluation is of these; "
             f"artifact and sample are of the schedules' end, {meant}"
         )
-    tail = "" if cfg.final_weights == "live" else f"_{cfg.final_weights}"
-    result: dict = {"val_loss": found[f"val_loss{tail}"], "val_bpb": found.get(f"val_bpb{tail}")}
-    result |= {k: v for k, v in found.items() if k not in result}
+    result = dict(found)
+    if cfg.final_weights != "live":
+        own = [key for key in ("val_loss", "val_bpb") if key in found]
+        result |= {key: found[f"{key}_{cfg.final_weights}"] for key in own}
     if cfg.export:
         with weights_kept(trainer.opt.buckets), weights_of(trainer, cfg.final_weights):
-            result |= export_artifact(trainer)
-    return {k: v for k, v in result.items() if v is not None}
+            result |= {k: v for k, v in export_artifact(trainer).items() if v is not None}
+    return result
+
+
+def taken(cfg: Config, folder: Path) -> UserError:
+    return UserError(
+        f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or "
+        "delete it"
+    )
 
 
 def check_folder(cfg: Config, folder: Path) -> None:
     """Refuse a name that is taken, and to go on with what was begun under another configuration."""
     if not folder.exists():
         return
-    require(
-        cfg.resume,
-        f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or "
-        "delete it",
-    )
+    if not cfg.resume:
+        raise taken(cfg, folder)
     # else what is done behind the last step may still be done otherwise
     finished = is_finished(folder)
     frozen = {"export"} if Schedule("qat", cfg.qat).values() != [0] else set()
@@ -8565,12 +8600,11 @@ def changed_fields(cfg: Config, folder: Path, free: set[str] = FREE_ON_RESUME) -
 
 
 def enter_folder(run: Run) -> bool:
-    """Refuse what cannot be gone on with, and lock what can. Whether the run is finished."""
-    check_folder(run.cfg, run.folder)
-    finished = run.cfg.resume and is_finished(run.folder)
+    """Lock what can be gone on with. Whether the run is finished."""
+    finished = is_finished(run.folder)
     if finished:
         renew_tables(run)
-    elif run.cfg.resume and run.folder.exists():
+    elif run.folder.exists():
         run.lock_folder()
     return finished
 
@@ -8598,8 +8632,8 @@ def prepare_folder(run: Run) -> None:
         if cfg.resume:  # again, for another start may have been here meanwhile
             check_folder(cfg, folder)
         write_config(folder, cfg)
-    except FileExistsError:
-        check_folder(cfg, folder)
+    except FileExistsError as e:
+        raise taken(cfg, folder) from e
     except FileNotFoundError as e:  # so /proc and the like say that nothing can be made in them
         raise UserError(
             f"cannot create {folder} ({e}); choose another folder with --log_dir"
@@ -8621,27 +8655,29 @@ def ingredients(trainer: Trainer) -> dict:
 
 
 def begin_log(run: Run, step: int | None) -> None:
-    """
-    Sources, environment and configuration go first, so that a log is a complete witness. `step`: at
-    which the run goes on.
-    """
+    """`step`: at which the run goes on."""
     run.open_log((-1 if step is None else step) if run.cfg.resume else None)
-    if step is None:
-        for path in source_files(run.cfg):
-            with tokenize.open(path) as source:  # a packed one is not UTF-8
-                run.log(source.read(), console=False)
-    run.log("=" * 100, console=False)
-    for line in environment(run):
-        run.log(line, console=False)
-    run.log(config_toml(run.cfg) + "=" * 100, console=False)
+    log_head(run, with_sources=step is None)
     for line in run.early:
         run.log(line, console=False)
     run.log(f"log: {run.folder / 'log.txt'}")
 
 
+def log_head(run: Run, with_sources: bool) -> None:
+    """Sources, environment and configuration, so that a log is a complete witness."""
+    for path in source_files(run.cfg) if with_sources else ():
+        with tokenize.open(path) as source:  # a packed one is not UTF-8
+            run.log(source.read(), console=False)
+    run.log("=" * 100, console=False)
+    for line in environment(run):
+        run.log(line, console=False)
+    run.log(config_toml(run.cfg) + "=" * 100, console=False)
+
+
 def train(cfg: Config, run: Run, build=build) -> int:
     """A whole run, from folder to result.json; the exit code. `build` makes its parts."""
-    if run.on_main(lambda: enter_folder(run)):
+    run.on_main(lambda: check_folder(cfg, run.folder))
+    if cfg.resume and run.on_main(lambda: enter_folder(run)):
         run.log(f"{run.folder} is finished: nothing to resume")
         return 0
     trainer = build(cfg, run)  # what cannot work is refused here, before a folder is made
@@ -8666,8 +8702,7 @@ def train(cfg: Config, run: Run, build=build) -> int:
         before = graphs_compiled()
         with trained_is_kept(trainer, step):
             step, now, found = train_loop(trainer, step)
-            again = graphs_compiled() - before
-            run.log(f"recompiles:{again}")
+            log_recompiles(run, before)
             result = finish(trainer, step, now, found)
     except Interrupted:
         run.clock.stop()
@@ -8689,12 +8724,7 @@ def write_result(trainer: Trainer, result: dict, step: int, size: int) -> None:
     else:
         peak = held = peak_memory()
     run.log(f"peak memory allocated: {peak // 2**20} MiB reserved: {held // 2**20} MiB")
-    seconds, data_sha256 = run.clock.seconds(), None
-    if run.is_main:
-        try:
-            data_sha256 = trainer.loader.fingerprint()
-        except UserError as e:  # the data is gone, the run is not
-            run.log(f"notice: no data_sha256: {e}")
+    seconds = run.clock.seconds()
     out = {
         "run": cfg.run,
         "seed": cfg.seed,
@@ -8709,9 +8739,7 @@ def write_result(trainer: Trainer, result: dict, step: int, size: int) -> None:
         "world_size": run.world,
         "device": device_name(run),
         "torch": torch.__version__,
-        "git": git_revision(),
-        **({"data_sha256": data_sha256} if data_sha256 else {}),
-        "config_sha256": config_hash(cfg),
+        **evidence(trainer),
         "resumed": run.resumed,
         "peak_memory_bytes": peak,
     }
@@ -8724,6 +8752,17 @@ def write_result(trainer: Trainer, result: dict, step: int, size: int) -> None:
     run.on_main(lambda: write_whole(run.folder / "result.json", text.encode()))
     if run.wandb:
         run.wandb.summary.update(out)
+
+
+def evidence(trainer: Trainer) -> dict[str, str]:
+    """Which source, data and configuration a result is of."""
+    found = {"git": git_revision()}
+    if trainer.run.is_main:
+        try:
+            found["data_sha256"] = trainer.loader.fingerprint()
+        except UserError as e:  # the data is gone, the run is not
+            trainer.run.log(f"notice: no data_sha256: {e}")
+    return found | {"config_sha256": config_hash(trainer.cfg)}
 
 
 def peak_memory() -> int:

@@ -81,6 +81,10 @@ class Facts:
     tuples: set[str]  # names of what is a NamedTuple, wherever it stands
     attributes: dict[tuple[str, str], object]  # (class, attribute) -> its one value
     expressions: dict[str, object]  # what else is known, by its text
+    anywhere: dict[str, object] = dataclasses.field(default_factory=dict)  # attributes, of all
+    # functions that make an error which says what to do: an assertion is enough instead
+    refusals: set[str] = dataclasses.field(default_factory=set)
+    short: set[str] = dataclasses.field(default_factory=set)  # functions whose calls are inlined
     harmless: set[str] = dataclasses.field(default_factory=set)  # functions; fold() finds them
 
 
@@ -312,9 +316,13 @@ class Values:
     def find_Attribute(self, node):
         if is_config(node.value):
             return self.facts.fields[node.attr.value]
-        holder = node.value.value if isinstance(node.value, cst.Name) else ""
+        holder = leaf_of(node.value)
+        if node.attr.value in self.facts.anywhere:
+            return self.facts.anywhere[node.attr.value]
         if node.attr.value in self.facts.records.get(holder, ()):
             return self.facts.records[holder][node.attr.value]
+        if code_of(node) in self.facts.expressions:
+            return self.facts.expressions[code_of(node)]
         if holder == "math" and node.attr.value == "inf":
             return math.inf
         raise KeyError(node.attr.value)
@@ -493,6 +501,15 @@ class Folding(Transformer):
         body = new.body.body
         if len(body) > 1 and m.matches(body[-1], m.SimpleStatementLine([m.Return(None)])):
             return new.with_changes(body=new.body.with_changes(body=body[:-1]))
+        # `if a: return` before one last statement
+        leaves = m.If(body=m.IndentedBlock([m.SimpleStatementLine([m.Return(None)])]), orelse=None)
+        if len(body) > 1 and m.matches(body[-2], leaves):
+            if m.matches(body[-1], m.SimpleStatementLine([m.Raise() | m.Expr()])):
+                last = body[-2].with_changes(
+                    test=negated(body[-2].test), body=cst.IndentedBlock([body[-1]])
+                )
+                last = self.leave_If(last, last)
+                return new.with_changes(body=new.body.with_changes(body=[*body[:-2], last]))
         return new
 
     def visit_If(self, node):
@@ -516,6 +533,8 @@ class Folding(Transformer):
     def leave_BooleanOperation(self, old, new):
         left, right = self.known(new.left), self.known(new.right)
         both = isinstance(new.operator, cst.And)
+        if left is not UNKNOWN and bool(left) != both and type(left) is bool:
+            return literal(left)
         if left is not UNKNOWN:
             return wrapped(new, new.right if bool(left) == both else new.left)
         if type(right) is bool and is_truth(new.left):
@@ -529,6 +548,10 @@ class Folding(Transformer):
         if isinstance(new.operator, cst.Not):
             new = new.with_changes(expression=self.as_test(new.expression))
         value = self.known(new) if isinstance(new.operator, cst.Not) else UNKNOWN
+        minus = {"operator": m.Minus()}
+        rounded_up = m.BinaryOperation(m.UnaryOperation(**minus), m.FloorDivide(), m.Integer("1"))
+        if m.matches(new, m.UnaryOperation(**minus, expression=rounded_up)):
+            return new.expression.left.expression
         return new if value is UNKNOWN else literal(value)
 
     def leave_Comparison(self, old, new):
@@ -564,10 +587,12 @@ class Folding(Transformer):
         return as_operand(rows[keys.index(key)].value)
 
     def leave_Attribute(self, old, new):
-        holder = new.value.value if isinstance(new.value, cst.Name) else ""
-        if new.attr.value in self.facts.records.get(holder, ()):
-            return literal(self.facts.records[holder][new.attr.value])
-        return new
+        if isinstance(new.value, cst.Call) or code_of(new) == "math.inf":
+            return new
+        value = self.known(new)
+        if is_config(new.value) and type(value) is not bool:
+            return new
+        return literal(value) if value is not UNKNOWN and is_literal(value) else new
 
     def leave_Call(self, old, new):
         if m.matches(new, m.Call(m.Lambda(params=m.Parameters([])), args=[])):
@@ -591,6 +616,8 @@ class Folding(Transformer):
             one = self.as_test(new.args[0].value.elements[0].value)
             if is_truth(one):
                 return one
+        if name == "sum" and m.matches(new, m.Call(args=[m.Arg(m.Tuple([m.Element()]))])):
+            return as_operand(new.args[0].value.elements[0].value)
         if name == "len" and len(new.args) == 1 and m.matches(new.args[0].value, nothing):
             return literal(0)
         if name == "len" and len(new.args) == 1 and isinstance(new.args[0].value, cst.List):
@@ -623,6 +650,9 @@ class Folding(Transformer):
                         for e, star in zip(a.value.elements, stars)
                     ]
                     continue
+            elif a.star == "**" and m.matches(a.value, m.Call(m.Name("dict"), [m.Arg(star="")])):
+                found.append(a.with_changes(value=a.value.args[0].value))
+                continue
             elif a.star == "**" and m.matches(a.value, m.Dict([m.ZeroOrMore(keywords)])):
                 names = [e.key.evaluated_value for e in a.value.elements]
                 if all(name.isidentifier() for name in names):
@@ -684,6 +714,23 @@ class Folding(Transformer):
         if m.matches(new, m.BinaryOperation(m.Integer(), m.Subtract(), m.Integer())):
             value = self.known(new)
             return new if value < 0 else literal(value)
+        return self.with_ones(new)
+
+    def with_ones(self, new):
+        """Sizes divided by 1, and parts of 0: what is left of ranks where there is one."""
+        size = m.Integer() | SIMPLE
+        nothing = m.Integer("0") | m.BinaryOperation(m.Integer("0"), m.Multiply(), size)
+        if m.matches(new, m.BinaryOperation(operator=m.BitOr(), right=m.Integer("0"))):
+            return wrapped(new, new.left)
+        if m.matches(new, m.BinaryOperation(size, m.Add(), m.BinaryOperation())):
+            return wrapped(new, new.left) if m.matches(new.right, nothing) else new
+        if m.matches(new, m.BinaryOperation(m.Integer("1"), m.Multiply(), size)):
+            return wrapped(new, new.right)
+        by_one = self.known(new.right) if m.matches(new.left, size) else UNKNOWN
+        if type(by_one) is int and by_one == 1 and isinstance(new.operator, cst.FloorDivide):
+            return wrapped(new, new.left)
+        if type(by_one) is int and by_one == 1 and isinstance(new.operator, cst.Modulo):
+            return literal(0)
         return new
 
     def spliced(self, elements) -> list:
@@ -722,17 +769,15 @@ class Folding(Transformer):
     def once(self, new):
         """A comprehension over a list of one thing, as that one element."""
         over = new.for_in.iter
-        if not m.matches(over, m.List([m.Element()])) or not isinstance(
-            new.for_in.target, cst.Name
-        ):
+        if not m.matches(over, m.List([m.Element()])) or new.for_in.ifs or new.for_in.inner_for_in:
             return None
-        item, name = over.elements[0].value, new.for_in.target.value
-        count = names_in(new.elt).read[name]
-        if new.for_in.ifs or new.for_in.inner_for_in or not is_pure(item, self.facts):
-            return None
-        if count > 1 and not m.matches(item, SIMPLE):
-            return None
-        return Replacing({name: as_operand(item)}).transform(new.elt)
+        pairs = matched(new.for_in.target, over.elements[0].value)
+        for target, item in pairs:
+            if not isinstance(target, cst.Name) or not is_pure(item, self.facts):
+                return None
+            if names_in(new.elt).read[target.value] > 1 and not m.matches(item, SIMPLE):
+                return None
+        return Replacing({t.value: as_operand(item) for t, item in pairs}).transform(new.elt)
 
     def comprehension(self, new, nothing: str):
         over = self.known(new.for_in.iter)
@@ -759,6 +804,17 @@ class Folding(Transformer):
         return self.comprehension(new, "set()")
 
     def leave_DictComp(self, old, new):
+        """{k: v for k, v in x.items()} is dict(x)."""
+        same = m.CompFor(
+            m.Tuple([m.Element(m.Name()), m.Element(m.Name())]),
+            m.Call(m.Attribute(attr=m.Name("items")), []),
+            ifs=[],
+            inner_for_in=None,
+        )
+        if m.matches(new.for_in, same):
+            names = [e.value.value for e in new.for_in.target.elements]
+            if m.matches(new, m.DictComp(m.Name(names[0]), m.Name(names[1]))):
+                return cst.Call(cst.Name("dict"), [cst.Arg(new.for_in.iter.func.value)])
         return self.comprehension(new, "{}")
 
     def as_test(self, node):
@@ -787,6 +843,10 @@ class Folding(Transformer):
                 new = new.with_changes(orelse=None)
             if new.orelse is None and is_empty(new.body) and is_pure(new.test, self.facts):
                 return cst.RemoveFromParent()
+            if isinstance(new.orelse, cst.Else) and is_empty(new.body):
+                return new.with_changes(test=negated(new.test), body=new.orelse.body, orelse=None)
+            if new.orelse is None and id(old) not in self.elifs and self.refuses(new.body):
+                return asserted(negated(new.test), new.leading_lines)
             return new
         if id(old) in self.elifs:
             if test:
@@ -823,7 +883,7 @@ class Folding(Transformer):
         if is_empty(new.body) and is_pure(new.iter, self.facts):
             return cst.RemoveFromParent()
         leaves = find_all(new.body, cst.Break, cst.Continue)
-        if m.matches(new, m.For(m.Name(), m.List([m.Element()]))) and not leaves:
+        if m.matches(new, m.For(iter=m.List([m.Element()]))) and not leaves:
             value = cst.AssignTarget(new.target), new.iter.elements[0].value
             line = cst.SimpleStatementLine([cst.Assign([value[0]], value[1])])
             return cst.FlattenSentinel([with_comments(line, new.leading_lines), *new.body.body])
@@ -842,6 +902,23 @@ class Folding(Transformer):
             return new
         elements[-1] = elements[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
         return new.with_changes(iter=new.iter.with_changes(elements=elements))
+
+    def refuses(self, block) -> bool:
+        """Whether nothing is done there but to say what is wrong."""
+        *said, last = block.body
+        raises = m.matches(last, m.SimpleStatementLine([m.Raise(exc=m.Call())]))
+        if not raises or leaf_of(last.body[0].exc.func) not in self.facts.refusals:
+            return False
+        return all(m.matches(s, m.SimpleStatementLine([m.Assign()])) for s in said)
+
+    def leave_Try(self, old, new):
+        """Without handlers that raise the same again, or something that says more of it."""
+        again = m.IndentedBlock([m.SimpleStatementLine([m.Raise(None)])])
+        handlers = list(new.handlers)
+        while handlers and (m.matches(handlers[-1].body, again) or self.refuses(handlers[-1].body)):
+            handlers.pop()
+        final = None if new.finalbody and is_empty(new.finalbody.body) else new.finalbody
+        return tried(new, handlers, final)
 
     def leave_With(self, old, new):
         items = [i for i in new.items if code_of(i.item) != "contextlib.nullcontext()"]
@@ -862,6 +939,8 @@ class Folding(Transformer):
             return cst.RemoveFromParent()
         if m.matches(first, m.Expr(m.Call(m.Name("require")))):
             ok = self.known(first.value.args[0].value)
+            if ok is UNKNOWN and "require" in self.facts.refusals:
+                return asserted(first.value.args[0].value, new.leading_lines)
             if ok is not UNKNOWN and ok:
                 return cst.RemoveFromParent()
             if ok is not UNKNOWN:
@@ -885,7 +964,23 @@ class Folding(Transformer):
         return cst.RemoveFromParent() if m.matches(first, empty) else new
 
     def leave_IndentedBlock(self, old, new):
-        return filled(self.returned(self.undivided(self.stored(self.reachable(new)))))
+        new = self.unnested(self.undivided(self.stored(self.reachable(new))))
+        return filled(self.returned(new))
+
+    def unnested(self, block):
+        """`def f(): ...; return f()` as what stands inside."""
+        if len(block.body) < 2 or not isinstance(block.body[-2], cst.FunctionDef):
+            return block
+        inner, name = block.body[-2], block.body[-2].name.value
+        called = m.SimpleStatementLine([m.Return(m.Call(m.Name(name), []))])
+        plain = m.FunctionDef(params=m.Parameters([], kwonly_params=[]), decorators=[])
+        if not m.matches(block.body[-1], called) or not m.matches(inner, plain):
+            return block
+        if find_all(inner, cst.Yield) or names_in(inner.body).read[name]:
+            return block
+        first, *more = inner.body.body
+        first = with_comments(first, inner.leading_lines)
+        return block.with_changes(body=[*block.body[:-2], first, *more])
 
     def stored(self, block):
         """`x = a; x = b` as the second alone."""
@@ -937,6 +1032,82 @@ class Folding(Transformer):
             if ends:
                 return block.with_changes(body=block.body[: i + 1])
         return block
+
+
+def negated(test: cst.BaseExpression) -> cst.BaseExpression:
+    """What is true where a test is not."""
+    opposite = {
+        cst.Equal: cst.NotEqual,
+        cst.LessThan: cst.GreaterThanEqual,
+        cst.LessThanEqual: cst.GreaterThan,
+        cst.Is: cst.IsNot,
+        cst.In: cst.NotIn,
+    }
+    opposite |= {b: a for a, b in opposite.items()}
+    if isinstance(test, cst.UnaryOperation) and isinstance(test.operator, cst.Not):
+        return test.expression
+    if isinstance(test, cst.Comparison) and len(test.comparisons) == 1:
+        (target,) = test.comparisons
+        if type(target.operator) in opposite:  # of nan both would be false: no check is of it
+            target = target.with_changes(operator=opposite[type(target.operator)]())
+            return test.with_changes(comparisons=[target])
+    if isinstance(test, cst.BooleanOperation) and isinstance(test.operator, cst.Or):
+        left, right = negated(test.left), negated(test.right)
+        return test.with_changes(left=left, operator=cst.And(), right=right)
+    loose = m.BooleanOperation() | m.IfExp() | m.NamedExpr()
+    return cst.UnaryOperation(cst.Not(), as_operand(test) if m.matches(test, loose) else test)
+
+
+def asserted(test: cst.BaseExpression, lines) -> cst.SimpleStatementLine:
+    return cst.SimpleStatementLine([cst.Assert(test)], lines)
+
+
+def tried(node: cst.Try, handlers: list, final):
+    """A try statement with these handlers; where there are none, what stands inside."""
+    if len(handlers) == len(node.handlers) and final is node.finalbody:
+        return node
+    if handlers or final:
+        return node.with_changes(handlers=handlers, finalbody=final)
+    body = [*node.body.body, *(node.orelse.body.body if node.orelse else [])]
+    return cst.FlattenSentinel([with_comments(body[0], node.leading_lines), *body[1:]])
+
+
+class Unraised(Transformer):
+    """Handlers of exceptions that nobody raises."""
+
+    def __init__(self, names: set[str]):
+        self.names = names
+
+    def left(self, handler: cst.ExceptHandler) -> cst.ExceptHandler | None:
+        if isinstance(handler.type, cst.Tuple):
+            kept = [e for e in handler.type.elements if leaf_of(e.value) not in self.names]
+            if len(kept) == len(handler.type.elements):
+                return handler
+            left = kept[0].value if len(kept) == 1 else handler.type.with_changes(elements=kept)
+            return handler.with_changes(type=left) if kept else None
+        return None if leaf_of(handler.type) in self.names else handler
+
+    def leave_Try(self, old, new):
+        handlers = [h for h in map(self.left, new.handlers) if h]
+        if len(handlers) == len(new.handlers):
+            same = all(a is b for a, b in zip(handlers, new.handlers))
+            return new if same else new.with_changes(handlers=handlers)
+        return tried(new, handlers, new.finalbody)
+
+
+def unraised(module: cst.Module, facts: Facts) -> cst.Module:
+    """Without handlers of the module's own exceptions that nothing mentions but handlers."""
+    known, caught = Known(facts, module), Counter()
+    read = sum((names_in(s).read for s in module.body), Counter())
+    for handler in find_all(module, cst.ExceptHandler):
+        if handler.type is not None:
+            caught.update(names_in(handler.type).read)
+    builtin = m.Arg(m.Name("Exception") | m.Name("BaseException"))
+    roots = {
+        name for name, c in known.classes.items() if any(m.matches(b, builtin) for b in c.bases)
+    }
+    names = {name for name in roots if caught[name] and read[name] == caught[name]}
+    return revisit(module, Unraised(names), mentions(names)) if names else module
 
 
 def always_ends(statement) -> bool:
@@ -1241,6 +1412,13 @@ def pairs_of(assign: cst.Assign) -> list[tuple[cst.CSTNode, cst.BaseExpression]]
     return [(t.value, v.value) for t, v in zip(target.elements, value.elements)]
 
 
+def matched(target: cst.CSTNode, value: cst.BaseExpression) -> list[tuple]:
+    """What each part of a target is given: a, b = x, y."""
+    if not isinstance(target, cst.Tuple) or not isinstance(value, cst.Tuple):
+        return [(target, value)]
+    return [(t.value, v.value) for t, v in zip(target.elements, value.elements, strict=True)]
+
+
 def assignment(assign: cst.Assign, pairs: list) -> cst.Assign | None:
     if not pairs:
         return None
@@ -1303,7 +1481,8 @@ class Locals(Transformer):
                 continue
             elif isinstance(value, cst.Name):
                 if names.bound[value.value] + params[value.value] <= 1 and value.value != name:
-                    instead[name] = value
+                    if not outlives(function.body, name, value.value):
+                        instead[name] = value
             elif m.matches(value, m.Tuple() | m.Dict([m.AtLeastN(m.DictElement(), n=1)])):
                 if all(self.is_steady(e.value, names, params) for e in value.elements):
                     tuples[name] = value
@@ -1316,6 +1495,11 @@ class Locals(Transformer):
         for name, value in tuples.items():
             if stars[name, "*" if isinstance(value, cst.Tuple) else "**"] == names.read[name]:
                 gone.add(name)
+        loops: Counter = Counter()  # reads of what is counted, in the loops that count it
+        for node in find_all(body, cst.For):
+            loops.update({t: names_in(node.body).read[t] for t in names_in(node.target).read})
+        body = Uncounted({t for t in loops if loops[t] == names.read[t]}).transform(body)
+        body = Unnamed({t for t in names.own if not names.read[t]}).transform(body)
         if gone & set(tuples):
             body = Spreading({k: v for k, v in tuples.items() if k in gone}).transform(body)
         if gone or instead or unread:
@@ -1332,6 +1516,41 @@ class Locals(Transformer):
         if isinstance(node, cst.Name):
             return names.bound[node.value] + params[node.value] <= 1
         return is_constant(node, self.facts)
+
+
+class Unnamed(Transformer):
+    """`(x := y)` as y, where nobody reads x."""
+
+    def __init__(self, unread: set[str]):
+        self.unread = unread
+
+    def leave_NamedExpr(self, old, new):
+        if new.target.value not in self.unread:
+            return new
+        return new.value.with_changes(lpar=new.lpar, rpar=new.rpar) if new.lpar else new.value
+
+
+class Uncounted(Transformer):
+    """`for i, x in enumerate(y)` as `for x in y`, where nobody reads i."""
+
+    def __init__(self, unread: set[str]):
+        self.unread = unread
+
+    def leave_For(self, old, new):
+        pair = m.Tuple([m.Element(m.Name()), m.Element()])
+        over = m.Call(m.Name("enumerate"), [m.Arg(keyword=None, star="")])
+        if not m.matches(new, m.For(pair, over)):
+            return new
+        number, target = (e.value for e in new.target.elements)
+        if number.value not in self.unread or names_in(new.body).read[number.value]:
+            return new
+        return new.with_changes(target=target, iter=new.iter.args[0].value)
+
+
+def outlives(body: cst.CSTNode, name: str, value: str) -> bool:
+    """Whether a name is read behind a loop whose turns set anew what it was given."""
+    loops = [names_in(loop) for loop in find_all(body, cst.For, cst.While)]
+    return any(i.bound[value] and i.read[name] < names_in(body).read[name] for i in loops)
 
 
 def is_set_first(body: cst.CSTNode, name: str, value: cst.BaseExpression) -> bool:
@@ -1664,9 +1883,10 @@ class AttributeFacts(InClasses):
                 for (c, n), v in self.set.items()
                 if n == name and c != cls and (not c or self.known.related(c, cls))
             ]
-            if cls and len(values) == 1 and isinstance(values[0], cst.CSTNode) and not others:
-                if m.matches(values[0], NOTHING) and name not in self.filled:
-                    found[cls, name] = values[0]
+            if cls and one_value(values) and not others:
+                if m.matches(values[0], NOTHING):
+                    if len(values) == 1 and name not in self.filled:
+                        found[cls, name] = values[0]
                     continue
                 value = Values(self.known.facts).value_of(values[0])
                 if value is not UNKNOWN and is_literal(value):
@@ -1674,6 +1894,13 @@ class AttributeFacts(InClasses):
                         found[cls, name] = literal(value)
                     self.truths[cls, name] = bool(value)
         return found
+
+
+def one_value(values: list) -> bool:
+    """Whether an attribute is set to the same each time, as far as it is written down."""
+    if not all(isinstance(value, cst.CSTNode) for value in values):
+        return False
+    return all(map(values[0].deep_equals, values[1:]))
 
 
 class Attributes(Transformer):
@@ -1924,6 +2151,7 @@ class Calls(InClasses):
         sure = len(keys) == 1 and (
             alias
             or isinstance(node.func, cst.Name)
+            or m.matches(node.func, m.Attribute(value=m.Call(m.Name("super"), [])))
             or self.known.class_of(
                 node.func.value if isinstance(node.func, cst.Attribute) else node.func, self.here
             )
@@ -2034,6 +2262,7 @@ class Change:
     called: Called
     gone: set[str]
     instead: dict[str, cst.BaseExpression]
+    given: set[str] = dataclasses.field(default_factory=set)  # which need no default
 
 
 class Parameters(Transformer):
@@ -2071,6 +2300,11 @@ class Parameters(Transformer):
             return new
         p = new.params
         kept = [x for x in p.params if x.name.value not in change.gone]
+        plain = cst.MaybeSentinel.DEFAULT
+        kept = [
+            x.with_changes(default=None, equal=plain) if x.name.value in change.given else x
+            for x in kept
+        ]
         only = [x for x in p.kwonly_params if x.name.value not in change.gone]
         if kept:
             kept[-1] = kept[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
@@ -2128,9 +2362,11 @@ def parameters(module: cst.Module, facts: Facts) -> cst.Module:
             elif same and not bound[name] and not called.record:
                 change.gone.add(name)
                 change.instead[name] = as_operand(constants[0])
+        if not called.record:
+            change.given = given_by_all(called, sites, change.gone)
         if called.record and key[0] not in facts.aliases:
             change.gone.clear()
-        if change.gone:
+        if change.gone or change.given:
             changes[key] = change
     names = {name for pair in changes for name in pair} - {"__init__", "inner"}
     names |= {
@@ -2139,6 +2375,18 @@ def parameters(module: cst.Module, facts: Facts) -> cst.Module:
         if what.split(".")[-1] in {name for _, name in changes}
     }
     return revisit(module, Parameters(known, changes), mentions(names))
+
+
+def given_by_all(called: Called, sites: list[dict], gone: set[str]) -> set[str]:
+    """Parameters whose default no call takes; not those behind one whose default is."""
+    found: set[str] = set()
+    for name, default in called.params:
+        if name in gone or default is None:
+            continue
+        if not all(name in site for site in sites):
+            break
+        found.add(name)
+    return found
 
 
 def constant_of(node: cst.BaseExpression, known: Known) -> cst.BaseExpression | None:
@@ -2164,6 +2412,154 @@ def function_of(known: Known, key: tuple[str, str]) -> cst.FunctionDef:
     return known.methods(cls)[name] if cls else known.functions[name]
 
 
+# --- what is one and stands as two --------------------------------------------------------------
+
+
+class Without(Transformer):
+    """A module without some statements, and with others in the place of some."""
+
+    def __init__(self, instead: dict[int, list[cst.BaseStatement]]):
+        self.instead = instead
+
+    def leave_IndentedBlock(self, old, new):
+        body: list[cst.BaseStatement] = []
+        for before, now in zip(old.body, new.body) if len(old.body) == len(new.body) else ():
+            body += self.instead.get(id(before), [now])
+        return new.with_changes(body=body) if len(old.body) == len(new.body) else new
+
+
+def reads_of(module: cst.Module, name: str) -> int:
+    """How often a name is read, but for annotations."""
+    count, todo = 0, list(module.body)
+    while todo:
+        node = todo.pop()
+        count += isinstance(node, cst.Name) and node.value == name
+        todo += [kid for kid in kids(node) if not isinstance(kid, cst.Annotation)]
+    return count
+
+
+def joined(module: cst.Module, facts: Facts) -> cst.Module:
+    """A class that only one other inherits from, and nobody makes, as a part of that one."""
+    known = Known(facts, module)
+    for name, base in known.classes.items():
+        heirs = [c for c in known.classes if known.bases(c)[1:2] == [name]]
+        if len(heirs) != 1 or base.bases or base.decorators or heirs[0] in facts.roots:
+            continue
+        if reads_of(module, name) != 2:  # its own definition, and that of the heir
+            continue
+        heir = known.classes[heirs[0]]
+        whole = with_base(base, heir)
+        if whole is not None:
+            rest = [whole if s is heir else s for s in module.body if s is not base]
+            module = module.with_changes(body=rest)
+            renamed = Replacing({name: cst.Name(heirs[0])})
+            return revisit(module, renamed, mentions([name]))
+    return module
+
+
+def with_base(base: cst.ClassDef, heir: cst.ClassDef) -> cst.ClassDef | None:
+    """The heir with what its base has; None where that is not plain."""
+    ours, theirs = (
+        {f.name.value: f for f in c.body.body if isinstance(f, cst.FunctionDef)}
+        for c in (heir, base)
+    )
+    above = m.Call(m.Name("super"), [])
+    supers = [n for n in find_all(heir, cst.Attribute) if m.matches(n.value, above)]
+    if len(supers) != 1 or "__init__" not in ours or "__init__" not in theirs:
+        return None
+    begin = m.SimpleStatementLine([m.Expr(m.Call(m.Attribute(above, m.Name("__init__"))))])
+    (call,) = [s for s in ours["__init__"].body.body if m.matches(s, begin)] or [None]
+    if call is None or supers[0] is not call.body[0].value.func:
+        return None
+    called = Called(("", ""), params_of(theirs["__init__"], True))
+    body = spliced(theirs["__init__"], called.arguments(call.body[0].value), called)
+    if body is None:
+        return None
+    start = Without({id(call): body}).transform(ours["__init__"])
+    more = [f for name, f in theirs.items() if name not in ours]
+    members = []
+    for s in heir.body.body:
+        members += [start, *more] if s is ours["__init__"] else [s]
+    bases = [a for a in heir.bases if leaf_of(a.value) != base.name.value]
+    return heir.with_changes(bases=bases, body=heir.body.with_changes(body=members))
+
+
+def spliced(function: cst.FunctionDef, args: dict | None, called: Called) -> list | None:
+    """The statements of a function with these arguments; None where they would be other ones."""
+    if args is None or function.params.kwonly_params:
+        return None
+    names, instead = names_in(function.body), {}
+    for name, default in called.params:
+        value = args[name].value if name in args else default
+        if value is None or names.bound[name] and code_of(value) != name:
+            return None
+        if names.read[name] > 1 and not m.matches(value, SIMPLE):
+            return None
+        instead[name] = as_operand(value) if names.read[name] == 1 else value
+    return list(Replacing(instead).transform(function.body).body)
+
+
+def tails(module: cst.Module, facts: Facts) -> cst.Module:
+    """`return f(x)` as what f does, where nobody else calls it."""
+    known, calls = Known(facts, module), None
+    calls = Calls(known)
+    calls.visit(module)
+    for key, called in calls.found.items():
+        if not called.whole or len(called.calls) != 1 or called.record or called.star >= 0:
+            continue
+        if key[1] in facts.protocol | {"__init__", "forward"} or key[0] == "inner":
+            continue
+        function, call = function_of(known, key), called.calls[0]
+        if function.decorators or find_all(function.body, cst.Yield, cst.FunctionDef):
+            continue
+        for caller, cls in callers(known):
+            last = caller.body.body[-1]
+            is_tail = m.matches(last, m.SimpleStatementLine([m.Return()]))
+            if not is_tail or last.body[0].value is not call or caller is function:
+                continue
+            whole = with_tail(caller, cls, function, key[0], called, call)
+            if whole is not None:
+                change = InPlace({id(caller): whole})
+                return revisit(module, change, mentions([caller.name.value]))
+    return module
+
+
+class InPlace(Transformer):
+    """Functions of these identities as others."""
+
+    def __init__(self, instead: dict[int, cst.FunctionDef]):
+        self.instead = instead
+
+    def leave_FunctionDef(self, old, new):
+        return self.instead.get(id(old), new)
+
+
+def callers(known: Known) -> Iterator[tuple[cst.FunctionDef, str]]:
+    """Functions and methods, with their class."""
+    yield from ((f, "") for f in known.functions.values())
+    for cls in known.classes:
+        yield from ((f, cls) for f in known.methods(cls).values())
+
+
+def with_tail(caller, cls: str, function, own: str, called: Called, call: cst.Call):
+    """The caller with the function's statements in the place of its last one; None if not so."""
+    method = isinstance(call.func, cst.Attribute)
+    if method and not (own == cls and m.matches(call.func.value, m.Name("self"))):
+        return None
+    body = spliced(function, called.arguments(call), called)
+    ours, theirs = names_in(caller.body), names_in(function.body)
+    bound = set(ours.bound) | set(names_in(caller.params).bound)
+    params = {name for name, _ in called.params} | {"self"}
+    if body is None or any(theirs.free[n] for n in bound - set(theirs.bound) - params):
+        return None
+    if body and is_doc(body[0]):
+        if not is_doc(caller.body.body[0]):
+            return None
+        body = body[1:]
+    whole = caller.with_changes(body=caller.body.with_changes(body=[*caller.body.body[:-1], *body]))
+    return whole if code_of(whole).count("\n") <= 60 else None
+
+
 # --- inlining ----------------------------------------------------------------------------------
 
 
@@ -2187,10 +2583,12 @@ class Inlining(Transformer):
         return filled(new)
 
 
+MANAGER = "(contextlib.contextmanager,)"
+NO_CONTEXT = cst.parse_expression("contextlib.nullcontext()")
 SIMPLE = m.Name() | m.Attribute(value=m.Name() | m.Attribute(value=m.Name())) | CONSTANT
 
 
-def inlining(module: cst.Module, facts: Facts, before: dict[tuple[str, str], str]) -> cst.Module:
+def inlining(module: cst.Module, facts: Facts, before: set[tuple[str, str]]) -> cst.Module:
     """`before`: the functions as they were written; what the author wrote short stays."""
     known = Known(facts, module)
     calls = Calls(known)
@@ -2203,12 +2601,17 @@ def inlining(module: cst.Module, facts: Facts, before: dict[tuple[str, str], str
         if key[1] in facts.protocol | {"forward"} or called.star >= 0:
             continue
         function = function_of(known, key)
-        body = own_body(function)
+        body = without_aliases(own_body(function), names_in(function.params).bound)
         one = (
             body[0].body[0]
             if len(body) == 1 and isinstance(body[0], cst.SimpleStatementLine)
             else None
         )
+        if code_of(cst.Tuple([cst.Element(d.decorator) for d in function.decorators])) == MANAGER:
+            if m.matches(one, m.Expr(m.Yield(None))):
+                names.add(key[1])
+                bodies |= {id(call): NO_CONTEXT for call in called.calls}
+            continue
         if not body or isinstance(one, cst.Pass) or m.matches(one, m.Return(None)):
             names.add(key[1])
             for call in called.calls:
@@ -2217,14 +2620,30 @@ def inlining(module: cst.Module, facts: Facts, before: dict[tuple[str, str], str
             continue
         if not isinstance(one, cst.Return) or one.value is None or function.decorators:
             continue
-        if code_of(function.body) == before.get(key, "") and not m.matches(one.value, HOLLOW):
-            continue  # the author has written it so
+        if (key[1], code_of(function.body)) in before and not m.matches(one.value, HOLLOW):
+            often = len(called.calls) > 1 or len(body) < len(function.body.body)
+            if often and key[1] not in facts.short:
+                continue  # the author has written it so
         names.add(key[1])
         for call in called.calls:
             expression = inlined(one.value, call, called, facts)
             if expression is not None:
                 bodies[id(call)] = expression
     return revisit(module, Inlining(bodies), mentions(names))
+
+
+def without_aliases(body: list[cst.BaseStatement], params: Counter) -> list[cst.BaseStatement]:
+    """`cfg = self.cfg; return f(cfg)` as `return f(self.cfg)`."""
+    alias = m.Attribute(value=m.Name() | m.Attribute(value=m.Name()))
+    if len(body) != 2 or not m.matches(body[0], m.SimpleStatementLine([m.Assign()])):
+        return body
+    pairs = pairs_of(body[0].body[0]) or []
+    plain = all(isinstance(t, cst.Name) and not params[t.value] for t, _ in pairs)
+    if not pairs or not plain or not all(m.matches(v, alias) for _, v in pairs):
+        return body
+    if not m.matches(body[1], m.SimpleStatementLine([m.Return()])):
+        return body
+    return [Replacing({t.value: v for t, v in pairs}).transform(body[1])]
 
 
 def inlined(value, call: cst.Call, called: Called, facts: Facts):
@@ -2459,11 +2878,7 @@ NONE = cst.Name("None")
 
 def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) -> cst.Module:
     """The passes, until none changes anything."""
-    known = Known(facts, module)
-    before = {("", name): code_of(f.body) for name, f in known.functions.items()}
-    for cls in known.classes:
-        before |= {(cls, name): code_of(f.body) for name, f in known.methods(cls).items()}
-    before |= {("inner", name): code_of(f.body) for name, f in known.inner.items()}
+    before = {(f.name.value, code_of(f.body)) for f in find_all(module, cst.FunctionDef)}
     settled = Settled()
     passes: list[tuple[str, Callable]] = [
         ("unused", lambda tree: unused(tree, facts)),
@@ -2471,10 +2886,13 @@ def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) ->
         ("locals", lambda tree: settled.visit("locals", tree, Locals(facts))),
         ("attributes", lambda tree: attributes(tree, facts)),
         ("parameters", lambda tree: parameters(tree, facts)),
+        ("unraised", lambda tree: unraised(tree, facts)),
         ("inlining", lambda tree: inlining(tree, facts, before)),
+        ("joined", lambda tree: joined(tree, facts)),
+        ("tails", lambda tree: tails(tree, facts)),
         ("inner", lambda tree: settled.visit("inner", tree, InnerUnused())),
     ]
-    for turn in range(30):
+    for turn in range(60):
         old = [text_of(s) for s in module.body]
         facts.harmless = harmless(module, facts)
         for _, run in passes:

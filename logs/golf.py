@@ -263,12 +263,12 @@ def program_of(request: script.Request) -> str:
     """The text of the one module, as a person reads it."""
     cfg = script.configure(request)
     for part in GONE:
-        for name, value in script.DROPPED[part].items():
+        for name, value in script.DROPPED[part].fields.items():
             setattr(cfg, name, value)
-    gone = {name for part in GONE for name in script.DROPPED[part]}
+    gone = {name for part in GONE for name in script.DROPPED[part].fields}
     keep = [name for name in [*request.keep, *OWN] if name not in gone]
     asked = asked_of(cfg)
-    facts = script.facts_of(cfg, keep)
+    facts = script.facts_of(cfg, keep, [])
     facts.called_as |= CALLED_AS
     del facts.called_as["mask"]  # the scorer's Cache stands in its place, too
     facts.aliases |= {"Subject"}

@@ -241,7 +241,9 @@ class Sliding:
         zeros = [torch.zeros(n, dtype=kind, device=device) for kind in (torch.float64, torch.int32)]
         scores = Scores(*zeros, {})
         self.score_windows(stream, window_plan(n, self.length, self.stride), scores, want)
-        return Scores(self.run.sum(scores.nats), self.run.sum(scores.times), scores.distributions)
+        return Scores(
+            self.run.sum_of(scores.nats), self.run.sum_of(scores.times), scores.distributions
+        )
 
     @torch.no_grad()
     def score_windows(
@@ -528,7 +530,7 @@ class TestTime(Sliding):
             losses = self.graph(x, y, *applied)
             (losses.sum() / tokens).backward()
         for p in self.model.parameters():
-            p.grad = self.run.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+            p.grad = self.run.sum_of(torch.zeros_like(p) if p.grad is None else p.grad)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -655,7 +657,7 @@ class LoRA(Sliding):
                         given[t] = p[i].double().exp().cpu().numpy()
                 if log_probs.requires_grad:
                     self.train(log_probs, targets, go_on)
-        return Scores(run.sum(nats), run.sum(times), given)
+        return Scores(run.sum_of(nats), run.sum_of(times), given)
 
     def reset(self, first: int, n: int) -> None:
         super().reset(first, n)
@@ -920,7 +922,7 @@ def token_losses(subject: Subject, state: dict) -> Tensor:
 
 
 def mean_over_ranks(subject: Subject, losses: Tensor) -> float:
-    return float(subject.run.sum(losses.sum().to(subject.run.device))) / subject.val.scored
+    return float(subject.run.sum_of(losses.sum().to(subject.run.device))) / subject.val.scored
 
 
 def score_epochs(subject: Subject, last: int) -> dict:

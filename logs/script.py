@@ -35,13 +35,50 @@ KEPT = (
     "run seed data log_dir resume wandb steps lr momentum weight_decay matrix_lr adamw_lr embed_lr "
     "head_lr tied_lr scalar_lr matrix_wd embed_wd scalar_wd"
 ).split()
-# --without: what it sets, and how the preset says that it needs it
-DROPPED: dict[str, dict[str, object]] = {
-    "resume": {"resume": False, "keep": 0, "save_every": 0, "save_last": 0},
-    "wandb": {"wandb": ""},
-    "averages": {"ema": 0.0, "swa_every": 0, "average_epochs": 0, "final_weights": "live"},
-    "export": {"export": "", "gptq": 0, "artifact_limit": 0, "qat": "0", "qat_noise": 0},
-    "sample": {"tokenizer": ""},
+
+
+@dataclasses.dataclass
+class Part:
+    """What can be left out, as what is then known."""
+
+    fields: dict[str, object] = dataclasses.field(default_factory=dict)  # of the configuration
+    attributes: dict[str, object] = dataclasses.field(default_factory=dict)  # of Run
+    constants: dict[str, object] = dataclasses.field(default_factory=dict)
+    expressions: dict[str, object] = dataclasses.field(default_factory=dict)
+    device: str = ""  # the only one
+    idle: str = ""  # functions that do nothing
+    pure: str = ""  # that can be left out where nobody takes what they give
+    instead: str = ""  # definitions in the place of the trainer's
+    refusals: str = ""  # functions that make an error which says what to do
+
+
+DROPPED = {  # by the word of --without
+    "resume": Part(
+        {"resume": False, "keep": 0, "save_every": 0, "save_last": 0},
+        instead="def write_whole(path: Path, data: bytes):\n    return path.write_bytes(data)\n",
+    ),
+    "wandb": Part({"wandb": ""}),
+    "averages": Part({"ema": 0.0, "swa_every": 0, "average_epochs": 0, "final_weights": "live"}),
+    "export": Part({"export": "", "gptq": 0, "artifact_limit": 0, "qat": "0", "qat_noise": 0}),
+    "sample": Part({"tokenizer": ""}),
+    "ranks": Part(
+        attributes={"world": 1, "rank": 0, "is_main": True},
+        expressions={'int(os.environ.get("LOCAL_RANK", 0))': 0},
+    ),
+    "cpu": Part(device="cuda"),
+    "gpu": Part(device="cpu"),
+    "signals": Part(attributes={"signal": 0}, constants={"SIGNALS": ()}),
+    "checks": Part(
+        idle="check",
+        instead="def exit_code(work: Callable[[], int]) -> int:\n    return work()\n",
+        refusals="require UserError Diverged error unreadable no_batch taken",
+    ),
+    "schedules": Part(constants={"SCHEDULES": ()}),  # as code: scheduled()
+    "warmup": Part(idle="warm_up log_recompiles keep_compiled", pure="graphs_compiled"),
+    "witness": Part(
+        idle="log_head",
+        instead="def evidence(trainer: Trainer) -> dict[str, str]:\n    return {}\n",
+    ),
 }
 IN_BITS = ("val_bpb", "roundtrip_val_bpb", "sliding_val_bpb", "mixed_val_bpb", "ttt_val_bpb")
 # fields that the script's own parser has no use for
@@ -91,7 +128,8 @@ def read_request(argv: list[str]) -> Request:
     )
     keep = own["--keep"].split() if "--keep" in own else KEPT
     without = own.get("--without", "").split()
-    gone = {name for part in without for name in DROPPED.get(part, ())}
+    gone = {name for part in without if part in DROPPED for name in DROPPED[part].fields}
+    gone |= set(tg.SCHEDULES) if "schedules" in without else set()
     keep = [name for name in keep if name not in gone]
     flags = ["--config", *presets, *rest] if presets else rest
     return Request(flags, keep, without, own.get("--out", ""), "--keep" in own)
@@ -105,11 +143,14 @@ def configure(request: Request) -> tg.Config:
         close = difflib.get_close_matches(name, fields, n=2)
         hint = f"did you mean {' or '.join(close)}?" if close else "python train_gpt.py --help"
         require(name in fields, f"--keep {name}: the configuration has no such field; {hint}")
+    require(
+        not {"cpu", "gpu"} <= set(request.without), "--without cpu gpu: then nothing is to run it"
+    )
     for part in request.without:
         require(part in DROPPED, f"--without {part}: what can be left out is {', '.join(DROPPED)}")
         why = used_by(cfg, part)
         require(not why, f"--without {part}: {' '.join(cfg.config)} needs it: {why}")
-        for name, value in DROPPED[part].items():
+        for name, value in DROPPED[part].fields.items():
             setattr(cfg, name, value)
     return cfg
 
@@ -120,7 +161,7 @@ def used_by(cfg: tg.Config, part: str) -> str:
     for name in cfg.config:
         said |= tg.read_toml(tg.preset_path(name))
     plain = tg.Config()
-    for name, value in DROPPED[part].items():
+    for name, value in DROPPED[part].fields.items():
         if part != "resume" and part != "sample" and name in said and said[name] != value:
             return f"{name} = {said[name]!r}"
     metric = said.get("rule", {}).get("metric", "")
@@ -129,6 +170,12 @@ def used_by(cfg: tg.Config, part: str) -> str:
         return f"its score is the artifact's ({metric or modes})"
     if part == "sample" and metric in IN_BITS:
         return f"its rule is about {metric}, whose bytes the tokenizer counts"
+    if DROPPED[part].device and cfg.device not in ("auto", DROPPED[part].device):
+        return f"device = {cfg.device!r}"
+    if part == "schedules":
+        moving = set(tg.SCHEDULES) - set(constant_schedules(cfg, []))
+        other = sorted(moving & {*tg.GRAPHS, *tg.BY_CYCLE} | moving & set(tg.Now._field_defaults))
+        return f"more than rates depends on {', '.join(other)}" if other else ""
     if part == "resume" and (cfg.resume or cfg.save_every != plain.save_every):
         return f"save_every = {cfg.save_every}"
     return ""
@@ -201,8 +248,8 @@ WITHOUT_EFFECT = set(
     "clone ones zeros size view float Path cast items unbind to arange get isinstance hasattr "
     "enumerate torch.compile dataclasses.field named_modules Generator nullcontext "
     "contextlib.nullcontext environ next_step_seconds graph_of Averages is_late embedded at "
-    "ends_epoch eval_shape AttentionMask check_bits parse_bits quantised_names extra tokens "
-    "tokens_in_order".split()
+    "ends_epoch eval_shape seconds AttentionMask check_bits parse_bits quantised_names extra "
+    "tokens tokens_in_order".split()
 )
 
 
@@ -230,17 +277,57 @@ def constant_places(cfg: tg.Config) -> dict[str, object]:
     return {name: values.pop() for name, values in fields.items() if len(values) == 1}
 
 
-def expressions_of(cfg: tg.Config) -> dict[str, object]:
+def expressions_of(cfg: tg.Config, now: dict[str, object]) -> dict[str, object]:
     """What follows from the configuration, and not from one expression of the code alone."""
     found: dict[str, object] = {}
     if cfg.doc_mask:  # documents() gives a tensor
         found |= {f"{name} is not None": True for name in ("docs", "q_doc")}
         found["docs_BT is None"] = False
+    defaults = tg.Now._field_defaults
+    moved = set(defaults) - set(now) - {"distill", "tied"}
+    if not cfg.distill and not cfg.untie_at and not moved:
+        found["Now._field_defaults"] = {}
+    found['device.type == "meta"'] = False
     if cfg.export_codec not in ("best", tg.ENTROPY):
         found |= {"codec == ENTROPY": False, 'header["codec"] == ENTROPY': False}
     if cfg.export != "fit" and len(cfg.export.split()) == 1:
         found["levels_of(bits.of(name))"] = tg.levels_of(tg.parse_bits(cfg.export).default)
     return found
+
+
+def scheduled(source: str, cfg: tg.Config) -> str:
+    """The trainer with each schedule that moves as a function, and without texts of schedules."""
+    functions = ""
+    for name in tg.SCHEDULES:
+        if name not in constant_schedules(cfg, []):
+            functions += "\n".join(schedule_lines(name, getattr(cfg, name))) + "\n\n\n"
+            read = rf'v\["{name}"\](?! \*=)'  # cycles, which multiply it, are not allowed
+            source = re.sub(read, f"{name}_at(step, fraction)", source)
+    return source.replace("class Now(NamedTuple):\n", functions + "class Now(NamedTuple):\n")
+
+
+def schedule_lines(name: str, text: str) -> list[str]:
+    """Schedule.at() of one schedule, with its operations in their order."""
+    first, *points = tg.Schedule(name, text).points
+    value, last = first.value, first
+    lines = [f"def {name}_at(step: int, fraction: float) -> float:", f'    """{text}"""']
+    for point in points:
+        x = "step" if point.in_steps else "fraction"
+        start = last.at if last.in_steps == point.in_steps else 0.0
+        reached = value
+        if point.ramp and value != point.value:
+            share = f"({x} - {start}) / ({point.at} - {start})" if start else f"{x} / {point.at}"
+            if point.power != 1:
+                share = f"1 - (1 - {share}) ** {point.power}"
+            if point.cosine:
+                share = f"(1 - math.cos(math.pi * ({share}))) / 2"
+            reached = f"{value} + ({point.value} - {value}) * ({share})"
+            if start:
+                lines += [f"    if {x} <= {start}:", f"        return {value}"]
+        if str(reached) != str(point.value):
+            lines += [f"    if {x} < {point.at}:", f"        return {reached}"]
+        value, last = point.value, point
+    return [*lines, f"    return {value}"]
 
 
 SCORER = ROOT / "logs" / "score.py"
@@ -250,7 +337,59 @@ def parsed_scorer() -> cst.Module:
     return cst.parse_module(SCORER.read_text(encoding="utf-8"))
 
 
-def facts_of(cfg: tg.Config, keep: list[str]) -> folding.Facts:
+def without(facts: folding.Facts, cfg: tg.Config, word: str) -> None:
+    """What is known where a part is left out."""
+    part = DROPPED[word]
+    for cls in ("Ranks", "Run"):
+        facts.attributes |= {(cls, name): value for name, value in part.attributes.items()}
+    facts.constants |= part.constants
+    facts.expressions |= part.expressions
+    facts.pure |= set(part.pure.split())
+    facts.short |= set(re.findall(r"^def (\w+)", part.instead, re.M))
+    facts.refusals |= set(part.refusals.split())
+    if word == "checks" and not cfg.bos_rows:
+        facts.refusals |= {"OutOfData"}
+    if word == "signals":
+        facts.protocol -= {"on_signal"}
+    if part.device:
+        on_gpu = part.device == "cuda"
+        facts.records["device"] = {"type": part.device}
+        facts.anywhere["is_cuda"] = on_gpu
+        facts.expressions["torch.cuda.is_available()"] = on_gpu
+        if is_in_graphs(cfg, [word]):
+            facts.expressions["torch.compiler.is_compiling()"] = True
+            facts.expressions["mask is None"] = False  # flex_mask()'s
+
+
+def is_in_graphs(cfg: tg.Config, words: list[str]) -> bool:
+    """Whether the model is on a GPU, and nothing applies it but its compiled graphs."""
+    beside = cfg.gptq or cfg.distill or cfg.embed_stats
+    return "cpu" in words and cfg.compile == 2 and not beside
+
+
+def idle_functions(cfg: tg.Config, words: list[str]) -> set[str]:
+    """Functions and methods of which nothing is left, by what --without names."""
+    found = {name for word in words for name in DROPPED[word].idle.split()}
+    by_epochs = cfg.lr_cycles or cfg.average_epochs or cfg.eval_every < 0
+    if "checks" in words and not cfg.shuffle and not by_epochs:
+        found.add("check_enough")  # else it finds what would train otherwise than it was meant
+    return found
+
+
+class Idle(cst.CSTTransformer):
+    """Functions of these names do nothing."""
+
+    def __init__(self, names: set[str]):
+        super().__init__()
+        self.names = names
+
+    def leave_FunctionDef(self, old, new):
+        if new.name.value not in self.names:
+            return new
+        return new.with_changes(body=cst.IndentedBlock([cst.parse_statement("pass")]))
+
+
+def facts_of(cfg: tg.Config, keep: list[str], words: list[str]) -> folding.Facts:
     fields = {
         name: getattr(cfg, name) for name in tg.FIELDS if name not in NEVER and name not in keep
     } | {"score": cfg.score}
@@ -258,7 +397,7 @@ def facts_of(cfg: tg.Config, keep: list[str]) -> folding.Facts:
     varying = tuple(name for name in tg.SCHEDULES if name not in now)
     graphs = tuple(name for name in tg.GRAPHS if name not in now)
     applied = tuple(name for name in tg.APPLIED if name not in now)
-    return folding.Facts(
+    facts = folding.Facts(
         fields=fields,
         config=Fixed(fields),
         records={"now": now, "end": now, "n": now, "place": place, "p": place},
@@ -272,13 +411,16 @@ def facts_of(cfg: tg.Config, keep: list[str]) -> folding.Facts:
         called_as=CALLED_AS | HOLDERS,
         roots={"main", "Config"},
         protocol={"forward", "backward", "on_signal"},
-        pure=WITHOUT_EFFECT,
+        pure=set(WITHOUT_EFFECT),
         aliases={"Now", "Trainer", "Due", "Declared", "Shape", "Place", "Added", "Point", "Rule"},
         compared={"Rule", "Shape"},
         tuples={name for name, cls in HOLDERS.items() if cls in RECORDS},
-        attributes={("Ranks", "one_node"): True},
-        expressions=expressions_of(cfg),
+        attributes={("Ranks", "one_node"): True, ("Run", "one_node"): True},
+        expressions=expressions_of(cfg, now),
     )
+    for word in words:
+        without(facts, cfg, word)
+    return facts
 
 
 # --- the configuration of a script --------------------------------------------------------------
@@ -418,14 +560,21 @@ def name_of(statement: cst.BaseStatement) -> str:
     return ""
 
 
-def prepared(module: cst.Module, cfg: tg.Config, facts: folding.Facts, more: str) -> cst.Module:
+def prepared(
+    module: cst.Module, cfg: tg.Config, facts: folding.Facts, more: str, words: list[str]
+) -> cst.Module:
     """The trainer with a script's own configuration in the place of its sections; more: and other
     definitions in the place of its own.
     """
-    template = (TEMPLATE + more).replace("PRESET", "-".join(Path(n).stem for n in cfg.config))
+    template = TEMPLATE
+    if "schedules" in words:
+        template = re.sub(r"in Schedule\(.*\]:", "in [value]:", template)
+    template = (template + more).replace("PRESET", "-".join(Path(n).stem for n in cfg.config))
     if not facts.constants["GRAPHS"]:
         template += ONE_GRAPH
     stand_ins = {name_of(s): s for s in cst.parse_module(template).body}
+    idle = Idle(idle_functions(cfg, words))
+    stand_ins = {name: s.visit(idle) for name, s in stand_ins.items()}
     values = {name: facts.constants[name] for name in ("SCHEDULES", "GRAPHS", "APPLIED")}
     used = set(tg.CODECS) if cfg.export_codec in ("best", tg.ENTROPY) else {cfg.export_codec}
     body: list[cst.BaseStatement] = []
@@ -472,7 +621,7 @@ def prepared(module: cst.Module, cfg: tg.Config, facts: folding.Facts, more: str
 def with_wiring(module: cst.Module, cfg: tg.Config) -> cst.Module:
     """The order of the blocks as a plain loop, or as a table of what differs between places."""
     read, code = set(), module.code
-    for function in [*find_all(module, "one_pass"), *find_all(module, "added")]:
+    for function in [f for n in ("hidden", "one_pass", "added") for f in find_all(module, n)]:
         read |= read_of(function, "place")
     of_scorer = "places = wiring(model.cfg, " in code  # that of its cache
     if of_scorer:
@@ -482,7 +631,11 @@ def with_wiring(module: cst.Module, cfg: tg.Config) -> cst.Module:
     (one, *more) = orders.values()
     in_turn = not more and [p.block for p in one] == list(range(cfg.depth)) and not of_scorer
     if in_turn and read <= {"block"}:
-        code = code.replace("for at, place in enumerate(places):", "for block in self.blocks:")
+        code = re.sub(
+            r"for (?:at, place in enumerate\(places\)|place in places):",
+            "for block in self.blocks:",
+            code,
+        )
         code = code.replace("block = self.blocks[place.block]\n", "pass\n")
         code = re.sub(r"block, (\w+) = self.blocks\[place.block\], ", r"\1 = ", code)
         code = re.sub(r"places = self.places.get\(.*\n", "pass\n", code)
@@ -527,16 +680,19 @@ def identifiers(module: cst.Module) -> set[str]:
     return {*names.read, *names.attributes, *names.bound}
 
 
-def told_without(text: str, gone: set[str], width: int, first: str) -> list[str]:
+def told_without(text: str, gone: set[str], width: int, first: str, lost: set[str]) -> list[str]:
     """
     The lines of a comment or docstring without the sentences that speak of names that are `gone`.
-    A word of plain English is such a name where it is called, or explained as a parameter is.
+    A word of plain English is such a name where it is called, or explained as a parameter is; lost:
+    parameters that the function itself does not have any more.
     """
     words = "|".join(map(re.escape, gone))
     clear = "|".join(re.escape(name) for name in gone if "_" in name)
-    spoken = re.compile(rf"\b(?:(?:{clear})\b|(?:{words})(?:\(\)|: |, or))")
+    spoken = re.compile(rf"(?<![-\w])(?:(?:{clear})\b|(?:{words})(?:\(\)|: |, or))")
     sentences = re.split(r"(?<=[.])\s+(?=[A-Za-z`])", " ".join(text.split()))
-    kept = [one for one in sentences if not spoken.search(one)] or sentences[:1]
+    explained = re.compile(rf"`?(?:{'|'.join(map(re.escape, lost)) or '-'})`?(?: > 0)?: ")
+    kept = [s for s in sentences if not spoken.search(s) and not explained.match(s)]
+    kept = kept or sentences[:1]
     if len(kept) == len(sentences):
         return []
     return textwrap.wrap(" ".join(kept), width, initial_indent=first, subsequent_indent=first)
@@ -545,9 +701,19 @@ def told_without(text: str, gone: set[str], width: int, first: str) -> list[str]
 class Retelling(cst.CSTTransformer):
     """Docstrings that do not speak of what is gone."""
 
-    def __init__(self, gone: set[str]):
+    def __init__(self, gone: set[str], params: dict[str, set[str]]):
         super().__init__()
         self.gone, self.depth = gone, 0
+        self.params = params  # of each function, as they were
+        self.lost: list[set[str]] = [set()]
+
+    def visit_FunctionDef(self, node):
+        left = folding.names_in(node.params).bound
+        self.lost.append({p for p in self.params.get(node.name.value, ()) if not left[p]})
+
+    def leave_FunctionDef(self, old, new):
+        self.lost.pop()
+        return new
 
     def visit_IndentedBlock(self, node):
         self.depth += 1
@@ -560,7 +726,7 @@ class Retelling(cst.CSTTransformer):
         text = new.body[0].body[0].value.value
         if not text.startswith('"""'):
             return new
-        lines = told_without(text.strip('"'), self.gone, 100, indent)
+        lines = told_without(text.strip('"'), self.gone, 100, indent, self.lost[-1])
         if not lines:
             return new
         one = f'"""{lines[0].strip()}"""'
@@ -568,6 +734,15 @@ class Retelling(cst.CSTTransformer):
             one = "\n".join(['"""', *lines, indent + '"""'])
         doc = cst.SimpleStatementLine([cst.Expr(cst.SimpleString(one))])
         return new.with_changes(body=[doc, *new.body[1:]])
+
+
+def parameters_of(module: cst.Module) -> dict[str, set[str]]:
+    """Of each function of this name, what it is given."""
+    found: dict[str, set[str]] = {}
+    for function in folding.find_all(module, cst.FunctionDef):
+        bound = set(folding.names_in(function.params).bound)
+        found[function.name.value] = found.get(function.name.value, set()) | bound
+    return found
 
 
 def header(cfg: tg.Config, request: Request) -> str:
@@ -624,7 +799,7 @@ def formatted(code: str) -> str:
 def script_of(request: Request, say: Callable[[str], None] = lambda line: None) -> str:
     """The script as text."""
     cfg = configure(request)
-    return text_of(cfg, request, facts_of(cfg, request.keep), say=say)
+    return text_of(cfg, request, facts_of(cfg, request.keep, request.without), say=say)
 
 
 def text_of(
@@ -637,12 +812,18 @@ def text_of(
 ) -> str:
     """The trainer folded; more: definitions in the place of its own; beside: puts others to it."""
     source = Path(tg.__file__).read_text(encoding="utf-8")
-    module = beside(prepared(cst.parse_module(source), cfg, facts, more))
+    if "schedules" in request.without:
+        source = scheduled(source, cfg)
+    if is_in_graphs(cfg, request.without):
+        source = re.sub(r"compiled_on_gpu\((attend_flex|block_mask), q\)", r"\1", source)
+    parts = [DROPPED[word].instead for word in request.without]
+    tree = cst.parse_module(source).visit(Idle(idle_functions(cfg, request.without)))
+    module = beside(prepared(tree, cfg, facts, "\n".join([more, *parts]), request.without))
     before = identifiers(module)
     module = folding.fold(module, facts, say)
     module = folding.fold(with_wiring(module, cfg), facts, say)
     gone = (identifiers(cst.parse_module(source)) | before) - identifiers(module)
-    module = module.visit(Retelling(gone))
+    module = module.visit(Retelling(gone, parameters_of(tree)))
     read = folding.fields_read(module) | set(facts.constants["SCHEDULES"])
     flags = [n for n in tg.FIELDS if n in request.keep and (n in read or n in KEPT[:5])]
     varying = set(facts.constants["SCHEDULES"]) - set(flags)

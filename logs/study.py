@@ -399,7 +399,7 @@ def train(study: Study) -> None:
     began = time.perf_counter()
     ranks = train_gpt.Run(study.config(jobs[0][1], jobs[0][0]))
     ranks.prepare_machine()
-    ranks.join()
+    ranks.join_group()
     ranks.on_main(lambda: refuse_other_settings(study))
     for i, (seed, name) in enumerate(jobs):
         head = f"{i + 1}/{len(jobs)} {name} seed {seed}:"

@@ -25,7 +25,7 @@ def make_trainer(cfg: tg.Config, folder: str) -> tg.Trainer:
     cfg.log_dir = folder
     run = tg.Run(cfg)
     run.prepare_machine()
-    run.join()
+    run.join_group()
     return tg.build(cfg, run)
 
 

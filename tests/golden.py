@@ -261,7 +261,7 @@ def runs() -> dict[str, list[tuple[str, list[str]]]]:
     }
 
 
-def scripts(wanted: dict[str, list]) -> dict[str, list]:
+def scripts(wanted: dict[str, list], without: list[str]) -> dict[str, list]:
     """The training of these runs by scripts, each as its text and the flags that are left."""
     from logs import script
 
@@ -272,7 +272,8 @@ def scripts(wanted: dict[str, list]) -> dict[str, list]:
         words = tuple(argv[1:])
         if words not in texts:
             print(f"folding {' '.join(words[:2])} ...", flush=True)
-            texts[words] = script.script_of(script.read_request(list(words)))
+            less = ["--without", *without] if without else []
+            texts[words] = script.script_of(script.read_request([*words, *less]))
         found[name] = [("script", [texts[words], *GOLDEN])]
     return found
 
@@ -522,12 +523,17 @@ def main(argv: list[str] | None = None) -> int:
         "--scripts", action="store_true", help="compare the presets' scripts with the file"
     )
     parser.add_argument("--places", type=int, default=2, help="ranks at work at a time")
+    parser.add_argument(
+        "--without", nargs="+", default=[], help="what these scripts leave out (logs/script.py)"
+    )
     flags = parser.parse_args(argv)
     if flags.scripts and flags.write:
         parser.error("--scripts compares with the trainer's numbers: leave --write out")
     wanted = {
         n: how for n, how in runs().items() if not flags.words or any(w in n for w in flags.words)
     }
+    if "ranks" in flags.without:
+        wanted = {name: how for name, how in wanted.items() if name.endswith(" 1 rank")}
     if flags.list:
         for name, phases in wanted.items():
             print(name, *(f"\n    {program}.py {' '.join(words)}" for program, words in phases))
@@ -551,7 +557,7 @@ def main(argv: list[str] | None = None) -> int:
         train_gpt.parse_args(["--run", "warm"])  # tyro's first parsing is slow
         phases = {name: len(how) for name, how in wanted.items()}
         if flags.scripts:
-            wanted = scripts(wanted)
+            wanted = scripts(wanted, flags.without)
         found = measure(wanted, data, flags.places)
     exact = machine() == kept["machine"] and not NATIVE
     before = {name: kept["runs"].get(name, {}) for name in wanted}

@@ -56,8 +56,11 @@ def tiny(**changes) -> tg.Config:
 class OneOf(tg.Ranks):
     """One rank of a world without the others: it hears nothing from them."""
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
+    def sum_of(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def together(self, work):
+        return work()
 
 
 def alone(rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float32) -> OneOf:
@@ -86,7 +89,7 @@ def parts(folder, device: str = "cpu", **changes) -> tg.Trainer:
     tg.validate(cfg)
     run = tg.Run(cfg)
     run.device = torch.device(device)
-    run.join()
+    run.join_group()
     return tg.build(cfg, run)
 
 

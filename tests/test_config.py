@@ -740,7 +740,7 @@ p.run.prepare_machine()
 now = p.plan.at(0, 0.0)
 tg.warm_up(p)
 tg.train_step(p, 0, now)
-loss = tg.evaluate(p.run, p.graph, p.val, p.plan.eval_shape(now))[0]
+loss = tg.evaluate(p.run, p.graph, p.val, p.plan.eval_shape(now))
 print({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules), loss > 1)
 """
 

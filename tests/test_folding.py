@@ -115,6 +115,7 @@ class Other:
         self.log = f(2)
 
     def state(self):
+        'What it says.'
         return f(self.log)
 
     def spare(self):
@@ -145,6 +146,7 @@ class Other:
         self.log = f(2)
 
     def state(self):
+        'What it says.'
         return f(self.log)
 
 def main(x, part, other):
@@ -188,3 +190,173 @@ def test_a_name_of_ones_own_is_no_use_of_a_function():
     """
     code = folded(source)
     assert "def spare" not in code and "hint" not in code and "numbers = f(spare)" in code
+
+
+def test_checks_are_assertions_where_their_messages_are_not_wanted():
+    source = """
+    class Wrong(Exception):
+        pass
+
+    class Left(Exception):
+        pass
+
+    def main(x, path):
+        if x is None or not path:
+            near = sorted(path)
+            raise Wrong(f"of {near}")
+        if not x < 3:  # nan
+            raise Wrong("large")
+        if x == 4:
+            raise Wrong("four")
+        else:
+            f(x)
+        require(x > 0, "small")
+        try:
+            y = f(path)
+        except OSError as e:
+            raise Wrong(path) from e
+        try:
+            f(y)
+        except (KeyError, Left):
+            f(0)
+        except Left:
+            f(1)
+        if (z := f(2)) > 1:
+            raise Wrong("z")
+        if y:
+            return
+        raise Wrong("no y")
+    """
+    wanted = """
+    def main(x, path):
+        assert x is not None and path
+        assert x < 3
+        if x == 4:
+            raise Wrong("four")
+        else:
+            f(x)
+        assert x > 0
+        y = f(path)
+        try:
+            f(y)
+        except KeyError:
+            f(0)
+        assert f(2) <= 1
+        assert y
+    """
+    refusals = {"Wrong", "require"}
+    code = folded(source, refusals=refusals)
+    same_code(code[code.index("def main") :], wanted)
+    assert "class Left" not in code and "raise Wrong(f" in folded(source)
+
+
+def test_what_stands_as_two_and_is_one():
+    """
+    A class with one heir, a function that ends another, one that is called once and short, a
+    context that does nothing, a function that is made to be called, a default that nobody takes.
+    """
+    source = """
+    class Base:
+        def __init__(self, size, kind):
+            self.size = size
+            self.kind = kind
+
+        def half(self, by=2):
+            return f(self.size) / by
+
+    class Heir(Base):
+        def __init__(self, x):
+            super().__init__(x, f(x))
+            self.x = f(x)
+
+    @contextlib.contextmanager
+    def kept():
+        try:
+            yield
+        except ValueError:
+            raise
+
+    def begin(x: Base):
+        y = f(x)
+        return end(x, y)
+
+    def end(x, z):
+        z += 1
+        return f(x, z)
+
+    def first(x):
+        return x[0]
+
+    def main(x):
+        def work():
+            with kept():
+                h = Heir(x)
+            for i, part in enumerate(x):
+                f(part)
+            return begin(first(x)), h.half(3), h.kind, h.x, h.half(x)
+
+        return work()
+    """
+    wanted = """
+    class Heir:
+        def __init__(self, x):
+            self.size = x
+            self.kind = f(x)
+            self.x = f(x)
+
+        def half(self, by):
+            return f(self.size) / by
+
+    def begin(x: Heir):
+        y = f(x)
+        return end(x, y)
+
+    def end(x, z):
+        z += 1
+        return f(x, z)
+
+    def main(x):
+        h = Heir(x)
+        for part in x:
+            f(part)
+        return begin(x[0]), h.half(3), h.kind, h.x, h.half(x)
+    """
+    same_code(folded(source, called_as={"h": "Heir"}), wanted)  # z would be set, and y is not
+    again = folded(
+        source.replace("end(x, z)", "end(x, y)").replace("z", "y"), called_as={"h": "Heir"}
+    )
+    assert "def end" not in again and "y += 1\n    return f(x, y)" in again
+
+
+def test_a_name_that_the_next_turn_sets_anew_is_not_the_one_before():
+    source = """
+    def main(x):
+        for name in ("a", *x):
+            new = f(name)
+            if name == "a":
+                old = new
+        return f(old)
+    """
+    assert "old = new" in folded(source)
+
+
+SIZES = [
+    ("f(x) + 0 * x.size", "f(x) + 0 * x.size"),  # f(x) may be any thing
+    ("x + 0 * y", "x"),
+    ("-(-x // 1)", "x"),
+    ("x // 1 % 1", "0"),
+    ("1 * x | 0", "x"),
+    ("sum((x + 1,)) * y", "(x + 1) * y"),
+    ("f(**dict(x))", "f(**x)"),
+    ("{k: v for k, v in x.items()}", "dict(x)"),
+    ("{k: v for k, v in x.items() if v}", "{k: v for k, v in x.items() if v}"),
+    ("sum(a * b for a, b in [(x, 2)])", "x * 2"),
+    ("x.is_big and y.device.type == 'cuda'", "False"),
+]
+
+
+@pytest.mark.parametrize("source,wanted", SIZES)
+def test_sizes_of_one_and_parts_of_none_fold(source, wanted):
+    source = f"def main(x, y):\n    return {source}\n"
+    more = {"anywhere": {"is_big": True}, "records": {"device": {"type": "cpu"}}}
+    same_code(folded(source, **more), f"def main(x, y):\n    return {wanted}")

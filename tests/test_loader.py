@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from helpers import ROOT, parts, tg, tiny, write_shard
+from helpers import ROOT, alone, parts, tg, tiny, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ def config(folder, **changes) -> tg.Config:
 
 
 def loader(cfg: tg.Config, rank: int = 0, world: int = 1) -> tg.Loader:
-    return tg.Loader(cfg, tg.Plan(cfg), rank, world)
+    return tg.Loader(cfg, tg.Plan(cfg), alone(rank, world))
 
 
 def shards(folder, *lengths: int, split: str = "train") -> list[np.ndarray]:
@@ -595,7 +595,7 @@ def test_validation_loss_is_the_same_for_all_batches_and_ranks(tmp_path, world, 
     for rank in range(world):
         run = alone(rank, world)
         run.device, run.poll = torch.device("cpu"), lambda: None
-        total += tg.evaluate(run, model, val, tg.Shape(rows, 32, 1, 0))[0]
+        total += tg.evaluate(run, model, val, tg.Shape(rows, 32, 1, 0))
     assert total == pytest.approx(torch.cat(by_row).double().mean().item(), abs=1e-6)
 
 
@@ -622,12 +622,12 @@ def test_evaluation_has_the_blocks_graphs_of_training_where_they_do_the_same(
     now = p.plan.at(0, 0.0)
     tg.train_step(p, 0, now)
     shape, before = p.plan.eval_shape(now), tg.graphs_compiled()
-    losses = [tg.evaluate(p.run, p.graph, p.val, shape)[0]]
+    losses = [tg.evaluate(p.run, p.graph, p.val, shape)]
     losses.append(float(tg.token_losses(p.run, p.graph, p.val, shape).double().mean()))
     assert shape.as_trained == shared == (tg.graphs_compiled() == before)
     torch.compiler.set_stance("force_eager")
     try:
-        losses.append(tg.evaluate(p.run, p.model, p.val, shape._replace(as_trained=False))[0])
+        losses.append(tg.evaluate(p.run, p.model, p.val, shape._replace(as_trained=False)))
     finally:
         torch.compiler.set_stance("default")
     assert losses == pytest.approx([losses[-1]] * 3, abs=1e-6) and losses[0] > 1

@@ -141,6 +141,77 @@ def test_a_script_has_the_trainers_losses_weights_and_artifact_to_the_bit(script
     same(folder, "trainer", "script")
 
 
+# all that can be left out where weights and artifact shall still be read
+LESS = "wandb averages sample gpu signals checks warmup witness schedules"
+
+
+def less(folder, words: str, name: str) -> str:
+    """remix_m's script without these parts, run under this name; its text."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        request = script.read_request([*words_of("remix_m"), "--without", *words.split()])
+        text = script.script_of(request)
+    finally:
+        os.chdir(before)
+    (folder / f"{name}.py").write_text(text)
+    run(ROOT, "-m", "ruff", "check", "--config", ROOT / "pyproject.toml", folder / f"{name}.py")
+    return text
+
+
+def test_what_can_be_left_out_changes_no_number(scripts):
+    folder = scripts("remix_m")
+    trainer(folder, "remix_m", "trainer")
+    text = less(folder, f"{LESS} ranks", "less")
+    run(folder, "less.py", "--run", "less")
+    same(folder, "trainer", "less")
+    gone = "dist. signal. flex_attention on_signal warm_up git_revision Schedule( LIMITS"
+    assert not [word for word in gone.split() if word in text]
+    assert "assert header[0] == SHARD_MAGIC" in text
+
+
+def test_without_all_of_it_a_wrong_file_is_an_assertion(scripts):
+    folder = scripts("remix_m")
+    flags = FLAGS.replace("--save_every 3 --keep 9 ", "")
+    request = [
+        *PRESETS["remix_m"].split(),
+        *shlex.split(flags),
+        "--without",
+        "resume",
+        "export",
+        "ranks",
+    ]
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        text = script.script_of(script.read_request([*request, *LESS.split()]))
+    finally:
+        os.chdir(before)
+    (folder / "least.py").write_text(text)
+    assert len(text.splitlines()) < 1450 and "UserError" not in text
+    run(folder, "least.py", "--run", "least")
+    trainer(folder, "remix_m", "trainer")
+    lines = [(folder / "logs" / r / "metrics.jsonl").read_text() for r in ("least", "trainer")]
+    ours, theirs = ([json.loads(x) for x in some.splitlines()] for some in lines)
+    for key in ("train_loss", "val_loss", "grad_norm", "lr", "momentum"):
+        assert [x.get(key) for x in ours] == [x.get(key) for x in theirs], key
+    (folder / "damaged").mkdir()
+    for split in ("train", "val"):
+        write_shard(folder / "damaged" / f"x_{split}_000000.bin", range(4000), magic=1)
+    said = run(folder, "least.py", "--run", "damaged", "--data", "damaged", code=1)
+    assert "assert header[0] == SHARD_MAGIC" in said
+    assert "assert not folder.exists()" in run(folder, "least.py", "--run", "least", code=1)
+
+
+def test_a_script_for_a_gpu_alone_has_nothing_of_a_cpu():
+    """It is made and read here, and not run."""
+    text = script.script_of(script.read_request(["remix_m", "--without", "cpu"]))
+    ast.parse(text)
+    for word in ("attend_blocks", "mallopt", "is_cuda", "compiled_on_gpu", "is_compiling"):
+        assert word not in text, word
+    assert "return flex_attention(" in text and "torch.cuda.synchronize()" in text
+
+
 def test_a_script_on_two_ranks_is_the_trainer_on_two_ranks(scripts):
     folder = scripts("remix_m")
     trainer(folder, "remix_m", "trainer2", ranks=2)
@@ -290,6 +361,9 @@ def test_digits_give_the_bytes_back(size):
         ("golf_cpu --without export", "golf_cpu needs it"),
         ("golf_cpu --without averages", "golf_cpu needs it: ema = 0.99"),
         ("golf_cpu --without sample", "sliding_val_bpb"),
+        ("remix_m on_cpu --without cpu", "on_cpu needs it: device = 'cpu'"),
+        ("remix_m --without cpu gpu", "then nothing is to run it"),
+        ("golf_progressive --without schedules", "depends on repeats"),
         ("remix_n", "no such file and no such preset"),
         ("one_gpu", "one_gpu is a layer"),
         ("remix_m --softcap -1", "softcap = -1.0"),

@@ -542,7 +542,7 @@ def test_document_shuffle_depends_on_the_seed_alone(tmp_path):
     cfg = shards(tmp_path, documents(40, np.random.default_rng(1)), 200)
     plan = tg.Plan(cfg)
     whole = tg.Loader(cfg, plan)
-    ranks = [tg.Loader(cfg, plan, r, 2) for r in range(2)]
+    ranks = [tg.Loader(cfg, plan, alone(r, 2)) for r in range(2)]
     for i in range(12):
         kept = whole.state_dict()
         batch = whole.batch(i, 128, 32)

@@ -20,7 +20,7 @@ def share(folder, rank: int = 0, world: int = 1, **changes) -> tg.Trainer:
     """One rank's trainer, which hears nothing of the others; a step leaves its gradients."""
     p = parts(folder, head_init="0.2", proj_init=1.0, **changes)
     p.run = OneOf(CPU, rank, world)
-    p.loader = tg.Loader(p.cfg, p.plan, rank, world)
+    p.loader = tg.Loader(p.cfg, p.plan, alone(rank, world))
     p.opt = tg.MuonAdamW(p.cfg, p.model, p.run)
     p.opt.step = lambda now: torch.zeros(1)
     return p

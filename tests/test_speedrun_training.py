@@ -221,7 +221,7 @@ def lists(folder) -> list[list[list[int]]]:
 
 def loader_of(cfg: tg.Config, rank: int = 0, world: int = 1) -> tg.Loader:
     tg.validate(cfg)
-    return tg.Loader(cfg, tg.Plan(cfg), rank, world)
+    return tg.Loader(cfg, tg.Plan(cfg), alone(rank, world))
 
 
 def in_rows(folder, **changes) -> tg.Config:
@@ -742,7 +742,7 @@ def chosen(folder, steps: range, world: int = 1, **changes) -> list[tuple[np.nda
         now, both = p.plan.at(step, step / 20), []
         for rank in range(world):
             p.run = Hearing(torch.device("cpu"), rank, world)
-            p.loader = tg.Loader(p.cfg, p.plan, rank, world)
+            p.loader = tg.Loader(p.cfg, p.plan, alone(rank, world))
             p.loader.pos = 128 * step
             both.append(tg.next_batch(p, step, now))
         found.append(tuple(np.concatenate(each) for each in zip(*both)))
