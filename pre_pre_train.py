@@ -34,6 +34,7 @@ inputs of a row. Nothing happens at import.
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -41,7 +42,9 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -594,49 +597,37 @@ def draw_weights(ids: np.ndarray, cfg: PrePreConfig) -> Weights:
 class Tables(NamedTuple):
     """N rules made ready to run. Behind the first convolution there is no activation and its input
     is one-hot, so its four numbers for a cell are a sum of nine table rows, one for the colour of
-    each neighbour. With width = 2, pairs of cells side by side are looked up: larger tables with
-    longer rows, but 6 lookups serve 2 cells.
+    each neighbour.
     """
 
     weights: Weights
-    # [N*symbols*d^width, width*4] float32, row (rule*symbols + symbol)*d^width + its cells' digits
-    near: torch.Tensor
+    near: np.ndarray  # [N, 9, d, 4] float32: the first convolution, its bias in the own cell's rows
     second: np.ndarray  # [N, 16, 5] float32: the second convolution, its bias last
     head: np.ndarray  # [N, d, 17] float32: the third one, its bias last
     doubt: np.ndarray  # [N] float32: how much a lead in float32 may differ from the true one
-    width: int  # 1 or 2
 
 
-def make_tables(w: Weights, cfg: PrePreConfig, width: int = 1) -> Tables:
+def make_tables(w: Weights, cfg: PrePreConfig) -> Tables:
     """Tables, and a bound on float32's error. Let S be the largest sum of |products| of a logit, in
-    units of 2^-24. No term passes more than 38 roundings, whatever the order of the sums: 2 in a
-    table of pairs, 8 in the sum of its rows, 1 + 5 behind the second convolution, 1 + 17 behind the
-    third, the identity's, the comparison's in `add_up`, and the margin's two: 40 S cover them, for
-    each of the two logits of a lead.
+    units of 2^-24. No term passes more than 37 roundings, whatever the order of the sums and
+    whether products are rounded before they are added: 1 in a table, 8 in the sum of its rows,
+    1 + 5 behind the second convolution, 1 + 17 behind the third, the identity's, the lead's, and
+    two of what it is compared with: 40 S cover them, for each of the two logits of a lead.
     """
     N, d = len(w.conv1), cfg.nca_colors
-    # [N, 3, 3, d, 4]: by line and column of the kernel
-    near = np.ascontiguousarray(w.conv1.transpose(0, 3, 4, 2, 1))
-    first = np.abs(near).max(axis=3).sum(axis=(1, 2)) + np.abs(w.bias1)  # [N, 4]
+    # by line and column of the kernel
+    near = np.ascontiguousarray(w.conv1.transpose(0, 3, 4, 2, 1)).reshape(N, 9, d, HIDDEN1)
+    first = np.abs(near).max(axis=2).sum(axis=1) + np.abs(w.bias1)  # [N, 4]
     hidden = (np.abs(w.conv2) * first[:, None]).sum(-1) + np.abs(w.bias2)  # [N, 16]
     logit = (np.abs(w.conv3) * hidden[:, None]).sum(-1) + np.abs(w.bias3)  # [N, d]
     size = logit.max(-1) + abs(cfg.nca_identity)
-    near[:, 1, 1] += w.bias1[:, None]
-    if width == 2:  # [N, 3, 2 symbols, d (right cell), d (left cell), 2 cells, 4]
-        pairs = np.zeros((N, 3, 2, d, d, 2, HIDDEN1), np.float32)
-        for cell in range(2):
-            for dx in range(3):
-                symbol, right = divmod(cell + dx, 2)
-                one = near[:, :, dx, :, None] if right else near[:, :, dx, None]
-                pairs[:, :, symbol, :, :, cell] += one
-        near = pairs
+    near[:, 4] += w.bias1[:, None]
     return Tables(
         w,
-        torch.from_numpy(near.reshape(-1, width * HIDDEN1)),
+        near,
         np.concatenate([w.conv2, w.bias2[:, :, None]], axis=2),
         np.concatenate([w.conv3, w.bias3[:, :, None]], axis=2),
         (2 * 40 * 2.0**-24 * size).astype(np.float32),
-        width,
     )
 
 
@@ -647,36 +638,16 @@ def make_tables(w: Weights, cfg: PrePreConfig, width: int = 1) -> Tables:
 # cells per piece of work, 1,600 grids of 12x12: enough to drown the overhead of what is done for
 # the few that float32 leaves open
 CELLS_AT_ONCE = 230_400
-# cells per part of it: enough to drown Python's overhead, few enough for the caches
-CELLS_IN_PART = 21_600
-# multiplications of one matrix product: with more, OpenBLAS may start threads of its own
-PRODUCT = 2**18
 
 
 @functools.lru_cache
-def places(grid: int, width: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """How a state lays out its cells: [C], the cell at each place, and the place of each cell. In
-    blocks of two cells side by side, all first cells come before all second ones; either go column
-    by column.
-    """
-    cells = np.arange(grid * grid).reshape(grid, -1, width).transpose(2, 1, 0).ravel()
-    return cells, np.argsort(cells)
+def neighbours(grid: int) -> np.ndarray:
+    """The cells around each cell on the torus, itself included, int32 [C, 9], line by line."""
+    y, x = np.divmod(np.arange(grid * grid), grid)
+    near = [(y + dy) % grid * grid + (x + dx) % grid for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    return np.stack(near, axis=1).astype(np.int32)
 
 
-@functools.lru_cache
-def neighbours(grid: int, width: int = 1) -> np.ndarray:
-    """The symbols around each block on the torus [blocks, symbols], line by line as in a 3x3
-    kernel. A symbol is a cell; or a pair, the cell left of a block of two and the block's first.
-    Both are numbered column by column.
-    """
-    blocks = grid // width
-    j, y = np.divmod(np.arange(grid * blocks), grid)
-    across = (-1, 0, 1) if width == 1 else (0, 1)
-    near = [(j + dj) % blocks * grid + (y + dy) % grid for dy in (-1, 0, 1) for dj in across]
-    return np.stack(near, axis=1)
-
-
-@torch.no_grad()
 def rollout(
     rules: Tables,
     slot: np.ndarray,
@@ -695,152 +666,137 @@ def rollout(
     float64 and in one order. So the result does not depend on what else is in the batch.
     """
     R, C = start.shape
-    automata = Automata(rules, slot, keys, C, cfg)
-    cells, back = places(cfg.nca_grid, rules.width)
-    recorded, state = np.empty((R, len(times), C), np.uint8), np.take(start, cells, axis=1)
+    settled = rules.doubt[slot, None] + np.float32(lead_for(2.0**-25, cfg))
+    advance = compiled_advance(cfg.nca_colors) or plain_advance
+    recorded, state = np.empty((R, len(times), C), np.uint8), start.copy()
+    after, lead = np.empty_like(state), np.empty((R, C), np.float32)
     for step in range(times[-1] + 1):
         if step in times:
             recorded[:, times.index(step)] = state
         if step < times[-1]:
-            after, doubtful = automata.settle(state, step)
-            if len(doubtful):
-                u = automata.numbers(doubtful, step)
-                after.ravel()[doubtful] = decide(rules, slot, state, doubtful, u, cfg)
-            state = after
-    return np.take(recorded, back, axis=2)
+            advance(rules, slot, state, after, lead, cfg)
+            where = np.flatnonzero(lead <= settled)
+            row, cell = np.divmod(where, C)
+            u = uniform(keys[row], step * C + cell, 24)
+            needed = rules.doubt[slot[row]] + lead_for(np.minimum(u, 1 - u), cfg)
+            doubtful = lead.ravel()[where] <= needed
+            if doubtful.any():
+                where, u = where[doubtful], u[doubtful]
+                after.ravel()[where] = decide(rules, slot, state, where, u, cfg)
+            state, after = after, state
+    return recorded
 
 
-class Part(NamedTuple):
-    """Some of the automata: n products of Q cells, and buffers that all parts share, as arrays and
-    as tensors on the same memory. The last of a product's inputs is 1, for the bias.
+# plain_advance for D colours. As many cells as a vector has places are done with before the next
+# are looked at: separate operations of torch take longer, most of it for passes over memory.
+ADVANCE = """
+#include <cstdint>
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined __AVX512F__
+constexpr int PLACES = 16;
+#elif defined __AVX2__
+constexpr int PLACES = 8;
+#else
+constexpr int PLACES = 4;
+#endif
+typedef float floats __attribute__((vector_size(4 * PLACES)));
+typedef int32_t ints __attribute__((vector_size(4 * PLACES)));
+
+extern "C" void advance(const uint8_t* state, const int64_t* slot, const int32_t* around,
+                        const float* nears, const float* seconds, const float* heads,
+                        float identity, int64_t rows, int64_t cells, uint8_t* after, float* lead) {
+  for (int64_t r = 0; r < rows; r++, state += cells, after += cells, lead += cells) {
+    const four* near = (const four*)nears + slot[r] * 9 * D;  // [9][D]
+    const float* second = seconds + slot[r] * 16 * 5;  // [16][5]
+    const float* head = heads + slot[r] * D * 17;  // [D][17]
+    for (int64_t q = 0; q < cells; q += PLACES) {
+      int64_t count = cells - q < PLACES ? cells - q : PLACES;
+      floats first[4] = {}, logit[D], zero = {};
+      ints own = {}, colour = {};
+      for (int i = 0; i < count; i++) {
+        const int32_t* cell = around + (q + i) * 9;
+        four sum = near[state[cell[0]]];
+        for (int k = 1; k < 9; k++) sum += near[k * D + state[cell[k]]];
+        for (int j = 0; j < 4; j++) first[j][i] = sum[j];
+        own[i] = state[q + i];
+      }
+      for (int c = 0; c < D; c++) logit[c] = head[c * 17 + 16] + zero;
+      for (int h = 0; h < 16; h++) {
+        floats hidden = second[h * 5 + 4] + zero;
+        for (int j = 0; j < 4; j++) hidden += second[h * 5 + j] * first[j];
+        hidden = hidden > 0 ? hidden : zero;
+        for (int c = 0; c < D; c++) logit[c] += head[c * 17 + h] * hidden;
+      }
+      if (identity)
+        for (int c = 0; c < D; c++) logit[c] += own == c ? identity + zero : zero;
+      floats best = logit[0], other = zero - __builtin_inff();
+      for (int c = 1; c < D; c++) {
+        ints leads = logit[c] > best;
+        floats less = leads ? best : logit[c];
+        other = less > other ? less : other;
+        best = leads ? logit[c] : best;
+        colour = leads ? c - ints{} : colour;
+      }
+      best -= other;
+      for (int i = 0; i < count; i++) after[q + i] = colour[i], lead[q + i] = best[i];
+    }
+  }
+}
+"""
+
+
+@functools.lru_cache
+def compiled_advance(colors: int):
+    """plain_advance as one loop, compiled anew by each process: that takes a fifth of a second, and
+    no other CPU ever meets the file. None where there is no compiler.
     """
+    command = [os.environ.get("CXX", "g++"), "-O3", "-march=native", f"-DD={colors}", "-shared"]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "advance.so"
+        command += ["-fPIC", "-x", "c++", "-", "-o", str(path)]
+        try:
+            subprocess.run(command, input=ADVANCE.encode(), check=True, capture_output=True)
+            function = ctypes.CDLL(str(path)).advance
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    of = functools.partial(np.ctypeslib.ndpointer, flags="C_CONTIGUOUS")
+    bytes_, floats, number = of(np.uint8), of(np.float32), ctypes.c_int64
+    function.argtypes = bytes_, of(np.int64), of(np.int32), floats, floats, floats, ctypes.c_float
+    function.argtypes += number, number, bytes_, floats
+    function.restype = None
 
-    rows: slice
-    rules: tuple  # second [n, 16, 5], head [n, d, 17], margin [n, 1]
-    index: np.ndarray  # [rows, blocks*symbols] int32
-    bags: tuple  # index, flat, and where each bag begins in it
-    sums: np.ndarray  # [n, 4, cells of a block, group, blocks]: a view of `first`
-    first: np.ndarray  # [n, 5, Q]
-    hidden: np.ndarray  # [n, 17, Q]
-    logits: np.ndarray  # [n, d, Q]
-    close: np.ndarray  # [n, d, Q] bool
-    tensors: tuple  # hidden, logits
+    def advance(rules: Tables, slot, state, after, lead, cfg: PrePreConfig) -> None:
+        given = state, slot, neighbours(cfg.nca_grid), rules.near, rules.second, rules.head
+        function(*given, cfg.nca_identity, *state.shape, after, lead)
+
+    return advance
 
 
-class Automata:
-    """Steps of R automata in float32: row r runs rule slot[r] and chooses by the stream keys[r].
-    `group` rows of one rule side by side are one matrix product of Q cells.
+@torch.no_grad()
+def plain_advance(rules: Tables, slot, state, after, lead, cfg: PrePreConfig) -> None:
+    """A step in float32 of states uint8 [R, C] of the rules slot int64 [R]: the likeliest next
+    colours are put into `after`, uint8 [R, C], and their leads over all others into `lead`, float32
+    [R, C].
     """
-
-    def __init__(self, rules: Tables, slot, keys, C: int, cfg: PrePreConfig):
-        self.rules, self.slot, self.keys, self.cfg = rules, slot, keys, cfg
-        self.C, self.d, self.width, self.group = C, cfg.nca_colors, rules.width, rows_per_rule(slot)
-        while self.group > 1 and self.group * C * (HIDDEN2 + 1) * self.d > PRODUCT:
-            self.group //= next(k for k in range(2, self.group + 1) if self.group % k == 0)
-        near, self.blocks = neighbours(cfg.nca_grid, self.width), C // self.width
-        self.near, codes, count = near.ravel(), self.d**self.width, near.shape[1]
-        self.count = count
-        self.table_of = (slot[:, None] * (count * codes)).astype(np.int32)
-        self.row_of = np.tile(np.arange(count, dtype=np.int32) * codes, self.blocks)
-        self.parts = list(self.cut(slot[:: self.group]))
-        # Colour c marks 16 + c: a sum below 32 is of one colour, and says which it is.
-        self.marks = np.arange(16, 16 + self.d, dtype=np.uint16 if self.d > 11 else np.uint8)
-
-    def cut(self, of_group: np.ndarray):
-        """Parts of the groups, whose rules these are."""
-        g, Q, d = self.group, self.group * self.C, self.d
-        most = min(len(of_group), max(1, CELLS_IN_PART // Q))
-        index = np.empty((most * g, self.near.size), np.int32)
-        bags = torch.arange(0, index.size, self.count, dtype=torch.int32)
-        first = np.ones((most, HIDDEN1 + 1, Q), np.float32)
-        hidden = np.ones((most, HIDDEN2 + 1, Q), np.float32)
-        logits, close = np.empty((most, d, Q), np.float32), np.empty((most, d, Q), np.bool_)
-        for low in range(0, len(of_group), most):
-            which = of_group[low : low + most]
-            n, lead = len(which), np.float32(lead_for(2.0**-25, self.cfg))
-            yield Part(
-                slice(low * g, (low + n) * g),
-                (
-                    self.rules.second[which],
-                    self.rules.head[which],
-                    self.rules.doubt[which, None] + lead,
-                ),
-                index[: n * g],
-                (torch.from_numpy(index[: n * g]).view(-1), bags[: n * g * self.blocks]),
-                first[:n, :-1].reshape(n, HIDDEN1, self.width, g * self.blocks),
-                first[:n],
-                hidden[:n],
-                logits[:n],
-                close[:n],
-                (torch.from_numpy(hidden[:n]), torch.from_numpy(logits[:n])),
-            )
-
-    def settle(self, state: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next states uint8 [R, C] of states uint8 [R, C], and the places row*C + place among
-        them that float32 leaves open, as several colours are close to the best.
-        """
-        code = state
-        if self.width == 2:  # d * d <= 256: uint8 holds the code of a pair
-            side, code = self.cfg.nca_grid, state[:, : self.blocks] * np.uint8(self.d)
-            code[:, side:] += state[:, self.blocks : -side]
-            code[:, :side] += state[:, -side:]
-        code, after, doubtful = code + self.table_of, np.empty(state.shape, np.uint8), []
-        for part in self.parts:
-            marked = self.add_up(part, code[part.rows], state[part.rows])
-            np.subtract(marked, 16, out=after[part.rows], casting="unsafe")
-            where = np.flatnonzero(marked >= 32)
-            if len(where) > len(marked):  # worth a look at each one's u
-                where = self.narrow(part, where, after, step)
-            else:
-                where += part.rows.start * self.C
-            doubtful.append(where)
-        return after, np.concatenate(doubtful)
-
-    def add_up(self, part: Part, code: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """Sums of the marks of the colours close to the best, [rows, C]; logits stay in `part`."""
-        (second, head, margin), (hidden, logits) = part.rules, part.tensors
-        n, d, Q = part.logits.shape
-        np.take(code, self.near, axis=1, out=part.index, mode="clip")
-        np.add(part.index, self.row_of, out=part.index)
-        sums = torch.embedding_bag(self.rules.near, *part.bags)[0].numpy()
-        # [n, group*blocks, cells of a block, 4] -> [n, 4, cells of a block, group*blocks]
-        np.copyto(part.sums, sums.reshape(n, -1, self.width, HIDDEN1).transpose(0, 3, 2, 1))
-        np.matmul(second, part.first, out=part.hidden[:, :-1])
-        hidden.relu_()
-        np.matmul(head, part.hidden, out=part.logits)
-        if self.cfg.nca_identity:
-            own = state.reshape(n, self.group, self.width, self.blocks).swapaxes(1, 2)
-            own = torch.from_numpy(own.reshape(n, 1, Q)).long()
-            add = torch.full(own.shape, self.cfg.nca_identity)
-            logits.scatter_add_(1, own, add)
-        least = logits.amax(1).numpy()
-        least -= margin
-        np.greater_equal(part.logits, least[:, None], out=part.close)
-        marked = np.einsum("udq,d->uq", part.close.view(np.uint8), self.marks)
-        marked = marked.reshape(n, self.width, self.group, self.blocks).swapaxes(1, 2)
-        return marked.reshape(len(code), self.C)
-
-    def narrow(self, part: Part, where: np.ndarray, after: np.ndarray, step: int) -> np.ndarray:
-        """Of places in a part behind add_up: those whose best colour leads by too little for their
-        u; the others' is put into `after`.
-        """
-        row, place = np.divmod(where, self.C)
-        unit, in_group = np.divmod(row, self.group)
-        cell, block = np.divmod(place, self.blocks)
-        logits = part.logits[unit, :, (cell * self.group + in_group) * self.blocks + block]
-        where = where + part.rows.start * self.C
-        u = self.numbers(where, step)
-        second, first = np.partition(logits, self.d - 2)[:, self.d - 2 :].T
-        needed = self.rules.doubt[self.slot[where // self.C]]
-        needed = needed + lead_for(np.minimum(u, 1 - u), self.cfg)
-        after.ravel()[where] = logits.argmax(1)
-        return where[first - second <= needed]
-
-    def numbers(self, where: np.ndarray, step: int) -> np.ndarray:
-        """u [n] of the places row*C + place [n] at a step."""
-        row, place = np.divmod(where, self.C)
-        cell = places(self.cfg.nca_grid, self.width)[0][place]
-        return uniform(self.keys[row], step * self.C + cell, 24)
+    near = torch.from_numpy(rules.near).view(-1, HIDDEN1)
+    row_of = np.arange(9, dtype=np.int32) * cfg.nca_colors
+    for low in range(0, len(state), 64):  # rows that fit into the caches
+        some = slice(low, low + 64)
+        index = np.take(state[some], neighbours(cfg.nca_grid), axis=1) + row_of
+        index += (slot[some] * (9 * cfg.nca_colors)).astype(np.int32)[:, None, None]
+        first = torch.embedding_bag(
+            near, torch.from_numpy(index).view(-1), torch.arange(0, index.size, 9).int()
+        )[0].view(len(index), -1, HIDDEN1)
+        second = torch.from_numpy(rules.second[slot[some]])
+        head = torch.from_numpy(rules.head[slot[some]])
+        hidden = torch.baddbmm(second[:, :, -1:], second[:, :, :-1], first.transpose(1, 2))
+        logits = torch.baddbmm(head[:, :, -1:], head[:, :, :-1], hidden.relu_())
+        if cfg.nca_identity:
+            own = torch.from_numpy(state[some]).long()[:, None]
+            logits.scatter_add_(1, own, torch.full(own.shape, cfg.nca_identity))
+        best, colour = logits.max(1)
+        logits.scatter_(1, colour[:, None], -math.inf)
+        after[some], lead[some] = colour.numpy(), (best - logits.amax(1)).numpy()
 
 
 def lead_for(v: float | np.ndarray, cfg: PrePreConfig) -> float | np.ndarray:
@@ -856,25 +812,15 @@ def decide(
     u: np.ndarray,
     cfg: PrePreConfig,
 ) -> np.ndarray:
-    """Next colours [n] as defined, of the places row*C + place [n] of states [R, C], by u [n]."""
-    row, place = np.divmod(where, state.shape[1])
-    around = around_places(cfg.nca_grid, rules.width)[place]
-    slot, around = slot[row], state[row[:, None], around]  # [n], [n, 9]
-    logits = exact_logits(rules.weights, slot, around)
-    logits[np.arange(len(row)), state[row, place]] += cfg.nca_identity
+    """Next colours [n] as defined, of the cells row*C + cell [n] of states [R, C], by u [n]."""
+    row, cell = np.divmod(where, state.shape[1])
+    around = state[row[:, None], neighbours(cfg.nca_grid)[cell]]  # [n, 9]
+    logits = exact_logits(rules.weights, slot[row], around)
+    logits[np.arange(len(row)), state[row, cell]] += cfg.nca_identity
     logits -= logits.max(-1, keepdims=True)
     if not cfg.nca_temperature:
         return logits.argmax(-1)
     return choose(np.exp(logits / cfg.nca_temperature), u)
-
-
-@functools.lru_cache
-def around_places(grid: int, width: int) -> np.ndarray:
-    """The places of each place's neighbours [C, 9], line by line."""
-    cells, back = places(grid, width)
-    y, x = np.divmod(cells, grid)
-    near = [(y + dy) % grid * grid + (x + dx) % grid for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    return back[np.stack(near, axis=1)]
 
 
 def exact_logits(w: Weights, slot: np.ndarray, around: np.ndarray) -> np.ndarray:
@@ -894,13 +840,6 @@ def exact_logits(w: Weights, slot: np.ndarray, around: np.ndarray) -> np.ndarray
     hidden = np.maximum(terms.sum(axis=1), 0)
     head = w.conv3[slot].transpose(0, 2, 1).astype(np.float64, order="C")
     return (head * hidden[:, :, None]).sum(axis=1) + w.bias3[slot]
-
-
-def rows_per_rule(slot: np.ndarray) -> int:
-    """How many rows stand side by side for each rule in turn; 1 if not for all alike. slot: [R]."""
-    group = int(np.argmax(slot != slot[0])) or len(slot)
-    alike = len(slot) % group == 0 and (slot.reshape(-1, group) == slot[::group, None]).all()
-    return group if alike else 1
 
 
 def start_grids(keys: np.ndarray, cfg: PrePreConfig) -> np.ndarray:
@@ -932,9 +871,7 @@ def simulate(ids: np.ndarray, sims: np.ndarray, epoch: int, cfg: PrePreConfig) -
     if cfg.nca_control == "random":
         cells = uniform(keys[:, None], np.arange(len(times) * C), 24) * cfg.nca_colors
         return cells.astype(np.uint8).reshape(len(ids), len(times), C)
-    # making tables of pairs takes as long as two rows
-    pays = len(ids) >= 4 * len(distinct) and cfg.nca_grid % 2 == 0
-    tables = make_tables(draw_weights(distinct, cfg), cfg, width=2 if pays else 1)
+    tables = make_tables(draw_weights(distinct, cfg), cfg)
     grids = rollout(tables, slot, start, stream(cfg.nca_seed, STEP, ids, sims, epoch), times, cfg)
     if cfg.nca_control == "shuffled":
         order = bits(keys[:, None], np.arange(len(times))).argsort(axis=1, kind="stable")
@@ -1581,6 +1518,7 @@ def generate_only(cfg: PrePreConfig) -> int:
         "val_rows": val.rows,
         "tokens": train.rows * row_inputs(cfg),
         "val_tokens": val.rows * row_inputs(cfg),
+        "compiled": compiled_advance(cfg.nca_colors) is not None,
         "seconds": seconds + train.make_seconds + val.make_seconds,
         "unigram_loss": unigram_loss(train.generate(0, np.arange(min(train.rows, 1024))), cfg),
         "compat": cfg.nca_compat,
