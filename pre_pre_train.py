@@ -41,6 +41,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -750,10 +751,11 @@ def compiled_advance(colors: int):
     """plain_advance as one loop, compiled anew by each process: that takes a fifth of a second, and
     no other CPU ever meets the file. None where there is no compiler.
     """
-    command = [os.environ.get("CXX", "g++"), "-O3", "-march=native", f"-DD={colors}", "-shared"]
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    command = [*compiler, "-O3", "-march=native", f"-DD={colors}", "-shared", "-fPIC"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "advance.so"
-        command += ["-fPIC", "-x", "c++", "-", "-o", str(path)]
+        command += ["-x", "c++", "-", "-o", str(path)]
         try:
             subprocess.run(command, input=ADVANCE.encode(), check=True, capture_output=True)
             function = ctypes.CDLL(str(path)).advance
