@@ -4,7 +4,7 @@ kernels, waits of the host; beside another trainer's script where one is named.
     python tests/bench_gpu.py remix_m --share 8              # one rank's step of a run on 8 GPUs
     python tests/bench_gpu.py golf_progressive --share 8 --at "0 1" --trace trace.json.gz
     python tests/bench_gpu.py centering_221m --share 4 --flags="--compile 2"
-    python tests/bench_gpu.py remix_m --share 8 --variant="--loss_chunk 65536"   # in turns
+    python tests/bench_gpu.py remix_m --share 8 --variant="--loss_chunk 16384"   # in turns
     python tests/bench_gpu.py remix_m on_cpu --device cpu --steps 3    # without a GPU: times alone
     python tests/bench_gpu.py remix_m --share 8 --against theirs.py --replace "8 ranks=>1 rank"
 

@@ -59,11 +59,11 @@ if [ -n "$UPSTREAM" ]; then
     --replace 'train_time:{approx_training_time_ms:.0f}=>train_time:{approx_training_time_ms:.3f}'
     --replace 'print0(nvidia_smi())=>pass')
 fi
-remix_m() { bench remix_m 8 "${THEIRS[@]}" "$@"; }  # upstream's script has the logits of all tokens at once
+remix_m() { bench remix_m 8 "${THEIRS[@]}" "$@"; }
 golf() { bench golf_progressive 8 --at 1 "$@"; }
 centering() { bench centering_221m 4 --at 1 "$@"; }
 slowrun() { bench slowrun_1h 8 --at 1 --steps 3 --settle 1 --profiled 0 --flags="--compile 1 --meta_groups 1"; }
-whole_logits="--loss_chunk 65536" gram="--loss_chunk 65536 --polar_gram 3"
+chunked="--loss_chunk 16384" gram="--polar_gram 3"
 
 tests() {  # each in a process of its own, several at once: what they say depends on no time
   export OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=4
@@ -101,14 +101,14 @@ score() {  # the whole model, hardly trained: is its artifact written, scored an
 
 prepare() {  # what the parts that are timed compile: they find it in the compiler's cache
   wanted golf && golf --prepare &
-  wanted remix_m && bench remix_m 8 --flags="$whole_logits" --prepare && bench remix_m 8 --flags="$gram" --prepare &
+  wanted remix_m && bench remix_m 8 --flags="$chunked" --prepare && bench remix_m 8 --flags="$gram" --prepare &
   for name in remix_m centering; do wanted $name && $name --prepare; done
   wait
 }
 
 export -f wanted bench remix_m golf centering slowrun tests score prepare
 call() {  # call NAME SECONDS FUNCTION: a part that is one of the functions above
-  part "$1" "$2" bash -c "$(declare -p LAYER STEPS BATCH THEIRS whole_logits gram); $3"
+  part "$1" "$2" bash -c "$(declare -p LAYER STEPS BATCH THEIRS chunked gram); $3"
 }
 
 rm -f "$OUT"/*.txt "$OUT/figures.jsonl"
@@ -118,7 +118,7 @@ wait
 if wanted tests; then (said_by_tests) | tee -a "$OUT/all.txt"; fi
 find "$WORK/compiled" -name '*.best_config' -delete 2>/dev/null  # were chosen on a busy card
 
-LINES_OF=60 call remix_m 180 "remix_m --variant '$whole_logits' --variant '$gram' --trace $OUT/remix_m.json.gz"
+LINES_OF=60 call remix_m 180 "remix_m --variant '$chunked' --variant '$gram' --trace $OUT/remix_m.json.gz"
 call golf 70 golf
 call centering 70 centering
 if [ ${#LAYER[@]} = 0 ]; then call slowrun 150 slowrun; fi
