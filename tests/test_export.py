@@ -170,7 +170,7 @@ def test_calibration_ends_by_the_clock_within_a_row_and_on_all_ranks_alike():
     assert tg.record_hessians(model, rows, tg.Shape(1, 32, 1, 0), run, until=5.0) == ({}, 0)
     asked = []
     run = tg.Ranks(torch.device("cpu"))
-    run.world, run.sum, run.clock = 2, lambda x: x, clock_of([0.0])
+    run.world, run.sum_of, run.clock = 2, lambda x: x, clock_of([0.0])
     # the other rank is late at the third turn
     run.poll = lambda late: asked.append(late) or len(asked) > 2
     assert tg.record_hessians(model, rows, tg.Shape(1, 32, 1, 0), run, until=5.0)[

@@ -1212,7 +1212,7 @@ def test_a_full_disk_on_two_ranks_ends_both(server, breakable, tmp_path):
     """Only rank 0 writes; what it meets ends both, with the same message."""
     argv, clean, _, _, _ = breakable
     folder = _copy(clean, tmp_path / "run")
-    with mounted(folder / "logs", "size=400k"):
+    with mounted(folder / "logs", "size=800k"):
         for ended in run_ranks(server, 2, argv, folder):
             assert_refused(ended, ["the disk is full", "--resume"])
 

@@ -104,7 +104,7 @@ def test_ranks_score_the_tokens_of_one_process():
     for rank in range(3):
         scorer = scorer_of("sliding")
         scorer.run = tg.Ranks(scorer.run.device, rank, 3)
-        scorer.run.sum, scorer.run.poll = lambda x: x, lambda: None
+        scorer.run.sum_of, scorer.run.poll = lambda x: x, lambda: None
         parts.append(scorer.score(tokens))
     assert torch.equal(sum(p.times for p in parts), whole.times)
     torch.testing.assert_close(sum(p.nats for p in parts), whole.nats)
