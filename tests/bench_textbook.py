@@ -88,7 +88,7 @@ def textbook_step(dtype):
 
 SAME_TASK = ("--optimizer", "adamw", "--doc_mask", "0", "--softcap", "0", "--logit_dim_power", "0")
 NO_PAIRS = ("--bigram_rows", "0", "--bigram_signs", "0", "--bigram_rule", "adam")
-SAME_TASK += (*NO_PAIRS, "--normuon", "0")
+SAME_TASK += (*NO_PAIRS, "--normuon", "0", "--polar_gram", "1")
 
 
 def our_step(dtype, flags=(), keep_memory=True):
