@@ -123,7 +123,11 @@ def draw(found: list[dict], path: Path) -> None:
         at = [x(row) for row in rows]
         spread = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
         place.errorbar(at, y, yerr=spread, marker="o", capsize=3)
-        place.set(xscale="log", yscale="log", xlabel=names[table])
+        place.set(xscale="log", xlabel=names[table])
+        if table == "models":
+            place.set_yscale("log")
+        else:
+            place.set_ylim(0)
         place.set_xticks(at, [f"{value:,.0f}" for value in at], minor=False)
         place.set_xticks([], minor=True)
         place.grid(alpha=0.3, which="both")
