@@ -280,7 +280,8 @@ def test_grids_are_those_of_the_oracle(values, monkeypatch):
                 f"{advance}: rows {rows[(got != expected).any((1, 2))]} differ"
             )
     if cfg.nca_temperature > 0.01:
-        assert any(decided)  # float32 did not decide everything
+        # float32 did not decide everything, though of four cells nearly all
+        assert sum(decided) > (50 if cfg.nca_grid > 2 else 1)
 
 
 def test_doubt_bounds_the_error_of_float32():
