@@ -1964,8 +1964,15 @@ def fp8_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias.flatten().to(x.dtype)
 
 
-def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
-    """The table's rows. A CPU would sum their gradients in bfloat16, a GPU does in fp32."""
+def rows_of(table: Tensor, tokens: Tensor, few: bool = False) -> Tensor:
+    """
+    The table's rows. A CPU would sum their gradients in bfloat16, a GPU does in fp32. few: of a
+    table so large that a CPU, where gradients are kept already, adds to those of these rows alone
+    and makes no table of others.
+    """
+    if few and table.device.type == "cpu" and not torch.compiler.is_compiling():
+        sparse = table.grad is not None and table.dtype == torch.float32
+        return F.embedding(tokens, table.float(), sparse=sparse)
     return F.embedding(tokens, table if table.is_cuda else table.float())
 
 
@@ -3305,7 +3312,8 @@ class GPT(Declaring):
         before = torch.cat([first, tokens_BT[:, :-1]], dim=1)
         at = size + torch.arange(tokens_BT.size(1), device=tokens_BT.device)
         ids = bigram_ids(tokens_BT, before.masked_fill(at == 1, last), last + 1)
-        rows = rows_of(self.bigram, ids.masked_fill(at == 0, last)).to(self.dtype)
+        few = self.cfg.bigram_rule == "rows"
+        rows = rows_of(self.bigram, ids.masked_fill(at == 0, last), few).to(self.dtype)
         if not self.cfg.bigram_signs:
             return rows
         ids = ((before ^ tokens_BT) % self.cfg.bigram_signs).masked_fill(at == 0, 0)
@@ -4169,6 +4177,22 @@ def rows_update(
     w.copy_(torch.where((g != 0).any(-1, keepdim=True), stepped, x))
 
 
+def update_few_rows(
+    few: Tensor,
+    w: Tensor,
+    g: Tensor,
+    second: Tensor,
+    rates: dict[str, Tensor],
+    rule: Rule,
+    cfg: Config,
+) -> None:
+    """rows_update() on a CPU: few: the numbers of the rows that have a gradient."""
+    rows, moments = w[few], second[few]
+    rows_update(rows, g[few], moments, rates, rule, cfg)
+    second.lerp_(torch.zeros_like(second), 1 - rule.beta2)
+    second[few], w[few] = moments, rows
+
+
 def descend(
     w: Tensor, u: Tensor, lr: Tensor, decay: Tensor | None, cautious: bool, pin: bool
 ) -> None:
@@ -4251,6 +4275,24 @@ class Bucket:
         if cfg.ema_nesterov != "0":
             self.state["last"].copy_(self.shard)
         self.world = run.world
+        # On a GPU the host would wait for a list of rows.
+        self.of_rows = rule.kind == "rows" and run.device.type == "cpu" and cfg.adam_every == 1
+        self.few: Tensor | None = None  # numbers of the shard's rows with a gradient, where of_rows
+
+    def square(self) -> Tensor:
+        """Of the norm of the shard's gradients; finds the rows that have any."""
+        g = self.grad_shard
+        if self.of_rows:
+            self.few = ((g.amax(-1) != 0) | (g.amin(-1) != 0)).nonzero().flatten()
+            g = g[self.few]
+        return torch.linalg.vector_norm(g, dtype=torch.float32).square()
+
+    def clear(self) -> None:
+        """All gradients become 0 again."""
+        if self.of_rows and self.world == 1:
+            self.grads.index_fill_(0, self.few, 0)
+        else:
+            self.grads.zero_()
 
     def frozen(self, now: Now) -> bool:
         """Whether the weights keep every bit in this step."""
@@ -4498,7 +4540,7 @@ class MuonAdamW:
         for i, b in enumerate(self.buckets):
             if world > 1 and pending[i]:
                 pending[i].wait()
-            squares.append(torch.linalg.vector_norm(b.grad_shard, dtype=torch.float32).square())
+            squares.append(b.square())
         size = run.sum_of(torch.stack(squares).sum().view(1)).sqrt()
         self.count += 1
         rates, gathers = self.rates(now), []
@@ -4508,7 +4550,7 @@ class MuonAdamW:
                     (self.cfg.grad_clip / (size + 1e-6)).clamp(max=1.0).to(b.grads.dtype)
                 )
             self.update(b, now, rates[i])
-            b.grads.zero_()
+            b.clear()
             if world > 1:
                 gathers += run.start_gather(b.weights, b.shard)
         for work in gathers:
@@ -4569,7 +4611,11 @@ class MuonAdamW:
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
             self.muon(shard, b.grad_shard, b.state, rates, b.rule, self.cfg, dtype)
         elif self.cfg.bigram_rule == "rows" and b.rule.kind == "rows":
-            self.rows(shard, b.grad_shard, b.state["row_sq"], rates, b.rule, self.cfg)
+            rest = shard, b.grad_shard, b.state["row_sq"], rates, b.rule, self.cfg
+            if b.of_rows:
+                update_few_rows(b.few, *rest)
+            else:
+                self.rows(*rest)
         else:
             self.adamw(
                 shard,

@@ -460,6 +460,37 @@ def test_rows_rule_is_dense_adam_with_the_mean_square_of_each_row():
     assert max(often) > 3
 
 
+def test_a_list_of_rows_with_gradients_is_the_whole_table_to_the_bit():
+    """
+    Of a batch in which tokens return: the gradients of those rows alone added to those of before,
+    three steps by lists of rows, and the same by the update that a GPU has, of all rows.
+    """
+    flags = {"cautious": 1, "embed_wd": 0.1, "beta2": 0.9}
+    models = [build(tiny(bigram_rows=400, bigram_rule="rows", **flags)) for _ in range(2)]
+    opts = [tg.MuonAdamW(model.cfg, model, alone()) for model in models]
+    few, whole = ([b for b in opt.buckets if "bigram" in b.params][0] for opt in opts)
+    assert few.of_rows
+    whole.of_rows, found = False, []
+    with torch.no_grad():
+        for model in models:
+            model.bigram.copy_(torch.randn(400, model.cfg.dim, generator=torch.manual_seed(1)))
+    for seed in range(3):
+        ids = torch.randint(64, (5, 9), generator=torch.manual_seed(seed))
+        for model in models:
+            rows = tg.rows_of(model.bigram, ids, few=model is models[0])
+            (rows * torch.randn(rows.shape, generator=torch.manual_seed(seed))).sum().backward()
+        assert few.grads.layout == torch.strided and torch.equal(few.grads, whole.grads)
+        before = few.weights.clone()
+        for opt in opts:
+            opt.step(now())
+        assert torch.equal(few.few, ids.unique()) and not few.grads.any()
+        found.append((few.weights != before).any(-1).nonzero().flatten())
+        assert torch.equal(found[-1], ids.unique())
+        assert torch.equal(few.weights, whole.weights)
+        assert torch.equal(few.state["row_sq"], whole.state["row_sq"])
+    assert not torch.equal(found[0], found[1])
+
+
 def test_a_table_of_pairs_trains_goes_on_and_is_read_back(tmp_path):
     """Rounded, scored over a sliding window, and resumed behind step 2 with the same bits."""
     flags = {"bigram_rows": 100, "bigram_signs": 16, "bigram_rule": "rows", "doc_mask": 1}
