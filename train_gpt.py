@@ -2092,13 +2092,11 @@ def offset_dims(cfg: Config) -> list[tuple[int, int]]:
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (k, k + R/2) of the first R dims by its position's angle; in fp32."""
     half = cos.size(-1)
-    a, b, still = (
-        x_BTHK[..., :half].float(),
-        x_BTHK[..., half : 2 * half].float(),
-        x_BTHK[..., 2 * half :],
-    )
-    cos, sin = cos[: x_BTHK.size(1), None], sin[: x_BTHK.size(1), None]
-    turned = torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).to(x_BTHK.dtype)
+    # [..., 2, R/2]: halves that cat() puts together take a CPU three times as long backward
+    x, still = x_BTHK[..., : 2 * half].unflatten(-1, (2, half)).float(), x_BTHK[..., 2 * half :]
+    cos, sin = (table[: x.size(1), None, None] for table in (cos, sin))
+    sign = 1 - 2 * torch.arange(2, device=x.device)[:, None]
+    turned = (x * cos + x.flip(-2) * (sin * sign)).flatten(-2).to(x_BTHK.dtype)
     return torch.cat([turned, still], dim=-1) if still.size(-1) else turned
 
 
@@ -2119,6 +2117,9 @@ def half_split(x_BTHK: Tensor, dims: int) -> Tensor:
     return torch.cat([x_BTHK[..., 1:dims:2], x_BTHK[..., 0:dims:2], x_BTHK[..., dims:]], dim=-1)
 
 
+LONG_ROW = 4096  # tokens, beyond which nothing of T x T is kept
+
+
 def visible(
     q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | None, window: int
 ) -> Tensor:
@@ -2131,6 +2132,17 @@ def visible(
     if q_doc is not None:
         ok = ok & (q_doc == k_doc)
     return ok
+
+
+def seen_by(
+    pos: Tensor, docs: Tensor | None, window: int, rows: slice, cols: slice = slice(None)
+) -> Tensor:
+    """
+    visible() of the queries in `rows` and the keys in `cols` of documents docs [B, T], [B, 1, rows,
+    cols]; without documents [rows, cols]. pos: 0 to T - 1.
+    """
+    d = (None, None) if docs is None else (docs[:, None, rows, None], docs[:, None, None, cols])
+    return visible(pos[rows, None], pos[cols], *d, window)
 
 
 @functools.cache
@@ -2184,6 +2196,23 @@ def block_mask(rule, q: Tensor, by_row: bool):
     return create_block_mask(rule, rows, None, length, length, device=q.device)
 
 
+class Scores(torch.autograd.Function):
+    """
+    q @ k.mT of queries [..., rows, K] and keys [..., cols, K]. By itself autograd makes the keys'
+    gradient the other way around, [..., K, cols], in which a CPU's norm behind it strides.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k)
+        return q @ k.mT
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = ctx.saved_tensors
+        return grad @ k, grad.mT @ q
+
+
 def attend_blocks(
     q: Tensor,
     k: Tensor,
@@ -2192,33 +2221,29 @@ def attend_blocks(
     window: int,
     scale: float,
     bound: float = math.inf,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """
     The same support with plain matmuls: queries in blocks, each against the keys that it may see.
     Exact, runs everywhere, differentiable; compiled it trains faster on a CPU than SDPA, whose
     backward is slow there (tests/bench_textbook.py --attention). No score is beyond +-bound: where
     that is small, as it is behind QK norm, exp cannot overflow and the pass for each row's maximum
-    is saved. Long rows with a window become bands (a block of queries against its own block of keys
-    and the one before).
+    is saved. seen: what all queries see, where that was made already, see seen_by(). Long rows with
+    a window become bands (a block of queries against its own block of keys and the one before).
     """
     B, H, T, K = q.shape
     if k.size(1) != H:
         k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
     pos = torch.arange(T, device=q.device, dtype=torch.int32)
-    if window and T > 4096 and T >= 2 * window:
+    if window and T > LONG_ROW and T >= 2 * window:
         return attend_bands(q, k, v, pos, docs, window, scale)
     size, outs = max(128, T // 64), []
-    for start in range(0, T, size):
+    for start, block in zip(range(0, T, size), (q * scale).split(size, dim=2)):
         end = min(start + size, T)
         first = max(0, start - window + 1) // size * size if window else 0
         rows, cols = slice(start, end), slice(first, end)
-        d = (
-            (docs[:, None, rows, None], docs[:, None, None, cols])
-            if docs is not None
-            else (None, None)
-        )
-        ok = visible(pos[rows, None], pos[cols], *d, window)
-        scores = ((q[:, :, rows] * scale) @ k[:, :, cols].mT).float()
+        ok = seen_by(pos, docs, window, rows, cols) if seen is None else seen[..., rows, cols]
+        scores = Scores.apply(block, k[:, :, cols]).float()
         if bound <= 40:
             p = torch.where(ok, scores.exp(), 0.0)
             outs.append(
@@ -2759,6 +2784,10 @@ class AttentionMask:
         self.sharp = sharp  # YaRN's factor on scores
         self.plain = docs_BT is None and not self.window
         self.on_gpu = like.is_cuda
+        self.seen: Tensor | None = None
+        if not self.on_gpu and like.size(1) <= LONG_ROW:
+            pos = torch.arange(like.size(1), device=like.device, dtype=torch.int32)
+            self.seen = seen_by(pos, docs_BT, self.window, slice(None))
         self.flex = (
             flex_mask(like, docs_BT, self.window) if self.on_gpu and not self.plain else None
         )
@@ -2772,7 +2801,7 @@ class AttentionMask:
     ) -> Tensor:
         scale, bound = scale * self.sharp, bound * self.sharp
         if not self.on_gpu:
-            return attend_blocks(q, k, v, self.docs, self.window, scale, bound)
+            return attend_blocks(q, k, v, self.docs, self.window, scale, bound, self.seen)
         if self.plain:
             return F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1)
@@ -3317,7 +3346,7 @@ class GPT(Declaring):
         if not self.cfg.bigram_signs:
             return rows
         ids = ((before ^ tokens_BT) % self.cfg.bigram_signs).masked_fill(at == 0, 0)
-        return rows * self.signs[ids].to(self.dtype)
+        return rows * F.embedding(ids, self.signs).to(self.dtype)
 
     def drawn(self, places: int) -> Tensor | None:
         """Numbers of chance for stochastic depth, one for each place; None where all take part."""
@@ -4186,11 +4215,12 @@ def update_few_rows(
     rule: Rule,
     cfg: Config,
 ) -> None:
-    """rows_update() on a CPU: few: the numbers of the rows that have a gradient."""
-    rows, moments = w[few], second[few]
-    rows_update(rows, g[few], moments, rates, rule, cfg)
+    """rows_update() on a CPU. few, g: the rows that have a gradient, by their number, and it."""
+    rows, moments = w.index_select(0, few), second.index_select(0, few)
+    rows_update(rows, g, moments, rates, rule, cfg)
     second.lerp_(torch.zeros_like(second), 1 - rule.beta2)
-    second[few], w[few] = moments, rows
+    second.index_copy_(0, few, moments)
+    w.index_copy_(0, few, rows)
 
 
 def descend(
@@ -4284,7 +4314,7 @@ class Bucket:
         g = self.grad_shard
         if self.of_rows:
             self.few = ((g.amax(-1) != 0) | (g.amin(-1) != 0)).nonzero().flatten()
-            g = g[self.few]
+            g = g.index_select(0, self.few)
         return torch.linalg.vector_norm(g, dtype=torch.float32).square()
 
     def clear(self) -> None:
@@ -4611,11 +4641,11 @@ class MuonAdamW:
             dtype = torch.bfloat16 if self.run.dtype == torch.bfloat16 else torch.float32
             self.muon(shard, b.grad_shard, b.state, rates, b.rule, self.cfg, dtype)
         elif self.cfg.bigram_rule == "rows" and b.rule.kind == "rows":
-            rest = shard, b.grad_shard, b.state["row_sq"], rates, b.rule, self.cfg
+            state = b.state["row_sq"], rates, b.rule, self.cfg
             if b.of_rows:
-                update_few_rows(b.few, *rest)
+                update_few_rows(b.few, shard, b.grad_shard.index_select(0, b.few), *state)
             else:
-                self.rows(*rest)
+                self.rows(shard, b.grad_shard, *state)
         else:
             self.adamw(
                 shard,
