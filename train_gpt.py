@@ -2238,27 +2238,34 @@ def attend_blocks(
     if window and T > LONG_ROW and T >= 2 * window:
         return attend_bands(q, k, v, pos, docs, window, scale)
     size, outs = max(128, T // 64), []
-    for start, block in zip(range(0, T, size), (q * scale).split(size, dim=2)):
-        end = min(start + size, T)
-        first = max(0, start - window + 1) // size * size if window else 0
-        rows, cols = slice(start, end), slice(first, end)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, cols: slice) -> Tensor:
         ok = seen_by(pos, docs, window, rows, cols) if seen is None else seen[..., rows, cols]
-        scores = Scores.apply(block, k[:, :, cols]).float()
+        scores = Scores.apply(q, k).float()
         if bound <= 40:
             p = torch.where(ok, scores.exp(), 0.0)
-            outs.append(
-                ((p.to(v.dtype) @ v[:, :, cols]).float() / p.sum(-1, keepdim=True)).to(v.dtype)
-            )
-        else:
-            outs.append(scores.masked_fill(~ok, -torch.inf).softmax(-1).to(v.dtype) @ v[:, :, cols])
+            return ((p.to(v.dtype) @ v).float() / p.sum(-1, keepdim=True)).to(v.dtype)
+        return scores.masked_fill(~ok, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+    for start, block in zip(range(0, T, size), (q * scale).split(size, dim=2)):
+        first = max(0, start - window + 1) // size * size if window else 0
+        rows, cols = slice(start, start + block.size(2)), slice(first, start + block.size(2))
+        part = block, k[:, :, cols], v[:, :, cols], rows, cols
+        outs.append(recomputed(attend, *part) if T > LONG_ROW else attend(*part))
     return torch.cat(outs, dim=2)
+
+
+def recomputed(function, *args):
+    """function(*args), of which the backward pass keeps the arguments alone."""
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
 
 
 def attend_bands(
     q: Tensor, k: Tensor, v: Tensor, pos: Tensor, docs: Tensor | None, window: int, scale: float
 ) -> Tensor:
     """
-    Bands of `window` queries against 2*window keys: memory grows with T*window instead of T*T.
+    Bands of `window` queries against 2*window keys, a sixteenth of all bands at a time, which the
+    backward pass computes again: what is kept grows with T, and neither with T*T nor T*window.
     """
     B, H, T, K = q.shape
     pad = -T % window
@@ -2282,10 +2289,17 @@ def attend_bands(
     d = (None, None)
     if docs is not None:
         d = F.pad(docs, (0, pad)).view(B, 1, n, window, 1), keys(docs.view(B, 1, T, 1), fill=-1).mT
-    ok = visible(q_pos, k_pos, *d, window)
-    # finite: padded queries may see nothing
-    scores = ((q_bands * scale) @ keys(k).mT).float().masked_fill(~ok, -1e30)
-    out = scores.softmax(-1).to(v.dtype) @ keys(v)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *pos_and_docs: Tensor | None) -> Tensor:
+        ok = visible(*pos_and_docs, window)
+        # finite: padded queries may see nothing
+        scores = ((q * scale) @ k.mT).float().masked_fill(~ok, -1e30)
+        return scores.softmax(-1).to(v.dtype) @ v
+
+    each = -(-n // 16)
+    parts = [x.split(each, dim=2) for x in (q_bands, keys(k), keys(v), q_pos, k_pos)]
+    parts += [[None] * len(parts[0]) if x is None else x.split(each, dim=2) for x in d]
+    out = torch.cat([recomputed(attend, *part) for part in zip(*parts)], dim=2)
     return out.flatten(2, 3)[:, :, :T]
 
 
@@ -3563,9 +3577,7 @@ class GPT(Declaring):
         chunks = zip(*splits)
         # in fp32, so that chunks' gradients are summed in it
         rows = (self.head if head is None else head).float()
-        recomputed = torch.utils.checkpoint.checkpoint
-        parts = [recomputed(losses, *c, *more, rows, use_reentrant=False) for c in chunks]
-        return torch.cat(parts, -1)
+        return torch.cat([recomputed(losses, *c, *more, rows) for c in chunks], -1)
 
 
 def build_model(cfg: Config, device: torch.device, dtype: torch.dtype, seq_len: int) -> GPT:

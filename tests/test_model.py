@@ -480,9 +480,26 @@ def test_long_rows_take_a_path_with_the_same_result(monkeypatch):
         tg, "attend_bands", lambda *a, old=tg.attend_bands: taken.append(1) or old(*a)
     )
     for window, used in ((1000, 1), (3000, 1), (0, 1)):  # the last two stay with blocks
-        got = tg.attend_blocks(q, k, v, ids, window, 0.3)
+        found = with_gradients(tg.attend_blocks, q, k, v, ids, window, 0.3)
         assert len(taken) == used
-        assert torch.allclose(got, dense(q, k, v, ids, window, 0.3), atol=2e-5)
+        for got, want in zip(found, with_gradients(dense, q, k, v, ids, window, 0.3)):
+            assert torch.allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [1000, 3000, 0])
+def test_no_scores_of_long_rows_are_kept_for_the_backward_pass(window):
+    """What is kept of 8,192 tokens is what attention is of, queries, keys and values, and copies."""
+    q, k, v, ids = material(8192, H=1, G=1, B=1, K=4)
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        tg.attend_blocks(q.requires_grad_(), k, v, ids, window, 0.3).sum()
+    inputs = q.nbytes + k.nbytes + v.nbytes + ids.nbytes
+    assert inputs / 2 < sum(kept.values()) < 4 * inputs < 4 * 8192 * 64
 
 
 @pytest.mark.filterwarnings("ignore")
