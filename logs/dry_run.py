@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from logs.endings import ending  # noqa: E402
 from train_gpt import (  # noqa: E402
+    LONG_ROW,
     Config,
     Now,
     Place,
@@ -117,11 +118,28 @@ def memory_estimate(
     kept += cfg.dim / 2 * ((cfg.attn_dropout > 0) + (cfg.mlp_dropout > 0))  # a byte each
     depth = max(len(wiring(cfg, n.repeats)) for n in plan.moments())
     depth += 2 if cfg.mtp else 0  # its block and, as one more, its inputs
-    tokens = max(s.rows * s.seq_len for s in plan.train_shapes(world))
+    tokens = max(map(tokens_of, plan.train_shapes(world)))
     at_once = tokens if cfg.compile == 2 else min(tokens, cfg.loss_chunk)
     logits = (2 if cfg.compile else 3 * 4) * at_once * cfg.vocab  # eagerly, three in fp32
     logits *= 2 if cfg.distill else 1  # the teacher's
-    return fixed + int(2 * tokens * depth * kept) + logits
+    kept = max(tokens_of(s) * (kept + scores_kept(cfg, s)) for s in plan.train_shapes(world))
+    return fixed + int(2 * depth * kept) + logits
+
+
+def tokens_of(s: Shape) -> int:
+    return s.rows * s.seq_len
+
+
+def scores_kept(cfg: Config, s: Shape) -> float:
+    """
+    Numbers in bf16 that a CPU's attention keeps of a token at one place: scores and what exp makes
+    of them, with the keys that its block of queries reads; of long rows none (attend_blocks()).
+    """
+    if cfg.device != "cpu" or s.seq_len > LONG_ROW:
+        return 0
+    block = max(128, s.seq_len // 64)
+    keys = (s.seq_len + block) / 2
+    return 2 * cfg.heads * (min(keys, s.window + block) if s.window else keys)
 
 
 def shards_needed(cfg: Config, plan: Plan) -> int:

@@ -24,6 +24,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -63,6 +65,7 @@ def measure(config: str, flags: dict, steps: int, more: list[str]) -> dict:
         "save_last": 0,
     } | flags
     world, T = flags.pop("world", 1), int(flags["seq_len"])
+    flags |= {} if torch.cuda.is_available() else {"device": "cpu"}  # whose scores dry_run counts
     flags |= {"eval_every": 0, "val_tokens": max(T, 4096)}
     with tempfile.TemporaryDirectory() as folder:
         flags |= {"run": "growth", "log_dir": folder}

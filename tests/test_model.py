@@ -488,7 +488,7 @@ def test_long_rows_take_a_path_with_the_same_result(monkeypatch):
 
 @pytest.mark.parametrize("window", [1000, 3000, 0])
 def test_no_scores_of_long_rows_are_kept_for_the_backward_pass(window):
-    """What is kept of 8,192 tokens is what attention is of, queries, keys and values, and copies."""
+    """Of 8,192 tokens: queries, keys, values and copies of them."""
     q, k, v, ids = material(8192, H=1, G=1, B=1, K=4)
     kept = {}
 
