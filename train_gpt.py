@@ -786,6 +786,8 @@ def keep_compiled() -> None:
     Compiled graphs beside this file instead of in the system's temporary folder, which a reboot
     empties; one folder for each kind of CPU, as they are made for that alone.
     """
+    # Also graphs with autograd functions of our own: a graph's key holds what torch made of those.
+    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
     # a second that what compiles nothing does not wait
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -2196,7 +2198,7 @@ def block_mask(rule, q: Tensor, by_row: bool):
     return create_block_mask(rule, rows, None, length, length, device=q.device)
 
 
-class Scores(torch.autograd.Function):
+class DotProducts(torch.autograd.Function):
     """
     q @ k.mT of queries [..., rows, K] and keys [..., cols, K]. By itself autograd makes the keys'
     gradient the other way around, [..., K, cols], in which a CPU's norm behind it strides.
@@ -2241,7 +2243,7 @@ def attend_blocks(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, cols: slice) -> Tensor:
         ok = seen_by(pos, docs, window, rows, cols) if seen is None else seen[..., rows, cols]
-        scores = Scores.apply(q, k).float()
+        scores = DotProducts.apply(q, k).float()
         if bound <= 40:
             p = torch.where(ok, scores.exp(), 0.0)
             return ((p.to(v.dtype) @ v).float() / p.sum(-1, keepdim=True)).to(v.dtype)
@@ -8316,7 +8318,7 @@ def validate_all(trainer: Trainer, step: int, now: Now) -> dict:
     run, ms = trainer.run, trainer.run.clock.seconds() * 1000
     began, val, more = time.perf_counter(), trainer.val, {}
     shape, mask = trainer.plan.eval_shape(now), trainer.impossible if run.over else None
-    averages = trainer.avg.ready() if is_averaged(trainer.cfg) else []
+    averages = trainer.avg.ready() if is_averaged(trainer.cfg) and step else []  # at first: live
     for name in ["live", *averages]:
         with weights_of(trainer, name):
             tail = "" if name == "live" else f"_{name}"

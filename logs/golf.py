@@ -255,6 +255,8 @@ def merged(module: cst.Module, asked: score.Phase) -> cst.Module:
     new += own.values()
     starts = [s for s in module.body if is_start(s)]
     body = [s for s in module.body if not is_start(s)]
+    both = {script.name_of(s) for s in body} & {script.name_of(s) for s in new} - {""}
+    assert not both, f"the trainer and its scorer each define {', '.join(both)}"
     at = max(i for i, s in enumerate(body) if is_import(s)) + 1
     return module.with_changes(body=[*body[:at], *imports, *body[at:], *new, *starts])
 
