@@ -550,7 +550,8 @@ class Folding(Transformer):
         value = self.known(new) if isinstance(new.operator, cst.Not) else UNKNOWN
         minus = {"operator": m.Minus()}
         rounded_up = m.BinaryOperation(m.UnaryOperation(**minus), m.FloorDivide(), m.Integer("1"))
-        if m.matches(new, m.UnaryOperation(**minus, expression=rounded_up)):
+        is_rounded_up = m.UnaryOperation(**minus, expression=rounded_up)
+        if m.matches(new, is_rounded_up) and not m.matches(old, is_rounded_up):
             return new.expression.left.expression
         return new if value is UNKNOWN else literal(value)
 
@@ -714,10 +715,13 @@ class Folding(Transformer):
         if m.matches(new, m.BinaryOperation(m.Integer(), m.Subtract(), m.Integer())):
             value = self.known(new)
             return new if value < 0 else literal(value)
-        return self.with_ones(new)
+        return self.with_ones(old, new)
 
-    def with_ones(self, new):
-        """Sizes divided by 1, and parts of 0: what is left of ranks where there is one."""
+    def with_ones(self, old, new):
+        """
+        Sizes divided by 1, and parts of 0: what is left of ranks where there is one. A 1 that is
+        written down is none of these: `x % 1` is a number's fraction.
+        """
         size = m.Integer() | SIMPLE
         nothing = m.Integer("0") | m.BinaryOperation(m.Integer("0"), m.Multiply(), size)
         if m.matches(new, m.BinaryOperation(operator=m.BitOr(), right=m.Integer("0"))):
@@ -726,7 +730,8 @@ class Folding(Transformer):
             return wrapped(new, new.left) if m.matches(new.right, nothing) else new
         if m.matches(new, m.BinaryOperation(m.Integer("1"), m.Multiply(), size)):
             return wrapped(new, new.right)
-        by_one = self.known(new.right) if m.matches(new.left, size) else UNKNOWN
+        is_size = m.matches(new.left, size) and not m.matches(old.right, m.Integer())
+        by_one = self.known(new.right) if is_size else UNKNOWN
         if type(by_one) is int and by_one == 1 and isinstance(new.operator, cst.FloorDivide):
             return wrapped(new, new.left)
         if type(by_one) is int and by_one == 1 and isinstance(new.operator, cst.Modulo):
