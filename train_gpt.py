@@ -4321,20 +4321,56 @@ class Bucket:
         self.world = run.world
         # On a GPU the host would wait for a list of rows.
         self.of_rows = rule.kind == "rows" and run.device.type == "cpu" and cfg.adam_every == 1
-        self.few: Tensor | None = None  # numbers of the shard's rows with a gradient, where of_rows
+        # where of_rows: numbers of the rows with a gradient, of the table and of the shard
+        self.touched: Tensor | None = None
+        self.few: Tensor | None = None
+        self.first = run.rank * self.share
+
+    def start_sum(self, run: Ranks) -> dist.Work | None:
+        """
+        Begin to sum the ranks' gradients. Of a table of rows those that have any, at once: how many
+        are not known before.
+        """
+        if not self.of_rows:
+            return run.start_sum(self.grads, self.grad_shard)
+        some = self.has_gradient().to(torch.uint8)
+        dist.all_reduce(some, dist.ReduceOp.MAX)
+        self.touched = some.nonzero().flatten()
+        rows = self.grads.index_select(0, self.touched)
+        dist.all_reduce(rows)
+        self.grads.index_copy_(0, self.touched, rows)
+        return None
+
+    def start_gather(self, run: Ranks) -> list[dist.Work]:
+        """Begin to bring what the ranks changed into every rank's weights."""
+        if not self.of_rows:
+            return run.start_gather(self.weights, self.shard)
+        for rank in range(run.world):
+            at = self.touched[self.touched // self.share == rank]
+            rows = self.weights.index_select(0, at)
+            dist.broadcast(rows, rank)
+            self.weights.index_copy_(0, at, rows)
+        return []
+
+    def has_gradient(self) -> Tensor:
+        """Of each row of the table."""
+        return (self.grads.amax(-1) != 0) | (self.grads.amin(-1) != 0)
 
     def square(self) -> Tensor:
         """Of the norm of the shard's gradients; finds the rows that have any."""
         g = self.grad_shard
         if self.of_rows:
-            self.few = ((g.amax(-1) != 0) | (g.amin(-1) != 0)).nonzero().flatten()
+            if self.world == 1:
+                self.touched = self.has_gradient().nonzero().flatten()
+            own = self.touched - self.first
+            self.few = own[(own >= 0) & (own < self.share)]
             g = g.index_select(0, self.few)
         return torch.linalg.vector_norm(g, dtype=torch.float32).square()
 
     def clear(self) -> None:
         """All gradients become 0 again."""
-        if self.of_rows and self.world == 1:
-            self.grads.index_fill_(0, self.few, 0)
+        if self.of_rows:
+            self.grads.index_fill_(0, self.touched, 0)
         else:
             self.grads.zero_()
 
@@ -4577,7 +4613,7 @@ class MuonAdamW:
         run, world = self.run, self.run.world
         pending = []
         if world > 1:
-            pending = [run.start_sum(b.grads, b.grad_shard) for b in self.buckets]
+            pending = [b.start_sum(run) for b in self.buckets]
         if self.cfg.untie_at and now.tied:
             self.one_gradient(pending)
         squares = []
@@ -4596,7 +4632,7 @@ class MuonAdamW:
             self.update(b, now, rates[i])
             b.clear()
             if world > 1:
-                gathers += run.start_gather(b.weights, b.shard)
+                gathers += b.start_gather(run)
         for work in gathers:
             work.wait()
         return size
