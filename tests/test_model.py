@@ -6,6 +6,8 @@ nothing when off.
 import dataclasses
 import math
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -876,6 +878,24 @@ def test_halfway_house_between_a_and_m_is_one_flag_and_trains(names, flags, tied
     assert losses[-1] < losses[0] - 0.4 and all(map(math.isfinite, losses)), losses
     if not tied and names == "remix_m":
         assert losses[0] == pytest.approx(math.log(96), abs=1e-5)
+
+
+GRADIENT_OF_PRODUCTS = """
+import torch, train_gpt as tg
+tg.keep_compiled()
+q, k = torch.ones(2, 3, 4, requires_grad=True), torch.ones(2, 5, 4)
+torch.compile(lambda q, k: tg.DotProducts.apply(q, k).exp())(q, k).sum().backward()
+print(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+def test_a_graph_with_a_function_of_ours_is_compiled_once(tmp_path):
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    env.pop("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", None)  # keep_compiled() sets it
+    start = [sys.executable, "-c", GRADIENT_OF_PRODUCTS]
+    how = {"cwd": ROOT, "env": env, "text": True}
+    found = [int(subprocess.check_output(start, **how)) for _ in range(2)]
+    assert found == [0, 1]
 
 
 def test_compiled_graphs_stay_beside_the_trainer_unless_a_folder_is_named(monkeypatch, tmp_path):
