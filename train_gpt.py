@@ -4616,26 +4616,30 @@ class MuonAdamW:
             pending = [b.start_sum(run) for b in self.buckets]
         if self.cfg.untie_at and now.tied:
             self.one_gradient(pending)
-        squares = []
+        self.count += 1
+        rates, squares, gathers = self.rates(now), [], []
         for i, b in enumerate(self.buckets):
             if world > 1 and pending[i]:
                 pending[i].wait()
             squares.append(b.square())
+            if not self.cfg.grad_clip:  # nobody waits for the norm
+                gathers += self.update_own(b, now, rates[i])
         size = run.sum_of(torch.stack(squares).sum().view(1)).sqrt()
-        self.count += 1
-        rates, gathers = self.rates(now), []
-        for i, b in enumerate(self.buckets):
-            if self.cfg.grad_clip:
+        if self.cfg.grad_clip:
+            for i, b in enumerate(self.buckets):
                 b.grad_shard.mul_(
                     (self.cfg.grad_clip / (size + 1e-6)).clamp(max=1.0).to(b.grads.dtype)
                 )
-            self.update(b, now, rates[i])
-            b.clear()
-            if world > 1:
-                gathers += b.start_gather(run)
+                gathers += self.update_own(b, now, rates[i])
         for work in gathers:
             work.wait()
         return size
+
+    def update_own(self, b: Bucket, now: Now, rates: dict[str, Tensor]) -> list[dist.Work]:
+        """Update this rank's shard, clear the gradients, begin to bring the shards together."""
+        self.update(b, now, rates)
+        b.clear()
+        return b.start_gather(self.run) if self.run.world > 1 else []
 
     def rates(self, now: Now) -> list[dict[str, Tensor | None]]:
         """

@@ -4,6 +4,7 @@ ranks.
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -749,6 +750,39 @@ def test_sharded_update_and_state_are_those_of_the_whole(changes, world):
     assert gathered.keys() == expected.keys() and int(gathered["step_count"]) == 3
     for key in expected:
         assert torch.allclose(gathered[key].float(), expected[key].float(), atol=1e-6), key
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e30])
+def test_a_bucket_is_updated_while_others_are_summed(limit, monkeypatch):
+    """
+    Clipping alone waits for the norm, that is for all sums; where it clips nothing, the weights are
+    the same.
+    """
+    cfg = tiny(grad_clip=limit)
+    model, whole = build(cfg), trained(tiny(), 1)[1]
+    opt, said = tg.MuonAdamW(cfg, model, alone(0, 2)), []
+    names = {id(b): i for i, b in enumerate(opt.buckets)}
+
+    def start_sum(b, run):
+        said.append(("begin", names[id(b)]))
+        return SimpleNamespace(wait=lambda: said.append(("wait", names[id(b)])))
+
+    def start_gather(b, run):
+        said.append(("gather", names[id(b)]))
+        return []
+
+    monkeypatch.setattr(tg.Bucket, "start_sum", start_sum)
+    monkeypatch.setattr(tg.Bucket, "start_gather", start_gather)
+    set_gradients(model)
+    opt.step(now())
+    each = range(len(opt.buckets))
+    assert len(each) > 3 and said[: len(each)] == [("begin", i) for i in each]
+    in_turns = [(what, i) for i in each for what in ("wait", "gather")]
+    all_first = [("wait", i) for i in each] + [("gather", i) for i in each]
+    assert said[len(each) :] == (all_first if limit else in_turns)
+    for b, other in zip(opt.buckets, whole.buckets):
+        count = min(b.share, len(other.weights))
+        assert torch.equal(b.shard[:count], other.weights[:count])
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
