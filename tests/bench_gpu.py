@@ -5,8 +5,9 @@ kernels, waits of the host; beside another trainer's script where one is named.
     python tests/bench_gpu.py golf_progressive --share 8 --at "0 1" --trace trace.json.gz
     python tests/bench_gpu.py centering_221m --share 4 --flags="--compile 2"
     python tests/bench_gpu.py remix_m --share 8 --variant="--loss_chunk 16384"   # in turns
-    python tests/bench_gpu.py remix_m on_cpu --device cpu --steps 3    # without a GPU: times alone
+    python tests/bench_gpu.py remix_m on_cpu --device cpu --steps 3    # without a GPU
     python tests/bench_gpu.py remix_m --share 8 --against theirs.py --replace "8 ranks=>1 rank"
+    torchrun --standalone --nproc_per_node 2 -- tests/bench_gpu.py remix_m --trace trace.json.gz
 
 Names are layered as behind --config. The trainer is train_gpt.py's own: build, warm_up, train_step,
 averages and, one step late, log_step. Tokens are random, drawn by Zipf's law, in documents of
@@ -17,7 +18,8 @@ rows, window) are measured; those that make the same graph are measured once.
 the host lies between; "logged" is the same with each step's loss read as the loop reads it. Peak
 memory is what the allocator gave out at once, in steps behind the warm-up, beside dry_run's figure.
 Each --variant is one trainer more, with these flags behind --flags; the first moment of all of them
-is then measured in turns.
+is then measured in turns. Of several ranks rank 0 speaks; it also says how long a step's
+communication takes, and how much of that lies beside its computing.
 
 Another trainer's script (--against) runs in a process of its own between two rounds of ours, on the
 same shards (data/fineweb10B in its folder), with torchrun's variables of one rank. It must print
@@ -30,6 +32,7 @@ import argparse
 import collections
 import contextlib
 import gzip
+import io
 import json
 import os
 import re
@@ -163,7 +166,7 @@ class Bench:
         """Peak bytes since the counters began, bytes reserved, and what dry_run says."""
         plan = tg.Plan(self.cfg)
         plan.moments = lambda: [now]
-        predicted = estimate(self.cfg, plan, 1)["memory_bytes"]
+        predicted = estimate(self.cfg, plan, self.run.world)["memory_bytes"]
         if not self.on_gpu:
             return 0, 0, predicted
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -174,10 +177,9 @@ class Bench:
         size = sum(p.numel() for p in self.trainer.model.parameters())
         return (
             f"{' '.join(self.args.preset)} {self.args.flags} {self.more} on {name}, "
-            f"torch {torch.__version__}, "
-            f"{self.run.dtype}, compile {cfg.compile}: {size:,} parameters; build "
-            f"{self.build_s:.1f} s, warm-up (compilation) {self.warm_up_s:.1f} s, "
-            f"{self.graphs} graphs"
+            f"torch {torch.__version__}, {self.run.dtype}, compile {cfg.compile}, "
+            f"{self.run.world} ranks: {size:,} parameters; build {self.build_s:.1f} s, "
+            f"warm-up (compilation) {self.warm_up_s:.1f} s, {self.graphs} graphs"
         )
 
 
@@ -218,7 +220,7 @@ def measure(bench: Bench, fraction: float, now: tg.Now) -> dict:
     measured = f"peak {peak / 1e9:.2f} GB, reserved {reserved / 1e9:.2f} GB, " if peak else ""
     ratio = f": measured / predicted {peak / predicted:.3f}" if peak else ""
     print(f"  memory: {measured}predicted {predicted / 1e9:.2f} GB{ratio}", flush=True)
-    if bench.on_gpu and bench.args.profiled:
+    if bench.args.profiled:
         found |= profiled(bench, now)
     found["recompiles"] = tg.graphs_compiled() - bench.graphs
     print(f"  recompiles behind the warm-up: {found['recompiles']}", flush=True)
@@ -226,11 +228,15 @@ def measure(bench: Bench, fraction: float, now: tg.Now) -> dict:
 
 
 def profiled(bench: Bench, now: tg.Now) -> dict:
-    """Kernels and waits of a step as torch.profiler sees them, and its most expensive kernels."""
+    """
+    What torch.profiler sees of a step: kernels and waits, the most expensive kernels, the ranks'
+    communication.
+    """
     count, path = bench.args.profiled, Path(bench.cfg.data).parent / "trace.json"
-    if bench.args.trace:  # of the last moment
+    if bench.args.trace and bench.run.is_main:  # of the last moment
         path = bench.args.trace
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if bench.on_gpu else []
     bench.sync()
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(count):
@@ -239,7 +245,18 @@ def profiled(bench: Bench, now: tg.Now) -> dict:
         bench.sync()
     profiler.export_chrome_trace(str(path))
     with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
-        found = counted(json.load(file)["traceEvents"], count)
+        events = json.load(file)["traceEvents"]
+    found = {}
+    if bench.run.world > 1:
+        found = {"communication_ms": communication(events, count)}
+        whole, beside = found["communication_ms"]
+        print(f"  communication: {whole:.2f} ms a step, {beside:.2f} ms of it beside computing")
+    return found | (kernels_of(events, count) if bench.on_gpu else {})
+
+
+def kernels_of(events: list[dict], count: int) -> dict:
+    """counted(), printed."""
+    found = counted(events, count)
     print(
         f"  a step has {found['kernels']:g} kernels ({found['kernel_ms']:.2f} ms), waits of the "
         f"host: {found['waits'] or 'none'}, copies: {found['copies']}"
@@ -249,20 +266,55 @@ def profiled(bench: Bench, now: tg.Now) -> dict:
     return found
 
 
+def of(events: list[dict], *kinds: str) -> list[dict]:
+    """Those of a trace's events that last, of these categories."""
+    return [e for e in events if e.get("cat") in kinds and e.get("ph") == "X"]
+
+
+def steps_of(events: list[dict]) -> list[dict]:
+    return [e for e in of(events, "user_annotation") if e["name"] == "bench_step"]
+
+
+def communication(events: list[dict], steps: int) -> tuple[float, float]:
+    """
+    Milliseconds of a step in which ranks send or receive, and of those in which this one computes
+    as well: on a GPU by kernels, on a CPU by what gloo's threads do beside the step's own thread.
+    """
+    sends, computes = [], []
+    for e in of(events, "kernel"):
+        (sends if e["name"].startswith("nccl") else computes).append(e)
+    if not of(events, "kernel"):
+        own = {e["tid"] for e in steps_of(events)}
+        sends = [e for e in of(events, "user_annotation") if e["name"].startswith("gloo:")]
+        computes = [e for e in of(events, "cpu_op") if e["tid"] in own]
+        computes = [e for e in computes if not e["name"].startswith("c10d::")]
+    sends, computes = joined(sends), joined(computes)
+    shared = sum(
+        max(0.0, min(b, d) - max(a, c)) for a, b in sends for c, d in computes if c < b and a < d
+    )
+    return sum(b - a for a, b in sends) / 1000 / steps, shared / 1000 / steps
+
+
+def joined(events: list[dict]) -> list[tuple[float, float]]:
+    """When at least one of these events was under way, in microseconds."""
+    found: list[tuple[float, float]] = []
+    for low, high in sorted((e["ts"], e["ts"] + e["dur"]) for e in events):
+        if found and low <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], high)
+        else:
+            found.append((low, high))
+    return found
+
+
 def counted(events: list[dict], steps: int) -> dict:
     """Of a step, from a trace's events: kernels, their time, copies, waits, the top ten."""
-
-    def of(*kinds: str) -> list[dict]:
-        return [e for e in events if e.get("cat") in kinds and e.get("ph") == "X"]
-
-    inside = [e for e in of("user_annotation") if e["name"] == "bench_step"]
-    waits = collections.Counter()
-    for call in of("cuda_runtime", "cuda_driver"):
+    inside, waits = steps_of(events), collections.Counter()
+    for call in of(events, "cuda_runtime", "cuda_driver"):
         begun = any(s["ts"] <= call["ts"] <= s["ts"] + s["dur"] for s in inside)
         if begun and re.sub(r"_v\d+$", "", call["name"]) in WAITS:
             waits[call["name"]] += 1 / steps
-    kernels, copies = of("kernel"), collections.Counter()
-    for copy in of("gpu_memcpy"):
+    kernels, copies = of(events, "kernel"), collections.Counter()
+    for copy in of(events, "gpu_memcpy"):
         copies[copy["name"]] += 1 / steps
     ms, calls = collections.Counter(), collections.Counter()
     for kernel in kernels:
@@ -388,6 +440,8 @@ def main() -> None:
         cfg = configured(args, data)
         write_tokens(data, cfg)
         run = stack.enter_context(tg.Run(cfg))
+        if not run.is_main:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         benches, found = [], {"moments": []}
         for more in ["", *args.variant]:
             bench = Bench(args, configured(args, data, more), run, more)

@@ -1,6 +1,9 @@
-"""tests/bench_gpu.py without a GPU: shares of a batch, another script's times, a trace's counts."""
+"""bench_gpu.py without a GPU: shares of a batch, another script's times, what a trace says."""
 
 import argparse
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import bench_gpu
@@ -16,6 +19,10 @@ for step in range(1, 7):
 print("step:6/6 val_loss:3.2 train_time:99ms step_avg:0ms")
 print("peak memory allocated: 1 MiB")
 """
+
+
+def event(cat: str, name: str, ts: float, dur: float, tid: int = 1) -> dict:
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": tid}
 
 
 def test_one_gpu_gets_its_share_of_every_batch_of_the_schedule(tmp_path):
@@ -50,18 +57,15 @@ def test_times_of_another_script_are_differences_of_what_it_prints(tmp_path, cap
 
 
 def test_waits_are_counted_inside_steps_alone():
-    def event(cat: str, name: str, ts: float, dur: float = 1.0) -> dict:
-        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur}
-
     events = [
         event("user_annotation", "bench_step", 0, 10),
         event("user_annotation", "bench_step", 20, 10),
-        event("cuda_runtime", "cudaStreamSynchronize", 5),
-        event("cuda_runtime", "cudaLaunchKernel", 6),
-        event("cuda_runtime", "cudaDeviceSynchronize", 40),  # the profiler's own
+        event("cuda_runtime", "cudaStreamSynchronize", 5, 1),
+        event("cuda_runtime", "cudaLaunchKernel", 6, 1),
+        event("cuda_runtime", "cudaDeviceSynchronize", 40, 1),  # the profiler's own
         event("kernel", "matmul", 7, 3000),
         event("kernel", "matmul", 27, 1000),
-        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 3),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 3, 1),
         {"ph": "f", "cat": "ac2g", "name": "ac2g", "ts": 5},
     ]
     found = bench_gpu.counted(events, 2)
@@ -69,6 +73,36 @@ def test_waits_are_counted_inside_steps_alone():
     assert (found["kernels"], found["kernel_ms"]) == (1, 2)
     assert found["top"] == [("matmul", 2, 1)]
     assert found["copies"] == {"Memcpy HtoD (Pinned -> Device)": 0.5}
+
+
+def test_communication_beside_computing_is_what_both_intervals_share():
+    on_cpu = [
+        event("user_annotation", "bench_step", 0, 9000),
+        event("user_annotation", "gloo:all_reduce", 1000, 3000, tid=2),
+        event("user_annotation", "gloo:broadcast", 3000, 2000, tid=3),  # 1000 to 5000 in all
+        event("cpu_op", "aten::mm", 500, 1000),
+        event("cpu_op", "aten::copy_", 600, 100),  # inside of it
+        event("cpu_op", "c10d::allreduce_", 2000, 500),  # tells others to
+        event("cpu_op", "aten::mm", 4000, 4000),
+        event("cpu_op", "aten::add", 2000, 2000, tid=2),  # what gloo does itself
+    ]
+    assert bench_gpu.communication(on_cpu, 1) == pytest.approx((4.0, 0.5 + 1.0))
+    on_gpu = [*on_cpu, event("kernel", "ncclDevKernel_AllGather", 0, 2000, tid=7)]
+    on_gpu += [event("kernel", "matmul", 1500, 100, tid=8), event("kernel", "add", 1550, 850, 9)]
+    assert bench_gpu.communication(on_gpu, 2) == pytest.approx((1.0, 0.25))
+
+
+def test_two_ranks_say_how_much_they_communicate(tmp_path):
+    """A trace of a real step: gloo's threads are found in it."""
+    script = Path(bench_gpu.__file__)
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", script]
+    flags = ["tiny_cpu", "--device", "cpu", "--flags=--compile 0", "--at", "0"]
+    flags += ["--steps", "2", "--settle", "1", "--trace", tmp_path / "trace.json.gz"]
+    ended = subprocess.run([sys.executable, *start, *flags], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    (line,) = re.findall("communication: .*", ended.stdout)  # of rank 0 alone
+    whole, beside = map(float, re.findall(r"[\d.]+(?= ms)", line))
+    assert 0 < beside <= whole and (tmp_path / "trace.json.gz").stat().st_size
 
 
 def test_the_recipe_for_upstream_names_texts_that_are_in_its_script():
