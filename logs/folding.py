@@ -105,27 +105,45 @@ def parts_of(kind: type) -> list[str]:
     return [name for name in names if not name.startswith(dull)]
 
 
-def kids(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+@functools.cache
+def is_node(kind: type) -> bool:
+    """isinstance() of an abstract class takes five times as long."""
+    return issubclass(kind, cst.CSTNode)
+
+
+def kids(node: cst.CSTNode) -> list[cst.CSTNode]:
     """The children without layout and comments; quicker than libcst's own."""
+    found = []
     for name in parts_of(type(node)):
         value = getattr(node, name)
-        if isinstance(value, cst.CSTNode):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from (v for v in value if isinstance(v, cst.CSTNode))
+        kind = type(value)
+        if is_node(kind):
+            found.append(value)
+        elif kind is tuple or kind is list:
+            found += [v for v in value if is_node(type(v))]
+    return found
 
 
-def walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
-    yield node
+# What was found out about a node, by id; and the node, so that no other gets its id.
+_texts: dict[int, tuple[cst.CSTNode, str]] = {}
+_walks: dict[int, tuple[cst.CSTNode, list[cst.CSTNode]]] = {}
+
+
+def walk(node: cst.CSTNode) -> list[cst.CSTNode]:
+    """The node and all below it, parents first; of functions and classes remembered."""
+    kept = type(node) in (cst.FunctionDef, cst.ClassDef)
+    if kept and id(node) in _walks:
+        return _walks[id(node)][1]
+    found = [node]
     for child in kids(node):
-        yield from walk(child)
+        found += walk(child)
+    if kept:
+        _walks[id(node)] = node, found
+    return found
 
 
 def find_all(node: cst.CSTNode, *kinds: type) -> list:
     return [n for n in walk(node) if isinstance(n, kinds)]
-
-
-_texts: dict[int, tuple[cst.CSTNode, str]] = {}  # by id, and the node, so that no other gets it
 
 
 def text_of(statement: cst.CSTNode) -> str:
@@ -203,7 +221,7 @@ class Transformer:
         changes: dict[str, object] = {}
         for name in parts_of(type(node)):
             value = getattr(node, name)
-            if isinstance(value, cst.CSTNode):
+            if is_node(type(value)):
                 new = self.transform(value)
                 if new is not value:
                     changes[name] = None if isinstance(new, cst.RemovalSentinel) else new
@@ -218,7 +236,7 @@ class Transformer:
     def each(self, nodes) -> list:
         found: list = []
         for node in nodes:
-            new = self.transform(node) if isinstance(node, cst.CSTNode) else node
+            new = self.transform(node) if is_node(type(node)) else node
             if isinstance(new, cst.FlattenSentinel):
                 found.extend(new)
             elif not isinstance(new, cst.RemovalSentinel):
@@ -2506,9 +2524,13 @@ def spliced(function: cst.FunctionDef, args: dict | None, called: Called) -> lis
 
 def tails(module: cst.Module, facts: Facts) -> cst.Module:
     """`return f(x)` as what f does, where nobody else calls it."""
-    known, calls = Known(facts, module), None
-    calls = Calls(known)
+    known = Known(facts, module)
+    calls, ends = Calls(known), defaultdict(list)  # ends: functions by what they end with
     calls.visit(module)
+    for caller, cls in callers(known):
+        last = caller.body.body[-1]
+        if m.matches(last, m.SimpleStatementLine([m.Return()])):
+            ends[id(last.body[0].value)].append((caller, cls))
     for key, called in calls.found.items():
         if not called.whole or len(called.calls) != 1 or called.record or called.star >= 0:
             continue
@@ -2517,10 +2539,8 @@ def tails(module: cst.Module, facts: Facts) -> cst.Module:
         function, call = function_of(known, key), called.calls[0]
         if function.decorators or find_all(function.body, cst.Yield, cst.FunctionDef):
             continue
-        for caller, cls in callers(known):
-            last = caller.body.body[-1]
-            is_tail = m.matches(last, m.SimpleStatementLine([m.Return()]))
-            if not is_tail or last.body[0].value is not call or caller is function:
+        for caller, cls in ends[id(call)]:
+            if caller is function:
                 continue
             whole = with_tail(caller, cls, function, key[0], called, call)
             if whole is not None:
@@ -2906,5 +2926,6 @@ def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) ->
         say(f"{turn}: {sum(text.count(chr(10)) for text in new)} lines")
         if new == old:
             _texts.clear()
+            _walks.clear()
             return without_marks(module)
     raise RuntimeError("folding does not come to an end")
