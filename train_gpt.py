@@ -422,7 +422,7 @@ class Plan:
         if cycle < 0:
             return lr
         above = max(lr, CYCLE_FLOOR) - CYCLE_FLOOR
-        return CYCLE_FLOOR + above * (1 + math.cos(math.pi * (cycle % 1))) / 2
+        return CYCLE_FLOOR + above * (1 + math.cos(math.pi * (cycle % 1.0))) / 2
 
     def ends_epoch(self, step: int) -> bool:
         """Whether step `step` (from 1) is the last of an epoch, by the count of steps."""
@@ -4623,23 +4623,23 @@ class MuonAdamW:
                 pending[i].wait()
             squares.append(b.square())
             if not self.cfg.grad_clip:  # nobody waits for the norm
-                gathers += self.update_own(b, now, rates[i])
+                self.update(b, now, rates[i])
+                b.clear()
+                if world > 1:
+                    gathers += b.start_gather(run)
         size = run.sum_of(torch.stack(squares).sum().view(1)).sqrt()
         if self.cfg.grad_clip:
             for i, b in enumerate(self.buckets):
                 b.grad_shard.mul_(
                     (self.cfg.grad_clip / (size + 1e-6)).clamp(max=1.0).to(b.grads.dtype)
                 )
-                gathers += self.update_own(b, now, rates[i])
+                self.update(b, now, rates[i])
+                b.clear()
+                if world > 1:
+                    gathers += b.start_gather(run)
         for work in gathers:
             work.wait()
         return size
-
-    def update_own(self, b: Bucket, now: Now, rates: dict[str, Tensor]) -> list[dist.Work]:
-        """Update this rank's shard, clear the gradients, begin to bring the shards together."""
-        self.update(b, now, rates)
-        b.clear()
-        return b.start_gather(self.run) if self.run.world > 1 else []
 
     def rates(self, now: Now) -> list[dict[str, Tensor | None]]:
         """

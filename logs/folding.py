@@ -568,8 +568,7 @@ class Folding(Transformer):
         value = self.known(new) if isinstance(new.operator, cst.Not) else UNKNOWN
         minus = {"operator": m.Minus()}
         rounded_up = m.BinaryOperation(m.UnaryOperation(**minus), m.FloorDivide(), m.Integer("1"))
-        is_rounded_up = m.UnaryOperation(**minus, expression=rounded_up)
-        if m.matches(new, is_rounded_up) and not m.matches(old, is_rounded_up):
+        if m.matches(new, m.UnaryOperation(**minus, expression=rounded_up)):
             return new.expression.left.expression
         return new if value is UNKNOWN else literal(value)
 
@@ -733,12 +732,12 @@ class Folding(Transformer):
         if m.matches(new, m.BinaryOperation(m.Integer(), m.Subtract(), m.Integer())):
             value = self.known(new)
             return new if value < 0 else literal(value)
-        return self.with_ones(old, new)
+        return self.with_ones(new)
 
-    def with_ones(self, old, new):
+    def with_ones(self, new):
         """
-        Sizes divided by 1, and parts of 0: what is left of ranks where there is one. A 1 that is
-        written down is none of these: `x % 1` is a number's fraction.
+        Sizes divided by 1, and parts of 0: what is left of ranks where there is one. A fraction's
+        1 is written 1.0, see fold().
         """
         size = m.Integer() | SIMPLE
         nothing = m.Integer("0") | m.BinaryOperation(m.Integer("0"), m.Multiply(), size)
@@ -748,8 +747,7 @@ class Folding(Transformer):
             return wrapped(new, new.left) if m.matches(new.right, nothing) else new
         if m.matches(new, m.BinaryOperation(m.Integer("1"), m.Multiply(), size)):
             return wrapped(new, new.right)
-        is_size = m.matches(new.left, size) and not m.matches(old.right, m.Integer())
-        by_one = self.known(new.right) if is_size else UNKNOWN
+        by_one = self.known(new.right) if m.matches(new.left, size) else UNKNOWN
         if type(by_one) is int and by_one == 1 and isinstance(new.operator, cst.FloorDivide):
             return wrapped(new, new.left)
         if type(by_one) is int and by_one == 1 and isinstance(new.operator, cst.Modulo):
@@ -2902,7 +2900,14 @@ NONE = cst.Name("None")
 
 
 def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) -> cst.Module:
-    """The passes, until none changes anything."""
+    """
+    The passes, until none changes anything. AssertionError where the trainer has written `x % 1` or
+    `x // 1`: an x that is left so is taken for a whole number, divided among one rank.
+    """
+    for operation in find_all(module, cst.BinaryOperation):
+        divides = isinstance(operation.operator, cst.Modulo | cst.FloorDivide)
+        is_one = m.matches(operation.right, m.Integer("1"))
+        assert not (divides and is_one), f"{code_of(operation)}: write 1.0 in the place of 1"
     before = {(f.name.value, code_of(f.body)) for f in find_all(module, cst.FunctionDef)}
     settled = Settled()
     passes: list[tuple[str, Callable]] = [

@@ -345,7 +345,8 @@ SIZES = [
     ("x + 0 * y", "x"),
     ("-(-x // x.ranks)", "x"),
     ("x // x.ranks % y.ranks", "0"),
-    ("(-(-x // 1), x // 1, x % 1)", "(-(-x // 1), x // 1, x % 1)"),  # perhaps of 2.5
+    ("8 // x.ranks", "8"),
+    ("(x // 1.0, x % 1.0)", "(x // 1.0, x % 1.0)"),  # perhaps of 2.5
     ("1 * x | 0", "x"),
     ("sum((x + 1,)) * y", "(x + 1) * y"),
     ("f(**dict(x))", "f(**x)"),
@@ -354,6 +355,12 @@ SIZES = [
     ("sum(a * b for a, b in [(x, 2)])", "x * 2"),
     ("x.is_big and y.device.type == 'cuda'", "False"),
 ]
+
+
+@pytest.mark.parametrize("operator", ["//", "%"])
+def test_a_fraction_has_to_be_written_as_one(operator):
+    with pytest.raises(AssertionError, match="write 1.0"):
+        folded(f"def main(x, y):\n    return x {operator} 1\n")
 
 
 @pytest.mark.parametrize("source,wanted", SIZES)
