@@ -746,7 +746,7 @@ class Ranks:
         dist.all_gather_object(found, (socket.gethostname(), facts()))
         first, right = found[0]
         for rank, (host, theirs) in enumerate(found):
-            other = [f"{k} = {v!r}" for k, v in theirs.items() if right[k] != v]
+            other = [f"{k} = {v!r}" for k, v in theirs.items() if k not in right or right[k] != v]
             require(
                 not other,
                 f"rank {rank} on {host} has {', '.join(other)}, which is not what rank 0 on "
@@ -817,6 +817,8 @@ class Run(Ranks):
         self.trained: Now | None = None  # the schedules of the last step that was trained
         self.owns_group = False
         self.log_file = self.metrics_file = self.lock_file = self.wandb = None
+        self.tokens = 0  # trained on, where batches change
+        self.calibration = 0.0  # seconds of the clock that GPTQ's took
         self.paces: list[tuple[list, float]] = []  # graph and seconds of the last steps, as agreed
         self.over = False  # the last step has been made
         self.complete = False  # result.json is written
@@ -6921,6 +6923,7 @@ def calibrated(trainer: Trainer) -> dict[str, Tensor] | None:
     run.clock.stop()
     fewer = "" if seen == len(rows) else f" of {len(rows)} (max_seconds allowed no more)"
     after = run.clock.seconds()
+    run.calibration = after - before
     run.log(
         f"gptq: {seen} rows{fewer} of training tokens, train_time:{after - before:.1f}s of "
         f"{after:.1f}s" + ("" if seen else "; weights are rounded to the nearest instead")
@@ -7058,6 +7061,8 @@ def save_checkpoint(trainer: Trainer, step: int) -> Path:
     instant leaves the older one whole. Collective.
     """
     run, loader = trainer.run, trainer.loader
+    if run.cfg.gptq:  # who goes on from here calibrates anew
+        run.clock.total, run.calibration = run.clock.total - run.calibration, 0.0
     final = run.folder / "ckpt" / f"{step:06d}"
     averages = {"swa_count": torch.tensor(0)}
     if is_averaged(run.cfg):
@@ -7072,6 +7077,7 @@ def save_checkpoint(trainer: Trainer, step: int) -> Path:
         "world_size": run.world,
         "torch": torch.__version__,
         "paces": run.paces,
+        "tokens": run.tokens,
         "over": run.over,
         "trained": run.trained and run.trained._asdict(),
     }
@@ -7196,6 +7202,10 @@ def load_checkpoint(path: Path, trainer: Trainer) -> int:
     run.began -= state["wall_seconds"]
     run.trained = Now(**state["trained"]) if state.get("trained") else None
     run.paces, run.over = state.get("paces", []), state.get("over", False)  # older ones have none
+    if not is_constant(run.cfg.batch_tokens):
+        step, steps = state["step"], run.cfg.steps
+        counted = (trainer.plan.at(s, s / steps).batch_tokens for s in range(step))
+        run.tokens = state["tokens"] if "tokens" in state else sum(counted)
     return state["step"]
 
 
@@ -7226,7 +7236,8 @@ def open_source(
     if not (path / "model.safetensors").exists():
         raise UserError(f"{where}: no such run folder, checkpoint or artifact")
     cfg, named = checkpoint_config(path), read_tensors(path / "model.safetensors")
-    if (kind := cfg.final_weights) != "live":
+    # a snapshot, or the end of an epoch, has these weights alone
+    if (kind := cfg.final_weights) != "live" and (path / "DONE").exists():
         averages = read_tensors(path / "averages.safetensors")
         if kind != "ema" and not averages[f"{kind}_count"]:
             say(f"{path}: its live weights, as final_weights = {kind!r} has no snapshot yet")
@@ -7992,7 +8003,7 @@ def assemble(
             run.log(f"notice: {line}")
     if cfg.fp8 and not has_fp8(run.device):
         run.log(f"notice: fp8 = {cfg.fp8!r}: {run.device} takes no products in 8 bits")
-    if cfg.init_from:
+    if cfg.init_from and not (cfg.resume and run.on_main(lambda: newest_checkpoint(run.folder))):
         transfer_weights(model, cfg, run)
     opt = MuonAdamW(cfg, model, run)
     torch.manual_seed(cfg.seed << 16 | run.rank)  # dropout: each rank its own
@@ -8635,6 +8646,8 @@ def train_loop(trainer: Trainer, step: int) -> tuple[int, Now, dict]:
             raise
         step += 1
         run.step, run.trained = step, now
+        if not is_constant(trainer.cfg.batch_tokens):
+            run.tokens += now.batch_tokens
         if is_averaged(trainer.cfg):
             trainer.avg.update(step, plan.fraction(step, seconds))
         unlogged.append((step, now, Reading(*told, begun)))
@@ -8680,8 +8693,10 @@ def finish(trainer: Trainer, step: int, now: Now, found: dict) -> dict:
         )
     result = dict(found)
     if cfg.final_weights != "live":
-        own = [key for key in ("val_loss", "val_bpb") if key in found]
-        result |= {key: found[f"{key}_{cfg.final_weights}"] for key in own}
+        kind = cfg.final_weights
+        own = {"val_loss": f"val_loss_{kind}", "val_bpb": f"val_bpb_{kind}"}
+        own["val_loss_unmasked"] = f"val_loss_{kind}_unmasked"
+        result |= {key: found[name] for key, name in own.items() if key in found}
     if cfg.export:
         with weights_kept(trainer.opt.buckets), weights_of(trainer, cfg.final_weights):
             result |= {k: v for k, v in export_artifact(trainer).items() if v is not None}
@@ -8744,7 +8759,22 @@ def renew_tables(run: Run) -> None:
     kept = type(run.cfg)(**read_toml(run.folder / "config.toml", type(run.cfg)))
     tables = {name: getattr(run.cfg, name) for name in TABLES}
     if any(getattr(kept, name) != table for name, table in tables.items()):
-        write_config(run.folder, dataclasses.replace(kept, config=run.cfg.config, **tables))
+        new = dataclasses.replace(kept, config=run.cfg.config, **tables)
+        write_config(run.folder, new)
+        with open(run.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as log:
+            log.write(f"[rule] and [score] were renewed:\n{config_toml(new)}{'=' * 100}\n")
+
+
+def renew_end(cfg: Config, folder: Path) -> None:
+    """
+    A run may be ended in another way than it was begun for. Of the old one nothing is left then for
+    those who take weights from the folder: no artifact, and a checkpoint names the new one.
+    """
+    others = {f.name for f in dataclasses.fields(cfg)} - AFTER_TRAINING
+    if changed_fields(cfg, folder, others):
+        (folder / "model.nrx").unlink(missing_ok=True)
+        for path in checkpoints(folder):
+            write_whole(path / "config.toml", config_toml(cfg).encode())
 
 
 def write_config(folder: Path, cfg: Config) -> None:
@@ -8757,10 +8787,10 @@ def prepare_folder(run: Run) -> None:
     cfg, folder = run.cfg, run.folder
     try:
         folder.mkdir(parents=True, exist_ok=cfg.resume)
-        if cfg.keep:
-            run.lock_folder()
+        run.lock_folder()
         if cfg.resume:  # again, for another start may have been here meanwhile
             check_folder(cfg, folder)
+            renew_end(cfg, folder)
         write_config(folder, cfg)
     except FileExistsError as e:
         raise taken(cfg, folder) from e
@@ -8908,7 +8938,7 @@ def peak_memory() -> int:
 def tokens_seen(trainer: Trainer, step: int) -> int:
     if is_constant(trainer.cfg.batch_tokens):
         return step * largest(trainer.cfg.batch_tokens)
-    return sum(trainer.plan.at(s, s / trainer.cfg.steps).batch_tokens for s in range(step))
+    return trainer.run.tokens
 
 
 def device_name(run: Run) -> str:

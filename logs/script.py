@@ -55,6 +55,7 @@ class Part:
 DROPPED = {  # by the word of --without
     "resume": Part(
         {"resume": False, "keep": 0, "save_every": 0, "save_last": 0},
+        idle="lock_folder",
         instead="def write_whole(path: Path, data: bytes):\n    return path.write_bytes(data)\n",
     ),
     "wandb": Part({"wandb": ""}),
