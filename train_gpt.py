@@ -1954,8 +1954,8 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 def in_fp8(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """x over a scale that brings its largest entry to the largest of that kind, and the scale."""
-    scale = (x.abs().amax().float() / torch.finfo(kind).max).clamp_min(1e-12)
-    return (x / scale.to(x.dtype)).to(kind), scale
+    scale = (x.abs().amax().float() / torch.finfo(kind).max).clamp_min(1e-12).to(x.dtype)
+    return (x / scale).to(kind), scale.float()
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -4273,11 +4273,11 @@ def descended(x: Tensor, u: Tensor, lr: Tensor, decay: Tensor | None, cautious: 
 def descend_on_sphere(w: Tensor, u: Tensor, lr: Tensor) -> None:
     """MuonH (modded-nanogpt track 3, #5): a step of lr times the norm of w, which stays."""
     x, u = w.float(), u.float()
-    size = frobenius(x)
-    step = lr * size / frobenius(u).clamp_min(1e-30)
+    size, long = frobenius(x), frobenius(u)
+    step = lr * size / long.clamp_min(1e-30)
     # |x - step u| by its parts: of the difference, a norm ends torch.compile (2.13) in a KeyError
     along = (x * u).sum((-2, -1), keepdim=True)
-    length = (size.square() * (1 + lr * lr) - 2 * step * along).clamp_min(1e-30).sqrt()
+    length = (size.square() + (step * long).square() - 2 * step * along).clamp_min(1e-30).sqrt()
     w.copy_((x - step * u) * (size / length))
 
 

@@ -290,6 +290,12 @@ def test_empty_gradient_changes_no_weight():
             torch.ones(2, 8, 8), [torch.zeros(2, 8, 8)], [0.1], [0.9], 0.0, cfg, torch.float32
         )
         assert torch.equal(w, torch.ones(2, 8, 8))
+    # a head that starts at zero leaves every matrix without a gradient in the first step
+    hyperball = tiny(hyperball=1, proj_init=1.0)
+    w = with_ours(
+        randn(2, 8, 8), [torch.zeros(2, 8, 8)], [0.3], [0.9], 0.0, hyperball, torch.float32
+    )
+    torch.testing.assert_close(w, randn(2, 8, 8), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

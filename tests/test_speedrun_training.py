@@ -244,6 +244,14 @@ def test_pieces_of_rows_are_those_by_hand(tmp_path):
     assert (y[0, -1] == docs[1][2]) and (x[:, 0] == 0).all()
 
 
+def test_data_without_a_document_are_told_so_and_not_that_more_are_needed(tmp_path):
+    for name in ("x_train_000000.bin", "x_val_000000.bin"):
+        write_shard(tmp_path / name, np.full(900, 7))
+    cfg = in_rows(tmp_path, epochs=1)
+    with pytest.raises(tg.UserError, match=r"has documents \(doc_token = 0\)"):
+        loader_of(cfg).check_documents(tg.Plan(cfg))
+
+
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_any_number_of_ranks_has_the_tokens_of_the_rule(tmp_path, world):
     """Over three shards, one without room for a batch, while batch, row and cap change."""
@@ -897,7 +905,7 @@ def test_classes_that_there_are_not_are_refused():
 
 def rounded_to(x: torch.Tensor, bits: int, least: int, most: float) -> torch.Tensor:
     """x over amax/most, in a float of that many bits of mantissa and that least exponent."""
-    scale = (x.abs().max() / most).clamp_min(1e-12)
+    scale = (x.abs().max() / most).clamp_min(1e-12)  # of x in fp32, as it is here
     y = (x / scale).double()
     step = 2.0 ** (torch.frexp(y)[1] - 1).clamp_min(least).double() / 2**bits
     return (y / step).round() * step * scale.double()
@@ -916,6 +924,16 @@ def test_products_in_8_bits_are_those_of_rounded_factors():
     torch.testing.assert_close(x.grad.double(), g8 @ w8, atol=1e-8, rtol=1e-4)
     torch.testing.assert_close(w.grad, slope.mT @ x.detach())
     assert 0.005 < (y.detach().flatten(0, 1) - 0.5 - x @ w.mT).norm() / (x @ w.mT).norm() < 0.06
+
+
+def test_factors_in_8_bits_are_not_all_a_little_too_large():
+    """Divided by a scale in bfloat16 they are multiplied by that one, not by what it rounds."""
+    for most in (1.0, 3.0, 1.3, 0.7):
+        x = (torch.rand(1 << 16, generator=torch.Generator().manual_seed(0)) * most).bfloat16()
+        x[0] = most
+        x8, scale = tg.in_fp8(x, torch.float8_e4m3fn)
+        error = (x8.double() * scale.double()).sum() / x.double().sum() - 1
+        assert scale.dtype == torch.float32 and abs(error) < 1.2e-3, (most, error)
 
 
 def test_8_bits_are_for_named_maps_in_training_where_the_device_has_them(monkeypatch):
