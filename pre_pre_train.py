@@ -1426,7 +1426,7 @@ class NcaValidation:
 
 def build(cfg: PrePreConfig, run: tg.Run) -> tg.Trainer:
     """train_gpt's parts around automata; rules and validation rows are found before the clock."""
-    plan = tg.Plan(cfg)
+    plan = tg.Plan(cfg, run.world)
     with run.interruptible():
         loader = NcaLoader(cfg, run)
         plan.train_shapes(run.world)  # refuses micro-batches that do not divide

@@ -332,8 +332,8 @@ class Shape(NamedTuple):
 class Plan:
     """All schedules of a run, and the graphs that they will need."""
 
-    def __init__(self, cfg: Config):
-        self.cfg = cfg
+    def __init__(self, cfg: Config, world: int = 1):
+        self.cfg, self.world = cfg, world
         texts = {name: getattr(cfg, name) for name in SCHEDULES}
         self.sched = {name: Schedule(name, text) for name, text in texts.items() if text}
         self.cycle_ends = self.ends_of_cycles() if cfg.cycles else []  # in steps
@@ -496,11 +496,11 @@ class Plan:
         length, far = self.eval_seq_len, now.window_long
         if self.cfg.eval_window_long and far == long_windows(self.cfg)[-1]:
             far = self.cfg.eval_window_long
-        as_trained = self.has_trained(length, now.window, far)
+        as_trained = self.has_trained(rows, length, now.window, far)
         applied = now.repeats, now.window, now.passes, far
         return Shape(rows, length, *applied, as_trained=as_trained)
 
-    def has_trained(self, seq_len: int, window: int, window_long: int) -> bool:
+    def has_trained(self, rows: int, seq_len: int, window: int, window_long: int) -> bool:
         """
         Whether blocks have graphs of training for an evaluation's rows, which do the same there, so
         that no others are compiled.
@@ -508,10 +508,11 @@ class Plan:
         cfg = self.cfg
         if cfg.compile != 1 or cfg.attn_dropout or cfg.mlp_dropout or cfg.stoch_depth or cfg.fp8:
             return False
-        full = [n for n in self.moments() if n.batch_tokens >= cfg.micro_tokens]
-        return (seq_len, window, window_long) in [
-            (n.seq_len, n.window, n.window_long) for n in full
-        ]
+        of_rows = (seq_len, window, window_long)
+        alike = [n for n in self.moments() if (n.seq_len, n.window, n.window_long) == of_rows]
+        with contextlib.suppress(UserError):  # a score may have ranks that divide no batch
+            return any(self.micro_rows(n, self.world) == rows for n in alike)
+        return False
 
     def eval_shapes(self) -> list[Shape]:
         # the last evaluation is behind the last step
@@ -7930,7 +7931,7 @@ class Trainer:
 
 def build(cfg: Config, run: Run) -> Trainer:
     """Make every part; what is wrong with config or data is found here."""
-    plan = Plan(cfg)
+    plan = Plan(cfg, run.world)
     for now in plan.moments():
         plan.micro_rows(now, run.world)  # refuses batches that do not divide
     loader = run.together(lambda: Loader(cfg, plan, run))
