@@ -44,6 +44,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -3895,6 +3896,8 @@ def own_rates(cfg: Config) -> list[OwnRate]:
     for word in cfg.own_lr.split():
         pattern, _, values = word.rpartition("=")
         try:
+            if not pattern:
+                raise ValueError("no pattern")
             rate = OwnRate(re.compile(pattern), *map(float, values.split("/")))
             for value, most in zip(rate[1:], (1e38, BELOW_ONE, BELOW_ONE, 1000)):
                 if value is not None and not 0 <= value <= most:  # nan does not either
@@ -4963,16 +4966,20 @@ def find_shards(cfg: Config, split: str) -> list[str]:
 
 
 def get_command(cfg: Config, shards: int = 0) -> str:
-    name = Path(cfg.data).name
+    """What brings this data to where the configuration looks for it."""
+    folder, many = Path(cfg.data), True
+    name, out = folder.name, f" --out {shlex.quote(cfg.data)}"
+    verb, usual = name, folder == Path("data") / name
     if name.startswith("golf_"):
-        name = f"golf --variant {name.removeprefix('golf_')}"
+        verb = f"golf --variant {name.removeprefix('golf_')}"
     elif name.removeprefix("sample").isdigit():
-        name = f"sample --vocab {name.removeprefix('sample')} --out {cfg.data}"
-    elif name not in ("sample", "fineweb10B", "fineweb100B", "finewebedu10B", "slowrun"):
-        return f"python data/get.py tokenize YOUR_TEXT --out {cfg.data}"
-    return f"python data/get.py {name}" + (
-        f" --shards {shards}" if shards and name not in ("sample", "slowrun") else ""
-    )
+        verb, usual, many = f"sample --vocab {name.removeprefix('sample')}", False, False
+    elif name in ("sample", "slowrun"):
+        many = False
+    elif name not in ("fineweb10B", "fineweb100B", "finewebedu10B"):
+        return f"python data/get.py tokenize YOUR_TEXT{out}"
+    more = f" --shards {shards}" if shards and many else ""
+    return f"python data/get.py {verb}{'' if usual else out}{more}"
 
 
 class OutOfData(UserError):
@@ -5031,9 +5038,9 @@ class Loader:
         for now in plan.moments():
             if cfg.shuffle and (now.batch_tokens % self.block or self.block % now.seq_len):
                 raise UserError(
-                    f"with shuffle = 1 the largest seq_len = {self.block} must divide batch_tokens "
-                    f"= {now.batch_tokens} and be a multiple of every other seq_len, here "
-                    f"{now.seq_len}"
+                    f"with shuffle = {cfg.shuffle} the largest seq_len = {self.block} must divide "
+                    f"batch_tokens = {now.batch_tokens} and be a multiple of every other seq_len, "
+                    f"here {now.seq_len}"
                 )
             if not self.per_epoch(now.batch_tokens):
                 raise self.no_batch(now.batch_tokens)
@@ -5083,7 +5090,9 @@ class Loader:
                 self.next_documents(step, now.batch_tokens, now.seq_len, now.doc_cap)
                 drawn += now.batch_tokens
         except OutOfData:
-            more = math.ceil(len(self.files) * plan.tokens() / max(1, drawn)) + 1
+            if not drawn:
+                raise self.no_documents(now.batch_tokens, now.doc_cap) from None
+            more = math.ceil(len(self.files) * plan.tokens() / drawn) + 1
             raise UserError(
                 f"too little data for {steps} steps: with bos_rows = 1 and doc_cap = "
                 f"{cfg.doc_cap!r} they need {plan.tokens()} tokens, and the {len(self.files)} "
@@ -5242,14 +5251,17 @@ class Loader:
                 return bounds
             tried += 1
             if tried > len(self.files):
-                raise UserError(
-                    f"no train shard in {self.cfg.data} has documents (doc_token = "
-                    f"{self.cfg.doc_token}) for a batch of {batch_tokens} with bos_rows = 1 and "
-                    f"doc_cap = {cap}: lower --batch_tokens, or set --bos_rows 0"
-                )
+                raise self.no_documents(batch_tokens, cap)
             self.shard, self.pos = self.shard + 1, 0
             if self.shard == len(self.files):
                 self.next_epoch(step)
+
+    def no_documents(self, batch_tokens: int, cap: int) -> UserError:
+        return UserError(
+            f"no train shard in {self.cfg.data} has documents (doc_token = {self.cfg.doc_token}) "
+            f"for a batch of {batch_tokens} with bos_rows = 1 and doc_cap = {cap}: lower "
+            "--batch_tokens, or set --bos_rows 0"
+        )
 
     def document_rows(self, step: int, batch_tokens: int, seq_len: int, cap: int) -> np.ndarray:
         """

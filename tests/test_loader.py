@@ -4,9 +4,11 @@ decode.
 """
 
 import functools
+import inspect
 import itertools
 import os
 import re
+import shlex
 import subprocess
 import tomllib
 
@@ -17,6 +19,8 @@ import torch
 from helpers import ROOT, alone, parts, tg, tiny, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from data import get
 
 VOCAB = 60000
 
@@ -119,7 +123,7 @@ def test_shard_of_100m_tokens_gives_190_batches(tmp_path):
         cfg = tg.parse_args(["--config", preset, "--data", str(folder)])
         with pytest.raises(
             tg.UserError,
-            match=rf"too little data.*found {needed - 1} .*get.py fineweb10B --shards {needed}\b",
+            match=rf"too little data.*found {needed - 1} .*get.py fineweb10B --out .* --shards {needed}\b",
         ):
             loader(cfg)
         sparse_shard(folder / f"fineweb_train_{needed:06d}.bin", 100_000_000)
@@ -607,6 +611,7 @@ def test_validation_loss_is_the_same_for_all_batches_and_ranks(tmp_path, world, 
         ({"loop": "0:2", "repeats": "2"}, True),
         ({"eval_seq_len": 16}, False),
         ({"attn_dropout": 0.1}, False),
+        ({"auto_micro": 1, "micro_tokens": 96}, False),  # training takes rows by two then
     ],
 )
 def test_evaluation_has_the_blocks_graphs_of_training_where_they_do_the_same(
@@ -631,6 +636,34 @@ def test_evaluation_has_the_blocks_graphs_of_training_where_they_do_the_same(
     finally:
         torch.compiler.set_stance("default")
     assert losses == pytest.approx([losses[-1]] * 3, abs=1e-6) and losses[0] > 1
+
+
+COMMANDS = {
+    "data/fineweb10B": "fineweb10B --shards 8",
+    "/mnt/big disk/fineweb10B": "fineweb10B --out '/mnt/big disk/fineweb10B' --shards 8",
+    "data/golf_sp1024": "golf --variant sp1024 --shards 8",
+    "elsewhere/golf_sp1024": "golf --variant sp1024 --out elsewhere/golf_sp1024 --shards 8",
+    "data/sample": "sample",
+    "x/sample": "sample --out x/sample",
+    "data/sample512": "sample --vocab 512 --out data/sample512",
+    "data/slowrun": "slowrun",
+    "data/mine": "tokenize YOUR_TEXT --out data/mine",
+}
+
+
+@pytest.mark.parametrize("data", COMMANDS)
+def test_the_command_that_gets_data_is_one_that_get_py_takes(data):
+    said = tg.get_command(tiny(data=data), 8)
+    assert said == f"python data/get.py {COMMANDS[data]}"
+    verb, *words = shlex.split(said)[2:]
+    taken = inspect.signature(getattr(get, verb)).parameters
+    assert {word[2:] for word in words if word.startswith("--")} <= taken.keys()
+
+
+def test_ranks_whose_rows_are_others_are_evaluated_in_graphs_of_their_own():
+    one, two = (tg.Plan(tiny(compile=1), world) for world in (1, 2))
+    assert one.eval_shape(one.at(0, 0.0)).as_trained
+    assert not two.eval_shape(two.at(0, 0.0)).as_trained
 
 
 def test_bits_per_byte_is_nats_over_ln2_times_tokens_per_byte():
