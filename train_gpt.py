@@ -203,6 +203,8 @@ class Schedule:
             try:
                 at = number(match[1]) if match[1] else 0.0
                 power = number(match[5] or "1")
+                if match[5] and match[3] not in (">", "~"):
+                    raise ValueError(word)
                 point = Point(
                     at,
                     match[2] == "s",
@@ -1060,9 +1062,10 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def choose_device(cfg: Config) -> torch.device:
     if cfg.device == "cuda" and not torch.cuda.is_available():
+        presets = [name for name in cfg.config if name != "on_cpu"]
         raise UserError(
             "device = 'cuda', but torch sees no CUDA device here; on a laptop layer on_cpu over "
-            f"the preset: --config {' '.join(cfg.config) or 'PRESET'} on_cpu"
+            f"the preset, and give no --device: --config {' '.join(presets) or 'PRESET'} on_cpu"
         )
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -1132,7 +1135,8 @@ class ModelConfig(Section):
     mlp_ratio: float = 4.0  # hidden width of the MLP over dim
     mlp_multiple: int = 1  # that width is rounded up to a multiple of this
     norm_eps: float = 1e-6  # of every norm; remix ran at bfloat16's 2^-7 and depends on it
-    layer_norm: int = 0  # 1: norms are LayerNorms with a gain (no bias); 0: RMS without gain
+    # 1: norms but that of the embedding are LayerNorms with a gain (no bias); 0: RMS without gain
+    layer_norm: int = 0
     norm_gain: int = 0  # 1: RMS norms of embedding, branches and output have a learned gain
     embed_norm: int = 1  # 1: norm behind the embedding
     qk_norm: int = 1  # 1: norm on queries and keys
@@ -1335,12 +1339,7 @@ class ModelConfig(Section):
             f"window_pattern = {self.window_pattern!r}: letters S (the window) and L (the whole "
             "row), for example SSSL",
         )
-        require(
-            self.head_init in ("zero", "uniform")
-            or is_number(self.head_init)
-            and 0 <= float(self.head_init) <= 100,
-            f"head_init = {self.head_init!r}: zero, uniform or a standard deviation such as 0.005",
-        )
+        self.check_starts()
         if self.untie_at:
             check_untie(self)
         if self.sampled_classes != "0":
@@ -1432,7 +1431,35 @@ class ModelConfig(Section):
             ),
             ("skip_dims", "skip_gate, such as '3>6'", bool(self.skip_gate)),
             ("smear", "rows of 2 tokens or more", shortest > 1),
+            (
+                "bigram_rows",
+                "gate_nets = '', or x0_lambda, x0_layers or mudd at a block that a net steers",
+                not self.bigram_rows or takes_bigrams(self),
+            ),
         ]
+
+    def check_starts(self) -> None:
+        require(
+            self.head_init in ("zero", "uniform")
+            or is_number(self.head_init)
+            and 0 <= float(self.head_init) <= 100,
+            f"head_init = {self.head_init!r}: zero, uniform or a standard deviation such as 0.005",
+        )
+        at_zero = is_number(self.head_init) and float(self.head_init) == 0
+        by_init = self.init == "xavier"
+        require(
+            not (self.tie_embed and at_zero) or by_init,
+            f"head_init = {self.head_init!r} with tie_embed = 1: a table of zeros that is input "
+            "and output has no gradient: uniform, or a standard deviation such as 0.005",
+        )
+        require(
+            self.tie_embed
+            or self.embed_init > 0
+            or not (at_zero or self.head_init == "zero")
+            or by_init,
+            f"embed_init = 0 and head_init = {self.head_init!r}: neither table has a gradient "
+            "where the other is zero: --embed_init 1, or --head_init 0.005",
+        )
 
     def check_sizes(self) -> None:
         require(
@@ -1748,6 +1775,13 @@ def has_bigram_given(cfg: Config, block: int) -> bool:
     return 0 < block < cfg.depth and (steered or is_in_mudd(cfg, block))
 
 
+def takes_bigrams(cfg: Config) -> bool:
+    """Whether rows of bigram_rows' table join the stream anywhere."""
+    first = net_of(cfg, 0) >= 0 and has_x0_share(cfg, 0)
+    given = first or any(has_bigram_given(cfg, block) for block in range(cfg.depth))
+    return given or not cfg.gate_nets
+
+
 def has_attention(cfg: Config, block: int) -> bool:
     return block not in blocks_of(cfg.no_attn_layers)
 
@@ -1795,9 +1829,9 @@ def has_given_gate(cfg: Config, block: int) -> bool:
 
 
 def has_xsa_alpha(cfg: Config, block: int) -> bool:
-    """Whether a block learns by how much xsa acts."""
+    """Whether a block learns by how much xsa acts; not that of MTP, which has none."""
     listed = not cfg.xsa_layers or block in blocks_of(cfg.xsa_layers)
-    return bool(cfg.xsa_learned) and listed and has_attention(cfg, block)
+    return bool(cfg.xsa_learned) and listed and block < cfg.depth and has_attention(cfg, block)
 
 
 SWEEP = 20011  # modded-nanogpt #92's: prime, so a multiple by it visits every class
@@ -1810,6 +1844,12 @@ def check_sampled(cfg: Config) -> None:
         most <= classes and classes % SWEEP > 0,
         f"sampled_classes = {cfg.sampled_classes!r}: at most {classes}, the rows of the head that "
         f"have a logit, and these no multiple of {SWEEP}",
+    )
+    odd = [n for n in Schedule("sampled_classes", cfg.sampled_classes).values() if n % 16]
+    require(
+        not (odd and is_named(cfg.fp8, "head")),
+        f"sampled_classes = {cfg.sampled_classes!r} with fp8 = {cfg.fp8!r}, which finds the head: "
+        "products in 8 bits take multiples of 16 classes",
     )
     other = [key for key in ("z_loss", "mtp", "distill", "biases") if getattr(cfg, key)]
     require(
@@ -1866,6 +1906,11 @@ def check_untie(cfg: Config) -> None:
         not apart,
         f"untie_at = {cfg.untie_at!r} keeps two tables alike until a given step, which "
         f"{' and '.join(apart)} do not: leave one of both out",
+    )
+    require(
+        is_named(cfg.slow, "head") == is_named(cfg.slow, "embed"),
+        f"slow = {cfg.slow!r} finds one of head and embed, which are one table until untie_at = "
+        f"{cfg.untie_at!r}: name both, or none",
     )
 
 
@@ -3638,7 +3683,7 @@ class OptimConfig(Section):
     adamw_lr: float = 0.0021  # learning rate of AdamW on matrices
     embed_lr: float = 0.6  # learning rate of the untied input embedding
     head_lr: float = 0.22  # learning rate of the untied head
-    tied_lr: float = 0.0021  # learning rate of a tied table
+    tied_lr: float = 0.0021  # learning rate of a tied table, and of both that untie_at makes of it
     scalar_lr: float = 0.04  # learning rate of vectors and scalars
     # "pattern=rate pattern=rate/beta1/beta2/decay": AdamW's rate (and more) of names that the
     # pattern finds
@@ -3715,7 +3760,7 @@ class OptimConfig(Section):
     # together, for the gradient of its second half (slowrun's meta-gradient); 0: they stay
     meta_step: str = "0"
     meta_groups: int = 8  # groups of a step's rows, each of which moves by itself
-    meta_match: str = ""  # regex: which matrices move; empty: all of the blocks
+    meta_match: str = ""  # regex: which matrices move; empty: all
 
     LIMITS = limits(
         (0, 1, "row_norm decay_by_shape independent_wd radial_pin hyperball loss_sum"),
@@ -3795,10 +3840,12 @@ class OptimConfig(Section):
 
     def needs(self) -> list[Need]:
         muon, decays = self.optimizer == "muon", self.matrix_wd or self.embed_wd or self.scalar_wd
+        decays = decays or any(rate.decay for rate in own_rates(self))
         ages = Schedule("maxwell_age", self.maxwell_age).values()
         exact = self.polar == "ns12" and self.polar_steps == 12
         acts = bool(decays) if self.cautious < 2 else self.matrix_wd > 0
         slows = Schedule("slow_lr", self.slow_lr).values() != [1]
+        a_decay = "matrix_wd, embed_wd, scalar_wd, or a decay in own_lr"
         only_muon = (
             *("row_norm", "normuon", "decay_by_shape", "adamw_matrices", "maxwell", "polar_norm"),
             *("soft_muon", "aurora", "soap", "radial_brake", "row_floor", "update_floor"),
@@ -3836,8 +3883,7 @@ class OptimConfig(Section):
             ("cautious", "Muon's matrices: 1, or optimizer = 'muon'", muon or self.cautious != 2),
             ("cautious", "a decay that it acts on, such as --matrix_wd 0.1", acts),
             ("decay_by_shape", "matrix_wd > 0", self.matrix_wd > 0),
-            ("independent_wd", "matrix_wd, embed_wd or scalar_wd", bool(decays)),
-            ("weight_decay", "matrix_wd, embed_wd or scalar_wd", bool(decays)),
+            *[(key, a_decay, bool(decays)) for key in ("independent_wd", "weight_decay")],
             ("slow", "a slow_lr other than 1, such as '0 250s:0 450s>1'", slows),
             ("slow_lr", "slow, the names of what it slows", bool(self.slow)),
             ("bigram_rule", "bigram_rows > 1", self.bigram_rows > 0),
@@ -5862,8 +5908,8 @@ class Averages:
     @torch.no_grad()
     def update(self, step: int, fraction: float) -> None:
         """
-        After step `step` (counted from 1). The EMA starts as a plain mean: its decay is at most
-        step/(step+9).
+        After step `step` (counted from 1). The EMA's decay is at most step/(step+9), so that at
+        first it reaches back over a ninth of the steps.
         """
         if "ema" in self.shards:
             keep = min(self.cfg.ema, step / (step + 9))
@@ -8283,7 +8329,7 @@ def next_batch(trainer: Trainer, step: int, now: Now) -> tuple[np.ndarray, np.nd
         loader.load_state_dict(before)  # a checkpoint of now goes on with this batch
         raise UserError(
             f"step {step}: a row has {most} different targets, more than sampled_classes = "
-            f"{count}: raise it, or shorten rows with --seq_len"
+            f"{count}: raise it, or shorten rows with --seq_len, in another --run"
         )
     # The sweep goes on from step to step; rows of a step begin at equal distances along it.
     total, first = now.batch_tokens // now.seq_len, trainer.run.rank * len(rows)
@@ -8684,7 +8730,8 @@ def trained_is_kept(trainer: Trainer, begun: int):
         run.clock.stop()
         saved = save_checkpoint(trainer, run.step)
         raise UserError(
-            f"{e}; all {run.step} steps are saved in {saved}: mend that and continue with --resume"
+            f"{e}; all {run.step} steps are saved in {saved}, from where --resume continues, and "
+            "--init_from takes their weights into another --run"
         ) from e
 
 

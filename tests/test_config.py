@@ -350,6 +350,17 @@ def test_wrong_type_of_a_flag_is_named(capsys, flags):
         ({"final_weights": "ema"}, ("ema > 0",)),
         ({"final_weights": "swa"}, ("swa_every > 0",)),
         ({"head_init": "normal"}, ("head_init", "uniform")),
+        ({"tie_embed": 1, "head_init": "0.0"}, ("head_init = '0.0'", "tie_embed = 1", "uniform")),
+        ({"embed_init": 0.0}, ("embed_init = 0", "head_init = 'zero'", "--head_init")),
+        ({"embed_init": 0.0, "head_init": "0"}, ("embed_init = 0", "head_init = '0'")),
+        (
+            {"sampled_classes": "64 0.5:72", "fp8": "^head$"},
+            ("sampled_classes = '64 0.5:72'", "fp8", "16"),
+        ),
+        (
+            {"tie_embed": 1, "untie_at": "3s", "slow": "^embed$", "slow_lr": "0 10s:1"},
+            ("slow = '^embed$'", "untie_at = '3s'", "both"),
+        ),
         ({"adamw_matrices": "("}, ("adamw_matrices", "regular expression")),
         ({"init_from": "x", "transfer": "["}, ("transfer", "regular expression")),
         ({"run": "a/b"}, ("run", "a/b")),
@@ -499,6 +510,8 @@ def test_schedule_grammar_is_read_as_documented(text, expected):
         "0:1, 0.5:2",
         "0:1 9s:2 0.5:3 4s:5",
         "0:1 0.5:2 4s:5 0.3:3",
+        "0:1 0.5:0.1^2",  # a power of nothing: it was to be a ramp
+        "1^3",
     ],
 )
 def test_wrong_schedule_is_refused(text):

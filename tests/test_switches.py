@@ -164,6 +164,8 @@ def test_number_of_a_table_is_refused_by_name_or_lies_within_its_limits(table):
         "x",
         "(=1",
         "x=1e39",
+        "0.5",
+        "=0.5",
     ],
 )
 def test_odd_rate_of_own_lr_is_refused(word):
@@ -426,6 +428,9 @@ IDLE = [
     {"init": "xavier", "init_std": 1.0},
     {"init": "xavier", "head_init": "0.1"},
     {"adamw_matrices": "qkv", "optimizer": "adamw"},
+    # no block under a net has a share of the embedding, with which rows come
+    {"bigram_rows": 64, "gate_nets": "0", "xsa": -1, "xsa_learned": 1},
+    {"bigram_rows": 64, "gate_nets": "1", "xsa": -1, "xsa_learned": 1, "x0_layers": "0"},
 ]
 
 
@@ -433,6 +438,13 @@ IDLE = [
 def test_switch_that_would_do_nothing_is_refused(changes):
     said = refusal(lambda: tg.refuse_idle(tiny(**changes)))
     assert said and said.split(" ")[0] in changes and "does nothing" in said
+
+
+@pytest.mark.parametrize(
+    "changes", [{"weight_decay": "0:1 1>0"}, {"independent_wd": 1}, {"cautious": 1}], ids=str
+)
+def test_a_decay_of_own_lr_is_one_that_other_switches_act_on(changes):
+    tg.refuse_idle(tiny(own_lr="embed=0.1/0.8/0.95/0.1", **changes))
 
 
 def test_neutral_configuration_and_every_preset_have_no_idle_switch():

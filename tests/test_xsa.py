@@ -42,6 +42,14 @@ def test_gradient_of_alpha_is_that_of_the_formula():
     torch.testing.assert_close(attn.xsa_alpha.grad, want, rtol=1e-4, atol=1e-6)
 
 
+def test_the_block_of_mtp_has_no_xsa_and_learns_no_share_of_it():
+    model = build(tiny(mtp=0.3, xsa=-1, xsa_learned=1, heads=4))
+    assert [n for n, _ in model.named_parameters() if "xsa_alpha" in n] == [
+        "blocks.0.attn.xsa_alpha",
+        "blocks.1.attn.xsa_alpha",
+    ]
+
+
 def test_learned_xsa_is_refused_where_xsa_is_off():
     with pytest.raises(tg.UserError, match="xsa_learned = 1 does nothing here: it needs xsa"):
         tg.refuse_idle(tiny(xsa_learned=1))
