@@ -194,18 +194,23 @@ class Settled:
         return new
 
 
+@functools.cache
+def handlers(cls: type, kind: type) -> tuple[Callable | None, Callable | None]:
+    """What a class does before and behind what is inside of a kind of node."""
+    name = kind.__name__
+    return getattr(cls, f"visit_{name}", None), getattr(cls, f"leave_{name}", None)
+
+
 class Walker:
     """Calls visit_KIND() of each node; where that gives False, what is inside is left out."""
 
     def visit(self, node: cst.CSTNode) -> None:
-        kind = type(node).__name__
-        how = getattr(self, f"visit_{kind}", None)
-        if how is None or how(node) is not False:
+        before, behind = handlers(type(self), type(node))
+        if before is None or before(self, node) is not False:
             for child in kids(node):
                 self.visit(child)
-            behind = getattr(self, f"leave_{kind}", None)
             if behind:
-                behind(node)
+                behind(self, node)
 
 
 class Transformer:
@@ -215,9 +220,9 @@ class Transformer:
     """
 
     def transform(self, node: cst.CSTNode):
-        kind = type(node).__name__
-        if begin := getattr(self, f"visit_{kind}", None):
-            begin(node)
+        begin, end = handlers(type(self), type(node))
+        if begin:
+            begin(self, node)
         changes: dict[str, object] = {}
         for name in parts_of(type(node)):
             value = getattr(node, name)
@@ -230,8 +235,7 @@ class Transformer:
                 if len(items) != len(value) or any(a is not b for a, b in zip(items, value)):
                     changes[name] = items
         new = node.with_changes(**changes) if changes else node
-        end = getattr(self, f"leave_{kind}", None)
-        return end(node, new) if end else new
+        return end(self, node, new) if end else new
 
     def each(self, nodes) -> list:
         found: list = []

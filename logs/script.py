@@ -11,6 +11,7 @@ it writes into its run folder is read by the project's other programs. It serves
 
 import dataclasses
 import difflib
+import functools
 import re
 import shlex
 import subprocess
@@ -334,8 +335,14 @@ def schedule_lines(name: str, text: str) -> list[str]:
 SCORER = ROOT / "logs" / "score.py"
 
 
+@functools.cache
+def parsed(source: str) -> cst.Module:
+    """Its tree, which nothing changes in place; a long source takes seconds."""
+    return cst.parse_module(source)
+
+
 def parsed_scorer() -> cst.Module:
-    return cst.parse_module(SCORER.read_text(encoding="utf-8"))
+    return parsed(SCORER.read_text(encoding="utf-8"))
 
 
 def without(facts: folding.Facts, cfg: tg.Config, word: str) -> None:
@@ -818,12 +825,12 @@ def text_of(
     if is_in_graphs(cfg, request.without):
         source = re.sub(r"compiled_on_gpu\((attend_flex|block_mask), q\)", r"\1", source)
     parts = [DROPPED[word].instead for word in request.without]
-    tree = cst.parse_module(source).visit(Idle(idle_functions(cfg, request.without)))
+    tree = parsed(source).visit(Idle(idle_functions(cfg, request.without)))
     module = beside(prepared(tree, cfg, facts, "\n".join([more, *parts]), request.without))
     before = identifiers(module)
     module = folding.fold(module, facts, say)
     module = folding.fold(with_wiring(module, cfg), facts, say)
-    gone = (identifiers(cst.parse_module(source)) | before) - identifiers(module)
+    gone = (identifiers(parsed(source)) | before) - identifiers(module)
     module = module.visit(Retelling(gone, parameters_of(tree)))
     read = folding.fields_read(module) | set(facts.constants["SCHEDULES"])
     flags = [n for n in tg.FIELDS if n in request.keep and (n in read or n in KEPT[:5])]
