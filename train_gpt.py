@@ -4635,8 +4635,8 @@ def param_buckets(cfg: Config, model: nn.Module, run: Ranks) -> list[Bucket]:
 class MuonAdamW:
     """
     Muon and AdamW over 1..N ranks. A step has three phases: start summing every bucket's gradients
-    to their owners; as each arrives, update the own shard and start gathering it; wait for the
-    rest. One rank communicates nothing.
+    to their owners; as each arrives (when all have, to clip them), update the own shard and start
+    gathering it; wait for the rest. One rank communicates nothing.
     """
 
     def __init__(self, cfg: Config, model: nn.Module, run: Ranks):
