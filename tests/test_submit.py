@@ -717,6 +717,32 @@ def test_a_score_counts_that_the_log_has_too(copy, capsys, server):
     refused(capsys, "sliding_val_bpb", "its newest score is None")
 
 
+@pytest.mark.parametrize("tokenizer", ["sample/tokenizer.model", ""])
+def test_scores_of_runs_without_an_artifact_count(copy, capsys, server, tokenizer):
+    """Their first evaluation is that behind training; without a tokenizer there are no bits."""
+    text = CONFIG.replace('"golf"', '"slowrun"').replace("roundtrip_val_bpb", "chunked_val_loss")
+    text = text.replace("max_bytes = 16000000", "max_bytes = 0")
+    text = text.replace('"sample/tokenizer.model"', f"{tokenizer!r}").replace(
+        "last = 0", "last = 1"
+    )
+    Path("plain.toml").write_text('export = ""\n' + text)
+    run = "logs/plain-s1"
+    argv = ("--config", "plain.toml", "--run", "plain-s1")
+    for more in (argv, (run, "--modes", "chunked")):
+        program = "train_gpt" if more == argv else "logs.score"
+        ended = server.run(*more, cwd=copy, program=program)
+        assert ended.code == 0, ended.text
+    assert result(run)["eval_time_s"] > result(run)["first_eval_time_s"] > 0
+    assert ("chunked_val_bpb" in result(run)) == bool(tokenizer)
+    code, _, err = call(capsys, track="slowrun", runs=[run])
+    assert code == 0, err
+    set_config({"rule.max_bytes": 99999}, [run])  # of an artifact that is not there
+    refused(capsys, "logs/plain-s1/model.nrx: missing", track="slowrun", runs=[run])
+    set_config({"rule.max_bytes": 0}, [run])
+    edit(run, eval_time_s=result(run)["eval_time_s"] + 1)
+    refused(capsys, "but the scores in log.txt took", track="slowrun", runs=[run])
+
+
 def test_documents_on_both_sides_are_refused(copy, capsys):
     """One validation document is put among the training documents; the data's fingerprint is made
     to fit.
