@@ -482,9 +482,18 @@ def check_model(s: Submission) -> None:
         )
 
 
+def mixed_in(result: dict, metric: str) -> str:
+    """The other runs whose snapshots are in the figure `metric`; the newest one is the result's."""
+    names = []
+    with contextlib.suppress(AttributeError, TypeError):  # damaged, which check_numbers objects to
+        scores = result.get("scores", {})
+        names = [name for name, figure in scores.items() if metric in figure.get("top", {})]
+    return names[-1].partition(" snapshots with ")[2] if names else ""
+
+
 def check_alone(s: Submission) -> None:
     """A submission is what its folder holds: what began elsewhere is not shipped or counted."""
-    for folder, _, run, _ in s.of_each():
+    for folder, _, run, result in s.of_each():
         if start := run.config.get("init_from"):
             s.object(
                 folder / "config.toml",
@@ -492,6 +501,20 @@ def check_alone(s: Submission) -> None:
                 "the code that made them (pre_pre_train.py, say) would be neither in the folder "
                 "nor counted",
                 "submit runs that train from fresh weights (with ./run.sh, NCA=0)",
+            )
+        if teacher := run.config.get("teacher"):
+            s.object(
+                folder / "config.toml",
+                f"teacher = {teacher!r}: the weights that it learned from and their training time "
+                "would be neither in the folder nor counted",
+                "submit runs without one; a chain's own snapshots (--cycles) may teach",
+            )
+        if others := mixed_in(result, report.rule_of(run.config)["metric"]):
+            s.object(
+                folder / "result.json",
+                f"its figure is of an ensemble with snapshots of {others}, whose weights and "
+                "training time would be neither in the folder nor counted",
+                "score it without --with_runs: what was asked for last is the figure",
             )
 
 

@@ -625,6 +625,37 @@ def test_a_run_that_began_from_another_one_is_refused(copy, capsys):
     refused(capsys, "init_from", "fresh weights", track="golf_non_record")
 
 
+def test_a_run_with_a_teacher_of_another_run_is_refused(copy, capsys):
+    """A chain's own snapshots teach without one: then `teacher` is empty."""
+    set_config({"teacher": "logs/large-s1", "distill": 0.45})
+    err = refused(
+        capsys,
+        "logs/tiny-s1/config.toml: teacher = 'logs/large-s1'",
+        "neither in the folder nor counted",
+    )
+    assert err.count("teacher = ") == 3  # one line a run
+    set_config({"teacher": "", "cycles": 2, "distill_from": 2})
+    assert call(capsys, track="golf_non_record")[0] == 0
+
+
+def test_an_ensemble_with_other_runs_is_refused_as_the_figure(copy, capsys):
+    """As another figure it may stand there, and beside it one of the run's own snapshots."""
+    mixed = {"val_loss_ensemble": 4.5, "ensemble_size": 4, "val_loss_ensemble_uniform": 4.6}
+    alone = {"val_loss_ensemble": 4.7, "ensemble_size": 2, "val_loss_ensemble_uniform": 4.8}
+    shared = {"ensemble 4 of 4 snapshots with tiny-s2 big": {"top": mixed, "of": ""}}
+    own = {"ensemble 2 of 2 snapshots": {"top": alone, "of": ""}}
+    for run in RUNS:
+        edit(run, scores=own | shared, **mixed)
+    assert call(capsys, "--out", "a", track="golf_non_record")[0] == 0
+    set_config({"track": "slowrun", "rule.metric": "val_loss_ensemble", "rule.target": 0.0})
+    words = "its figure is of an ensemble with snapshots of tiny-s2 big", "without --with_runs"
+    refused(capsys, "logs/tiny-s1/result.json: ", *words, track="slowrun")
+    for run in RUNS:
+        edit(run, scores=shared | own, **alone)
+    code, _, err = call(capsys, track="slowrun")
+    assert code == 0, err
+
+
 def test_files_that_cannot_be_read_are_named(copy, capsys):
     Path("sample/manifest.json").write_text("[")
     refused(capsys, "sample/manifest.json: damaged", "get the data again")
@@ -713,6 +744,8 @@ def test_a_score_counts_that_the_log_has_too(copy, capsys, server):
     refused(capsys, "logs/tiny-s1/result.json: eval_time_s 0.0, but the scores in log.txt took")
     edit(RUNS[0], scores={"sliding": {}})
     refused(capsys, "logs/tiny-s1/result.json: damaged (KeyError: 'top')")
+    edit(RUNS[0], scores=["sliding"])
+    refused(capsys, "logs/tiny-s1/result.json: damaged (AttributeError")
     edit(RUNS[0], scores={}, eval_time_s=kept["eval_time_s"])
     refused(capsys, "sliding_val_bpb", "its newest score is None")
 
