@@ -317,13 +317,29 @@ def pack(paths: list[Path], root: Path = ROOT) -> str:
     return LOADER.format(names=", ".join(texts), mark=MARK, data=data, entry=entry)
 
 
+def words_of(preset: str) -> list[str]:
+    """The words of --preset, split as a shell does: a flag's value may have spaces."""
+    try:
+        words = shlex.split(preset)
+    except ValueError as error:  # a quote that is not closed
+        raise UserError(
+            f"--preset {preset!r} cannot be split into words: {error}; quote as in a shell"
+        ) from error
+    if broken := [word for word in words if len(word.splitlines()) > 1]:
+        raise UserError(
+            f"--preset: {broken[0]!r} has a line break, but the packed file says in one line what "
+            "it was made by: write spaces instead"
+        )
+    return words
+
+
 def pack_program(text: str, preset: str, revision: str) -> str:
     """The text of one Python file that runs as this one does; preset: the words it was made by."""
     codec = "brotli" if "brotli" in imported(text) else "lzma"
     # behind the frame's lines, so that a traceback does not take those for its own
     small = "\n" * FRAME.count("\n") + shrunk(text)
     data = as_text(compressed(small, codec))
-    words = shlex.quote(shlex.join(preset.split())).encode("ascii", "replace").decode()
+    words = shlex.quote(shlex.join(words_of(preset))).encode("ascii", "replace").decode()
     return FRAME.format(revision=revision, words=words, codec=codec, data=data)
 
 
@@ -361,7 +377,8 @@ class Options:
     # the file to write; with --unpack, a folder that is not there yet
     out: str = "packed/train_gpt.py"
     unpack: str = ""  # a packed file to take apart
-    # a preset, perhaps with layers and flags, of whose script it is made (see logs/script.py)
+    # a preset, perhaps with layers and flags, of whose script it is made (see logs/script.py);
+    # quotes hold a value with spaces together: 'golf_cpu --lr "0:1 1>0.1"'
     preset: str = ""
 
 
@@ -380,7 +397,7 @@ def program_of(preset: str) -> str:
     """The program of a preset and its scorer, as a person reads it."""
     from logs import golf, script  # bring torch
 
-    return golf.program_of(script.read_request(preset.split()))
+    return golf.program_of(script.read_request(words_of(preset)))
 
 
 def write(out: Path, preset: str) -> None:

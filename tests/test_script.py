@@ -391,6 +391,34 @@ def test_what_cannot_be_scored_is_not_packed(preset, words, tmp_path, capsys):
     assert words in said.err and said.err.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    "preset",
+    ['golf_cpu on_cpu --lr "0:1 1>0.1"', "golf_cpu --run 'a b' --arm=\"it's\"", "golf_cpu"],
+)
+def test_a_packed_file_says_by_which_words_it_is_made_again(preset, monkeypatch):
+    """A schedule has spaces, so a flag's value may be several words of one in quotes."""
+    monkeypatch.setattr("logs.golf.program_of", lambda request: request.argv)
+    monkeypatch.setattr(pack, "program_of", pack.program_of.__wrapped__)  # remembers nothing
+    wanted = ["--config", *shlex.split(preset)]
+    assert pack.program_of(preset) == wanted
+    packed = pack.pack_program("x = 1\n", preset, "0")
+    assert pack.program_of(pack.origin_of(packed)[1]) == wanted
+    assert pack.pack_program("x = 1\n", pack.origin_of(packed)[1], "0") == packed
+
+
+@pytest.mark.parametrize(
+    "preset,words",
+    [
+        ('golf_cpu --lr "0:1', "cannot be split into words: No closing quotation"),
+        ('golf_cpu --lr "0:1\n1>0"', "'0:1\\n1>0' has a line break"),
+    ],
+)
+def test_words_that_a_packed_file_cannot_say_are_refused(preset, words, tmp_path, capsys):
+    assert pack.main(["--preset", preset, "--out", str(tmp_path / "x" / "train_gpt.py")]) == 2
+    said = capsys.readouterr()
+    assert words in said.err and said.err.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
 def test_keep_with_a_number_is_the_trainers_flag():
     request = script.read_request(["remix_m", "--keep", "3", "--keep", "seed", "lr"])
     assert request.argv == ["--config", "remix_m", "--keep", "3"] and request.keep == ["seed", "lr"]
