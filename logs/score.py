@@ -1193,17 +1193,11 @@ class Figures:
 
     def __init__(self, subject: Subject):
         self.subject, self.path = subject, subject.folder / "result.json"
-        self.keeps = bool(
-            subject.run.on_main(lambda: subject.is_run and subject.own_text and self.path.exists())
+        self.result: dict = subject.run.on_main(
+            lambda: {} if subject.other_text else subject.result
         )
-        self.result: dict = subject.run.on_main(self.read) if self.keeps else {}
+        self.keeps = bool(self.result)
         self.digest = subject.run.on_main(self.digest_of_weights)
-
-    def read(self) -> dict:
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise UserError(f"{self.path} cannot be read ({e}); train the run again") from e
 
     def digest_of_weights(self) -> str:
         path = self.subject.path
@@ -1257,7 +1251,7 @@ class Subject:
     path: Path  # of the weights: an artifact, or a checkpoint's folder
     folder: Path  # of the run, or the one that the weights lie in
     is_run: bool  # whether a run folder was asked for
-    own_text: bool  # whether the text is what the run was evaluated on
+    own_text: bool  # whether no flag names another text than the run was evaluated on
 
     def __post_init__(self):
         cfg, self.tokenizer = self.cfg, None
@@ -1267,6 +1261,33 @@ class Subject:
     @functools.cached_property
     def val(self) -> tg.Validation:
         return tg.Validation(self.cfg, self.plan, self.tokenizer)
+
+    @functools.cached_property
+    def result(self) -> dict:
+        """What the run's result.json says; empty where this is no finished run. Of rank 0 alone."""
+        path = self.folder / "result.json"
+        if not self.is_run or not path.exists():
+            return {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise UserError(f"{path} cannot be read ({e}); train the run again") from e
+
+    @functools.cached_property
+    def other_text(self) -> str:
+        """
+        Why the figures are not the run's: its text is another one, or may be. Empty: they are. Of
+        rank 0 alone, once: all shards are read where the run has a hash of them.
+        """
+        if not self.own_text:
+            return "on another text than the run's own"
+        known, back = self.result.get("data_sha256"), "put the run's shards back to keep figures"
+        try:
+            if known and known != tg.data_fingerprint(self.cfg):
+                return f"{self.cfg.data} has not the run's shards (data_sha256 differs): {back}"
+        except UserError as e:  # those that only training read may be gone
+            return f"the data cannot be compared with the run's ({e}): {back}"
+        return ""
 
 
 @dataclass
@@ -1414,8 +1435,8 @@ def begin(subject: Subject, flags: Phase) -> None:
     settings = {k: v for k, v in dataclasses.asdict(flags).items() if k != "source"}
     subject.run.log("=" * 100, console=False)
     subject.run.log(f"scores of {subject.path}: {json.dumps(settings)}", console=False)
-    if not subject.own_text:
-        subject.run.log("notice: on another text than the run's own: figures are not kept")
+    if subject.other_text:
+        subject.run.log(f"notice: figures are not kept: {subject.other_text}")
 
 
 def take_figures(subject: Subject, flags: Phase) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import build, parts, tg, tiny
+from helpers import build, parts, tg, tiny, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_export import LOOPED, model_of, small, weights
@@ -622,6 +622,42 @@ def test_an_artifact_a_checkpoint_and_another_text_change_no_figures(whole, tmp_
         assert score.main([str(folder), "--modes", "chunked", *more]) == 0
         assert "figures are not kept" in capsys.readouterr().out
         assert (folder / "result.json").read_bytes() == result
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_figures_of_shards_that_were_exchanged_are_neither_kept_nor_believed(
+    server, runs, spoken, tmp_path, world
+):
+    """They have the same names in the same folder: result.json's data_sha256 tells."""
+    where = shutil.copytree(spoken[0], tmp_path / "text")
+    config = tg.config_toml(tg.checkpoint_config(runs / "tiny"))
+    (tmp_path / "again.toml").write_text(config.replace(str(spoken[0]), str(where)))
+    succeed(server.run("--config", "again.toml", "--run", "mine", cwd=tmp_path))
+    folder, (val,) = tmp_path / "logs" / "mine", where.glob("*_val_*.bin")
+    argv = [folder, "--modes", "chunked"]
+
+    def scored() -> tuple[str, dict]:
+        ended = run_ranks(server, world, argv, tmp_path, program="logs.score")
+        succeed(ended)
+        return ended[0].out, result_of(folder)
+
+    said, kept = scored()
+    assert "chunked" in kept["scores"] and "notice" not in said
+    shard, result = val.read_bytes(), (folder / "result.json").read_bytes()
+    write_shard(val, np.fromfile(val, "<u2")[512:][::-1] % 96)
+    said, _ = scored()
+    assert "notice: figures are not kept" in said and "has not the run's shards" in said
+    assert "final_chunked val_loss:" in said and "taken before" not in said
+    assert (folder / "result.json").read_bytes() == result
+    (train,) = where.glob("*_train_*.bin")
+    train.rename(tmp_path / train.name)
+    said, _ = scored()
+    assert "cannot be compared with the run's (no train shards" in said
+    assert (folder / "result.json").read_bytes() == result
+    (tmp_path / train.name).rename(train)
+    val.write_bytes(shard)
+    said, again = scored()
+    assert "chunked: taken before" in said and "notice" not in said and again == kept
 
 
 REFUSED = {
