@@ -66,13 +66,21 @@ def turn(path, what, seconds=WAIT_SECONDS):
         yield file
 
 
+def has_pip(python):
+    """Whether a venv is whole: one whose making was killed, or failed, has a python without pip."""
+    with contextlib.suppress(OSError):
+        ended = subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True)
+        return ended.returncode == 0
+    return False
+
+
 def environment():
     """Make .venv and install requirements.txt, unless that is done; again when it changes."""
     want = hashlib.sha256(Path("requirements.txt").read_bytes()).hexdigest()
     python, mark = Path(".venv/bin/python"), Path(".venv/installed")
     if python.exists() and mark.exists() and mark.read_text(encoding="utf-8").strip() == want:
         return
-    if not python.exists() and sys.version_info < (3, 11):
+    if not has_pip(python) and sys.version_info < (3, 11):
         raise UserError(
             f"python3 is {sys.version.split()[0]}, but 3.11 or newer is needed: put one "
             "first in PATH"
@@ -85,7 +93,10 @@ def environment():
             return
         print("installing requirements.txt into .venv", flush=True)
         file.truncate(0)
-        if not python.exists():
+        if not has_pip(python):
+            for link in python.parent.glob("python*"):
+                if not link.exists():  # to a Python that is gone; venv would not replace it
+                    link.unlink()
             subprocess.run([sys.executable, "-m", "venv", ".venv"], check=True)
         pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         subprocess.run([*pip, "-r", "requirements.txt"], check=True)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -279,7 +280,11 @@ def test_requirements_are_installed_by_one_process_of_those_that_share_the_folde
     (tmp_path / "requirements.txt").write_text("torch\n")
     pip = tmp_path / ".venv" / "bin" / "python"
     pip.parent.mkdir(parents=True)
-    pip.write_text("#!/bin/bash\nsleep 0.3; echo $* >> pip.txt; [ ! -e fails ]\n")
+    pip.write_text(
+        "#!/bin/bash\n"
+        '[ "$3" != --version ] || exit 0\n'
+        "sleep 0.3; echo $* >> pip.txt; [ ! -e fails ]\n"
+    )
     pip.chmod(0o755)
 
     def nodes(count):
@@ -310,6 +315,28 @@ def test_requirements_are_installed_by_one_process_of_those_that_share_the_folde
     )
     (tmp_path / "fails").unlink()
     assert nodes(1)[::2] == ([0], 3)
+
+
+@pytest.mark.parametrize("kind", ["without pip", "of a Python that is gone"])
+def test_a_venv_that_was_half_made_is_made_again(tmp_path, monkeypatch, kind):
+    """Its making was killed before pip came, or failed: Debian without python3-venv has no pip."""
+    monkeypatch.chdir(tmp_path)
+    Path("requirements.txt").write_text("")
+    python = Path(".venv/bin/python")
+    if kind == "without pip":
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", ".venv"], check=True)
+    else:
+        python.parent.mkdir(parents=True)
+        python.symlink_to("/nowhere/python3")
+    assert not starter.has_pip(python)
+    with monkeypatch.context() as older:
+        older.setattr(sys, "version_info", (3, 10, 1))
+        with pytest.raises(starter.UserError, match="3.11 or newer is needed"):
+            starter.environment()
+    starter.environment()
+    assert starter.has_pip(python) and Path(".venv/installed").read_text()
+    monkeypatch.setattr(starter.subprocess, "run", lambda *words, **how: pytest.fail("started"))
+    starter.environment()  # what is installed takes no process
 
 
 def test_a_turn_waits_with_a_message_and_a_limit(tmp_path, capsys):
