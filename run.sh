@@ -80,7 +80,9 @@ case $VERB in
   report) exec $PY logs/report.py "$@" ;;
   submit) exec $PY logs/submit.py "$@" ;;
   script) exec $PY logs/script.py "$@" ;;
-  sample) exec $PY logs/score.py sample "$WHAT" --prompt "${1:-}" "${@:2}" ;;
+  sample) # a text may begin with a dash; a first word that is a flag means that there is none
+          if [[ ${1:-} =~ ^(-h|--[a-z][a-z_-]*(=.*)?)$ ]]; then exec $PY logs/score.py sample "$WHAT" "$@"; fi
+          exec $PY logs/score.py sample "$WHAT" "--prompt=${1:-}" "${@:2}" ;;
   dry_run) exec $PY logs/dry_run.py --config "$WHAT" "$@" ;;
   ask_study) exec $PY logs/study.py "$WHAT" "$@" ;;
   study) $PY logs/study.py "$WHAT" "$@" --only get  # its data; arms that are not matched end here

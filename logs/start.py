@@ -142,7 +142,8 @@ def asked(words, always):
             raise UserError(f"study: name one of {known}, or a path to one")
         names(words[2:], "--seeds {} after the study's name")
         # what only asks needs no data and no ranks
-        asks = {"list", "-h", "--help", "--only"} & set(words[2:])
+        asks = {"list", "--arms=list", "-h", "--help", "--only"} & set(words[2:])
+        asks |= {word for word in words[2:] if word.startswith("--only=")}
         return "ask_study" if asks else "study", 1 + (first == "study"), words[1]
     if first == "sample":
         if len(words) < 2:

@@ -187,8 +187,12 @@ def test_flags_alone_are_the_main_jobs_and_a_path_is_a_track(start, tmp_path):
 
 def test_a_sample_a_report_and_a_dry_run_are_one_program_each(start):
     for words, call in (
-        ("sample logs/x The --top_k 5", "logs/score.py sample logs/x --prompt The --top_k 5"),
-        ("sample logs/x", "logs/score.py sample logs/x --prompt "),
+        ("sample logs/x The --top_k 5", "logs/score.py sample logs/x --prompt=The --top_k 5"),
+        ("sample logs/x", "logs/score.py sample logs/x --prompt="),
+        ("sample logs/x --tokens 5", "logs/score.py sample logs/x --tokens 5"),
+        ("sample logs/x --top_k=5", "logs/score.py sample logs/x --top_k=5"),
+        ("sample logs/x -h", "logs/score.py sample logs/x -h"),
+        ("sample logs/x -Well, --seed 2", "logs/score.py sample logs/x --prompt=-Well, --seed 2"),
         ("report logs/x --metric val_bpb", "logs/report.py logs/x --metric val_bpb"),
         ("submit golf tiny_cpu logs/x", "logs/submit.py golf tiny_cpu logs/x"),
         ("dry_run --json", "logs/dry_run.py --config remix_m --json"),
@@ -196,6 +200,7 @@ def test_a_sample_a_report_and_a_dry_run_are_one_program_each(start):
     ):
         code, said, calls = start(*words.split())
         assert code == 0 and calls == [call], said
+    assert start("sample", "logs/x", "-- said he")[2][0].endswith(" --prompt=-- said he")
     code, said, calls = start("sample")
     assert code == 2 and "usage: ./run.sh sample RUN" in said and not calls
 
@@ -233,7 +238,7 @@ def test_a_study_gets_its_data_trains_on_ranks_and_reports(start, verb):
 
 
 def test_a_study_that_is_only_asked_starts_no_ranks(start):
-    for words in ("--arms list", "--help", "--only report"):
+    for words in ("--arms list", "--arms=list", "--help", "--only report", "--only=report"):
         calls = start("study", "nca", *words.split(), NPROC="8")[2]
         assert calls == [f"logs/study.py nca {words}"]
 
