@@ -321,7 +321,7 @@ def is_over(cfg, folder: Path) -> bool:
 
 
 def refuse_other_settings(study: Study) -> None:
-    """Before anything is trained: whether all that is over was made with these flags."""
+    """An error, before training or a report, where a run that is over had other flags."""
     import pre_pre_train
 
     for seed, (name, arm) in itertools.product(study.seeds, study.arms.items()):
@@ -460,10 +460,19 @@ def program(argv: list[str] | None) -> int:
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: each seed is one run: none twice")
     name, arms = Path(options.study).name.removesuffix(".toml"), chosen(said, options.arms)
-    phase1, log_dir = shlex.split(options.phase1), Path(options.log_dir)
-    study = Study(name, said, arms, seeds, more, phase1, log_dir)
-    if options.only in (None, "get"):
+    try:
+        phase1 = shlex.split(options.phase1)
+    except ValueError as e:  # a quote that is not closed
+        raise UserError(
+            f"--phase1 {options.phase1!r} cannot be split into words: {e}; quote as in a shell"
+        ) from e
+    study = Study(name, said, arms, seeds, more, phase1, Path(options.log_dir))
+    if options.only != "report":
         study.check()
+    elif more or phase1:  # a table and a record of flags that made no run of it would mislead
+        study.check()
+        refuse_other_settings(study)
+    if options.only in (None, "get"):
         get_data(study)
     if options.only in (None, "train"):
         train(study)

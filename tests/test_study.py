@@ -1,5 +1,6 @@
 """logs/study.py: what it calls matched, what it trains and skips, what it pairs and charges."""
 
+import contextlib
 import json
 import os
 import signal
@@ -292,6 +293,44 @@ def test_what_is_finished_is_not_trained_again_and_other_flags_are_refused(here,
     assert "plain-s1 is over, but was made with other flags" in said and "steps: 24 -> 25" in said
     assert here == []
     assert study.main(["plain.toml"]) == 0 and here == ["plain-s2", "capped-s2"]
+
+
+def test_arms_that_are_not_matched_are_not_trained_by_the_step_of_training_either(
+    here, capsys, tmp_path
+):
+    for more in (["--softcap", "3"], ["--nonsense", "3"]):
+        with contextlib.suppress(SystemExit):  # of a flag that there is not
+            assert study.main(["plain.toml", "--only", "train", *more]) == 2
+        said = capsys.readouterr().err
+        assert "--softcap: that is what the arms differ in" in said or "--nonsense" in said
+    (tmp_path / "nca.toml").write_text(NCA + 'mine = { from = "muon", softcap = 5 }\n')
+    assert study.main(["nca.toml", "--arms", "mine", "--only", "train"]) == 2
+    assert "arm mine is no fair comparison with muon" in capsys.readouterr().err
+    assert not here and not (tmp_path / "logs").exists()
+
+
+def test_a_report_takes_no_flags_but_those_that_the_runs_were_made_with(here, capsys, tmp_path):
+    """Else its record would say that they made these runs; without flags all are reported."""
+    argv = ["plain.toml", "--seeds", "1"]
+    assert study.main([*argv, "--steps", "25"]) == 0
+    record = tmp_path / "logs/report-plain/study.json"
+    before = record.read_bytes()
+    for more, words in (
+        (["--steps", "26"], "steps: 25 -> 26"),
+        (["--softcap", "99"], "--softcap: that is what the arms differ in"),
+        (["--sedes", "1"], "--sedes"),
+        (["--phase1", "'"], '--phase1 "\'" cannot be split into words: No closing quotation'),
+    ):
+        capsys.readouterr()
+        code = 2
+        with contextlib.suppress(SystemExit):  # of a flag that there is not
+            code = study.main([*argv, "--only", "report", *more])
+        said = capsys.readouterr()
+        assert code == 2 and words in said.err and not said.out and "Traceback" not in said.err
+        assert record.read_bytes() == before
+    assert study.main([*argv, "--only", "report", "--steps", "25"]) == 0
+    assert record.read_bytes() == before
+    assert study.main([*argv, "--only", "report"]) == 0
 
 
 def test_a_study_that_is_stopped_goes_on_where_it_was(here, capsys, monkeypatch):
