@@ -198,6 +198,9 @@ def write(study) -> None:
     rows = summary(study, found)
     out.mkdir(parents=True, exist_ok=True)
     sections = {"Arms, and differences paired by seed": table(study, rows)}
+    # of other data or another machine, say; diverged ones have their column
+    if notes := report.run_notes([run for runs in found.values() for run in runs if run.finished]):
+        sections["Notes on the runs"] = "\n".join(notes)
     if text := times(study, found):
         sections["Training to the final loss of the arm compared with"] = text
     images = ["study.png"] * draw(study, rows, found, out / "study.png")

@@ -356,6 +356,21 @@ def test_a_study_that_is_stopped_goes_on_where_it_was(here, capsys, monkeypatch)
     assert result("plain", "capped-s1")["resumed"]
 
 
+def test_the_report_says_where_runs_are_of_different_data(here, capsys, tmp_path):
+    """An arm that was trained before the shards were exchanged is paired with one behind it."""
+    argv = ["plain.toml", "--seeds", "1"]
+    assert study.main([*argv, "--arms", "plain"]) == 0
+    assert "not all alike" not in capsys.readouterr().out
+    write_shard(tmp_path / "x_train_000000.bin", np.random.default_rng(1).integers(0, 64, 2000))
+    assert study.main(argv) == 0 and here == ["plain-s1", "capped-s1"]
+    words = "not all alike in data_sha256, so mind what you compare:"
+    assert words in capsys.readouterr().out
+    text = (tmp_path / "logs/report-plain/report.md").read_text()
+    assert f"## Notes on the runs\n\n```\n{words}\n" in text
+    for arm in ("plain", "capped"):
+        assert result("plain", f"{arm}-s1")["data_sha256"] in text
+
+
 def test_a_diverged_run_is_counted_and_not_tried_again(here, capsys, tmp_path):
     text = PLAIN.replace("softcap = 15", "embed_lr = 1e38").replace('["softcap"]', '["embed_lr"]')
     (tmp_path / "plain.toml").write_text(text)
