@@ -123,7 +123,7 @@ def test_shard_of_100m_tokens_gives_190_batches(tmp_path):
         cfg = tg.parse_args(["--config", preset, "--data", str(folder)])
         with pytest.raises(
             tg.UserError,
-            match=rf"too little data.*found {needed - 1} .*get.py fineweb10B --out .* --shards {needed}\b",
+            match=rf"too little.*found {needed - 1} .*fineweb10B --out .* --shards {needed}\b",
         ):
             loader(cfg)
         sparse_shard(folder / f"fineweb_train_{needed:06d}.bin", 100_000_000)
