@@ -492,7 +492,11 @@ def mixed_in(result: dict, metric: str) -> str:
 
 
 def check_alone(s: Submission) -> None:
-    """A submission is what its folder holds: what began elsewhere is not shipped or counted."""
+    """
+    A submission is what its folder holds: what began elsewhere is not shipped or counted. Where
+    neither time nor bytes have a cap, another run may teach, and snapshots be mixed with others'.
+    """
+    capped = s.rule["max_seconds"] or s.rule["max_bytes"]
     for folder, _, run, result in s.of_each():
         if start := run.config.get("init_from"):
             s.object(
@@ -502,14 +506,14 @@ def check_alone(s: Submission) -> None:
                 "nor counted",
                 "submit runs that train from fresh weights (with ./run.sh, NCA=0)",
             )
-        if teacher := run.config.get("teacher"):
+        if capped and (teacher := run.config.get("teacher")):
             s.object(
                 folder / "config.toml",
                 f"teacher = {teacher!r}: the weights that it learned from and their training time "
                 "would be neither in the folder nor counted",
                 "submit runs without one; a chain's own snapshots (--cycles) may teach",
             )
-        if others := mixed_in(result, report.rule_of(run.config)["metric"]):
+        if capped and (others := mixed_in(result, s.rule["metric"])):
             s.object(
                 folder / "result.json",
                 f"its figure is of an ensemble with snapshots of {others}, whose weights and "
@@ -953,8 +957,8 @@ def complete(options: Options) -> Track:
 def submit(options: Options) -> Path:
     track = complete(options)
     s = load(track, options.runs)
-    check_alone(s)
     check_same(s)
+    check_alone(s)
     check_model(s)
     check_seeds(s, options.seeds)
     check_sources(s)

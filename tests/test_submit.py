@@ -636,6 +636,9 @@ def test_a_run_with_a_teacher_of_another_run_is_refused(copy, capsys):
     assert err.count("teacher = ") == 3  # one line a run
     set_config({"teacher": "", "cycles": 2, "distill_from": 2})
     assert call(capsys, track="golf_non_record")[0] == 0
+    set_config({"teacher": "logs/large-s1", "track": "slowrun", "rule.max_bytes": 0})
+    set_config({"rule.max_seconds": 0})  # a sequence of models, as slowrun's record was
+    assert call(capsys, "--out", "b", track="slowrun_unlimited")[0] == 0
 
 
 def test_an_ensemble_with_other_runs_is_refused_as_the_figure(copy, capsys):
@@ -650,6 +653,9 @@ def test_an_ensemble_with_other_runs_is_refused_as_the_figure(copy, capsys):
     set_config({"track": "slowrun", "rule.metric": "val_loss_ensemble", "rule.target": 0.0})
     words = "its figure is of an ensemble with snapshots of tiny-s2 big", "without --with_runs"
     refused(capsys, "logs/tiny-s1/result.json: ", *words, track="slowrun")
+    set_config({"rule.max_bytes": 0, "rule.max_seconds": 0})  # as in configs/slowrun_unlimited.toml
+    assert call(capsys, "--out", "b", track="slowrun_unlimited")[0] == 0
+    set_config({"rule.max_seconds": 600})
     for run in RUNS:
         edit(run, scores=shared | own, **alone)
     code, _, err = call(capsys, track="slowrun")
