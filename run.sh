@@ -85,6 +85,7 @@ case $VERB in
           exec $PY logs/score.py sample "$WHAT" "--prompt=${1:-}" "${@:2}" ;;
   dry_run) exec $PY logs/dry_run.py --config "$WHAT" "$@" ;;
   ask_study) exec $PY logs/study.py "$WHAT" "$@" ;;
+  train_study) go "" logs/study.py "$WHAT" "$@"; exit ;;
   study) $PY logs/study.py "$WHAT" "$@" --only get  # its data; arms that are not matched end here
          go "" logs/study.py "$WHAT" "$@" --only train
          first_node

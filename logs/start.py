@@ -141,10 +141,12 @@ def asked(words, always):
             known = " ".join(sorted(p.stem for p in Path("configs/studies").glob("*.toml")))
             raise UserError(f"study: name one of {known}, or a path to one")
         names(words[2:], "--seeds {} after the study's name")
+        said = " ".join(words[2:]).replace("=", " ")
+        verb = "train_study" if re.search(r"--only train\b", said) else "study"
         # what only asks needs no data and no ranks
-        asks = {"list", "--arms=list", "-h", "--help", "--only"} & set(words[2:])
-        asks |= {word for word in words[2:] if word.startswith("--only=")}
-        return "ask_study" if asks else "study", 1 + (first == "study"), words[1]
+        asks = {"list", "-h", "--help", "--only"} & set(said.split())
+        verb = "ask_study" if asks and verb == "study" else verb
+        return verb, 1 + (first == "study"), words[1]
     if first == "sample":
         if len(words) < 2:
             raise UserError("usage: ./run.sh sample RUN [TEXT] [flags]")

@@ -241,6 +241,10 @@ def test_a_study_that_is_only_asked_starts_no_ranks(start):
     for words in ("--arms list", "--arms=list", "--help", "--only report", "--only=report"):
         calls = start("study", "nca", *words.split(), NPROC="8")[2]
         assert calls == [f"logs/study.py nca {words}"]
+    for words in ("--only train", "--only=train"):  # which asks nothing
+        calls = start("study", "nca", *words.split(), NPROC="8")[2]
+        ranks = "torchrun --standalone --nproc_per_node 8 --"
+        assert calls == [f"{ranks} logs/study.py nca {words}"]
 
 
 EIGHT = "".join(f"GPU {i}: NVIDIA H100 (UUID: GPU-{i}a{i})\n" for i in range(8))
