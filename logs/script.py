@@ -763,7 +763,7 @@ def header(cfg: tg.Config, request: Request) -> str:
     options = [f"--without {' '.join(request.without)}"] if request.without else []
     if request.keep_given:
         options.append(f"--keep {shlex.quote(' '.join(request.keep))}")
-    command = " ".join(["python logs/script.py", *request.argv[1:], *options])
+    command = " ".join(["python logs/script.py", shlex.join(request.argv[1:]), *options])
     return "\n".join(
         [
             '"""',

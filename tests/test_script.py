@@ -419,6 +419,12 @@ def test_words_that_a_packed_file_cannot_say_are_refused(preset, words, tmp_path
     assert words in said.err and said.err.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
+def test_the_head_says_a_command_that_can_be_given_again():
+    request = script.read_request(["golf_cpu", "--lr", "0:1 1>0.1", "--without", "wandb"])
+    head = " ".join(script.header(script.configure(request), request).split())
+    assert "`python logs/script.py golf_cpu --lr '0:1 1>0.1' --without wandb` prints it" in head
+
+
 def test_keep_with_a_number_is_the_trainers_flag():
     request = script.read_request(["remix_m", "--keep", "3", "--keep", "seed", "lr"])
     assert request.argv == ["--config", "remix_m", "--keep", "3"] and request.keep == ["seed", "lr"]
