@@ -741,7 +741,7 @@ class Folding(Transformer):
     def with_ones(self, new):
         """
         Sizes divided by 1, and parts of 0: what is left of ranks where there is one. A fraction's
-        1 is written 1.0, see fold().
+        1 is written 1.0, see refuse_ones().
         """
         size = m.Integer() | SIMPLE
         nothing = m.Integer("0") | m.BinaryOperation(m.Integer("0"), m.Multiply(), size)
@@ -2903,15 +2903,19 @@ def harmless(module: cst.Module, facts: Facts) -> set[str]:
 NONE = cst.Name("None")
 
 
-def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) -> cst.Module:
+def refuse_ones(source: cst.Module) -> None:
     """
-    The passes, until none changes anything. AssertionError where the trainer has written `x % 1` or
-    `x // 1`: an x that is left so is taken for a whole number, divided among one rank.
+    AssertionError where a source has `x % 1` or `x // 1`: of an x that folding leaves so it thinks
+    that it is a whole number, divided among one rank.
     """
-    for operation in find_all(module, cst.BinaryOperation):
+    for operation in find_all(source, cst.BinaryOperation):
         divides = isinstance(operation.operator, cst.Modulo | cst.FloorDivide)
         is_one = m.matches(operation.right, m.Integer("1"))
         assert not (divides and is_one), f"{code_of(operation)}: write 1.0 in the place of 1"
+
+
+def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) -> cst.Module:
+    """The passes, until none changes anything."""
     before = {(f.name.value, code_of(f.body)) for f in find_all(module, cst.FunctionDef)}
     settled = Settled()
     passes: list[tuple[str, Callable]] = [

@@ -338,7 +338,9 @@ SCORER = ROOT / "logs" / "score.py"
 @functools.cache
 def parsed(source: str) -> cst.Module:
     """Its tree, which nothing changes in place; a long source takes seconds."""
-    return cst.parse_module(source)
+    tree = cst.parse_module(source)
+    folding.refuse_ones(tree)
+    return tree
 
 
 def parsed_scorer() -> cst.Module:

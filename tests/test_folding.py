@@ -359,8 +359,10 @@ SIZES = [
 
 @pytest.mark.parametrize("operator", ["//", "%"])
 def test_a_fraction_has_to_be_written_as_one(operator):
+    source = f"def main(x, y):\n    return x {operator} 1"
     with pytest.raises(AssertionError, match="write 1.0"):
-        folded(f"def main(x, y):\n    return x {operator} 1\n")
+        script.parsed(source)
+    script.parsed(f"{source}.0")
 
 
 @pytest.mark.parametrize("source,wanted", SIZES)
