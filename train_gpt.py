@@ -1907,6 +1907,7 @@ def check_untie(cfg: Config) -> None:
         f"untie_at = {cfg.untie_at!r} keeps two tables alike until a given step, which "
         f"{' and '.join(apart)} do not: leave one of both out",
     )
+    require_regex("slow", cfg.slow)  # its own section looks at it later
     require(
         is_named(cfg.slow, "head") == is_named(cfg.slow, "embed"),
         f"slow = {cfg.slow!r} finds one of head and embed, which are one table until untie_at = "

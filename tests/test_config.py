@@ -357,6 +357,8 @@ def test_wrong_type_of_a_flag_is_named(capsys, flags):
             {"sampled_classes": "64 0.5:72", "fp8": "^head$"},
             ("sampled_classes = '64 0.5:72'", "fp8", "16"),
         ),
+        ({"sampled_classes": "72", "fp8": "("}, ("fp8 = '('", "regular expression")),
+        ({"tie_embed": 1, "untie_at": "3s", "slow": "("}, ("slow = '('", "regular expression")),
         (
             {"tie_embed": 1, "untie_at": "3s", "slow": "^embed$", "slow_lr": "0 10s:1"},
             ("slow = '^embed$'", "untie_at = '3s'", "both"),
