@@ -86,6 +86,7 @@ class Facts:
     refusals: set[str] = dataclasses.field(default_factory=set)
     short: set[str] = dataclasses.field(default_factory=set)  # functions whose calls are inlined
     harmless: set[str] = dataclasses.field(default_factory=set)  # functions; fold() finds them
+    filling: set[str] = dataclasses.field(default_factory=set)  # and these
 
 
 def code_of(node: cst.CSTNode) -> str:
@@ -1500,7 +1501,7 @@ class Locals(Transformer):
                 if not is_long(value):
                     instead[name] = as_operand(value)
             elif m.matches(value, NOTHING):
-                if not is_filled(function.body, name):
+                if not is_filled(function.body, name, self.facts.filling):
                     instead[name] = value
             elif len(values) > 1 or not is_set_first(function.body, name, value):
                 continue
@@ -1613,22 +1614,70 @@ def is_long(node: cst.CSTNode) -> bool:
     return isinstance(node, cst.SimpleString) and len(node.value) > 24
 
 
-def is_filled(body: cst.CSTNode, name: str) -> bool:
+# methods of lists, dictionaries and sets by which nothing comes into them
+LOOKS = {"items", "values", "keys", "get", "copy", "count", "index", "isdisjoint", "issubset"}
+LOOKS |= {"issuperset", "union", "intersection", "difference", "symmetric_difference"}
+FILLS = {*dir(list), *dir(dict), *dir(set)} - LOOKS
+
+
+def held_by(node: cst.CSTNode | None) -> Iterator[str]:
+    """Names of what an expression may be, or has in it, itself and no copy: a if b else (c, d)."""
+    if isinstance(node, cst.Name):
+        yield node.value
+    elif isinstance(node, cst.IfExp):
+        yield from (*held_by(node.body), *held_by(node.orelse))
+    elif isinstance(node, cst.BooleanOperation):
+        yield from (*held_by(node.left), *held_by(node.right))
+    elif isinstance(node, cst.NamedExpr):
+        yield from held_by(node.value)
+    elif isinstance(node, cst.Tuple | cst.List | cst.Dict):
+        for element in node.elements:
+            if not isinstance(element, cst.StarredElement | cst.StarredDictElement):
+                yield from held_by(element.value)
+
+
+def is_filled(body: cst.CSTNode, name: str, filling: set[str]) -> bool:
     """
-    Whether something is put into the list or dictionary of this name; a function that it is given
-    to is trusted not to.
+    Whether something may be put into the list or dictionary of this name: by a method, by its
+    index, under another name or by a function that fills what it is given.
     """
+    held: list[cst.CSTNode] = []
     for node in walk(body):
-        if isinstance(node, cst.Attribute) and m.matches(node.value, m.Name(name)):
-            if node.attr.value not in ("items", "values", "keys", "get"):
+        if isinstance(node, cst.Attribute):
+            if node.attr.value in FILLS:
+                held.append(node.value)
+        elif isinstance(node, cst.AugAssign):
+            if names_in(node.target).read[name]:
                 return True
-        if isinstance(node, cst.AugAssign) and names_in(node.target).read[name]:
-            return True
-        if isinstance(node, cst.AssignTarget):
+        elif isinstance(node, cst.AssignTarget):
             parts = find_all(node.target, cst.Subscript, cst.Attribute)
             if any(names_in(part).read[name] for part in parts):
                 return True
-    return False
+        elif isinstance(node, cst.Assign | cst.AnnAssign | cst.NamedExpr | cst.Yield):
+            held.append(node.value)
+        elif isinstance(node, cst.For | cst.CompFor):
+            if isinstance(node.iter, cst.Tuple | cst.List):
+                held.append(node.iter)
+        elif isinstance(node, cst.Subscript):
+            if not isinstance(node.value, cst.Name):
+                held.append(node.value)
+        elif isinstance(node, cst.Call) and leaf_of(node.func) in filling:
+            held += [arg.value for arg in node.args if not arg.star]
+    return any(name in held_by(node) for node in held)
+
+
+def filling(module: cst.Module) -> set[str]:
+    """Functions and classes that put something into a list or dictionary given to them, or may."""
+    found = {c.name.value for c in find_all(module, cst.ClassDef)}
+    functions = find_all(module, cst.FunctionDef)
+    while True:
+        before = len(found)
+        for function in functions:
+            params = set(names_in(function.params).bound) - {"self"}
+            if any(is_filled(function.body, name, found) for name in params):
+                found.add(function.name.value)
+        if len(found) == before:
+            return found
 
 
 class Dropping(Transformer):
@@ -2930,6 +2979,7 @@ def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) ->
         ("tails", lambda tree: tails(tree, facts)),
         ("inner", lambda tree: settled.visit("inner", tree, InnerUnused())),
     ]
+    facts.filling = filling(module)
     for turn in range(60):
         old = [text_of(s) for s in module.body]
         facts.harmless = harmless(module, facts)

@@ -82,15 +82,40 @@ STATEMENTS = [
         "for a in (x, y):\n    if a:\n        f(a)",
     ),
     ("f(x)\nreturn", "f(x)"),
+    # a list is empty for good where nothing can fill it, under whatever name
+    ("a = []\nif a:\n    f(y)\nreturn f(x, a)", "return f(x, [])"),
+    *(
+        (f"a, b = [], []\n{fill}\nreturn f(a, b)",) * 2
+        for fill in (
+            "(a if x else b).append(y)",
+            "for c in (a, b):\n    c.append(y)",
+            "(b or a)[x] = (a or b)[y]",
+            "for c in f(x):\n    d = a if c else b\n    d.append(c)",
+            "fill(x, a)\nfill(x, into=b)",
+            "Holder(a).add(x)\nHolder(b).add(y)",
+        )
+    ),
     ("y -= 0\nreturn f(y)", "return f(y)"),
 ]
+
+
+HELPERS = (
+    "def fill(x, into):\n    into.append(x)\n",
+    """class Holder(Base):
+    def __init__(self, found):
+        self.found = found
+    def add(self, x):
+        self.found.append(x)
+""",
+)
 
 
 @pytest.mark.parametrize("source,wanted", STATEMENTS)
 def test_statements_fold_to_what_they_do(source, wanted):
     head = "def main(x, y, cfg):\n"
     source, wanted = (head + textwrap.indent(text, "    ") for text in (source, wanted))
-    same_code(folded(source), wanted)
+    used = [helper for helper in HELPERS if helper.split("(")[0].split()[-1] + "(" in wanted]
+    same_code(folded("\n".join([*HELPERS, source])), "\n".join([*used, wanted]))
 
 
 CLASSES = """
