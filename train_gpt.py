@@ -5203,9 +5203,9 @@ class Loader:
     def open_shards(self) -> None:
         """Open what the first batch may need; shuffled, every shard, so none is found bad later."""
         for shard in range(len(self.files) if self.cfg.shuffle else 1):
-            self.tokens(shard)
+            self.tokens_of(shard)
 
-    def tokens(self, shard: int) -> np.ndarray:
+    def tokens_of(self, shard: int) -> np.ndarray:
         if shard not in self.opened:
             if not self.cfg.shuffle:
                 self.opened.clear()  # one at a time
@@ -5249,7 +5249,7 @@ class Loader:
                 stream, shard, block = starts[i // per]
                 low = block * (self.block + (stream is not None)) + i % per * seq_len
                 row = (
-                    self.tokens(shard)[low : low + seq_len + 1]
+                    self.tokens_of(shard)[low : low + seq_len + 1]
                     if stream is None
                     else self.stretch(stream, low, seq_len + 1)
                 )
@@ -5261,7 +5261,7 @@ class Loader:
                 self.next_epoch(step)
         low = self.pos + self.run.rank * share
         self.pos += batch_tokens
-        flat = self.tokens(self.shard)[low : low + share + 1]
+        flat = self.tokens_of(self.shard)[low : low + share + 1]
         return np.lib.stride_tricks.sliding_window_view(flat, seq_len + 1)[::seq_len]
 
     def document_ends(self, doc_cap: int) -> tuple[np.ndarray, np.ndarray]:
@@ -5272,7 +5272,7 @@ class Loader:
         key = self.shard, doc_cap
         if self.ends is None or self.ends[0] != key:
             count = self.counts[self.shard]
-            begun = np.flatnonzero(self.tokens(self.shard)[:count] == self.cfg.doc_token)
+            begun = np.flatnonzero(self.tokens_of(self.shard)[:count] == self.cfg.doc_token)
             starts = np.append(begun, count)
             sizes = np.minimum(np.diff(starts), doc_cap or count)
             self.ends = key, starts, np.concatenate([[0], sizes.cumsum()])
@@ -5316,7 +5316,7 @@ class Loader:
         full. The target behind a cut is the token that begins the next document.
         """
         bounds = self.next_documents(step, batch_tokens, seq_len, cap)
-        (starts, _), tokens = self.document_ends(cap), self.tokens(self.shard)
+        (starts, _), tokens = self.document_ends(cap), self.tokens_of(self.shard)
         share = batch_tokens // seq_len // self.run.world
         rows = np.empty((share, seq_len + 1), tokens.dtype)
         for i, row in enumerate(rows, self.run.rank * share):
@@ -5360,7 +5360,7 @@ class Loader:
         pieces, documents, begun = [], [], 0
         for shard, n in enumerate(self.counts):
             if n:
-                tokens = self.tokens(shard)[:n]
+                tokens = self.tokens_of(shard)[:n]
                 starts = np.union1d([0], np.flatnonzero(tokens == self.cfg.doc_token))
                 lengths = np.diff(starts, append=n)
                 pieces.append(np.column_stack([np.full(len(starts), shard), starts, lengths]))
@@ -5380,7 +5380,7 @@ class Loader:
         while count:
             shard, start, length, end = stream[i]
             skip = low - (end - length)
-            parts.append(self.tokens(shard)[start + skip : start + min(length, skip + count)])
+            parts.append(self.tokens_of(shard)[start + skip : start + min(length, skip + count)])
             low, count, i = low + len(parts[-1]), count - len(parts[-1]), i + 1
         return np.concatenate(parts)
 
@@ -6451,7 +6451,7 @@ def record_hessians(
     """
     timed = until < math.inf
 
-    def is_late() -> bool:
+    def time_is_up() -> bool:
         run.clock.sync()  # the host runs ahead of a GPU
         return run.clock.seconds() >= until
 
@@ -6462,7 +6462,7 @@ def record_hessians(
         sums[name] = parameters[name].new_zeros(columns, columns, dtype=torch.float32)
 
     def record(name: str, x: Tensor, y: Tensor) -> Tensor:
-        if timed and is_late():
+        if timed and time_is_up():
             raise OutOfTime
         if name in sums:
             flat = x.detach().reshape(-1, x.size(-1)).float()
@@ -6473,7 +6473,7 @@ def record_hessians(
     # compiled graphs have no place to watch
     with torch.compiler.set_stance("force_eager"), watching(model, record):
         for turn in range(0, len(rows), run.world):  # as many on every rank: each asks the others
-            if run.poll(float(timed and is_late())):
+            if run.poll(float(timed and time_is_up())):
                 break
             for row in rows[turn + run.rank :][:1]:
                 with contextlib.suppress(OutOfTime):  # the others end at their next turn

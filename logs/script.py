@@ -245,14 +245,18 @@ HOLDERS = {
     "new": "Now",
 }
 RECORDS = {"Now", "Place", "Due", "Rule", "Shape", "Declared"}  # NamedTuples
-# calls that can be left out where nobody takes what they give
+# Calls that can be left out where nobody takes what they give: of Python and libraries, and of the
+# trainer, whose other functions have none of these names.
 WITHOUT_EFFECT = set(
     "clone ones zeros size view float Path cast items unbind to arange get isinstance hasattr "
     "enumerate torch.compile dataclasses.field named_modules Generator nullcontext "
-    "contextlib.nullcontext environ next_step_seconds graph_of Averages is_late embedded at "
-    "ends_epoch eval_shape seconds AttentionMask check_bits parse_bits quantised_names extra "
-    "tokens tokens_in_order".split()
+    "contextlib.nullcontext environ".split()
 )
+OWN_WITHOUT_EFFECT = (
+    "next_step_seconds graph_of Averages is_late AttentionMask check_bits parse_bits "
+    "quantised_names GPT.embedded Schedule.at Plan.at Plan.ends_epoch Plan.eval_shape Plan.tokens "
+    "Loader.tokens_in_order Clock.seconds Figures.seconds"
+).split()
 
 
 def constant_schedules(cfg: tg.Config, keep: list[str]) -> dict[str, object]:
@@ -340,7 +344,20 @@ def parsed(source: str) -> cst.Module:
     """Its tree, which nothing changes in place; a long source takes seconds."""
     tree = cst.parse_module(source)
     folding.refuse_ones(tree)
+    refuse_namesakes(tree)
     return tree
+
+
+def refuse_namesakes(node: cst.Module | cst.ClassDef | cst.FunctionDef, inside: str = "") -> None:
+    """A call is known by its last name alone: no function may share one of those without effect."""
+    known = {*WITHOUT_EFFECT, *(name.rpartition(".")[2] for name in OWN_WITHOUT_EFFECT)}
+    for inner in node.body if isinstance(node, cst.Module) else node.body.body:
+        if isinstance(inner, cst.FunctionDef | cst.ClassDef):
+            name = inner.name.value
+            assert name not in known or inside + name in OWN_WITHOUT_EFFECT, (
+                f"calls of {inside}{name} would be left out of scripts: give it another name"
+            )
+            refuse_namesakes(inner, f"{inside}{name}.")
 
 
 def parsed_scorer() -> cst.Module:
@@ -421,7 +438,7 @@ def facts_of(cfg: tg.Config, keep: list[str], words: list[str]) -> folding.Facts
         called_as=CALLED_AS | HOLDERS,
         roots={"main", "Config"},
         protocol={"forward", "backward", "on_signal"},
-        pure=set(WITHOUT_EFFECT),
+        pure=WITHOUT_EFFECT | {name.rpartition(".")[2] for name in OWN_WITHOUT_EFFECT},
         aliases={"Now", "Trainer", "Due", "Declared", "Shape", "Place", "Added", "Point", "Rule"},
         compared={"Rule", "Shape"},
         tuples={name for name, cls in HOLDERS.items() if cls in RECORDS},

@@ -395,3 +395,10 @@ def test_sizes_of_one_and_parts_of_none_fold(source, wanted):
     source = f"def main(x, y):\n    return {source}\n"
     more = {"anywhere": {"is_big": True, "ranks": 1}, "records": {"device": {"type": "cpu"}}}
     same_code(folded(source, **more), f"def main(x, y):\n    return {wanted}")
+
+
+def test_a_function_with_the_name_of_what_has_no_effect_is_refused():
+    script.parsed("class Clock:\n    def seconds(self):\n        return 1")
+    for source in ("class Loader:\n    def seconds(self):\n        f(1)", "def view(x):\n    f(x)"):
+        with pytest.raises(AssertionError, match="would be left out of scripts"):
+            script.parsed(source)
