@@ -63,8 +63,9 @@ def scripts(tmp_path_factory, text):
             else:
                 (folder / "tokens").mkdir()
                 rng = np.random.default_rng(0)
-                for split, count in (("train", 20000), ("val", 2049)):
-                    shard = folder / "tokens" / f"x_{split}_000000.bin"
+                shards = {"train_000000": 4000, "train_000001": 700, "train_000002": 16000}
+                for part, count in (shards | {"val_000000": 2049}).items():
+                    shard = folder / "tokens" / f"x_{part}.bin"
                     write_shard(shard, rng.integers(0, 64, count) ** 2 % 512)
             os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
             before = os.getcwd()
@@ -212,9 +213,10 @@ def test_a_script_for_a_gpu_alone_has_nothing_of_a_cpu():
     assert "return flex_attention(" in text and "torch.cuda.synchronize()" in text
 
 
-def test_a_script_on_two_ranks_is_the_trainer_on_two_ranks(scripts):
-    folder = scripts("remix_m")
-    trainer(folder, "remix_m", "trainer2", ranks=2)
+@pytest.mark.parametrize("name", ["remix_m", "golf"])  # golf's rows are those of all shards, mixed
+def test_a_script_on_two_ranks_is_the_trainer_on_two_ranks(scripts, name):
+    folder = scripts(name)
+    trainer(folder, name, "trainer2", ranks=2)
     run(folder, "script.py", "--run", "script2", ranks=2)
     same(folder, "trainer2", "script2")
 
