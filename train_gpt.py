@@ -597,14 +597,17 @@ class RunConfig(Section):
     }
 
     def check(self) -> None:
-        require(
-            not re.search(r"[\s/\\]|^\.*$", self.run),
-            f"run = {self.run!r}: a run's name is a folder's name, without / or blanks",
-        )
-        require(
-            len(self.run.encode()) <= 255,
-            f"run = {self.run[:40]!r}...: a folder's name has 255 bytes at most",
-        )
+        check_run_name(self.run)
+
+
+def check_run_name(name: str) -> None:
+    require(
+        not re.search(r"[\s/\\]|^\.*$", name),
+        f"run = {name!r}: a run's name is a folder's name, without / or blanks",
+    )
+    require(
+        len(name.encode()) <= 255, f"run = {name[:40]!r}...: a folder's name has 255 bytes at most"
+    )
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # that ask a run to leave
@@ -6066,16 +6069,6 @@ def check_cycles(cfg: Config) -> None:
     )
     if not cfg.cycles:
         return
-    require(
-        cfg.cycles <= cfg.steps and not cfg.max_seconds,
-        f"cycles = {cfg.cycles} are counted by steps: at most steps = {cfg.steps}, and no "
-        "max_seconds",
-    )
-    require(
-        len(set(Plan(cfg).cycle_ends)) == cfg.cycles,
-        f"cycles = {cfg.cycles} in steps = {cfg.steps}: with batch_tokens = {cfg.batch_tokens!r} "
-        "one of them would have no step: fewer cycles",
-    )
     if not cfg.distill or cfg.teacher or cfg.cycles == 1:
         return
     require(
@@ -6917,8 +6910,7 @@ def check_artifact(cfg: Config, model: GPT) -> list[str]:
         notices.append(
             f"gptq = {cfg.gptq} rows, but the first train shard holds {rows}: they are all"
         )
-    code = source_bytes(cfg)
-    if 0 < cfg.artifact_limit <= code:
+    if cfg.artifact_limit and (code := source_bytes(cfg)) >= cfg.artifact_limit:
         raise UserError(
             f"artifact_limit = {cfg.artifact_limit}: the source alone has {code} bytes; python "
             "logs/pack.py makes one small file of it"
@@ -7781,20 +7773,6 @@ def parse_args(argv: list[str]) -> Config:
 def validate(cfg: Config) -> None:
     """Refuse what cannot work, before anything is created: key, value and fix."""
     check_config(cfg)
-    by_epoch = [
-        k
-        for k, on in (
-            ("lr_cycles", cfg.lr_cycles),
-            ("average_epochs", cfg.average_epochs),
-            ("eval_every", cfg.eval_every < 0 and not cfg.cycles),
-        )
-        if on
-    ]
-    require(
-        not by_epoch or 0 < cfg.epochs <= cfg.steps and not cfg.max_seconds,
-        f"{' and '.join(by_epoch)} count epochs by steps: they need epochs (now {cfg.epochs}) "
-        f"from 1 to steps = {cfg.steps}, and no max_seconds",
-    )
     require(
         max(cfg.lr_cycles, cfg.average_epochs) <= (cfg.epochs or 1),
         f"lr_cycles = {cfg.lr_cycles}, average_epochs = {cfg.average_epochs}: at most epochs = "
@@ -7811,13 +7789,6 @@ def validate(cfg: Config) -> None:
         cfg.final_weights != "tail" or cfg.tail_ema != "0",
         "final_weights = 'tail' needs tail_ema, for example --tail_ema '0 0.8:50'",
     )
-    # on the clock nobody knows the last step
-    last = cfg.swa_every and cfg.steps // cfg.swa_every * cfg.swa_every
-    require(
-        not cfg.swa_every or cfg.max_seconds > 0 or last and last / cfg.steps >= cfg.swa_start,
-        f"swa_every = {cfg.swa_every} takes no snapshot in steps = {cfg.steps} from swa_start = "
-        f"{cfg.swa_start:g} of them on: lower --swa_every or --swa_start",
-    )
     check_cycles(cfg)
     if cfg.export:
         check_export(cfg)
@@ -7829,6 +7800,42 @@ def validate(cfg: Config) -> None:
         Schedule("qat", cfg.qat).values() == [0] or cfg.export not in ("", "fit"),
         f"qat = {cfg.qat!r} rounds as export does, but export = {cfg.export!r} names no bits: set "
         "it, for example --export int6",
+    )
+    check_length(cfg)
+
+
+def check_length(cfg: Config) -> None:
+    """Refuse what is not possible in so many steps."""
+    by_epoch = [
+        k
+        for k, on in (
+            ("lr_cycles", cfg.lr_cycles),
+            ("average_epochs", cfg.average_epochs),
+            ("eval_every", cfg.eval_every < 0 and not cfg.cycles),
+        )
+        if on
+    ]
+    require(
+        not by_epoch or 0 < cfg.epochs <= cfg.steps and not cfg.max_seconds,
+        f"{' and '.join(by_epoch)} count epochs by steps: they need epochs (now {cfg.epochs}) "
+        f"from 1 to steps = {cfg.steps}, and no max_seconds",
+    )
+    # on the clock nobody knows the last step
+    last = cfg.swa_every and cfg.steps // cfg.swa_every * cfg.swa_every
+    require(
+        not cfg.swa_every or cfg.max_seconds > 0 or last and last / cfg.steps >= cfg.swa_start,
+        f"swa_every = {cfg.swa_every} takes no snapshot in steps = {cfg.steps} from swa_start = "
+        f"{cfg.swa_start:g} of them on: lower --swa_every or --swa_start",
+    )
+    require(
+        not cfg.cycles or cfg.cycles <= cfg.steps and not cfg.max_seconds,
+        f"cycles = {cfg.cycles} are counted by steps: at most steps = {cfg.steps}, and no "
+        "max_seconds",
+    )
+    require(
+        not cfg.cycles or len(set(Plan(cfg).cycle_ends)) == cfg.cycles,
+        f"cycles = {cfg.cycles} in steps = {cfg.steps}: with batch_tokens = {cfg.batch_tokens!r} "
+        "one of them would have no step: fewer cycles",
     )
     validate_schedules(cfg)
 
@@ -7901,7 +7908,8 @@ def validate_schedules(cfg: Config) -> None:
     Refuse schedules that shape graphs or the weights that are scored, where their last value might
     not be reached.
     """
-    for key in (*GRAPHS, "qat", "tail_ema"):
+    moving = [k for k in (*GRAPHS, "qat", "tail_ema") if not is_constant(getattr(cfg, k))]
+    for key in moving:
         sched = Schedule(key, getattr(cfg, key))
         require(
             not cfg.max_seconds or not any(p.at for p in sched.points if p.in_steps),

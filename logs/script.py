@@ -148,6 +148,12 @@ def configure(request: Request) -> tg.Config:
     require(
         not {"cpu", "gpu"} <= set(request.without), "--without cpu gpu: then nothing is to run it"
     )
+    for name in ("init_from", "teacher"):
+        require(
+            not getattr(cfg, name),
+            f"{name} = {getattr(cfg, name)!r}: a script knows the configuration of its own runs "
+            "alone; train_gpt.py reads those of others",
+        )
     for part in request.without:
         require(part in DROPPED, f"--without {part}: what can be left out is {', '.join(DROPPED)}")
         why = used_by(cfg, part)
@@ -459,6 +465,9 @@ def check(cfg: Config) -> None:
         for x in Schedule(name, value).values() if name in SCHEDULES else [value]:
             ok = least <= x <= most
             require(ok, f"{name} = {value!r}: must lie between {least} and {most}")
+    check_texts(cfg)
+    check_run_name(cfg.run)
+    check_length(cfg)
 
 
 def parse_args(argv: list[str]) -> Config:

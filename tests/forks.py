@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -23,6 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# A folder: each run of the trainer is then one of the script of its flags, which is made there
+# (17 s each, once) and has to do what the tests say of the trainer: AS_SCRIPTS=/tmp/scripts pytest
+# tests/test_runs.py. What cannot be a script is the trainer as ever.
+AS_SCRIPTS = os.environ.get("AS_SCRIPTS", "")
 # Functions of train_gpt.py and logs/score.py that name a phase of a run; the innermost one that is
 # at work counts.
 PHASES = {
@@ -152,11 +157,14 @@ class Server:
         backend: what torch.compile makes of its graphs, for example nothing ("eager"): tracing and
         recompiling stay as they are. file: run this file instead, as the interpreter would.
         """
+        argv = [str(a) for a in argv]
+        if AS_SCRIPTS and program == "train_gpt" and not file:
+            file, argv = as_script(argv, cwd or self.folder)
         self.count += 1
         files = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
         pid = self.ask(
             op="start",
-            argv=[str(a) for a in argv],
+            argv=argv,
             env=env or {},
             cwd=str(cwd or self.folder),
             full_exit=full_exit,
@@ -178,6 +186,38 @@ class Server:
             fork.signal(signal.SIGKILL)
         self.process.stdin.close()
         self.process.wait()
+
+
+def as_script(argv: list[str], cwd: Path) -> tuple[str, list[str]]:
+    """The script of the trainer's flags and the flags that are left, or "" and all of them."""
+    from logs import script
+
+    flags, fixed, left = [], [], []
+    for word in argv:
+        if word.startswith("--") or not flags:
+            flags.append([word])
+        else:
+            flags[-1].append(word)
+    for flag in flags:
+        name = flag[0].partition("=")[0].removeprefix("--")
+        (left if name in script.KEPT else fixed).append(flag)
+    # what a script is checked with, and its schedules are known by
+    fixed += [flag for flag in left if flag[0] in ("--steps", "--data")]
+    made = hashlib.sha256(repr(fixed).encode()).hexdigest()[:16]
+    file = Path(AS_SCRIPTS).resolve() / made / "train_gpt.py"  # watched as the trainer is
+    if not file.parent.exists():
+        file.parent.mkdir(parents=True)
+        plain = file.parent / "plain.toml"
+        plain.touch()
+        preset = [] if ["--config"] in [flag[:1] for flag in fixed] else ["--config", str(plain)]
+        words = [*preset, *(word for flag in fixed for word in flag)]
+        maker = [sys.executable, str(ROOT / "logs" / "script.py")]
+        subprocess.run([*maker, *words, "--out", str(file)], cwd=cwd, capture_output=True)
+    if not file.exists():
+        return "", argv
+    fields = re.findall(r"^    (\w+): (?!ClassVar)", file.read_text(encoding="utf-8"), re.M)
+    kept = [flag for flag in left if flag[0].partition("=")[0].removeprefix("--") in fields]
+    return str(file), [word for flag in kept for word in flag]
 
 
 class Watch:

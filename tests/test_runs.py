@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forks import ROOT, Ended, Server, complete_checkpoints
+from forks import AS_SCRIPTS, ROOT, Ended, Server, complete_checkpoints
 from helpers import tg, write_shard
 from safetensors.torch import load_file
 
 TRAINER = ROOT / "train_gpt.py"
+of_the_source = pytest.mark.skipif(bool(AS_SCRIPTS), reason="a script has a source of its own")
 # of metrics.jsonl: what no two runs have in common
 TIMES = {"train_time_ms", "wall_time_s", "eval_time_s", "tok_s"}
 VAL_LINE = re.compile(
@@ -1258,6 +1259,7 @@ def test_a_port_in_use_is_named(server, flags, tmp_path):
 ########################################
 
 
+@of_the_source
 def test_the_log_holds_what_a_record_needs(server, flags, tmp_path):
     """
     log.txt: sources, environment, configuration, then the speedrun's lines in the speedrun's order.
@@ -1692,6 +1694,7 @@ def told(server, flags, spoken, tmp_path_factory):
     return folder / "results/tiny", scored
 
 
+@of_the_source
 def test_the_result_has_its_keys_and_they_agree(told, spoken):
     """result.json: the keys of the design that apply, and they agree with each other."""
     folder, ended = told
