@@ -143,8 +143,16 @@ def walk(node: cst.CSTNode) -> list[cst.CSTNode]:
     return found
 
 
+@functools.cache
+def concrete(kinds: tuple[type, ...]) -> set[type]:
+    """All of these kinds of nodes: a set is asked faster than isinstance()."""
+    nodes = [kind for kind in vars(cst).values() if isinstance(kind, type)]
+    return {kind for kind in nodes if issubclass(kind, kinds)}
+
+
 def find_all(node: cst.CSTNode, *kinds: type) -> list:
-    return [n for n in walk(node) if isinstance(n, kinds)]
+    wanted = concrete(kinds)
+    return [n for n in walk(node) if type(n) in wanted]
 
 
 def text_of(statement: cst.CSTNode) -> str:
@@ -1501,7 +1509,7 @@ class Locals(Transformer):
                 if not is_long(value):
                     instead[name] = as_operand(value)
             elif m.matches(value, NOTHING):
-                if not is_filled(function.body, name, self.facts.filling):
+                if name not in filled_names(function.body, self.facts.filling):
                     instead[name] = value
             elif len(values) > 1 or not is_set_first(function.body, name, value):
                 continue
@@ -1636,34 +1644,35 @@ def held_by(node: cst.CSTNode | None) -> Iterator[str]:
                 yield from held_by(element.value)
 
 
-def is_filled(body: cst.CSTNode, name: str, filling: set[str]) -> bool:
+def filled_names(body: cst.CSTNode, filling: set[str]) -> set[str]:
     """
-    Whether something may be put into the list or dictionary of this name: by a method, by its
-    index, under another name or by a function that fills what it is given.
+    Names of lists and dictionaries into which something may be put: by a method, by an index, under
+    another name, or by a function that fills what it is given.
     """
-    held: list[cst.CSTNode] = []
+    found: set[str] = set()
     for node in walk(body):
-        if isinstance(node, cst.Attribute):
+        kind = type(node)
+        if kind is cst.Attribute:
             if node.attr.value in FILLS:
-                held.append(node.value)
-        elif isinstance(node, cst.AugAssign):
-            if names_in(node.target).read[name]:
-                return True
-        elif isinstance(node, cst.AssignTarget):
-            parts = find_all(node.target, cst.Subscript, cst.Attribute)
-            if any(names_in(part).read[name] for part in parts):
-                return True
-        elif isinstance(node, cst.Assign | cst.AnnAssign | cst.NamedExpr | cst.Yield):
-            held.append(node.value)
-        elif isinstance(node, cst.For | cst.CompFor):
+                found.update(held_by(node.value))
+        elif kind is cst.AugAssign:
+            found.update(names_in(node.target).read)
+        elif kind is cst.AssignTarget:
+            for part in find_all(node.target, cst.Subscript, cst.Attribute):
+                found.update(names_in(part).read)
+        elif kind in (cst.Assign, cst.AnnAssign, cst.NamedExpr, cst.Yield):
+            found.update(held_by(node.value))
+        elif kind in (cst.For, cst.CompFor):
             if isinstance(node.iter, cst.Tuple | cst.List):
-                held.append(node.iter)
-        elif isinstance(node, cst.Subscript):
+                found.update(held_by(node.iter))
+        elif kind is cst.Subscript:
             if not isinstance(node.value, cst.Name):
-                held.append(node.value)
-        elif isinstance(node, cst.Call) and leaf_of(node.func) in filling:
-            held += [arg.value for arg in node.args if not arg.star]
-    return any(name in held_by(node) for node in held)
+                found.update(held_by(node.value))
+        elif kind is cst.Call and leaf_of(node.func) in filling:
+            for arg in node.args:
+                if not arg.star:
+                    found.update(held_by(arg.value))
+    return found
 
 
 def filling(module: cst.Module) -> set[str]:
@@ -1674,7 +1683,7 @@ def filling(module: cst.Module) -> set[str]:
         before = len(found)
         for function in functions:
             params = set(names_in(function.params).bound) - {"self"}
-            if any(is_filled(function.body, name, found) for name in params):
+            if params & filled_names(function.body, found):
                 found.add(function.name.value)
         if len(found) == before:
             return found
@@ -2979,7 +2988,7 @@ def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) ->
         ("tails", lambda tree: tails(tree, facts)),
         ("inner", lambda tree: settled.visit("inner", tree, InnerUnused())),
     ]
-    facts.filling = filling(module)
+    facts.filling = facts.filling or filling(module)
     for turn in range(60):
         old = [text_of(s) for s in module.body]
         facts.harmless = harmless(module, facts)
