@@ -973,7 +973,7 @@ class Run(Ranks):
                     dir=self.folder,
                     resume="allow",
                     id=hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:12],
-                    config=dataclasses.asdict(self.cfg),
+                    config=tomllib.loads(config_toml(self.cfg)),
                 )
             except Exception as e:  # whatever its login, its server or its files raise
                 raise UserError(
@@ -4235,7 +4235,7 @@ def muon_update(
     if cfg.hyperball:
         descend_on_sphere(w, u, rates["lr"])
     else:
-        decay = decay * ratio if cfg.decay_by_shape else decay
+        decay = decay * ratio if cfg.decay_by_shape and decay is not None else decay
         descend(w, u, lr, decay, cfg.cautious > 0, cfg.radial_pin > 0)
 
 
@@ -5993,7 +5993,9 @@ def write_weights(
     now = trainer.plan.at(step - 1, (step - 1) / trainer.cfg.steps)
     write_tensors(named, part / "model.safetensors")
     (part / "config.toml").write_text(config_toml(trainer.cfg), encoding="utf-8")
-    state = {"step": step} | {key: getattr(now, key) for key in APPLIED} | more
+    applied = {"repeats": now.repeats, "passes": now.passes}
+    applied |= {"window": now.window, "window_long": now.window_long}
+    state = {"step": step} | applied | more
     (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
@@ -7252,7 +7254,9 @@ def load_checkpoint(path: Path, trainer: Trainer) -> int:
                 torch.cuda.set_rng_state(rng)
     run.clock.total = state["train_seconds"]
     run.began -= state["wall_seconds"]
-    run.trained = Now(**state["trained"]) if state.get("trained") else None
+    if saved := state.get("trained"):  # of a script: the schedules that move
+        now = trainer.plan.at(state["step"], state["step"] / run.cfg.steps)
+        run.trained = now._replace(**{k: v for k, v in saved.items() if k in Now._fields})
     run.paces, run.over = state.get("paces", []), state.get("over", False)  # older ones have none
     if not is_constant(run.cfg.batch_tokens):
         step, steps = state["step"], run.cfg.steps
@@ -8169,8 +8173,10 @@ def compile_model(model: GPT, cfg: Config):
     for block in [*model.blocks, *([model.mtp_block] if cfg.mtp else [])]:
         block.compile(dynamic=False)
     model.losses = torch.compile(model.losses, dynamic=False)
-    model.losses_and_log_z = torch.compile(model.losses_and_log_z, dynamic=False)
-    model.losses_with_later = torch.compile(model.losses_with_later, dynamic=False)
+    if cfg.z_loss:
+        model.losses_and_log_z = torch.compile(model.losses_and_log_z, dynamic=False)
+    if later_targets(cfg):
+        model.losses_with_later = torch.compile(model.losses_with_later, dynamic=False)
     if cfg.distill:
         model.losses_and_teacher_kl = torch.compile(model.losses_and_teacher_kl, dynamic=False)
     model.norm = torch.compile(norm, dynamic=False)
@@ -8789,11 +8795,17 @@ def check_folder(cfg: Config, folder: Path) -> None:
     finished = is_finished(folder)
     frozen = {"export"} if Schedule("qat", cfg.qat).values() != [0] else set()
     free = FREE_ON_RESUME if finished else FREE_ON_RESUME | AFTER_TRAINING - frozen
-    if changed := changed_fields(cfg, folder, free):
+    lines = [
+        f"  {key}: {old!r} -> {new!r}"
+        for key, (old, new) in changes(cfg, folder).items()
+        if key not in free
+    ]
+    if lines:
         state = "is finished, but" if finished else "was begun, but"
+        more = [f"  and {len(lines) - 20} more"] if len(lines) > 20 else []
         raise UserError(
             f"{folder} {state} under another configuration:\n"
-            + "\n".join(changed)
+            + "\n".join(lines[:20] + more)
             + "\nuse the old values, another --run, or delete it"
         )
 
@@ -8802,15 +8814,12 @@ def is_finished(folder: Path) -> bool:
     return (folder / "result.json").exists()
 
 
-def changed_fields(cfg: Config, folder: Path, free: set[str] = FREE_ON_RESUME) -> list[str]:
-    """A line for each field that a run folder's configuration has another value of."""
+def changes(cfg: Config, folder: Path) -> dict[str, tuple]:
+    """Each field that a run folder's configuration has another value of: that, and the one now."""
     saved = folder / "config.toml"
     old = type(cfg)(**read_toml(saved, type(cfg))) if saved.exists() else cfg
-    return [
-        f"  {k}: {getattr(old, k)!r} -> {getattr(cfg, k)!r}"
-        for k in (f.name for f in dataclasses.fields(cfg))
-        if k not in free and getattr(old, k) != getattr(cfg, k)
-    ]
+    both = {f.name: (getattr(old, f.name), getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+    return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
 
 
 def enter_folder(run: Run) -> bool:
@@ -8839,8 +8848,7 @@ def renew_end(cfg: Config, folder: Path) -> None:
     A run may be ended in another way than it was begun for. Of the old one nothing is left then for
     those who take weights from the folder: no artifact, and a checkpoint names the new one.
     """
-    others = {f.name for f in dataclasses.fields(cfg)} - AFTER_TRAINING
-    if changed_fields(cfg, folder, others):
+    if AFTER_TRAINING & changes(cfg, folder).keys():
         (folder / "model.nrx").unlink(missing_ok=True)
         for path in checkpoints(folder):
             write_whole(path / "config.toml", config_toml(cfg).encode())

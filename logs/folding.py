@@ -879,6 +879,11 @@ class Folding(Transformer):
                 return cst.RemoveFromParent()
             if isinstance(new.orelse, cst.Else) and is_empty(new.body):
                 return new.with_changes(test=negated(new.test), body=new.orelse.body, orelse=None)
+            if m.matches(new.orelse, m.If(orelse=None)) and is_empty(new.body):
+                if id(old) not in self.elifs:
+                    both = [in_and(test) for test in (negated(new.test), new.orelse.test)]
+                    test = cst.BooleanOperation(both[0], cst.And(), both[1])
+                    return new.with_changes(test=test, body=new.orelse.body, orelse=None)
             if new.orelse is None and id(old) not in self.elifs and self.refuses(new.body):
                 return asserted(negated(new.test), new.leading_lines)
             return new
@@ -900,6 +905,8 @@ class Folding(Transformer):
         return cst.FlattenSentinel(taken)
 
     def leave_For(self, old, new):
+        if new.orelse:
+            return new
         over = self.known(new.iter)
         if m.matches(new.iter, HOLLOW) or over is not UNKNOWN and not list(over):
             return cst.RemoveFromParent()
@@ -1090,6 +1097,11 @@ def negated(test: cst.BaseExpression) -> cst.BaseExpression:
         return test.with_changes(left=left, operator=cst.And(), right=right)
     loose = m.BooleanOperation() | m.IfExp() | m.NamedExpr()
     return cst.UnaryOperation(cst.Not(), as_operand(test) if m.matches(test, loose) else test)
+
+
+def in_and(test: cst.BaseExpression) -> cst.BaseExpression:
+    loose = m.BooleanOperation(operator=m.Or()) | m.IfExp() | m.NamedExpr() | m.Lambda()
+    return as_operand(test) if m.matches(test, loose) else test
 
 
 def asserted(test: cst.BaseExpression, lines) -> cst.SimpleStatementLine:
@@ -2438,6 +2450,8 @@ def parameters(module: cst.Module, facts: Facts) -> cst.Module:
                 continue
             constants = [constant_of(v, known) for v in values]
             same = None not in constants and len({code_of(c) for c in constants}) == 1
+            if same and m.matches(constants[0], NOTHING) and body is not None:
+                same = name not in filled_names(body.body, facts.filling)
             if not read[name]:
                 told_apart = called.record and key[0] in facts.compared and not same
                 if all(is_pure(v, facts) for v in values) and not told_apart:
@@ -2629,6 +2643,8 @@ def callers(known: Known) -> Iterator[tuple[cst.FunctionDef, str]]:
 def with_tail(caller, cls: str, function, own: str, called: Called, call: cst.Call):
     """The caller with the function's statements in the place of its last one; None if not so."""
     method = isinstance(call.func, cst.Attribute)
+    if leaf_of(call.func) != function.name.value:  # a compiled one, for example
+        return None
     if method and not (own == cls and m.matches(call.func.value, m.Name("self"))):
         return None
     body = spliced(function, called.arguments(call), called)
@@ -2734,7 +2750,9 @@ def without_aliases(body: list[cst.BaseStatement], params: Counter) -> list[cst.
 def inlined(value, call: cst.Call, called: Called, facts: Facts):
     """The function's expression with this call's arguments; None where it must stay a call."""
     named, read = called.arguments(call), names_in(value).read
-    if named is None:
+    if named is None or leaf_of(call.func) != called.key[1]:
+        return None
+    if sum(not is_pure(arg.value, facts) for arg in named.values()) > 1:  # in which order?
         return None
     instead = {}
     for name, default in called.params:

@@ -14,6 +14,8 @@ OUT/report.md gets what is printed.
 Contents: reading logs | statistics | verdict of a track's rule | tables | plots | command line
 """
 
+import dataclasses
+import functools
 import glob
 import json
 import math
@@ -756,9 +758,20 @@ def flat(config: dict) -> dict:
     return fields
 
 
+@functools.cache
+def defaults() -> dict:
+    """Of the trainer's fields: a script's config.toml leaves out what it does not read."""
+    import train_gpt  # and with it torch, which takes seconds
+
+    return dataclasses.asdict(train_gpt.Config())
+
+
 def config_diff(a: dict, b: dict) -> list[list[str]]:
     """[field, value in a, value in b] where two resolved configs differ in how they train."""
     a, b = flat(a), flat(b)
+    if a and b and (lacking := a.keys() ^ b.keys()):
+        usual = {key: value for key, value in defaults().items() if key in lacking}
+        a, b = usual | a, usual | b
     keys = [key for key in a | b if a.get(key) != b.get(key)]
     return [[key, str(a.get(key, "-")), str(b.get(key, "-"))] for key in keys]
 

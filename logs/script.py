@@ -299,7 +299,8 @@ def expressions_of(cfg: tg.Config, now: dict[str, object]) -> dict[str, object]:
     moved = set(defaults) - set(now) - {"distill", "tied"}
     if not cfg.distill and not cfg.untie_at and not moved:
         found["Now._field_defaults"] = {}
-    found['device.type == "meta"'] = False
+    if not cfg.export:  # else fits() makes a model without weights
+        found['device.type == "meta"'] = False
     if cfg.export_codec not in ("best", tg.ENTROPY):
         found |= {"codec == ENTROPY": False, 'header["codec"] == ENTROPY': False}
     if cfg.export != "fit" and len(cfg.export.split()) == 1:
@@ -500,13 +501,18 @@ def config_hash(cfg: Config) -> str:
     return hashlib.sha256("\\n".join(kept).encode()).hexdigest()
 
 
-def changed_fields(cfg: Config, folder: Path, free: set[str]) -> list[str]:
-    """A line for each field that a run folder's configuration has another value of."""
-    saved = folder / "config.toml"
-    old = tomllib.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
-    now = tomllib.loads(config_toml(cfg))
-    names = [name for name in now if name in old and name not in free]
-    return [f"  {k}: {old[k]!r} -> {now[k]!r}" for k in names if old[k] != now[k]]
+def changes(cfg: Config, folder: Path) -> dict[str, tuple]:
+    """
+    Each field that a run folder's configuration has another value of: that, and the one now; None
+    where there is none.
+    """
+    saved, new = folder / "config.toml", tomllib.loads(config_toml(cfg))
+    try:
+        old = tomllib.loads(saved.read_text(encoding="utf-8")) if saved.exists() else new
+    except ValueError as e:
+        raise UserError(f"{saved} cannot be read ({e})") from e
+    both = {name: (old.get(name), new.get(name)) for name in old | new}
+    return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
 
 
 def renew_tables(run: Run) -> None:

@@ -591,6 +591,8 @@ def test_a_run_named_twice_counts_once(tmp_path):
 
 
 def test_config_diff_shows_what_trains_differently():
+    import train_gpt as tg
+
     a = {
         "run": "a_s1",
         "seed": 1,
@@ -599,6 +601,7 @@ def test_config_diff_shows_what_trains_differently():
         "matrix_lr": 0.05,
         "steps": 10,
         "lr": "0:1",
+        "beta1": tg.Config().beta1,
     }
     b = {
         "run": "b_s2",
@@ -609,9 +612,10 @@ def test_config_diff_shows_what_trains_differently():
         "steps": 10,
         "cap": 15.0,
     }
+    # what a script's config.toml leaves out has the trainer's default
     assert report.config_diff(a, b) == [
         ["matrix_lr", "0.05", "0.02"],
-        ["lr", "0:1", "-"],
+        ["lr", "0:1", tg.Config().lr],
         ["cap", "-", "15.0"],
     ]
 
