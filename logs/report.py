@@ -771,7 +771,7 @@ def config_diff(a: dict, b: dict) -> list[list[str]]:
     a, b = flat(a), flat(b)
     if a and b and (lacking := a.keys() ^ b.keys()):
         usual = {key: value for key, value in defaults().items() if key in lacking}
-        a, b = usual | a, usual | b
+        a, b = a | usual | a, b | usual | b
     keys = [key for key in a | b if a.get(key) != b.get(key)]
     return [[key, str(a.get(key, "-")), str(b.get(key, "-"))] for key in keys]
 
