@@ -7912,7 +7912,9 @@ def validate_schedules(cfg: Config) -> None:
     Refuse schedules that shape graphs or the weights that are scored, where their last value might
     not be reached.
     """
-    moving = [k for k in (*GRAPHS, "qat", "tail_ema") if not is_constant(getattr(cfg, k))]
+    moving = [key for key in GRAPHS if not is_constant(getattr(cfg, key))]
+    moving += [] if is_constant(cfg.qat) else ["qat"]
+    moving += [] if is_constant(cfg.tail_ema) else ["tail_ema"]
     for key in moving:
         sched = Schedule(key, getattr(cfg, key))
         require(

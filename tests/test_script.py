@@ -14,6 +14,7 @@ import golden
 import numpy as np
 import pytest
 import torch
+from forks import Server
 from helpers import ROOT, tg, write_shard
 from safetensors.torch import load_file
 
@@ -132,6 +133,9 @@ def same(folder, a: str, b: str) -> None:
         for r in (a, b)
     )
     assert all(torch.equal(w, theirs[k]) for k, w in ours.items())
+    # how snapshots are applied, for those who score them
+    kept, other = (sorted((folder / "logs" / r).glob("snapshots/*/state.json")) for r in (a, b))
+    assert [json.loads(x.read_text()) for x in kept] == [json.loads(x.read_text()) for x in other]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -221,17 +225,67 @@ def test_a_script_on_two_ranks_is_the_trainer_on_two_ranks(scripts, name):
     same(folder, "trainer2", "script2")
 
 
+def stopped_at_3(folder, name: str) -> None:
+    """The run as one that was stopped behind its third step."""
+    (folder / "logs" / name / "result.json").unlink()
+    shutil.rmtree(folder / "logs" / name / "ckpt" / "000006")
+
+
 def test_a_script_that_was_stopped_goes_on_to_the_same_weights(scripts):
     folder = scripts("remix_m")
     trainer(folder, "remix_m", "trainer")
     run(folder, "script.py", "--run", "stopped")
-    stopped = folder / "logs" / "stopped"
-    (stopped / "result.json").unlink()
-    shutil.rmtree(stopped / "ckpt" / "000006")
+    stopped_at_3(folder, "stopped")
     assert "at step 3" in run(folder, "script.py", "--run", "stopped", "--resume")
     same(folder, "trainer", "stopped")
-    said = run(folder, "script.py", "--run", "stopped", "--resume", "--matrix_lr", "1", code=2)
-    assert "matrix_lr: 0.05 -> 1.0" in said and "Traceback" not in said
+    stopped_at_3(folder, "stopped")  # and the trainer goes on with what a script has begun
+    words = [*words_of("remix_m"), "--run", "stopped", "--resume"]
+    assert "at step 3" in run(folder, ROOT / "train_gpt.py", "--config", *words)
+    same(folder, "trainer", "stopped")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("output"))
+    yield server
+    server.close()
+
+
+def test_a_script_refuses_what_the_trainer_refuses(scripts, server, tmp_path):
+    shutil.copytree(scripts("golf") / "tokens", tmp_path / "tokens")
+    file, logs = scripts("golf") / "script.py", tmp_path / "logs"
+
+    def refused(*flags) -> str:
+        ended = server.run(*flags, file=file, cwd=tmp_path)
+        assert (ended.code, ended.err.count("error: ")) == (2, 1), ended.text
+        return ended.err
+
+    assert "a run's name is a folder's name" in refused("--run", "a/b")
+    assert "no UTF-8 text" in refused("--wandb", "\udcff")
+    assert "lr = '0:1 1>-1': must lie between" in refused("--lr", "0:1 1>-1")
+    assert "the run of 1 steps ends before it is reached" in refused("--steps", "1")
+    assert not logs.exists()
+    assert not server.run("--run", "a", file=file, cwd=tmp_path).code
+    assert "exists; choose another --run" in refused("--run", "a")
+    resumed = ["--run", "a", "--resume"]
+    assert "is finished, but under another" in refused(*resumed, "--matrix_lr", "1")
+    stopped_at_3(tmp_path, "a")
+    assert "matrix_lr: 0.05 -> 1.0" in refused(*resumed, "--matrix_lr", "1")
+    saved = logs / "a" / "config.toml"
+    config = saved.read_text()
+    saved.write_text("z_loss = 0.1\n" + config)  # a field that the script knows nothing of
+    assert "  z_loss: 0.1 -> None" in refused(*resumed)
+    saved.write_text("z_loss = \n")
+    assert "config.toml cannot be read" in refused(*resumed)
+    saved.write_text(config)
+    shard = tmp_path / "tokens" / "x_train_000002.bin"
+    tokens = np.fromfile(shard, "<u2")
+    tokens[512:] = tokens[:511:-1].copy()  # behind the header
+    tokens.tofile(shard)
+    assert "x_train_000002.bin has other content; put the old shards back" in refused(*resumed)
+    tokens[5000] = 999
+    tokens.tofile(shard)
+    assert "token 999 at position 4488 is not below vocab" in refused("--run", "b")
 
 
 @pytest.mark.parametrize("name", PRESETS)
