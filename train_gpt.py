@@ -440,9 +440,8 @@ class Plan:
         points = [p for name in GRAPHS for p in self.sched[name].points]
         steps = self.cfg.steps
         if not self.cfg.max_seconds:
-            starts = sorted(
-                {math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points} | taught
-            )
+            reached = {math.ceil(p.at if p.in_steps else p.at * steps - 1e-9) for p in points}
+            starts = sorted({0} | reached | taught)
             return [self.at(s, s / steps) for s in starts if s < steps or s == 0]
         # on the clock they have no marks in steps
         return [self.at(0, f) for f in sorted({p.at for p in points} | {0.0})]
@@ -7777,6 +7776,7 @@ def parse_args(argv: list[str]) -> Config:
 def validate(cfg: Config) -> None:
     """Refuse what cannot work, before anything is created: key, value and fix."""
     check_config(cfg)
+    check_length(cfg)
     require(
         max(cfg.lr_cycles, cfg.average_epochs) <= (cfg.epochs or 1),
         f"lr_cycles = {cfg.lr_cycles}, average_epochs = {cfg.average_epochs}: at most epochs = "
@@ -7805,7 +7805,6 @@ def validate(cfg: Config) -> None:
         f"qat = {cfg.qat!r} rounds as export does, but export = {cfg.export!r} names no bits: set "
         "it, for example --export int6",
     )
-    check_length(cfg)
 
 
 def check_length(cfg: Config) -> None:
