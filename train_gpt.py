@@ -7868,7 +7868,7 @@ def check_choices(cfg: Section, choices: dict[str, tuple[str, ...]]) -> None:
         require(value in allowed, f"{key} = {value!r}: must be one of {words}")
 
 
-def check_texts(cfg: Section) -> None:
+def check_texts(cfg: Config) -> None:
     """Every text can be written to a file: what a console gives need not be UTF-8."""
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)

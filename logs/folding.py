@@ -703,8 +703,9 @@ class Folding(Transformer):
         for part in new.parts:
             if isinstance(part, cst.FormattedStringExpression) and not part.format_spec:
                 value = self.known(part.expression)
-                if type(value) in (str, int, bool) and not part.conversion and plain(str(value)):
-                    part = cst.FormattedStringText(str(value))
+                simple = type(value) in (str, int, bool) and not part.conversion
+                if simple and (plain(str(value)) or new.prefix == "f"):
+                    part = cst.FormattedStringText(in_quotes(str(value), new.quote))
             if parts and all(isinstance(p, cst.FormattedStringText) for p in (parts[-1], part)):
                 part = cst.FormattedStringText(parts.pop().value + part.value)
             parts.append(part)
@@ -1174,6 +1175,19 @@ def ends(block) -> bool:
 
 def plain(text: str) -> bool:
     return not re.search(r"[\"'{}\\\n]", text)
+
+
+def in_quotes(text: str, quote: str) -> str:
+    """A text as it stands between such quotes of an f-string."""
+    for a, b in (
+        ("\\", r"\\"),
+        ("\n", r"\n"),
+        (quote[0], "\\" + quote[0]),
+        ("{", "{{"),
+        ("}", "}}"),
+    ):
+        text = text.replace(a, b)
+    return text
 
 
 def is_truth(node: cst.CSTNode) -> bool:

@@ -838,6 +838,15 @@ def formatted(code: str) -> str:
     return code
 
 
+def check_names(code: str) -> None:
+    """Nothing is read that folding has taken away."""
+    command = ["check", "--isolated", "--select", "F821", "--output-format", "concise", "-"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *command], input=code, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"the script lacks what it needs: {done.stdout[:300]}"
+
+
 def script_of(request: Request, say: Callable[[str], None] = lambda line: None) -> str:
     """The script as text."""
     cfg = configure(request)
@@ -874,7 +883,9 @@ def text_of(
     module = folding.replaced(module, "LIMITS", limits_of(flags))
     code = module.code
     body = code[code.index('"""', 3) + 3 :] if code.startswith('"""') else code
-    return formatted(header(cfg, request) + body)
+    text = formatted(header(cfg, request) + body)
+    check_names(text)
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -186,6 +187,35 @@ class Server:
             fork.signal(signal.SIGKILL)
         self.process.stdin.close()
         self.process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_ranks(
+    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None, **how
+) -> list[Fork]:
+    """One process per rank, as torchrun starts them; `when` goes to the last rank."""
+    env = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        server.start(
+            *argv,
+            cwd=cwd,
+            when=when if rank == world - 1 else None,
+            env={k: str(v) for k, v in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            **how,
+        )
+        for rank in range(world)
+    ]
+
+
+def run_ranks(
+    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None, **how
+) -> list[Ended]:
+    return [fork.wait() for fork in start_ranks(server, world, argv, cwd, when, **how)]
 
 
 def as_script(argv: list[str], cwd: Path) -> tuple[str, list[str]]:

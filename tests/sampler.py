@@ -4,6 +4,7 @@ checkpoint with the same bits, and leaves an artifact that reads back as what wa
 scored; and a switch that is taken back changes something.
 
     python tests/sampler.py --first 0 --count 300      # by hand: seeds 0 to 299, half a second each
+    python tests/sampler.py --count 20 --scripts       # what scripts of them do, 20 seconds each
 
 A seed that fails stays a test in test_switches.py once the fault is mended.
 """
@@ -11,6 +12,7 @@ A seed that fails stays a test in test_switches.py once the fault is mended.
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import random
@@ -27,7 +29,7 @@ import torch
 from helpers import tg, tiny, write_shard
 from safetensors.torch import load_file
 
-from logs import score
+from logs import score, script
 
 STEPS = 3
 # What every sample starts from: matrices of 64 rows and columns (smaller ones are not rounded),
@@ -299,7 +301,10 @@ def trained(cfg: tg.Config) -> Path:
     """Train it, and score it where it asks for that; UserError where the scores are refused."""
     with contextlib.redirect_stdout(io.StringIO()), tg.Run(cfg) as run:
         assert tg.train(cfg, run) == 0
-    folder = Path(cfg.log_dir) / cfg.run
+    return scored(cfg, Path(cfg.log_dir) / cfg.run)
+
+
+def scored(cfg: tg.Config, folder: Path) -> Path:
     if cfg.score or cfg.average_epochs:
         said = io.StringIO()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
@@ -364,6 +369,13 @@ def finished(flags: dict, folder: Path) -> tuple[tg.Config, Path, list[str]]:
         return cfg, first, [*refused, str(e), *more]
 
 
+def without_end(folder: Path) -> None:
+    """A finished run as one that was stopped behind its second step."""
+    for name in ("result.json", f"ckpt/{STEPS:06d}", "ckpt/000003", "epochs/000003"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def check(seed: int, folder: Path, flags: dict | None = None) -> tuple[dict, list[str]]:
     """Try one combination: its flags without those that were refused, and the refusals."""
     flags = dict(sample(seed) if flags is None else flags)
@@ -378,9 +390,7 @@ def check(seed: int, folder: Path, flags: dict | None = None) -> tuple[dict, lis
             tg.build_model(kept, torch.device("cpu"), torch.float32, 16), named, "model.nrx"
         )
     # and go on from step 2
-    for name in ("result.json", f"ckpt/{STEPS:06d}", "ckpt/000003", "epochs/000003"):
-        path = first / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    without_end(first)
     again = outcome(trained(dataclasses.replace(cfg, resume=True)))
     different = [k for k in done if done[k] != again.get(k)]
     assert not different and done.keys() == again.keys(), f"resumed: {different} differ"
@@ -396,16 +406,39 @@ def check(seed: int, folder: Path, flags: dict | None = None) -> tuple[dict, lis
     return flags, refused
 
 
+def check_script(seed: int, folder: Path) -> tuple[dict, list[str]]:
+    """Whether the script of a combination gives and goes on to what the trainer does."""
+    flags = dict(sample(seed))
+    cfg, first, refused = finished(flags, folder)
+    done, own = outcome(first), {"artifact_bytes", "code_bytes", "total_bytes"}
+    request = script.Request([], script.KEPT, [], "")
+    file = folder / "train.py"
+    file.write_text(script.text_of(cfg, request, script.facts_of(cfg, script.KEPT, [])))
+    spec = importlib.util.spec_from_file_location("train", file)
+    made = sys.modules["train"] = importlib.util.module_from_spec(spec)  # its dataclass looks there
+    spec.loader.exec_module(made)
+    for argv in (["--run", "script"], ["--run", "script", "--resume"]):
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert made.main(argv) == 0
+        found = outcome(scored(cfg, folder / "script"))
+        different = [k for k in done if k not in own and done[k] != found.get(k)]
+        assert not different and done.keys() == found.keys(), f"{argv}: {different} differ"
+        without_end(folder / "script")
+    return flags, refused
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--scripts", action="store_true")
     flags, failed, refused, began = parser.parse_args(), [], 0, time.perf_counter()
     torch.set_num_threads(1)
+    one = check_script if flags.scripts else check
     for seed in range(flags.first, flags.first + flags.count):
         with tempfile.TemporaryDirectory() as folder:
             try:
-                refused += len(check(seed, Path(folder))[1])
+                refused += len(one(seed, Path(folder))[1])
             except Exception as e:  # whatever a combination can raise is what is looked for
                 failed.append(seed)
                 where = traceback.extract_tb(e.__traceback__)[-1]

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forks import Server
+from forks import Server, run_ranks
 from helpers import build, parts, random_tokens, tg, tiny, write_shard
 from test_model import awake
-from test_runs import metrics, run_ranks, speech, succeed, timeless
+from test_runs import metrics, speech, succeed, timeless
 
 from logs import score
 

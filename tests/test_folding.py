@@ -30,6 +30,9 @@ def same_code(ours: str, wanted: str) -> None:
 
 EXPRESSIONS = [
     ("not {}", "True"),
+    # a text inside of another keeps its quotes, braces and lines
+    ("f'a {\"it is {mu}\"} {x}'", "f'a it is {{mu}} {x}'"),
+    ('f"a {cfg.said}"', repr('a it\'s "{x}" \\ \n')),
     ("x if set() else y", "y"),
     ("f(x) in []", "f(x) in []"),  # what f does is not lost
     ("x in []", "False"),
@@ -54,7 +57,8 @@ EXPRESSIONS = [
 @pytest.mark.parametrize("source,wanted", EXPRESSIONS)
 def test_an_expression_folds_to_what_it_gives(source, wanted):
     source = f"def main(x, y, cfg):\n    return {source}\n"
-    same_code(folded(source, fields={"size": 3}), f"def main(x, y, cfg):\n    return {wanted}")
+    fields = {"size": 3, "said": 'it\'s "{x}" \\ \n'}
+    same_code(folded(source, fields=fields), f"def main(x, y, cfg):\n    return {wanted}")
 
 
 STATEMENTS = [

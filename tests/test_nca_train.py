@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from forks import Server
+from forks import Server, free_port
 from safetensors.torch import load_file
-from test_runs import free_port, newest, timeless
+from test_runs import newest, timeless
 
 import pre_pre_train as nca
 import train_gpt as tg

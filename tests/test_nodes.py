@@ -17,20 +17,17 @@ import time
 from pathlib import Path
 
 import pytest
-from forks import ROOT
+from forks import ROOT, free_port, run_ranks, start_ranks
 from helpers import tg, tiny
 from test_runs import (  # noqa: F401 (fixtures)
     assert_refused,
     data,
     flags,
     folder_hash,
-    free_port,
     metrics,
     newest,
-    run_ranks,
     same_end,
     server,
-    start_ranks,
     succeed,
     timeless,
 )

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from forks import Server
+from forks import Server, free_port
 from helpers import ROOT, alone, build, now, parts, randn, random_tokens, tg, tiny
-from test_runs import free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forks import AS_SCRIPTS, ROOT, Ended, Server, complete_checkpoints
+from forks import AS_SCRIPTS, ROOT, Ended, Server, complete_checkpoints, free_port, run_ranks
 from helpers import tg, write_shard
 from safetensors.torch import load_file
 
@@ -146,35 +146,6 @@ def same_end(folder: Path, reference: Path) -> None:
         "data_sha256",
     ):
         assert mine[key] == other[key]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start_ranks(
-    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None, **how
-) -> list:
-    """One process per rank, as torchrun starts them; `when` goes to the last rank."""
-    env = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [
-        server.start(
-            *argv,
-            cwd=cwd,
-            when=when if rank == world - 1 else None,
-            env={k: str(v) for k, v in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()},
-            **how,
-        )
-        for rank in range(world)
-    ]
-
-
-def run_ranks(
-    server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None, **how
-) -> list[Ended]:
-    return [fork.wait() for fork in start_ranks(server, world, argv, cwd, when, **how)]
 
 
 def succeed(ended: Ended | list[Ended]) -> None:

@@ -16,21 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import run_ranks
 from helpers import build, parts, tg, tiny, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_export import LOOPED, model_of, small, weights
-from test_runs import (  # noqa: F401 (fixtures)
-    assert_refused,
-    data,
-    flags,
-    folder_hash,
-    newest,
-    run_ranks,
-    server,
-    spoken,
-    succeed,
-)
+from test_runs import assert_refused, data, flags, folder_hash, newest, server, spoken, succeed  # noqa: F401 (fixtures)
 
 from logs import score
 

@@ -14,7 +14,7 @@ import golden
 import numpy as np
 import pytest
 import torch
-from forks import Server
+from forks import Server, run_ranks
 from helpers import ROOT, tg, write_shard
 from safetensors.torch import load_file
 
@@ -82,13 +82,10 @@ def scripts(tmp_path_factory, text):
     return ask
 
 
-def run(folder, *argv, ranks: int = 1, code: int = 0) -> str:
+def run(folder, *argv, code: int = 0) -> str:
     """What a program prints, started in that folder."""
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]
     done = subprocess.run(
-        [*start, *map(str, argv)],
+        [sys.executable, *map(str, argv)],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -109,17 +106,40 @@ def told(folder, name: str) -> tuple[list[dict], dict, dict]:
     return kept, weights, {k: v for k, v in result.items() if re.search("loss|bits|params", k)}
 
 
-def trainer(folder, name: str, run_name: str, ranks: int = 1) -> None:
-    if not (folder / "logs" / run_name).exists():
-        run(
-            folder,
-            ROOT / "train_gpt.py",
-            "--config",
-            *words_of(name),
-            "--run",
-            run_name,
-            ranks=ranks,
-        )
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Runs of one rank, whose process has torch already."""
+    server = Server(tmp_path_factory.mktemp("output"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def go(server):
+    """go(folder, script, *flags): what a script, or else the trainer, prints, in forks."""
+
+    def start(folder, file, *argv, ranks: int = 1, code: int = 0) -> str:
+        how = {"file": folder / file if file else "", "cwd": folder}
+        if ranks == 1:
+            all_ended = [server.run(*argv, **how)]
+        else:
+            all_ended = run_ranks(server, ranks, list(argv), **how)
+        for ended in all_ended:
+            assert ended.code == code, ended.out[-2000:] + ended.err[-4000:]
+        return all_ended[0].text
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def trainer(go):
+    """trainer(folder, name, run_name): the trainer's run of a preset, if it is not there yet."""
+
+    def start(folder, name: str, run_name: str, ranks: int = 1) -> None:
+        if not (folder / "logs" / run_name).exists():
+            go(folder, "", "--config", *words_of(name), "--run", run_name, ranks=ranks)
+
+    return start
 
 
 def same(folder, a: str, b: str) -> None:
@@ -139,10 +159,12 @@ def same(folder, a: str, b: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_script_has_the_trainers_losses_weights_and_artifact_to_the_bit(scripts, name):
+def test_a_script_has_the_trainers_losses_weights_and_artifact_to_the_bit(
+    scripts, trainer, go, name
+):
     folder = scripts(name)
     trainer(folder, name, "trainer")
-    run(folder, "script.py", "--run", "script")
+    go(folder, "script.py", "--run", "script")
     same(folder, "trainer", "script")
 
 
@@ -164,18 +186,18 @@ def less(folder, words: str, name: str) -> str:
     return text
 
 
-def test_what_can_be_left_out_changes_no_number(scripts):
+def test_what_can_be_left_out_changes_no_number(scripts, trainer, go):
     folder = scripts("remix_m")
     trainer(folder, "remix_m", "trainer")
     text = less(folder, f"{LESS} ranks", "less")
-    run(folder, "less.py", "--run", "less")
+    go(folder, "less.py", "--run", "less")
     same(folder, "trainer", "less")
     gone = "dist. signal. flex_attention on_signal warm_up git_revision Schedule( LIMITS"
     assert not [word for word in gone.split() if word in text]
     assert "assert header[0] == SHARD_MAGIC" in text
 
 
-def test_without_all_of_it_a_wrong_file_is_an_assertion(scripts):
+def test_without_all_of_it_a_wrong_file_is_an_assertion(scripts, trainer, go):
     folder = scripts("remix_m")
     flags = FLAGS.replace("--save_every 3 --keep 9 ", "")
     request = [
@@ -194,7 +216,7 @@ def test_without_all_of_it_a_wrong_file_is_an_assertion(scripts):
         os.chdir(before)
     (folder / "least.py").write_text(text)
     assert len(text.splitlines()) < 1450 and "UserError" not in text
-    run(folder, "least.py", "--run", "least")
+    go(folder, "least.py", "--run", "least")
     trainer(folder, "remix_m", "trainer")
     lines = [(folder / "logs" / r / "metrics.jsonl").read_text() for r in ("least", "trainer")]
     ours, theirs = ([json.loads(x) for x in some.splitlines()] for some in lines)
@@ -203,9 +225,9 @@ def test_without_all_of_it_a_wrong_file_is_an_assertion(scripts):
     (folder / "damaged").mkdir()
     for split in ("train", "val"):
         write_shard(folder / "damaged" / f"x_{split}_000000.bin", range(4000), magic=1)
-    said = run(folder, "least.py", "--run", "damaged", "--data", "damaged", code=1)
+    said = go(folder, "least.py", "--run", "damaged", "--data", "damaged", code=1)
     assert "assert header[0] == SHARD_MAGIC" in said
-    assert "assert not folder.exists()" in run(folder, "least.py", "--run", "least", code=1)
+    assert "assert not folder.exists()" in go(folder, "least.py", "--run", "least", code=1)
 
 
 def test_a_script_for_a_gpu_alone_has_nothing_of_a_cpu():
@@ -218,10 +240,10 @@ def test_a_script_for_a_gpu_alone_has_nothing_of_a_cpu():
 
 
 @pytest.mark.parametrize("name", ["remix_m", "golf"])  # golf's rows are those of all shards, mixed
-def test_a_script_on_two_ranks_is_the_trainer_on_two_ranks(scripts, name):
+def test_a_script_on_two_ranks_is_the_trainer_on_two_ranks(scripts, trainer, go, name):
     folder = scripts(name)
     trainer(folder, name, "trainer2", ranks=2)
-    run(folder, "script.py", "--run", "script2", ranks=2)
+    go(folder, "script.py", "--run", "script2", ranks=2)
     same(folder, "trainer2", "script2")
 
 
@@ -231,24 +253,17 @@ def stopped_at_3(folder, name: str) -> None:
     shutil.rmtree(folder / "logs" / name / "ckpt" / "000006")
 
 
-def test_a_script_that_was_stopped_goes_on_to_the_same_weights(scripts):
+def test_a_script_that_was_stopped_goes_on_to_the_same_weights(scripts, trainer, go):
     folder = scripts("remix_m")
     trainer(folder, "remix_m", "trainer")
-    run(folder, "script.py", "--run", "stopped")
+    go(folder, "script.py", "--run", "stopped")
     stopped_at_3(folder, "stopped")
-    assert "at step 3" in run(folder, "script.py", "--run", "stopped", "--resume")
+    assert "at step 3" in go(folder, "script.py", "--run", "stopped", "--resume")
     same(folder, "trainer", "stopped")
     stopped_at_3(folder, "stopped")  # and the trainer goes on with what a script has begun
     words = [*words_of("remix_m"), "--run", "stopped", "--resume"]
-    assert "at step 3" in run(folder, ROOT / "train_gpt.py", "--config", *words)
+    assert "at step 3" in go(folder, "", "--config", *words)
     same(folder, "trainer", "stopped")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("output"))
-    yield server
-    server.close()
 
 
 def test_a_script_refuses_what_the_trainer_refuses(scripts, server, tmp_path):
@@ -310,12 +325,12 @@ def test_what_a_preset_leaves_off_is_gone(scripts):
     assert "PLACES = {" in (scripts("golf") / "script.py").read_text()
 
 
-def test_an_edit_by_hand_runs_and_its_log_can_be_submitted(scripts):
+def test_an_edit_by_hand_runs_and_its_log_can_be_submitted(scripts, trainer, go):
     folder = scripts("remix_m")
     text = (folder / "script.py").read_text()
     assert text.count("h = F.relu(h)") == 1
     (folder / "edited.py").write_text(text.replace("h = F.relu(h)", "h = F.gelu(h)"))
-    run(folder, "edited.py", "--run", "edited")
+    go(folder, "edited.py", "--run", "edited")
     trainer(folder, "remix_m", "trainer")
     assert told(folder, "edited")[0] != told(folder, "trainer")[0]
     log = (folder / "logs" / "edited" / "log.txt").read_text()
@@ -345,7 +360,7 @@ def golf(tmp_path_factory, text):
         os.chdir(before)
 
 
-def test_a_packed_script_trains_scores_and_proves_from_an_empty_folder(golf):
+def test_a_packed_script_trains_scores_and_proves_from_an_empty_folder(golf, go):
     """The trainer has its losses, and the project's own scorer gives its figures to the bit."""
     folder, preset = golf
     file = folder / "packed" / "train_gpt.py"
@@ -364,7 +379,7 @@ def test_a_packed_script_trains_scores_and_proves_from_an_empty_folder(golf):
     assert math.isfinite(result["sliding_val_loss"])
     scores = {k: v["top"] for k, v in again["scores"].items() if k != "compressors"}
     assert scores == {k: v["top"] for k, v in result["scores"].items()} and len(scores) == 2
-    run(folder, ROOT / "train_gpt.py", "--config", *shlex.split(preset), "--run", "c")
+    go(folder, "", "--config", *shlex.split(preset), "--run", "c")
     theirs = json.loads((folder / "logs" / "c" / "result.json").read_text())
     for key in ("val_loss", "val_loss_ema", "roundtrip_val_loss", "params"):
         assert result[key] == theirs[key], key

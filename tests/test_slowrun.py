@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from forks import Server
+from forks import Server, run_ranks
 from helpers import alone, build, now, random_tokens, tg, tiny, write_shard
 from test_model import awake, dense, preset
-from test_runs import run_ranks, succeed
+from test_runs import succeed
 
 from logs import score
 
