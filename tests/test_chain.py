@@ -554,8 +554,9 @@ def test_chains_of_other_seeds_are_mixed_in_and_other_recipes_refused(
     argv += ["--with_runs", other]
     config = tmp_path / "logs" / "other" / "config.toml"
     text = config.read_text()
-    for key, old, new in (("softcap", "0.0", "5.0"), ("fitness_tokens", "700", "900")):
-        config.write_text(text.replace(f"{key} = {old}", f"{key} = {new}"))
+    for key, new in (("softcap", "5.0"), ("fitness_tokens", "900")):
+        others = re.sub(rf"^{key} = .*\n", "", text, flags=re.M)
+        config.write_text(f"{key} = {new}\n{others}")
         assert score.main(argv) == 2 and f"{key} = " in capsys.readouterr().err
     # before any figure is taken
     assert (tmp_path / "logs" / "chain" / "result.json").read_bytes() == before
