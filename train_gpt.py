@@ -1397,11 +1397,6 @@ class ModelConfig(Section):
             ("softcap_shape", "softcap > 0", self.softcap > 0),
             ("bigram_signs", "bigram_rows > 1, which they multiply", self.bigram_rows > 0),
             ("untie_at", "tie_embed = 1", self.tie_embed > 0),
-            (
-                "untie_at",
-                f"a step of two tables behind it, and steps = {self.steps}",
-                not self.untie_at or last_tied(self) < self.steps - 1,
-            ),
             *[(f"softcap_{key}", "softcap > 0", self.softcap > 0) for key in ("in", "shift")],
             *[(f"softcap_{key}", "softcap_shape = 'tanh'", by_tanh) for key in ("in", "shift")],
         ]
@@ -1887,12 +1882,6 @@ def check_untie(cfg: Config) -> None:
     require(
         re.fullmatch(r"[0-9./]+s?", cfg.untie_at) is not None,
         f"untie_at = {cfg.untie_at!r}: a step such as 847s, or a part of training such as 2/3",
-    )
-    steps = last_tied(cfg) + 1
-    require(
-        steps % cfg.adam_every == 0,
-        f"untie_at = {cfg.untie_at!r} is behind {steps} steps, which adam_every = "
-        f"{cfg.adam_every} does not divide: the tables part behind a step of AdamW",
     )
     apart = [
         key
@@ -7840,6 +7829,18 @@ def check_length(cfg: Config) -> None:
         f"cycles = {cfg.cycles} in steps = {cfg.steps}: with batch_tokens = {cfg.batch_tokens!r} "
         "one of them would have no step: fewer cycles",
     )
+    if cfg.untie_at:
+        tied = last_tied(cfg) + 1
+        require(
+            tied < cfg.steps,
+            f"untie_at = {cfg.untie_at!r} needs a step of two tables behind it, and steps = "
+            f"{cfg.steps}",
+        )
+        require(
+            tied % cfg.adam_every == 0,
+            f"untie_at = {cfg.untie_at!r} is behind {tied} steps, which adam_every = "
+            f"{cfg.adam_every} does not divide: the tables part behind a step of AdamW",
+        )
     validate_schedules(cfg)
 
 
@@ -8796,17 +8797,11 @@ def check_folder(cfg: Config, folder: Path) -> None:
     finished = is_finished(folder)
     frozen = {"export"} if Schedule("qat", cfg.qat).values() != [0] else set()
     free = FREE_ON_RESUME if finished else FREE_ON_RESUME | AFTER_TRAINING - frozen
-    lines = [
-        f"  {key}: {old!r} -> {new!r}"
-        for key, (old, new) in changes(cfg, folder).items()
-        if key not in free
-    ]
-    if lines:
+    if changed := changed_fields(cfg, folder, free):
         state = "is finished, but" if finished else "was begun, but"
-        more = [f"  and {len(lines) - 20} more"] if len(lines) > 20 else []
         raise UserError(
             f"{folder} {state} under another configuration:\n"
-            + "\n".join(lines[:20] + more)
+            + "\n".join(changed)
             + "\nuse the old values, another --run, or delete it"
         )
 
@@ -8821,6 +8816,13 @@ def changes(cfg: Config, folder: Path) -> dict[str, tuple]:
     old = type(cfg)(**read_toml(saved, type(cfg))) if saved.exists() else cfg
     both = {f.name: (getattr(old, f.name), getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
     return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
+
+
+def changed_fields(cfg: Config, folder: Path, free: set[str]) -> list[str]:
+    """changes() of fields that are not free: a line each, and how many more than 20 there are."""
+    changed = changes(cfg, folder).items()
+    lines = [f"  {key}: {old!r} -> {new!r}" for key, (old, new) in changed if key not in free]
+    return lines[:20] + ([f"  and {len(lines) - 20} more"] if len(lines) > 20 else [])
 
 
 def enter_folder(run: Run) -> bool:

@@ -145,6 +145,11 @@ def configure(request: Request) -> tg.Config:
         close = difflib.get_close_matches(name, fields, n=2)
         hint = f"did you mean {' or '.join(close)}?" if close else "python train_gpt.py --help"
         require(name in fields, f"--keep {name}: the configuration has no such field; {hint}")
+        require(
+            name in KEPT or can_stay(cfg, name),
+            f"--keep {name}: the script is made for its value; what can stay a flag beside "
+            f"{' '.join(KEPT)} are numbers by which nothing is wired",
+        )
     require(
         not {"cpu", "gpu"} <= set(request.without), "--without cpu gpu: then nothing is to run it"
     )
@@ -161,6 +166,27 @@ def configure(request: Request) -> tg.Config:
         for name, value in DROPPED[part].fields.items():
             setattr(cfg, name, value)
     return cfg
+
+
+class Asked(tg.Config):
+    """A configuration that knows which of its fields were read."""
+
+    def __getattribute__(self, name: str) -> object:
+        if name in tg.FIELDS:
+            object.__getattribute__(self, "asked").add(name)
+        return object.__getattribute__(self, name)
+
+
+def can_stay(cfg: tg.Config, name: str) -> bool:
+    """Whether a field is a number that is not put into a script in the shape of something else."""
+    asked = object.__new__(Asked)
+    object.__setattr__(asked, "asked", set())
+    asked.__dict__.update(vars(cfg))
+    tg.wirings(asked)
+    expressions_of(asked, {})
+    is_in_graphs(asked, ["cpu"])
+    read = object.__getattribute__(asked, "asked")
+    return type(getattr(cfg, name)) in (int, float) and name not in read
 
 
 def used_by(cfg: tg.Config, part: str) -> str:
@@ -466,6 +492,8 @@ def check(cfg: Config) -> None:
         for x in Schedule(name, value).values() if name in SCHEDULES else [value]:
             ok = least <= x <= most
             require(ok, f"{name} = {value!r}: must lie between {least} and {most}")
+    ranks, here = (os.environ.get(key) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    require(here in (None, ranks), f"{ranks} ranks, {here} of them here: a script serves one node")
     check_texts(cfg)
     check_run_name(cfg.run)
     check_length(cfg)

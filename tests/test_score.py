@@ -1,6 +1,6 @@
 """A score is a code length, what is none is refused, and figures are taken once and kept."""
 
-# ruff: noqa: F811 (fixtures of another file are arguments here)
+# ruff: noqa: F401, F811 (fixtures of another file are arguments here)
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from helpers import build, parts, tg, tiny, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_export import LOOPED, model_of, small, weights
-from test_runs import assert_refused, data, flags, folder_hash, newest, server, spoken, succeed  # noqa: F401 (fixtures)
+from test_runs import assert_refused, data, flags, folder_hash, newest, server, spoken, succeed
 
 from logs import score
 

@@ -270,14 +270,16 @@ def test_a_script_refuses_what_the_trainer_refuses(scripts, server, tmp_path):
     shutil.copytree(scripts("golf") / "tokens", tmp_path / "tokens")
     file, logs = scripts("golf") / "script.py", tmp_path / "logs"
 
-    def refused(*flags) -> str:
-        ended = server.run(*flags, file=file, cwd=tmp_path)
+    def refused(*flags, **how) -> str:
+        ended = server.run(*flags, file=file, cwd=tmp_path, **how)
         assert (ended.code, ended.err.count("error: ")) == (2, 1), ended.text
         return ended.err
 
     assert "a run's name is a folder's name" in refused("--run", "a/b")
     assert "no UTF-8 text" in refused("--wandb", "\udcff")
     assert "lr = '0:1 1>-1': must lie between" in refused("--lr", "0:1 1>-1")
+    nodes = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    assert "4 ranks, 2 of them here: a script serves one node" in refused(env=nodes)
     assert "the run of 1 steps ends before it is reached" in refused("--steps", "1")
     assert not logs.exists()
     assert not server.run("--run", "a", file=file, cwd=tmp_path).code
@@ -428,6 +430,9 @@ def test_digits_give_the_bytes_back(size):
     [
         ("", "which preset"),
         ("remix_m --keep softcapp", "--keep softcapp: the configuration has no such field"),
+        ("remix_m --keep depth", "--keep depth: the script is made for its value"),
+        ("golf_cpu --keep export_codec", "--keep export_codec: the script is made for"),
+        ("remix_m --init_from logs/a", "a script knows the configuration of its own runs alone"),
         ("remix_m --without wings", "--without wings: what can be left out is resume, wandb"),
         ("golf_cpu --without export", "golf_cpu needs it"),
         ("golf_cpu --without averages", "golf_cpu needs it: ema = 0.99"),
