@@ -86,6 +86,16 @@ def text(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Starts runs in forks of a process that has torch already, see forks.py."""
+    from forks import Server
+
+    server = Server(tmp_path_factory.mktemp("output"))
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def doubles():
     """Everything in fp64."""

@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # A folder: each run of the trainer is then one of the script of its flags, which is made there
-# (17 s each, once) and has to do what the tests say of the trainer: AS_SCRIPTS=/tmp/scripts pytest
+# (17 s each, once) and has to do what the tests say of the trainer: AS_SCRIPTS=FOLDER pytest
 # tests/test_runs.py. What cannot be a script is the trainer as ever.
 AS_SCRIPTS = os.environ.get("AS_SCRIPTS", "")
 # Functions of train_gpt.py and logs/score.py that name a phase of a run; the innermost one that is

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forks import Server, run_ranks
+from forks import run_ranks
 from helpers import build, parts, random_tokens, tg, tiny, write_shard
 from test_model import awake
 from test_runs import metrics, speech, succeed, timeless
@@ -343,13 +343,6 @@ CHAIN = {
     "perturb": "0.25 1~0.05", "distill": 0.45, "distill_from": 2, "distill_temperature": 1.2,
     "fitness_tokens": 700, "momentum": "0.95",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("output"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import golden
 import numpy as np
 import pytest
 import torch
-from forks import Server, run_ranks
+from forks import run_ranks
 from helpers import ROOT, tg, write_shard
 from safetensors.torch import load_file
 
@@ -104,14 +104,6 @@ def told(folder, name: str) -> tuple[list[dict], dict, dict]:
     weights = load_file(folder / "logs" / name / "ckpt" / "000006" / "model.safetensors")
     result = json.loads((folder / "logs" / name / "result.json").read_text())
     return kept, weights, {k: v for k, v in result.items() if re.search("loss|bits|params", k)}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Runs of one rank, whose process has torch already."""
-    server = Server(tmp_path_factory.mktemp("output"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forks import ROOT, Server
+from forks import ROOT
 from helpers import tg, write_shard
 from scipy import stats
 
@@ -81,13 +81,6 @@ def packed_file(tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()):
         assert pack.main(["--out", str(path)]) == 0
     return path
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("output"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
