@@ -6234,7 +6234,7 @@ def evaluate(
         first = low + run.rank * shape.rows
         x, y = val.batch(range(first, first + shape.rows), run.device, shape.rows)
         applied = shape.repeats, shape.window, shape.passes, shape.window_long
-        with torch.set_grad_enabled(shape.as_trained):
+        with torch.enable_grad() if shape.as_trained else contextlib.nullcontext():
             losses = model(x, y, *applied, impossible=impossible).detach()
         total += losses.double().sum()
     return float(run.sum_of(total)) / val.scored
@@ -6251,7 +6251,7 @@ def token_losses(run: Run, model, val: Validation, shape: Shape) -> Tensor:
         first = low + run.rank * shape.rows
         x, y = val.batch(range(first, first + shape.rows), run.device, shape.rows)
         applied = shape.repeats, shape.window, shape.passes, shape.window_long
-        with torch.set_grad_enabled(shape.as_trained):
+        with torch.enable_grad() if shape.as_trained else contextlib.nullcontext():
             found = model(x, y, *applied).detach()
         losses[first // shape.rows] = found.float()
     return run.sum_of(losses).flatten()[: val.scored].cpu()
@@ -8234,7 +8234,7 @@ def warm_up(trainer: Trainer) -> None:
                         trainer.opt.step(first)
                 else:
                     applied = shape.repeats, shape.window, shape.passes, shape.window_long
-                    with torch.set_grad_enabled(shape.as_trained):
+                    with torch.enable_grad() if shape.as_trained else torch.no_grad():
                         trainer.graph(x, y, *applied, impossible=None)
                         if trainer.impossible is not None:
                             trainer.graph(x, y, *applied, impossible=trainer.impossible)
@@ -8780,10 +8780,12 @@ def finish(trainer: Trainer, step: int, now: Now, found: dict) -> dict:
     return result
 
 
+GO_ON = ", continue it with --resume"  # as one of the things to do about a run that was begun
+
+
 def taken(cfg: Config, folder: Path) -> UserError:
     return UserError(
-        f"run = {cfg.run!r}: {folder} exists; choose another --run, continue it with --resume, or "
-        "delete it"
+        f"run = {cfg.run!r}: {folder} exists; choose another --run{GO_ON}, or delete the folder"
     )
 
 
@@ -9036,7 +9038,7 @@ def explain(e: BaseException) -> str | None:
     if isinstance(e, RuntimeError) and re.search(lost, text):
         return (
             "another rank has left, so this one leaves, too: its message stands above, or on its "
-            f"node; complete checkpoints are kept. ({text.splitlines()[0][:200]})"
+            f"node. ({text.splitlines()[0][:200]})"
         )
     if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return (
@@ -9044,10 +9046,7 @@ def explain(e: BaseException) -> str | None:
             f"for rounding. ({text.splitlines()[0]})"
         )
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"the disk is full ({e}); complete checkpoints are kept: make room and continue with "
-            "--resume"
-        )
+        return f"the disk is full ({e}); make room for the run{GO_ON}"
     if isinstance(e, OSError) and e.errno in (
         errno.EACCES,
         errno.EPERM,

@@ -87,6 +87,8 @@ class Facts:
     # functions that make an error which says what to do: an assertion is enough instead
     refusals: set[str] = dataclasses.field(default_factory=set)
     short: set[str] = dataclasses.field(default_factory=set)  # functions whose calls are inlined
+    # functions that give one thing at least: a loop over it that reads none says the same each time
+    reminders: set[str] = dataclasses.field(default_factory=set)
     harmless: set[str] = dataclasses.field(default_factory=set)  # functions; fold() finds them
     filling: set[str] = dataclasses.field(default_factory=set)  # and these
 
@@ -703,9 +705,10 @@ class Folding(Transformer):
         for part in new.parts:
             if isinstance(part, cst.FormattedStringExpression) and not part.format_spec:
                 value = self.known(part.expression)
-                simple = type(value) in (str, int, bool) and not part.conversion
-                if simple and (plain(str(value)) or new.prefix == "f"):
-                    part = cst.FormattedStringText(in_quotes(str(value), new.quote))
+                simple = type(value) in (str, int, bool) and part.conversion in (None, "r")
+                text = repr(value) if part.conversion else str(value)
+                if simple and (plain(text) or new.prefix == "f"):
+                    part = cst.FormattedStringText(in_quotes(text, new.quote))
             if parts and all(isinstance(p, cst.FormattedStringText) for p in (parts[-1], part)):
                 part = cst.FormattedStringText(parts.pop().value + part.value)
             parts.append(part)
@@ -728,6 +731,10 @@ class Folding(Transformer):
                 return wrapped(new, new.right)
             if m.matches(new.right, nothing):
                 return wrapped(new, new.left)
+            text = m.SimpleString(lpar=[]) | m.FormattedString(lpar=[])
+            if m.matches(new, m.BinaryOperation(text, right=text)):
+                both = cst.ConcatenatedString(new.left, new.right)
+                return both.with_changes(lpar=new.lpar, rpar=new.rpar)
         if isinstance(new.operator, cst.BitOr):
             nothing = m.Dict([]) | m.Call(m.Name("set"), args=[])
             if m.matches(new.right, nothing):
@@ -913,20 +920,23 @@ class Folding(Transformer):
         over = self.known(new.iter)
         if m.matches(new.iter, HOLLOW) or over is not UNKNOWN and not list(over):
             return cst.RemoveFromParent()
+        leaves = find_all(new.body, cst.Break, cst.Continue)
+        if type(over) is range and len(over) == 1 and not leaves:
+            new = new.with_changes(iter=cst.List([cst.Element(literal(over[0]))]))
         new = self.without_false(new)
         once = m.matches(new.iter, m.List([m.Element(CONSTANT)]) | m.Tuple([m.Element(CONSTANT)]))
-        if (
-            once
-            and m.matches(new.target, m.Name())
-            and not m.findall(new.body, m.Break() | m.Continue())
-        ):
+        if once and m.matches(new.target, m.Name()) and not leaves:
             instead = {new.target.value: new.iter.elements[0].value}
             body = list(Replacing(instead).transform(new.body).body)
             body[0] = with_comments(body[0], new.leading_lines)
             return cst.FlattenSentinel(body)
         if is_empty(new.body) and is_pure(new.iter, self.facts):
             return cst.RemoveFromParent()
-        leaves = find_all(new.body, cst.Break, cst.Continue)
+        again = m.matches(new.iter, m.Call()) and leaf_of(new.iter.func) in self.facts.reminders
+        read = names_in(new.body).read
+        if again and not leaves and not any(read[n.value] for n in find_all(new.target, cst.Name)):
+            body = list(new.body.body)
+            return cst.FlattenSentinel([with_comments(body[0], new.leading_lines), *body[1:]])
         if m.matches(new, m.For(iter=m.List([m.Element()]))) and not leaves:
             value = cst.AssignTarget(new.target), new.iter.elements[0].value
             line = cst.SimpleStatementLine([cst.Assign([value[0]], value[1])])
@@ -1516,6 +1526,11 @@ class Locals(Transformer):
         names = names_in(function.body)
         params = names_in(function.params).bound
         gone, instead, tuples, unread = set(), {}, {}, []
+        told = Counter(  # in texts, which a text can become a part of
+            part.expression.value
+            for part in find_all(function.body, cst.FormattedStringExpression)
+            if isinstance(part.expression, cst.Name) and not part.format_spec
+        )
         found: dict[str, list[cst.BaseExpression]] = defaultdict(list)
         for assign in find_all(function.body, cst.Assign, cst.AnnAssign):
             for target, value in pairs_of(assign) or ():
@@ -1534,7 +1549,7 @@ class Locals(Transformer):
             elif names.bound[name] != len(values) or not all(map(value.deep_equals, values[1:])):
                 continue
             elif is_local_constant(value, self.facts):
-                if not is_long(value):
+                if not is_long(value) or names.read[name] == told[name] == 1:
                     instead[name] = as_operand(value)
             elif m.matches(value, NOTHING):
                 if name not in filled_names(function.body, self.facts.filling):
@@ -2822,6 +2837,36 @@ def without_marks(module: cst.Module) -> cst.Module:
     return module.with_changes(body=body)
 
 
+class Unwrapped(Transformer):
+    """Without parentheses around what stands by itself between commas, or behind a `=`."""
+
+    def bare(self, new):
+        node = new.value
+        one_line = len(getattr(node, "lpar", ())) == 1 and "\n" not in code_of(node)
+        whole = m.BinaryOperation() | m.Comparison() | m.BooleanOperation() | m.UnaryOperation()
+        whole |= m.IfExp() | m.Name() | m.Attribute() | m.Call() | m.Subscript() | CONSTANT
+        if m.matches(new, m.Assign([m.AssignTarget(m.Tuple())])):
+            whole |= m.Tuple()
+        if not one_line or not m.matches(node, whole):
+            return new
+        return new.with_changes(value=node.with_changes(lpar=[], rpar=[]))
+
+    def leave_Arg(self, old, new):
+        return new if new.star else self.bare(new)
+
+    def leave_Element(self, old, new):
+        return self.bare(new)
+
+    def leave_DictElement(self, old, new):
+        return self.bare(new)
+
+    def leave_Assign(self, old, new):
+        return self.bare(new)
+
+    def leave_Return(self, old, new):
+        return self.bare(new) if new.value else new
+
+
 def replaced(module: cst.Module, name: str, text: str) -> cst.Module:
     """With another definition of a name, in the same place."""
     (new,) = cst.parse_module(text).body
@@ -3046,5 +3091,5 @@ def fold(module: cst.Module, facts: Facts, say: Callable = lambda line: None) ->
         if new == old:
             _texts.clear()
             _walks.clear()
-            return without_marks(module)
+            return Unwrapped().transform(without_marks(module))
     raise RuntimeError("folding does not come to an end")

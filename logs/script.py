@@ -56,6 +56,7 @@ class Part:
 DROPPED = {  # by the word of --without
     "resume": Part(
         {"resume": False, "keep": 0, "save_every": 0, "save_last": 0},
+        constants={"GO_ON": ""},
         idle="lock_folder",
         instead="def write_whole(path: Path, data: bytes):\n    return path.write_bytes(data)\n",
     ),
@@ -477,6 +478,7 @@ def facts_of(cfg: tg.Config, keep: list[str], words: list[str]) -> folding.Facts
         tuples={name for name, cls in HOLDERS.items() if cls in RECORDS},
         attributes={("Ranks", "one_node"): True, ("Run", "one_node"): True},
         expressions=expressions_of(cfg, now),
+        reminders={"moments"},
     )
     for word in words:
         without(facts, cfg, word)
@@ -806,6 +808,58 @@ class Retelling(cst.CSTTransformer):
         return new.with_changes(body=[doc, *new.body[1:]])
 
 
+# constants that a person may edit, as no code was folded by them
+EDITED = {"micro_tokens", "loss_chunk"}
+
+
+class Advice(cst.CSTTransformer):
+    """
+    Messages that say what to do about flags which the script has not: that takes another script,
+    or the trainer itself; what is a mere number is a constant that a person edits.
+    """
+
+    def __init__(self, flags: list[str], constants: set[str]):
+        super().__init__()
+        self.flags, self.constants = flags, constants & EDITED
+
+    def said(self, text: str) -> str:
+        def instead(match: re.Match) -> str:
+            name = match[1]
+            if name not in tg.FIELDS or name in self.flags:
+                return match[0]
+            return f"Config.{name}" if name in self.constants else f"train_gpt.py's --{name}"
+
+        # what data/get.py is told to do keeps its own flags
+        return re.sub(r"(?<!sample )(?<!tokenize )--([a-z_0-9]+)", instead, text)
+
+    def leave_SimpleString(self, old, new):
+        return new.with_changes(value=self.said(new.value))
+
+    def leave_FormattedStringText(self, old, new):
+        return new.with_changes(value=self.said(new.value))
+
+
+def within(code: str, width: int) -> str:
+    """Lines that hold nothing but a text, and are too long, as two texts behind one another."""
+    lines = []
+    for line in code.split("\n"):
+        one = re.fullmatch(r"""( +f?)(["'])(.*)(\2[,)]*)""", line)
+        while one and len(line) > width:
+            first, quote, text, last = one.groups()
+            spaces = [m.end() for m in re.finditer(" ", text)]
+            # not inside of what is formatted
+            fit = [at for at in spaces if text[:at].count("{") == text[:at].count("}")]
+            at = max((at for at in fit if len(first) + 2 + at <= width), default=0)
+            if not at:
+                break
+            start = first if "{" in text[:at] else first.rstrip("f")
+            lines.append(start + quote + text[:at] + quote)
+            line = first + quote + text[at:] + last
+            one = re.fullmatch(r"""( +f?)(["'])(.*)(\2[,)]*)""", line)
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def parameters_of(module: cst.Module) -> dict[str, set[str]]:
     """Of each function of this name, what it is given."""
     found: dict[str, set[str]] = {}
@@ -907,11 +961,12 @@ def text_of(
     flags = [n for n in tg.FIELDS if n in request.keep and (n in read or n in KEPT[:5])]
     varying = set(facts.constants["SCHEDULES"]) - set(flags)
     text = config_class(cfg, flags, (read | varying) - set(flags))
+    module = module.visit(Advice(flags, read))
     module = folding.replaced(module, "Config", text)
     module = folding.replaced(module, "LIMITS", limits_of(flags))
     code = module.code
     body = code[code.index('"""', 3) + 3 :] if code.startswith('"""') else code
-    text = formatted(header(cfg, request) + body)
+    text = within(formatted(header(cfg, request) + body), 100)
     check_names(text)
     return text
 

@@ -40,6 +40,8 @@ EXPRESSIONS = [
     ("f(x) == 1 and False", "f(x) == 1 and False"),
     ("x and False", "x and False"),  # may be any x that is false
     ("{p for p in []} | x", "x"),
+    ("f'{\"a b\"!r} {x!r}'", "f'\\'a b\\' {x!r}'"),
+    ("'a ' + f'b {x}'", "f'a b {x}'"),
     ("f(*(1, x), y)", "f(1, x, y)"),
     ("f(*[x], **{'a': y})", "f(x, a=y)"),
     ("f(a=x, *(1, y))", "f(*(1, y), a=x)"),  # places would be others
@@ -61,7 +63,7 @@ def test_an_expression_folds_to_what_it_gives(source, wanted):
     same_code(folded(source, fields=fields), f"def main(x, y, cfg):\n    return {wanted}")
 
 
-STATEMENTS = [
+STATEMENTS = [  # None: nothing
     # a name that is given the same constant each time is that constant
     ("a = ()\nif x:\n    a = ()\nreturn f(*a, y)", "return f(y)"),
     ("a = 1\nif x:\n    a = 2\nreturn f(a)", "a = 1\nif x:\n    a = 2\nreturn f(a)"),
@@ -86,6 +88,20 @@ STATEMENTS = [
         "for a in (x, y):\n    if a:\n        f(a)",
     ),
     ("f(x)\nreturn", "f(x)"),
+    ("for a in range(cfg.one):\n    f(a, x)", "f(0, x)"),
+    ("for _ in range(cfg.one):\n    if f(x):\n        break", None),
+    # a long text keeps its name, but where it becomes a part of another
+    (
+        "a = 'no checkpoint was saved before'\nf(f'{x}: {a}.')",
+        "f(f'{x}: no checkpoint was saved before.')",
+    ),
+    ("a = 'no checkpoint was saved before'\nf(a, f'{x}: {a}.')", None),
+    # what is asked of each of several moments, and of none of them
+    (
+        "for a in x.moments():\n    if y:\n        raise ValueError(y)",
+        "if y:\n    raise ValueError(y)",
+    ),
+    ("for a in x.moments():\n    if y > a:\n        raise ValueError(y)", None),
     # a list is empty for good where nothing can fill it, under whatever name
     ("a = []\nif a:\n    f(y)\nreturn f(x, a)", "return f(x, [])"),
     *(
@@ -117,9 +133,10 @@ HELPERS = (
 @pytest.mark.parametrize("source,wanted", STATEMENTS)
 def test_statements_fold_to_what_they_do(source, wanted):
     head = "def main(x, y, cfg):\n"
-    source, wanted = (head + textwrap.indent(text, "    ") for text in (source, wanted))
+    source, wanted = (head + textwrap.indent(text, "    ") for text in (source, wanted or source))
     used = [helper for helper in HELPERS if helper.split("(")[0].split()[-1] + "(" in wanted]
-    same_code(folded("\n".join([*HELPERS, source])), "\n".join([*used, wanted]))
+    ours = folded("\n".join([*HELPERS, source]), fields={"one": 1}, reminders={"moments"})
+    same_code(ours, "\n".join([*used, wanted]))
 
 
 CLASSES = """
