@@ -2196,10 +2196,9 @@ def compiled(function):
 
 def compiled_on_gpu(function, like: Tensor):
     """
-    For the two functions below, which a GPU must run compiled, also where the model is eager:
-    uncompiled, flex_attention builds all T x T scores, 103 GB for remix's rows, and
-    create_block_mask a mask of that size. Where compiling is off (set_stance("force_eager")) or
-    gives up (too many lengths) they do without both.
+    For the two functions below, which a GPU must run compiled, also where the model is eager. Where
+    compiling is off (set_stance("force_eager")) or gives up (too many lengths) they do without
+    flex_attention and its mask.
     """
     return compiled(function) if like.is_cuda and not torch.compiler.is_compiling() else function
 
@@ -2208,8 +2207,9 @@ def attend_flex(
     q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float, mask=None
 ) -> Tensor:
     """
-    Attention [B, H, T, K] through flex_attention, which skips blocks without a visible pair. k and
-    v may have fewer heads. `mask` is flex_mask's, to be shared by all layers of one window.
+    Attention [B, H, T, K] through flex_attention, which skips blocks without a visible pair. To be
+    compiled: else it builds all T x T scores, 103 GB for remix's rows. `mask` is flex_mask's, shared
+    by all layers of one window. k and v may have fewer heads: kv_heads.
     """
     mask = flex_mask(q, docs, window) if mask is None else mask
     if mask is None or (q.is_cuda and not torch.compiler.is_compiling()):
@@ -2278,11 +2278,11 @@ def attend_blocks(
     if k.size(1) != H:
         k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
     pos = torch.arange(T, device=q.device, dtype=torch.int32)
-    if window and T > LONG_ROW and T >= 2 * window:
+    if T > LONG_ROW and T >= 2 * window > 0:
         return attend_bands(q, k, v, pos, docs, window, scale)
     size, outs = max(128, T // 64), []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, rows: slice, cols: slice) -> Tensor:
+    def of_block(q: Tensor, k: Tensor, v: Tensor, rows: slice, cols: slice) -> Tensor:
         ok = seen_by(pos, docs, window, rows, cols) if seen is None else seen[..., rows, cols]
         scores = DotProducts.apply(q, k).float()
         if bound <= 40:
@@ -2294,7 +2294,7 @@ def attend_blocks(
         first = max(0, start - window + 1) // size * size if window else 0
         rows, cols = slice(start, start + block.size(2)), slice(first, start + block.size(2))
         part = block, k[:, :, cols], v[:, :, cols], rows, cols
-        outs.append(recomputed(attend, *part) if T > LONG_ROW else attend(*part))
+        outs.append(recomputed(of_block, *part) if T > LONG_ROW else of_block(*part))
     return torch.cat(outs, dim=2)
 
 
@@ -2333,7 +2333,7 @@ def attend_bands(
     if docs is not None:
         d = F.pad(docs, (0, pad)).view(B, 1, n, window, 1), keys(docs.view(B, 1, T, 1), fill=-1).mT
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *pos_and_docs: Tensor | None) -> Tensor:
+    def of_bands(q: Tensor, k: Tensor, v: Tensor, *pos_and_docs: Tensor | None) -> Tensor:
         ok = visible(*pos_and_docs, window)
         # finite: padded queries may see nothing
         scores = ((q * scale) @ k.mT).float().masked_fill(~ok, -1e30)
@@ -2342,7 +2342,7 @@ def attend_bands(
     each = -(-n // 16)
     parts = [x.split(each, dim=2) for x in (q_bands, keys(k), keys(v), q_pos, k_pos)]
     parts += [[None] * len(parts[0]) if x is None else x.split(each, dim=2) for x in d]
-    out = torch.cat([recomputed(attend, *part) for part in zip(*parts)], dim=2)
+    out = torch.cat([recomputed(of_bands, *part) for part in zip(*parts)], dim=2)
     return out.flatten(2, 3)[:, :, :T]
 
 
@@ -2515,6 +2515,16 @@ def generator_of(text: str) -> torch.Generator:
     return torch.Generator().manual_seed(own)
 
 
+def score_bound(cfg: Config) -> float:
+    """
+    No attention score is beyond +- this. Normed queries and keys have length sqrt(K) at most, and
+    rotation keeps it (1 %: rounding in bfloat16).
+    """
+    if not cfg.qk_norm or cfg.q_gain or cfg.layer_norm:
+        return math.inf
+    return 1.01 * head_width(cfg) * (cfg.attn_scale or head_width(cfg) ** -0.5)
+
+
 class Attention(Declaring):
     def __init__(self, cfg: Config, index: int, values: bool):
         super().__init__()
@@ -2528,13 +2538,7 @@ class Attention(Declaring):
         )
         self.eps, self.qk_norm = cfg.norm_eps, bool(cfg.qk_norm)
         self.scale = cfg.attn_scale or self.head_dim**-0.5
-        # Normed queries and keys have length sqrt(K) at most, and rotation keeps it (1 %: rounding
-        # in bfloat16).
-        self.bound = (
-            1.01 * self.head_dim * self.scale
-            if cfg.qk_norm and not (cfg.q_gain or cfg.layer_norm)
-            else math.inf
-        )
+        self.bound = score_bound(cfg)
         inner, inner_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         by_xavier, one_map = cfg.init == "xavier", cfg.kv_heads in (0, cfg.heads)
         # Remix (modded-nanogpt): a standard deviation of 0.5/sqrt(dim), and outputs of zero.
@@ -4582,12 +4586,14 @@ def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
         if cfg.aurora:
             rule = rule._replace(aurora=is_named(cfg.aurora, name))
         return rule
-    lr, wd = {
-        "matrix": (cfg.adamw_lr, cfg.matrix_wd),
+    rates = {
         "embed": (cfg.embed_lr, cfg.embed_wd),
         "head": (cfg.tied_lr if cfg.tie_embed else cfg.head_lr, cfg.embed_wd),
         "scalar": (cfg.scalar_lr, cfg.scalar_wd),
-    }[declared.group]
+    }
+    if cfg.optimizer != "muon" or cfg.adamw_matrices:
+        rates["matrix"] = cfg.adamw_lr, cfg.matrix_wd
+    lr, wd = rates[declared.group]
     beta1, beta2 = declared.betas or (cfg.beta1, cfg.beta2)
     lr = lr * declared.rate
     own = next((own for own in own_rates(cfg) if own.pattern.search(name)), None)

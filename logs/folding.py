@@ -312,8 +312,8 @@ class Values:
         if not isinstance(node, cst.Comparison | cst.Call):
             return False
         first = node.left if isinstance(node, cst.Comparison) else node.func
-        while isinstance(first, cst.Subscript | cst.Attribute):
-            first = first.value
+        while isinstance(first, cst.Subscript | cst.Attribute | cst.Call):
+            first = first.func if isinstance(first, cst.Call) else first.value
         if not isinstance(first, cst.Name) or first.value not in self.told:
             return False
         return code_of(node) in self.facts.expressions

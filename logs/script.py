@@ -12,6 +12,7 @@ it writes into its run folder is read by the project's other programs. It serves
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import shlex
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import libcst as cst
 import libcst.matchers as m
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, which sees its own folder alone
@@ -185,7 +187,7 @@ def can_stay(cfg: tg.Config, name: str) -> bool:
     asked.__dict__.update(vars(cfg))
     tg.wirings(asked)
     expressions_of(asked, {})
-    is_in_graphs(asked, ["cpu"])
+    of_graphs(asked)
     read = object.__getattribute__(asked, "asked")
     return type(getattr(cfg, name)) in (int, float) and name not in read
 
@@ -417,15 +419,35 @@ def without(facts: folding.Facts, cfg: tg.Config, word: str) -> None:
         facts.records["device"] = {"type": part.device}
         facts.anywhere["is_cuda"] = on_gpu
         facts.expressions["torch.cuda.is_available()"] = on_gpu
-        if is_in_graphs(cfg, [word]):
-            facts.expressions["torch.compiler.is_compiling()"] = True
-            facts.expressions["mask is None"] = False  # flex_mask()'s
 
 
-def is_in_graphs(cfg: tg.Config, words: list[str]) -> bool:
-    """Whether the model is on a GPU, and nothing applies it but its compiled graphs."""
+def of_graphs(cfg: tg.Config) -> dict[str, object]:
+    """What follows from the lengths of rows, and from that nothing applies the model uncompiled."""
+    plan, found = tg.Plan(cfg), {}
+    graphs = {*plan.train_shapes(1), *plan.eval_shapes()}
     beside = cfg.gptq or cfg.distill or cfg.embed_stats
-    return "cpu" in words and cfg.compile == 2 and not beside
+    in_graphs = cfg.compile == 2 and not beside and len(graphs) <= 8  # what torch compiles at most
+    if in_graphs:
+        found["torch.compiler.is_compiling()"] = True
+        found["mask is None"] = False  # flex_mask()'s
+    lengths = {graph.seq_len for graph in graphs}
+    if cfg.paired_layers:
+        lengths |= {2 * length for length in lengths}
+    least, most = min(lengths), max(lengths)
+    if least > tg.LONG_ROW or most <= tg.LONG_ROW:
+        found["T > LONG_ROW"] = least > tg.LONG_ROW
+        found["like.size(1) <= LONG_ROW"] = most <= tg.LONG_ROW
+    windows = {w for graph in graphs for w in (graph.window, graph.window_long)}
+    if max(windows) < least:
+        found["window >= like.size(1)"] = False
+    if max(windows) == 0 or min(windows) > 0 and 2 * max(windows) <= least:
+        found["T >= 2 * window > 0"] = max(windows) > 0
+    if cfg.kv_heads in (0, cfg.heads):
+        found |= {"k.size(1) != H": False, "q.size(1) != k.size(1)": False}
+    bounds = {tg.score_bound(cfg) * tg.sharpness(cfg, graph.window_long) for graph in graphs}
+    if math.inf in bounds or in_graphs and max(bounds) <= 40:
+        found["bound <= 40"] = math.inf not in bounds
+    return found
 
 
 def idle_functions(cfg: tg.Config, words: list[str]) -> set[str]:
@@ -494,8 +516,11 @@ def check(cfg: Config) -> None:
         for x in Schedule(name, value).values() if name in SCHEDULES else [value]:
             ok = least <= x <= most
             require(ok, f"{name} = {value!r}: must lie between {least} and {most}")
-    ranks, here = (os.environ.get(key) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    require(here in (None, ranks), f"{ranks} ranks, {here} of them here: a script serves one node")
+    for name, decays in DECAYS.items():
+        idle = getattr(cfg, name) != "1" and not any(getattr(cfg, decay) for decay in decays)
+        require(not idle, f"{name} = {getattr(cfg, name)!r} needs a {' or '.join(decays)} above 0")
+    ranks, here = (int(os.environ.get(key) or 1) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    require(here == ranks, f"{ranks} ranks, {here} of them here: a script serves one node")
     check_texts(cfg)
     check_run_name(cfg.run)
     check_length(cfg)
@@ -617,6 +642,21 @@ def limits_of(flags: list[str]) -> str:
     return f"LIMITS = {rows!r}  # of a number, or of a schedule's values\n"
 
 
+def decays_of(cfg: tg.Config, flags: list[str]) -> str:
+    """What would do nothing without a decay, as the trainer's OptimConfig.needs() says it."""
+    decays = tuple(name for name in ("matrix_wd", "embed_wd", "scalar_wd") if name in flags)
+    others = {"matrix_wd", "embed_wd", "scalar_wd"} - set(decays)
+    any_other = any(getattr(cfg, name) for name in others)
+    any_other = any_other or any(rate.decay for rate in tg.own_rates(cfg))
+    of_matrices = {"decay_by_shape": cfg.decay_by_shape, "cautious": cfg.cautious > 1}
+    of_all = {"independent_wd": cfg.independent_wd, "cautious": cfg.cautious == 1}
+    of_all["weight_decay"] = "weight_decay" in flags or cfg.weight_decay != "1"
+    needs = {name: decays for name, on in of_all.items() if on and decays and not any_other}
+    if "matrix_wd" in flags:
+        needs |= {name: ("matrix_wd",) for name, on in of_matrices.items() if on}
+    return f"DECAYS = {needs!r}  # of which one must be above 0\n"
+
+
 # --- putting it together -----------------------------------------------------------------------
 
 
@@ -686,7 +726,8 @@ def prepared(
         else:
             body.append(statement)
     at = next(i for i, s in enumerate(body) if name_of(s) == "require_regex")
-    new = [*cst.parse_module("class Config:\n    pass\nLIMITS = {}\n").body, *stand_ins.values()]
+    stubs = cst.parse_module("class Config:\n    pass\nLIMITS = {}\nDECAYS = {}\n").body
+    new = [*stubs, *stand_ins.values()]
     return module.with_changes(body=[*body[: at + 1], *new, *body[at + 1 :]])
 
 
@@ -920,19 +961,33 @@ def formatted(code: str) -> str:
     return code
 
 
+def findings(code: str, *options: str) -> str:
+    """What ruff finds in a script, by the project's rules or by other options; empty: nothing."""
+    rules = options or ("--config", str(ROOT / "pyproject.toml"), "--stdin-filename", "script.py")
+    command = [sys.executable, "-m", "ruff", "check", "--output-format", "concise", "--quiet"]
+    done = subprocess.run([*command, *rules, "-"], input=code, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
 def check_names(code: str) -> None:
     """Nothing is read that folding has taken away."""
-    command = ["check", "--isolated", "--select", "F821", "--output-format", "concise", "-"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ruff", *command], input=code, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"the script lacks what it needs: {done.stdout[:300]}"
+    lost = findings(code, "--isolated", "--select", "F821")
+    assert not lost, f"the script lacks what it needs: {lost[:300]}"
 
 
 def script_of(request: Request, say: Callable[[str], None] = lambda line: None) -> str:
     """The script as text."""
     cfg = configure(request)
-    return text_of(cfg, request, facts_of(cfg, request.keep, request.without), say=say)
+    facts = facts_of(cfg, request.keep, request.without)
+    facts.expressions |= of_graphs(cfg)
+    return text_of(cfg, request, facts, say=say)
+
+
+def groups_of(cfg: tg.Config) -> set[str]:
+    """The optimizer's groups of a model's parameters."""
+    with torch.device("meta"):
+        model = tg.GPT(cfg, torch.float32)
+    return {said.group for said in tg.declarations(model).values()}
 
 
 def text_of(
@@ -947,7 +1002,9 @@ def text_of(
     source = Path(tg.__file__).read_text(encoding="utf-8")
     if "schedules" in request.without:
         source = scheduled(source, cfg)
-    if is_in_graphs(cfg, request.without):
+    for group in {"embed", "head", "scalar"} - groups_of(cfg):
+        source = re.sub(rf'\n        "{group}": \(.*_lr.*\),(?=\n)', "", source, count=1)
+    if "torch.compiler.is_compiling()" in facts.expressions:
         source = re.sub(r"compiled_on_gpu\((attend_flex|block_mask), q\)", r"\1", source)
     parts = [DROPPED[word].instead for word in request.without]
     tree = parsed(source).visit(Idle(idle_functions(cfg, request.without)))
@@ -964,6 +1021,7 @@ def text_of(
     module = module.visit(Advice(flags, read))
     module = folding.replaced(module, "Config", text)
     module = folding.replaced(module, "LIMITS", limits_of(flags))
+    module = folding.replaced(module, "DECAYS", decays_of(cfg, flags))
     code = module.code
     body = code[code.index('"""', 3) + 3 :] if code.startswith('"""') else code
     text = within(formatted(header(cfg, request) + body), 100)

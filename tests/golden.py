@@ -274,6 +274,7 @@ def scripts(wanted: dict[str, list], without: list[str]) -> dict[str, list]:
             print(f"folding {' '.join(words[:2])} ...", flush=True)
             less = ["--without", *without] if without else []
             texts[words] = script.script_of(script.read_request([*words, *less]))
+            assert not script.findings(texts[words]), script.findings(texts[words])
         found[name] = [("script", [texts[words], *GOLDEN])]
     return found
 
