@@ -90,7 +90,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A loss or a gradient is not finite, on every rank alike; a sweep counts such runs."""
+    """A loss or a gradient is not finite, on every rank alike."""
 
 
 class Section:
@@ -316,18 +316,15 @@ class Now(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """
-    What makes a graph: rows per micro-batch, tokens per row, how the net is applied, a teacher, how
-    many classes a loss is over.
-    """
+    """What makes a graph: how many rows it takes, and how the net is applied to them."""
 
-    rows: int
+    rows: int  # of a micro-batch
     seq_len: int
     repeats: int
     window: int
     passes: int = 1
     window_long: int = 0
-    distill: bool = False
+    distill: bool = False  # with a teacher
     sampled_classes: int = 0  # 0: all
     as_trained: bool = False  # of an evaluation: in a graph of training, which keeps activations
 
@@ -570,8 +567,8 @@ class RunConfig(Section):
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # of compute: bfloat16, float32, or auto (bfloat16 where that is fast)
     param_dtype: str = "float32"  # type of weights, gradients, optimizer's state; remix: bfloat16
-    # before the clock starts: 1: one block, for all, and the updates, on a CPU those of AdamW
-    # alone; 2: the whole model and the updates; 0: nothing
+    # what is compiled, before the clock starts; 1: one block, for all, and the updates, on a CPU
+    # those of AdamW alone; 2: the whole model and the updates; 0: nothing
     compile: int = 1
     micro_tokens: int = 65536  # tokens a rank takes at once; fewer save memory, same result
     auto_micro: int = 0  # 1: micro_tokens is a ceiling; the most rows that divide the batch
@@ -668,7 +665,7 @@ class Ranks:
         self.signal = 0  # that asked this process to leave
 
     def poll(self, seconds: float = 0.0) -> float:
-        """Once a step or batch: all ranks leave if one was asked to, and share one clock."""
+        """Once a step or batch: all ranks leave if one was asked to; the most of their seconds."""
         stop = self.signal
         if self.world > 1:
             both = torch.tensor([float(stop), seconds], dtype=torch.float64)
@@ -818,7 +815,7 @@ class Run(Ranks):
         self.one_node = int(env["LOCAL_WORLD_SIZE"] or 1) == self.world
         self.cfg = cfg
         self.folder = Path(cfg.log_dir) / cfg.run
-        self.began = time.perf_counter()  # of a resumed run: so much earlier as it had taken
+        self.began = time.perf_counter()
         self.leave_at_once = False
         self.trained: Now | None = None  # the schedules of the last step that was trained
         self.owns_group = False
@@ -855,7 +852,7 @@ class Run(Ranks):
         return self
 
     def join_group(self) -> None:
-        """Join the process group once per process: a sweep has already done so for its runs."""
+        """Join the process group, unless this process is in it: several runs may share one."""
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
@@ -897,7 +894,7 @@ class Run(Ranks):
     def interruptible(self):
         """
         Inside, a signal takes effect at once: for compiling, which can take minutes between two
-        polls. Several ranks cannot leave so: one of them would save while the others still wait for
+        polls. Several ranks cannot leave so: one of them would be gone while the others wait for
         its part of a sum.
         """
         self.leave_at_once = self.world == 1
@@ -947,7 +944,7 @@ class Run(Ranks):
         return time.perf_counter() - self.began
 
     def open_log(self, step: int | None) -> None:
-        """Begin log.txt and metrics.jsonl, or go on with them without metrics behind `step`."""
+        """Begin log.txt and metrics.jsonl. step: they go on, without metrics behind it."""
         if self.is_main:
             metrics = self.folder / "metrics.jsonl"
             if step is not None and metrics.exists():
@@ -992,7 +989,7 @@ class Run(Ranks):
             print(line, flush=True)
 
     def metric(self, kind: str, step: int, **values) -> None:
-        """One line of metrics.jsonl (and of wandb), without the values that are None."""
+        """One line of metrics.jsonl, without the values that are None. wandb: it gets them, too."""
         if not self.is_main:
             return
         values = {k: v for k, v in values.items() if v is not None}
@@ -1248,7 +1245,9 @@ class ModelConfig(Section):
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
     pad_vocab: int = 0  # 1: the embedding has those rows too; beyond vocab there are no logits
     embed_init: float = 1.0  # standard deviation of the untied input embedding
-    head_init: str = "zero"  # of head or tied table: zero, uniform (1/sqrt(dim)), or a deviation
+    head_init: str = (
+        "zero"  # of head or tied table: a standard deviation, zero or uniform (1/sqrt(dim))
+    )
     init_std: float = 0.0  # std of q, k, v, MLP input, times sqrt(dim); 0: 0.5 and 1/sqrt(3)
     proj_init: float = 0.0  # std of both output projections, times sqrt(dim); 0: they start at zero
     attn_proj_init: float = 0.0  # the same of attention's alone, drawn as q, k, v; 0: as proj_init
@@ -2082,10 +2081,10 @@ def rope_table(cfg: Config, seq_len: int, window_long: int = 0) -> tuple[Tensor,
     """
     cos and sin [T, K/2] in fp32 for the half-split layout (dim k turns with dim k + K/2).
     truncated: the first K/4 frequencies run base^-linspace(0, 1), the others stand still
-    (modded-nanogpt, @YouJiacheng). standard, interleaved: base^(-2k/R) on the first R = rope_dims
-    (Su et al. 2021); rotate() leaves the others alone. yarn: where the window has grown from a to
-    b, what turned less than once in a slows down by a/b, what turned 32 times or more stays (Peng
-    et al. 2023).
+    (modded-nanogpt, @YouJiacheng). standard, interleaved: base^(-2k/R) on the first R dims (Su et
+    al. 2021). R is rope_dims, and rotate() leaves the others alone. yarn: where the window has
+    grown from a to b, what turned less than once in a slows down by a/b, what turned 32 times or
+    more stays (Peng et al. 2023).
     """
     k = head_width(cfg) if cfg.rope == "truncated" else rotary_dims(cfg)
     if cfg.rope == "truncated":
@@ -2167,7 +2166,8 @@ def visible(
     q_pos: Tensor, k_pos: Tensor, q_doc: Tensor | None, k_doc: Tensor | None, window: int
 ) -> Tensor:
     """
-    The mask rule of every attention path: no future, the last `window` keys, the own document.
+    The mask rule of every attention path: no future. window > 0: the last `window` keys alone.
+    q_doc: and those of the own document.
     """
     ok = q_pos >= k_pos
     if window:
@@ -2177,15 +2177,15 @@ def visible(
     return ok
 
 
-def seen_by(
-    pos: Tensor, docs: Tensor | None, window: int, rows: slice, cols: slice = slice(None)
-) -> Tensor:
+def seen_by(pos: Tensor, docs: Tensor | None, window: int, rows: slice, cols: slice) -> Tensor:
     """
-    visible() of the queries in `rows` and the keys in `cols` of documents docs [B, T], [B, 1, rows,
-    cols]; without documents [rows, cols]. pos: 0 to T - 1.
+    visible() of the queries in `rows` and the keys in `cols`. pos: 0 to T - 1. docs [B, T]: then
+    the result has a batch, [B, 1, rows, cols].
     """
-    d = (None, None) if docs is None else (docs[:, None, rows, None], docs[:, None, None, cols])
-    return visible(pos[rows, None], pos[cols], *d, window)
+    q_doc, k_doc = None, None
+    if docs is not None:
+        q_doc, k_doc = docs[:, None, rows, None], docs[:, None, None, cols]
+    return visible(pos[rows, None], pos[cols], q_doc, k_doc, window)
 
 
 @functools.cache
@@ -2208,8 +2208,8 @@ def attend_flex(
 ) -> Tensor:
     """
     Attention [B, H, T, K] through flex_attention, which skips blocks without a visible pair. To be
-    compiled: else it builds all T x T scores, 103 GB for remix's rows. `mask` is flex_mask's, shared
-    by all layers of one window. k and v may have fewer heads: kv_heads.
+    compiled: else it builds all T x T scores, 103 GB for remix's rows. `mask` is flex_mask's,
+    shared by all layers of one window. k and v may have fewer heads: kv_heads.
     """
     mask = flex_mask(q, docs, window) if mask is None else mask
     if mask is None or (q.is_cuda and not torch.compiler.is_compiling()):
@@ -2218,7 +2218,7 @@ def attend_flex(
 
 
 def flex_mask(q: Tensor, docs: Tensor | None, window: int):
-    """The mask rule as flex_attention wants it; None where nothing may be compiled."""
+    """The mask rule as flex_attention wants it. None where compiled_on_gpu() does not compile."""
 
     def rule(b, h, i, j):
         return visible(
@@ -2267,19 +2267,19 @@ def attend_blocks(
     seen: Tensor | None = None,
 ) -> Tensor:
     """
-    The same support with plain matmuls: queries in blocks, each against the keys that it may see.
-    Exact, runs everywhere, differentiable; compiled it trains faster on a CPU than SDPA, whose
-    backward is slow there (tests/bench_textbook.py --attention). No score is beyond +-bound: where
-    that is small, as it is behind QK norm, exp cannot overflow and the pass for each row's maximum
-    is saved. seen: what all queries see, where that was made already, see seen_by(). Long rows with
-    a window become bands (a block of queries against its own block of keys and the one before).
+    Attention [B, H, T, K] with plain matmuls: queries in blocks, each against the keys that it may
+    see. Exact, runs everywhere, differentiable; compiled it trains faster on a CPU than SDPA, whose
+    backward is slow there (tests/bench_textbook.py --attention). Long rows with a window are for
+    attend_bands(). bound: no score is beyond +- it; where that is small, as it is behind QK norm,
+    exp cannot overflow and the pass for each row's maximum is saved. seen: what all queries see,
+    where that was made already, see seen_by().
     """
     B, H, T, K = q.shape
     if k.size(1) != H:
         k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
-    pos = torch.arange(T, device=q.device, dtype=torch.int32)
     if T > LONG_ROW and T >= 2 * window > 0:
-        return attend_bands(q, k, v, pos, docs, window, scale)
+        return attend_bands(q, k, v, docs, window, scale)
+    pos = torch.arange(T, device=q.device, dtype=torch.int32)
     size, outs = max(128, T // 64), []
 
     def of_block(q: Tensor, k: Tensor, v: Tensor, rows: slice, cols: slice) -> Tensor:
@@ -2304,11 +2304,12 @@ def recomputed(function, *args):
 
 
 def attend_bands(
-    q: Tensor, k: Tensor, v: Tensor, pos: Tensor, docs: Tensor | None, window: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int, scale: float
 ) -> Tensor:
     """
-    Bands of `window` queries against 2*window keys, a sixteenth of all bands at a time, which the
-    backward pass computes again: what is kept grows with T, and neither with T*T nor T*window.
+    Attention in bands of `window` queries against 2*window keys, a sixteenth of all bands at a
+    time, which the backward pass computes again: what is kept grows with T, and neither with T*T
+    nor T*window.
     """
     B, H, T, K = q.shape
     pad = -T % window
@@ -2327,22 +2328,23 @@ def attend_bands(
 
     q_bands = F.pad(q, (0, 0, 0, pad)).unflatten(2, (n, window))
     q_pos = torch.arange(T + pad, device=q.device).view(1, 1, n, window, 1)
+    pos = torch.arange(T, device=q.device, dtype=torch.int32).view(1, 1, T, 1)
     # padding lies before every window
-    k_pos = keys(pos.view(1, 1, T, 1), fill=-(4 * window + T)).mT
-    d = (None, None)
-    if docs is not None:
-        d = F.pad(docs, (0, pad)).view(B, 1, n, window, 1), keys(docs.view(B, 1, T, 1), fill=-1).mT
+    k_pos = keys(pos, fill=-(4 * window + T)).mT
 
-    def of_bands(q: Tensor, k: Tensor, v: Tensor, *pos_and_docs: Tensor | None) -> Tensor:
-        ok = visible(*pos_and_docs, window)
+    def of_bands(q: Tensor, k: Tensor, v: Tensor, q_pos, k_pos, q_doc=None, k_doc=None) -> Tensor:
+        ok = visible(q_pos, k_pos, q_doc, k_doc, window)
         # finite: padded queries may see nothing
         scores = ((q * scale) @ k.mT).float().masked_fill(~ok, -1e30)
         return scores.softmax(-1).to(v.dtype) @ v
 
     each = -(-n // 16)
-    parts = [x.split(each, dim=2) for x in (q_bands, keys(k), keys(v), q_pos, k_pos)]
-    parts += [[None] * len(parts[0]) if x is None else x.split(each, dim=2) for x in d]
-    out = torch.cat([recomputed(of_bands, *part) for part in zip(*parts)], dim=2)
+    whole = [q_bands, keys(k), keys(v), q_pos, k_pos]
+    if docs is not None:
+        whole.append(F.pad(docs, (0, pad)).view(B, 1, n, window, 1))
+        whole.append(keys(docs.view(B, 1, T, 1), fill=-1).mT)
+    parts = zip(*(x.split(each, dim=2) for x in whole))
+    out = torch.cat([recomputed(of_bands, *part) for part in parts], dim=2)
     return out.flatten(2, 3)[:, :, :T]
 
 
@@ -2354,7 +2356,7 @@ Watch = Callable[[str, Tensor, Tensor], Tensor]
 class Declared(NamedTuple):
     """What is said of a parameter at the line that makes it."""
 
-    group: str  # what updates it: matrix (Muon, unless AdamW is asked for), embed, head or scalar
+    group: str  # matrix, embed, head or scalar; rule_of() says how each is updated
     start: float | Start  # its initial value
     rate: float = 1.0  # of AdamW: factor on the group's learning rate
     betas: tuple[float, float] | None = None  # of AdamW, where they are not beta1 and beta2
@@ -2362,8 +2364,8 @@ class Declared(NamedTuple):
 
 class Declaring(nn.Module):
     """
-    A module that makes its parameters by declare(), and no others: initial values, groups of the
-    optimizer, what a transfer takes and what an artifact quantises are read from there.
+    A module that makes its parameters by declare(), and no others: what else is said of parameters
+    (initial values, groups of the optimizer, ...) is read from there.
     """
 
     def __init__(self):
@@ -2384,7 +2386,7 @@ class Declaring(nn.Module):
         rate: float = 1.0,
         betas: tuple[float, float] | None = None,
     ) -> None:
-        """Make the parameter `name`; where it is not `on`, the attribute is None."""
+        """Make the parameter `name`. on: else the attribute is None."""
         assert group in ("matrix", "embed", "head", "scalar"), f"{name}: no group is called {group}"
         self.register_parameter(name, nn.Parameter(torch.empty(shape)) if on else None)
         if on:
@@ -2405,7 +2407,7 @@ class Declaring(nn.Module):
     def linear(self, x: Tensor, name: str, w: Tensor | None = None) -> Tensor:
         """
         x [..., cols] times the matrix `name` [rows, cols], or a stack of matrices as if they were
-        one, and its bias if it has one; w: the same matrix in another type.
+        one. w: the same matrix in another type.
         """
         w = getattr(self, name).flatten(0, -2) if w is None else w
         product = fp8_linear if name in self.in_fp8 and torch.is_grad_enabled() else linear
@@ -2635,9 +2637,11 @@ class Attention(Declaring):
         if self.q_gain is not None:
             q = q * self.q_gain[:, None].to(q.dtype)
         if self.offset:
-            k = self.shifted(k, mask.before(k))
-        seen = (as_pairs(q), as_pairs(k), as_pairs(v)) if self.paired else (q, k, v)
-        y = mask.attend(*(x.transpose(1, 2) for x in seen), self.scale, self.bound).transpose(1, 2)
+            k = self.shifted(k, mask.keys_before(k))
+        q_BHTK, k_BHTK, v_BHTK = (
+            (as_pairs(x) if self.paired else x).transpose(1, 2) for x in (q, k, v)
+        )
+        y = mask.attend(q_BHTK, k_BHTK, v_BHTK, self.scale, self.bound).transpose(1, 2)
         if self.paired:
             y = y.reshape(B, T, self.heads, self.head_dim)
         if xsa:
@@ -2691,7 +2695,7 @@ class MLP(Declaring):
         hidden = hidden_width(cfg)
         self.gated = cfg.activation == "swiglu"
         width, by_xavier = cfg.dim**-0.5, cfg.init == "xavier"
-        # 1/sqrt(3): uniform in +-1/sqrt(dim), torch.nn.Linear's own start
+        # 3**-0.5: uniform in +-1/sqrt(dim), torch.nn.Linear's own start
         start = spread(cfg, (cfg.init_std or 3**-0.5) * width)
         stack = (hidden, cfg.dim)
         if self.gated:  # its matrix and the other one, a stack of two as q, k, v are one of three
@@ -2715,7 +2719,7 @@ class MLP(Declaring):
 
 class Block(Declaring):
     """
-    Attention and MLP, of which either may be missing, with the vectors that steer them. One that
+    Attention and MLP, with the vectors that steer them. One that
     loop_span() has inside is applied at several places. value_proj: counted from the last one,
     every second block has one; that of MTP (index = depth) has none, and no lambdas.
     """
@@ -2739,7 +2743,7 @@ class Block(Declaring):
         self.declare("gains", "scalar", 1.0, 2, cfg.dim, on=cfg.layer_norm or cfg.norm_gain)
 
     def declare_lambdas(self, cfg: Config, index: int) -> None:
-        """Factors on the residual stream: one of the block's, or with post_lambda by branch."""
+        """Factors on the residual stream: one of the block's. With post_lambda, one by branch."""
         counted = index < cfg.depth
         self.by_branch = bool(cfg.post_lambda) and counted
         self.in_mudd = bool(cfg.mudd) and is_in_mudd(cfg, index)
@@ -2848,12 +2852,12 @@ class AttentionMask:
         self.seen: Tensor | None = None
         if not self.on_gpu and like.size(1) <= LONG_ROW:
             pos = torch.arange(like.size(1), device=like.device, dtype=torch.int32)
-            self.seen = seen_by(pos, docs_BT, self.window, slice(None))
+            self.seen = seen_by(pos, docs_BT, self.window, slice(None), slice(None))
         self.flex = (
             flex_mask(like, docs_BT, self.window) if self.on_gpu and not self.plain else None
         )
 
-    def before(self, k_BTHK: Tensor) -> Tensor:
+    def keys_before(self, k_BTHK: Tensor) -> Tensor:
         """Of each token the key of the one before it in the row; the first has its own."""
         return torch.cat([k_BTHK[:, :1], k_BTHK[:, :-1]], dim=1)
 
@@ -3082,7 +3086,7 @@ def plain_loss_and_log_z(logits: Tensor, targets: Tensor) -> Tensor:
 class GPT(Declaring):
     """The language model. forward() gives the loss; hidden() and logits() are its two halves."""
 
-    norm = staticmethod(norm)  # of embedding and head; compile_model() puts a compiled one here
+    norm = staticmethod(norm)  # of embedding and head; where the model is eager, compiled by itself
 
     def __init__(self, cfg: Config, dtype: torch.dtype):
         super().__init__()
@@ -3120,7 +3124,7 @@ class GPT(Declaring):
         shape = (high - low, max(1, most - 1), cfg.dim)
         self.declare("cross_scales", "scalar", 0.0, *shape, on=cfg.cross_repeat)
         self.declare_records(cfg)
-        self.register_buffer("cos", None, persistent=False)  # rope_tables()
+        self.register_buffer("cos", None, persistent=False)  # see rope_table()
         self.register_buffer("sin", None, persistent=False)
         if "prefix_loss" in later_targets(cfg):
             # of each token the one that is its longest proper prefix
@@ -3383,7 +3387,7 @@ class GPT(Declaring):
         return [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
 
     def token_values(self, tokens_BT: Tensor) -> list[Tensor]:
-        """The rows [B, T, D] of each value table, and those of the second embedding, normed."""
+        """The rows [B, T, D] of each value table. And those of second_embed, normed."""
         tables = self.value_embeds if self.cfg.value_embeds else ()
         values = [rows_of(table, tokens_BT).to(self.dtype) for table in tables]
         if self.cfg.second_embed:  # modded-nanogpt's track 2
@@ -3679,7 +3683,7 @@ class OptimConfig(Section):
     adamw_lr: float = 0.0021  # learning rate of AdamW on matrices
     embed_lr: float = 0.6  # learning rate of the untied input embedding
     head_lr: float = 0.22  # learning rate of the untied head
-    tied_lr: float = 0.0021  # learning rate of a tied table, and of both that untie_at makes of it
+    tied_lr: float = 0.0021  # learning rate of a tied table; with untie_at of both that it becomes
     scalar_lr: float = 0.04  # learning rate of vectors and scalars
     # "pattern=rate pattern=rate/beta1/beta2/decay": AdamW's rate (and more) of names that the
     # pattern finds
@@ -4405,7 +4409,7 @@ class Bucket:
         return (self.grads.amax(-1) != 0) | (self.grads.amin(-1) != 0)
 
     def square(self) -> Tensor:
-        """Of the norm of the shard's gradients; finds the rows that have any."""
+        """Of the norm of the shard's gradients. of_rows: finds the rows that have any."""
         g = self.grad_shard
         if self.of_rows:
             if self.world == 1:
@@ -4572,7 +4576,7 @@ class Rule(NamedTuple):
 
 
 def rule_of(cfg: Config, name: str, p: Tensor, declared: Declared) -> Rule:
-    """What the declaration and the flags say of a parameter; own_lr is heard last."""
+    """What the declaration and the flags say of a parameter. own_lr is heard last."""
     slow, by_pattern = is_named(cfg.slow, name), is_named(cfg.adamw_matrices, name)
     if declared.group == "matrix" and cfg.optimizer == "muon" and not by_pattern:
         lr, wd, shape = cfg.matrix_lr, cfg.matrix_wd, tuple(p.shape[-2:])
@@ -4633,8 +4637,8 @@ def param_buckets(cfg: Config, model: nn.Module, run: Ranks) -> list[Bucket]:
 class MuonAdamW:
     """
     Muon and AdamW over 1..N ranks. A step has three phases: start summing every bucket's gradients
-    to their owners; as each arrives (when all have, to clip them), update the own shard and start
-    gathering it; wait for the rest. One rank communicates nothing.
+    to their owners; as each arrives, update the own shard and start gathering it; wait for the
+    rest. With grad_clip the updates wait for all sums. One rank communicates nothing.
     """
 
     def __init__(self, cfg: Config, model: nn.Module, run: Ranks):
@@ -4694,8 +4698,9 @@ class MuonAdamW:
     def rates(self, now: Now) -> list[dict[str, Tensor | None]]:
         """
         Of each bucket, on the device: learning rate, momentum, decay (None: it has none), both
-        corrections of AdamW's moments, and what tricks need. In one copy from pinned memory: a
-        tensor made of a number on a GPU makes the host wait until the GPU has nothing to do.
+        corrections of AdamW's moments. rates_of_tricks() adds to these. In one copy from pinned
+        memory: a tensor made of a number on a GPU makes the host wait until the GPU has nothing to
+        do.
         """
         table, tricks = [], self.rates_of_tricks(now)
         for b in self.buckets:
@@ -4963,7 +4968,7 @@ def unreadable(path: str | Path, e: OSError) -> UserError:
 
 
 def read_shard(path: str | Path, vocab: int = 0) -> np.ndarray:
-    """The tokens of a shard, a uint16 memory map; vocab > 0: each is checked against it."""
+    """The tokens of a shard, a uint16 memory map. vocab > 0: each is checked against it."""
     count = shard_tokens(path)
     tokens = np.zeros(0, "<u2")
     if count:
@@ -5032,13 +5037,13 @@ class OutOfData(UserError):
 
 class Loader:
     """
-    Batches of rows, the same tokens at any number of ranks. In order (shuffle 0) it follows the
+    Batches of rows, the same tokens at any number of ranks. tokens_in_order() counts those of the
     speedrun's rule: a batch is one stretch of one shard, a tail that holds no whole batch is
     dropped, shards follow in the order of their names. Of shuffled_starts() the rows of all shards
     are drawn in a new order each epoch. With shuffle_documents() (slowrun) the stream is put
     together from its documents in a new order each epoch but the first, and rows share no token.
     With bos_rows `pos` counts the documents of a shard, see next_documents().
-    The position is two or three integers, and stays where it was if the next batch cannot be had.
+    The position is a few integers, and stays where it was if the next batch cannot be had.
     """
 
     def __init__(self, cfg: Config, plan: Plan, run: Ranks = ALONE):
@@ -5053,7 +5058,7 @@ class Loader:
         self.opened: dict[int, np.ndarray] = {}
         # shuffle 2: shard, start, length and end in this epoch's stream of each document [n, 4]
         self.stream = None
-        self.epoch = self.shard = self.pos = 0  # shuffled: pos is the index in the epoch's order
+        self.epoch = self.shard = self.pos = 0
         self.order: np.ndarray | None = None
         self.marks: dict = {}  # see identity()
         self.ends: tuple | None = None  # see document_ends()
@@ -5198,7 +5203,7 @@ class Loader:
         return sum((n - 1) // self.block for n in self.counts if n)
 
     def open_shards(self) -> None:
-        """Open what the first batch may need; shuffled, every shard, so none is found bad later."""
+        """Open what the first batch may need. shuffle: all shards, so none is found bad later."""
         for shard in range(len(self.files) if self.cfg.shuffle else 1):
             self.tokens_of(shard)
 
@@ -5325,7 +5330,7 @@ class Loader:
         return rows
 
     def shuffled_starts(self, step: int, count: int) -> list[tuple]:
-        """Of the next rows: stream of documents (or None), shard, number of the row in it."""
+        """Of the next rows: the stream that they are cut from, shard, number of the row in it."""
         starts = []
         while len(starts) < count:
             if self.order is None:
@@ -5521,7 +5526,7 @@ def data_fingerprint(cfg: Config) -> str:
 
 
 class Tokenizer:
-    """GPT-2's (tiktoken) or a SentencePiece model, with the bytes that each token stands for."""
+    """A tokenizer by its name or file, with the bytes that each token stands for."""
 
     def __init__(self, name: str, vocab: int, doc_token: int):
         self.name, self.vocab, self.doc_token = name, vocab, doc_token
@@ -7929,7 +7934,7 @@ def validate_schedules(cfg: Config) -> None:
             "nobody knows whether they are reached: give fractions of the time, such as 0.5 for "
             "half of it",
         )
-        # on the clock nobody knows what the last step is
+        # nobody knows what the last step is where max_seconds ends training
         steps = math.inf if cfg.max_seconds else cfg.steps
         late = [
             p
@@ -8061,7 +8066,7 @@ def assemble(
     tokenizer: Tokenizer | None,
     impossible: Tensor | None = None,
 ) -> Trainer:
-    """Model and optimizer to go with the data; pre_pre_train.py brings other data."""
+    """Model and optimizer to go with the data."""
     model = build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
     if "prefix_loss" in later_targets(cfg):
         require(
@@ -8396,8 +8401,8 @@ def center(head: Tensor) -> None:
 
 def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     """
-    One optimizer step; on the device: the mean cross-entropy over the global batch, behind it the
-    extra_terms that were added to it, and the gradient norm.
+    One optimizer step; on the device: the mean cross-entropy over the global batch, and the
+    gradient norm. Behind the first stand extra_terms(), which were added to it.
     """
     cfg = trainer.cfg
     if cfg.distill and now.distill:
@@ -8447,7 +8452,7 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
 
 
 def validate_all(trainer: Trainer, step: int, now: Now) -> dict:
-    """Evaluate live weights and averages; a line in the speedrun's format and one more."""
+    """Evaluate what is trained; a line in the speedrun's format."""
     run, ms = trainer.run, trainer.run.clock.seconds() * 1000
     began, val, more = time.perf_counter(), trainer.val, {}
     shape, mask = trainer.plan.eval_shape(now), trainer.impossible if run.over else None
@@ -8536,7 +8541,7 @@ class Reading:
         self.begun, self.ended = begun, moment(self.on_gpu)
 
     def read(self) -> tuple[list[float], float]:
-        """The cross-entropy, the extra terms, the gradient norm; the seconds of the step."""
+        """What train_step() gave, as numbers, and the seconds of the step."""
         if not self.on_gpu:
             return self.numbers.tolist(), max(1e-9, self.ended - self.begun)
         self.ended.synchronize()
@@ -8694,7 +8699,8 @@ def train_loop(trainer: Trainer, step: int) -> tuple[int, Now, dict]:
     state is whole wherever a signal can raise Interrupted.
     """
     run, plan = trainer.run, trainer.plan
-    before, unlogged = None, []  # what the last look at the clock said; finished steps without line
+    before = None  # what the last look at the clock said
+    unlogged = []  # finished steps without line
 
     def log_all_but(count: int) -> None:
         while len(unlogged) > count:
@@ -8706,7 +8712,7 @@ def train_loop(trainer: Trainer, step: int) -> tuple[int, Now, dict]:
         try:
             seconds = run.poll(run.clock.seconds())
         except Interrupted:
-            log_all_but(0)  # and no checkpoint if the last step was not finite
+            log_all_but(0)  # which raises, before anything is saved, if a step was not finite
             raise
         now = plan.at(step, plan.fraction(step, seconds))
         if before and trainer.cfg.max_seconds:
@@ -8796,7 +8802,7 @@ def taken(cfg: Config, folder: Path) -> UserError:
 
 
 def check_folder(cfg: Config, folder: Path) -> None:
-    """Refuse a name that is taken, and to go on with what was begun under another configuration."""
+    """Refuse a name that is taken. Where changes() are found, a run is not gone on with."""
     if not folder.exists():
         return
     if not cfg.resume:
@@ -8871,7 +8877,7 @@ def write_config(folder: Path, cfg: Config) -> None:
 
 
 def prepare_folder(run: Run) -> None:
-    """Create the run's folder, or take it over."""
+    """Create the run's folder. With enter_folder() it is taken over."""
     cfg, folder = run.cfg, run.folder
     try:
         folder.mkdir(parents=True, exist_ok=cfg.resume)
@@ -8903,7 +8909,7 @@ def ingredients(trainer: Trainer) -> dict:
 
 
 def begin_log(run: Run, step: int | None) -> None:
-    """`step`: at which the run goes on."""
+    """Open the log and begin it. step: at which the run goes on."""
     run.open_log((-1 if step is None else step) if run.cfg.resume else None)
     log_head(run, with_sources=step is None)
     for line in run.early:

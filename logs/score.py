@@ -162,7 +162,7 @@ class Cache:
         self.embedding = x[:, -1:]
         return before
 
-    def before(self, k: Tensor) -> Tensor:
+    def keys_before(self, k: Tensor) -> Tensor:
         """Of each new token the key of the one before it, which may be of an earlier piece."""
         first = self.last.get(self.turn, k[:, :1])
         self.last[self.turn] = k[:, -1:]

@@ -323,7 +323,7 @@ def expressions_of(cfg: tg.Config, now: dict[str, object]) -> dict[str, object]:
     found: dict[str, object] = {}
     if cfg.doc_mask:  # documents() gives a tensor
         found |= {f"{name} is not None": True for name in ("docs", "q_doc")}
-        found["docs_BT is None"] = False
+        found |= {"docs is None": False, "docs_BT is None": False}
     defaults = tg.Now._field_defaults
     moved = set(defaults) - set(now) - {"distill", "tied"}
     if not cfg.distill and not cfg.untie_at and not moved:
@@ -437,11 +437,15 @@ def of_graphs(cfg: tg.Config) -> dict[str, object]:
     if least > tg.LONG_ROW or most <= tg.LONG_ROW:
         found["T > LONG_ROW"] = least > tg.LONG_ROW
         found["like.size(1) <= LONG_ROW"] = most <= tg.LONG_ROW
-    windows = {w for graph in graphs for w in (graph.window, graph.window_long)}
+    windows = {graph.window for graph in graphs}
+    if cfg.window_pattern:
+        windows |= {graph.window_long for graph in graphs}
     if max(windows) < least:
         found["window >= like.size(1)"] = False
     if max(windows) == 0 or min(windows) > 0 and 2 * max(windows) <= least:
         found["T >= 2 * window > 0"] = max(windows) > 0
+    if most <= tg.LONG_ROW and in_graphs:
+        found["seen is None"] = False
     if cfg.kv_heads in (0, cfg.heads):
         found |= {"k.size(1) != H": False, "q.size(1) != k.size(1)": False}
     bounds = {tg.score_bound(cfg) * tg.sharpness(cfg, graph.window_long) for graph in graphs}
@@ -590,7 +594,8 @@ def log_switch(trainer: Trainer, step: int, now: Now, seconds: float) -> None:
 def help_of(name: str) -> list[str]:
     """The comments of a field of the trainer: above it and behind it."""
     source = Path(tg.__file__).read_text(encoding="utf-8").splitlines()
-    at = next(i for i, line in enumerate(source) if re.match(rf"    {name}: \w.* = ", line))
+    field = f"    {name}: {tg.FIELDS[name].type} = "
+    at = next(i for i, line in enumerate(source) if line.startswith(field))
     above, i = [], at - 1
     while source[i].lstrip().startswith("#"):
         above.insert(0, source[i].strip().removeprefix("# "))
@@ -606,7 +611,8 @@ def field_lines(name: str, value: object, fixed: bool) -> list[str]:
     (comment,) = help_of(name)
     comment = comment.removeprefix("[sched] ")
     if fixed:  # what other values mean is not in this script
-        comment = comment.split(";")[0]
+        first, *values = comment.split("; ")
+        comment = "; ".join([first, *(v for v in values if v.startswith(f"{value}: "))])
     if comment and len(text) + len(comment) + 4 <= 100:
         return [f"{text}  # {comment}"]
     return [*(f"    # {line}" for line in textwrap.wrap(comment, 94)), text]
@@ -793,30 +799,28 @@ def identifiers(module: cst.Module) -> set[str]:
     return {*names.read, *names.attributes, *names.bound}
 
 
-def told_without(text: str, gone: set[str], width: int, first: str, lost: set[str]) -> list[str]:
+def told_without(text: str, gone: set[str], lost: set[str]) -> str:
     """
-    The lines of a comment or docstring without the sentences that speak of names that are `gone`.
-    A word of plain English is such a name where it is called, or explained as a parameter is; lost:
-    parameters that the function itself does not have any more.
+    A comment or docstring without the sentences that speak of names that are `gone`.
+    A word of plain English is such a name where it is called; lost: what a sentence begins with
+    that explains it, such as parameters that the function itself does not have any more.
     """
     words = "|".join(map(re.escape, gone))
     clear = "|".join(re.escape(name) for name in gone if "_" in name)
-    spoken = re.compile(rf"(?<![-\w])(?:(?:{clear})\b|(?:{words})(?:\(\)|: |, or))")
+    spoken = re.compile(rf"(?<![-\w])(?:(?:{clear})\b|(?:{words})\(\))")
     sentences = re.split(r"(?<=[.])\s+(?=[A-Za-z`])", " ".join(text.split()))
-    explained = re.compile(rf"`?(?:{'|'.join(map(re.escape, lost)) or '-'})`?(?: > 0)?: ")
-    kept = [s for s in sentences if not spoken.search(s) and not explained.match(s)]
-    kept = kept or sentences[:1]
-    if len(kept) == len(sentences):
-        return []
-    return textwrap.wrap(" ".join(kept), width, initial_indent=first, subsequent_indent=first)
+    one = rf"`?(?:{'|'.join(map(re.escape, lost)) or '-'})`?"
+    explained = re.compile(rf"{one}(?:, {one})*(?: > 0)?: ")
+    return " ".join(s for s in sentences if not spoken.search(s) and not explained.match(s))
 
 
 class Retelling(cst.CSTTransformer):
-    """Docstrings that do not speak of what is gone."""
+    """Docstrings and comments that do not speak of what is gone."""
 
-    def __init__(self, gone: set[str], params: dict[str, set[str]]):
+    def __init__(self, gone: set[str], params: dict[str, set[str]], other: set[str]):
         super().__init__()
         self.gone, self.depth = gone, 0
+        self.other = other  # names of fields that are gone, and values that fields might have
         self.params = params  # of each function, as they were
         self.lost: list[set[str]] = [set()]
 
@@ -831,6 +835,9 @@ class Retelling(cst.CSTTransformer):
     def visit_IndentedBlock(self, node):
         self.depth += 1
 
+    def told(self, text: str) -> str:
+        return told_without(text, self.gone, self.lost[-1] | self.other)
+
     def leave_IndentedBlock(self, old, new):
         indent = "    " * self.depth
         self.depth -= 1
@@ -839,14 +846,29 @@ class Retelling(cst.CSTTransformer):
         text = new.body[0].body[0].value.value
         if not text.startswith('"""'):
             return new
-        lines = told_without(text.strip('"'), self.gone, 100, indent, self.lost[-1])
-        if not lines:
+        whole = " ".join(text.strip('"').split())
+        left = self.told(whole) or re.split(r"(?<=[.])\s", whole)[0]
+        if left == whole:
             return new
-        one = f'"""{lines[0].strip()}"""'
-        if len(lines) > 1 or len(indent) + len(one) > 100:
+        one = f'"""{left}"""'
+        if len(indent) + len(one) > 100:
+            lines = textwrap.wrap(left, 100, initial_indent=indent, subsequent_indent=indent)
             one = "\n".join(['"""', *lines, indent + '"""'])
         doc = cst.SimpleStatementLine([cst.Expr(cst.SimpleString(one))])
         return new.with_changes(body=[doc, *new.body[1:]])
+
+    def leave_TrailingWhitespace(self, old, new):
+        if not new.comment or self.told(new.comment.value[2:]):
+            return new
+        return new.with_changes(comment=None, whitespace=cst.SimpleWhitespace(""))
+
+    def on_leave(self, old, new):
+        new = super().on_leave(old, new)
+        lines = getattr(new, "leading_lines", ())
+        text = " ".join(line.comment.value[2:] for line in lines if line.comment)
+        if not text or "####" in text or self.told(text):
+            return new
+        return new.with_changes(leading_lines=[line for line in lines if not line.comment])
 
 
 # constants that a person may edit, as no code was folded by them
@@ -899,6 +921,15 @@ def within(code: str, width: int) -> str:
             one = re.fullmatch(r"""( +f?)(["'])(.*)(\2[,)]*)""", line)
         lines.append(line)
     return "\n".join(lines)
+
+
+def other_choices(cfg: tg.Config) -> set[str]:
+    """Words that a field might have been, and is not."""
+    found: set[str] = set()
+    for part in tg.SECTIONS:
+        for name, words in part.CHOICES.items():
+            found |= {word for word in words if word.isidentifier() and word != getattr(cfg, name)}
+    return found
 
 
 def parameters_of(module: cst.Module) -> dict[str, set[str]]:
@@ -1013,7 +1044,8 @@ def text_of(
     module = folding.fold(module, facts, say)
     module = folding.fold(with_wiring(module, cfg), facts, say)
     gone = (identifiers(parsed(source)) | before) - identifiers(module)
-    module = module.visit(Retelling(gone, parameters_of(tree)))
+    other = (gone & set(tg.FIELDS)) | other_choices(cfg)
+    module = module.visit(Retelling(gone, parameters_of(tree), other))
     read = folding.fields_read(module) | set(facts.constants["SCHEDULES"])
     flags = [n for n in tg.FIELDS if n in request.keep and (n in read or n in KEPT[:5])]
     varying = set(facts.constants["SCHEDULES"]) - set(flags)

@@ -399,7 +399,7 @@ def with_gradients(attend, q, k, v, *rest):
 
 def bands(q, k, v, docs, window, scale):
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    return tg.attend_bands(q, k, v, torch.arange(q.size(2)), docs, window, scale)
+    return tg.attend_bands(q, k, v, docs, window, scale)
 
 
 CASES = [
