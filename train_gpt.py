@@ -5914,19 +5914,16 @@ class Averages:
         After step `step` (counted from 1). The EMA's decay is at most step/(step+9), so that at
         first it reaches back over a ninth of the steps.
         """
-        if "ema" in self.shards:
+        if self.cfg.ema > 0:
             keep = min(self.cfg.ema, step / (step + 9))
             for avg, b in zip(self.shards["ema"], self.buckets):
                 avg.lerp_(b.shard.float(), 1 - keep)
-        if (
-            "swa" in self.shards
-            and step % self.cfg.swa_every == 0
-            and fraction >= self.cfg.swa_start
-        ):
+        is_due = self.cfg.swa_every > 0 and step % self.cfg.swa_every == 0
+        if is_due and fraction >= self.cfg.swa_start:
             self.swa_count += 1
             for avg, b in zip(self.shards["swa"], self.buckets):
                 avg.lerp_(b.shard.float(), 1 / self.swa_count)
-        if "tail" in self.shards and (reach := self.tail.at(step, fraction)):
+        if self.cfg.tail_ema != "0" and (reach := self.tail.at(step, fraction)):
             # modded-nanogpt track 3, #45: the first time, the weights themselves
             share = 1 / max(1.0, reach) if self.tail_count else 1.0
             self.tail_count += 1
@@ -5941,8 +5938,12 @@ class Averages:
                 avg.copy_(b.shard)
 
     def ready(self) -> list[str]:
-        begun = {"ema": True, "swa": self.swa_count > 0, "tail": self.tail_count > 0}
-        return [name for name in self.shards if begun[name]]
+        ready = ["ema"] if self.cfg.ema > 0 else []
+        if self.cfg.swa_every > 0 and self.swa_count:
+            ready.append("swa")
+        if self.cfg.tail_ema != "0" and self.tail_count:
+            ready.append("tail")
+        return ready
 
     @contextlib.contextmanager
     def swapped_in(self, name: str):
@@ -5950,7 +5951,7 @@ class Averages:
         with weights_kept(self.buckets):
             with torch.no_grad():
                 for b, avg in zip(self.buckets, self.shards[name]):
-                    if name == "tail":
+                    if self.cfg.tail_ema != "0" and name == "tail":
                         self.blend(b, b.gather(avg))
                     else:
                         b.weights.copy_(b.gather(avg))
@@ -5964,7 +5965,7 @@ class Averages:
 
     def state_dict(self) -> dict[str, Tensor]:
         named = {"swa_count": torch.tensor(self.swa_count)}
-        if "tail" in self.shards:
+        if self.cfg.tail_ema != "0":
             named["tail_count"] = torch.tensor(self.tail_count)
         for kind, shards in self.shards.items():
             for b, shard in zip(self.buckets, shards):
@@ -6562,11 +6563,22 @@ def unxz(data: bytes, size: int) -> bytes:
     return lzma.LZMADecompressor(memlimit=1 << 30).decompress(data, size)
 
 
-# name -> compress(data), decompress(data, most bytes to give)
-CODECS: dict[str, tuple[Callable, Callable]] = {
-    "zstd": (lambda data: zstandard.ZstdCompressor(level=22).compress(data), unzstd),
-    "brotli": (lambda data: brotli.compress(data, quality=11, lgwin=24), unbrotli),
-    "xz": (lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME), unxz),
+class Codec(NamedTuple):
+    pack: Callable[[bytes], bytes]
+    unpack: Callable[[bytes, int], bytes]  # gives so many bytes at most
+    error: type[Exception]
+
+
+CODECS = {
+    "zstd": Codec(
+        lambda data: zstandard.ZstdCompressor(level=22).compress(data), unzstd, zstandard.ZstdError
+    ),
+    "brotli": Codec(
+        lambda data: brotli.compress(data, quality=11, lgwin=24), unbrotli, brotli.error
+    ),
+    "xz": Codec(
+        lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME), unxz, lzma.LZMAError
+    ),
 }
 ENTROPY = "entropy"  # the range coder below for the codes, the smallest of the above for the rest
 # widths of a class of spreads, in eighths of an octave; the last: all in one class
@@ -6682,10 +6694,11 @@ def pack_artifact(
             out[name] = w if exact or w.abs().max() > top else w.half()
             kinds[name] = {"kind": "plain"}
     payload = tensors_as_bytes(out)
-    inner_codecs = CODECS if codec == ENTROPY else (codec,)
-    packed, inner = min(
-        ((CODECS[c][0](payload), c) for c in inner_codecs), key=lambda pair: len(pair[0])
-    )
+    if codec == ENTROPY:
+        every = ((CODECS[name].pack(payload), name) for name in CODECS)
+        packed, inner = min(every, key=lambda pair: len(pair[0]))
+    else:
+        packed, inner = CODECS[codec].pack(payload), codec
     header = json.dumps(
         {
             "codec": codec,
@@ -6753,6 +6766,21 @@ def artifact_of(
     return packed[smallest], re.sub(r"\W+", "_", f"{said}_{smallest}")
 
 
+# what reading a damaged or forged file may end in
+DAMAGE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    MemoryError,
+    AssertionError,
+    SafetensorError,
+    *(codec.error for codec in CODECS.values()),
+)
+
+
 def unpack_artifact(data: bytes, where: str) -> tuple[Config, dict[str, Tensor], dict]:
     """Configuration, fp32 weights and header of an artifact; any damage is a UserError."""
 
@@ -6783,7 +6811,7 @@ def unpack_artifact(data: bytes, where: str) -> tuple[Config, dict[str, Tensor],
             data[start + length : -32][part]
             for part in (slice(packed_size), slice(packed_size, None))
         )
-        payload = CODECS[header["rest"]][1](packed, size + 1)
+        payload = CODECS[header["rest"]].unpack(packed, size + 1)
         if len(payload) != size:
             raise bad("its payload has another size than its header says")
         named = stored_tensors(header, tensors_of_bytes(payload), np.frombuffer(stream, "<u4"))
@@ -6791,20 +6819,7 @@ def unpack_artifact(data: bytes, where: str) -> tuple[Config, dict[str, Tensor],
         fits(cfg, named)
     except UserError as e:
         raise (e if where in str(e) else bad(str(e))) from None
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ArithmeticError,
-        MemoryError,
-        AssertionError,
-        zstandard.ZstdError,
-        brotli.error,
-        lzma.LZMAError,
-        SafetensorError,
-    ) as e:
+    except DAMAGE as e:
         raise bad(f"{type(e).__name__}: {e}") from e
     return cfg, named, header
 
@@ -6893,12 +6908,9 @@ def check_export(cfg: Config) -> None:
         )
 
 
-def check_artifact(cfg: Config, model: GPT) -> list[str]:
-    """
-    Refuse, before training, an artifact that this model could not have behind it. Returns notices
-    of what will be less than was asked for.
-    """
-    notices, matrices = [], quantised_names(model)
+def check_artifact(cfg: Config, model: GPT) -> None:
+    """Refuse, before training, an artifact that this model could not have behind it."""
+    matrices = quantised_names(model)
     if cfg.export != "fit":
         check_bits(cfg.export, matrices)
     rounds = [key for key, on in (("qat", cfg.qat != "0"), ("gptq", cfg.gptq)) if on]
@@ -6907,16 +6919,11 @@ def check_artifact(cfg: Config, model: GPT) -> list[str]:
             f"{' and '.join(rounds)} round matrices of 64 rows and columns or more, and this model "
             "has none"
         )
-    if cfg.gptq and (rows := calibration_rows(cfg, cfg.gptq)) < cfg.gptq:
-        notices.append(
-            f"gptq = {cfg.gptq} rows, but the first train shard holds {rows}: they are all"
-        )
     if cfg.artifact_limit and (code := source_bytes(cfg)) >= cfg.artifact_limit:
         raise UserError(
             f"artifact_limit = {cfg.artifact_limit}: the source alone has {code} bytes; python "
             "logs/pack.py makes one small file of it"
         )
-    return notices
 
 
 def calibration_rows(cfg: Config, count: int) -> int:
@@ -8025,8 +8032,11 @@ def build(cfg: Config, run: Run) -> Trainer:
     impossible = find_impossible(run, tokenizer, val) if cfg.canonical_mask else None
     trainer = assemble(cfg, run, plan, loader, val, tokenizer, impossible)
     if cfg.export:
-        for line in check_artifact(cfg, trainer.model):
-            run.log(f"notice: {line}")
+        check_artifact(cfg, trainer.model)
+    if cfg.gptq and (rows := calibration_rows(cfg, cfg.gptq)) < cfg.gptq:
+        run.log(
+            f"notice: gptq = {cfg.gptq} rows, but the first train shard holds {rows}: they are all"
+        )
     return trainer
 
 

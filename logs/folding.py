@@ -920,6 +920,11 @@ class Folding(Transformer):
         over = self.known(new.iter)
         if m.matches(new.iter, HOLLOW) or over is not UNKNOWN and not list(over):
             return cst.RemoveFromParent()
+        single = m.matches(new.iter, m.List([m.Element()]) | m.Tuple([m.Element()]))
+        leave = m.If(body=m.IndentedBlock([m.SimpleStatementLine([m.Break()])]), orelse=None)
+        *before, last = new.body.body
+        if single and before and m.matches(last, leave) and is_pure(last.test, self.facts):
+            new = new.with_changes(body=new.body.with_changes(body=before))
         leaves = find_all(new.body, cst.Break, cst.Continue)
         if type(over) is range and len(over) == 1 and not leaves:
             new = new.with_changes(iter=cst.List([cst.Element(literal(over[0]))]))

@@ -454,6 +454,25 @@ def of_graphs(cfg: tg.Config) -> dict[str, object]:
     return found
 
 
+def tables_of(cfg: tg.Config) -> str:
+    """What texts of patterns say, as functions that give it at once."""
+
+    def code(value: object) -> str:
+        if isinstance(value, re.Pattern):
+            return f"re.compile({value.pattern!r})"
+        if isinstance(value, tg.OwnRate):
+            return f"OwnRate({', '.join(map(code, value))})"
+        return f"({', '.join(map(code, value))})" if isinstance(value, tuple) else repr(value)
+
+    found = ""
+    for name in ("own_rates", "matrix_factors", "tail_shares"):
+        function = getattr(tg, name)
+        rows = ", ".join(map(code, function(cfg)))
+        kind = function.__annotations__["return"]
+        found += f"def {name}(cfg: Config) -> {kind}:\n    return [{rows}]\n\n\n"
+    return found
+
+
 def idle_functions(cfg: tg.Config, words: list[str]) -> set[str]:
     """Functions and methods of which nothing is left, by what --without names."""
     found = {name for word in words for name in DROPPED[word].idle.split()}
@@ -1011,7 +1030,12 @@ def script_of(request: Request, say: Callable[[str], None] = lambda line: None) 
     cfg = configure(request)
     facts = facts_of(cfg, request.keep, request.without)
     facts.expressions |= of_graphs(cfg)
-    return text_of(cfg, request, facts, say=say)
+    with torch.device("meta"):
+        model = tg.GPT(cfg, torch.float32)
+    for line in tg.pattern_notices(cfg, model):
+        print(f"notice: {line}", file=sys.stderr)
+    facts.expressions["pattern_notices(cfg, model)"] = []
+    return text_of(cfg, request, facts, tables_of(cfg), say=say)
 
 
 def groups_of(cfg: tg.Config) -> set[str]:

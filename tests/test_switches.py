@@ -373,14 +373,15 @@ def test_flags_of_the_end_may_change_when_an_unfinished_run_goes_on(tmp_path):
 def test_gptq_is_bounded_by_what_the_data_hold_and_says_so(tmp_path):
     write_shard(tmp_path / "x_train_000000.bin", np.arange(330) % 96)
     cfg = tiny(data=str(tmp_path), gptq=10**6, dim=64)
-    model = build(cfg)
-    assert tg.check_artifact(cfg, model) == [
-        "gptq = 1000000 rows, but the first train shard holds 10: they are all"
-    ]
     assert tg.calibration(cfg, 10**6).shape == (10, 33)
-    assert tg.check_artifact(dataclasses.replace(cfg, gptq=10), model) == []
+    write_shard(tmp_path / "x_val_000000.bin", np.arange(330) % 96)
+    said = "notice: gptq = 1000000 rows, but the first train shard holds 10: they are all"
+    for count, notices in ((10**6, [said]), (10, [])):
+        with tg.Run(dataclasses.replace(cfg, gptq=count, log_dir=str(tmp_path))) as run:
+            tg.build(run.cfg, run)
+            assert [line for line in run.early if "gptq" in line] == notices
     write_shard(tmp_path / "x_train_000000.bin", np.arange(32))
-    assert "rows of 32" in refusal(lambda: tg.check_artifact(cfg, model))
+    assert "rows of 32" in refusal(lambda: tg.calibration_rows(cfg, 10**6))
 
 
 @pytest.mark.parametrize(
