@@ -5396,47 +5396,12 @@ class Loader:
             )
 
     def identity(self) -> dict:
-        """What a checkpoint keeps of its data: the mark of every shard, by side and name."""
-        if not self.marks:
-            for split in ("train", "val"):
-                files = find_shards(self.cfg, split)
-                self.marks[split] = {os.path.basename(path): shard_mark(path) for path in files}
+        """What a checkpoint keeps of its data: data_marks() when it was first asked for."""
+        self.marks = self.marks or data_marks(self.cfg)
         return self.marks
 
     def accept(self, saved: dict, position: dict) -> str:
-        """
-        Compare the data of a checkpoint (its identity) with that of now; gives a notice where only
-        shards differ that it had not yet read: in order and in the first epoch, those behind its
-        position.
-
-        Raises UserError if the position would point to other tokens, or losses would be of another
-        validation text.
-        """
-        found, wrong, unread = self.identity(), [], []
-        old, new = ({**both["train"], **both["val"]} for both in (saved, found))
-        in_order = not self.cfg.shuffle and not position["epoch"]
-        last = sorted(saved["train"])[position["shard"]]
-        for name in sorted(old | new):
-            if old.get(name) == new.get(name):
-                continue
-            if name not in new:
-                what = "is gone"
-            elif name not in old:
-                what = "is new"
-            elif old[name][0] != new[name][0]:
-                what = f"has {new[name][0]} bytes instead of {old[name][0]}"
-            else:
-                what = "has other content"
-            known = name in saved["train"] or name in found["train"]
-            (unread if known and in_order and name > last else wrong).append(f"{name} {what}")
-        if wrong:
-            some = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-            raise UserError(
-                f"the data in {self.cfg.data} is not what this run was trained on: {some}; put the "
-                "old shards back, or start another --run (--init_from takes over the weights)"
-            )
-        said = "shards that this run has not yet read have changed: "
-        return said + "; ".join(unread) if unread else ""
+        return accepted(self.cfg, saved, self.identity(), position)
 
     def targets(self, batch_tokens: int) -> int:
         """How many tokens of a batch bear a loss."""
@@ -5487,6 +5452,59 @@ def tensors(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     rows = to_device(rows.astype(np.int64), device)
     # clone: of a single row both would be views of one memory, and evaluation writes to targets
     return rows[:, :-1].contiguous(), rows[:, 1:].clone(memory_format=torch.contiguous_format)
+
+
+def data_marks(cfg: Config) -> dict[str, dict]:
+    """The mark of every shard, by side and name, and of what else the losses depend on."""
+    marks: dict[str, dict] = {}
+    for split in ("train", "val"):
+        files = find_shards(cfg, split)
+        marks[split] = {os.path.basename(path): shard_mark(path) for path in files}
+    beside = [("tokenizer", cfg.tokenizer)] if cfg.tokenizer else []
+    if cfg.teacher:
+        path = source_path(cfg.teacher)
+        beside.append(("teacher", str(path if path.is_file() else path / "model.safetensors")))
+    marks["beside"] = {name: shard_mark(path) for name, path in beside if os.path.isfile(path)}
+    return marks
+
+
+def accepted(cfg: Config, saved: dict, found: dict, position: dict) -> str:
+    """
+    Compare the data of a checkpoint (Loader.identity()) with that of now; gives a notice where only
+    shards differ that it had not yet read: in order and in the first epoch, those behind its
+    position.
+
+    Raises UserError if the position would point to other tokens, or losses would be of another
+    validation text.
+    """
+    wrong, unread = [], []
+    old, new = ({**both["train"], **both["val"]} for both in (saved, found))
+    in_order = not cfg.shuffle and not position["epoch"]
+    last = sorted(saved["train"])[position["shard"]]
+    for name in sorted(old | new):
+        if old.get(name) == new.get(name):
+            continue
+        if name not in new:
+            what = "is gone"
+        elif name not in old:
+            what = "is new"
+        elif old[name][0] != new[name][0]:
+            what = f"has {new[name][0]} bytes instead of {old[name][0]}"
+        else:
+            what = "has other content"
+        known = name in saved["train"] or name in found["train"]
+        (unread if known and in_order and name > last else wrong).append(f"{name} {what}")
+    for name, mark in saved.get("beside", {}).items():  # older checkpoints have none
+        if found["beside"].get(name, mark) != mark:
+            wrong.append(f"{name} = {getattr(cfg, name)!r} has other content")
+    if wrong:
+        some = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise UserError(
+            f"the data in {cfg.data} is not what this run was trained on: {some}; put the "
+            "old files back, or start another --run (--init_from takes over the weights)"
+        )
+    said = "shards that this run has not yet read have changed: "
+    return said + "; ".join(unread) if unread else ""
 
 
 def shard_mark(path: str) -> list:
@@ -6121,13 +6139,13 @@ def keep_snapshot(trainer: Trainer, step: int) -> None:
 
 
 @torch.no_grad()
-def perturb(model: nn.Module, seed: int, cycle: int, scale: float) -> None:
+def perturb(named: dict[str, Tensor], seed: int, cycle: int, scale: float) -> None:
     """
     Add noise to each tensor, each matrix of a stack by itself: normal, of `scale` times its own
     standard deviation, as slowrun does between the cycles of a chain. It depends on the seed, the
     cycle and the name, so ranks and resumed runs draw the same. What is one number has none.
     """
-    for name, p in model.named_parameters():
+    for name, p in named.items():
         dims = tuple(range(-min(2, p.ndim), 0))
         if math.prod(p.shape[-2:]) > 1:
             noise = torch.randn(p.shape, generator=generator_of(f"{seed} perturb {cycle} {name}"))
@@ -7275,14 +7293,8 @@ def notice(line: str) -> None:
     print(f"notice: {line}", file=sys.stderr, flush=True)
 
 
-def open_source(
-    where: str, exact: bool = False, say=notice
-) -> tuple[Config, dict[str, Tensor], Path]:
-    """
-    Config and weights to be used of a run folder (its artifact, else its newest checkpoint; the
-    other way round with `exact`), a checkpoint or an artifact. Of a checkpoint those that the run
-    exports, averages too, which `say` is told.
-    """
+def source_path(where: str, exact: bool = False) -> Path:
+    """The artifact or checkpoint that open_source() reads."""
     path = Path(where)
     if path.is_dir() and not (path / "model.safetensors").exists():
         found = [p for p in (path / "model.nrx", *checkpoints(path)[-1:]) if p.exists()]
@@ -7292,6 +7304,18 @@ def open_source(
                 "(ckpt/*/DONE)"
             )
         path = found[-1 if exact else 0]
+    return path
+
+
+def open_source(
+    where: str, exact: bool = False, say=notice
+) -> tuple[Config, dict[str, Tensor], Path]:
+    """
+    Config and weights to be used of a run folder (its artifact, else its newest checkpoint; the
+    other way round with `exact`), a checkpoint or an artifact. Of a checkpoint those that the run
+    exports, averages too, which `say` is told.
+    """
+    path = source_path(where, exact)
     if path.is_file():
         cfg, named = load_artifact(path)
         return found_near(cfg, path), named, path
@@ -7829,6 +7853,11 @@ def check_length(cfg: Config) -> None:
         not by_epoch or 0 < cfg.epochs <= cfg.steps and not cfg.max_seconds,
         f"{' and '.join(by_epoch)} count epochs by steps: they need epochs (now {cfg.epochs}) "
         f"from 1 to steps = {cfg.steps}, and no max_seconds",
+    )
+    require(
+        is_constant(cfg.batch_tokens) or not by_epoch,
+        f"{' and '.join(by_epoch)} count epochs by steps: they need steps of one size, but "
+        f"batch_tokens = {cfg.batch_tokens!r}",
     )
     # on the clock nobody knows the last step
     last = cfg.swa_every and cfg.steps // cfg.swa_every * cfg.swa_every
@@ -8377,11 +8406,14 @@ def next_batch(trainer: Trainer, step: int, now: Now) -> tuple[np.ndarray, np.nd
     )
 
 
-def begin_cycle(trainer: Trainer, step: int) -> None:
-    """Before the first step of each cycle but the first: noise on the weights."""
+def begin_cycle(trainer: Trainer, step: int, now: Now) -> None:
+    """Before the first step of each cycle but the first: noise on the weights that move."""
     plan, cycle = trainer.plan, trainer.plan.cycle_at(step)[0]
     if plan.ends_cycle(step) and (scale := plan.perturbation(cycle)):
-        perturb(trainer.model, trainer.cfg.seed, cycle, scale)
+        named = dict(trainer.model.named_parameters())
+        if trainer.cfg.slow:
+            named = {k: p for k, p in named.items() if not trainer.opt.frozen(k, now)}
+        perturb(named, trainer.cfg.seed, cycle, scale)
 
 
 def blended(terms: Tensor, share: float) -> Tensor:
@@ -8419,7 +8451,7 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
         ready_teacher(trainer, step)
     rows, classes = next_batch(trainer, step, now)
     if cfg.cycles:  # behind the last thing that may be refused: a checkpoint has no noise yet
-        begin_cycle(trainer, step)
+        begin_cycle(trainer, step, now)
     per_pass = trainer.plan.micro_rows(now, trainer.run.world)
     terms = extra_terms(cfg)
     total = torch.zeros(1 + len(terms) - ("mu_loss" in terms), device=trainer.run.device)
@@ -8834,10 +8866,22 @@ def is_finished(folder: Path) -> bool:
     return (folder / "result.json").exists()
 
 
+def saved_config(folder: Path) -> Path | None:
+    """Where a run's configuration stands; None where it has none, as it did nothing yet."""
+    found = [path / "config.toml" for path in (folder, *reversed(checkpoints(folder)))]
+    saved = next((path for path in found if path.exists()), None)
+    require(
+        saved is not None or not is_finished(folder),
+        f"{folder} has no config.toml, so nobody can say what its result is of; choose another "
+        "--run, or delete the folder",
+    )
+    return saved
+
+
 def changes(cfg: Config, folder: Path) -> dict[str, tuple]:
     """Each field that a run folder's configuration has another value of: that, and the one now."""
-    saved = folder / "config.toml"
-    old = type(cfg)(**read_toml(saved, type(cfg))) if saved.exists() else cfg
+    saved = saved_config(folder)
+    old = type(cfg)(**read_toml(saved, type(cfg))) if saved else cfg
     both = {f.name: (getattr(old, f.name), getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
     return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
 
@@ -8853,15 +8897,25 @@ def enter_folder(run: Run) -> bool:
     """Lock what can be gone on with. Whether the run is finished."""
     finished = is_finished(run.folder)
     if finished:
+        refuse_exchanged(run)
         renew_tables(run)
     elif run.folder.exists():
         run.lock_folder()
     return finished
 
 
+def refuse_exchanged(run: Run) -> None:
+    """Of a finished run whose shards were exchanged since, as far as its last checkpoint knows."""
+    newest = newest_checkpoint(run.folder)
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8")) if newest else {}
+    if "train" in state.get("data", {}):  # others make their data themselves
+        if all(shard_files(run.cfg.data, split) for split in ("train", "val")):  # not gone
+            accepted(run.cfg, state["data"], data_marks(run.cfg), state["loader"])
+
+
 def renew_tables(run: Run) -> None:
     """Of a finished run, [rule] and [score] are what is asked for now, for those who read them."""
-    kept = type(run.cfg)(**read_toml(run.folder / "config.toml", type(run.cfg)))
+    kept = type(run.cfg)(**read_toml(saved_config(run.folder), type(run.cfg)))
     tables = {name: getattr(run.cfg, name) for name in TABLES}
     if any(getattr(kept, name) != table for name, table in tables.items()):
         new = dataclasses.replace(kept, config=run.cfg.config, **tables)

@@ -584,9 +584,9 @@ def changes(cfg: Config, folder: Path) -> dict[str, tuple]:
     Each field that a run folder's configuration has another value of: that, and the one now; None
     where there is none.
     """
-    saved, new = folder / "config.toml", tomllib.loads(config_toml(cfg))
+    saved, new = saved_config(folder), tomllib.loads(config_toml(cfg))
     try:
-        old = tomllib.loads(saved.read_text(encoding="utf-8")) if saved.exists() else new
+        old = tomllib.loads(saved.read_text(encoding="utf-8")) if saved else new
     except ValueError as e:
         raise UserError(f"{saved} cannot be read ({e})") from e
     both = {name: (old.get(name), new.get(name)) for name in old | new}

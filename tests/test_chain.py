@@ -125,7 +125,7 @@ def test_noise_is_of_each_matrix_own_size_and_depends_on_seed_cycle_and_name():
     with torch.no_grad():
         model.blocks[0].attn.qkv[1] *= 10  # a stack whose matrices differ
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    tg.perturb(model, 1, 3, 0.2)
+    tg.perturb(dict(model.named_parameters()), 1, 3, 0.2)
     moved = {n: (p.detach() - before[n]).double() for n, p in model.named_parameters()}
     for name, by in moved.items():
         if before[name].numel() == 1:
@@ -144,12 +144,24 @@ def test_noise_is_of_each_matrix_own_size_and_depends_on_seed_cycle_and_name():
         again = awake(build(cfg))
         with torch.no_grad():
             again.blocks[0].attn.qkv[1] *= 10
-        tg.perturb(again, seed, cycle, 0.2)
+        tg.perturb(dict(again.named_parameters()), seed, cycle, 0.2)
         equal = [torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters())]
         varied = [p.numel() > 1 and bool(p.std() > 0) for p in before.values()]
         assert all(equal) if same else not any(e and v for e, v in zip(equal, varied))
     a, b = moved["blocks.0.mlp.proj"] / moved["blocks.0.mlp.proj"].std(), moved["blocks.1.mlp.proj"]
     assert not torch.allclose(a, b / b.std(), atol=0.1)  # names draw apart
+
+
+def test_noise_leaves_what_is_frozen_as_it_is(tmp_path):
+    p = parts(tmp_path, steps=8, cycles=2, perturb="0.5", slow="mlp", slow_lr="0 5s:1", depth=2)
+    awake(p.model)
+    for step, moves in ((4, False), (5, True)):  # 5 ends no cycle: as if it did
+        p.plan.cycle_ends[0] = step
+        before = {n: w.detach().clone() for n, w in p.model.named_parameters()}
+        tg.begin_cycle(p, step, p.plan.at(step, step / 8))
+        for name, w in p.model.named_parameters():
+            varied = w.numel() > 1 and bool(before[name].std() > 0)
+            assert torch.equal(w, before[name]) != (varied and (moves or "mlp" not in name)), name
 
 
 # --- distillation

@@ -346,6 +346,10 @@ def test_wrong_type_of_a_flag_is_named(capsys, flags):
         ({"dim": 33}, ("dim = 33", "heads = 2")),
         ({"head_dim": 6}, ("head_dim = 6", "4")),
         ({"heads": 4, "kv_heads": 3}, ("heads = 4", "kv_heads = 3")),
+        (
+            {"eval_every": -1, "epochs": 2, "batch_tokens": "128 0.5:256"},
+            ("eval_every count epochs by steps", "batch_tokens = '128 0.5:256'"),
+        ),
         ({"ema": 1.0}, ("ema = 1.0",)),
         ({"final_weights": "ema"}, ("ema > 0",)),
         ({"final_weights": "swa"}, ("swa_every > 0",)),

@@ -758,6 +758,25 @@ def test_other_data_is_refused_on_resume_by_name(tmp_path, said, how):
             loader(cfg).accept(saved, position)
 
 
+def test_other_tokenizer_or_teacher_under_the_same_name_is_refused_on_resume(tmp_path):
+    shards(tmp_path, 500)
+    shards(tmp_path, 100, split="val")
+    files = {name: tmp_path / f"{name}.x" for name in ("tokenizer", "teacher")}
+    for path in files.values():
+        path.write_bytes(b"old")
+    named = {name: str(path) for name, path in files.items()}
+    cfg, saved, position = save_position(tmp_path, named | {"distill": 0.5})
+    assert loader(cfg).accept(saved, position) == ""
+    for name, path in files.items():
+        path.write_bytes(b"new")
+        with pytest.raises(tg.UserError, match=f"{name} = '{re.escape(str(path))}' has other"):
+            loader(cfg).accept(saved, position)
+        path.write_bytes(b"old")
+    del saved["beside"]  # of an older checkpoint
+    files["teacher"].write_bytes(b"new")
+    assert loader(cfg).accept(saved, position) == ""
+
+
 def test_mark_of_a_shard_sees_an_exchange_without_reading_it_whole(tmp_path):
     """A header, the end, an eighth of the tokens: each changes the mark of 200 MB."""
     path = tmp_path / "x_train_000001.bin"

@@ -120,6 +120,38 @@ def test_a_finished_run_is_not_the_answer_to_other_flags(server, flags, tmp_path
     assert folder_hash(tmp_path) == before
 
 
+def test_a_finished_run_is_not_the_answer_to_other_data(server, flags, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    argv = [*flags(steps=2, vocab=64, data="data"), "--resume"]
+    succeed(server.run(*argv, cwd=tmp_path))
+    shard = sorted((tmp_path / "data").glob("x_train_*.bin"))[0]
+    kept = shard.read_bytes()
+    shard.write_bytes(kept[:-2] + b"\1\0")
+    said = ["the data in data is not what this run", f"{shard.name} has other content"]
+    assert_refused(server.run(*argv, cwd=tmp_path), said)
+    shard.write_bytes(kept)
+    assert "is finished" in server.run(*argv, cwd=tmp_path).out
+    shutil.rmtree(tmp_path / "data")  # it is finished all the same
+    assert "is finished" in server.run(*argv, cwd=tmp_path).out
+
+
+def test_a_run_folder_without_its_configuration_is_not_gone_on_with_under_another(
+    server, flags, tmp_path
+):
+    argv = flags(steps=2, vocab=64)
+    succeed(server.run(*argv, cwd=tmp_path))
+    folder = tmp_path / "logs" / "tiny"
+    (folder / "config.toml").unlink()
+    other = [*flags(steps=2, vocab=64, matrix_lr=0.5), "--resume"]
+    assert_refused(server.run(*other, cwd=tmp_path), ["matrix_lr: 0.05 -> 0.5"])
+    (folder / "result.json").unlink()
+    assert_refused(server.run(*other, cwd=tmp_path), ["was begun", "matrix_lr: 0.05 -> 0.5"])
+    succeed(server.run(*argv, "--resume", cwd=tmp_path))
+    for config in folder.glob("**/config.toml"):
+        config.unlink()
+    assert_refused(server.run(*argv, "--resume", cwd=tmp_path), ["has no config.toml"])
+
+
 ########################################
 #       What one rank alone meets      #
 ########################################

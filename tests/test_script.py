@@ -291,7 +291,7 @@ def test_a_script_refuses_what_the_trainer_refuses(scripts, server, tmp_path):
     tokens = np.fromfile(shard, "<u2")
     tokens[512:] = tokens[:511:-1].copy()  # behind the header
     tokens.tofile(shard)
-    assert "x_train_000002.bin has other content; put the old shards back" in refused(*resumed)
+    assert "x_train_000002.bin has other content; put the old files back" in refused(*resumed)
     tokens[5000] = 999
     tokens.tofile(shard)
     assert "token 999 at position 4488 is not below vocab" in refused("--run", "b")
