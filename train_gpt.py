@@ -986,7 +986,7 @@ class Run(Ranks):
             self.early.append(line)
         if console:
             self.clear_live()
-            print(line, flush=True)
+            to_console(line)
 
     def metric(self, kind: str, step: int, **values) -> None:
         """One line of metrics.jsonl, without the values that are None. wandb: it gets them, too."""
@@ -1003,16 +1003,24 @@ class Run(Ranks):
             return
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns - 1
-            print("\r" + line[:width].ljust(width), end="", flush=True)
+            to_console("\r" + line[:width].ljust(width), end="")
             self.live_line = True
         elif time.perf_counter() - self.last_print > 10:
-            print(line, flush=True)
+            to_console(line)
             self.last_print = time.perf_counter()
 
     def clear_live(self) -> None:
         if self.live_line:
-            print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
+            to_console("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
             self.live_line = False
+
+
+def to_console(text: str, end: str = "\n") -> None:
+    """To the console. Who reads it may leave, as `head` does: that costs a run nothing."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def portable(e: BaseException) -> BaseException:
@@ -8304,7 +8312,7 @@ def told_while(bar: tqdm, what: str, graphs: int, every: float = 10):
     def tell() -> None:
         while not over.wait(every if bar.disable else 1):
             if bar.disable:
-                print(f"{what}: {graphs} graphs, {time.perf_counter() - began:.0f} s", flush=True)
+                to_console(f"{what}: {graphs} graphs, {time.perf_counter() - began:.0f} s")
             else:
                 bar.refresh()
 
@@ -9129,7 +9137,7 @@ def explain(e: BaseException) -> str | None:
         errno.EROFS,
         errno.ENOTDIR,
     ):
-        return f"cannot write there ({e}); choose another folder with --log_dir"
+        return f"this may not be read or written ({e}); --log_dir says where runs go"
     # a file that is none, is gone, is a folder, has too long a name, ...
     if isinstance(e, OSError) and e.filename:
         return text
@@ -9149,6 +9157,9 @@ def exit_code(work: Callable[[], int]) -> int:
     """That of work(); 2 behind a line about what a person can mend, 130 behind Ctrl-C."""
     try:
         return work()
+    except BrokenPipeError:  # of --help
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, RuntimeError, OSError) as e:
         message = explain(e)
         if message is None:

@@ -35,6 +35,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -1302,6 +1303,28 @@ class Source:
     rows: int = 0  # windows per batch; 0: as many as micro_tokens holds
 
 
+def net_mark(source: str) -> str:
+    """A hash of the section Model of a preset's script, which stands in the script's head."""
+    title, rest = (f"#{name:^38}#" for name in ("Model", "Optimizer"))
+    section = source.partition(title)[2].partition(rest)[0]
+    return hashlib.sha256(section.encode()).hexdigest()[:12]
+
+
+def refuse_edited(folder: Path) -> None:
+    """UserError for the run of a script whose net was changed by hand: here is the trainer's."""
+    if not (folder / "log.txt").is_file():
+        return
+    with open(folder / "log.txt", encoding="utf-8", errors="replace") as log:
+        head = "".join(itertools.takewhile(lambda line: line != "=" * 100 + "\n", log))
+    said = re.search(r"^net: sha256 (\w+) of the section Model", head, re.MULTILINE)
+    if said and said[1] != net_mark(head):
+        raise UserError(
+            f"{folder} is the run of a script whose section Model was changed by hand, and here "
+            "the trainer's net would be applied: what the script itself measured is its score; or "
+            "make the change in train_gpt.py, and another script"
+        )
+
+
 def opened(flags: Source, compiled: bool = False, exact: bool = False, found=None) -> Subject:
     """
     The weights that `flags` name, in a model; exact: those of a checkpoint, not rounded; found:
@@ -1317,6 +1340,9 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False, found=Non
         )
     is_run = is_run_folder(flags.source)
     folder = Path(flags.source) if is_run else path.parent
+    if Path(__file__).name == "score.py":  # a packed one applies its own net
+        for near in (folder, folder.parent.parent):  # of a checkpoint
+            refuse_edited(near)
     cfg.device, cfg.data = flags.device, flags.data or cfg.data
     if flags.val_tokens >= 0:
         cfg.val_tokens = flags.val_tokens

@@ -30,7 +30,7 @@ if str(ROOT) not in sys.path:  # started as a script, which sees its own folder 
     sys.path.insert(0, str(ROOT))
 
 import train_gpt as tg  # noqa: E402
-from logs import folding  # noqa: E402
+from logs import folding, score  # noqa: E402
 from logs.endings import UserError, ending, written_whole  # noqa: E402
 
 # what stays a flag, where the code that is left reads it
@@ -1082,6 +1082,10 @@ def text_of(
     body = code[code.index('"""', 3) + 3 :] if code.startswith('"""') else code
     text = within(formatted(header(cfg, request) + body), 100)
     check_names(text)
+    said = "of the section Model, the net that logs/score.py applies"
+    text = text.replace(
+        "\nLetters: ", f"\nnet: sha256 {score.net_mark(text)} {said}\n\nLetters: ", 1
+    )
     return text
 
 

@@ -1044,6 +1044,20 @@ def test_the_end_of_the_data_ends_a_run_on_the_clock_as_its_cap_does(
     assert [r["step"] for r in metrics(folder) if r["kind"] == "val"] == [steps]
 
 
+def test_a_reader_that_leaves_costs_the_run_nothing(monkeypatch):
+    ends = os.pipe()
+    os.close(ends[0])
+    with os.fdopen(ends[1], "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        tg.to_console("step")
+        tg.to_console("another")
+
+        def print_help() -> int:
+            raise BrokenPipeError
+
+        assert tg.exit_code(print_help) == 0
+
+
 def test_resume_with_other_data_is_refused(server, flags, data, tmp_path):
     """Another shard of the same name is named, nothing changed; with the old one it goes on."""
     folder = _copy(data, tmp_path / "data")

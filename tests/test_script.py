@@ -18,7 +18,7 @@ from forks import run_ranks
 from helpers import ROOT, tg, write_shard
 from safetensors.torch import load_file
 
-from logs import pack, script, submit
+from logs import pack, score, script, submit
 
 FLAGS = (
     "--vocab 512 --tokenizer= --doc_token 1 --steps 6 --max_seconds 0 --epochs 0 --batch_tokens "
@@ -300,8 +300,8 @@ def test_a_script_refuses_what_the_trainer_refuses(scripts, server, tmp_path):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_script_is_clean_and_imports_nothing_of_the_project(scripts, name):
     text = (scripts(name) / "script.py").read_text()
-    settings = ["--config", ROOT / "pyproject.toml", "--ignore", "E501,F841,B007"]
-    for command in (["check", *settings], ["format", "--check", *settings[:2]]):
+    settings = ["--config", ROOT / "pyproject.toml"]
+    for command in (["check", *settings], ["format", "--check", *settings]):
         run(ROOT, "-m", "ruff", *command, scripts(name) / "script.py")
     imported = {name.split(".")[0] for name in pack.imported(text)}
     assert not imported & {"train_gpt", "pre_pre_train", "logs", "data"}
@@ -336,6 +336,47 @@ def test_an_edit_by_hand_runs_and_its_log_can_be_submitted(scripts, trainer, go)
     assert result["config_sha256"] == submit.script_hash(config)
     read = tg.Config(**tg.read_toml(folder / "logs" / "edited" / "config.toml"))
     assert (read.softcap, read.window, read.activation) == (15, "32", "relu2")
+    # but another net than the trainer's is not scored by that
+    with pytest.raises(tg.UserError, match="section Model was changed by hand"):
+        score.opened(score.Source(str(folder / "logs" / "edited")))
+    with pytest.raises(tg.UserError, match="section Model was changed by hand"):
+        score.opened(score.Source(str(folder / "logs" / "edited" / "ckpt" / "000006")))
+    said = re.search(r"^net: sha256 (\w+)", text, re.M)[1]
+    assert said == score.net_mark(
+        text.replace("beta2) * g", "beta2) * g  #").replace("1e-7", "1e-8")
+    )
+
+
+def test_what_would_do_nothing_is_refused_by_a_script_as_by_the_trainer(scripts, go):
+    folder = scripts("remix_m")
+    argv = ["--run", "idle", "--weight_decay", "0:1 1>0"]
+    said = go(folder, "script.py", *argv, code=2)
+    assert "weight_decay = '0:1 1>0' needs a matrix_wd or embed_wd above 0" in said
+    assert "--scalar_wd" in go(folder, "script.py", "--run", "idle", "--scalar_wd", "1", code=2)
+
+
+def test_a_script_tells_one_node_from_several_as_the_trainer_does(scripts, go, monkeypatch):
+    folder = scripts("remix_m")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = go(folder, "script.py", "--run", "nodes", code=2)
+    assert "2 ranks, 1 of them here: a script serves one node" in said
+
+
+def test_messages_name_flags_that_a_script_has(scripts):
+    text = (scripts("remix_m") / "script.py").read_text()
+    flags = {
+        f.split(":")[0].strip()
+        for f in text.split("class Config")[1].split("# fixed")[0].split("\n")
+    }
+    assert {"steps", "matrix_lr"} <= flags and "adamw_lr" not in flags
+    for before, name in re.findall(r"(\S* ?\S* ?)--([a-z_0-9]+)", text.split("Letters: ")[1]):
+        assert (
+            name in flags
+            or name not in tg.FIELDS
+            or "train_gpt.py's" in before
+            or "sample" in before
+        )
+    assert "halve Config.micro_tokens or Config.loss_chunk" in text
 
 
 @pytest.fixture(scope="module")

@@ -483,6 +483,23 @@ def test_folders_of_speedrun_and_slowrun_hold_readable_source(copy, capsys, monk
         "asks for no test"
         in (copy / "records/slowrun_tiny" / f"{DATE}_{NAME}/README.md").read_text()
     )
+    # beside a script with the trainer that it imports, as the script is not one
+    program = '"""\norigin: nanoremix x, ...\n"""\n'
+    for run in RUNS:
+        log = (copy / run / "log.txt").read_text()
+        head = submit.head_of(log)
+        (copy / run / "log.txt").write_text(program + "\n" + log.removeprefix(head))
+        edit(copy / run, code_bytes=len(program))
+    shutil.rmtree(copy / "records")
+    code, _, err = call(capsys, track="slowrun_tiny")
+    assert code == 0, err
+    place = copy / "records/slowrun_tiny" / f"{DATE}_{NAME}"
+    assert (place / "train_gpt.py").read_text() == program
+    for name in ("train_gpt.py", "logs/score.py"):
+        assert (place / "scorer" / name).read_bytes() == (ROOT / name).read_bytes()
+    assert " scorer/logs/score.py logs/again" in (place / "README.md").read_text()
+    program = [sys.executable, place / "scorer/logs/score.py", "sample", "--help"]
+    assert b"--temperature" in subprocess.run(program, capture_output=True).stdout
     monkeypatch.setitem(
         submit.TRACKS, "slowrun_tiny", replace(submit.TRACKS["slowrun_tiny"], max_train_tokens=1000)
     )
