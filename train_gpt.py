@@ -4370,8 +4370,8 @@ class Bucket:
             self.shard, self.grad_shard = self.weights[own], self.grads[own]
             if not run.sums_in_place:
                 self.grad_shard = torch.zeros_like(self.shard)
-        kept = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq"), "rows": ()}
-        self.state = {k: torch.zeros_like(self.shard) for k in kept[rule.kind]}
+        kept = {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq")}
+        self.state = {k: torch.zeros_like(self.shard) for k in kept.get(rule.kind, ())}
         # In fp32 whatever the weights are in: at a decay of .95 bfloat16 would lose most of what is
         # added.
         for name, shape in states_in_fp32(rule, cfg).items():
@@ -4444,8 +4444,6 @@ class Bucket:
         last one becomes the gradients, rounded once. In bfloat16 a sum of 512 is percents off.
         Costs 4 bytes for each such parameter.
         """
-        if self.grads.dtype == torch.float32:
-            return  # autograd has summed them
         if self.total is None:
             self.total = torch.zeros_like(self.grads, dtype=torch.float32)
         self.total.add_(self.grads)
@@ -4657,7 +4655,7 @@ class MuonAdamW:
             self.meta = MetaStep(cfg, model, run.world)
         on = bool(cfg.compile)
         # Of matrix products: on a CPU they take as long when compiled, and longest to compile.
-        products = cfg.compile > (run.device.type == "cpu")
+        products = cfg.compile == 2 or cfg.compile == 1 and run.device.type != "cpu"
         self.muon = torch.compile(muon_update, dynamic=False) if products else muon_update
         self.adamw = torch.compile(adamw_update, dynamic=False) if on else adamw_update
         self.rows = torch.compile(rows_update, dynamic=False) if on else rows_update
@@ -4685,7 +4683,7 @@ class MuonAdamW:
                 pending[i].wait()
             squares.append(b.square())
             if not self.cfg.grad_clip:  # nobody waits for the norm
-                self.update(b, now, rates[i])
+                self.update_shard(b, now, rates[i])
                 b.clear()
                 if world > 1:
                     gathers += b.start_gather(run)
@@ -4695,7 +4693,7 @@ class MuonAdamW:
                 b.grad_shard.mul_(
                     (self.cfg.grad_clip / (size + 1e-6)).clamp(max=1.0).to(b.grads.dtype)
                 )
-                self.update(b, now, rates[i])
+                self.update_shard(b, now, rates[i])
                 b.clear()
                 if world > 1:
                     gathers += b.start_gather(run)
@@ -4746,7 +4744,7 @@ class MuonAdamW:
         return found
 
     @torch.no_grad()
-    def update(self, b: Bucket, now: Now, rates: dict[str, Tensor]) -> None:
+    def update_shard(self, b: Bucket, now: Now, rates: dict[str, Tensor]) -> None:
         """Update this rank's shard by its row of rates()."""
         shard = b.shard.clone() if b.frozen(now) else b.shard  # its moments go on
         if self.cfg.untie_at and now.tied and b.rule.alone == "embed":
@@ -8261,7 +8259,9 @@ def warm_up(trainer: Trainer) -> None:
     """
     run, plan, began = trainer.run, trainer.plan, time.perf_counter()
     kept = trainer.opt.snapshot()
-    several = any(plan.micro_batches(n, run.world) > 1 for n in plan.moments())
+    several = trainer.cfg.param_dtype != "float32" and any(
+        plan.micro_batches(n, run.world) > 1 for n in plan.moments()
+    )
     todo = [*plan.train_moments(run.world).items(), *((s, None) for s in plan.eval_shapes())]
     what = "compile" if trainer.cfg.compile else "warm up"
     bar = tqdm(todo, desc=what, leave=False, disable=not (run.is_main and sys.stderr.isatty()))
@@ -8470,7 +8470,7 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
     scale = targets if cfg.loss_sum else 1  # of the gradients
     with rounded_weights(trainer, step, now):
         for at in range(count):
-            if trainer.opt.meta is not None:
+            if has_meta_step(cfg):
                 trainer.opt.meta.before(at, count, now.meta_step)
             part = rows[at * per_pass : (at + 1) * per_pass]
             x, y = trainer.loader.tensors(part, trainer.run.device)
@@ -8486,9 +8486,9 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
             loss = blended(means, now.distill) if taught else means.sum()
             (loss * scale).backward()
             total[: len(means)] += means.detach()
-            if count > 1:
+            if cfg.param_dtype != "float32" and count > 1:
                 trainer.opt.collect(last=at + 1 == count)
-            if trainer.opt.meta is not None:
+            if has_meta_step(cfg):
                 trainer.opt.meta.after(at, count)
     total = trainer.run.sum_of(total)
     if cfg.mu_loss:
@@ -8822,7 +8822,7 @@ def finish(trainer: Trainer, step: int, now: Now, found: dict) -> dict:
     cfg, run, plan = trainer.cfg, trainer.run, trainer.plan
     end = plan.at(cfg.steps, 1.0)  # as all who read the artifact apply it
     different = [key for key in APPLIED if getattr(now, key) != getattr(end, key)]
-    if different:
+    if cfg.max_seconds and different:
         ended, meant = (
             ", ".join(f"{key} {getattr(n, key)}" for key in different) for n in (now, end)
         )

@@ -328,6 +328,8 @@ def expressions_of(cfg: tg.Config, now: dict[str, object]) -> dict[str, object]:
     moved = set(defaults) - set(now) - {"distill", "tied"}
     if not cfg.distill and not cfg.untie_at and not moved:
         found["Now._field_defaults"] = {}
+    if tg.rotary_dims(cfg) == tg.head_width(cfg):
+        found["still.size(-1)"] = 0
     if not cfg.export:  # else fits() makes a model without weights
         found['device.type == "meta"'] = False
     if cfg.export_codec not in ("best", tg.ENTROPY):
