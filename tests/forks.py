@@ -198,8 +198,13 @@ def free_port() -> int:
 def start_ranks(
     server: Server, world: int, argv: list[str], cwd: Path, when: dict | None = None, **how
 ) -> list[Fork]:
-    """One process per rank, as torchrun starts them; `when` goes to the last rank."""
+    """
+    One process per rank, as torchrun starts them; `when` goes to the last rank. Those of the
+    trainer do not know that they are on one node, so that they do what is done on several.
+    """
     env = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    if AS_SCRIPTS or how.get("file"):  # a script serves one
+        env["LOCAL_WORLD_SIZE"] = world
     return [
         server.start(
             *argv,
