@@ -7263,18 +7263,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from e
 
 
+@contextlib.contextmanager
+def using(file: Path):
+    """Inside, a checkpoint's file is taken over: UserError where it holds something else."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
+        why = " ".join(f"{type(e).__name__}: {e}".split())
+        raise UserError(
+            f"{file} cannot be used ({why}); delete its checkpoint folder to go back to the one "
+            "before"
+        ) from e
+
+
 def load_checkpoint(path: Path, trainer: Trainer) -> int:
     """Everything that save_checkpoint wrote, at any number of ranks; the step to go on from."""
     run, loader = trainer.run, trainer.loader
 
     def read_state() -> dict:
-        try:
+        with using(path / "state.json"):
             return json.loads((path / "state.json").read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise UserError(
-                f"{path / 'state.json'} cannot be read ({e}); delete its folder to go back to the "
-                "one before"
-            ) from e
 
     def tensors_of(part: str) -> dict[str, Tensor]:
         return run.read_on_main(lambda: (read_tensors(path / f"{part}.safetensors"), None))[0]
@@ -7285,13 +7293,27 @@ def load_checkpoint(path: Path, trainer: Trainer) -> int:
             f"notice: {path} does not say what data it was trained on: whether these are the same "
             "is not known"
         )
-    elif notice := run.on_main(lambda: loader.accept(state["data"], state["loader"])):
-        run.log(f"notice: {notice}")
+    else:
+        with using(path / "state.json"):
+            notice = run.on_main(lambda: loader.accept(state["data"], state["loader"]))
+        if notice:
+            run.log(f"notice: {notice}")
     load_weights(trainer.model, tensors_of("model"), str(path))
-    trainer.opt.load_state_dict(tensors_of("optimizer"))
+    with using(path / "optimizer.safetensors"):
+        trainer.opt.load_state_dict(tensors_of("optimizer"))
     if is_averaged(run.cfg):
-        trainer.avg.load_state_dict(tensors_of("averages"), run.rank)
-    loader.load_state_dict(state["loader"])
+        with using(path / "averages.safetensors"):
+            trainer.avg.load_state_dict(tensors_of("averages"), run.rank)
+    with using(path / "state.json"):
+        return load_state(state, trainer)
+
+
+def load_state(state: dict, trainer: Trainer) -> int:
+    """The part of a checkpoint that is no tensors."""
+    run, loader, at = trainer.run, trainer.loader, state["loader"]
+    if at["epoch"] < 0 or not 0 <= at["shard"] < len(loader.files) or at["pos"] < 0:
+        raise ValueError(f"loader = {at}")
+    loader.load_state_dict(at)
     if run.rank < len(state["rng"]):  # ranks that did not exist then keep their own fresh stream
         for kind, text in state["rng"][run.rank].items():
             rng = torch.from_numpy(np.frombuffer(bytes.fromhex(text), dtype=np.uint8).copy())
@@ -7299,7 +7321,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> int:
                 torch.set_rng_state(rng)
             elif run.device.type == "cuda":
                 torch.cuda.set_rng_state(rng)
-    run.clock.total = state["train_seconds"]
+    run.clock.total = float(state["train_seconds"])
     run.began -= state["wall_seconds"]
     if saved := state.get("trained"):  # of a script: the schedules that move
         now = trainer.plan.at(state["step"], state["step"] / run.cfg.steps)
@@ -7309,7 +7331,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> int:
         step, steps = state["step"], run.cfg.steps
         counted = (trainer.plan.at(s, s / steps).batch_tokens for s in range(step))
         run.tokens = state["tokens"] if "tokens" in state else sum(counted)
-    return state["step"]
+    return int(state["step"])
 
 
 def notice(line: str) -> None:
@@ -7342,12 +7364,14 @@ def open_source(
     # a snapshot, or the end of an epoch, has these weights alone
     if (kind := cfg.final_weights) != "live" and (path / "DONE").exists():
         averages = read_tensors(path / "averages.safetensors")
-        if kind != "ema" and not averages[f"{kind}_count"]:
+        with using(path / "averages.safetensors"):
+            found = kind == "ema" or bool(averages[f"{kind}_count"])
+            of_kind = [averages[f"{name}:{kind}"].view_as(w) for name, w in named.items() if found]
+        if not found:
             say(f"{path}: its live weights, as final_weights = {kind!r} has no snapshot yet")
         else:
             say(f"{path}: its {kind} average, as final_weights says")
-            live = named
-            named = {name: averages[f"{name}:{kind}"].view_as(w) for name, w in live.items()}
+            live, named = named, dict(zip(named, of_kind))
             if kind == "tail":
                 named = {
                     name: w.float().lerp(named[name], tail_share(cfg, name))
@@ -7940,10 +7964,7 @@ def check_texts(cfg: Config) -> None:
         value = getattr(cfg, f.name)
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str):
-                require(
-                    len(text) <= 20_000,
-                    f"{f.name} has {len(text)} characters: 20000 at most",
-                )
+                require(len(text) <= 20_000, f"{f.name} has {len(text)} characters: 20000 at most")
                 require(
                     not re.search("[\ud800-\udfff]", text),
                     f"{f.name} = {ascii(text)} is no UTF-8 text",

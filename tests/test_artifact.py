@@ -8,7 +8,10 @@ import json
 import math
 import pickle
 import random
+import re
+import shutil
 import struct
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -306,6 +309,16 @@ def replaced(old: str, new: str):
     return change
 
 
+def configured_as(**fields):
+    def change(h):
+        for key, value in fields.items():
+            line, found = f"{key} = {json.dumps(value)}", re.compile(rf"(?m)^{key} = .*$")
+            assert found.search(h["config"])
+            h["config"] = found.sub(lambda m, line=line: line, h["config"])
+
+    return change
+
+
 FORGED = {
     "payload too large": {"header": lambda h: h.update(payload_bytes=h["payload_bytes"] + 1)},
     "payload too small": {"header": lambda h: h.update(payload_bytes=h["payload_bytes"] - 1)},
@@ -338,6 +351,27 @@ FORGED = {
     "config nan": {"header": replaced("norm_eps = 1e-06", "norm_eps = []")},
     "config impossible": {"header": replaced("heads = 4", "heads = 3")},
     "config with depth 0": {"header": replaced("depth = 1", "depth = 0")},
+    "config with a long text": {"header": replaced('run = "test"', f'run = "{"x" * 30_000}"')},
+    "config with an endless search": {
+        "header": configured_as(fp8="(.|.)*!", sampled_classes="64 0.5:72")
+    },
+    "config with 990 repeats": {
+        "header": configured_as(
+            loop="0:1", repeats="1 " + " ".join(f"{i}s:{i + 1}" for i in range(1, 990))
+        )
+    },
+    "config with 999 rotary tables": {
+        "header": configured_as(
+            yarn=1, window_long="2 " + " ".join(f"{i}s:{i + 2}" for i in range(1, 999))
+        )
+    },
+    "config with immense rotary tables": {
+        "header": configured_as(
+            yarn=1,
+            eval_seq_len=1 << 19,
+            window_long="2 " + " ".join(f"{i}s:{i + 2}" for i in range(1, 60)),
+        )
+    },
     "config with a folder": {"header": replaced('run = "test"', 'run = "../../x"')},
     "header is a list": {"header": lambda h: [h]},
     "header is no json": {"raw_header": b"{"},
@@ -359,8 +393,27 @@ def test_forged_artifact_with_a_valid_checksum_is_refused(tmp_path, name):
     path = tmp_path / "model.nrx"
     exported(path)
     tg.load_artifact(forge(path))  # the forger's tools alone do no harm
+    bad, began = forge(path, **FORGED[name]), time.process_time()
     with pytest.raises(tg.UserError, match="forged.nrx"):
-        tg.load_artifact(forge(path, **FORGED[name]))
+        tg.load_artifact(bad)
+    assert time.process_time() - began < 2
+
+
+def test_patterns_of_an_artifact_that_only_training_reads_are_not_run(tmp_path):
+    path, endless = tmp_path / "model.nrx", f"^({'|'.join('.' * 60)})*!"
+    exported(path, untie_at="0.5", tie_embed=1)
+    fields = dict.fromkeys(("slow", "adamw_matrices", "soap", "transfer_skip"), endless)
+    forged = forge(path, header=configured_as(own_lr=f"{endless}=1", **fields))
+    began = time.process_time()
+    cfg = tg.load_artifact(forged)[0]
+    assert time.process_time() - began < 2
+    assert cfg.untie_at == "0.5" and not cfg.slow and not cfg.own_lr
+
+
+def test_rows_that_no_reader_would_take_are_refused_before_training():
+    cfg = tiny(export="int8", eval_seq_len=1 << 21)
+    with pytest.raises(tg.UserError, match="lower seq_len or eval_seq_len"):
+        tg.check_artifact(cfg, build(tiny()))
 
 
 @pytest.mark.parametrize(
@@ -678,6 +731,60 @@ def test_damaged_checkpoint_is_refused_by_file_name(tmp_path, name):
         (saved / name).write_bytes(data)
         with pytest.raises(tg.UserError, match=name):
             tg.load_checkpoint(saved, p)
+
+
+def in_state(*keys, value):
+    """Change what state.json says under `keys`."""
+
+    def change(folder):
+        state = part = json.loads((folder / "state.json").read_text())
+        for key in keys[:-1]:
+            part = part[key]
+        part[keys[-1]] = value
+        (folder / "state.json").write_text(json.dumps(state))
+        return "state.json"
+
+    return change
+
+
+def of_another(name: str):
+    def change(folder):
+        shutil.copy(folder / "model.safetensors", folder / f"{name}.safetensors")
+        return f"{name}.safetensors"
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *[lambda f, t=t: (f / "state.json").write_text(t) and "state.json" for t in ("{}", "[]")],
+        in_state("rng", value=[{"cpu": "zz"}]),
+        in_state("rng", value=[{"cpu": "00"}]),
+        in_state("loader", "shard", value=99),
+        in_state("loader", "shard", value="1"),
+        in_state("loader", "epoch", value=-1),
+        in_state("data", value=[]),
+        in_state("train_seconds", value="much"),
+        in_state("step", value=None),
+        of_another("optimizer"),
+        of_another("averages"),
+    ],
+)
+def test_checkpoint_of_other_content_is_refused_by_file_name(tmp_path, change):
+    _, p = started(tmp_path / "a", ema=0.9)
+    saved = tg.save_checkpoint(p, 1)
+    name = change(saved)
+    with pytest.raises(tg.UserError, match=rf"{name} cannot be used .* delete"):
+        tg.load_checkpoint(saved, p)
+
+
+def test_averages_of_other_content_are_refused_by_file_name(tmp_path):
+    _, p = started(tmp_path / "a", ema=0.9, final_weights="ema")
+    saved = tg.save_checkpoint(p, 1)
+    of_another("averages")(saved)
+    with pytest.raises(tg.UserError, match="averages.safetensors cannot be used"):
+        tg.open_source(str(saved))
 
 
 # --- starting from other weights

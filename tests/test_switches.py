@@ -269,6 +269,10 @@ def test_run_is_read_from_another_working_directory(tmp_path, monkeypatch):
 # --- what the end needs is asked before the beginning
 
 
+# 990 values: 490,545 places of one block
+EVERY_REPEAT = "1 " + " ".join(f"{i}s:{i + 1}" for i in range(1, 990))
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -285,6 +289,8 @@ def test_run_is_read_from_another_working_directory(tmp_path, monkeypatch):
         ({"unet": 1, "depth": 1}, "no halves"),
         ({"loop": "0:2", "repeats": "10000"}, "repeats"),
         ({"loop": "0:1000", "depth": 1000, "repeats": "1000"}, "applications"),
+        ({"loop": "0:1", "repeats": EVERY_REPEAT}, "applications"),
+        ({"yarn": 1, "window_long": EVERY_REPEAT.replace("1 ", "2 ", 1)}, "rotary table"),
     ],
     ids=str,
 )
