@@ -142,7 +142,7 @@ def require_regex(key: str, text: str) -> None:
     try:
         compiled_pattern(text)
     except re.error as e:
-        raise UserError(f"{key} = {text!r} is no regular expression: {e}") from e
+        raise UserError(f"{key} = {text[:200]!r} is no regular expression: {e}") from e
 
 
 ########################################
@@ -1493,7 +1493,7 @@ class ModelConfig(Section):
 
     def check_loop(self) -> None:
         low, high = loop_span(self)
-        loop, repeats = f"loop = {self.loop!r}", f"repeats = {self.repeats!r}"
+        loop, repeats = f"loop = {self.loop!r}", f"repeats = {self.repeats[:200]!r}"
         require(0 <= low <= high <= self.depth, f"{loop}: must lie within the {self.depth} blocks")
         values = Schedule("repeats", self.repeats).values()
         require(
@@ -1899,7 +1899,7 @@ def check_fp8(pattern: str) -> None:
     require_regex("fp8", pattern)
     require(
         len(pattern) <= 200 and "(" not in pattern and sum(map(pattern.count, "*+?{")) <= 2,
-        f"fp8 = {pattern!r}: at most 200 characters, without brackets ( ) and with at most two of "
+        f"fp8 = {pattern[:200]!r}: at most 200 characters, without brackets ( ) and with at most two of "
         "* + ? {, such as '^head$|mlp'",
     )
 

@@ -8,10 +8,8 @@ import json
 import math
 import pickle
 import random
-import re
 import shutil
 import struct
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -309,16 +307,6 @@ def replaced(old: str, new: str):
     return change
 
 
-def configured_as(**fields):
-    def change(h):
-        for key, value in fields.items():
-            line, found = f"{key} = {json.dumps(value)}", re.compile(rf"(?m)^{key} = .*$")
-            assert found.search(h["config"])
-            h["config"] = found.sub(lambda m, line=line: line, h["config"])
-
-    return change
-
-
 FORGED = {
     "payload too large": {"header": lambda h: h.update(payload_bytes=h["payload_bytes"] + 1)},
     "payload too small": {"header": lambda h: h.update(payload_bytes=h["payload_bytes"] - 1)},
@@ -351,27 +339,6 @@ FORGED = {
     "config nan": {"header": replaced("norm_eps = 1e-06", "norm_eps = []")},
     "config impossible": {"header": replaced("heads = 4", "heads = 3")},
     "config with depth 0": {"header": replaced("depth = 1", "depth = 0")},
-    "config with a long text": {"header": replaced('run = "test"', f'run = "{"x" * 30_000}"')},
-    "config with an endless search": {
-        "header": configured_as(fp8="(.|.)*!", sampled_classes="64 0.5:72")
-    },
-    "config with 990 repeats": {
-        "header": configured_as(
-            loop="0:1", repeats="1 " + " ".join(f"{i}s:{i + 1}" for i in range(1, 990))
-        )
-    },
-    "config with 999 rotary tables": {
-        "header": configured_as(
-            yarn=1, window_long="2 " + " ".join(f"{i}s:{i + 2}" for i in range(1, 999))
-        )
-    },
-    "config with immense rotary tables": {
-        "header": configured_as(
-            yarn=1,
-            eval_seq_len=1 << 19,
-            window_long="2 " + " ".join(f"{i}s:{i + 2}" for i in range(1, 60)),
-        )
-    },
     "config with a folder": {"header": replaced('run = "test"', 'run = "../../x"')},
     "header is a list": {"header": lambda h: [h]},
     "header is no json": {"raw_header": b"{"},
@@ -393,21 +360,8 @@ def test_forged_artifact_with_a_valid_checksum_is_refused(tmp_path, name):
     path = tmp_path / "model.nrx"
     exported(path)
     tg.load_artifact(forge(path))  # the forger's tools alone do no harm
-    bad, began = forge(path, **FORGED[name]), time.process_time()
     with pytest.raises(tg.UserError, match="forged.nrx"):
-        tg.load_artifact(bad)
-    assert time.process_time() - began < 2
-
-
-def test_patterns_of_an_artifact_that_only_training_reads_are_not_run(tmp_path):
-    path, endless = tmp_path / "model.nrx", f"^({'|'.join('.' * 60)})*!"
-    exported(path, untie_at="0.5", tie_embed=1)
-    fields = dict.fromkeys(("slow", "adamw_matrices", "soap", "transfer_skip"), endless)
-    forged = forge(path, header=configured_as(own_lr=f"{endless}=1", **fields))
-    began = time.process_time()
-    cfg = tg.load_artifact(forged)[0]
-    assert time.process_time() - began < 2
-    assert cfg.untie_at == "0.5" and not cfg.slow and not cfg.own_lr
+        tg.load_artifact(forge(path, **FORGED[name]))
 
 
 def test_rows_that_no_reader_would_take_are_refused_before_training():
