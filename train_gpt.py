@@ -1899,8 +1899,8 @@ def check_fp8(pattern: str) -> None:
     require_regex("fp8", pattern)
     require(
         len(pattern) <= 200 and "(" not in pattern and sum(map(pattern.count, "*+?{")) <= 2,
-        f"fp8 = {pattern[:200]!r}: at most 200 characters, without brackets ( ) and with at most two of "
-        "* + ? {, such as '^head$|mlp'",
+        f"fp8 = {pattern[:200]!r}: at most 200 characters, without brackets ( ) and with "
+        "at most two of * + ? {, such as '^head$|mlp'",
     )
 
 
