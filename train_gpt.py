@@ -130,11 +130,19 @@ def require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+def compiled_pattern(text: str) -> re.Pattern:
+    """Of the configuration; re.error for all that Python's re cannot take."""
+    try:
+        return re.compile(text)
+    except (OverflowError, RecursionError) as e:  # a{99999999999999}, and 3,000 brackets
+        raise re.error(str(e)) from e
+
+
 def require_regex(key: str, text: str) -> None:
     try:
-        re.compile(text)
+        compiled_pattern(text)
     except re.error as e:
-        raise UserError(f"{key} = {text!r} is no regular expression: {e}") from e
+        raise UserError(f"{key} = {text[:200]!r} is no regular expression: {e}") from e
 
 
 ########################################
@@ -1316,12 +1324,17 @@ class ModelConfig(Section):
         self.check_values()
         self.check_stream()
         self.check_nets()
-        require_regex("fp8", self.fp8)
+        check_fp8(self.fp8)
         windows = long_windows(self)
         require(
             not self.yarn or windows[0] > 1 and windows == sorted(windows),
             f"yarn = {self.yarn} follows the growth of window_long = {self.window_long!r}: its "
             "values must grow, from 2 on (as many as the row is long for the whole row)",
+        )
+        require(
+            not self.yarn or len(windows) <= 64,
+            f"yarn = {self.yarn} with {len(windows)} values of window_long: each has a rotary "
+            "table, and there may be 64",
         )
         require(
             not self.eval_window_long or 0 < windows[-1] <= self.eval_window_long,
@@ -1488,7 +1501,7 @@ class ModelConfig(Section):
 
     def check_loop(self) -> None:
         low, high = loop_span(self)
-        loop, repeats = f"loop = {self.loop!r}", f"repeats = {self.repeats!r}"
+        loop, repeats = f"loop = {self.loop!r}", f"repeats = {self.repeats[:200]!r}"
         require(0 <= low <= high <= self.depth, f"{loop}: must lie within the {self.depth} blocks")
         values = Schedule("repeats", self.repeats).values()
         require(
@@ -1497,10 +1510,12 @@ class ModelConfig(Section):
         )
         places = self.depth + (high - low) * (max(values) - 1)
         passes = max(Schedule("passes", self.passes).values())
+        # summed, as there is a table of places for each value
+        every = sum(self.depth + (high - low) * (value - 1) for value in values) * passes
         require(
-            places * passes <= 10_000,
-            f"{loop}, {repeats}, passes = {self.passes!r}: {places * passes:g} applications of a "
-            "block, 10000 at most",
+            every <= 10_000,
+            f"{loop}, {repeats}, passes = {self.passes!r}: {every:g} applications of a block "
+            "over all values, 10000 at most",
         )
         require(
             not self.cross_repeat or max(values) > 1,
@@ -1882,6 +1897,19 @@ def candidates(targets: np.ndarray, count: int, classes: int, start: int) -> np.
     swept = (start + np.arange(classes)) * SWEEP % classes
     used = np.flatnonzero(~free)
     return np.sort(np.concatenate([used, swept[free[swept]][: count - len(used)]]))
+
+
+def check_fp8(pattern: str) -> None:
+    """
+    Refuse what is no pattern, and one that could search for ever: unlike other patterns, this one
+    is about the model, so that readers of an artifact run it.
+    """
+    require_regex("fp8", pattern)
+    require(
+        len(pattern) <= 200 and "(" not in pattern and sum(map(pattern.count, "*+?{")) <= 2,
+        f"fp8 = {pattern[:200]!r}: at most 200 characters, without brackets ( ) and with "
+        "at most two of * + ? {, such as '^head$|mlp'",
+    )
 
 
 def check_untie(cfg: Config) -> None:
@@ -2962,8 +2990,10 @@ def wiring(cfg: Config, repeats: int) -> list[Place]:
     last: dict[int, int] = {}  # of each block, the place where it was applied last
     places, kept, tables = [], kept_blocks(cfg), value_tables(cfg)
     paired, nets = blocks_of(cfg.paired_layers), blocks_of(cfg.gate_nets)
+    visits = dict.fromkeys(order, 0)
     for at, block in enumerate(order):
-        visit = order[:at].count(block)
+        visit = visits[block]
+        visits[block] += 1
         # loop_embed and value_scales have as many rows as the deepest order: up to the loop's end
         # they are counted from the front, behind it from the back. So each keeps its place when
         # depth grows. (Skips do not: their rows are counted from the middle.)
@@ -3952,7 +3982,7 @@ def own_rates(cfg: Config) -> list[OwnRate]:
         try:
             if not pattern:
                 raise ValueError("no pattern")
-            rate = OwnRate(re.compile(pattern), *map(float, values.split("/")))
+            rate = OwnRate(compiled_pattern(pattern), *map(float, values.split("/")))
             for value, most in zip(rate[1:], (1e38, BELOW_ONE, BELOW_ONE, 1000)):
                 if value is not None and not 0 <= value <= most:  # nan does not either
                     raise ValueError(f"{value} does not lie between 0 and {most}")
@@ -3971,7 +4001,7 @@ def matrix_factors(cfg: Config) -> list[tuple[re.Pattern, float]]:
     for word in cfg.matrix_lr_mul.split():
         pattern, _, factor = word.rpartition("=")
         try:
-            factors.append((re.compile(pattern), float(factor)))
+            factors.append((compiled_pattern(pattern), float(factor)))
         except (re.error, ValueError) as e:
             raise UserError(f"matrix_lr_mul = {cfg.matrix_lr_mul!r}: {word!r}: {e}") from e
         require(
@@ -5885,7 +5915,7 @@ def tail_shares(cfg: Config) -> list[tuple[re.Pattern, float]]:
     for word in cfg.tail_blend.split():
         pattern, named, share = word.rpartition("=")
         try:
-            shares.append((re.compile(pattern), float(share)))
+            shares.append((compiled_pattern(pattern), float(share)))
         except (re.error, ValueError) as e:
             raise UserError(f"tail_blend = {cfg.tail_blend!r}: {word!r} names no share") from e
         last = word == cfg.tail_blend.split()[-1]
@@ -6360,7 +6390,7 @@ def parse_bits(text: str) -> Bits:
         )
     for rule in rules:
         try:
-            re.compile(rule[1])
+            compiled_pattern(rule[1])
         except re.error as e:
             raise UserError(f"export = {text!r}: {rule[1]!r} is no regular expression: {e}") from e
     return Bits(int(words[0][3:]), tuple((rule[1], int(rule[2])) for rule in rules))
@@ -6849,18 +6879,28 @@ def unpack_artifact(data: bytes, where: str) -> tuple[Config, dict[str, Tensor],
 
 
 LONGEST = 1 << 20  # tokens of a row that an artifact may ask for ...
-ANGLES = 1 << 27  # ... and numbers in its rotary table: 512 MiB
+ANGLES = 1 << 29  # ... and numbers in its rotary tables: 2 GiB
+
+
+def check_rows(cfg: Config) -> None:
+    """Refuse rows that no reader of an artifact makes tables for."""
+    plan = Plan(cfg)
+    longest, width = max(plan.max_seq_len, plan.eval_seq_len), head_width(cfg)
+    tables = len(yarn_stages(cfg)) if cfg.yarn else 1
+    if cfg.paired_layers:  # twice as long
+        tables *= 2
+    require(
+        longest <= LONGEST and longest * width * tables <= ANGLES,
+        f"rows of {longest} tokens, heads of {width} and {tables} rotary tables of such rows are "
+        "more than an artifact may have: lower seq_len or eval_seq_len",
+    )
 
 
 def fits(cfg: Config, named: dict[str, Tensor]) -> None:
     """ValueError unless the model of cfg has these tensors: a header may be forged."""
-    plan = Plan(cfg)
-    longest, width = max(plan.max_seq_len, plan.eval_seq_len), head_width(cfg)
-    if cfg.depth > len(named) or longest > LONGEST or longest * width > ANGLES:
-        raise ValueError(
-            f"its configuration has {cfg.depth} blocks, rows of {longest} tokens and heads of "
-            f"{width}"
-        )
+    if cfg.depth > len(named):
+        raise ValueError(f"its configuration has {cfg.depth} blocks")
+    check_rows(cfg)
     model = build_model(cfg, torch.device("meta"), torch.float32, 8)
     if {k: list(w.shape) for k, w in model.named_parameters()} != {
         k: list(w.shape) for k, w in named.items()
@@ -6934,6 +6974,7 @@ def check_export(cfg: Config) -> None:
 
 def check_artifact(cfg: Config, model: GPT) -> None:
     """Refuse, before training, an artifact that this model could not have behind it."""
+    check_rows(cfg)
     matrices = quantised_names(model)
     if cfg.export != "fit":
         check_bits(cfg.export, matrices)
@@ -7246,18 +7287,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from e
 
 
+@contextlib.contextmanager
+def using(file: Path):
+    """Inside, a checkpoint's file is taken over: UserError where it holds something else."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
+        why = " ".join(f"{type(e).__name__}: {e}".split())
+        raise UserError(
+            f"{file} cannot be used ({why}); delete its checkpoint folder to go back to the one "
+            "before"
+        ) from e
+
+
 def load_checkpoint(path: Path, trainer: Trainer) -> int:
     """Everything that save_checkpoint wrote, at any number of ranks; the step to go on from."""
     run, loader = trainer.run, trainer.loader
 
     def read_state() -> dict:
-        try:
+        with using(path / "state.json"):
             return json.loads((path / "state.json").read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise UserError(
-                f"{path / 'state.json'} cannot be read ({e}); delete its folder to go back to the "
-                "one before"
-            ) from e
 
     def tensors_of(part: str) -> dict[str, Tensor]:
         return run.read_on_main(lambda: (read_tensors(path / f"{part}.safetensors"), None))[0]
@@ -7268,13 +7317,27 @@ def load_checkpoint(path: Path, trainer: Trainer) -> int:
             f"notice: {path} does not say what data it was trained on: whether these are the same "
             "is not known"
         )
-    elif notice := run.on_main(lambda: loader.accept(state["data"], state["loader"])):
-        run.log(f"notice: {notice}")
+    else:
+        with using(path / "state.json"):
+            notice = run.on_main(lambda: loader.accept(state["data"], state["loader"]))
+        if notice:
+            run.log(f"notice: {notice}")
     load_weights(trainer.model, tensors_of("model"), str(path))
-    trainer.opt.load_state_dict(tensors_of("optimizer"))
+    with using(path / "optimizer.safetensors"):
+        trainer.opt.load_state_dict(tensors_of("optimizer"))
     if is_averaged(run.cfg):
-        trainer.avg.load_state_dict(tensors_of("averages"), run.rank)
-    loader.load_state_dict(state["loader"])
+        with using(path / "averages.safetensors"):
+            trainer.avg.load_state_dict(tensors_of("averages"), run.rank)
+    with using(path / "state.json"):
+        return load_state(state, trainer)
+
+
+def load_state(state: dict, trainer: Trainer) -> int:
+    """The part of a checkpoint that is no tensors."""
+    run, loader, at = trainer.run, trainer.loader, state["loader"]
+    if at["epoch"] < 0 or not 0 <= at["shard"] < len(loader.files) or at["pos"] < 0:
+        raise ValueError(f"loader = {at}")
+    loader.load_state_dict(at)
     if run.rank < len(state["rng"]):  # ranks that did not exist then keep their own fresh stream
         for kind, text in state["rng"][run.rank].items():
             rng = torch.from_numpy(np.frombuffer(bytes.fromhex(text), dtype=np.uint8).copy())
@@ -7282,7 +7345,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> int:
                 torch.set_rng_state(rng)
             elif run.device.type == "cuda":
                 torch.cuda.set_rng_state(rng)
-    run.clock.total = state["train_seconds"]
+    run.clock.total = float(state["train_seconds"])
     run.began -= state["wall_seconds"]
     if saved := state.get("trained"):  # of a script: the schedules that move
         now = trainer.plan.at(state["step"], state["step"] / run.cfg.steps)
@@ -7292,7 +7355,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> int:
         step, steps = state["step"], run.cfg.steps
         counted = (trainer.plan.at(s, s / steps).batch_tokens for s in range(step))
         run.tokens = state["tokens"] if "tokens" in state else sum(counted)
-    return state["step"]
+    return int(state["step"])
 
 
 def notice(line: str) -> None:
@@ -7331,12 +7394,14 @@ def open_source(
     # a snapshot, or the end of an epoch, has these weights alone
     if (kind := cfg.final_weights) != "live" and (path / "DONE").exists():
         averages = read_tensors(path / "averages.safetensors")
-        if kind != "ema" and not averages[f"{kind}_count"]:
+        with using(path / "averages.safetensors"):
+            found = kind == "ema" or bool(averages[f"{kind}_count"])
+            of_kind = [averages[f"{name}:{kind}"].view_as(w) for name, w in named.items() if found]
+        if not found:
             say(f"{path}: its live weights, as final_weights = {kind!r} has no snapshot yet")
         else:
             say(f"{path}: its {kind} average, as final_weights says")
-            live = named
-            named = {name: averages[f"{name}:{kind}"].view_as(w) for name, w in live.items()}
+            live, named = named, dict(zip(named, of_kind))
             if kind == "tail":
                 named = {
                     name: w.float().lerp(named[name], tail_share(cfg, name))
@@ -7897,9 +7962,15 @@ def check_length(cfg: Config) -> None:
     validate_schedules(cfg)
 
 
+# Regular expressions, which a forger could let search for ever.
+OF_TRAINING = "own_lr adamw_matrices matrix_lr_mul slow uncorrected aurora soap soap_gate".split()
+OF_TRAINING += ["meta_match", "tail_blend", "transfer", "transfer_skip"]
+
+
 def stored_config(text: str, where: str) -> Config:
-    """Of a file that may be forged."""
-    cfg = Config(**checked(tomllib.loads(text), where))
+    """Of a file that may be forged: without the patterns that only training reads."""
+    values = checked(tomllib.loads(text), where)
+    cfg = Config(**{key: value for key, value in values.items() if key not in OF_TRAINING})
     check_config(cfg)
     return cfg
 
@@ -7928,6 +7999,7 @@ def check_texts(cfg: Config) -> None:
         value = getattr(cfg, f.name)
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str):
+                require(len(text) <= 20_000, f"{f.name} has {len(text)} characters: 20000 at most")
                 require(
                     not re.search("[\ud800-\udfff]", text),
                     f"{f.name} = {ascii(text)} is no UTF-8 text",

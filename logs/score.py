@@ -926,6 +926,22 @@ def mean_over_ranks(subject: Subject, losses: Tensor) -> float:
     return float(subject.run.sum_of(losses.sum().to(subject.run.device))) / subject.val.scored
 
 
+def read_state(folder: Path) -> dict:
+    """How the weights of an epoch's end or a snapshot are applied."""
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        applied = [state[key] for key in ("step", "repeats", "window")]
+        if not all(type(value) is int for value in applied):
+            raise ValueError(f"step, repeats, window: {applied}")
+    except (ValueError, LookupError, TypeError, RecursionError) as e:
+        raise UserError(
+            f"{path} cannot be read ({type(e).__name__}: {e}); put the run's own back, or delete "
+            "its folder"
+        ) from e
+    return state
+
+
 def score_epochs(subject: Subject, last: int) -> dict:
     """
     Losses of averages over the last epochs that the run kept, each applied with the depth and
@@ -936,8 +952,7 @@ def score_epochs(subject: Subject, last: int) -> dict:
 
     def listed() -> list[tuple[Path, dict]]:
         paths = kept_epochs(subject.folder)[-last:]
-        texts = [(path / "state.json").read_text(encoding="utf-8") for path in paths]
-        return [(path, json.loads(text)) for path, text in zip(paths, texts)]
+        return [(path, read_state(path)) for path in paths]
 
     def weights_of(path: Path) -> dict[str, Tensor]:
         return subject.run.read_on_main(
@@ -1035,12 +1050,13 @@ def read_snapshots(subject: Subject, folders: list[Path]) -> list[Snapshot]:
         if not paths:
             raise UserError(f"{folder} holds no snapshots: they are kept with --cycles")
         for path in paths:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            state = read_state(path)
             if "fitness_sha256" not in state:
                 raise UserError(
                     f"{path} has no probabilities to weigh it by: train with --fitness_tokens"
                 )
-            p = tg.read_tensors(path / "fitness.safetensors")["p"]
+            p = tg.read_tensors(path / "fitness.safetensors").get("p")
+            tg.require(p is not None, f"{path / 'fitness.safetensors'} holds no probabilities")
             found.append(Snapshot(path, state, p))
     if len({s.state["fitness_sha256"] for s in found}) > 1:
         raise UserError(
@@ -1270,9 +1286,12 @@ class Subject:
         if not self.is_run or not path.exists():
             return {}
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            for figure in result.get("scores", {}).values():
+                figure["of"], figure["top"].items()
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as e:
             raise UserError(f"{path} cannot be read ({e}); train the run again") from e
+        return result
 
     @functools.cached_property
     def other_text(self) -> str:
@@ -1358,11 +1377,23 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False, found=Non
     model = tg.build_model(cfg, run.device, run.dtype, max(plan.max_seq_len, plan.eval_seq_len))
     tg.load_weights(model, named, str(path))
     shape = plan.eval_shape(plan.at(cfg.steps, 1.0))
-    if flags.rows:
-        shape = shape._replace(rows=flags.rows)
     graph = tg.compile_model(model, cfg)
     own_text = not flags.data and flags.val_tokens < 0
-    return Subject(cfg, run, plan, model, graph, shape, path, folder, is_run, own_text)
+    subject = Subject(cfg, run, plan, model, graph, shape, path, folder, is_run, own_text)
+    if flags.rows:
+        most = (
+            max(shape.rows, windows_of(subject, flags)) if flags.rows > shape.rows else flags.rows
+        )
+        subject.shape = shape._replace(rows=min(flags.rows, most))
+    return subject
+
+
+def windows_of(subject: Subject, flags: Source) -> int:
+    """How many windows the text has, each of which scores `stride` tokens; more fill no batch."""
+    if isinstance(flags, Decode):  # which has no text
+        return 1
+    stride = getattr(flags, "stride", Settings.stride)
+    return -(-subject.val.scored // max(1, min(stride, subject.shape.seq_len)))
 
 
 @dataclass
@@ -1703,6 +1734,7 @@ def check_sampling(tokens: int, temperature: float, top_k: int) -> None:
 
 def sample_command(flags: Sample) -> None:
     check_sampling(flags.tokens, flags.temperature, flags.top_k)
+    tg.require(0 <= flags.seed < 2**32, f"seed = {flags.seed}: must lie between 0 and {2**32 - 1}")
     print(generate(opened(flags), flags))
 
 
@@ -1834,7 +1866,12 @@ class Table(OneScore, Source):
     )
 
 
+def require_rows(count: int, least: int) -> None:
+    tg.require(count >= least, f"calibration_rows = {count}: must be at least {least}")
+
+
 def table_command(flags: Table) -> None:
+    require_rows(flags.calibration_rows, 1)
     s = opened(flags, exact=True)
     named = {name: w.detach().clone() for name, w in s.model.named_parameters()}
     matrices = {name: named[name] for name in tg.quantised_names(s.model)}
@@ -1885,6 +1922,7 @@ def export_command(flags: Export) -> None:
         raise UserError("bits = 'fit' chooses by limit, which is not set: --limit 16000000")
     if flags.codec not in codecs:
         raise UserError(f"codec = {flags.codec!r}: must be one of {', '.join(codecs)}")
+    require_rows(flags.calibration_rows, 0)
     s = opened(flags, exact=True)
     hessians = None
     if flags.calibration_rows:

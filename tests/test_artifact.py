@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import random
+import shutil
 import struct
 from types import SimpleNamespace
 
@@ -363,6 +364,12 @@ def test_forged_artifact_with_a_valid_checksum_is_refused(tmp_path, name):
         tg.load_artifact(forge(path, **FORGED[name]))
 
 
+def test_rows_that_no_reader_would_take_are_refused_before_training():
+    cfg = tiny(export="int8", eval_seq_len=1 << 21)
+    with pytest.raises(tg.UserError, match="lower seq_len or eval_seq_len"):
+        tg.check_artifact(cfg, build(tiny()))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -678,6 +685,60 @@ def test_damaged_checkpoint_is_refused_by_file_name(tmp_path, name):
         (saved / name).write_bytes(data)
         with pytest.raises(tg.UserError, match=name):
             tg.load_checkpoint(saved, p)
+
+
+def in_state(*keys, value):
+    """Change what state.json says under `keys`."""
+
+    def change(folder):
+        state = part = json.loads((folder / "state.json").read_text())
+        for key in keys[:-1]:
+            part = part[key]
+        part[keys[-1]] = value
+        (folder / "state.json").write_text(json.dumps(state))
+        return "state.json"
+
+    return change
+
+
+def of_another(name: str):
+    def change(folder):
+        shutil.copy(folder / "model.safetensors", folder / f"{name}.safetensors")
+        return f"{name}.safetensors"
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *[lambda f, t=t: (f / "state.json").write_text(t) and "state.json" for t in ("{}", "[]")],
+        in_state("rng", value=[{"cpu": "zz"}]),
+        in_state("rng", value=[{"cpu": "00"}]),
+        in_state("loader", "shard", value=99),
+        in_state("loader", "shard", value="1"),
+        in_state("loader", "epoch", value=-1),
+        in_state("data", value=[]),
+        in_state("train_seconds", value="much"),
+        in_state("step", value=None),
+        of_another("optimizer"),
+        of_another("averages"),
+    ],
+)
+def test_checkpoint_of_other_content_is_refused_by_file_name(tmp_path, change):
+    _, p = started(tmp_path / "a", ema=0.9)
+    saved = tg.save_checkpoint(p, 1)
+    name = change(saved)
+    with pytest.raises(tg.UserError, match=rf"{name} cannot be used .* delete"):
+        tg.load_checkpoint(saved, p)
+
+
+def test_averages_of_other_content_are_refused_by_file_name(tmp_path):
+    _, p = started(tmp_path / "a", ema=0.9, final_weights="ema")
+    saved = tg.save_checkpoint(p, 1)
+    of_another("averages")(saved)
+    with pytest.raises(tg.UserError, match="averages.safetensors cannot be used"):
+        tg.open_source(str(saved))
 
 
 # --- starting from other weights

@@ -368,6 +368,18 @@ def test_wrong_type_of_a_flag_is_named(capsys, flags):
             ("slow = '^embed$'", "untie_at = '3s'", "both"),
         ),
         ({"adamw_matrices": "("}, ("adamw_matrices", "regular expression")),
+        *[
+            ({key: text}, (key, "regular expression"))
+            for key in ("adamw_matrices", "slow", "fp8", "transfer_skip")
+            for text in ("a{99999999999999}", "(" * 3000)
+        ],
+        ({"own_lr": "a{99999999999999}=1"}, ("own_lr", "too large")),
+        ({"matrix_lr_mul": "a{99999999999999}=1"}, ("matrix_lr_mul", "too large")),
+        ({"tail_blend": "a{99999999999999}=0 0.6"}, ("tail_blend", "names no share")),
+        ({"export": "int6 a{99999999999999}:5"}, ("export", "too large")),
+        ({"fp8": "(.|.)*!"}, ("fp8 = '(.|.)*!'", "without brackets")),
+        ({"fp8": ".*.*.*!"}, ("fp8", "at most two")),
+        ({"data": "a" * 30_000}, ("data has 30000 characters",)),
         ({"init_from": "x", "transfer": "["}, ("transfer", "regular expression")),
         ({"run": "a/b"}, ("run", "a/b")),
         ({"run": ".."}, ("run", "..")),

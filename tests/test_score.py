@@ -761,6 +761,7 @@ def test_an_export_by_hand_is_the_artifact_of_the_run(runs, tmp_path, capsys):
         ({"bits": "int3"}, ["int3", "int4"]),
         ({"bits": "int6 nothing:5"}, ["nothing", "matches no matrix"]),
         ({"codec": "zip"}, ["codec = 'zip'", "zstd"]),
+        ({"calibration_rows": -5}, ["calibration_rows = -5", "at least 0"]),
         ({"limit": 1000}, ["limit = 1000", "smaller model", "--bits fit"]),
         ({"bits": "fit", "limit": 1000}, ["limit = 1000", "smaller model"]),
         ({"source": "model.nrx"}, ["is an artifact", "exact weights"]),
@@ -776,6 +777,48 @@ def test_an_export_that_cannot_be_is_refused(runs, tmp_path, capsys, changes, wo
     assert said.startswith("error: ") and said.count("\n") == 1
     assert all(word in said for word in words), said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["table", "--calibration_rows", "0"], "calibration_rows = 0: must be at least 1"),
+        (["table", "--calibration_rows", "-5"], "calibration_rows = -5: must be at least 1"),
+        (["sample", "--tokens", "5", "--seed", "9" * 23], "seed = 99999999999999999999999"),
+        (["sample", "--tokens", "5", "--seed", "-1"], "seed = -1"),
+    ],
+    ids=str,
+)
+def test_numbers_that_no_program_can_use_are_refused_in_one_line(runs, capsys, argv, words):
+    assert score.main([argv[0], str(runs / "tiny"), *argv[1:]]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and words in said
+
+
+def test_a_batch_has_no_more_rows_than_there_are_windows(runs):
+    source, windows = str(runs / "tiny"), score.opened(score.Source(str(runs / "tiny"))).val.scored
+    how = {"mode": "sliding", "stride": 8}
+    assert score.opened(score.Table(source, **how, rows=3)).shape.rows == 3
+    usual = score.opened(score.Table(source, **how)).shape.rows
+    most = max(usual, -(-windows // 8))
+    assert score.opened(score.Table(source, **how, rows=10**6)).shape.rows == most
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"scores": [1]}', '{"scores": {"a": 1}}'])
+def test_result_of_other_content_is_refused_in_one_line(tmp_path, capsys, text):
+    p = parts(tmp_path, log_dir=str(tmp_path))
+    tg.save_checkpoint(p, 1)
+    (p.run.folder / "result.json").write_text(text)
+    assert score.main([str(p.run.folder), "--modes", "chunked"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and "result.json cannot" in said
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"step": 1, "repeats": "1", "window": 0}', "[" * 9])
+def test_state_of_other_content_is_refused_by_file_name(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(tg.UserError, match="state.json cannot be read"):
+        score.read_state(tmp_path)
 
 
 def test_the_table_tells_bytes_and_bits_lost_of_every_choice(runs, capsys):

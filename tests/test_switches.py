@@ -268,6 +268,8 @@ def test_run_is_read_from_another_working_directory(tmp_path, monkeypatch):
 
 # --- what the end needs is asked before the beginning
 
+MANY = " ".join(f"{i}s:{i + 1}" for i in range(1, 990))
+
 
 @pytest.mark.parametrize(
     "changes, words",
@@ -285,8 +287,9 @@ def test_run_is_read_from_another_working_directory(tmp_path, monkeypatch):
         ({"unet": 1, "depth": 1}, "no halves"),
         ({"loop": "0:2", "repeats": "10000"}, "repeats"),
         ({"loop": "0:1000", "depth": 1000, "repeats": "1000"}, "applications"),
+        ({"loop": "0:1", "repeats": f"1 {MANY}"}, "applications"),
     ],
-    ids=str,
+    ids=lambda x: str(x)[:40],
 )
 def test_what_only_the_end_would_find_is_refused_at_the_start(changes, words):
     assert words in refusal(lambda: tg.validate(tiny(**changes)))
@@ -643,10 +646,15 @@ LIES = [
     f"polar_steps = {10**12}",
     "x = " + "[" * 100_000,
     f"seed = -{2**70}",
-    'own_lr = "x=nan"',
+    'maxwell = "x"',
     f"vocab = {2**31}",
     f"kv_heads = -{2**31}",
     f"embed_stats = {'9' * 5000}",
+    f'repeats = "1 {MANY}"\nloop = "0:1"',
+    f'window_long = "2 {MANY}"\nyarn = 1',
+    f'window_long = "2 {MANY[:300]}"\nyarn = 1\neval_seq_len = {2**20}',
+    'fp8 = "(.|.)*!"\nsampled_classes = "64 0.5:72"',
+    f'run = "{"x" * 30_000}"',
 ]
 
 
@@ -663,6 +671,22 @@ def test_lie_in_the_configuration_of_an_artifact_costs_neither_time_nor_memory(t
     began = time.process_time()
     said = refusal(lambda: tg.load_artifact(forge(path, header=change)))
     assert said and "forged.nrx" in said and time.process_time() - began < 2
+
+
+def test_patterns_of_an_artifact_that_only_training_reads_are_not_run(tmp_path):
+    endless = f"^({'|'.join('.' * 60)})*!"
+    exported(tmp_path / "model.nrx", untie_at="0.5", tie_embed=1)
+
+    def change(h):
+        for key in ("slow", "adamw_matrices", "own_lr", "tail_blend"):
+            lines = h["config"].splitlines()
+            at = [line.split(" = ")[0] for line in lines].index(key)
+            h["config"] = "\n".join([*lines[:at], f'{key} = "{endless}"', *lines[at + 1 :], ""])
+
+    began = time.process_time()
+    cfg = tg.load_artifact(forge(tmp_path / "model.nrx", header=change))[0]
+    assert time.process_time() - began < 2
+    assert cfg.untie_at == "0.5" and not cfg.slow and not cfg.own_lr
 
 
 def test_sizes_of_an_artifact_that_cancel_out_are_refused(tmp_path):
