@@ -5144,6 +5144,13 @@ class Loader:
         if not cfg.epochs or cfg.max_seconds:
             return
         usable = cfg.epochs * held if cfg.shuffle else self.tokens_in_order(plan)
+        if cfg.train_tokens and needed > usable:
+            raise UserError(
+                f"too little data for {steps} steps: they need {needed} tokens, and of "
+                f"train_tokens = {cfg.train_tokens} {usable // cfg.epochs} are usable in each of "
+                f"epochs = {cfg.epochs}; raise --train_tokens (0: all), or lower --steps, or allow "
+                "more epochs with --epochs (0: as many as needed)"
+            )
         if needed > usable:
             per = usable / len(self.files) / cfg.epochs
             more = max(len(self.files) + 1, math.ceil(needed / per / cfg.epochs))
@@ -5177,6 +5184,14 @@ class Loader:
         except OutOfData:
             if not drawn:
                 raise self.no_documents(now.batch_tokens, now.doc_cap) from None
+            if cfg.train_tokens:
+                raise UserError(
+                    f"too little data for {steps} steps: with bos_rows = 1 and doc_cap = "
+                    f"{cfg.doc_cap!r} they need {plan.tokens()} tokens, and train_tokens = "
+                    f"{cfg.train_tokens} give {drawn} in epochs = {cfg.epochs}; raise "
+                    "--train_tokens (0: all), or lower --steps, or allow more epochs with "
+                    "--epochs (0: as many as needed)"
+                ) from None
             more = math.ceil(len(self.files) * plan.tokens() / drawn) + 1
             raise UserError(
                 f"too little data for {steps} steps: with bos_rows = 1 and doc_cap = "
@@ -5191,10 +5206,15 @@ class Loader:
         """Why not one batch can be had."""
         held = sum(self.counts)
         found = f"the {len(self.files)} train shards in {self.cfg.data} hold {held} tokens"
+        if self.cfg.train_tokens:
+            found += f" within train_tokens = {self.cfg.train_tokens}"
         if held <= batch_tokens:
+            more = f"run: {get_command(self.cfg)}"
+            if self.cfg.train_tokens:
+                more = "raise --train_tokens (0: all)"
             return UserError(
                 f"{found}, less than one batch of {batch_tokens} and the token behind it; lower "
-                f"--batch_tokens or run: {get_command(self.cfg)}"
+                f"--batch_tokens or {more}"
             )
         if self.cfg.shuffle:
             why = " (with shuffle = 1 a row lies in one shard)" if self.cfg.shuffle == 1 else ""
@@ -5342,8 +5362,11 @@ class Loader:
                 self.next_epoch(step)
 
     def no_documents(self, batch_tokens: int, cap: int) -> UserError:
+        where = self.cfg.data
+        if self.cfg.train_tokens:
+            where += f" within train_tokens = {self.cfg.train_tokens}"
         return UserError(
-            f"no train shard in {self.cfg.data} has documents (doc_token = {self.cfg.doc_token}) "
+            f"no train shard in {where} has documents (doc_token = {self.cfg.doc_token}) "
             f"for a batch of {batch_tokens} with bos_rows = 1 and doc_cap = {cap}: lower "
             "--batch_tokens, or set --bos_rows 0"
         )
@@ -5840,6 +5863,11 @@ class Validation:
                 f"{get_command(cfg)}"
             )
         self.rows = (have - 1) // self.seq_len
+        if cfg.val_tokens and self.rows < 1:
+            raise UserError(
+                f"val_tokens = {cfg.val_tokens}: less than one row of {self.seq_len}; raise "
+                "--val_tokens (0: all), or lower --eval_seq_len"
+            )
         if self.rows < 1:
             raise UserError(
                 f"the val shards in {cfg.data} hold {have} tokens, less than one row of "

@@ -1351,7 +1351,14 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False, found=Non
     """
     if flags.rows < 0:
         raise UserError(f"rows = {flags.rows}: must not be negative; 0 are as many as fit")
+    if flags.val_tokens < -1:
+        raise UserError(f"val_tokens = {flags.val_tokens}: -1 are the run's own, 0 are all")
     cfg, named, path = found or tg.open_source(flags.source, exact)
+    if not cfg.data:  # of pre_pre_train.py
+        raise UserError(
+            f"{flags.source} is a pre-pre-training, which knows no text: train a run from it "
+            f"(train_gpt.py --init_from {flags.source}) and score that"
+        )
     if exact and path.is_file():
         raise UserError(
             f"{path} is an artifact: quantising needs the exact weights, of a checkpoint "
@@ -1537,6 +1544,11 @@ def one_score(subject: Subject, how: OneScore) -> tuple[dict, dict]:
     if subject.cfg.compile:
         scorer.warm_up()
     found = score_all(scorer, subject.val)
+    if how.mode == "ttt" and not scorer.trained:
+        subject.run.log(
+            f"notice: ttt trained on nothing: the windows of these {len(subject.val.tokens) - 1} "
+            f"tokens begin within the first ttt_chunk = {how.ttt_chunk}; lower --ttt_chunk"
+        )
     ms, rate = found["eval_time_s"] * 1000, found["tok_s"]
     subject.run.log(
         f"final_{how.mode} val_loss:{found['val_loss']:.8f} val_bpb:{found['val_bpb']:.8f} "
@@ -1791,6 +1803,8 @@ class Prove(OneScore, Source):
 
 
 def prove_command(flags: Prove) -> None:
+    if flags.bytes < 1:
+        raise UserError(f"bytes = {flags.bytes}: there is no text to prove; 1 at least")
     subject = opened(flags)
     if not subject.tokenizer:
         raise UserError(
@@ -1914,6 +1928,8 @@ class Export(Source):
 
 def export_command(flags: Export) -> None:
     codecs = (*tg.CODECS, tg.ENTROPY, "best")
+    if flags.calibration_rows < 0:
+        raise UserError(f"calibration_rows = {flags.calibration_rows}: 0 (no GPTQ) or more")
     if Path(flags.out).exists():
         raise UserError(f"out = {flags.out!r} exists: choose another name, or delete it")
     if not Path(flags.out).parent.is_dir():

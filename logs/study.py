@@ -41,6 +41,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import difflib
 import fnmatch
 import io
 import itertools
@@ -49,6 +50,7 @@ import shlex
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,14 +63,64 @@ from logs.endings import UserError, ending  # noqa: E402
 
 # train_gpt and pre_pre_train are imported where runs are made: a report needs no torch
 
-KINDS = {
-    list: "base seeds differ sizes default",
-    dict: "must flags arms phase1 grid tricks",
-    str: "metric analysis",
-    bool: "quiet",
-    str | dict: "baseline",
+
+def is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def is_flag(value) -> bool:
+    return type(value) in (str, int, float, bool)
+
+
+def are_texts(value) -> bool:
+    return isinstance(value, list) and all(map(is_text, value))
+
+
+def are_flags(value) -> bool:
+    return isinstance(value, dict) and all(map(is_flag, value.values()))
+
+
+def are_tables(value) -> bool:
+    rows = value.values() if isinstance(value, dict) else []
+    return len(rows) > 0 and all(isinstance(row, dict) for row in rows)
+
+
+def are_seeds(value) -> bool:
+    whole = isinstance(value, list) and all(type(v) is int for v in value)
+    return whole and 0 < len(value) == len(set(value))
+
+
+def are_values(value) -> bool:
+    """Of an axis of a grid."""
+    numbers = isinstance(value, list) and all(type(v) in (int, float) for v in value)
+    return numbers and len(value) > 0 or are_tables(value)
+
+
+# what a value must be: in words, and whether it is that
+TEXT, FLAG = ("a text", is_text), ("a text or a number", is_flag)
+TEXTS, FLAGS = ("a list of texts", are_texts), ("a table of flags", are_flags)
+BOOL = ("true or false", lambda v: isinstance(v, bool))
+TABLES = ("tables, one at least", lambda v: isinstance(v, dict) and len(v) > 0)
+AXIS = ("a list of numbers or tables NAME = { flags }", are_values)
+SEEDS = ("a list of whole numbers, one at least and none twice", are_seeds)
+KEYS = {
+    "base": TEXTS,
+    "baseline": ('an arm or { axis = "value" }', lambda v: is_text(v) or are_flags(v)),
+    "metric": TEXT,
+    "seeds": SEEDS,
+    "differ": TEXTS,
+    "sizes": TEXTS,
+    "must": FLAGS,
+    "default": ("a list of arms, one at least", lambda v: are_texts(v) and len(v) > 0),
+    "analysis": TEXT,
+    "quiet": BOOL,
+    "flags": FLAGS,
+    "arms": TABLES,
+    "phase1": ("a table", lambda v: isinstance(v, dict)),
+    "grid": ("axes, one at least", lambda v: isinstance(v, dict) and len(v) > 0),
+    "tricks": TABLES,
 }
-KEYS = {key: kind for kind, keys in KINDS.items() for key in keys.split()}
+ARM = {"base": TEXTS, "from": TEXT, "phase1": TEXT, "note": TEXT, "longer": BOOL}
 # what names a run, says where it is kept, or is read by other programs
 NAMES = {"config", "run", "arm", "track", "log_dir", "resume", "rule", "score"}
 
@@ -90,7 +142,7 @@ class Arm:
 
 
 def read_study(name: str) -> dict:
-    """What a study's file says, by name or path; unknown keys and wrong types are errors."""
+    """What a study's file says, by name or path; what is unknown or malformed is an error."""
     folder = ROOT / "configs" / "studies"
     path = next((p for p in (Path(name), folder / f"{name}.toml") if p.is_file()), None)
     if not path:
@@ -103,16 +155,64 @@ def read_study(name: str) -> dict:
     for key, value in said.items():
         if key not in KEYS:
             raise UserError(f"{path}: unknown key {key}; there are {', '.join(KEYS)}")
-        if not isinstance(value, KEYS[key]):
-            raise UserError(f"{path}: {key} = {value!r} must be {KEYS[key]}")
+        expect(path, key, value, KEYS[key])
     if "metric" not in said or sum(key in said for key in ("arms", "grid", "tricks")) != 1:
         raise UserError(f"{path}: needs a metric, and one of [arms], [grid] and [tricks]")
+    if "grid" not in said:
+        expect(path, "baseline", said.get("baseline", ""), ("the name of an arm", is_text))
+    check_arms(path, said)
+    if "analysis" in said and said["analysis"] not in (known := analyses()):
+        raise UserError(
+            f"{path}: analysis = {said['analysis']!r} must be one of {', '.join(known)}, the files "
+            "of logs/ that have one; leave it out for none"
+        )
     return said
+
+
+def expect(path: Path, key: str, value, kind: tuple[str, Callable[..., bool]]) -> None:
+    """An error where a value is not of its kind."""
+    words, is_one = kind
+    if not is_one(value):
+        raise UserError(f"{path}: {key} = {value!r} must be {words}")
+
+
+def check_arms(path: Path, said: dict) -> None:
+    """An error where the flags of an arm, a trick or a cell are none, or a run cannot be named."""
+    named = {f"[{k}] {name}": v for k in ("arms", "tricks") for name, v in said.get(k, {}).items()}
+    for axis, values in said.get("grid", {}).items():
+        expect(path, f"[grid] {axis}", values, AXIS)
+        if isinstance(values, dict):
+            named |= {f"[grid.{axis}] {name}": flags for name, flags in values.items()}
+    for where, flags in named.items():
+        expect(path, where, flags, ("a table { flags }", lambda v: isinstance(v, dict)))
+        for key, value in flags.items():
+            expect(path, f"{where}: {key}", value, ARM.get(key, FLAG))
+    either = ("a flag or a table { flags }", lambda v: is_flag(v) or are_flags(v))
+    for name, value in said.get("phase1", {}).items():
+        expect(path, f"[phase1] {name}", value, either)
+        if isinstance(value, dict):
+            check_name(name)
+
+
+def check_name(name: str) -> None:
+    """An error where a name is no part of a run's, which is a folder's (the trainer's rule)."""
+    if re.search(r"[\s/\\]|^\.*$", name):
+        raise UserError(
+            f"arm {name!r}: a run's folder is named after it: give a name without / or blanks"
+        )
+
+
+def analyses() -> list[str]:
+    """The files of logs/ that add to a report."""
+    files = sorted((ROOT / "logs").glob("*.py"))
+    return [p.stem for p in files if "\ndef analyse(" in p.read_text(encoding="utf-8")]
 
 
 def all_arms(said: dict) -> dict[str, Arm]:
     """Every arm of a study by name."""
     arms = grid_arms(said) if "grid" in said else named_arms(said)
+    for name in arms:
+        check_name(name)
     if lost := {arm.against for arm in arms.values()} - {"", *arms}:
         raise UserError(f"baseline: no arm is called {min(lost)}; there are {', '.join(arms)}")
     return arms
@@ -155,10 +255,6 @@ def trick_arms(tricks: dict[str, dict]) -> dict[str, dict]:
 def grid_arms(said: dict) -> dict[str, Arm]:
     """A cell is called by its places on all axes; a number has its axis before it."""
     axes, arms, baseline = said["grid"], {}, said.get("baseline", "")
-    for axis, values in axes.items():
-        rows = values.values() if isinstance(values, dict) else [{}]
-        if not (isinstance(values, list | dict) and values and all(type(v) is dict for v in rows)):
-            raise UserError(f"[grid] {axis}: give a list of numbers or tables NAME = {{ flags }}")
     place = lambda axis, v: v if isinstance(v, str) else f"{axis}{v:g}"
     named = lambda cell: "-".join(itertools.starmap(place, cell.items()))
     for values in itertools.product(*axes.values()):
@@ -233,7 +329,12 @@ class Study:
 
         def parse(flags: dict):
             last = [*self.more, *words(length), *self.placed(name, seed)]
-            return train_gpt.parse_args([*presets, *words(flags), *last])
+            try:
+                return train_gpt.parse_args([*presets, *words(flags), *last])
+            except SystemExit as e:  # the parser has said what is wrong, but not where it stands
+                if not e.code:
+                    raise
+                raise UserError(f"study {self.name}: those are the flags of arm {name}") from e
 
         computed = {k for k, v in own.items() if "{" in str(v)}
         if computed:
@@ -260,6 +361,7 @@ class Study:
 
     def check(self) -> None:
         """An error where the arms are not matched, or a flag would make them so."""
+        self.check_fields()
         fixed = self.free() - {*self.said.get("sizes", [])} | {*self.said.get("must", {})}
         fixed |= {"seed", "run", "arm", "resume"}
         given = [w[2:].partition("=")[0].replace("-", "_") for w in self.more if w[:2] == "--"]
@@ -282,6 +384,17 @@ class Study:
                 )
             if arm.against:
                 self.compare(name, configs)
+
+    def check_fields(self) -> None:
+        """An error where the study's file names a field that there is not."""
+        import train_gpt
+
+        for key in ("differ", "sizes", "must"):
+            for name in self.said.get(key, []):
+                if name not in train_gpt.FIELDS:
+                    near = difflib.get_close_matches(name, train_gpt.FIELDS, 1)
+                    hint = f"; did you mean {near[0]}?" if near else ""
+                    raise UserError(f"study {self.name}: {key}: {name} is no flag{hint}")
 
     def compare(self, name: str, configs: dict) -> None:
         there, here = configs[self.arms[name].against], configs[name]
@@ -387,8 +500,11 @@ def train_one(study: Study, name: str, seed: int, ranks) -> str:
         raise SystemExit(code)  # stopped by a signal, its state saved
     if not ranks.is_main:
         return ""
-    value = report.load_folder(folder).value(study.said["metric"])
-    return f"{study.said['metric']} {report.number(value)}"
+    metric = study.said["metric"]
+    value = report.load_folder(folder).value(metric)
+    if value is None:  # a score may be taken later
+        return f"its result.json has no {metric} so far, which the report needs"
+    return f"{metric} {report.number(value)}"
 
 
 def train(study: Study) -> None:
@@ -422,7 +538,8 @@ def chosen(said: dict, patterns: list[str]) -> dict[str, Arm]:
     for pattern in patterns or said.get("default", ["*"]):
         matching = fnmatch.filter(known, pattern)
         if not matching:
-            raise UserError(f"--arms {pattern}: no such arm; there are {', '.join(known)}")
+            asked = "--arms" if patterns else "default:"
+            raise UserError(f"{asked} {pattern}: no such arm; there are {', '.join(known)}")
         names += matching
     wanted = {n for name in names for n in (name, known[name].against)}
     arms = {name: arm for name, arm in known.items() if name in wanted}

@@ -28,7 +28,22 @@ def load(study) -> dict[str, list[Run]]:
         found[name] = [report.load_folder(f) for f in over]
     if not any(found.values()):
         raise UserError(f"{study.log_dir / study.name}: no run of this study is finished")
+    refuse_unknown_metric(study, [run for runs in found.values() for run in runs if run.finished])
     return found
+
+
+def refuse_unknown_metric(study, finished: list[Run]) -> None:
+    """An error where none of the finished runs has the study's number: it would have no column."""
+    metric, names = study.said["metric"], set()
+    for run in finished:
+        if type(run.value(metric)) in (int, float):
+            return
+        names |= {k for k, v in run.result.items() if type(v) in (int, float)}
+    if finished:
+        raise UserError(
+            f"study {study.name}: metric = {metric!r} is a number of none of the {len(finished)} "
+            f"finished runs; they have {', '.join(sorted(names))}"
+        )
 
 
 def summary(study, found: dict[str, list[Run]]) -> list[dict]:

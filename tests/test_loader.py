@@ -268,12 +268,30 @@ def test_missing_shards_are_found_before_training(tmp_path):
             "hold 150 .*which make 0 rows of 32 .*a batch of 128",
         ),
         ((65, 66), {"shuffle": 2}, "hold 131 .*3 rows of 32 and its last target, too few for"),
+        (
+            (500,),
+            {"train_tokens": 100},
+            r"within train_tokens = 100, less .*of 128 .*or raise --train_tokens \(0: all\)$",
+        ),
+        ((500,), {"train_tokens": 129}, "hold 129 tokens within train_tokens = 129, but none"),
+        (
+            (500,),
+            {"train_tokens": 300},
+            "of train_tokens = 300 256 are usable in each of epochs = 1; raise --train_tokens",
+        ),
+        (
+            (500,),
+            {"train_tokens": 300, "bos_rows": 1, "doc_mask": 1},
+            "no train shard in .* within train_tokens = 300 has documents",
+        ),
     ],
 )
 def test_what_is_said_of_too_little_data_is_true(tmp_path, lengths, changes, words):
     shards(tmp_path, *lengths)
-    with pytest.raises(tg.UserError, match=words):
+    with pytest.raises(tg.UserError, match=words) as refused:
         loader(config(tmp_path, **changes))
+    # more shards help no run that may not read them
+    assert "train_tokens" not in changes or "run: " not in str(refused.value)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -568,6 +586,7 @@ def test_validation_scores_the_tokens_of_its_prefix(tmp_path):
     for tokens, words in (
         (450, "val_tokens = 450, .* hold 450"),
         (10**9, "val_tokens = 1000000000"),
+        (31, "val_tokens = 31: less than one row of 32; raise --val_tokens"),
     ):
         with pytest.raises(tg.UserError, match=words):
             tg.Validation(config(tmp_path, val_tokens=tokens), tg.Plan(cfg), None)

@@ -21,6 +21,7 @@ from test_runs import newest, timeless
 
 import pre_pre_train as nca
 import train_gpt as tg
+from logs import score
 
 # Grids of 6x6 cells of 3 colours: 11 tokens each, 5 of them a row of 55; 20 rows an epoch, 8 of
 # them a batch.
@@ -312,6 +313,17 @@ def test_the_run_folder_holds_numbers_picture_and_measures(straight):
         6,
     )
     assert nca.parse_args(["--config", str(folder / "config.toml")]).nca_tokens == 1100
+
+
+@pytest.mark.parametrize("verb", ["", "table", "export", "prove", "sample"])
+@pytest.mark.parametrize("more", [(), ("--data", "data/sample")], ids=str)
+def test_what_knows_no_text_is_not_scored(straight, tmp_path, capsys, verb, more):
+    """Not on another text either, whose tokens would mean nothing to it."""
+    out = ("--out", str(tmp_path / "a.nrx")) if verb == "export" else ()
+    assert score.main([*verb.split(), str(straight[0]), *out, *more]) == 2
+    said = capsys.readouterr()
+    assert f"{straight[0]} is a pre-pre-training, which knows no text" in said.err
+    assert said.err.count("\n") == 1 and not said.out
 
 
 def test_any_number_of_ranks_gives_the_same_losses(server, straight, tmp_path):

@@ -615,6 +615,15 @@ def test_an_artifact_a_checkpoint_and_another_text_change_no_figures(whole, tmp_
         assert (folder / "result.json").read_bytes() == result
 
 
+def test_test_time_training_that_trains_on_nothing_says_so(runs, capsys):
+    argv = [str(runs / "tiny" / "model.nrx"), "--modes", "ttt", "--stride", "8", "--ttt_chunk"]
+    words = "notice: ttt trained on nothing: the windows of these 320 tokens begin within the first"
+    for chunk, said in (("320", True), ("64", False)):
+        assert score.main([*argv, chunk]) == 0
+        out = capsys.readouterr().out
+        assert "final_ttt val_loss:" in out and (words in out) == said, out
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_figures_of_shards_that_were_exchanged_are_neither_kept_nor_believed(
     server, runs, spoken, tmp_path, world
@@ -657,6 +666,7 @@ REFUSED = {
     "a stride over the row": (["--modes", "chunked sliding", "--stride", "33"], ["stride = 33"]),
     "a sample of -1 tokens": (["--sample_tokens", "-1"], ["sample_tokens = -1"]),
     "a proof of -1 bytes": (["--prove_bytes", "-1"], ["prove_bytes = -1"]),
+    "-5 tokens to score": (["--val_tokens", "-5"], ["val_tokens = -5", "-1 are the run's own"]),
     "batches of -1 rows": (["--rows", "-1"], ["rows = -1"]),
     "a negative top_k": (["--top_k", "-1"], ["top_k = -1"]),
     "a temperature near 0": (["--temperature", "1e-45"], ["temperature = 1e-45", "0.001"]),
@@ -844,6 +854,13 @@ def test_a_proof_by_hand_decodes_what_is_claimed(runs, capsys):
     assert score.main(argv) == 0
     said = capsys.readouterr().out
     assert "prove:mixture text_bytes:" in said and "the text came back: proven" in said
+    for count in ("0", "-5"):
+        assert score.main(["prove", str(runs / "tiny"), "--bytes", count]) == 2
+        said = capsys.readouterr()
+        assert f"bytes = {count}: there is no text to prove" in said.err and not said.out
+    for verb, count in (("export", -1), ("table", 0), ("table", -1)):
+        assert score.main([verb, str(runs / "tiny"), "--calibration_rows", str(count)]) == 2
+        assert f"calibration_rows = {count}: " in capsys.readouterr().err
     for words in (["--code", "x"], ["--out", "x"]):
         assert score.main(["decode", str(runs / "tiny"), *words]) == 2
         assert "--code FILE --out FILE" in capsys.readouterr().err

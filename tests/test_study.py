@@ -185,6 +185,7 @@ def test_an_arm_that_differs_in_more_than_was_asked_for_is_not_run(
         (["nca.toml", "--max_seconds", "9"], "max_seconds = 9 have no number of steps"),
         (["nca.toml", "--arms", "longer"], "so there is no time to give"),
         (["plain.toml", "--only", "report"], "no run of this study is finished"),
+        (["plain.toml", "--softcapp", "3"], "study plain: those are the flags of arm plain"),
     ],
 )
 def test_bad_input_ends_in_a_line_that_says_what_to_do(here, capsys, flags, message):
@@ -203,14 +204,60 @@ def test_bad_input_ends_in_a_line_that_says_what_to_do(here, capsys, flags, mess
         (("plain = {}", "plain = { softcap = '{1/0}' }"), "{1/0} cannot be worked out"),
         (("plain = {}", "plain = { softcap = '{open(1)}' }"), "cannot be worked out"),
         (("plain = {}", "plain = { softcap = '{steps.real}' }"), "more than arithmetic"),
-        (("[arms]", "[grid]"), "[grid] plain: give a list"),
+        (("[arms]", "[grid]"), "[grid] plain = {} must be a list of numbers or tables"),
         (("= [1, 2]", "="), "is not TOML"),
+        (("[1, 2]", "[]"), "plain.toml: seeds = [] must be a list of whole numbers, one at least"),
+        (("[1, 2]", '["x"]'), "plain.toml: seeds = ['x'] must be a list of whole numbers"),
+        (("[1, 2]", "[1.5]"), "plain.toml: seeds = [1.5] must be a list of whole numbers"),
+        (("[1, 2]", "[1, 1]"), "plain.toml: seeds = [1, 1] must be"),
+        (('["lm"]', "[3]"), "plain.toml: base = [3] must be a list of texts"),
+        (("plain = {}", "plain = 3"), "plain.toml: [arms] plain = 3 must be a table"),
+        (("plain = {}", 'plain = { base = "lm" }'), "[arms] plain: base = 'lm' must be a list"),
+        (("plain = {}", "plain = { longer = 1 }"), "[arms] plain: longer = 1 must be true or"),
+        (("plain = {}", "plain = { softcap = [3] }"), "[arms] plain: softcap = [3] must be a"),
+        (("plain = {}", "plain = { softcap = true }"), "study plain: those are the flags of arm"),
+        (("[arms]", "[tricks]\na = 3"), "plain.toml: [tricks] a = 3 must be a table { flags }"),
+        (("[flags]", "[phase1]\na = [3]\n[flags]"), "[phase1] a = [3] must be a flag or a table"),
+        (("[arms]", "[grid]\nx = [[1]]"), "[grid] x = [[1]] must be a list of numbers"),
+        (('"plain"', '{ a = "b" }'), "baseline = {'a': 'b'} must be the name of an arm"),
+        (("[flags]", "analysis = 'avraging'\n[flags]"), "analysis = 'avraging' must be one of av"),
+        (("[flags]", "analysis = 'report'\n[flags]"), "analysis = 'report' must be one of av"),
+        (("[flags]", "default = []\n[flags]"), "default = [] must be a list of arms, one"),
+        (("[flags]", "default = ['b']\n[flags]"), "default: b: no such arm; there are plain"),
+        (("[flags]", "[must]\nsofcap = 3\n[flags]"), "must: sofcap is no flag; did you mean sof"),
+        (('["softcap"]', '["sofcap"]'), "differ: sofcap is no flag; did you mean softcap?"),
+        (("plain = {}", '"../b" = {}'), "arm '../b': a run's folder is named after it"),
+        (("plain = {}", '"a b" = {}'), "arm 'a b': a run's folder is named after it"),
+        (("[flags]", '[phase1."../b"]\n[flags]'), "arm '../b': a run's folder is named after it"),
     ],
 )
 def test_a_study_that_says_nonsense_is_refused(here, tmp_path, capsys, change, message):
-    (tmp_path / "plain.toml").write_text(PLAIN.replace(*change))
+    text = PLAIN.replace(*change)
+    assert text != PLAIN
+    (tmp_path / "plain.toml").write_text(text)
     assert study.main(["plain.toml"]) == 2
     assert message in capsys.readouterr().err and not here
+
+
+def test_a_study_without_an_arm_is_refused(here, tmp_path, capsys):
+    for table in ("arms", "tricks", "grid"):
+        (tmp_path / "plain.toml").write_text(PLAIN.split("[arms]")[0] + f"[{table}]\n")
+        assert study.main(["plain.toml"]) == 2
+        assert f"plain.toml: {table} = {{}} must be " in capsys.readouterr().err
+
+
+def test_a_metric_that_no_run_has_is_said_by_the_first_run_and_by_the_report(
+    here, tmp_path, capsys
+):
+    (tmp_path / "plain.toml").write_text(PLAIN.replace("val_loss", "val_losss"))
+    argv = ["plain.toml", "--seeds", "1", "--steps", "2"]
+    assert study.main([*argv, "--only", "train"]) == 0
+    words = "1/2 plain seed 1: its result.json has no val_losss so far, which the report needs"
+    assert words in capsys.readouterr().out
+    assert study.main([*argv, "--only", "report"]) == 2
+    said = capsys.readouterr()
+    assert "metric = 'val_losss' is a number of none of the 2 finished runs; they" in said.err
+    assert ", val_loss, " in said.err and not said.out
 
 
 def test_a_grid_has_every_cell_and_compares_along_its_baseline(here):
