@@ -148,6 +148,11 @@ class NcaConfig(tg.Section):
         check_patches(self)
         check_rows(self)
         band(self)
+        tg.require(
+            self.generate_only or not self.json,
+            "json = True is about what --generate_only prints: give that as well, or leave --json "
+            "out (a run's numbers are in its result.json)",
+        )
 
 
 @dataclass
@@ -1082,9 +1087,15 @@ class Cache:
 
     def load(self, name: str) -> np.ndarray | None:
         path = self.folder / name if self.folder else None
-        if path is None or not path.exists():
+        if path is None:
             return None
-        head, _, data = path.read_bytes().partition(b"\n")
+        try:
+            head, _, data = path.read_bytes().partition(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as e:
+            self.say(f"warning: {path} cannot be read ({e.strerror}): generating it anew")
+            return None
         with contextlib.suppress(ValueError, KeyError, TypeError):
             meta = json.loads(head)
             array = np.frombuffer(data, np.dtype(meta["dtype"])).reshape(meta["shape"])
@@ -1165,7 +1176,8 @@ class NcaData:
     """Rows of one split, "train" or "val". Row r of an epoch is simulation r % sims_per_rule of
     rule r // sims_per_rule, so it is the same on any number of ranks and in any batch. `gather`
     stands in for torch.distributed in tests. `poll` is called between rounds of the search for
-    rules, by every rank as often: a signal ends it there.
+    rules, by every rank as often: a signal ends it there. `together` is given what may fail on one
+    rank alone, and raises that on all.
     """
 
     def __init__(
@@ -1178,9 +1190,11 @@ class NcaData:
         gather=gather_from_ranks,
         read_cache: bool = True,
         poll=lambda: None,
+        together=lambda work: work(),
     ):
         self.cfg, self.split, self.rank, self.world = cfg, split, rank, world
         self.say, self.gather, self.read_cache, self.poll = say, gather, read_cache, poll
+        self.together = together
         self.rows = row_count(cfg, split)
         self.scored, self.score_seconds = 0, 0.0  # candidate rules, and what that took
         self.made, self.make_seconds = 0, 0.0  # tokens, likewise
@@ -1264,11 +1278,24 @@ class NcaData:
         return rows
 
     def prepare(self, epoch: int) -> None:
-        """Make this rank's share of an epoch's cache files; behind a barrier all are there."""
-        if self.cfg.nca_cache:
-            mine = self.chunks()[self.rank :: self.world]
-            for span in tqdm(mine, desc="rows", disable=None, leave=False):
-                self.chunk(epoch, span)
+        """
+        Make this rank's share of an epoch's cache files and, when all ranks have theirs, read all,
+        so that no batch of the epoch meets a disk. Collective.
+        """
+        if not self.cfg.nca_cache:
+            return
+        self.kept = {}  # first, as two epochs may be too much for the memory
+        self.together(lambda: self.make_share(epoch))
+
+        def read() -> dict[tuple, np.ndarray]:  # what another machine's disk has is made here, too
+            return {(epoch, span): self.chunk(epoch, span) for span in self.chunks()}
+
+        self.kept = self.together(read)
+
+    def make_share(self, epoch: int) -> None:
+        mine = self.chunks()[self.rank :: self.world]
+        for span in tqdm(mine, desc="rows", disable=None, leave=False):
+            self.chunk(epoch, span)
 
     def take(self, epoch: int, rows: np.ndarray) -> np.ndarray:
         """Tokens uint16 [R, W] of the rows with these numbers [R], from the cache if there is one;
@@ -1304,6 +1331,10 @@ class NcaData:
 ########################################
 
 
+def data_of(run: tg.Run, cfg: PrePreConfig, split: str) -> NcaData:
+    return NcaData(cfg, split, run.rank, run.world, run.log, poll=run.poll, together=run.together)
+
+
 class NcaLoader:
     """Batches for train_gpt's loop: batch s has an epoch's order[s*B : (s+1)*B], split by ranks."""
 
@@ -1321,7 +1352,7 @@ class NcaLoader:
                 f"nca_tokens = {cfg.nca_tokens}: an epoch of {row_count(cfg, 'train')} rows is "
                 f"less than one batch of {self.rows}: raise it, or lower --batch_tokens"
             )
-        self.data = NcaData(cfg, "train", run.rank, run.world, say=run.log, poll=run.poll)
+        self.data = data_of(run, cfg, "train")
         self.epoch = self.pos = 0  # the next batch is batch `pos` of the epoch
         self.prepared, self.order = -1, np.empty(0, np.int64)
         row = self.data.generate(0, np.arange(1))
@@ -1333,8 +1364,6 @@ class NcaLoader:
         began = time.perf_counter()
         with self.run.clock.paused(), self.run.interruptible():
             self.data.prepare(self.epoch)
-            if self.run.world > 1:
-                dist.barrier()
         self.prepared, self.order = self.epoch, self.data.order(self.epoch)
         took = f"{time.perf_counter() - began:.1f}s"
         self.run.log(f"nca epoch:{self.epoch} rows:{self.data.rows} generated in {took}")
@@ -1360,16 +1389,28 @@ class NcaLoader:
         inputs, labels = inputs_and_labels(rows, self.cfg)
         return tg.to_device(inputs, device), tg.to_device(labels, device)
 
-    def fingerprint(self) -> str:
-        """sha256 over all that makes the rows, the rules accepted included."""
-        made = json.dumps(facts(self.cfg, rows=True), sort_keys=True).encode()
+    def fingerprint(self, **instead) -> str:
+        """sha256 over all that makes the rows, the rules accepted included; some facts instead."""
+        made = json.dumps(facts(self.cfg, rows=True) | instead, sort_keys=True).encode()
         return hashlib.sha256(made + self.data.rules.astype("<i8").tobytes()).hexdigest()
 
     def identity(self) -> dict:
-        """What makes the rows; a resumed run makes them anew from its configuration."""
-        return {"rows": self.fingerprint()}
+        """
+        What makes the rows; a resumed run makes them anew from its configuration. `by_rules` is
+        without the compressor, of which rows have nothing but the rules that it let pass.
+        """
+        return {"rows": self.fingerprint(), "by_rules": self.fingerprint(zlib=None)}
 
     def accept(self, saved: dict, position: dict) -> str:
+        """UserError where a checkpoint (of this identity) was trained on other rows than these."""
+        found = self.identity()
+        if not any(saved.get(key) == found[key] for key in found):
+            raise UserError(
+                "the automata's rows are not those that this run was trained on: zlib "
+                f"{zlib.ZLIB_RUNTIME_VERSION} lets other rules pass here, or pre_pre_train.py "
+                "has changed; go on with the zlib and the source that it began with, or start "
+                "another --run (--init_from takes over the weights)"
+            )
         return ""
 
     def ended(self, batch_tokens: int) -> bool:
@@ -1387,10 +1428,8 @@ class NcaValidation:
 
     def __init__(self, cfg: PrePreConfig, run: tg.Run, loader: NcaLoader):
         self.cfg, self.tensors, self.bytes, self.seq_len = cfg, loader.tensors, 0, row_inputs(cfg)
-        data = NcaData(cfg, "val", run.rank, run.world, say=run.log, poll=run.poll)
+        data = data_of(run, cfg, "val")
         data.prepare(0)
-        if run.world > 1:
-            dist.barrier()
         self.data = data.take(0, np.arange(data.rows))
         self.rows, self.scored = data.rows, data.rows * loader.scored
         spread = np.linspace(0, self.rows - 1, min(self.rows, cfg.nca_measured))

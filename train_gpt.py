@@ -6181,7 +6181,8 @@ def keep_snapshot(trainer: Trainer, step: int) -> None:
     cfg, run, plan = trainer.cfg, trainer.run, trainer.plan
     cycle, more, found = plan.cycle_at(step - 1)[0] + 1, {}, None
     if cfg.fitness_tokens:
-        text, shape = Fitness(cfg, plan), plan.eval_shape(plan.at(step - 1, (step - 1) / cfg.steps))
+        text = run.together(lambda: Fitness(cfg, plan))  # reads, which may fail on one rank alone
+        shape = plan.eval_shape(plan.at(step - 1, (step - 1) / cfg.steps))
         with weights_kept(trainer.opt.buckets):
             with torch.no_grad():
                 for b in trainer.opt.buckets:
@@ -7067,7 +7068,8 @@ def calibrated(trainer: Trainer) -> dict[str, Tensor] | None:
     slower than the warm-up foresaw, they are of fewer rows, or there are none. What summing them up
     takes is kept back from the time foreseen.
     """
-    cfg, run, rows = trainer.cfg, trainer.run, calibration(trainer.cfg, trainer.cfg.gptq)
+    cfg, run = trainer.cfg, trainer.run
+    rows = run.together(lambda: calibration(cfg, cfg.gptq))  # reads: may fail on one rank alone
     kept_back = (cfg.max_seconds - trainer.plan.seconds) * min(0.1, run.world / len(rows))
     until = cfg.max_seconds - kept_back if cfg.max_seconds else math.inf
     before = run.clock.seconds()
@@ -7103,9 +7105,8 @@ def export_artifact(trainer: Trainer) -> dict:
         return chosen, len(data)
 
     chosen, size = run.on_main(write)
-    load_weights(
-        trainer.model, run.read_on_main(lambda: (load_artifact(path)[1], None))[0], str(path)
-    )
+    named, _ = run.together(lambda: run.read_on_main(lambda: (load_artifact(path)[1], None)))
+    load_weights(trainer.model, named, str(path))
     began = time.perf_counter()
     shape = trainer.plan.eval_shape(trainer.plan.at(cfg.steps, 1.0))
     loss = evaluate(run, trainer.graph, trainer.val, shape, trainer.impossible)

@@ -46,7 +46,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
@@ -581,13 +581,15 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def made_in(folder: Path) -> Container[str]:
-    """Files in a folder that this program made: its manifest's, and what a killed process left."""
+    """Files in a folder that this program made: its manifest's, and what a killed process left.
+    Where that is damaged or gone, shards tell a data set from texts of one's own.
+    """
     if folder.name == "building" and (folder.parent / ".lock").exists():
         return os.listdir(folder)
-    try:
-        return (read_manifest(folder) or {"files": {}})["files"]
-    except UserError:  # another program's, of the same name
-        return ()
+    with suppress(UserError):  # damaged, or another program's of the same name
+        if manifest := read_manifest(folder):
+            return manifest["files"]
+    return ("val.txt",) if shards_in(folder) else ()
 
 
 def shards_in(folder: Path) -> list[Path]:

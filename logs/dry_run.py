@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logs.endings import ending  # noqa: E402
+from logs.endings import UserError, ending  # noqa: E402
 from train_gpt import (  # noqa: E402
     LONG_ROW,
     Config,
@@ -211,7 +211,10 @@ def estimate(cfg: Config, plan: Plan, world: int) -> dict:
 
 def print_cost(cfg: Config, as_json: bool) -> int:
     """What a run would cost on as many ranks as WORLD_SIZE says; writes nothing."""
-    out = estimate(cfg, Plan(cfg), int(os.environ.get("WORLD_SIZE", 1)))
+    world = os.environ.get("WORLD_SIZE") or "1"
+    if not re.fullmatch("[1-9][0-9]{0,6}", world):
+        raise UserError(f"WORLD_SIZE={world}: give the number of ranks, from 1")
+    out = estimate(cfg, Plan(cfg), int(world))
     if as_json:
         print(json.dumps(out))
         return 0

@@ -195,6 +195,10 @@ class EmbeddingOptions:
 
 
 def embeddings(options: EmbeddingOptions) -> int:
+    if options.tokens < 0:
+        raise tg.UserError(
+            f"--tokens {options.tokens}: give how many, or 0 for no statistics of logits"
+        )
     for where in options.runs:
         found, folder = of_source(where, options.tokens)
         (folder / "embeddings.json").write_text(

@@ -12,7 +12,7 @@ What run.sh asks; Python's own library is all that this needs, but for the last 
 
 import contextlib
 import errno
-import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -20,6 +20,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: nothing is locked there
+    fcntl = None
 
 WAIT_SECONDS = float(os.environ.get("WAIT_SECONDS", 7200))  # for another node, or another process
 
@@ -42,6 +47,8 @@ def turn(path, what, seconds=WAIT_SECONDS):
     with open(path, "a+", encoding="utf-8") as file:
         began, told = time.monotonic(), False
         while True:
+            if fcntl is None:
+                break
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -125,55 +132,107 @@ def gpus(listing, visible):
 
 STUDIES = ("remix", "depth", "warmdown", "nca", "centering")  # whose names alone do as well
 VERBS = ("golf", "study", "test", "report", "submit", "sample", "dry_run", "script", *STUDIES)
+USAGE = {"report": "RUN...", "submit": "TRACK NAME RUN...", "script": "TRACK > FILE"}
+# leaderboards of logs/submit.py
+TRACKS = ("golf", "golf_non_record", "speedrun", "slowrun", "slowrun_tiny", "slowrun_two_hour")
+TRACKS += ("slowrun_unlimited", "track_3")
 
 
 def asked(words, always):
     """
     (verb, how many of the words say it, what it is about) of run.sh's command line; `always` are
-    the flags that every training run has.
+    the flags that every training run has. A name of nothing is refused here, where nothing needs
+    to be installed; what else can be wrong is said by the programs.
     """
     first = words[0] if words else ""
     if first in ("-h", "--help", "help"):
         return "help", 1, ""
-    if first in STUDIES or first == "study":
-        words = words if first == "study" else ["study", *words]
-        if len(words) < 2 or words[1].startswith("-"):
-            known = " ".join(sorted(p.stem for p in Path("configs/studies").glob("*.toml")))
-            raise UserError(f"study: name one of {known}, or a path to one")
-        names(words[2:], "--seeds {} after the study's name")
-        said = " ".join(words[2:]).replace("=", " ")
-        verb = "train_study" if re.search(r"--only train\b", said) else "study"
-        # what only asks needs no data and no ranks
-        asks = {"list", "-h", "--help", "--only"} & set(said.split())
-        verb = "ask_study" if asks and verb == "study" else verb
-        return verb, 1 + (first == "study"), words[1]
+    if first == "study" or first in STUDIES:
+        named = words[1:] if first == "study" else words
+        return study_asked(named, 1 + (first == "study"))
     if first == "sample":
         if len(words) < 2:
             raise UserError("usage: ./run.sh sample RUN [TEXT] [flags]")
+        there(before_flags(words[1:])[:1])
         return "sample", 2, words[1]
     if first == "dry_run":
-        given = len(words) > 1 and not words[1].startswith("-")
-        return "dry_run", 1 + given, words[1] if given else os.environ["TRACK"]
-    if first in ("test", "report", "submit", "script"):
+        given = before_flags(words[1:])
+        layers(given[1:])
+        return "dry_run", 1 + bool(given), preset(given[0] if given else os.environ["TRACK"])
+    if first in ("test", *USAGE):
+        if first in USAGE and len(words) == 1:
+            raise UserError(f"usage: ./run.sh {first} {USAGE[first]}")
+        check_names(first, before_flags(words[1:]))
         return first, 1, ""
     names([*always, *words], 'SEEDS="{}" ./run.sh ...')
     if first == "golf":
-        return "golf", 1, os.environ["GOLF"]
+        layers(before_flags(words[1:]))
+        return "golf", 1, preset(os.environ["GOLF"])
     if not first or first.startswith("-"):
-        return "track", 0, os.environ["MAIN"]
-    return "track", 1, preset(first)
+        return "track", 0, preset(os.environ["MAIN"])
+    layers(before_flags(words[1:]))
+    return "track", 1, preset(first, "verb and no preset")
 
 
-def preset(word):
+def study_asked(words, count):
+    """asked() of a study's name and what follows it."""
+    known = sorted(p.stem for p in Path("configs/studies").glob("*.toml"))
+    if not words or words[0].startswith("-"):
+        raise UserError(f"study: name one of {' '.join(known)}, or a path to one")
+    if words[0] not in known and not Path(words[0]).is_file():
+        raise UserError(f"no study is called {words[0]!r}; studies: {' '.join(known)}")
+    names(words[1:], "--seeds {} after the study's name")
+    said = " ".join(words[1:]).replace("=", " ")
+    verb = "train_study" if re.search(r"--only train\b", said) else "study"
+    # what only asks needs no data and no ranks
+    asks = {"list", "-h", "--help", "--only"} & set(said.split())
+    verb = "ask_study" if asks and verb == "study" else verb
+    return verb, count, words[0]
+
+
+def before_flags(words):
+    """The words before the first flag; behind it they may be a flag's."""
+    return words[: next((i for i, word in enumerate(words) if word.startswith("-")), len(words))]
+
+
+def check_names(verb, words):
+    """What a verb that is one program is about, as far as it stands before all flags."""
+    if verb == "script":
+        layers(words)
+    elif verb == "test":
+        there([word.split("::")[0] for word in words], "test")
+    elif verb == "report":
+        there(words[words[:1] == ["embeddings"] :])
+    elif words:
+        if words[0] not in TRACKS:
+            raise UserError(f"submit: no track is called {words[0]!r}; tracks: {' '.join(TRACKS)}")
+        there(words[2:])
+
+
+def there(paths, what="run"):
+    """Refuse a path, or a pattern of paths, that names nothing."""
+    for path in paths:
+        if not os.path.exists(path) and not glob.glob(path):
+            raise UserError(f"no {what} {path}: no such file or folder")
+
+
+def layers(words):
+    for word in words:
+        preset(word)
+
+
+def preset(word, kind="preset"):
     """A preset as --config takes it: a name in configs/, or a path."""
     name = word.removesuffix(".toml").removeprefix("configs/")
     if Path(f"configs/{name}.toml").is_file():
         return name
     path = word.removesuffix(".toml") + ".toml"
-    if not Path(path).is_file():
-        known = " ".join(sorted(p.stem for p in Path("configs").glob("*.toml")))
-        raise UserError(f"no verb and no preset is called {word!r}; presets: {known}")
-    return path
+    if Path(path).is_file():
+        return path
+    if Path(word).is_file():  # by whatever name
+        return word
+    known = " ".join(sorted(p.stem for p in Path("configs").glob("*.toml")))
+    raise UserError(f"no {kind} is called {word!r}; presets: {known}")
 
 
 def names(flags, instead):

@@ -561,6 +561,11 @@ def test_statistics_are_of_the_tokens_that_they_say(tmp_path, asked, used):
     )
 
 
+def test_a_negative_number_of_tokens_is_refused(tmp_path, capsys):
+    assert embeddings.main([str(tmp_path), "--tokens", "-5"]) == 2
+    assert capsys.readouterr().err.startswith("error: --tokens -5: ")
+
+
 def test_embeddings_without_a_run_says_what_to_do(capsys):
     assert embeddings.main([]) == 2 and "usage" in capsys.readouterr().err
 

@@ -643,6 +643,20 @@ def test_a_folder_stands_for_the_users_own_files_alone(few, tmp_path, capsys):
     assert len(named.paths) == 2, "who names a file means it"
 
 
+@pytest.mark.parametrize("manifest", ["{", '{"files": {}}', None])
+def test_the_validation_text_of_a_data_set_without_its_manifest_is_no_input(
+    few, tmp_path, capsys, manifest
+):
+    assert run("sample", "--out", tmp_path / "set", "--vocab", 400) == 0
+    (tmp_path / "set" / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "set" / "manifest.json").unlink()
+    if manifest:
+        (tmp_path / "set" / "manifest.json").write_text(manifest)
+    capsys.readouterr()
+    assert [path.name for path in get.Reader([tmp_path / "set"]).paths] == ["a.jsonl"]
+    assert capsys.readouterr().out == f"passed over, as get.py made it: {tmp_path}/set/val.txt\n"
+
+
 def test_tokenize_into_the_folder_of_the_texts_can_be_repeated(gpt2_files, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(LINES)
     for out in (tmp_path, tmp_path / "below"):

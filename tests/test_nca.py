@@ -510,7 +510,7 @@ def test_an_interrupted_search_for_rules_goes_on_where_it_was(tmp_path, monkeypa
 
 
 class Ranks:
-    """`gather` for ranks that are threads."""
+    """`gather` and `together` for ranks that are threads."""
 
     def __init__(self, world: int):
         self.barrier, self.slots = threading.Barrier(world, timeout=60), [None] * world
@@ -524,6 +524,11 @@ class Ranks:
             return out
 
         return exchange
+
+    def together(self, work):
+        answer = work()
+        self.barrier.wait()
+        return answer
 
     def run(self, work) -> list:
         out, threads = [None] * len(self.slots), []
@@ -548,10 +553,13 @@ def test_any_number_of_ranks_and_any_batch_make_the_same_data(cached, tmp_path, 
         cfg = config(nca_tokens=rows * 988, nca_cache=folder, nca_threads=1)
         ranks = Ranks(world)
 
-        def work(rank, gather, cfg=cfg, world=world, batch=batch, ranks=ranks):
-            d = nca.NcaData(cfg, "train", rank, world, say=silent, gather=gather)
+        def work(rank, gather, cfg=cfg, world=world, batch=batch, ranks=ranks, folder=folder):
+            meet = {"gather": gather, "together": ranks.together}
+            d = nca.NcaData(cfg, "train", rank, world, say=silent, **meet)
             d.prepare(1)
             ranks.barrier.wait()
+            if cached:  # no batch meets a disk that is gone
+                shutil.rmtree(folder, ignore_errors=True)
             order, share = d.order(1), batch // world
             steps = [
                 d.take(1, order[s + rank * share : s + (rank + 1) * share])
@@ -615,6 +623,14 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path):
         UserError, match="nca_cache = .*cannot write.*another folder, or --nca_cache ''"
     ):
         data(nca_cache=str(tmp_path / "file"))
+
+
+def test_a_cache_that_cannot_be_read_is_made_anew(tmp_path):
+    cache, said = nca.Cache(str(tmp_path), {}, [].append), []
+    cache.say = said.append
+    (cache.folder / "train").mkdir(parents=True)  # in the place of a file
+    assert cache.load("train") is None and cache.load("other") is None
+    assert len(said) == 1 and "train cannot be read (Is a directory)" in said[0]
 
 
 # --- command line
@@ -724,6 +740,14 @@ def test_generate_only_tells_speed_and_hash(tmp_path, capsys):
     ).stat().st_size > 20000
     assert nca.main(flags[:1] + flags[2:]) == 0
     assert out["sha256"] in capsys.readouterr().out
+
+
+def test_json_without_what_it_is_about_is_refused(tmp_path, capsys):
+    for flags in (["--json"], ["--json", "--picture", str(tmp_path / "x.png")]):
+        assert nca.main(flags) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: json = True") and "--generate_only" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_import_does_nothing():

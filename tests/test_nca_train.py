@@ -352,6 +352,42 @@ def test_any_number_of_ranks_gives_the_same_losses(server, straight, tmp_path):
         )
 
 
+def test_a_cache_that_one_rank_alone_cannot_write_ends_both_and_keeps_the_steps(server, tmp_path):
+    """Two machines; on the second one's disk there is no room for the second epoch."""
+    argv = flags(nca_cache="cache", micro_tokens=220)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    cfg = nca.parse_args(argv)
+    lost = nca.Cache("two/cache", nca.facts(cfg, rows=True)).folder / "train-epoch1-rows0-20"
+    folders[0].mkdir(), (tmp_path / lost).mkdir(parents=True)
+    env = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [
+        server.start(
+            *argv,
+            cwd=folder,
+            program="pre_pre_train",
+            env={k: str(v) for k, v in (env | {"RANK": rank, "LOCAL_RANK": 0}).items()},
+        )
+        for rank, folder in enumerate(folders)
+    ]
+    for fork in ranks:
+        ended = fork.wait(60)
+        assert ended.code == 2 and "cannot write" in ended.err, ended.text
+        assert "all 2 steps are saved in logs/tiny/ckpt/000002" in ended.err
+    assert newest(folders[0] / "logs/tiny").name == "000002"
+
+
+def test_a_run_goes_on_with_its_own_rows_alone(monkeypatch):
+    loader = parts(nca_filter="pr63", nca_band="0.2:0.9").loader
+    saved, state = loader.identity(), loader.state_dict()
+    assert loader.accept(saved, state) == ""
+    assert loader.accept({"rows": saved["rows"]}, state) == "", "of an older version"
+    monkeypatch.setattr(nca, "zlib_mark", lambda: ["another"])
+    assert loader.accept(saved, state) == "", "by which the same rules pass"
+    loader.data.rules = loader.data.rules + 1
+    with pytest.raises(tg.UserError, match="not those that this run was trained on.*other rules"):
+        loader.accept(saved, state)
+
+
 BAD = {
     "a band that accepts nothing": (
         {"nca_filter": "pr63", "nca_band": "0.9:1"},

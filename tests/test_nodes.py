@@ -5,6 +5,7 @@
 import ast
 import errno
 import fcntl
+import inspect
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from forks import ROOT, free_port, run_ranks, start_ranks
-from helpers import tg, tiny
+from helpers import parts, tg, tiny
 from test_runs import (  # noqa: F401 (fixtures)
     assert_refused,
     data,
@@ -218,6 +219,25 @@ def test_what_one_rank_alone_cannot_read_is_said_by_all(server, flags, tmp_path)
     argv = flags(micro_tokens=64)
     for ended in two_ranks(server, tmp_path, (argv, [*argv, "--data", "nowhere"])):
         assert_refused(ended, ["no train shards", "nowhere"])
+
+
+def test_what_reads_a_disk_behind_the_first_step_does_so_together(tmp_path, monkeypatch):
+    """Else a rank that alone cannot read would begin to save, and wait for the others for ever."""
+    more = {"dim": 64, "gptq": 2, "export": "int6", "fitness_tokens": 99, "cycles": 2}
+    (tmp_path / "run").mkdir()
+    trainer = parts(tmp_path, run="run", log_dir=str(tmp_path), **more)
+    found = set()
+    for name in ("read_shard", "load_artifact"):
+        read = getattr(tg, name)
+
+        def watched(*given, name=name, read=read):
+            found.add((name, any(frame.function == "together" for frame in inspect.stack())))
+            return read(*given)
+
+        monkeypatch.setattr(tg, name, watched)
+    tg.keep_snapshot(trainer, 10)
+    tg.export_artifact(trainer)
+    assert found == {("read_shard", True), ("load_artifact", True)}
 
 
 def test_a_rank_that_is_killed_is_not_waited_for(server, flags, tmp_path):

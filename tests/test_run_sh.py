@@ -174,6 +174,73 @@ def test_help_and_a_typo_need_nothing_installed(start, tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.parametrize(
+    "words, environment, said",
+    [
+        ("dry_run typo", {}, "no preset is called 'typo'; presets: "),
+        ("dry_run remix_m typo", {}, "'typo'"),
+        ("dry_run", {"TRACK": "typo"}, "'typo'"),
+        ("script typo > x.py", {}, "'typo'"),
+        ("golf", {"GOLF": "typo"}, "'typo'"),
+        ("", {"CPU_TRACK": "typo"}, "'typo'"),
+        ("--steps 3", {"TRACK": "typo", "NPROC": "1"}, "'typo'"),
+        ("tiny_cpu typo --steps 3", {}, "'typo'"),
+        ("study typo", {}, "no study is called 'typo'; studies: centering "),
+        ("sample nosuch hi", {}, "no run nosuch: no such file or folder"),
+        ("report nosuch", {}, "no run nosuch"),
+        ("report logs/* nosuch-*", {}, "no run nosuch-*"),
+        ("report embeddings nosuch --tokens 5", {}, "no run nosuch"),
+        ("submit nosuch x logs", {}, "no track is called 'nosuch'; tracks: golf "),
+        ("submit golf x logs nosuch", {}, "no run nosuch"),
+        ("test tests/nosuch.py::test_x -x", {}, "no test tests/nosuch.py"),
+        ("report", {}, "usage: ./run.sh report RUN..."),
+        ("submit", {}, "usage: ./run.sh submit TRACK NAME RUN..."),
+    ],
+)
+def test_a_name_of_nothing_is_refused_before_anything_is_installed(
+    start, tmp_path, words, environment, said
+):
+    shutil.rmtree(tmp_path / ".venv")
+    code, text, calls = start(*words.split(), **environment)
+    assert code == 2 and said in text and text.count("\n") == 1 and not calls, text
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_what_is_there_is_not_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "mine"
+    file.touch()
+    for words, answer in (
+        (["dry_run", "configs/tiny_cpu.toml", "on_cpu", "--json"], ("dry_run", 2, "tiny_cpu")),
+        (["dry_run", str(file)], ("dry_run", 2, str(file))),
+        (["study", str(file), "--seeds", "1"], ("study", 2, str(file))),
+        (["report", "logs/*.py", "--metric", "nothing"], ("report", 1, "")),
+        (["report", "embeddings", "logs", "--tokens", "5"], ("report", 1, "")),
+        (["submit", "golf", "x", "logs", "--date", "nothing"], ("submit", 1, "")),
+        (["script", "remix_m", "on_cpu", "--keep", "lr"], ("script", 1, "")),
+        (["test", "tests/test_model.py::test_x", "-k", "nothing"], ("test", 1, "")),
+        (["sample", "-h"], ("sample", 2, "-h")),
+    ):
+        assert starter.asked(words, []) == answer
+
+
+def test_the_tracks_of_run_sh_are_those_of_submit():
+    from logs import submit
+
+    assert set(starter.TRACKS) == set(submit.TRACKS)
+
+
+def test_without_locks_as_on_windows_nothing_is_locked(tmp_path):
+    code = (
+        f"import sys; sys.modules['fcntl'] = None; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from logs.start import turn\nwith turn('lock', '') as file:\n print(file.read() == '')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
 def test_flags_alone_are_the_main_jobs_and_a_path_is_a_track(start, tmp_path):
     (call,) = only(start("--steps", "3")[2], "train_gpt.py")
     assert call == "train_gpt.py --config golf_cpu --run golf_cpu-s1 --resume --seed 1 --steps 3"
@@ -185,7 +252,8 @@ def test_flags_alone_are_the_main_jobs_and_a_path_is_a_track(start, tmp_path):
     assert call.startswith("train_gpt.py --config of mine/x.toml --run x-s1 ")
 
 
-def test_a_sample_a_report_and_a_dry_run_are_one_program_each(start):
+def test_a_sample_a_report_and_a_dry_run_are_one_program_each(start, tmp_path):
+    (tmp_path / "logs" / "x").mkdir()
     for words, call in (
         ("sample logs/x The --top_k 5", "logs/score.py sample logs/x --prompt=The --top_k 5"),
         ("sample logs/x", "logs/score.py sample logs/x --prompt="),

@@ -1583,6 +1583,13 @@ def test_the_dry_run_counts_what_a_run_would_cost(server, tmp_path, preset):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("world", ["0", "abc", "-1"])
+def test_a_number_of_ranks_that_is_none_is_refused_by_the_dry_run(server, tmp_path, world):
+    argv, env = ["--config", "tiny_cpu"], {"WORLD_SIZE": world}
+    ended = server.run(*argv, cwd=tmp_path, env=env, program="logs.dry_run")
+    assert ended.code == 2 and ended.err.startswith(f"error: WORLD_SIZE={world}: "), ended.text
+
+
 def test_the_dry_run_works_from_any_folder(tmp_path):
     """What a person types, from any folder; the table names the parts."""
     program = ROOT / "logs" / "dry_run.py"
