@@ -5476,6 +5476,8 @@ class Loader:
         return {"epoch": self.epoch, "shard": self.shard, "pos": self.pos}
 
     def load_state_dict(self, state: dict) -> None:
+        if state["epoch"] < 0 or not 0 <= state["shard"] < len(self.files) or state["pos"] < 0:
+            raise ValueError(f"no such place in the data: {state}")
         self.epoch, self.shard, self.pos, self.order = (
             state["epoch"],
             state["shard"],
@@ -7329,44 +7331,46 @@ def using(file: Path):
         ) from e
 
 
+def read_state(path: Path) -> dict:
+    with using(path / "state.json"):
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
 def load_checkpoint(path: Path, trainer: Trainer) -> int:
     """Everything that save_checkpoint wrote, at any number of ranks; the step to go on from."""
     run, loader = trainer.run, trainer.loader
 
-    def read_state() -> dict:
+    def accept() -> str:
         with using(path / "state.json"):
-            return json.loads((path / "state.json").read_text(encoding="utf-8"))
+            return loader.accept(state["data"], state["loader"])
 
     def tensors_of(part: str) -> dict[str, Tensor]:
         return run.read_on_main(lambda: (read_tensors(path / f"{part}.safetensors"), None))[0]
 
-    state = run.on_main(read_state)
+    state = run.on_main(lambda: read_state(path))
     if "data" not in state:
         run.log(
             f"notice: {path} does not say what data it was trained on: whether these are the same "
             "is not known"
         )
-    else:
-        with using(path / "state.json"):
-            notice = run.on_main(lambda: loader.accept(state["data"], state["loader"]))
-        if notice:
-            run.log(f"notice: {notice}")
+    elif notice := run.on_main(accept):
+        run.log(f"notice: {notice}")
     load_weights(trainer.model, tensors_of("model"), str(path))
+    named = tensors_of("optimizer")
     with using(path / "optimizer.safetensors"):
-        trainer.opt.load_state_dict(tensors_of("optimizer"))
+        trainer.opt.load_state_dict(named)
     if is_averaged(run.cfg):
+        named = tensors_of("averages")
         with using(path / "averages.safetensors"):
-            trainer.avg.load_state_dict(tensors_of("averages"), run.rank)
+            trainer.avg.load_state_dict(named, run.rank)
     with using(path / "state.json"):
         return load_state(state, trainer)
 
 
 def load_state(state: dict, trainer: Trainer) -> int:
     """The part of a checkpoint that is no tensors."""
-    run, loader, at = trainer.run, trainer.loader, state["loader"]
-    if at["epoch"] < 0 or not 0 <= at["shard"] < len(loader.files) or at["pos"] < 0:
-        raise ValueError(f"loader = {at}")
-    loader.load_state_dict(at)
+    run = trainer.run
+    trainer.loader.load_state_dict(state["loader"])
     if run.rank < len(state["rng"]):  # ranks that did not exist then keep their own fresh stream
         for kind, text in state["rng"][run.rank].items():
             rng = torch.from_numpy(np.frombuffer(bytes.fromhex(text), dtype=np.uint8).copy())
@@ -9016,7 +9020,7 @@ def enter_folder(run: Run) -> bool:
 def refuse_exchanged(run: Run) -> None:
     """Of a finished run whose shards were exchanged since, as far as its last checkpoint knows."""
     newest = newest_checkpoint(run.folder)
-    state = json.loads((newest / "state.json").read_text(encoding="utf-8")) if newest else {}
+    state = read_state(newest) if newest else {}
     if "train" in state.get("data", {}):  # others make their data themselves
         if all(shard_files(run.cfg.data, split) for split in ("train", "val")):  # not gone
             accepted(run.cfg, state["data"], data_marks(run.cfg), state["loader"])

@@ -1388,15 +1388,15 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False, found=Non
     own_text = not flags.data and flags.val_tokens < 0
     subject = Subject(cfg, run, plan, model, graph, shape, path, folder, is_run, own_text)
     if flags.rows:
-        most = (
-            max(shape.rows, windows_of(subject, flags)) if flags.rows > shape.rows else flags.rows
-        )
+        most = shape.rows
+        if flags.rows > most:  # as many as the text has, more would be of nothing
+            most = max(most, windows_of(subject, flags))
         subject.shape = shape._replace(rows=min(flags.rows, most))
     return subject
 
 
 def windows_of(subject: Subject, flags: Source) -> int:
-    """How many windows the text has, each of which scores `stride` tokens; more fill no batch."""
+    """How many windows the text has, each of which scores `stride` tokens."""
     if isinstance(flags, Decode):  # which has no text
         return 1
     stride = getattr(flags, "stride", Settings.stride)
@@ -1928,8 +1928,6 @@ class Export(Source):
 
 def export_command(flags: Export) -> None:
     codecs = (*tg.CODECS, tg.ENTROPY, "best")
-    if flags.calibration_rows < 0:
-        raise UserError(f"calibration_rows = {flags.calibration_rows}: 0 (no GPTQ) or more")
     if Path(flags.out).exists():
         raise UserError(f"out = {flags.out!r} exists: choose another name, or delete it")
     if not Path(flags.out).parent.is_dir():
