@@ -1367,7 +1367,7 @@ def opened(flags: Source, compiled: bool = False, exact: bool = False, found=Non
     is_run = is_run_folder(flags.source)
     folder = Path(flags.source) if is_run else path.parent
     if Path(__file__).name == "score.py":  # a packed one applies its own net
-        for near in (folder, folder.parent.parent):  # of a checkpoint
+        for near in (folder, folder.parent):  # that of a checkpoint
             refuse_edited(near)
     cfg.device, cfg.data = flags.device, flags.data or cfg.data
     if flags.val_tokens >= 0:
