@@ -1261,9 +1261,8 @@ class ModelConfig(Section):
     head_multiple: int = 128  # rows of the head are rounded up to a multiple of this
     pad_vocab: int = 0  # 1: the embedding has those rows too; beyond vocab there are no logits
     embed_init: float = 1.0  # standard deviation of the untied input embedding
-    head_init: str = (
-        "zero"  # of head or tied table: a standard deviation, zero or uniform (1/sqrt(dim))
-    )
+    # of head or tied table: a standard deviation, zero or uniform (1/sqrt(dim))
+    head_init: str = "zero"
     init_std: float = 0.0  # std of q, k, v, MLP input, times sqrt(dim); 0: 0.5 and 1/sqrt(3)
     proj_init: float = 0.0  # std of both output projections, times sqrt(dim); 0: they start at zero
     attn_proj_init: float = 0.0  # the same of attention's alone, drawn as q, k, v; 0: as proj_init

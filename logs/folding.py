@@ -1531,11 +1531,7 @@ class Locals(Transformer):
         names = names_in(function.body)
         params = names_in(function.params).bound
         gone, instead, tuples, unread = set(), {}, {}, []
-        told = Counter(  # in texts, which a text can become a part of
-            part.expression.value
-            for part in find_all(function.body, cst.FormattedStringExpression)
-            if isinstance(part.expression, cst.Name) and not part.format_spec
-        )
+        told = told_names(function.body)
         found: dict[str, list[cst.BaseExpression]] = defaultdict(list)
         for assign in find_all(function.body, cst.Assign, cst.AnnAssign):
             for target, value in pairs_of(assign) or ():
@@ -1598,6 +1594,16 @@ class Locals(Transformer):
         if isinstance(node, cst.Name):
             return names.bound[node.value] + params[node.value] <= 1
         return is_constant(node, self.facts)
+
+
+def told_names(body: cst.CSTNode) -> Counter:
+    """Of each name how often it is put into a text, of which a text can become a part."""
+    found = find_all(body, cst.FormattedStringExpression)
+    return Counter(
+        part.expression.value
+        for part in found
+        if isinstance(part.expression, cst.Name) and not part.format_spec
+    )
 
 
 class Unnamed(Transformer):

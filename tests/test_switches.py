@@ -375,7 +375,7 @@ def test_flags_of_the_end_may_change_when_an_unfinished_run_goes_on(tmp_path):
 
 def test_gptq_is_bounded_by_what_the_data_hold_and_says_so(tmp_path):
     write_shard(tmp_path / "x_train_000000.bin", np.arange(330) % 96)
-    cfg = tiny(data=str(tmp_path), gptq=10**6, dim=64)
+    cfg = tiny(data=str(tmp_path), gptq=10**6, dim=64, steps=2)
     assert tg.calibration(cfg, 10**6).shape == (10, 33)
     write_shard(tmp_path / "x_val_000000.bin", np.arange(330) % 96)
     said = "notice: gptq = 1000000 rows, but the first train shard holds 10: they are all"
