@@ -926,7 +926,7 @@ def mean_over_ranks(subject: Subject, losses: Tensor) -> float:
     return float(subject.run.sum_of(losses.sum().to(subject.run.device))) / subject.val.scored
 
 
-def read_state(folder: Path) -> dict:
+def read_applied(folder: Path) -> dict:
     """How the weights of an epoch's end or a snapshot are applied."""
     path = folder / "state.json"
     try:
@@ -952,7 +952,7 @@ def score_epochs(subject: Subject, last: int) -> dict:
 
     def listed() -> list[tuple[Path, dict]]:
         paths = kept_epochs(subject.folder)[-last:]
-        return [(path, read_state(path)) for path in paths]
+        return [(path, read_applied(path)) for path in paths]
 
     def weights_of(path: Path) -> dict[str, Tensor]:
         return subject.run.read_on_main(
@@ -1050,7 +1050,7 @@ def read_snapshots(subject: Subject, folders: list[Path]) -> list[Snapshot]:
         if not paths:
             raise UserError(f"{folder} holds no snapshots: they are kept with --cycles")
         for path in paths:
-            state = read_state(path)
+            state = read_applied(path)
             if "fitness_sha256" not in state:
                 raise UserError(
                     f"{path} has no probabilities to weigh it by: train with --fitness_tokens"

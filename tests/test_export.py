@@ -227,9 +227,11 @@ def test_a_slow_calibration_keeps_the_cap_and_its_artifact(tmp_path, monkeypatch
 
 def test_too_few_tokens_for_calibration_are_refused_before_training(tmp_path):
     write_shard(tmp_path / "x_train_000000.bin", np.zeros(10))
-    cfg = small(data=str(tmp_path), gptq=4, export="int6")
+    write_shard(tmp_path / "x_val_000000.bin", np.zeros(40))
+    how = {"seq_len": "8", "eval_seq_len": 16, "batch_tokens": "8", "micro_tokens": 8, "steps": 1}
+    cfg = small(data=str(tmp_path), gptq=4, export="int6", log_dir=str(tmp_path), **how)
     with pytest.raises(tg.UserError, match="rows of 16 training tokens.* has only 10"):
-        tg.check_artifact(cfg, build(cfg))
+        tg.build(cfg, tg.Run(cfg))
 
 
 # --- coders and artifact

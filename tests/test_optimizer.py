@@ -736,7 +736,7 @@ def test_sharded_update_and_state_are_those_of_the_whole(changes, world):
         for b, rates in zip(other.buckets, other.rates(now())):
             assert b.weights.size(0) == b.share * world and b.shard.size(0) == b.share
             b.grad_shard.copy_(b.grads[rank * b.share : (rank + 1) * b.share])
-            other.update(b, now(), rates)
+            other.update_shard(b, now(), rates)
         ranks.append(other)
     set_gradients(model, 77)
     opt.step(now())

@@ -1673,7 +1673,7 @@ def told(server, flags, spoken, tmp_path_factory):
         dim=64,
         export="int6 head:8",
         export_codec="best",
-        artifact_limit=500_000,
+        artifact_limit=600_000,
         gptq=2,
         qat="0:0 0.8:1",
     )

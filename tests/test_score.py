@@ -828,7 +828,7 @@ def test_result_of_other_content_is_refused_in_one_line(tmp_path, capsys, text):
 def test_state_of_other_content_is_refused_by_file_name(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(tg.UserError, match="state.json cannot be read"):
-        score.read_state(tmp_path)
+        score.read_applied(tmp_path)
 
 
 def test_the_table_tells_bytes_and_bits_lost_of_every_choice(runs, capsys):

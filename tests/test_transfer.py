@@ -351,5 +351,7 @@ def test_no_more_tokens_than_allowed_are_trained_on(tmp_path):
     assert loader.per_epoch(64) == (499 // 32 + 99 // 32) * 32 // 64
     rows = [loader.batch(step, 64, 32) for step in range(9)]
     assert loader.epoch == 0 and len(np.unique(np.concatenate(rows), axis=0)) == 18
-    with pytest.raises(tg.UserError, match="hold 60 tokens, less than one batch"):
+    with pytest.raises(
+        tg.UserError, match="hold 60 tokens within train_tokens = 60, less than one batch"
+    ):
         tg.Loader(tiny(**base | {"train_tokens": 60}), tg.Plan(tiny(**base)))
