@@ -363,12 +363,13 @@ def test_messages_name_flags_that_a_script_has(scripts):
     fields = [n for n in cfg.body if isinstance(n, ast.AnnAssign)]
     flags = {n.target.id for n in fields if "ClassVar" not in ast.unparse(n.annotation)}
     assert {"steps", "matrix_lr"} <= flags and "adamw_lr" not in flags
-    said = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.JoinedStr | ast.Constant)]
+    body = ast.Module(ast.parse(text).body[1:], [])  # without the head, which tells of its making
+    said = [n for n in ast.walk(body) if isinstance(n, ast.JoinedStr | ast.Constant)]
     named = [x for n in said for x in re.findall(r"(\S*) --([a-z_0-9]+)", ast.unparse(n))]
     assert ("train_gpt.py's", "vocab") in named and ("another", "run") in named
     for before, name in named:
         there = name in {*flags, "config"} or name not in tg.FIELDS or "sample" in before
-        assert there != (before == "train_gpt.py's"), (before, name)
+        assert there != before.endswith("train_gpt.py's"), (before, name)
     assert "halve Config.micro_tokens or Config.loss_chunk" in text
 
 
