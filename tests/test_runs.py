@@ -1233,7 +1233,8 @@ def test_a_port_in_use_is_named(server, flags, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ended = server.run(*flags(), cwd=tmp_path, env=env, full_exit=True)
     assert_refused(ended, [str(port), "MASTER_PORT", "--standalone"])
     assert not (tmp_path / "logs").exists()
