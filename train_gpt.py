@@ -1277,8 +1277,8 @@ class ModelConfig(Section):
     softcap_in: float = 0.0  # what logits are divided by before that bound's tanh; 0: softcap
     softcap_shift: float = 0.0  # added to them before that, so that the bounds are not alike
 
-    # regex without groups: maps, such as "^head$|mlp", whose products training takes in 8 bits, those
-    # of gradients for weights aside, where the device can: GPUs from compute capability 8.9 on
+    # regex without groups: maps, such as "^head$|mlp", whose products training takes in 8 bits,
+    # those of gradients for weights aside, where the device can: GPUs from compute capability 8.9
     fp8: str = ""
 
     z_loss: float = 0.0  # weight of the mean of log(Z)^2, Z the sum of softmax; 0: none
