@@ -442,6 +442,8 @@ def of_graphs(cfg: tg.Config) -> dict[str, object]:
     windows = {graph.window for graph in graphs}
     if cfg.window_pattern:
         windows |= {graph.window_long for graph in graphs}
+    if cfg.mtp:  # its block sees the whole row
+        windows.add(0)
     if max(windows) < least:
         found["window >= like.size(1)"] = False
     if max(windows) == 0 or min(windows) > 0 and 2 * max(windows) <= least:
