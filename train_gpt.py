@@ -2109,7 +2109,10 @@ def yarn_growths(cfg: Config, window_long: int) -> list[tuple[int, int]]:
 
 def sharpness(cfg: Config, window_long: int) -> float:
     """YaRN's factor on attention scores."""
-    return math.prod(1 + 0.2 * math.log(b / a) for a, b in yarn_growths(cfg, window_long))
+    factor = 1.0
+    for a, b in yarn_growths(cfg, window_long):  # math.prod() would break compiled graphs in two
+        factor *= 1 + 0.2 * math.log(b / a)
+    return factor
 
 
 def rope_table(cfg: Config, seq_len: int, window_long: int = 0) -> tuple[Tensor, Tensor]:

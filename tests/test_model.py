@@ -1043,3 +1043,24 @@ def test_what_a_watcher_gives_is_used_as_the_product():
             p /= 2
         assert torch.allclose(watched, expected, atol=1e-5), name
         assert not torch.allclose(watched, plain, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"window": "8", "doc_mask": 1, "softcap": 15.0},
+        {"window": "8", "window_long": "8 0.5:16", "window_pattern": "SL", "yarn": 1},
+        {"loop": "0:1", "repeats": "2", "value_embeds": 2, "mtp": 0.3},
+    ],
+    ids=str,
+)
+def test_the_model_is_one_graph(changes):
+    """Where torch.compile() cannot follow, it makes two of one: slower, with other last bits."""
+    cfg = tiny(depth=2, **changes)
+    model, (x, y) = build(cfg), random_tokens(cfg, 2, 32)
+    now = tg.Plan(cfg).at(0, 0.0)
+    how = now.repeats, now.window, now.passes, now.window_long
+    torch.compiler.reset()
+    whole = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    assert torch.equal(whole(x, y, *how), model(x, y, *how))
