@@ -1028,7 +1028,12 @@ def to_console(text: str, end: str = "\n") -> None:
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say_nothing()
+
+
+def say_nothing() -> None:
+    """From here on, as nobody reads the console."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def portable(e: BaseException) -> BaseException:
@@ -2757,9 +2762,9 @@ class MLP(Declaring):
 
 class Block(Declaring):
     """
-    Attention and MLP, with the vectors that steer them. One that
-    loop_span() has inside is applied at several places. value_proj: counted from the last one,
-    every second block has one; that of MTP (index = depth) has none, and no lambdas.
+    Attention and MLP, with the vectors that steer them. One that loop_span() has inside is applied
+    at several places. value_proj: counted from the last one, every second block has one; that of
+    MTP (index = depth) has none, and no lambdas.
     """
 
     def __init__(self, cfg: Config, index: int):
@@ -5462,6 +5467,7 @@ class Loader:
         return self.marks
 
     def accept(self, saved: dict, position: dict) -> str:
+        """accepted(), of the data as it is now."""
         return accepted(self.cfg, saved, self.identity(), position)
 
     def targets(self, batch_tokens: int) -> int:
@@ -8575,9 +8581,10 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
         trainer.opt.look_ahead(now, trainer.run.trained)
     targets = trainer.loader.targets(now.batch_tokens)
     scale = targets if cfg.loss_sum else 1  # of the gradients
+    in_halves = has_meta_step(cfg)
     with rounded_weights(trainer, step, now):
         for at in range(count):
-            if has_meta_step(cfg):
+            if in_halves:
                 trainer.opt.meta.before(at, count, now.meta_step)
             part = rows[at * per_pass : (at + 1) * per_pass]
             x, y = trainer.loader.tensors(part, trainer.run.device)
@@ -8595,7 +8602,7 @@ def train_step(trainer: Trainer, step: int, now: Now) -> tuple[Tensor, Tensor]:
             total[: len(means)] += means.detach()
             if cfg.param_dtype != "float32" and count > 1:
                 trainer.opt.collect(last=at + 1 == count)
-            if has_meta_step(cfg):
+            if in_halves:
                 trainer.opt.meta.after(at, count)
     total = trainer.run.sum_of(total)
     if cfg.mu_loss:
@@ -9265,7 +9272,7 @@ def exit_code(work: Callable[[], int]) -> int:
     try:
         return work()
     except BrokenPipeError:  # of --help
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say_nothing()
         return 0
     except (UserError, RuntimeError, OSError) as e:
         message = explain(e)

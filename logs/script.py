@@ -938,9 +938,10 @@ def within(code: str, width: int) -> str:
             at = max((at for at in fit if len(first) + 2 + at <= width), default=0)
             if not at:
                 break
-            start = first if "{" in text[:at] else first.rstrip("f")
-            lines.append(start + quote + text[:at] + quote)
-            line = first + quote + text[at:] + last
+            halves = text[:at], text[at:]
+            starts = [first if "{" in half else first.rstrip("f") for half in halves]
+            lines.append(starts[0] + quote + halves[0] + quote)
+            line = starts[1] + quote + halves[1] + last
             one = re.fullmatch(r"""( +f?)(["'])(.*)(\2[,)]*)""", line)
         lines.append(line)
     return "\n".join(lines)
@@ -1034,19 +1035,16 @@ def script_of(request: Request, say: Callable[[str], None] = lambda line: None) 
     cfg = configure(request)
     facts = facts_of(cfg, request.keep, request.without)
     facts.expressions |= of_graphs(cfg)
-    with torch.device("meta"):
-        model = tg.GPT(cfg, torch.float32)
-    for line in tg.pattern_notices(cfg, model):
+    for line in tg.pattern_notices(cfg, weightless(cfg)):
         print(f"notice: {line}", file=sys.stderr)
     facts.expressions["pattern_notices(cfg, model)"] = []
     return text_of(cfg, request, facts, tables_of(cfg), say=say)
 
 
-def groups_of(cfg: tg.Config) -> set[str]:
-    """The optimizer's groups of a model's parameters."""
+def weightless(cfg: tg.Config) -> tg.GPT:
+    """A model that has shapes and declarations, and no memory."""
     with torch.device("meta"):
-        model = tg.GPT(cfg, torch.float32)
-    return {said.group for said in tg.declarations(model).values()}
+        return tg.GPT(cfg, torch.float32)
 
 
 def text_of(
@@ -1061,7 +1059,8 @@ def text_of(
     source = Path(tg.__file__).read_text(encoding="utf-8")
     if "schedules" in request.without:
         source = scheduled(source, cfg)
-    for group in {"embed", "head", "scalar"} - groups_of(cfg):
+    declared = tg.declarations(weightless(cfg)).values()
+    for group in {"embed", "head", "scalar"} - {said.group for said in declared}:
         source = re.sub(rf'\n        "{group}": \(.*_lr.*\),(?=\n)', "", source, count=1)
     if "torch.compiler.is_compiling()" in facts.expressions:
         source = re.sub(r"compiled_on_gpu\((attend_flex|block_mask), q\)", r"\1", source)

@@ -90,7 +90,7 @@ PUBLISHED_SHARE = 0.01
 SAME = ("world_size", "device", "torch", "params", "data_sha256")
 STORED = report.METRICS[2:]  # scores of the artifact: all but val_loss and val_bpb
 SCORER = "logs/score.py"
-OWN = "scorer"  # folder of the scorer and the trainer that it imports, beside a script
+BESIDE = "scorer"  # folder of the scorer and the trainer that it imports, beside a script
 OF_ONE_RUN = report.NAMES - {"arm"}  # config fields that are not shipped, as they belong to one run
 
 
@@ -286,7 +286,7 @@ def check_sources(s: Submission) -> None:
     elif is_script(shipped):
         s.readable = {}
         if s.runs[0].config.get("average_epochs"):  # its scorer applies the trainer's net
-            s.sources = s.sources | {f"{OWN}/{name}": text for name, text in texts.items()}
+            s.sources = s.sources | {f"{BESIDE}/{name}": text for name, text in texts.items()}
     elif s.runs[0].config.get("average_epochs"):  # which the scorer takes, whatever [score] says
         s.sources = s.sources | {SCORER: texts[SCORER]}
 
@@ -832,7 +832,7 @@ def readme(s: Submission, facts: dict, options: Options, logs: list[str]) -> str
             f"- source/: {', '.join(s.readable)}, from which logs/pack.py packed it; neither run "
             "nor counted"
         )
-    for name in (SCORER, f"{OWN}/{SCORER}"):
+    for name in (SCORER, f"{BESIDE}/{SCORER}"):
         if not s.readable and name in s.sources:
             commands += [f"{start} {name} logs/again"]
     return README.format(
